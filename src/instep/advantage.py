@@ -1,0 +1,39 @@
+"""Advantages: how much better a sample is than its group. Groups are consecutive: sample i belongs to group i // K."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _by_group(reward: Tensor, group: int) -> Tensor:
+    if group < 1 or reward.ndim != 1 or len(reward) % group:
+        raise ValueError(f"group: {group} does not divide a batch of {tuple(reward.shape)} rewards; use a divisor of the batch")
+    return reward.reshape(-1, group)
+
+
+def group_advantage(reward: Tensor, group: int, *, floor: float = 1e-6, clip: float | None = None) -> Tensor:
+    """(R - group mean) / (group deviation + floor), [B] -> [B]; zero for a group of equal rewards (GRPO; AMD Eq. 12 with clip = 1).
+
+    The deviation is the population's (divides by K). Without the exact zero a constant group's rounding error would be
+    divided by the floor and saturate.
+    """
+    rewards = _by_group(reward, group)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    deviation = rewards.std(1, unbiased=False, keepdim=True)
+    a = torch.where(deviation > floor, centred / (deviation + floor), torch.zeros_like(centred)).reshape(-1)
+    return a if clip is None else a.clamp(-clip, clip)
+
+
+def constant_groups(reward: Tensor, group: int, floor: float = 1e-6) -> int:
+    """How many groups have no spread in reward, and hence no advantage."""
+    return int((_by_group(reward, group).std(1, unbiased=False) <= floor).sum())
+
+
+def top_n(reward: Tensor, group: int, n: int) -> Tensor:
+    """Batch indices [B / K, n] of each group's n best samples, best first."""
+    if not 1 <= n <= group:
+        raise ValueError(f"top_n: {n} is not allowed; between 1 and the group size {group}")
+    best = _by_group(reward, group).topk(n, dim=1).indices
+    start = torch.arange(0, len(reward), group, device=reward.device)
+    return best + start[:, None]

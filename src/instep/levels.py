@@ -1,0 +1,62 @@
+"""Noise levels: the few-step lists a student runs on, and the samplers from which training draws t."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def shift_level(t: Tensor, shift: float) -> Tensor:
+    """Timestep shift s t / (1 + (s - 1) t), which moves levels in (0, 1) toward noise for s > 1 (SD3, Wan)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def few_step_levels(n: int, shift: float = 1.0) -> tuple[float, ...]:
+    """The n levels 1 = t_1 > ... > t_n of a few-step student: uniform, then shifted (Wan, shift 5: 1, .9375, .8333, .625)."""
+    if n < 1:
+        raise ValueError(f"n: {n} steps are not possible; a student runs at least 1 step")
+    t = torch.arange(n, 0, -1, dtype=torch.float64) / n
+    return tuple(round(v, 7) for v in shift_level(t, shift).tolist())
+
+
+def check_levels(levels: Sequence[float]) -> None:
+    """Raises ValueError unless 1 = t_1 > t_2 > ... > t_n > 0."""
+    falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    if not levels or levels[0] != 1 or not falling or levels[-1] <= 0:
+        raise ValueError(
+            f"levels: {list(levels)} is not a few-step list; it starts at 1 (noise), falls strictly and stays above 0, "
+            f"for example {few_step_levels(4, 3.0)}"
+        )
+
+
+@dataclass(frozen=True)
+class LevelSampler:
+    """Base of the distributions of t: called with the batch size, returns levels [n] in (0, 1]."""
+
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+        """`progress` in [0, 1] is the fraction of the stage done; `t_exit` [n] the level each sample was predicted at."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Uniform(LevelSampler):
+    """t ~ U(low, high), optionally shifted before it is clamped to [low, high] (DMD on Wan: shift 5, [.02, .98])."""
+
+    low: float = 0.02
+    high: float = 0.98
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high <= 1:
+            raise ValueError(f"low, high: {self.low}, {self.high} are not allowed; 0 < low < high <= 1")
+        if self.shift <= 0:
+            raise ValueError(f"shift: {self.shift} is not allowed; it is positive (1 leaves the levels uniform)")
+
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+        u = torch.rand(n, generator=rng, device=rng.device)
+        if self.shift == 1:
+            return self.low + (self.high - self.low) * u
+        return shift_level(u, self.shift).clamp(self.low, self.high)

@@ -1,0 +1,56 @@
+"""Model families. `load` imports a family only when it is asked for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from instep.models.base import Family
+
+MOVING_DIGITS = "moving-digits"
+
+
+@dataclass(frozen=True)
+class VideoSize:
+    """Size of the videos to train on, in pixels and frames; Wan 2.1's own is 480 x 832, 81 frames."""
+
+    height: int = 480
+    width: int = 832
+    frames: int = 81
+
+
+MOVING_DIGITS_SIZE = VideoSize(48, 48, 9)
+
+
+def bundled(name: str) -> Path:
+    """Folder of a model that ships with the package."""
+    return Path(str(files("instep"))) / "assets" / name
+
+
+def load(model: str, size: VideoSize | None = None) -> Family:
+    """The family of `model`: the bundled `moving-digits`, or a diffusers pipeline folder.
+
+    Raises ValueError if the folder is not there, lacks a part, or holds a pipeline that no family knows.
+    """
+    folder = bundled(model) if model == MOVING_DIGITS else Path(model)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"model: {model!r} is not a model folder ({index} is missing); allowed: {MOVING_DIGITS!r}, or the path of a diffusers "
+            "pipeline folder as save_pretrained writes it"
+        )
+    parts = {k: v for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[0] is not None}
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    if missing:
+        raise ValueError(f"model: {folder} lacks the part {missing[0]!r} that its model_index.json names; copy or download it again")
+    kind = json.loads(index.read_text()).get("_class_name")
+    if kind == "WanPipeline":
+        from instep.models.wan import WanFamily
+
+        chosen = size or (MOVING_DIGITS_SIZE if model == MOVING_DIGITS else VideoSize())
+        return WanFamily.load(folder, chosen, name=model if model == MOVING_DIGITS else folder.name)
+    raise ValueError(f"model: {folder} holds a {kind}, which no family knows yet; allowed: WanPipeline")

@@ -1,0 +1,66 @@
+"""What the library asks of a model family: one file a family implements it, nothing outside `models/` knows more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from instep.paths import Path
+from instep.prediction import Condition, Parameterisation
+
+
+class Family(Protocol):
+    """A pretrained pipeline seen through what training needs. Latents x [B, C, (F,) H, W]; media [B, 3, (F,) H, W] in [0, 1]."""
+
+    name: str
+    path: Path
+    parameterisation: Parameterisation
+    latent_shape: tuple[int, ...]
+    shift: float
+    lora_targets: tuple[str, ...]
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Frozen text encoders, one row a prompt."""
+        ...
+
+    def null(self, n: int) -> Condition:
+        """The unconditional prompt, n rows."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents to media: differentiable and *not* clamped (a clamped decode has no gradient where it saturates)."""
+        ...
+
+    @property
+    def pretrained(self) -> nn.Module:
+        """The pretrained network itself, in eval mode: the teacher's, and under LoRA everybody's."""
+        ...
+
+    def new_backbone(self) -> nn.Module:
+        """A copy of the pretrained network for a role of its own, in eval mode."""
+        ...
+
+    def prepare(self, module: nn.Module, current: Callable[[], Condition | None]) -> None:
+        """Called once on each backbone; `current` gives the condition of the running call, also during recomputation.
+
+        It gives None while the module runs outside a role, for instance in the caller's own pipeline.
+        """
+        ...
+
+    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Raw network output in `parameterisation`; t in [0, 1]."""
+        ...
+
+    def time_embedder(self, module: nn.Module) -> nn.Module:
+        """The submodule whose output [B, width] is the time embedding: an exit embedding is added there."""
+        ...
+
+    def time_width(self, module: nn.Module) -> int:
+        """Width of the time embedding."""
+        ...
+
+    def pipeline(self, module: nn.Module) -> Any:
+        """A diffusers pipeline around `module` as its denoiser."""
+        ...

@@ -1,0 +1,138 @@
+"""From what a network outputs to x0, noise, velocity and score, on any path; and guidance.
+
+*Velocity* is the conjugate (rectified-flow) one, v = eps - x0, on **any** path (DOLLAR Eq. 4 with its sign turned);
+`v_prediction` is the variance-preserving parameterisation a eps - b x0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from instep.paths import Path, at_least_float32, broadcast
+
+Parameterisation = Literal["velocity", "x0", "eps", "v_prediction"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What a denoiser is conditioned on: tensors whose first axis is the batch. Families add their own fields.
+
+    `exit_id` [B] (which rollout step a sample was predicted at) is read only by a fake that is conditioned on it.
+    """
+
+    exit_id: Tensor | None = None
+
+    def _map(self, function) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})
+
+    def __getitem__(self, rows: Tensor | slice) -> Self:
+        return self._map(lambda v: v[rows])
+
+    def __len__(self) -> int:
+        return next(len(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))
+
+    def repeat(self, k: int) -> Self:
+        """Every row k times in a row: the conditions of groups of k samples."""
+        return self if k == 1 else self._map(lambda v: v.repeat_interleave(k, 0))
+
+    def at_exit(self, exit_id: Tensor | None) -> Self:
+        """The same condition, told which exit its samples come from ([B] integers)."""
+        return replace(self, exit_id=exit_id)
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._map(lambda v: v.to(device))
+
+    def stack(self, other: Self) -> Self:
+        """Both batches, one after the other; a field that only one of them has is dropped."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        both = {k: isinstance(a, Tensor) and isinstance(b, Tensor) for k, (a, b) in pairs.items()}
+        return replace(self, **{k: self._join(k, a, b) if both[k] else None for k, (a, b) in pairs.items()})
+
+    def _join(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """How two batches of field `name` are joined; a family with ragged fields pads here."""
+        return torch.cat([a, b])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A denoiser's answer: x0 and velocity [B, ...] in float32 or better; `features` where a head asks for them."""
+
+    x0: Tensor
+    v: Tensor
+    features: tuple[Tensor, ...] | None = None
+
+
+class Denoiser(Protocol):
+    """Anything that predicts the clean sample from a noisy one; every role is one."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
+
+
+def velocity_of_x0(path: Path, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """Conjugate velocity eps - x0 that belongs to an x0 prediction; t > 0."""
+    return (x_t - broadcast(path.a(t), x_t) * x0) / broadcast(path.b(t), x_t) - x0
+
+
+def x0_of_velocity(path: Path, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """x0 = (x_t - b v) / (a + b): flow matching's x_t - t v, and DOLLAR's Eq. 8 on any path."""
+    a, b = broadcast(path.a(t), x_t), broadcast(path.b(t), x_t)
+    return (x_t - b * v) / (a + b)
+
+
+def eps_of_x0(path: Path, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """Noise that belongs to an x0 prediction; t > 0."""
+    return (x_t - broadcast(path.a(t), x_t) * x0) / broadcast(path.b(t), x_t)
+
+
+def score_of_x0(path: Path, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+    """Score (a x0 - x_t) / b^2 of the noised density at x_t; t > 0 (Tweedie)."""
+    return (broadcast(path.a(t), x_t) * x0 - x_t) / broadcast(path.b(t), x_t).square()
+
+
+def read(kind: Parameterisation, raw: Tensor, path: Path, x_t: Tensor, t: Tensor) -> Prediction:
+    """Raw network output [B, ...] as a `Prediction`; everything in float32 or better.
+
+    For `eps` and `v_prediction` t must keep a(t) > 0 (eps) respectively is unrestricted.
+    """
+    raw, x_t, t = at_least_float32(raw), at_least_float32(x_t), at_least_float32(t)
+    if kind == "velocity":
+        return Prediction(x0_of_velocity(path, x_t, t, raw), raw)
+    a, b = broadcast(path.a(t), x_t), broadcast(path.b(t), x_t)
+    if kind == "x0":
+        return Prediction(raw, velocity_of_x0(path, x_t, t, raw))
+    if kind == "eps":
+        x0 = (x_t - b * raw) / a
+        return Prediction(x0, raw - x0)
+    if kind == "v_prediction":
+        x0 = a * x_t - b * raw
+        return Prediction(x0, a * raw + b * x_t - x0)
+    raise ValueError(f"parameterisation: {kind!r} is not known; allowed: velocity, x0, eps, v_prediction")
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A guided prediction and its two parts, all x0 [B, ...]. `uncond` is `cond` where no guidance was asked for."""
+
+    x0: Tensor
+    cond: Tensor
+    uncond: Tensor
+
+
+def guide(cond: Tensor, uncond: Tensor, w: float) -> Tensor:
+    """Classifier-free guidance u + w (c - u); w = 1 means none (Ho and Salimans 2022)."""
+    return uncond + w * (cond - uncond)
+
+
+def predict_guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition, w: float) -> Guided:
+    """Conditional and unconditional prediction in one stacked call of 2 B samples (one of B if w = 1)."""
+    if w == 1:
+        x0 = denoiser(x_t, t, cond).x0
+        return Guided(x0, x0, x0)
+    both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(null)).x0
+    c, u = both.chunk(2)
+    return Guided(guide(c, u, w), c, u)

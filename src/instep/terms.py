@@ -1,0 +1,124 @@
+"""What a recipe is made of: forces on samples, objectives on parameters, critics, and the view they all get.
+
+A force is dL/dx of a **batch-mean** loss, shaped like x, and is descended. An objective is a scalar with its own forward pass.
+`train/step.py` weighs and adds them; it knows nothing else about a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from instep.paths import Path
+from instep.prediction import Condition, Denoiser
+from instep.rollout import Rollout, Where
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Labelled preferences: latents [B, ...] of the chosen and the rejected sample of each prompt."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a source hands out: B prompts, encoded, and where a method needs them real samples (latents [B, ...]) or pairs.
+
+    `cond` and `null` are one row a prompt; `null` is the unconditional prompt.
+    """
+
+    prompts: tuple[str, ...]
+    cond: Condition
+    null: Condition
+    real: Tensor | None = None
+    pairs: Pairs | None = None
+
+    def rows(self, rows: slice) -> Batch:
+        pairs = self.pairs and Pairs(self.pairs.chosen[rows], self.pairs.rejected[rows])
+        real = None if self.real is None else self.real[rows]
+        return Batch(self.prompts[rows], self.cond[rows], self.null[rows], real, pairs)
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything a term may look at. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator."""
+
+    roles: Mapping[str, Denoiser]
+    path: Path
+    batch: Batch
+    progress: float
+    rng: torch.Generator
+    rollout: Rollout | None = None
+
+    @property
+    def samples(self) -> Rollout:
+        assert self.rollout is not None, "this stage collects no rollout, but a term asks for one"
+        return self.rollout
+
+    def with_rollout(self, rollout: Rollout | None) -> View:
+        return replace(self, rollout=rollout)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=self.rng, device=x.device, dtype=x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """Base of forces and objectives: a name for the log and a weight in the sum."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Force(Term):
+    """Acts on the samples at `on`; called with a view it returns dL/dx there, [B, ...], L a batch mean."""
+
+    on: Where = "exit"
+    needs_real: bool = False
+    needs_reward: bool = False
+
+    def __call__(self, view: View) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Term):
+    """Acts on the student's parameters: yields scalars, each of which is backwarded before the next is asked for."""
+
+    needs_reward: bool = False
+
+    def __call__(self, view: View) -> Iterator[Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic:
+    """Base of auxiliary trained models: `updates` optimiser steps on `role` for every student step.
+
+    With `reuse` every update sees the student's own rollout, detached (DM-Align Algorithm 1, line 18: only the noise is
+    fresh); without, each update rolls out anew.
+    """
+
+    role: str
+    updates: int = 5
+    reuse: bool = True
+
+    def losses(self, view: View) -> Iterator[Tensor]:
+        """Scalars whose sum this update descends; each is backwarded before the next is asked for."""
+        raise NotImplementedError
+
+
+def scalar_per_sample(x: Tensor) -> Tensor:
+    """Mean over all but the batch axis, shaped to divide x: [B, ...] -> [B, 1, ...]."""
+    return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def as_force(g: Tensor) -> Tensor:
+    """Gradient of mean over batch of 0.5 * mean over elements of (x - sg(x - g))^2, which is g / numel (DMD2's surrogate loss)."""
+    return g / g.numel()

@@ -1,0 +1,163 @@
+"""A recipe: which roles, which stages, and in each stage which forces, objectives and critics."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from instep.levels import check_levels
+from instep.roles import LoRA
+from instep.rollout import Where
+from instep.terms import Critic, Force, Objective, Term
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW for one role: learning rate, betas, decoupled weight decay, gradient-norm clip, and what happens to lr over a stage.
+
+    lr rises linearly over the run's first `warmup` steps and falls linearly to zero over the last `decay` fraction of each stage.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 10.0
+    warmup: int = 0
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr: {self.lr} is not allowed; it is positive")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay: {self.decay} is not allowed; it is the fraction of a stage, between 0 and 1")
+
+    def lr_at(self, step: int, progress: float) -> float:
+        """Learning rate at the run's step (0-based) and a stage's progress in [0, 1)."""
+        rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        falling = min(1.0, (1 - progress) / self.decay) if self.decay else 1.0
+        return self.lr * rising * falling
+
+
+@dataclass(frozen=True)
+class RoleConfig:
+    """How a role is made: frozen without `optim`, an adapter on the shared backbone with `lora`, else a full copy.
+
+    `exits`: the role is told which exit a sample comes from. `ema`: decay of an averaged copy (None: no copy).
+    """
+
+    optim: Optim | None = None
+    lora: LoRA | None = None
+    exits: bool = False
+    ema: float | None = None
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """The student's own few-step rollout. `through`: how far the graph of the final sample reaches."""
+
+    levels: tuple[float, ...]
+    through: Literal["last", "trajectory"] = "last"
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` student steps of one kind. `batch` samples a micro-batch, in groups of `group` a prompt; `accumulate` micro-batches a step."""
+
+    name: str
+    steps: int
+    batch: int
+    terms: tuple[Term, ...]
+    critics: tuple[Critic, ...] = ()
+    collect: FewStep | None = None
+    group: int = 1
+    accumulate: int = 1
+    inner_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch % self.group:
+            raise ValueError(
+                f"stage {self.name!r}: batch {self.batch} is not a multiple of group {self.group}; every prompt needs its whole group"
+            )
+        if self.needs_reward and self.group < 2:
+            raise ValueError(f"stage {self.name!r}: group {self.group} gives no advantage; compare at least 2 samples a prompt")
+        if any(isinstance(term, Force) for term in self.terms) and self.collect is None:
+            raise ValueError(f"stage {self.name!r}: it has forces but collect is None; forces act on rolled-out samples")
+
+    @property
+    def forces(self) -> tuple[Force, ...]:
+        return tuple(term for term in self.terms if isinstance(term, Force))
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        return tuple(term for term in self.terms if isinstance(term, Objective))
+
+    @property
+    def live(self) -> frozenset[Where]:
+        """Points that carry the student's graph: those a force acts on."""
+        return frozenset(force.on for force in self.forces)
+
+    @property
+    def needs_reward(self) -> bool:
+        return any(term.needs_reward for term in self.forces + self.objectives)
+
+    @property
+    def needs_real(self) -> bool:
+        return any(force.needs_real for force in self.forces)
+
+    @property
+    def to_the_end(self) -> bool:
+        """Whether the rollout is completed past the exits: where something acts on, or is measured on, the final sample."""
+        return self.needs_reward or "final" in self.live
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `levels` are those of the exported student."""
+
+    name: str
+    levels: tuple[float, ...]
+    roles: Mapping[str, RoleConfig]
+    stages: tuple[Stage, ...]
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
+        if not any(stage.steps for stage in self.stages):
+            raise ValueError(f"recipe {self.name!r}: no stage has steps; give at least one of them a positive number")
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def at(self, step: int) -> tuple[Stage, float]:
+        """The stage of the run's step (0-based) and the fraction of it that is done."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step / stage.steps
+            step -= stage.steps
+        raise IndexError(step)
+
+    def stage_ends(self) -> tuple[int, ...]:
+        """Step counts at which a stage is complete."""
+        ends, total = [], 0
+        for stage in self.stages:
+            total += stage.steps
+            ends.append(total)
+        return tuple(ends)
+
+
+def describe(value: Any) -> Any:
+    """A recipe, or any part of it, as plain JSON values; components say which class they are."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **named}
+    if isinstance(value, Mapping):
+        return {key: describe(v) for key, v in value.items()}
+    if isinstance(value, tuple | list | frozenset):
+        return [describe(v) for v in value]
+    return value

@@ -1,0 +1,198 @@
+"""One iteration of training, of every recipe and every model, in a straight line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instep.advantage import constant_groups, group_advantage
+from instep.paths import Path
+from instep.prediction import Denoiser
+from instep.rollout import Rollout, draw_exits, rollout_few_step
+from instep.terms import Batch, Force, View
+from instep.train.recipe import Optim, Stage
+
+Score = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+class Trained:
+    """A role that is trained: its parameters, optimiser and, if asked for, its averaged copy."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optim: Optim, ema: float | None = None) -> None:
+        self.parameters, self.optim, self.decay = dict(parameters), optim, ema
+        values = list(self.parameters.values())
+        self.optimizer = torch.optim.AdamW(values, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+        self.ema = {key: p.detach().clone() for key, p in self.parameters.items()} if ema is not None else None
+        self.steps = 0
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        """Clips, steps, averages, clears. Returns the gradient's norm and whether it was finite; a step that is not finite is skipped."""
+        values = list(self.parameters.values())
+        norm = nn.utils.clip_grad_norm_(values, self.optim.clip)
+        finite = bool(norm.isfinite())
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.steps += 1
+            self._average()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm), finite
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.ema is None or self.decay is None:
+            return
+        # a young average forgets its start sooner: after n steps its horizon is at most n / 10 steps
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+
+@dataclass
+class TrainState:
+    """What a run carries from one iteration to the next. `score` is the reward of latents [B, ...] and prompts -> [B], or None."""
+
+    roles: Mapping[str, Denoiser]
+    trained: Mapping[str, Trained]
+    path: Path
+    shape: tuple[int, ...]
+    rng: torch.Generator
+    score: Score | None = None
+    step: int = 0
+
+
+def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float) -> dict[str, Any]:
+    """One student step and its critics' steps on `batches` (the micro-batches). Returns scalars for the log.
+
+    The student goes first and the critics follow on its detached samples, as in DM-Align's Algorithm 1: no graph is alive while
+    critics train, and a re-used rollout costs nothing.
+    """
+    log = Scalars()
+    views: list[View] = []
+    for epoch in range(stage.inner_epochs):
+        for i, batch in enumerate(batches):
+            if epoch == 0:
+                view = View(state.roles, state.path, batch, progress, state.rng)
+                view = view.with_rollout(score(state, stage, view, collect(state, stage, view, with_graph=True), log))
+                views.append(view.with_rollout(view.rollout and view.rollout.detach()))
+            else:
+                view = views[i].with_rollout(relive(state, stage, views[i].rollout))
+            backward(stage, view, 1 / len(batches), log)
+        advance(state, "student", progress, log)
+    for critic in stage.critics:
+        for _ in range(critic.updates):
+            for view in views:
+                seen = view if critic.reuse else view.with_rollout(collect(state, stage, view, with_graph=False))
+                for loss in critic.losses(seen):
+                    (loss / len(views)).backward()
+                    log.add(f"critic/{critic.role}", loss.detach())
+            advance(state, critic.role, progress, log)
+    state.step += 1
+    return log.means()
+
+
+def collect(state: TrainState, stage: Stage, view: View, *, with_graph: bool) -> Rollout | None:
+    """Rolls out the student on the view's prompts, `stage.group` samples a prompt; none for stages that only read data."""
+    if stage.collect is None:
+        return None
+    cond = view.batch.cond.repeat(stage.group)
+    levels = stage.collect.levels
+    exits = draw_exits(len(view.batch.prompts), stage.group, len(levels), state.rng)
+    with torch.set_grad_enabled(with_graph):
+        return rollout_few_step(
+            state.roles["student"],
+            cond,
+            levels,
+            state.path,
+            state.shape,
+            exits,
+            state.rng,
+            group=stage.group,
+            live=stage.live if with_graph else frozenset(),
+            to_the_end=stage.to_the_end and with_graph,
+            through=stage.collect.through,
+        )
+
+
+@torch.no_grad()
+def score(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, log: Scalars) -> Rollout | None:
+    """Reward of the final samples, and each one's advantage in its group; groups of equal rewards get none and are counted."""
+    if rollout is None or not stage.needs_reward:
+        return rollout
+    if state.score is None:
+        raise ValueError(f"reward: stage {stage.name!r} needs one and none was given; pass reward= to train(), or choose a recipe without")
+    prompts = [prompt for prompt in view.batch.prompts for _ in range(stage.group)]
+    reward = state.score(rollout.point("final").x.detach(), prompts).to(rollout.point("final").x)
+    log.add("reward/train", reward.mean())
+    log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
+    log.add("reward/constant_groups", reward.new_tensor(constant_groups(reward, stage.group) * stage.group / len(reward)))
+    return replace(rollout, reward=reward, advantage=group_advantage(reward, stage.group))
+
+
+def relive(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout | None:
+    """The stored rollout with its live points predicted again by the present student: for a second inner epoch."""
+    if rollout is None:
+        return None
+    points = {where: rollout.point(where).predicted_again(state.roles["student"], rollout.cond) for where in stage.live}
+    return replace(rollout, **points)
+
+
+def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
+    """Weighs and adds the forces of each point and calls autograd once; then each objective's scalars, one by one."""
+    forces = {force: force(view) for force in stage.forces}
+    log_forces(forces, view, log)
+    points, gradients = [], []
+    for where in sorted(stage.live):
+        total = sum(force.weight * g for force, g in forces.items() if force.on == where)
+        points.append(view.samples.point(where).x)
+        gradients.append((scale * total).to(points[-1]))
+    if points:
+        torch.autograd.backward(points, gradients)
+    for objective in stage.objectives:
+        for loss in objective(view):
+            (scale * objective.weight * loss).backward()
+            log.add(f"objective/{objective.name}", loss.detach())
+
+
+def advance(state: TrainState, name: str, progress: float, log: Scalars) -> None:
+    """One optimiser step of a role."""
+    trained = state.trained[name]
+    lr = trained.optim.lr_at(state.step, progress)
+    norm, finite = trained.step(lr)
+    log.add(f"grad/{name}", torch.tensor(norm if finite else 0.0))
+    log.add(f"grad/{name}/skipped", torch.tensor(0.0 if finite else 1.0))
+    log.add(f"lr/{name}", torch.tensor(lr))
+
+
+@torch.no_grad()
+def log_forces(forces: Mapping[Force, Tensor], view: View, log: Scalars) -> None:
+    """Norm of each force a sample (of the batch-mean gradient times B), and the cosine of any two where their points coincide."""
+    for force, g in forces.items():
+        log.add(f"force/{force.name}/norm", g.flatten(1).norm(dim=1).mean() * len(g))
+    for (f, g), (other, h) in combinations(forces.items(), 2):
+        same = torch.ones(len(g), dtype=torch.bool, device=g.device)
+        if f.on != other.on:
+            same = view.samples.point("exit").exit_id == view.samples.point("final").exit_id
+        # rows that a force leaves alone have no direction to compare
+        same = same & (g.flatten(1).abs().sum(1) > 0) & (h.flatten(1).abs().sum(1) > 0)
+        if bool(same.any()):
+            cosine = nn.functional.cosine_similarity(g[same].flatten(1), h[same].flatten(1))
+            log.add(f"force/cosine/{f.name}~{other.name}", cosine.mean())
+
+
+class Scalars:
+    """Scalars of one iteration, averaged over micro-batches, epochs and updates; read off the device once, at the end."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        self._values.setdefault(name, []).append(value)
+
+    def means(self) -> dict[str, float]:
+        return {name: float(torch.stack([v.float().cpu() for v in values]).mean()) for name, values in self._values.items()}
