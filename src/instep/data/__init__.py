@@ -1,0 +1,1 @@
+"""Prompts, videos and preference pairs that training reads."""
