@@ -92,6 +92,7 @@ class Objective(Term):
     """Acts on the student's parameters: yields scalars, each of which is backwarded before the next is asked for."""
 
     needs_reward: bool = False
+    needs_trajectory: bool = False
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         raise NotImplementedError

@@ -79,6 +79,9 @@ class Stage:
     inner_epochs: int = 1
 
     def __post_init__(self) -> None:
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stage {self.name!r}: two terms share a name in {names}; give each its own name=, the log needs it")
         if self.batch % self.group:
             raise ValueError(
                 f"stage {self.name!r}: batch {self.batch} is not a multiple of group {self.group}; every prompt needs its whole group"
@@ -110,9 +113,13 @@ class Stage:
         return any(force.needs_real for force in self.forces)
 
     @property
+    def needs_trajectory(self) -> bool:
+        return any(objective.needs_trajectory for objective in self.objectives)
+
+    @property
     def to_the_end(self) -> bool:
         """Whether the rollout is completed past the exits: where something acts on, or is measured on, the final sample."""
-        return self.needs_reward or "final" in self.live
+        return self.needs_reward or self.needs_trajectory or "final" in self.live
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def collect(state: TrainState, stage: Stage, view: View, *, with_graph: bool) ->
             live=stage.live if with_graph else frozenset(),
             to_the_end=stage.to_the_end and with_graph,
             through=stage.collect.through,
+            record=stage.needs_trajectory and with_graph,
         )
 
 
@@ -144,11 +145,11 @@ def relive(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout 
 
 def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
     """Weighs and adds the forces of each point and calls autograd once; then each objective's scalars, one by one."""
-    forces = {force: force(view) for force in stage.forces}
+    forces = [(force, force(view)) for force in stage.forces]
     log_forces(forces, view, log)
     points, gradients = [], []
     for where in sorted(stage.live):
-        total = sum(force.weight * g for force, g in forces.items() if force.on == where)
+        total = sum(force.weight * g for force, g in forces if force.on == where)
         points.append(view.samples.point(where).x)
         gradients.append((scale * total).to(points[-1]))
     if points:
@@ -170,11 +171,11 @@ def advance(state: TrainState, name: str, progress: float, log: Scalars) -> None
 
 
 @torch.no_grad()
-def log_forces(forces: Mapping[Force, Tensor], view: View, log: Scalars) -> None:
+def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, log: Scalars) -> None:
     """Norm of each force a sample (of the batch-mean gradient times B), and the cosine of any two where their points coincide."""
-    for force, g in forces.items():
+    for force, g in forces:
         log.add(f"force/{force.name}/norm", g.flatten(1).norm(dim=1).mean() * len(g))
-    for (f, g), (other, h) in combinations(forces.items(), 2):
+    for (f, g), (other, h) in combinations(forces, 2):
         same = torch.ones(len(g), dtype=torch.bool, device=g.device)
         if f.on != other.on:
             same = view.samples.point("exit").exit_id == view.samples.point("final").exit_id

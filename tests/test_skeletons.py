@@ -1,0 +1,246 @@
+"""Five shapes of method through the same `train/step.py`, in a minimal exact laboratory.
+
+They settle the central types: two live points (DM-Align), two losses on the fake (DMD2 + GAN), a ratio over inner epochs (GRPO),
+offline preferences without a rollout, and free particles with an exact fake.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from instep.forces.dm_align import Group
+from instep.levels import LevelSampler, Uniform
+from instep.matching.critic import Score, denoising_error
+from instep.matching.force import DistributionMatching
+from instep.models.mixture import ExactFake, ExactTeacher, Mixture, Particles, VelocityMLP, labels
+from instep.paths import RectifiedFlow
+from instep.rollout import renoise_log_prob
+from instep.terms import Batch, Force, Objective, Pairs, View, as_force
+from instep.train.recipe import FewStep, Optim, Stage
+from instep.train.step import Trained, TrainState, iteration
+
+PATH = RectifiedFlow()
+RING = Mixture.ring()
+LEVELS = (1.0, 0.75, 0.5, 0.25)
+OPTIM = Optim(2e-3, betas=(0.5, 0.99), clip=5.0)
+
+
+def prompts(n: int, rng: torch.Generator) -> tuple[str, ...]:
+    return tuple(str(int(c)) for c in torch.randint(0, 2, (n,), generator=rng))
+
+
+def batch_of(names: tuple[str, ...], real: Tensor | None = None, pairs: Pairs | None = None) -> Batch:
+    return Batch(names, labels(names), labels([""] * len(names)), real, pairs)
+
+
+def mlp_state(*, exits: int = 0, score=None, seed: int = 0, fake_extra: nn.Module | None = None) -> TrainState:
+    torch.manual_seed(seed)
+    student, fake = VelocityMLP(PATH), VelocityMLP(PATH, exits=exits)
+    own = dict(fake.named_parameters())
+    if fake_extra is not None:
+        own |= {f"head.{k}": p for k, p in fake_extra.named_parameters()}
+    trained = {"student": Trained(dict(student.named_parameters()), OPTIM), "fake": Trained(own, OPTIM)}
+    roles = {"student": student, "fake": fake, "teacher": ExactTeacher(RING, PATH)}
+    return TrainState(roles, trained, PATH, (2,), torch.Generator().manual_seed(seed), score)
+
+
+def quality(x: Tensor) -> float:
+    """Share of samples within 3 sigma of a mode."""
+    return float((torch.cdist(x, RING.means).amin(1) < 3 * RING.sigma).float().mean())
+
+
+def test_dm_align_has_two_live_points():
+    """Both forces reach the student, and the sum of their gradients is the gradient of the sum."""
+    state = mlp_state(score=lambda x, names: x[:, 0])
+    stage = Stage(
+        "align", 1, 32, (DistributionMatching(weight=0.5), Group(weight=0.5, sign="signed")), (Score(),), FewStep(LEVELS), group=4
+    )
+    assert stage.live == {"exit", "final"} and stage.to_the_end
+
+    def gradient(terms) -> Tensor:
+        one = mlp_state(score=lambda x, names: x[:, 0])
+        seen: list[Tensor] = []
+        student = one.trained["student"]
+        student.step = lambda lr: (seen.append(torch.cat([p.grad.flatten() for p in student.parameters.values()])), (0.0, True))[1]
+        iteration(one, Stage("align", 1, 32, terms, (), FewStep(LEVELS), group=4), [batch_of(prompts(8, one.rng))], 0.0)
+        return seen[0]
+
+    dm, group = DistributionMatching(weight=0.5), Group(weight=0.5, sign="signed")
+    both = gradient((dm, group))
+    assert both.norm() > 0
+    # the same rollout, the same random numbers: silence one of the two by its weight
+    silent_group = gradient((dm, Group(weight=0.0, sign="signed")))
+    silent_dm = gradient((DistributionMatching(weight=0.0), group))
+    torch.testing.assert_close(both, silent_group + silent_dm, rtol=1e-4, atol=1e-6)
+    log = iteration(state, stage, [batch_of(prompts(8, state.rng))], 0.0)
+    assert {"force/dm/norm", "force/group/norm", "force/cosine/dm~group", "critic/fake", "reward/train"} <= log.keys()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversarial(Force):
+    """-log D of the noised sample, through the fake's features."""
+
+    name: str = "gan"
+    head: nn.Module
+    levels: LevelSampler = field(default_factory=Uniform)
+
+    def __call__(self, view: View) -> Tensor:
+        point = view.samples.point(self.on).detach()
+        x = point.x.requires_grad_()
+        t = self.levels(len(x), progress=0.0, t_exit=None, rng=view.rng)
+        with torch.enable_grad():
+            features = view.roles["fake"](PATH.renoise(x, view.randn_like(x), t), t, view.samples.cond).features
+            return torch.autograd.grad(F.softplus(-self.head(features[0])).mean(), x)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreWithHead(Score):
+    """Denoising, and telling real from generated on the same features: two losses on the fake."""
+
+    head: nn.Module
+
+    def losses(self, view: View) -> Iterator[Tensor]:
+        yield from super().losses(view)
+        real, fake = view.batch.real, view.samples.point("exit").x.detach()
+        t = self.levels(len(real), progress=0.0, t_exit=None, rng=view.rng)
+        for x, sign in ((real, -1.0), (fake, 1.0)):
+            features = view.roles["fake"](PATH.renoise(x, view.randn_like(x), t), t, view.samples.cond).features
+            yield F.softplus(sign * self.head(features[0])).mean()
+
+
+def test_gan_puts_two_losses_on_the_fake():
+    torch.manual_seed(1)
+    head = nn.Linear(64, 1)
+    state = mlp_state(fake_extra=head)
+    terms = (DistributionMatching(), Adversarial(head=head, weight=0.05))
+    stage = Stage("gan", 1, 64, terms, (ScoreWithHead(head=head, updates=5),), FewStep((1.0,)))
+    losses = []
+    for _ in range(60):
+        names = prompts(64, state.rng)
+        real = RING.sample(labels(names).label, state.rng)
+        before = head.weight.detach().clone()
+        losses.append(iteration(state, stage, [batch_of(names, real)], 0.0))
+    assert not torch.equal(before, head.weight), "the head is trained with the fake"
+    assert "force/cosine/dm~gan" in losses[-1]
+    assert sum(log["critic/fake"] for log in losses[-10:]) / 10 < 0.9 * losses[0]["critic/fake"]
+    # and the head has learnt something: real samples score above a point far from every mode
+    t, cond = torch.full((64,), 0.1), labels(names)
+    with torch.no_grad():
+        on, off = (head(state.roles["fake"](x, t, cond).features[0]).mean() for x in (real, torch.zeros_like(real)))
+    assert on > off
+
+
+RATIOS: list[float] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedPolicy(Objective):
+    """GRPO's clipped surrogate on the student's own re-noise steps."""
+
+    name: str = "grpo"
+    needs_reward: bool = True
+    needs_trajectory: bool = True
+    clip: float = 0.2
+
+    def __call__(self, view: View) -> Iterator[Tensor]:
+        path = view.samples.trajectory
+        for s in range(len(path.t)):
+            t, t_next = (level.expand(len(path.x_t[s])) for level in (path.t[s], path.t_next[s]))
+            x0 = view.roles["student"](path.x_t[s], t, view.samples.cond).x0
+            ratio = (renoise_log_prob(view.path, x0, path.x_next[s], t_next) - path.log_prob[s]).exp()
+            RATIOS.append(float((ratio - 1).abs().max().detach()))
+            a = view.samples.advantage
+            yield -torch.minimum(ratio * a, ratio.clamp(1 - self.clip, 1 + self.clip) * a).mean() / len(path.t)
+
+
+def test_grpo_with_two_inner_epochs_leaves_ratio_one():
+    state = mlp_state(score=lambda x, names: x[:, 0])
+    stage = Stage("grpo", 1, 64, (ClippedPolicy(),), (), FewStep(LEVELS), group=8, inner_epochs=2)
+    RATIOS.clear()
+    log = iteration(state, stage, [batch_of(prompts(8, state.rng))], 0.0)
+    assert len(RATIOS) == 6, "three stochastic steps of four levels, in two epochs"
+    assert max(RATIOS[:3]) == 0.0, "before the first update the policy is the one that rolled out"
+    assert min(RATIOS[3:]) > 1e-4, "in the second epoch it has moved"
+    assert state.trained["student"].steps == 2 and "objective/grpo" in log
+    reward = [iteration(state, stage, [batch_of(prompts(32, state.rng))], 0.0)["reward/train"] for _ in range(80)]
+    assert sum(reward[-10:]) / 10 > sum(reward[:10]) / 10 + 0.1, "and it raises the reward"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedPreference(Objective):
+    """DPO on velocity errors over a window of levels, one backward a level."""
+
+    name: str = "dpo"
+    beta: float = 20.0
+    window: int = 5
+
+    def __call__(self, view: View) -> Iterator[Tensor]:
+        pairs = view.batch.pairs
+        for _ in range(self.window):
+            t = torch.rand(len(pairs.chosen), generator=view.rng) * 0.96 + 0.02
+            noise = view.randn_like(pairs.chosen)
+            error = {
+                (role, side): denoising_error(view.roles[role], view, x, t, noise, view.batch.cond, "velocity")
+                for role in ("student", "reference")
+                for side, x in (("w", pairs.chosen), ("l", pairs.rejected))
+            }
+            gain = error["student", "w"] - error["reference", "w"] - error["student", "l"] + error["reference", "l"]
+            yield -F.logsigmoid(-self.beta / 2 * gain).mean() / self.window
+
+
+def test_offline_preferences_need_no_rollout():
+    state = mlp_state()
+    reference = VelocityMLP(PATH)
+    reference.load_state_dict(state.roles["student"].state_dict())
+    state.roles = {**state.roles, "reference": reference}
+    stage = Stage("apo", 1, 128, (WindowedPreference(),))
+    history = []
+    for _ in range(120):
+        names = prompts(128, state.rng)
+        label = labels(names).label
+        good, bad = RING.sample(label, state.rng), RING.sample(label, state.rng)
+        better = good[:, 0] > bad[:, 0]
+        pairs = Pairs(torch.where(better[:, None], good, bad), torch.where(better[:, None], bad, good))
+        history.append(iteration(state, stage, [batch_of(names, pairs=pairs)], 0.0)["objective/dpo"])
+    # at policy = reference each of the five window terms is log 2 / 5
+    assert abs(history[0] - math.log(2) / 5) < 1e-6
+    assert sum(history[-20:]) / 20 < 0.95 * history[0]
+
+
+def test_particles_find_the_mixture():
+    """The fixed point of distribution matching is the teacher's distribution: every mode, and a spread that is not collapsed."""
+    rng = torch.Generator().manual_seed(0)
+    particles = Particles(torch.randn(512, 2, generator=rng))
+    roles = {"student": particles, "fake": ExactFake(particles, PATH), "teacher": ExactTeacher(RING, PATH)}
+    optim = Optim(3e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
+    state = TrainState(roles, {"student": Trained(dict(particles.named_parameters()), optim)}, PATH, (2,), rng)
+    stage = Stage("particles", 500, 512, (DistributionMatching(),), (), FewStep((1.0,)))
+    batch = batch_of(("",) * 512)
+    for step in range(stage.steps):
+        iteration(state, stage, [batch], step / stage.steps)
+    x = particles.x.detach()
+    share = torch.bincount(torch.cdist(x, RING.means).argmin(1), minlength=8) / len(x)
+    assert quality(x) > 0.9
+    assert 0.5 * (share - 1 / 8).abs().sum() < 0.08, "no mode is lost"
+
+
+def test_student_learns_with_a_conditioned_fake():
+    """Distribution matching through networks: four steps, one fake told the exit; quality rises far above the start."""
+    state = mlp_state(exits=4)
+    stage = Stage("dmd", 400, 256, (DistributionMatching(),), (Score(condition_on_exit=True),), FewStep(LEVELS))
+    assert as_force(torch.ones(4, 2)).sum() == 1
+    for step in range(400):
+        iteration(state, stage, [batch_of(prompts(256, state.rng))], step / 400)
+    from instep.rollout import sample_few_step
+
+    names = prompts(1000, state.rng)
+    noise = torch.randn(1000, 2, generator=state.rng)
+    x = sample_few_step(state.roles["student"], labels(names), noise, LEVELS, PATH, state.rng)
+    right = ((x[:, 1] < 0).long() == labels(names).label).float().mean()
+    assert quality(x) > 0.3 and right > 0.9
