@@ -34,6 +34,6 @@ def top_n(reward: Tensor, group: int, n: int) -> Tensor:
     """Batch indices [B / K, n] of each group's n best samples, best first."""
     if not 1 <= n <= group:
         raise ValueError(f"top_n: {n} is not allowed; between 1 and the group size {group}")
-    best = _by_group(reward, group).topk(n, dim=1).indices
+    best = _by_group(reward, group).argsort(dim=1, descending=True, stable=True)[:, :n]
     start = torch.arange(0, len(reward), group, device=reward.device)
     return best + start[:, None]

@@ -97,7 +97,7 @@ def score_of_x0(path: Path, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
 def read(kind: Parameterisation, raw: Tensor, path: Path, x_t: Tensor, t: Tensor) -> Prediction:
     """Raw network output [B, ...] as a `Prediction`; everything in float32 or better.
 
-    For `eps` and `v_prediction` t must keep a(t) > 0 (eps) respectively is unrestricted.
+    `eps` needs a(t) > 0 and `x0` needs b(t) > 0; the other two hold at every level.
     """
     raw, x_t, t = at_least_float32(raw), at_least_float32(x_t), at_least_float32(t)
     if kind == "velocity":
@@ -109,8 +109,10 @@ def read(kind: Parameterisation, raw: Tensor, path: Path, x_t: Tensor, t: Tensor
         x0 = (x_t - b * raw) / a
         return Prediction(x0, raw - x0)
     if kind == "v_prediction":
-        x0 = a * x_t - b * raw
-        return Prediction(x0, a * raw + b * x_t - x0)
+        # the variance-preserving formulas, divided by a^2 + b^2 so that they hold on any path
+        norm = a.square() + b.square()
+        x0 = (a * x_t - b * raw) / norm
+        return Prediction(x0, (a * raw + b * x_t) / norm - x0)
     raise ValueError(f"parameterisation: {kind!r} is not known; allowed: velocity, x0, eps, v_prediction")
 
 

@@ -1,0 +1,23 @@
+"""Recipes: plain functions that return a `Recipe`. Their parameters are the command line's options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from instep.train.recipe import Recipe
+
+# name on the command line -> module and function; a recipe is imported when it is asked for
+NAMES: dict[str, tuple[str, str]] = {
+    "dmd2": ("instep.recipes.dmd2", "dmd2"),
+    "dm-align-pair": ("instep.recipes.dm_align", "dm_align_pair"),
+    "dm-align-group": ("instep.recipes.dm_align", "dm_align_group"),
+}
+
+
+def find(name: str) -> Callable[..., Recipe]:
+    """The recipe function called `name`; ValueError with the list of names otherwise."""
+    if name not in NAMES:
+        raise ValueError(f"recipe: {name!r} is not known; allowed: {', '.join(NAMES)} (`instep recipes` describes them)")
+    module, function = NAMES[name]
+    return getattr(import_module(module), function)

@@ -1,0 +1,139 @@
+"""DM-Align: distillation and alignment as two forces of one loop (paper Eq. 8, Algorithm 1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from instep.forces.dm_align import Group, Pair, Sign
+from instep.levels import Uniform, few_step_levels
+from instep.recipes.dmd2 import FAKE, STUDENT, denoising, matching, roles
+from instep.roles import LoRA
+from instep.terms import Force
+from instep.train.recipe import FewStep, Optim, Recipe, Stage
+
+
+def _joint(
+    name: str,
+    align: Force,
+    *,
+    group: int,
+    steps: int,
+    distil: int,
+    iterations: int,
+    batch: int,
+    weight: float,
+    guidance: float,
+    shift: float,
+    critic_updates: int,
+    reuse: bool,
+    condition_on_exit: bool,
+    through: Literal["last", "trajectory"],
+    student: Optim,
+    fake: Optim,
+    ema: float | None,
+    lora: LoRA | None,
+) -> Recipe:
+    """A distillation-only stage, then matching and alignment together with weights that sum to one."""
+    levels = few_step_levels(steps, shift)
+    critics = (denoising(shift, critic_updates, reuse=reuse, condition_on_exit=condition_on_exit),)
+    first = Stage("distil", distil, batch, (matching(guidance, shift),), critics, FewStep(levels))
+    terms = (matching(guidance, shift, 1 - weight), align)
+    second = Stage("align", iterations, batch, terms, critics, FewStep(levels, through), group=group)
+    made = roles(student, fake, lora=lora, ema=ema, condition_on_exit=condition_on_exit)
+    return Recipe(name, levels, made, (first, second), guidance)
+
+
+def dm_align_group(
+    *,
+    steps: int = 4,
+    distil: int = 120,
+    iterations: int = 80,
+    batch: int = 32,
+    group: int = 8,
+    top_n: int = 2,
+    sign: Sign = "pull",
+    weight: float = 0.5,
+    guidance: float = 3.0,
+    shift: float = 3.0,
+    critic_updates: int = 5,
+    reuse: bool = True,
+    condition_on_exit: bool = True,
+    through: Literal["last", "trajectory"] = "last",
+    student: Optim = STUDENT,
+    fake: Optim = FAKE,
+    ema: float | None = 0.95,
+    lora: LoRA | None = None,
+) -> Recipe:
+    """Distil and align with a reward: DM-Align (Group), from prompts alone.
+
+    Args:
+        steps: steps (network evaluations) of the student.
+        distil: student updates of distribution matching alone, before the reward joins.
+        iterations: student updates of matching and alignment together.
+        batch: samples of a micro-batch; a multiple of group.
+        group: samples a prompt, compared with each other.
+        top_n: how many of a group's best make the preferred mean.
+        sign: pull (only low samples move), signed (the paper's text: high ones move away), printed (Eq. 7 to the letter).
+        weight: weight of the alignment force; matching gets the rest (paper: .5).
+        guidance: classifier-free guidance of the teacher; 1 is none.
+        shift: timestep shift of the student's levels and of the re-noise levels.
+        critic_updates: updates of the fake for each of the student.
+        reuse: train the fake on the samples of the student's own rollout instead of fresh ones.
+        condition_on_exit: tell the fake which step of the rollout a sample comes from.
+        through: how far the alignment force reaches back: the last step, or the whole trajectory (more memory).
+        student: AdamW of the student.
+        fake: AdamW of the fake.
+        ema: decay of the averaged student that is exported; None exports the student itself.
+        lora: train adapters on one shared backbone instead of full copies.
+    """
+    align = Group(weight=weight, top_n=top_n, sign=sign, levels=Uniform(shift=shift))
+    return _joint(
+        "dm-align-group", align, group=group, steps=steps, distil=distil, iterations=iterations, batch=batch, weight=weight,
+        guidance=guidance, shift=shift, critic_updates=critic_updates, reuse=reuse, condition_on_exit=condition_on_exit,
+        through=through, student=student, fake=fake, ema=ema, lora=lora,
+    )  # fmt: skip
+
+
+def dm_align_pair(
+    *,
+    steps: int = 4,
+    distil: int = 120,
+    iterations: int = 80,
+    batch: int = 32,
+    weight: float = 0.5,
+    guidance: float = 3.0,
+    shift: float = 3.0,
+    critic_updates: int = 5,
+    reuse: bool = True,
+    condition_on_exit: bool = True,
+    through: Literal["last", "trajectory"] = "last",
+    student: Optim = STUDENT,
+    fake: Optim = FAKE,
+    ema: float | None = 0.95,
+    lora: LoRA | None = None,
+) -> Recipe:
+    """Distil and align with preferred real samples: DM-Align (Pair).
+
+    Args:
+        steps: steps (network evaluations) of the student.
+        distil: student updates of distribution matching alone, before the preferred samples join.
+        iterations: student updates of matching and alignment together.
+        batch: samples of a micro-batch.
+        weight: weight of the alignment force; matching gets the rest (paper: .5).
+        guidance: classifier-free guidance of the teacher; 1 is none.
+        shift: timestep shift of the student's levels and of the re-noise levels.
+        critic_updates: updates of the fake for each of the student.
+        reuse: train the fake on the samples of the student's own rollout instead of fresh ones.
+        condition_on_exit: tell the fake which step of the rollout a sample comes from.
+        through: how far the alignment force reaches back: the last step, or the whole trajectory (more memory).
+        student: AdamW of the student.
+        fake: AdamW of the fake.
+        ema: decay of the averaged student that is exported; None exports the student itself.
+        lora: train adapters on one shared backbone instead of full copies.
+    """
+    align = Pair(weight=weight, levels=Uniform(shift=shift))
+    return _joint(
+        "dm-align-pair", align, group=1, steps=steps, distil=distil, iterations=iterations, batch=batch, weight=weight,
+        guidance=guidance, shift=shift, critic_updates=critic_updates, reuse=reuse, condition_on_exit=condition_on_exit,
+        through=through, student=student, fake=fake, ema=ema, lora=lora,
+    )  # fmt: skip

@@ -1,0 +1,65 @@
+"""Rewards: anything that scores media for prompts. A plain Python function is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores media [B, 3, F, H, W] in [0, 1] for B prompts: [B], higher is better."""
+
+    name: str
+    differentiable: bool
+    space: Literal["pixel", "latent"]
+
+    def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A plain function (media, prompts) -> scores as a reward; it is called without gradients unless `differentiable`."""
+
+    function: Callable[[Tensor, Sequence[str]], Any]
+    name: str = "reward"
+    differentiable: bool = False
+    space: Literal["pixel", "latent"] = "pixel"
+
+    def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.as_tensor(self.function(media, prompts), dtype=torch.float32, device=media.device)
+
+
+def as_reward(reward: Reward | Callable[[Tensor, Sequence[str]], Any]) -> Reward:
+    """A reward as it is, a plain function wrapped as one."""
+    if isinstance(reward, Reward):
+        return reward
+    if callable(reward):
+        return FunctionReward(reward, name=reward.__name__ if hasattr(reward, "__name__") else type(reward).__name__)
+    raise ValueError(f"reward: {reward!r} is neither a Reward nor a function (media, prompts) -> scores")
+
+
+def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Scores [B], or a ValueError that names the reward and the first sample that it failed on."""
+    try:
+        scores = reward.score(media, prompts)
+    except Exception as error:
+        raise ValueError(
+            f"reward {reward.name!r} raised {type(error).__name__}: {error}. It was given media {tuple(media.shape)} in [0, 1] and "
+            f"{len(prompts)} prompts, the first {prompts[0]!r}; call it on such a batch by itself to find the cause"
+        ) from error
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != (len(prompts),):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"reward {reward.name!r} returned {got} for {len(prompts)} samples; it returns one number a sample, shape ({len(prompts)},)")
+    bad = (~scores.isfinite()).nonzero().flatten()
+    if len(bad):
+        i = int(bad[0])
+        raise ValueError(
+            f"reward {reward.name!r} returned {float(scores[i])} for {len(bad)} of {len(prompts)} samples, first for prompt {prompts[i]!r} "
+            f"(sample {i} of the batch); every score is a finite number"
+        )
+    return scores

@@ -1,0 +1,88 @@
+"""Probes: what the student makes of a fixed set of prompts and noise while it trains. They feed health checks and plots.
+
+A probe has its own generator, so a run with probes and one without go through the same numbers. It may look at the training
+reward and at the monitor, never at a held-out judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from instep.models.base import Family
+from instep.prediction import Denoiser
+from instep.rewards.base import Reward, checked_scores
+from instep.rollout import sample_few_step, sample_ode
+
+
+class Monitor(Protocol):
+    """A judge that training does not descend: figures of media [B, 3, F, H, W] for their prompts."""
+
+    def figures(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fixed set of prompts, each sampled `copies` times, from one seed."""
+
+    family: Family
+    prompts: tuple[str, ...]
+    copies: int = 4
+    seed: int = 1234
+    reward: Reward | None = None
+    monitor: Monitor | None = None
+
+    def student(self, denoiser: Denoiser, levels: Sequence[float]) -> tuple[dict[str, float], Tensor]:
+        """Figures of the student's samples, and the samples themselves (media)."""
+        return self._measure(lambda cond, noise, rng: sample_few_step(denoiser, cond, noise, levels, self.family.path, rng))
+
+    def teacher(self, denoiser: Denoiser, guidance: float, steps: int = 25) -> tuple[dict[str, float], Tensor]:
+        """The same figures of the many-step teacher: what ink, saturation and motion are compared with."""
+
+        def generate(cond, noise, rng):
+            null = self.family.null(len(noise))
+            return sample_ode(
+                denoiser, cond, null, noise, steps=steps, path=self.family.path, shift=self.family.shift, guidance=guidance
+            )
+
+        return self._measure(generate)
+
+    @torch.no_grad()
+    def _measure(self, generate: Callable[..., Tensor]) -> tuple[dict[str, float], Tensor]:
+        device = next(self.family.pretrained.parameters()).device
+        rng = torch.Generator(device).manual_seed(self.seed)
+        names = [prompt for prompt in self.prompts for _ in range(self.copies)]
+        noise = torch.randn(len(names), *self.family.latent_shape, generator=rng, device=device)
+        raw = self.family.decode(generate(self.family.encode(names), noise, rng))
+        media = raw.clamp(0, 1)
+        figures = {
+            "ink": float(media.mean()),
+            "saturation": float(((raw < -0.05) | (raw > 1.05)).float().mean()),
+            "motion": motion(media),
+            "diversity": diversity(media, self.copies),
+        }
+        if self.reward is not None:
+            figures["train_score"] = float(checked_scores(self.reward, media, names).mean())
+        if self.monitor is not None:
+            figures |= self.monitor.figures(media, names)
+        return figures, media
+
+
+def motion(media: Tensor) -> float:
+    """Mean absolute difference of consecutive frames, in [0, 1]; 0 for images."""
+    if media.ndim < 5 or media.shape[2] < 2:
+        return 0.0
+    return float((media[:, :, 1:] - media[:, :, :-1]).abs().mean())
+
+
+def diversity(media: Tensor, copies: int) -> float:
+    """Mean root-mean-square distance between samples of the same prompt, in [0, 1]; 0 means they are all the same."""
+    if copies < 2:
+        return 0.0
+    groups = media.flatten(1).reshape(-1, copies, media[0].numel())
+    distance = torch.cdist(groups, groups) / media[0].numel() ** 0.5
+    return float(distance.sum() / (len(groups) * copies * (copies - 1)))

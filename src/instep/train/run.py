@@ -1,0 +1,305 @@
+"""A run: the loop around `iteration`, its files, its checkpoints, and what happens when it is interrupted."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instep import __version__
+from instep.files import write_json
+from instep.models.base import Family
+from instep.rewards.base import Reward, as_reward, checked_scores
+from instep.train import checkpoint
+from instep.train.health import HealthMonitor
+from instep.train.log import RunLog
+from instep.train.probe import Monitor, Probe
+from instep.train.recipe import Recipe, describe
+from instep.train.setup import averaged, make_state
+from instep.train.source import Preferred, Source
+from instep.train.step import TrainState, iteration
+from instep.train.views import matching_views, save_samples, save_views, samples
+
+# decoding all samples of a large batch at once would need more memory than the student's own step
+DECODE_BATCH = 32
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is kept: `save_every` steps a checkpoint (the last `keep` stay), `probe_every` steps a probe, one `seed` for all."""
+
+    seed: int = 0
+    save_every: int = 25
+    probe_every: int = 20
+    keep: int = 2
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, roles and recipe; `student` is the exported pipeline's folder."""
+
+    out: Path
+    recipe: Recipe
+    family: Family
+    state: TrainState
+    student: Path
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; it is saved and goes on with the same command."""
+
+
+def train(
+    recipe: Recipe,
+    family: Family,
+    *,
+    out: Path | str,
+    prompts: Sequence[str],
+    reward: Reward | Callable[[Tensor, Sequence[str]], Any] | None = None,
+    monitor: Monitor | None = None,
+    preferred: Preferred | None = None,
+    start_from: Path | str | None = None,
+    options: RunOptions | None = None,
+    command: str = "",
+) -> Run:
+    """Trains `recipe` on `family` and exports the student; the same call goes on where an interrupted one stopped.
+
+    `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `preferred` are the real samples that pair recipes need;
+    `start_from` is another run whose roles this one begins with. Raises ValueError before training if something does not fit, and
+    `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
+    """
+    out, options = Path(out), options or RunOptions()
+    scored = as_reward(reward) if reward is not None else None
+    check_inputs(recipe, family, scored, preferred, prompts)
+    claim(out, recipe, family, options, prompts, start_from, command)
+    state = make_state(recipe, family, options.seed, scorer(family, scored), checkpointing=options.checkpointing)
+    source = Source(family, prompts, preferred, options.seed)
+    probe = Probe(family, tuple(dict.fromkeys(prompts))[:12], reward=scored, monitor=monitor)
+    loop = Loop(recipe, family, out, options, state, source, probe)
+    loop.restore(start_from)
+    loop.run()
+    from instep.export import ExportInfo, export_student  # diffusers' exporters are slow to import
+
+    with averaged(state.trained["student"]):
+        student = state.roles["student"]
+        info = ExportInfo(recipe=recipe.name, base_model=family.name, n_prompts=len(set(prompts)), seed=options.seed, command=command)
+        export_student(family, student, recipe.levels, out / "student", info)
+    return Run(out, recipe, family, state, out / "student")
+
+
+def scorer(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
+    """Reward of latents: decoded a few at a time, clamped to what a file would hold."""
+    if reward is None:
+        return None
+
+    @torch.no_grad()
+    def score(x: Tensor, prompts: Sequence[str]) -> Tensor:
+        parts = []
+        for start in range(0, len(x), DECODE_BATCH):
+            rows = slice(start, start + DECODE_BATCH)
+            parts.append(checked_scores(reward, family.decode(x[rows]).clamp(0, 1), prompts[rows]))
+        return torch.cat(parts)
+
+    return score
+
+
+def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, preferred: Preferred | None, prompts: Sequence[str]) -> None:
+    """Everything that would otherwise fail after minutes: missing parts, and a reward that does not work on one small batch."""
+    if not prompts:
+        raise ValueError("prompts: the list is empty; give at least one prompt")
+    for stage in recipe.stages:
+        if stage.needs_real and preferred is None:
+            raise ValueError(f"preferred: stage {stage.name!r} of {recipe.name} needs preferred samples; pass preferred=Preferred(prompts, latents)")
+        if stage.needs_reward and reward is None:
+            raise ValueError(f"reward: stage {stage.name!r} of {recipe.name} needs one; pass reward=, for example a function (media, prompts) -> scores")
+    if preferred is not None and tuple(preferred.latents.shape[1:]) != family.latent_shape:
+        raise ValueError(f"preferred: latents of shape {tuple(preferred.latents.shape[1:])} do not fit the model's {family.latent_shape}; encode them with family.encode_media")
+    if reward is not None:
+        pair = [prompts[0], prompts[-1]]
+        trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            checked_scores(reward, family.decode(trial.to(next(family.pretrained.parameters()).device)).clamp(0, 1), pair)
+
+
+def claim(
+    out: Path, recipe: Recipe, family: Family, options: RunOptions, prompts: Sequence[str], start_from: Path | str | None, command: str
+) -> None:
+    """Writes recipe.json, or makes sure that the folder holds this very run."""
+    import hashlib
+    import json
+
+    identity = {
+        "recipe": recipe.name,
+        "model": family.name,
+        "seed": options.seed,
+        "levels": list(recipe.levels),
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        "start_from": str(Path(start_from).resolve()) if start_from else None,
+        "config": json.loads(json.dumps(describe(recipe))),
+    }
+    file = out / "recipe.json"
+    if file.is_file():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        different = [key for key in identity if there.get(key) != identity[key]]
+        if different:
+            raise ValueError(
+                f"out: {out} holds another run (its {', '.join(different)} differ; it was {there['recipe']} with seed {there['seed']}); choose "
+                "another folder, or repeat that run's command to go on with it"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
+    else:
+        free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
+        needed = 3 * checkpoint_bytes(recipe, family)
+        if free < needed:
+            raise ValueError(
+                f"out: {free / 1e9:.1f} GB are free where {out} lies, and this run's checkpoints and export need about {needed / 1e9:.1f} GB; "
+                "free some space or choose another disk"
+            )
+        write_json(file, {"instep": __version__, "command": command, **identity})
+
+
+def checkpoint_bytes(recipe: Recipe, family: Family) -> int:
+    """Upper bound of one checkpoint: weights, two AdamW moments and an average in float32, for each trained role."""
+    parameters = sum(p.numel() for p in family.pretrained.parameters())
+    return sum(4 * parameters * (3 + (c.ema is not None)) for c in recipe.roles.values() if c.optim is not None)
+
+
+class Loop:
+    """The steps of one run, from wherever it stands to its end."""
+
+    def __init__(
+        self, recipe: Recipe, family: Family, out: Path, options: RunOptions, state: TrainState, source: Source, probe: Probe
+    ) -> None:
+        self.recipe, self.family, self.out, self.options = recipe, family, out, options
+        self.state, self.source, self.probe = state, source, probe
+        self.stop: str | None = None
+        self.reference: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Trains to the end; on SIGINT or SIGTERM finishes the iteration, saves and raises `Interrupted`."""
+        state, total = self.state, self.recipe.steps
+        if state.step >= total:
+            return
+        before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
+        log = RunLog(self.out, resume_step=state.step)
+        health = HealthMonitor(self.out, resume_step=state.step)
+        try:
+            with log.progress(total, initial=state.step):
+                if state.step == 0:
+                    self._probe(log, health, {"stage": "start"})
+                while state.step < total and self.stop is None:
+                    self._one(log, health)
+            if self.stop is not None and state.step < total:
+                self.save()
+                raise Interrupted(f"{self.stop}: saved at step {state.step} of {total} in {self.out}; the same command goes on from there")
+        finally:
+            log.close()
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _one(self, log: RunLog, health: HealthMonitor) -> None:
+        stage, progress = self.recipe.at(self.state.step)
+        cpu, wall = time.process_time(), time.perf_counter()
+        row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress)}
+        row |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+        step = self.state.step
+        if step % self.options.probe_every == 0 or step in self.recipe.stage_ends():
+            self._probe(log, health, row)
+        else:
+            log.row(step, row)
+            health.row(step, row)
+        if step % self.options.save_every == 0 or step in self.recipe.stage_ends():
+            self.save()
+
+    def _probe(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
+        if not self.reference:
+            self.reference = self._teacher_figures()
+        stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
+        with averaged(self.state.trained["student"]):
+            figures, _ = self.probe.student(self.state.roles["student"], self.recipe.levels)
+            if self.state.step in (0, *self.recipe.stage_ends()):
+                prompts = self.probe.prompts[:6]
+                views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)
+                save_views(self.out / "views", self.state.step, views, prompts)
+        teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
+        row |= {f"probe/{key}": value for key, value in figures.items()} | teacher
+        log.row(self.state.step, row)
+        for finding in health.row(self.state.step, row):
+            log.say(finding)
+
+    def _teacher_figures(self) -> dict[str, float]:
+        """The teacher's own figures on the probe's prompts: taken once and kept with the run."""
+        import json
+
+        file = self.out / "teacher_probe.json"
+        if not file.is_file():
+            figures, _ = self.probe.teacher(self.state.roles["teacher"], self.recipe.guidance)
+            write_json(file, figures)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def save(self) -> None:
+        state = self.state
+        checkpoint.save(
+            self.out / "checkpoints",
+            state.step,
+            {
+                "roles": {name: state.roles[name].state() for name in state.trained},
+                "optim": {name: checkpoint.optimizer_state(trained.optimizer) for name, trained in state.trained.items()},
+                "ema": {name: trained.ema for name, trained in state.trained.items() if trained.ema is not None},
+                "steps": {name: trained.steps for name, trained in state.trained.items()},
+                "rng": checkpoint.rng_state(state.rng),
+                "source": self.source.state(),
+                "step": state.step,
+            },
+            keep=self.options.keep,
+        )
+
+    def restore(self, start_from: Path | str | None) -> None:
+        """The newest whole checkpoint of this run; failing that, the roles of `start_from`."""
+        own = checkpoint.latest(self.out / "checkpoints")
+        if own is not None:
+            saved = checkpoint.load(own)
+            self._load_roles(saved)
+            checkpoint.restore_rng(self.state.rng, saved["rng"])
+            self.source.load_state(saved["source"])
+            self.state.step = int(saved["step"])
+        elif start_from is not None:
+            other = checkpoint.latest(Path(start_from) / "checkpoints")
+            if other is None:
+                raise ValueError(f"start_from: {start_from} holds no checkpoint; give the folder of a run that has at least one")
+            self._load_roles(checkpoint.load(other))
+
+    def _load_roles(self, saved: dict[str, Any]) -> None:
+        for name, trained in self.state.trained.items():
+            self.state.roles[name].load_state(saved["roles"][name])
+            checkpoint.load_optimizer_state(trained.optimizer, saved["optim"][name])
+            trained.steps = int(saved["steps"][name])
+            if trained.ema is not None:
+                trained.ema = {key: saved["ema"][name][key].clone() for key in trained.ema}
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stop is not None:
+            raise KeyboardInterrupt
+        self.stop = signal.Signals(number).name
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def final_samples(run: Run, prompts: Sequence[str], seed: int = 4321) -> None:
+    """Samples of teacher, naive teacher and student on the same prompts and noise, for the report."""
+    with averaged(run.state.trained["student"]):
+        save_samples(run.out, samples(run.state, run.recipe, run.family, prompts, seed), prompts, seed)

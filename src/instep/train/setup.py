@@ -1,0 +1,66 @@
+"""From a recipe and a family to the roles and optimisers of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from instep.models.base import Family
+from instep.roles import Backbone, Role
+from instep.train.recipe import Recipe
+from instep.train.step import Score, Trained, TrainState
+
+
+def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -> dict[str, Role]:
+    """Every role of the recipe. Adapters and the frozen teacher share the family's own network; other roles get a copy."""
+    shared = Backbone(family, family.pretrained, checkpointing=checkpointing)
+    made: dict[str, Role] = {}
+    for name, config in recipe.roles.items():
+        exits = len(recipe.levels) if config.exits else None
+        if config.lora is not None:
+            shared.add_adapter(name, config.lora)
+            made[name] = Role(name, shared, adapter=name, exits=exits)
+        elif config.optim is not None:
+            copy = Backbone(family, family.new_backbone().requires_grad_(True), checkpointing=checkpointing)
+            made[name] = Role(name, copy, exits=exits)
+        else:
+            made[name] = Role(name, shared, exits=exits)
+    return made
+
+
+def make_state(recipe: Recipe, family: Family, seed: int, score: Score | None, *, checkpointing: bool = False) -> TrainState:
+    """Roles, optimisers and the run's generator, all a function of the seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # adapters start from random numbers; the caller's own stream is left alone
+        roles = make_roles(recipe, family, checkpointing=checkpointing)
+    trained = {
+        name: Trained(roles[name].named_parameters(), config.optim, config.ema)
+        for name, config in recipe.roles.items()
+        if config.optim is not None
+    }
+    device = next(family.pretrained.parameters()).device
+    rng = torch.Generator(device).manual_seed(seed)
+    return TrainState(roles, trained, family.path, family.latent_shape, rng, score)
+
+
+@contextmanager
+def averaged(trained: Trained) -> Iterator[None]:
+    """The averaged weights in place of the live ones, for sampling and export; the live ones come back bit for bit."""
+    if trained.ema is None:
+        yield
+        return
+    live = {key: p.detach().clone() for key, p in trained.parameters.items()}
+    _fill(trained, trained.ema)
+    try:
+        yield
+    finally:
+        _fill(trained, live)
+
+
+@torch.no_grad()
+def _fill(trained: Trained, values: dict[str, Tensor]) -> None:
+    for key, p in trained.parameters.items():
+        p.copy_(values[key])

@@ -1,0 +1,132 @@
+"""Forces: units, signs and numbers worked by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from instep.forces.dm_align import Group, Pair, align_direction, group_factor
+from instep.levels import LevelSampler
+from instep.matching.force import DistributionMatching
+from instep.matching.operator import Displacements, Standard
+from instep.models.mixture import LabelCondition, labels
+from instep.paths import RectifiedFlow
+from instep.prediction import Prediction
+from instep.rollout import Point, Rollout
+from instep.terms import Batch, View, as_force
+
+F64 = torch.float64
+
+
+class Fixed(LevelSampler):
+    """Always the same level."""
+
+    def __call__(self, n, *, progress, t_exit, rng):
+        return torch.full((n,), 0.5, dtype=F64)
+
+
+class Linear:
+    """A denoiser whose estimate is scale * x_t + shift."""
+
+    def __init__(self, scale: float, shift: float = 0.0) -> None:
+        self.scale, self.shift, self.calls = scale, shift, []
+
+    def __call__(self, x_t, t, cond):
+        self.calls.append((x_t, t, cond))
+        x0 = self.scale * x_t + self.shift
+        return Prediction(x0, x0)
+
+
+def view(x: torch.Tensor, roles, *, group: int = 1, reward=None, advantage=None, real=None) -> View:
+    n = len(x)
+    point = Point(x, x, torch.full((n,), 0.25, dtype=F64), torch.zeros(n, dtype=torch.long))
+    cond = LabelCondition(label=torch.zeros(n, dtype=torch.long))
+    prompts = ("0",) * (n // group)
+    batch = Batch(prompts, labels(prompts), labels([""] * len(prompts)), real)
+    rollout = Rollout(cond, group, exit=point, final=point, reward=reward, advantage=advantage)
+    return View(roles, RectifiedFlow(), batch, 0.0, torch.Generator().manual_seed(0), rollout)
+
+
+def test_matching_force_is_autograd_of_the_surrogate() -> None:
+    """The force equals the gradient of mean over batch of 0.5 * mean over elements of (x - sg(x - g))^2, taken by autograd."""
+    x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
+    force = DistributionMatching(levels=Fixed(), guidance=1.0)
+    g = force.explain(view(x, {"teacher": Linear(0.7, 0.3), "fake": Linear(0.4)})).direction
+    live = x.clone().requires_grad_()
+    loss = (0.5 * (live - (live - g).detach()).square().flatten(1).mean(1)).mean()
+    (expected,) = torch.autograd.grad(loss, live)
+    torch.testing.assert_close(force(view(x, {"teacher": Linear(0.7, 0.3), "fake": Linear(0.4)})), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_matching_force_by_hand() -> None:
+    """Sign and scale: (x0_fake - x0_real) / mean|x - x0_real|; descending it moves x from the fake's to the teacher's estimate."""
+    x = torch.tensor([[1.0, 3.0]], dtype=F64)
+    seen = DistributionMatching(levels=Fixed()).explain(view(x, {"teacher": Linear(0.0, 2.0), "fake": Linear(0.0, -1.0)}))
+    # |x - 2| is 1 and 1, mean 1: direction is -1 - 2 = -3, the target lies 3 above x
+    torch.testing.assert_close(seen.direction, torch.full((1, 2), -3.0, dtype=F64))
+    torch.testing.assert_close(seen.target, x + 3)
+    # guidance: conditional 0, unconditional 0 (one denoiser): w does not matter where they agree
+    guided = DistributionMatching(levels=Fixed(), guidance=4.0).explain(view(x, {"teacher": Linear(0.0, 2.0), "fake": Linear(0.0, -1.0)}))
+    torch.testing.assert_close(guided.direction, seen.direction)
+    d = Displacements(real=torch.tensor([2.0]), fake=torch.tensor([5.0]))
+    assert Standard()(d, None).item() == -3.0
+
+
+def test_matching_force_survives_a_teacher_that_agrees() -> None:
+    x = torch.ones(2, 2, dtype=F64)
+
+    class Same(Linear):
+        def __call__(self, x_t, t, cond):
+            return Prediction(x[: len(x_t)], x[: len(x_t)])
+
+    g = DistributionMatching(levels=Fixed())(view(x, {"teacher": Same(0), "fake": Linear(0.0, 1.0)}))
+    assert g.isfinite().all() and g.abs().max() == 0
+
+
+def test_align_direction_by_hand() -> None:
+    x = torch.tensor([[0.0, 4.0]], dtype=F64)
+    estimate = torch.tensor([[1.0, 1.0]], dtype=F64)  # |x - estimate| is 1 and 3: mean 2
+    preferred = torch.tensor([[3.0, 0.0]], dtype=F64)
+    torch.testing.assert_close(align_direction(x, estimate, preferred), torch.tensor([[-1.0, 0.5]], dtype=F64))
+
+
+def test_pair_moves_toward_the_preferred_estimate_with_the_same_noise() -> None:
+    x, real = torch.zeros(3, 2, dtype=F64), torch.full((3, 2), 4.0, dtype=F64)
+    fake = Linear(0.5)
+    g = Pair(levels=Fixed())(view(x, {"fake": fake}, real=real))
+    ((x_t, t, _),) = fake.calls
+    own, other = x_t.chunk(2)
+    # same level and same noise: the two noised points differ by a(t) (x - x_plus) alone
+    torch.testing.assert_close(own - other, 0.5 * (x - real))
+    scale = (x - 0.5 * own).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(g, as_force(0.5 * (own - other) / scale))
+    assert (g < 0).all(), "descending a negative force raises x toward the preferred 4"
+
+
+@pytest.mark.parametrize(("sign", "factors"), [("pull", [0.0, 1.0]), ("signed", [-1.0, 1.0]), ("printed", [1.0, -1.0])])
+def test_group_sign(sign, factors) -> None:
+    """The best of two is the preferred one (top 1): the low sample's force points to it; what the high one gets depends on the sign."""
+    advantage = torch.tensor([1.0, -1.0], dtype=F64)
+    torch.testing.assert_close(group_factor(advantage, sign), torch.tensor(factors, dtype=F64))
+    x = torch.tensor([[2.0, 2.0], [0.0, 0.0]], dtype=F64)
+    fake = Linear(0.5)
+    g = Group(levels=Fixed(), top_n=1, sign=sign)(view(x, {"fake": fake}, group=2, reward=advantage, advantage=advantage))
+    ((x_t, _, cond),) = fake.calls
+    assert len(x_t) == 3 and len(cond) == 3, "two samples and one preferred mean"
+    low = 0.5 * (x_t[1] - x_t[2])  # estimate minus preferred estimate
+    torch.testing.assert_close(g[1], factors[1] * low / (x[1] - 0.5 * x_t[1]).abs().mean() / x.numel())
+    assert (g[1] < 0).all() == (factors[1] > 0), "a pull lowers the distance to the preferred sample at 2"
+    assert g[0].abs().max() == 0, "the best sample of a top-1 group is its own target"
+
+
+def test_group_mean_of_the_best_shares_noise_and_level() -> None:
+    x = torch.arange(8, dtype=F64).reshape(4, 2)
+    reward = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=F64)
+    fake = Linear(0.5)
+    Group(levels=Fixed(), top_n=2)(view(x, {"fake": fake}, group=4, reward=reward, advantage=reward - 1.5))
+    ((x_t, t, _),) = fake.calls
+    noise = 2 * x_t[:4] - x
+    torch.testing.assert_close(noise, noise[:1].expand(4, 2))
+    torch.testing.assert_close(2 * x_t[4] - noise[0], x[2:].mean(0))
+    with pytest.raises(ValueError, match="sign: 'other'"):
+        group_factor(reward, "other")
