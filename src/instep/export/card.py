@@ -1,0 +1,174 @@
+"""The model card: what the student is, how to run it, what was measured, and what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from instep.models import VideoSize
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """Where a student comes from, for its card.
+
+    base_model: hub id (owner/name) or the name of a bundled model. metrics: a row of metrics.json ({"name", "nfe", "n", "values": {key:
+    {"value", "se"}}}) or None. training_prompts: how many. size: the video size it was trained at. command: what reproduces it.
+    """
+
+    recipe: str
+    base_model: str
+    seed: int
+    command: str
+    instep_version: str
+    training_prompts: int
+    size: VideoSize
+    example_prompt: str
+    metrics: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the export found out about itself: differences are largest absolute differences of final latents, float32."""
+
+    sampler_difference: float
+    student_difference: float
+    comfyui_shift: float
+    comfyui_difference: float
+    comfyui_obstacle: str | None
+    lora: bool
+    dtype: str
+
+
+# above this a level is visibly another one: ComfyUI's rounding to thousandths stays below
+LEVELS_EQUAL = 5e-3
+
+
+def model_card(info: ExportInfo, levels: Sequence[float], measured: Measured) -> str:
+    """README.md in the hub's format: YAML front matter, then Markdown."""
+    n = len(levels)
+    sections = [
+        _front_matter(info, measured),
+        _head(info, n, measured),
+        _usage(info, levels, measured),
+        _measured(info, measured),
+        _comfyui(levels, measured),
+        _limits(info, levels),
+        _training(info, levels),
+    ]
+    return "\n".join(sections)
+
+
+def _head(info: ExportInfo, n: int, measured: Measured) -> str:
+    text = (
+        f"# {info.base_model.rpartition('/')[2]}, {n} step{'s' if n > 1 else ''} ({info.recipe})\n\n"
+        f"A {n}-step student of `{info.base_model}`, distilled with the recipe `{info.recipe}` of instep {info.instep_version}: "
+        f"{n} network evaluation{'s' if n > 1 else ''} a video, no guidance.\n"
+    )
+    if measured.lora:
+        text += "\n`lora.safetensors` is the same student as a LoRA on the base model (strength 1; diffusers and ComfyUI read it).\n"
+    return text
+
+
+def _training(info: ExportInfo, levels: Sequence[float]) -> str:
+    return (
+        f"## Training\n\n- recipe: `{info.recipe}`\n- prompts: {info.training_prompts}\n- seed: {info.seed}\n- levels: {list(levels)}\n"
+        f"- size: {info.size.height} x {info.size.width}, {info.size.frames} frames\n\n```\n{info.command}\n```\n"
+    )
+
+
+def _front_matter(info: ExportInfo, measured: Measured) -> str:
+    # a JSON string is a YAML string, and needs no quoting rules of its own
+    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-video"]
+    if info.base_model.count("/") == 1:
+        lines += [f"base_model: {json.dumps(info.base_model)}", "base_model_relation: finetune"]
+    lines += [
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in ("text-to-video", "distillation", "few-step", "instep", info.recipe)),
+    ]
+    if measured.lora:
+        lines.append("- lora")
+    return "\n".join([*lines, "---", ""])
+
+
+def _usage(info: ExportInfo, levels: Sequence[float], measured: Measured) -> str:
+    n, size = len(levels), info.size
+    return f"""## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import export_to_gif
+
+pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.{measured.dtype})  # "." is this folder; a hub id works too
+torch.manual_seed(0)  # not generator=: see below
+video = pipe(
+    {json.dumps(info.example_prompt)},
+    height={size.height}, width={size.width}, num_frames={size.frames},
+    num_inference_steps={n}, guidance_scale=1.0, output_type="pil",
+).frames[0]
+export_to_gif(video, "video.gif", fps=8)
+```
+
+- `num_inference_steps={n}` and `guidance_scale=1.0` must be given: the pipeline's own defaults are 50 and 5. The scheduler in this folder
+  yields the student's levels for {n} step{"s" if n > 1 else ""} and for no other number.
+- `torch.manual_seed(...)` makes a sample repeatable. A `generator=` alone does not: Wan pipelines do not pass it on to `scheduler.step`,
+  which draws the noise of every later step.
+"""
+
+
+def _measured(info: ExportInfo, measured: Measured) -> str:
+    text = (
+        "## Measured\n\n"
+        f"- Stock diffusers against the training library's sampler, same weights, same noise: largest difference of a latent "
+        f"{measured.sampler_difference:.1e} (float32).\n"
+        f"- This folder against the student in memory (weights in {measured.dtype} here): {measured.student_difference:.1e}.\n"
+    )
+    if info.metrics is None:
+        return text + "- Quality was not measured for this export.\n"
+    row = info.metrics
+    text += f"\n{row['name']}: {row['n']} samples, {row['nfe']} network evaluations a sample; value ± standard error.\n\n| metric | value |\n|---|---|\n"
+    for key, entry in row["values"].items():
+        se = entry.get("se")
+        text += f"| {key} | {entry['value']:.4g}{'' if se is None else f' ± {se:.2g}'} |\n"
+    return text
+
+
+def _comfyui(levels: Sequence[float], measured: Measured) -> str:
+    n = len(levels)
+    text = "## ComfyUI\n\n"
+    if measured.comfyui_obstacle:
+        return (
+            text
+            + f"ComfyUI cannot run this model: {measured.comfyui_obstacle}. `comfyui_workflow.json` shows the settings it would need.\n"
+        )
+    file = (
+        "put `lora.safetensors` into models/loras and the base model into models/diffusion_models"
+        if measured.lora
+        else "put `comfyui_diffusion_model.safetensors` (this student under the names ComfyUI reads) into models/diffusion_models"
+    )
+    if measured.comfyui_difference > LEVELS_EQUAL:
+        return text + (
+            f"No workflow is included: the levels {list(levels)} are not uniform-then-shifted, and scheduler `simple` would miss them by up to "
+            f"{measured.comfyui_difference:.2g} (at shift {measured.comfyui_shift:g}).\n"
+        )
+    exact = (
+        "equals" if measured.comfyui_difference < 1e-5 else f"differs by at most {measured.comfyui_difference:.1g} from"
+    )
+    return text + (
+        f"Drop `comfyui_workflow.json` on the window; {file}. The settings: ModelSamplingSD3 shift {measured.comfyui_shift:g}, sampler `lcm`, scheduler "
+        f"`simple`, {n} step{'s' if n > 1 else ''}, cfg 1. With them ComfyUI's list of levels {exact} the one this student was trained on. ComfyUI draws its "
+        "noise differently, so the same seed gives another video than diffusers. The workflow was generated, not run there.\n"
+    )
+
+
+def _limits(info: ExportInfo, levels: Sequence[float]) -> str:
+    n, size = len(levels), info.size
+    return f"""## Limits
+
+- Made for {n} step{"s" if n > 1 else ""} without guidance; a negative prompt does nothing at guidance 1.
+- Trained and checked at {size.height} x {size.width}, {size.frames} frames, on {info.training_prompts} prompts; other sizes and kinds of prompt were not tried.
+- The licence and the limits of its base model apply to it.
+"""

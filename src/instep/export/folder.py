@@ -1,0 +1,197 @@
+"""Writing a student as a complete diffusers pipeline folder, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, model_card
+from instep.export.comfyui import comfyui_shift, comfyui_state_dict, comfyui_workflow, runs_in_comfyui
+from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
+from instep.export.scheduler import few_step_scheduler
+from instep.export.verify import Sampler, our_sampler, smallest_size, verify_export
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+RECORD = "instep_export.json"
+COMFYUI_MODEL = "comfyui_diffusion_model.safetensors"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written; differences are largest absolute differences of final latents in float32 (see `verify_export`).
+
+    sampler_difference: stock diffusers against our sampler, both on the exported weights. student_difference: stock diffusers on the
+    exported weights against our sampler on the student in memory: sampler, merge and rounding to `dtype` together.
+    """
+
+    folder: Path
+    levels: tuple[float, ...]
+    sampler_difference: float
+    student_difference: float
+    comfyui_difference: float
+    lora_tensors: int
+    size_bytes: int
+
+
+def export_student(
+    pipeline: DiffusionPipeline,
+    levels: Sequence[float],
+    out: Path,
+    info: ExportInfo,
+    *,
+    lora: nn.Module | None = None,
+    adapter: str = "student",
+    dtype: torch.dtype | None = None,
+    ours: Sampler | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA file and ComfyUI workflow; then checks it.
+
+    pipeline: a WanPipeline around the student (its other parts are saved too; nothing in it is changed). lora: the module that carries
+    the PEFT adapter `adapter`; then the folder's transformer is that module with the adapter merged. dtype: float16, float32 or None to
+    keep. ours: the training-side sampler to compare with, at info.size (None: our sampler around the weights in memory, at a small size).
+    The folder appears at once, complete, or not at all. Raises ValueError if `out` holds something that is not an earlier export and
+    `overwrite` is not set, if the levels cannot be represented, or for a pipeline with two transformers.
+    """
+    out, levels = Path(out), tuple(float(t) for t in levels)
+    if dtype not in (torch.float16, torch.float32, None):
+        raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
+    if "transformer_2" in pipeline.components and pipeline.components["transformer_2"] is not None:
+        raise ValueError(
+            "pipeline: it has two transformers (Wan 2.2's experts), one student cannot stand for both; export each expert's pipeline alone"
+        )
+    _check_target(out, overwrite)
+    scheduler = few_step_scheduler(levels)
+    student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
+    exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=scheduler, dtype=dtype)
+    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        exported.save_pretrained(temporary, safe_serialization=True)
+        keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
+        (temporary / RECORD).write_text(
+            json.dumps({"instep": info.instep_version, "levels": levels, "info": asdict(info)}, indent=2)
+        )
+        size = info.size if ours else smallest_size(pipeline)
+        in_memory = ours or our_sampler(pipeline, student if lora is None else lora, levels, size)
+        with nullcontext() if lora is None else adapter_active(lora, adapter):
+            student_difference = verify_export(temporary, in_memory, size=size)
+        shift, off = comfyui_shift(levels)
+        measured = Measured(
+            sampler_difference=verify_export(temporary, levels, size=size),
+            student_difference=student_difference,
+            comfyui_shift=shift, comfyui_difference=off, comfyui_obstacle=runs_in_comfyui(pipeline), lora=lora is not None,
+            dtype=str(exported.transformer.proj_out.weight.dtype).removeprefix("torch."),
+        )  # fmt: skip
+        _write_comfyui(temporary, exported.transformer, levels, info, measured)
+        (temporary / "README.md").write_text(model_card(info, levels, measured))
+        size_bytes = _sync(temporary)
+        _swap(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return ExportReport(
+        out, levels, measured.sampler_difference, measured.student_difference, off, len(keys), size_bytes
+    )
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not empty and not overwrite and not (out / RECORD).is_file():
+        raise ValueError(
+            f"out: {out} exists and is not an earlier export; allowed: a new path, an earlier export; choose another or pass overwrite=True"
+        )
+
+
+def _plain(transformer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy without hooks and with stock attention, in `dtype`."""
+    if any(".lora_" in key for key in transformer.state_dict()):
+        raise ValueError(
+            "pipeline: its transformer carries LoRA layers, which are not weights of a pipeline; pass that module as lora="
+        )
+    return _cast(
+        plain_copy(transformer, {key: value.detach().clone() for key, value in transformer.state_dict().items()}), dtype
+    )
+
+
+def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """`module` itself, its parameters in `dtype` except those that its class wants in float32 (norms, time embedding: they are small)."""
+    keep = type(module)._keep_in_fp32_modules or ()
+    for name, parameter in module.named_parameters():
+        if dtype is not None and not any(part in name.split(".") for part in keep):
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def _with_parts(
+    pipeline: DiffusionPipeline, *, transformer: nn.Module, scheduler: Any, dtype: torch.dtype | None
+) -> DiffusionPipeline:
+    parts = {**pipeline.components, "transformer": transformer, "scheduler": scheduler}
+    if dtype is not None:
+        for name in ("vae", "text_encoder"):
+            parts[name] = _cast(copy.deepcopy(parts[name]), dtype)
+    # what is configuration and not a component: Wan's expand_timesteps, boundary_ratio
+    options = {
+        key: pipeline.config[key]
+        for key in inspect.signature(type(pipeline)).parameters
+        if key not in parts and key in pipeline.config
+    }
+    return type(pipeline)(**parts, **options)
+
+
+def _write_comfyui(
+    folder: Path, transformer: nn.Module, levels: Sequence[float], info: ExportInfo, measured: Measured
+) -> None:
+    from safetensors.torch import save_file
+
+    if not measured.lora and measured.comfyui_obstacle is None:
+        save_file(comfyui_state_dict(transformer), folder / COMFYUI_MODEL, metadata={"format": "pt"})
+    if measured.comfyui_difference > LEVELS_EQUAL:
+        return
+    model = f"{info.base_model.rpartition('/')[2]}.safetensors" if measured.lora else COMFYUI_MODEL
+    graph = comfyui_workflow(
+        levels, info.size, info.example_prompt, model, "lora.safetensors" if measured.lora else None, info.seed
+    )
+    (folder / "comfyui_workflow.json").write_text(json.dumps(graph, indent=2))
+
+
+def _sync(folder: Path) -> int:
+    """Everything in `folder` to the disk; returns its size in bytes."""
+    size = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            size += path.stat().st_size
+    return size
+
+
+def _swap(temporary: Path, out: Path) -> None:
+    """`temporary` in place of `out`; an earlier folder is moved aside first and comes back if the rename fails."""
+    aside = out.parent / f".{out.name}.old-{os.getpid()}"
+    if out.exists():
+        os.replace(out, aside)
+    try:
+        os.replace(temporary, out)
+    except BaseException:
+        if aside.exists():
+            os.replace(aside, out)
+        raise
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    elif aside.exists():
+        aside.unlink()

@@ -1,0 +1,91 @@
+"""A stock diffusers scheduler that runs a student's levels: no custom code where the student is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from instep.levels import check_levels
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+# in a student's own arithmetic (float32) levels nearer than this are the same level
+TOLERANCE = 1e-6
+NUDGES = 40
+
+
+def few_step_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler whose `set_timesteps(len(levels))` gives exactly `levels`, and which re-noises between them.
+
+    levels: 1 = t_1 > ... > t_n > 0. Uniform-then-shifted lists fit, so does a list of up to 3 levels (unless the second all but touches 1 or 0).
+    Raises ValueError for a list that this class cannot produce; whether it can is tried, not assumed (tolerance 1e-6).
+    It serves n steps only: another number of steps gives levels the student was not trained on.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    check_levels(levels)
+    n = len(levels)
+    shift, terminal = solve_shift(levels)
+    wanted = torch.tensor(levels, dtype=torch.float32)
+    best: tuple[float, FlowMatchEulerDiscreteScheduler] | None = None
+    # one float32 unit of a level is 1e-6 in a sample: among shifts nearer than any training can tell, take the bit-equal one
+    for nudge in sorted(range(-NUDGES, NUDGES + 1), key=abs):
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            shift=shift * (1 + nudge * 2e-8), shift_terminal=terminal, stochastic_sampling=True
+        )
+        scheduler.set_timesteps(n)
+        off = float((scheduler.sigmas[:-1] - wanted).abs().sum())
+        if best is None or off < best[0]:
+            best = off, scheduler
+        if not off > 0:
+            break
+    assert best is not None
+    scheduler = best[1]
+    got = scheduler.sigmas[:-1].double()
+    error = max_error(got, levels)
+    # not <=: a NaN must not pass
+    if not error <= TOLERANCE:
+        nearest = [round(v, 6) for v in got.tolist()]
+        raise ValueError(
+            f"levels: {list(levels)} cannot be represented by FlowMatchEulerDiscreteScheduler (nearest {nearest}, off by {error:.2g}); "
+            "allowed: uniform levels moved by one timestep shift, or a list of up to 3 levels whose second is not next to 1 or 0; "
+            "train with instep.levels.few_step_levels(n, shift)"
+        )
+    return scheduler
+
+
+def max_error(got: Tensor, levels: Sequence[float]) -> float:
+    return float((got - torch.tensor(levels, dtype=torch.float64)).abs().max())
+
+
+def solve_shift(levels: Sequence[float]) -> tuple[float, float | None]:
+    """The class's (shift, shift_terminal) for which a middle level and the last one come out right.
+
+    `set_timesteps` takes n points from 1 down to m (the shifted 1/1000), shifts them by s, and stretches 1 - sigma so that the last
+    is T. For level j (from 0), r = (1 - t_j) / (1 - T) and k = j / (n - 1), that asks for s = 1 / (1 - a / (1 - m)) with
+    a = (k - r) / (k (1 - r)): a fixed point, because m depends on s. The j with r nearest 1/2 is the least sensitive to rounding.
+    """
+    n = len(levels)
+    if n == 1:
+        # the stretch would be 0 / 0; without it the one level is 1
+        return 1.0, None
+    if n == 2:
+        return 1.0, float(levels[-1])
+    r, j = min(
+        (((1 - t) / (1 - levels[-1]), j) for j, t in enumerate(levels[1:-1], 1)), key=lambda pair: abs(pair[0] - 0.5)
+    )
+    k = j / (n - 1)
+    a = (k - r) / (k * (1 - r))
+    shift = 1.0
+    for _ in range(100):
+        m = shift * 1e-3 / (1 + (shift - 1) * 1e-3)
+        denominator = 1 - a / (1 - m)
+        if denominator <= 0:
+            # no positive shift exists; the caller's trial then reports how far off the nearest list is
+            break
+        shift = 1 / denominator
+    return shift, float(levels[-1])
