@@ -1,0 +1,62 @@
+"""The Wan VAE without its clamp: what `WanPipeline` does between latents and media, but differentiable everywhere.
+
+`AutoencoderKLWan.decode` clamps to [-1, 1], so no gradient passes wherever a video is black or white. The functions here repeat diffusers'
+`_encode` and `_decode` (frame by frame, with the causal feature cache) and leave that clamp out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+
+def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's latents from its config, [1, C, 1, 1, 1]."""
+    mean, std = (torch.tensor(v).to(like).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return mean, std
+
+
+def normalise(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
+    """VAE latents z [B, C, F, H, W] to the unit-scale latents x the transformer sees."""
+    mean, std = _statistics(vae, z)
+    return (z - mean) / std
+
+
+def denormalise(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
+    """The inverse of `normalise`."""
+    mean, std = _statistics(vae, x)
+    return x * std + mean
+
+
+def decode_unclamped(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
+    """VAE latents z [B, C, f, h, w] to videos [B, 3, F, H, W], nominally in [-1, 1]; `vae.decode` is this, clamped.
+
+    Gradients flow to z and to the VAE's weights. Tiling and slicing are not used.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    vae.clear_cache()
+    z = vae.post_quant_conv(z)
+    frames = []
+    for i in range(z.shape[2]):
+        vae._conv_idx = [0]
+        first = {"first_chunk": True} if i == 0 else {}
+        frames.append(vae.decoder(z[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, **first))
+    vae.clear_cache()
+    video = torch.cat(frames, 2)
+    return video if vae.config.patch_size is None else unpatchify(video, patch_size=vae.config.patch_size)
+
+
+def encode_latents(vae: AutoencoderKLWan, media: Tensor) -> Tensor:
+    """Media [B, 3, F, H, W] in [0, 1] to normalised latents x [B, C, f, h, w]: the posterior's mean."""
+    return normalise(vae, vae.encode(media * 2 - 1).latent_dist.mode())
+
+
+def decode_latents(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
+    """Normalised latents x [B, C, f, h, w] to media [B, 3, F, H, W], nominally in [0, 1] but not clamped."""
+    return decode_unclamped(vae, denormalise(vae, x)) / 2 + 0.5

@@ -1,0 +1,1 @@
+"""Rewards: one file a reward, each gives `score(media, prompts) -> [B]`, higher is better."""
