@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from instep.models import VideoSize
 from instep.paths import Path
 from instep.prediction import Condition, Parameterisation
 
@@ -15,6 +16,9 @@ class Family(Protocol):
     """A pretrained pipeline seen through what training needs. Latents x [B, C, (F,) H, W]; media [B, 3, (F,) H, W] in [0, 1]."""
 
     name: str
+    source: str
+    size: VideoSize
+    pipe: Any
     path: Path
     parameterisation: Parameterisation
     latent_shape: tuple[int, ...]

@@ -64,8 +64,9 @@ class WanFamily:
     parameterisation = "velocity"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
-    def __init__(self, pipe: Any, size: VideoSize, name: str = "wan") -> None:
-        self.pipe, self.size, self.name = pipe, size, name
+    def __init__(self, pipe: Any, size: VideoSize, name: str = "wan", source: str = "") -> None:
+        """`source` is where the pipeline was loaded from, for the run's record."""
+        self.pipe, self.size, self.name, self.source = pipe, size, name, source
         self.shift = float(pipe.scheduler.config.get("flow_shift") or pipe.scheduler.config.get("shift") or 1.0)
         spatial, temporal = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
         if size.height % (2 * spatial) or size.width % (2 * spatial) or (size.frames - 1) % temporal:
@@ -84,7 +85,7 @@ class WanFamily:
         """From a diffusers folder, in float32, offline."""
         from diffusers import WanPipeline
 
-        return cls(WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True), size, name)
+        return cls(WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True), size, name, str(folder))
 
     @property
     def pretrained(self) -> nn.Module:

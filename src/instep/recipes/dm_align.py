@@ -7,7 +7,6 @@ from typing import Literal
 from instep.forces.dm_align import Group, Pair, Sign
 from instep.levels import Uniform, few_step_levels
 from instep.recipes.dmd2 import FAKE, STUDENT, denoising, matching, roles
-from instep.roles import LoRA
 from instep.terms import Force
 from instep.train.recipe import FewStep, Optim, Recipe, Stage
 
@@ -31,7 +30,7 @@ def _joint(
     student: Optim,
     fake: Optim,
     ema: float | None,
-    lora: LoRA | None,
+    lora_rank: int | None,
 ) -> Recipe:
     """A distillation-only stage, then matching and alignment together with weights that sum to one."""
     levels = few_step_levels(steps, shift)
@@ -39,7 +38,7 @@ def _joint(
     first = Stage("distil", distil, batch, (matching(guidance, shift),), critics, FewStep(levels))
     terms = (matching(guidance, shift, 1 - weight), align)
     second = Stage("align", iterations, batch, terms, critics, FewStep(levels, through), group=group)
-    made = roles(student, fake, lora=lora, ema=ema, condition_on_exit=condition_on_exit)
+    made = roles(student, fake, lora_rank=lora_rank, ema=ema, condition_on_exit=condition_on_exit)
     return Recipe(name, levels, made, (first, second), guidance)
 
 
@@ -62,7 +61,7 @@ def dm_align_group(
     student: Optim = STUDENT,
     fake: Optim = FAKE,
     ema: float | None = 0.95,
-    lora: LoRA | None = None,
+    lora_rank: int | None = None,
 ) -> Recipe:
     """Distil and align with a reward: DM-Align (Group), from prompts alone.
 
@@ -84,13 +83,13 @@ def dm_align_group(
         student: AdamW of the student.
         fake: AdamW of the fake.
         ema: decay of the averaged student that is exported; None exports the student itself.
-        lora: train adapters on one shared backbone instead of full copies.
+        lora_rank: train adapters of this rank on one shared backbone instead of full copies.
     """
     align = Group(weight=weight, top_n=top_n, sign=sign, levels=Uniform(shift=shift))
     return _joint(
         "dm-align-group", align, group=group, steps=steps, distil=distil, iterations=iterations, batch=batch, weight=weight,
         guidance=guidance, shift=shift, critic_updates=critic_updates, reuse=reuse, condition_on_exit=condition_on_exit,
-        through=through, student=student, fake=fake, ema=ema, lora=lora,
+        through=through, student=student, fake=fake, ema=ema, lora_rank=lora_rank,
     )  # fmt: skip
 
 
@@ -110,7 +109,7 @@ def dm_align_pair(
     student: Optim = STUDENT,
     fake: Optim = FAKE,
     ema: float | None = 0.95,
-    lora: LoRA | None = None,
+    lora_rank: int | None = None,
 ) -> Recipe:
     """Distil and align with preferred real samples: DM-Align (Pair).
 
@@ -129,11 +128,11 @@ def dm_align_pair(
         student: AdamW of the student.
         fake: AdamW of the fake.
         ema: decay of the averaged student that is exported; None exports the student itself.
-        lora: train adapters on one shared backbone instead of full copies.
+        lora_rank: train adapters of this rank on one shared backbone instead of full copies.
     """
     align = Pair(weight=weight, levels=Uniform(shift=shift))
     return _joint(
         "dm-align-pair", align, group=1, steps=steps, distil=distil, iterations=iterations, batch=batch, weight=weight,
         guidance=guidance, shift=shift, critic_updates=critic_updates, reuse=reuse, condition_on_exit=condition_on_exit,
-        through=through, student=student, fake=fake, ema=ema, lora=lora,
+        through=through, student=student, fake=fake, ema=ema, lora_rank=lora_rank,
     )  # fmt: skip

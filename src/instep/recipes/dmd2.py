@@ -13,8 +13,9 @@ STUDENT = Optim(2e-4)
 FAKE = Optim(4e-4)
 
 
-def roles(student: Optim, fake: Optim, *, lora: LoRA | None, ema: float | None, condition_on_exit: bool) -> dict[str, RoleConfig]:
-    """Student and fake are trained, the teacher is frozen; with `lora` all three share one backbone."""
+def roles(student: Optim, fake: Optim, *, lora_rank: int | None, ema: float | None, condition_on_exit: bool) -> dict[str, RoleConfig]:
+    """Student and fake are trained, the teacher is frozen; with a LoRA rank all three share one backbone."""
+    lora = None if lora_rank is None else LoRA(lora_rank, float(lora_rank))
     return {
         "student": RoleConfig(student, lora, ema=ema),
         "fake": RoleConfig(fake, lora, exits=condition_on_exit),
@@ -45,7 +46,7 @@ def dmd2(
     student: Optim = STUDENT,
     fake: Optim = FAKE,
     ema: float | None = 0.95,
-    lora: LoRA | None = None,
+    lora_rank: int | None = None,
     accumulate: int = 1,
 ) -> Recipe:
     """Distil only: match the teacher's distribution in a few steps.
@@ -62,7 +63,7 @@ def dmd2(
         student: AdamW of the student.
         fake: AdamW of the fake.
         ema: decay of the averaged student that is exported; None exports the student itself.
-        lora: train adapters on one shared backbone instead of full copies.
+        lora_rank: train adapters of this rank on one shared backbone instead of full copies.
         accumulate: micro-batches a student update.
     """
     levels = few_step_levels(steps, shift)
@@ -75,5 +76,5 @@ def dmd2(
         FewStep(levels),
         accumulate=accumulate,
     )
-    made = roles(student, fake, lora=lora, ema=ema, condition_on_exit=condition_on_exit)
+    made = roles(student, fake, lora_rank=lora_rank, ema=ema, condition_on_exit=condition_on_exit)
     return Recipe("dmd2", levels, made, (stage,), guidance)

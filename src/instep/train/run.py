@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import signal
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from instep import __version__
 from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, as_reward, checked_scores
+from instep.roles import Role
+from instep.rollout import sample_few_step
 from instep.train import checkpoint
 from instep.train.health import HealthMonitor
 from instep.train.log import RunLog
@@ -26,7 +29,10 @@ from instep.train.recipe import Recipe, describe
 from instep.train.setup import averaged, make_state
 from instep.train.source import Preferred, Source
 from instep.train.step import TrainState, iteration
-from instep.train.views import matching_views, save_samples, save_views, samples
+from instep.train.views import matching_views, samples, save_samples, save_views
+
+if TYPE_CHECKING:
+    from instep.export import ExportReport
 
 # decoding all samples of a large batch at once would need more memory than the student's own step
 DECODE_BATCH = 32
@@ -87,13 +93,44 @@ def train(
     loop = Loop(recipe, family, out, options, state, source, probe)
     loop.restore(start_from)
     loop.run()
+    with averaged(state.trained["student"]):
+        export_role(
+            state.roles["student"], family, recipe.levels, out / "student", recipe=recipe.name, seed=options.seed,
+            prompts=len(set(prompts)), example=prompts[0], command=command,
+        )  # fmt: skip
+    return Run(out, recipe, family, state, out / "student")
+
+
+def export_role(
+    student: Role,
+    family: Family,
+    levels: Sequence[float],
+    to: Path,
+    *,
+    recipe: str,
+    seed: int,
+    prompts: int,
+    example: str,
+    command: str,
+    dtype: torch.dtype | None = None,
+) -> ExportReport:
+    """A student role as a stock pipeline folder, checked there against the sampler that trained it."""
     from instep.export import ExportInfo, export_student  # diffusers' exporters are slow to import
 
-    with averaged(state.trained["student"]):
-        student = state.roles["student"]
-        info = ExportInfo(recipe=recipe.name, base_model=family.name, n_prompts=len(set(prompts)), seed=options.seed, command=command)
-        export_student(family, student, recipe.levels, out / "student", info)
-    return Run(out, recipe, family, state, out / "student")
+    info = ExportInfo(
+        recipe=recipe, base_model=family.name, seed=seed, command=command, instep_version=__version__, training_prompts=prompts,
+        size=family.size, example_prompt=example,
+    )  # fmt: skip
+    module = student.backbone.module
+
+    @torch.no_grad()
+    def ours(names: Sequence[str], rng: torch.Generator) -> Tensor:
+        noise = torch.randn(len(names), *family.latent_shape, generator=rng, device=rng.device)
+        return sample_few_step(student, family.encode(names), noise, levels, family.path, rng)
+
+    if student.adapter is None:
+        return export_student(family.pipeline(module), levels, to, info, dtype=dtype, ours=ours)
+    return export_student(family.pipe, levels, to, info, lora=module, adapter=student.adapter, dtype=dtype, ours=ours)
 
 
 def scorer(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
@@ -165,7 +202,15 @@ def claim(
                 f"out: {free / 1e9:.1f} GB are free where {out} lies, and this run's checkpoints and export need about {needed / 1e9:.1f} GB; "
                 "free some space or choose another disk"
             )
-        write_json(file, {"instep": __version__, "command": command, **identity})
+        about = {
+            "instep": __version__,
+            "command": command,
+            "model_path": family.source,
+            "size": dataclasses.asdict(family.size),
+            "prompt_count": len(set(prompts)),
+            "example_prompt": prompts[0],
+        }
+        write_json(file, {**about, **identity})
 
 
 def checkpoint_bytes(recipe: Recipe, family: Family) -> int:

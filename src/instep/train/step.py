@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from instep.advantage import constant_groups, group_advantage
 from instep.paths import Path
 from instep.prediction import Denoiser
-from instep.rollout import Rollout, draw_exits, rollout_few_step
+from instep.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
 from instep.terms import Batch, Force, View
 from instep.train.recipe import Optim, Stage
 
@@ -139,8 +139,10 @@ def relive(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout 
     """The stored rollout with its live points predicted again by the present student: for a second inner epoch."""
     if rollout is None:
         return None
-    points = {where: rollout.point(where).predicted_again(state.roles["student"], rollout.cond) for where in stage.live}
-    return replace(rollout, **points)
+    def again(where: Where, point: Point | None) -> Point | None:
+        return point.predicted_again(state.roles["student"], rollout.cond) if point and where in stage.live else point
+
+    return replace(rollout, exit=again("exit", rollout.exit), final=again("final", rollout.final))
 
 
 def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
@@ -149,7 +151,7 @@ def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
     log_forces(forces, view, log)
     points, gradients = [], []
     for where in sorted(stage.live):
-        total = sum(force.weight * g for force, g in forces if force.on == where)
+        total = torch.stack([force.weight * g for force, g in forces if force.on == where]).sum(0)
         points.append(view.samples.point(where).x)
         gradients.append((scale * total).to(points[-1]))
     if points:

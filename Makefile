@@ -1,0 +1,34 @@
+# Two commands for a newcomer, each does all of its own set-up: `make demo` and `make test`.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test lint types results clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "instep: installing into $(VENV) (a few minutes the first time)"
+	$(PYTHON) -c 'import sys; sys.exit("instep needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[eval,tensorboard,dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## distil and align the bundled model; before/after table and report.html
+	$(BIN)/instep train dm-align-group --out runs/demo
+
+test: $(STAMP) lint types  ## everything CI runs
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests benchmarks
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+results: $(STAMP)  ## regenerates docs/results.md from what the benchmarks wrote
+	$(BIN)/python benchmarks/results.py
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,199 @@
+"""The command line. Each command imports what it needs when it runs, so `instep --help` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+USAGE = """instep: few-step diffusion models, distilled and aligned in one training loop
+
+  instep train RECIPE        distil and align; resumes if the folder holds the same run
+  instep sample DIR          samples of a run, an exported student or a pipeline folder
+  instep eval DIR...         measure runs against the teacher and naive sampling
+  instep report DIR... -o F  one self-contained HTML page
+  instep export DIR --to D   the student as a stock diffusers folder
+  instep recipes             what can be trained
+  instep plan RECIPE         memory and time, before anything runs
+  instep pretrain moving-digits   rebuild the bundled model from raw digits
+
+Begin with:  instep train dm-align-group --out runs/first
+Help on one: instep train RECIPE --help
+"""
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Where the run goes and what it runs on."""
+
+    out: Path | None = None
+    """Folder of the run; default runs/RECIPE-SEED. The same command on the same folder goes on where it stopped."""
+    model: str = "moving-digits"
+    """The bundled moving-digits, or the path of a diffusers pipeline folder."""
+    prompts: Path | None = None
+    """Text file, one prompt a line (or JSON lines with a "prompt"); default: the bundled model's own."""
+    reward: str | None = None
+    """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); default: the bundled model's training judge."""
+    seed: int = 0
+    """One seed for everything; the same seed and thread count give the same weights."""
+    threads: int | None = None
+    """CPU threads; default: all cores."""
+    start_from: Path | None = None
+    """Another run whose student and critics this one begins with."""
+    size: tuple[int, int, int] | None = None
+    """Height, width and frames of the videos; default: 480 832 81, and 48 48 9 for moving-digits."""
+    save_every: int = 25
+    """Steps between checkpoints."""
+    probe_every: int = 20
+    """Steps between probes (samples that feed the health checks and plots)."""
+    checkpointing: bool = False
+    """Activation checkpointing: less memory, one more forward pass."""
+    evaluate: bool = True
+    """Measure the student against teacher and naive sampling at the end (moving-digits), and write the report."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status. What a user got wrong is one line on stderr, not a traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands = {
+        "train": _train, "sample": _sample, "eval": _eval, "report": _report, "export": _export, "recipes": _recipes, "plan": _plan,
+        "pretrain": _pretrain,
+    }  # fmt: skip
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if args[0] == "--version":
+        from instep import __version__
+
+        print(__version__)
+        return 0
+    if args[0] not in commands:
+        print(f"error: command {args[0]!r} is not known; allowed: {', '.join(commands)}", file=sys.stderr)
+        return 2
+    try:
+        return commands[args[0]](args[1:]) or 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("INSTEP_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(kind: Any, args: Sequence[str], command: str, description: str | None = None) -> Any:
+    import tyro
+
+    return tyro.cli(kind, args=list(args), prog=f"instep {command}", description=description)
+
+
+def _recipe_args(name: str, args: Sequence[str], command: str, options: type) -> tuple[Any, Any]:
+    """The recipe with its overrides, and the command's own options: the recipe function's parameters are options too."""
+    import tyro
+
+    from instep.recipes import find
+
+    function = find(name)
+    fields = [
+        ("recipe", Annotated[Any, tyro.conf.arg(name="", constructor=function)]),
+        ("options", Annotated[options, tyro.conf.arg(name="")]),  # type: ignore[valid-type]
+    ]
+    parsed = _parse(dataclasses.make_dataclass("Args", fields), args, f"{command} {name}", function.__doc__)
+    return parsed.recipe, parsed.options
+
+
+def _name_of(args: Sequence[str], command: str) -> str:
+    from instep.recipes import NAMES
+
+    if not args or args[0].startswith("-"):
+        raise ValueError(f"recipe: none was given; write `instep {command} RECIPE`, one of {', '.join(NAMES)}")
+    return args[0]
+
+
+def _train(args: Sequence[str]) -> int:
+    name = _name_of(args, "train")
+    recipe, options = _recipe_args(name, args[1:], "train", TrainArgs)
+    from instep.commands.train import train_command
+
+    return train_command(recipe, options, "instep train " + shlex.join(args))
+
+
+def _recipes(args: Sequence[str]) -> int:
+    import inspect
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from instep.recipes import NAMES, find
+
+    table = Table("recipe", "what it does", "stages (default steps)")
+    for name in NAMES:
+        function = find(name)
+        stages = ", ".join(f"{stage.name} ({stage.steps})" for stage in function().stages)
+        table.add_row(name, (inspect.getdoc(function) or "").split("\n")[0], stages)
+    Console().print(table)
+    Console().print("Options of one: instep train RECIPE --help", highlight=False)
+    return 0
+
+
+@dataclass(frozen=True)
+class PretrainArgs:
+    """Rebuild the bundled model from raw digits, seeded."""
+
+    out: Path = Path("moving-digits")
+    """Where the pipeline folder goes; an interrupted rebuild of the same seed goes on."""
+    seed: int = 0
+    """Seed of every part."""
+    threads: int = 2
+    """CPU threads."""
+
+
+def _pretrain(args: Sequence[str]) -> int:
+    from instep.models import MOVING_DIGITS
+
+    if not args or args[0] != MOVING_DIGITS:
+        raise ValueError(f"model: {args[0] if args else 'none'} cannot be pretrained; allowed: {MOVING_DIGITS}")
+    options = _parse(PretrainArgs, args[1:], f"pretrain {MOVING_DIGITS}")
+    from instep.pretrain.moving_digits import pretrain_moving_digits
+
+    pretrain_moving_digits(options.out, options.seed, options.threads)
+    return 0
+
+
+def _sample(args: Sequence[str]) -> int:
+    from instep.commands.sample import SampleArgs, sample_command
+
+    return sample_command(_parse(SampleArgs, args, "sample"))
+
+
+def _eval(args: Sequence[str]) -> int:
+    from instep.commands.evaluate import EvalArgs, eval_command
+
+    return eval_command(_parse(EvalArgs, args, "eval"))
+
+
+def _report(args: Sequence[str]) -> int:
+    from instep.commands.evaluate import ReportArgs, report_command
+
+    return report_command(_parse(ReportArgs, args, "report"))
+
+
+def _export(args: Sequence[str]) -> int:
+    from instep.commands.export import ExportArgs, export_command
+
+    return export_command(_parse(ExportArgs, args, "export"))
+
+
+def _plan(args: Sequence[str]) -> int:
+    name = _name_of(args, "plan")
+    from instep.commands.plan import PlanArgs, plan_command
+
+    recipe, options = _recipe_args(name, args[1:], "plan", PlanArgs)
+    return plan_command(recipe, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""`instep export`: the student of a run, from its newest checkpoint, as a stock diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from instep.models import MOVING_DIGITS, VideoSize, load
+from instep.models.base import Family
+from instep.models.wan import WanFamily
+from instep.roles import Backbone, LoRA, Role
+from instep.train import checkpoint
+from instep.train.run import export_role
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """Write the student of run DIR as a diffusers folder with model card, ComfyUI workflow and, if it is one, LoRA file."""
+
+    dir: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    to: Path
+    """New folder."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Precision of the weights on disk."""
+    raw: bool = False
+    """The student itself instead of its moving average."""
+    model: str | None = None
+    """The base model's folder, if it is not where the run found it."""
+
+
+def export_command(args: ExportArgs) -> int:
+    """Exports and prints how far stock diffusers is from our own sampler."""
+    record = read_run(args.dir)
+    bundled = record["model"] == MOVING_DIGITS
+    family = load(args.model or (MOVING_DIGITS if bundled else record["model_path"]), VideoSize(**record["size"]))
+    student = student_of(args.dir, record, family, raw=args.raw)
+    report = export_role(student, family, tuple(record["levels"]), args.to, recipe=record["recipe"], seed=record["seed"],
+                         prompts=record["prompt_count"], example=record["example_prompt"], command=record["command"],
+                         dtype=getattr(torch, args.dtype))  # fmt: skip
+    print(f"wrote {report.folder} ({report.size_bytes / 1e6:.1f} MB); stock diffusers differs from our sampler by {report.sampler_difference:.1e}")
+    return 0
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """recipe.json of a run; ValueError if `folder` holds none."""
+    file = folder / "recipe.json"
+    if not file.is_file():
+        raise ValueError(f"dir: {folder} holds no run (recipe.json is missing); give the folder that `instep train --out` wrote")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: bool = False) -> Role:
+    """The student in the newest checkpoint of a run, averaged if the run kept an average."""
+    newest = checkpoint.latest(folder / "checkpoints")
+    if newest is None:
+        raise ValueError(f"dir: {folder} holds no checkpoint yet; let the run reach its first one")
+    saved = checkpoint.load(newest)
+    config = record["config"]["roles"]["student"]
+    assert isinstance(family, WanFamily)
+    if config["lora"] is not None:
+        backbone = Backbone(family, family.pretrained)
+        backbone.add_adapter("student", LoRA(config["lora"]["rank"], config["lora"]["alpha"]))
+        role = Role("student", backbone, adapter="student")
+    else:
+        role = Role("student", Backbone(family, family.new_backbone()))
+    averaged = None if raw else saved["ema"].get("student")
+    role.load_state(averaged or saved["roles"]["student"])
+    return role

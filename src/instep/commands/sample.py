@@ -1,0 +1,80 @@
+"""`instep sample`: moving pictures of a run's student, or of any pipeline folder, through stock diffusers."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, VideoSize, bundled
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Samples of DIR: a run, an exported student, a pipeline folder, or moving-digits (the teacher)."""
+
+    dir: Annotated[str, tyro.conf.Positional]
+    """Folder of a run, of an exported student or of a diffusers pipeline; or moving-digits."""
+    prompts: tuple[str, ...] = ("a seven moving left fast", "a digit standing still", "an eight")
+    """Prompts, each in quotes."""
+    steps: int | None = None
+    """Sampling steps; default: the student's own, 50 for a pipeline."""
+    guidance: float | None = None
+    """Classifier-free guidance; default 1 (none) for a student, 3 for a pipeline."""
+    seed: int = 0
+    """Seed of torch's global generator, which Wan pipelines re-noise from."""
+    copies: int = 4
+    """Samples a prompt."""
+    out: Path = Path("samples.webp")
+    """Animated picture: a row a prompt, a column a sample."""
+    size: tuple[int, int, int] | None = None
+    """Height, width, frames; default: what the student was trained at."""
+
+
+def sample_command(args: SampleArgs) -> int:
+    """Samples with stock diffusers and writes one animated picture."""
+    from diffusers import DiffusionPipeline
+
+    from instep.evaluate.video import save_animation, tile
+
+    folder, record = find_pipeline(args.dir)
+    steps = args.steps or (len(record["levels"]) if record else 50)
+    guidance = args.guidance if args.guidance is not None else (1.0 if record else 3.0)
+    if record and steps != len(record["levels"]):
+        raise ValueError(f"steps: {steps} does not fit {folder}; its scheduler is solved for exactly {len(record['levels'])}, train another student for {steps}")
+    if args.out.exists():
+        raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
+    size = VideoSize(*args.size) if args.size else size_of(args.dir, record)
+    torch.set_num_threads(os.cpu_count() or 1)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    torch.manual_seed(args.seed)
+    names = [prompt for prompt in args.prompts for _ in range(args.copies)]
+    videos = pipe(
+        names, height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps, guidance_scale=guidance, output_type="pt"
+    ).frames
+    save_animation(args.out, tile((videos.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8), columns=args.copies))
+    for i, prompt in enumerate(args.prompts):
+        print(f"row {i + 1}: {prompt}")
+    print(f"wrote {args.out} ({steps} steps, guidance {guidance:g}, seed {args.seed})")
+    return 0
+
+
+def find_pipeline(name: str) -> tuple[Path, dict | None]:
+    """The diffusers folder that `name` means, and its export record if it is a student."""
+    folder = bundled(name) if name == MOVING_DIGITS else Path(name)
+    folder = folder / "student" if (folder / "student" / "model_index.json").is_file() else folder
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"dir: {name!r} is neither a finished run, an exported student nor a diffusers pipeline folder; `instep train` makes a run")
+    record = folder / "instep_export.json"
+    return folder, json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+
+
+def size_of(name: str, record: dict | None) -> VideoSize:
+    if record is not None:
+        return VideoSize(**record["info"]["size"])
+    return MOVING_DIGITS_SIZE if name == MOVING_DIGITS else VideoSize()

@@ -1,0 +1,110 @@
+"""`instep train`: a recipe on a model, then measurement, report and a table in the terminal."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from instep.models import MOVING_DIGITS, VideoSize, load
+from instep.models.base import Family
+from instep.rewards.base import Reward
+from instep.train.probe import Monitor
+from instep.train.recipe import Recipe
+from instep.train.run import Interrupted, Run, RunOptions, final_samples, train
+from instep.train.source import Preferred
+
+if TYPE_CHECKING:
+    from instep.cli import TrainArgs
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is given besides its recipe."""
+
+    family: Family
+    prompts: tuple[str, ...]
+    reward: Reward | Callable[..., Any] | None
+    monitor: Monitor | None
+    preferred: Preferred | None
+
+
+def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
+    """Runs the recipe; 0 when it is done, 130 when it was asked to stop and is saved."""
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    out = args.out or Path("runs") / f"{recipe.name}-{args.seed}"
+    setting = prepare(recipe, args)
+    options = RunOptions(
+        seed=args.seed, save_every=args.save_every, probe_every=args.probe_every, checkpointing=args.checkpointing
+    )
+    try:
+        run = train(
+            recipe,
+            setting.family,
+            out=out,
+            prompts=setting.prompts,
+            reward=setting.reward,
+            monitor=setting.monitor,
+            preferred=setting.preferred,
+            start_from=args.start_from,
+            options=options,
+            command=command,
+        )
+    except Interrupted as stopped:
+        print(f"stopped by {stopped}:\n  {command}", file=sys.stderr)
+        return 130
+    finish(run, setting, args.evaluate)
+    return 0
+
+
+def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
+    """The model and what the recipe needs with it; errors here come before any training."""
+    from instep.data.prompts import load_prompts
+
+    reward = load_function(args.reward) if args.reward else None
+    prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
+    if args.model == MOVING_DIGITS:
+        from instep.embedded import moving_digits
+
+        digits = moving_digits()
+        preferred = digits.preferred() if any(stage.needs_real for stage in recipe.stages) else None
+        return Setting(digits.family, prompts or digits.prompts, reward or digits.reward, digits.monitor, preferred)
+    if prompts is None:
+        raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
+    family = load(args.model, VideoSize(*args.size) if args.size else None)
+    return Setting(family, prompts, reward, None, None)
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """`module:function` (the working directory is searched too) as the function itself."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"reward: {name!r} is not of the form module:function, for example my_rewards:brightness")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward: {name!r} cannot be imported ({error}); the module lies in the working directory or is installed") from error
+
+
+def finish(run: Run, setting: Setting, evaluate: bool) -> None:
+    """Samples, figures and the report of a finished run."""
+    prompts = list(dict.fromkeys(setting.prompts))[:8]
+    final_samples(run, prompts)
+    if not evaluate:
+        return
+    from instep.commands.evaluate import measure_run, print_rows
+    from instep.evaluate.report import write_report
+
+    if setting.family.name == MOVING_DIGITS:
+        print_rows(measure_run(run.out))
+    report = run.out / "report.html"
+    write_report([run.out], report)
+    print(f"student   {run.student}\nreport    {report}")

@@ -1,0 +1,56 @@
+"""The embedded default, ready to train: the moving-digits pipeline, its prompts, reward, monitor and preferred samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from instep.data import digits
+from instep.models import MOVING_DIGITS, load
+from instep.models.wan import WanFamily
+from instep.rewards.judges import Judge, load_judge
+from instep.train.source import Preferred
+
+
+@dataclass(frozen=True)
+class JudgeMonitor:
+    """A judge as the run's monitor: share of samples with the right digit and motion, and its mean log-probability."""
+
+    judge: Judge
+
+    @torch.no_grad()
+    def figures(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        return {
+            "monitor_both": float(self.judge.correct(media, prompts).both.float().mean()),
+            "monitor_score": float(self.judge.score(media, prompts).mean()),
+        }
+
+
+@dataclass(frozen=True)
+class MovingDigits:
+    """Everything a recipe may ask for on the embedded default."""
+
+    family: WanFamily
+    prompts: tuple[str, ...]
+    reward: Judge
+    monitor: JudgeMonitor
+
+    def preferred(self, n: int = 1024, seed: int = 77) -> Preferred:
+        """Real videos of the training split through the VAE, each with one of the training prompts: what DM-Align (Pair) prefers."""
+        rng = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(len(self.prompts), (n,), generator=rng).tolist()
+        names = tuple(self.prompts[i] for i in chosen)
+        media = digits.render("train", [digits.parse(name) for name in names], seed)
+        with torch.no_grad():
+            latents = torch.cat([self.family.encode_media(part) for part in media.split(32)])
+        return Preferred(names, latents)
+
+
+def moving_digits() -> MovingDigits:
+    """Loads the bundled pipeline and judges; half a second."""
+    family = load(MOVING_DIGITS)
+    assert isinstance(family, WanFamily)
+    return MovingDigits(family, tuple(digits.training_prompts()), load_judge("training"), JudgeMonitor(load_judge("monitor")))

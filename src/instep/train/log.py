@@ -1,0 +1,122 @@
+"""A run's log: JSON lines always, TensorBoard where it is installed, and a progress display that says how long it will take."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from instep.files import write_text
+from instep.train.health import Finding
+
+ROLLING = 10  # iterations that the shown figures are averaged over
+QUIET_SECONDS = 20  # without a terminal: a line at most this often
+SHOWN = {"reward/train": "reward", "critic/fake": "fake", "probe/monitor_both": "monitor"}
+
+
+def trim(file: Path, step: int) -> None:
+    """Drops rows after `step` (they will be repeated) and a half-written last line."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] <= step:
+            kept.append(line)
+    write_text(file, "".join(line + "\n" for line in kept))
+
+
+class RunLog:
+    """Rows of scalars by step. Values that are not finite are written as null."""
+
+    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+        self.console = Console(stderr=True)
+        trim(folder / "log.jsonl", resume_step if resume_step else -1)
+        self._file = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._board = _tensorboard(folder, resume_step)
+        self._recent: deque[Mapping[str, Any]] = deque(maxlen=ROLLING)
+        self._last: dict[str, float] = {}
+        self._progress: Progress | None = None
+        self._spoken = 0.0
+        self._total, self._started = 0, time.monotonic()
+
+    @contextmanager
+    def progress(self, total: int, *, initial: int) -> Iterator[None]:
+        """A bar with ETA around the loop; plain lines where there is no terminal."""
+        self._total, self._initial, self._started = total, initial, time.monotonic()
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"),
+            TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console) as self._progress:
+            self._task = self._progress.add_task("", total=total, completed=initial, figures="")
+            yield
+        self._progress = None
+
+    def row(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Appends one row and shows it."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scalars.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in clean.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(key, value, step)
+        self._recent.append(clean)
+        self._last |= {k: v for k, v in clean.items() if isinstance(v, int | float)}
+        self._show(step, str(scalars.get("stage", "")))
+
+    def figures(self) -> str:
+        """Rolling figures: seconds an iteration, rewards, losses."""
+        parts = []
+        for key, name in {"wall_s": "s/it", **SHOWN}.items():
+            values = [row[key] for row in self._recent if isinstance(row.get(key), int | float)]
+            if not values and key in self._last:
+                values = [self._last[key]]
+            if values:
+                parts.append(f"{name} {sum(values) / len(values):.3g}")
+        cosines = {k: v for k, v in self._last.items() if k.startswith("force/cosine/")}
+        parts += [f"cos({k.removeprefix('force/cosine/')}) {v:+.2f}" for k, v in cosines.items()]
+        return "  ".join(parts)
+
+    def _show(self, step: int, stage: str) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=stage, figures=self.figures())
+        elif time.monotonic() - self._spoken > QUIET_SECONDS or step == self._total:
+            self._spoken = time.monotonic()
+            done = step - self._initial if hasattr(self, "_initial") else step
+            left = (time.monotonic() - self._started) / max(done, 1) * (self._total - step)
+            print(f"{stage:<8} {step}/{self._total}  eta {int(left) // 60}:{int(left) % 60:02d}  {self.figures()}", file=sys.stderr, flush=True)
+
+    def say(self, finding: Finding) -> None:
+        """A health finding, in words, above the bar."""
+        colour = {"alarm": "red", "warn": "yellow", "ok": "green"}[finding.level]
+        self.console.print(f"[{colour}]{finding.level}[/] {finding.text}", highlight=False)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
