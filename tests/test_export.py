@@ -70,7 +70,9 @@ def stock(pipe, n, prompts=PROMPTS, seed=5):
 
 
 def with_adapters(alpha: float = 12.0, targets=TARGETS):
-    """A pipeline and its transformer with a random student adapter (r 4) and a fake adapter beside it; the student is active."""
+    """A pipeline and its transformer with a random student adapter (r 4) and a fake adapter beside it; the student is
+    active.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     pipe = tiny_wan_pipeline()

@@ -26,11 +26,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=512
+    )
 
 
 def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
-    """Transformer of 2 layers and width 32, VAE in the Wan 2.2 layout (8x in space, 4x in time), UMT5 of width 16; eval, float32.
+    """Transformer of 2 layers and width 32, VAE in the Wan 2.2 layout (8x in space, 4x in time), UMT5 of width 16;
+    eval, float32.
 
     The same seed gives the same weights; the global random state is left as it was.
     """
@@ -50,7 +53,15 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
             scale_factor_spatial=8, scale_factor_temporal=4,
         )  # fmt: skip
         text_encoder = UMT5EncoderModel(
-            UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+            UMT5Config(
+                vocab_size=len(tokenizer),
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=1,
+                num_heads=2,
+                decoder_start_token_id=0,
+            )
         )
     # a few tokens among 512 of padding say little to random weights: louder values let two prompts differ visibly
     with torch.no_grad():

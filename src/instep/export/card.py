@@ -14,8 +14,9 @@ from instep.models import VideoSize
 class ExportInfo:
     """Where a student comes from, for its card.
 
-    base_model: hub id (owner/name) or the name of a bundled model. metrics: a row of metrics.json ({"name", "nfe", "n", "values": {key:
-    {"value", "se"}}}) or None. training_prompts: how many. size: the video size it was trained at. command: what reproduces it.
+    base_model: hub id (owner/name) or the name of a bundled model. metrics: a row of metrics.json ({"name", "nfe", "n",
+    "values": {key: {"value", "se"}}}) or None. training_prompts: how many. size: the video size it was trained at.
+    command: what reproduces it.
     """
 
     recipe: str
@@ -63,19 +64,23 @@ def model_card(info: ExportInfo, levels: Sequence[float], measured: Measured) ->
 
 def _head(info: ExportInfo, n: int, measured: Measured) -> str:
     text = (
-        f"# {info.base_model.rpartition('/')[2]}, {n} step{'s' if n > 1 else ''} ({info.recipe})\n\n"
-        f"A {n}-step student of `{info.base_model}`, distilled with the recipe `{info.recipe}` of instep {info.instep_version}: "
-        f"{n} network evaluation{'s' if n > 1 else ''} a video, no guidance.\n"
+        f"# {info.base_model.rpartition('/')[2]}, {n} step{'s' if n > 1 else ''} ({info.recipe})\n\nA {n}-step student"
+        f" of `{info.base_model}`, distilled with the recipe `{info.recipe}` of instep {info.instep_version}: {n}"
+        f" network evaluation{'s' if n > 1 else ''} a video, no guidance.\n"
     )
     if measured.lora:
-        text += "\n`lora.safetensors` is the same student as a LoRA on the base model (strength 1; diffusers and ComfyUI read it).\n"
+        text += (
+            "\n`lora.safetensors` is the same student as a LoRA on the base model (strength 1; diffusers and ComfyUI"
+            " read it).\n"
+        )
     return text
 
 
 def _training(info: ExportInfo, levels: Sequence[float]) -> str:
     return (
-        f"## Training\n\n- recipe: `{info.recipe}`\n- prompts: {info.training_prompts}\n- seed: {info.seed}\n- levels: {list(levels)}\n"
-        f"- size: {info.size.height} x {info.size.width}, {info.size.frames} frames\n\n```\n{info.command}\n```\n"
+        f"## Training\n\n- recipe: `{info.recipe}`\n- prompts: {info.training_prompts}\n- seed: {info.seed}\n- levels:"
+        f" {list(levels)}\n- size: {info.size.height} x {info.size.width}, {info.size.frames}"
+        f" frames\n\n```\n{info.command}\n```\n"
     )
 
 
@@ -121,15 +126,17 @@ export_to_gif(video, "video.gif", fps=8)
 
 def _measured(info: ExportInfo, measured: Measured) -> str:
     text = (
-        "## Measured\n\n"
-        f"- Stock diffusers against the training library's sampler, same weights, same noise: largest difference of a latent "
-        f"{measured.sampler_difference:.1e} (float32).\n"
-        f"- This folder against the student in memory (weights in {measured.dtype} here): {measured.student_difference:.1e}.\n"
+        "## Measured\n\n- Stock diffusers against the training library's sampler, same weights, same noise: largest"
+        f" difference of a latent {measured.sampler_difference:.1e} (float32).\n- This folder against the student in"
+        f" memory (weights in {measured.dtype} here): {measured.student_difference:.1e}.\n"
     )
     if info.metrics is None:
         return text + "- Quality was not measured for this export.\n"
     row = info.metrics
-    text += f"\n{row['name']}: {row['n']} samples, {row['nfe']} network evaluations a sample; value ± standard error.\n\n| metric | value |\n|---|---|\n"
+    text += (
+        f"\n{row['name']}: {row['n']} samples, {row['nfe']} network evaluations a sample; value ± standard error.\n\n|"
+        " metric | value |\n|---|---|\n"
+    )
     for key, entry in row["values"].items():
         se = entry.get("se")
         text += f"| {key} | {entry['value']:.4g}{'' if se is None else f' ± {se:.2g}'} |\n"
@@ -142,25 +149,32 @@ def _comfyui(levels: Sequence[float], measured: Measured) -> str:
     if measured.comfyui_obstacle:
         return (
             text
-            + f"ComfyUI cannot run this model: {measured.comfyui_obstacle}. `comfyui_workflow.json` shows the settings it would need.\n"
+            + f"ComfyUI cannot run this model: {measured.comfyui_obstacle}. `comfyui_workflow.json` shows the settings"
+            " it would need.\n"
         )
     file = (
         "put `lora.safetensors` into models/loras and the base model into models/diffusion_models"
         if measured.lora
-        else "put `comfyui_diffusion_model.safetensors` (this student under the names ComfyUI reads) into models/diffusion_models"
+        else (
+            "put `comfyui_diffusion_model.safetensors` (this student under the names ComfyUI reads) into"
+            " models/diffusion_models"
+        )
     )
     if measured.comfyui_difference > LEVELS_EQUAL:
-        return text + (
-            f"No workflow is included: the levels {list(levels)} are not uniform-then-shifted, and scheduler `simple` would miss them by up to "
-            f"{measured.comfyui_difference:.2g} (at shift {measured.comfyui_shift:g}).\n"
+        return (
+            text
+            + f"No workflow is included: the levels {list(levels)} are not uniform-then-shifted, and scheduler `simple`"
+            f" would miss them by up to {measured.comfyui_difference:.2g} (at shift {measured.comfyui_shift:g}).\n"
         )
     exact = (
         "equals" if measured.comfyui_difference < 1e-5 else f"differs by at most {measured.comfyui_difference:.1g} from"
     )
-    return text + (
-        f"Drop `comfyui_workflow.json` on the window; {file}. The settings: ModelSamplingSD3 shift {measured.comfyui_shift:g}, sampler `lcm`, scheduler "
-        f"`simple`, {n} step{'s' if n > 1 else ''}, cfg 1. With them ComfyUI's list of levels {exact} the one this student was trained on. ComfyUI draws its "
-        "noise differently, so the same seed gives another video than diffusers. The workflow was generated, not run there.\n"
+    return (
+        text + f"Drop `comfyui_workflow.json` on the window; {file}. The settings: ModelSamplingSD3 shift"
+        f" {measured.comfyui_shift:g}, sampler `lcm`, scheduler `simple`, {n} step{'s' if n > 1 else ''}, cfg 1. With"
+        f" them ComfyUI's list of levels {exact} the one this student was trained on. ComfyUI draws its noise"
+        " differently, so the same seed gives another video than diffusers. The workflow was generated, not run"
+        " there.\n"
     )
 
 

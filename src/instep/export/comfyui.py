@@ -42,8 +42,8 @@ def _renamed(name: str, rules: tuple[tuple[str, str], ...], what: str) -> str:
         if match := re.fullmatch(pattern, name):
             return match.expand(target)
     raise ValueError(
-        f"{what}: {name!r} has no name in ComfyUI's Wan; allowed: q, k, v and out of attn1 and attn2, both ffn layers, time and text "
-        "embedders, proj_out; restrict target_modules to these"
+        f"{what}: {name!r} has no name in ComfyUI's Wan; allowed: q, k, v and out of attn1 and attn2, both ffn layers,"
+        " time and text embedders, proj_out; restrict target_modules to these"
     )
 
 
@@ -66,7 +66,9 @@ def comfyui_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
 
 
 def comfyui_levels(n: int, shift: float) -> list[float]:
-    """The levels of ModelSamplingSD3(shift) with scheduler `simple`: every (1000 / n)-th of 1000 shifted uniform levels, from 1 down."""
+    """The levels of ModelSamplingSD3(shift) with scheduler `simple`: every (1000 / n)-th of 1000 shifted uniform
+    levels, from 1 down.
+    """
     t = [(1000 - int(j * (1000 / n))) / 1000 for j in range(n)]
     return [shift * v / (1 + (shift - 1) * v) for v in t]
 
@@ -74,8 +76,8 @@ def comfyui_levels(n: int, shift: float) -> list[float]:
 def comfyui_shift(levels: Sequence[float]) -> tuple[float, float]:
     """The shift at which ComfyUI's second level is ours, and the largest difference of all levels at that shift.
 
-    The difference is 0 (rounding apart) for uniform-then-shifted lists whose n divides 1000; for the other n ComfyUI rounds to
-    thousandths, which costs under .001 times the shift; lists of another form differ visibly.
+    The difference is 0 (rounding apart) for uniform-then-shifted lists whose n divides 1000; for the other n ComfyUI
+    rounds to thousandths, which costs under .001 times the shift; lists of another form differ visibly.
     """
     n = len(levels)
     if n == 1:
@@ -89,10 +91,11 @@ def comfyui_shift(levels: Sequence[float]) -> tuple[float, float]:
 def comfyui_workflow(
     levels: Sequence[float], size: VideoSize, prompt: str, model: str, lora: str | None, seed: int
 ) -> dict[str, Any]:
-    """A text-to-video graph of stock nodes in ComfyUI's API format: opens by dropping it on the window, or POST to /prompt.
+    """A text-to-video graph of stock nodes in ComfyUI's API format: opens by dropping it on the window, or POST to
+    /prompt.
 
-    model, lora: file names under ComfyUI's models/diffusion_models and models/loras. Text encoder and VAE carry the names of ComfyUI's
-    own Wan 2.1 files. Sampler `lcm` predicts x0 and re-noises, which is how the student was trained.
+    model, lora: file names under ComfyUI's models/diffusion_models and models/loras. Text encoder and VAE carry the
+    names of ComfyUI's own Wan 2.1 files. Sampler `lcm` predicts x0 and re-noises, which is how the student was trained.
     """
     shift, _ = comfyui_shift(levels)
     source = ["lora", 0] if lora else ["model", 0]
@@ -132,7 +135,9 @@ def comfyui_workflow(
 
 
 def runs_in_comfyui(pipeline: Any) -> str | None:
-    """None if text encoder and VAE are the ones ComfyUI has for Wan 2.1, else the reason why ComfyUI cannot run the model."""
+    """None if text encoder and VAE are the ones ComfyUI has for Wan 2.1, else the reason why ComfyUI cannot run the
+    model.
+    """
     if pipeline.transformer.config.text_dim != 4096:
         return f"its text encoder is {pipeline.transformer.config.text_dim} wide, ComfyUI's UMT5-XXL is 4096"
     vae = pipeline.vae.config

@@ -33,8 +33,9 @@ COMFYUI_MODEL = "comfyui_diffusion_model.safetensors"
 class ExportReport:
     """What was written; differences are largest absolute differences of final latents in float32 (see `verify_export`).
 
-    sampler_difference: stock diffusers against our sampler, both on the exported weights. student_difference: stock diffusers on the
-    exported weights against our sampler on the student in memory: sampler, merge and rounding to `dtype` together.
+    sampler_difference: stock diffusers against our sampler, both on the exported weights. student_difference: stock
+    diffusers on the exported weights against our sampler on the student in memory: sampler, merge and rounding to
+    `dtype` together.
     """
 
     folder: Path
@@ -58,20 +59,23 @@ def export_student(
     ours: Sampler | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA file and ComfyUI workflow; then checks it.
+    """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA file and ComfyUI workflow;
+    then checks it.
 
-    pipeline: a WanPipeline around the student (its other parts are saved too; nothing in it is changed). lora: the module that carries
-    the PEFT adapter `adapter`; then the folder's transformer is that module with the adapter merged. dtype: float16, float32 or None to
-    keep. ours: the training-side sampler to compare with, at info.size (None: our sampler around the weights in memory, at a small size).
-    The folder appears at once, complete, or not at all. Raises ValueError if `out` holds something that is not an earlier export and
-    `overwrite` is not set, if the levels cannot be represented, or for a pipeline with two transformers.
+    pipeline: a WanPipeline around the student (its other parts are saved too; nothing in it is changed). lora: the
+    module that carries the PEFT adapter `adapter`; then the folder's transformer is that module with the adapter
+    merged. dtype: float16, float32 or None to keep. ours: the training-side sampler to compare with, at info.size
+    (None: our sampler around the weights in memory, at a small size). The folder appears at once, complete, or not at
+    all. Raises ValueError if `out` holds something that is not an earlier export and `overwrite` is not set, if the
+    levels cannot be represented, or for a pipeline with two transformers.
     """
     out, levels = Path(out), tuple(float(t) for t in levels)
     if dtype not in (torch.float16, torch.float32, None):
         raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
     if "transformer_2" in pipeline.components and pipeline.components["transformer_2"] is not None:
         raise ValueError(
-            "pipeline: it has two transformers (Wan 2.2's experts), one student cannot stand for both; export each expert's pipeline alone"
+            "pipeline: it has two transformers (Wan 2.2's experts), one student cannot stand for both; export each"
+            " expert's pipeline alone"
         )
     _check_target(out, overwrite)
     scheduler = few_step_scheduler(levels)
@@ -113,7 +117,8 @@ def _check_target(out: Path, overwrite: bool) -> None:
     empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not empty and not overwrite and not (out / RECORD).is_file():
         raise ValueError(
-            f"out: {out} exists and is not an earlier export; allowed: a new path, an earlier export; choose another or pass overwrite=True"
+            f"out: {out} exists and is not an earlier export; allowed: a new path, an earlier export; choose another or"
+            " pass overwrite=True"
         )
 
 
@@ -121,7 +126,8 @@ def _plain(transformer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy without hooks and with stock attention, in `dtype`."""
     if any(".lora_" in key for key in transformer.state_dict()):
         raise ValueError(
-            "pipeline: its transformer carries LoRA layers, which are not weights of a pipeline; pass that module as lora="
+            "pipeline: its transformer carries LoRA layers, which are not weights of a pipeline; pass that module as"
+            " lora="
         )
     return _cast(
         plain_copy(transformer, {key: value.detach().clone() for key, value in transformer.state_dict().items()}), dtype
@@ -129,7 +135,9 @@ def _plain(transformer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """`module` itself, its parameters in `dtype` except those that its class wants in float32 (norms, time embedding: they are small)."""
+    """`module` itself, its parameters in `dtype` except those that its class wants in float32 (norms, time embedding:
+    they are small).
+    """
     keep = type(module)._keep_in_fp32_modules or ()
     for name, parameter in module.named_parameters():
         if dtype is not None and not any(part in name.split(".") for part in keep):

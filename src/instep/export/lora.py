@@ -25,12 +25,14 @@ def _layers(module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, f
     if not found:
         there = sorted({key for _, layer in lora for key in layer.lora_A})
         raise ValueError(
-            f"adapter: {adapter!r} is not on this module; allowed: {there or 'none, the module carries no LoRA'}; train with a LoRA role"
+            f"adapter: {adapter!r} is not on this module; allowed: {there or 'none, the module carries no LoRA'}; train"
+            " with a LoRA role"
         )
     for name, layer in found:
         if adapter in layer.lora_variant or layer.lora_bias[adapter]:
             raise ValueError(
-                f"adapter: {adapter!r} on {name} is not a plain LoRA (DoRA or a bias); allowed: plain LoRA; retrain with LoraConfig's defaults"
+                f"adapter: {adapter!r} on {name} is not a plain LoRA (DoRA or a bias); allowed: plain LoRA; retrain"
+                " with LoraConfig's defaults"
             )
         rank = layer.r[adapter] ** (0.5 if layer.use_rslora[adapter] else 1)
         yield name, layer, layer.lora_alpha[adapter] / rank
@@ -38,7 +40,9 @@ def _layers(module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, f
 
 @contextmanager
 def adapter_active(module: nn.Module, adapter: str = "student") -> Iterator[None]:
-    """`adapter` alone, at its own alpha / r, for everything inside; activity, scales and requires_grad come back afterwards."""
+    """`adapter` alone, at its own alpha / r, for everything inside; activity, scales and requires_grad come back
+    afterwards.
+    """
     layers = [(layer, scale) for _, layer, scale in _layers(module, adapter)]
     before = [(layer.active_adapters, dict(layer.scaling)) for layer, _ in layers]
     trained = [(p, p.requires_grad) for p in module.parameters()]
@@ -56,10 +60,11 @@ def adapter_active(module: nn.Module, adapter: str = "student") -> Iterator[None
 
 
 def lora_state_dict(module: nn.Module, adapter: str = "student") -> dict[str, Tensor]:
-    """`diffusion_model.blocks.0.self_attn.q.lora_A.weight` ... with alpha / r folded into B, so strength 1 is exact everywhere.
+    """`diffusion_model.blocks.0.self_attn.q.lora_A.weight` ... with alpha / r folded into B, so strength 1 is exact
+    everywhere.
 
-    These names are the ones ComfyUI maps onto Wan and diffusers converts by itself. Raises ValueError if the adapter is not there, is
-    not plain LoRA, or touches a module that has no name in ComfyUI's Wan.
+    These names are the ones ComfyUI maps onto Wan and diffusers converts by itself. Raises ValueError if the adapter is
+    not there, is not plain LoRA, or touches a module that has no name in ComfyUI's Wan.
     """
     state = {}
     for name, layer, scale in _layers(module, adapter):
@@ -83,7 +88,8 @@ def save_lora(module: nn.Module, path: Path, adapter: str = "student", dtype: to
 
 
 def plain_copy(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """A new module of the same class and configuration with weights `state`: no hooks, stock attention processors, eval mode.
+    """A new module of the same class and configuration with weights `state`: no hooks, stock attention processors, eval
+    mode.
 
     Not a deepcopy: a backbone in training carries hooks that hold on to its whole pipeline.
     """

@@ -21,9 +21,10 @@ NUDGES = 40
 def few_step_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler whose `set_timesteps(len(levels))` gives exactly `levels`, and which re-noises between them.
 
-    levels: 1 = t_1 > ... > t_n > 0. Uniform-then-shifted lists fit, so does a list of up to 3 levels (unless the second all but touches 1 or 0).
-    Raises ValueError for a list that this class cannot produce; whether it can is tried, not assumed (tolerance 1e-6).
-    It serves n steps only: another number of steps gives levels the student was not trained on.
+    levels: 1 = t_1 > ... > t_n > 0. Uniform-then-shifted lists fit, so does a list of up to 3 levels (unless the second
+    all but touches 1 or 0). Raises ValueError for a list that this class cannot produce; whether it can is tried, not
+    assumed (tolerance 1e-6). It serves n steps only: another number of steps gives levels the student was not trained
+    on.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -51,9 +52,9 @@ def few_step_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteSchedul
     if not error <= TOLERANCE:
         nearest = [round(v, 6) for v in got.tolist()]
         raise ValueError(
-            f"levels: {list(levels)} cannot be represented by FlowMatchEulerDiscreteScheduler (nearest {nearest}, off by {error:.2g}); "
-            "allowed: uniform levels moved by one timestep shift, or a list of up to 3 levels whose second is not next to 1 or 0; "
-            "train with instep.levels.few_step_levels(n, shift)"
+            f"levels: {list(levels)} cannot be represented by FlowMatchEulerDiscreteScheduler (nearest {nearest}, off"
+            f" by {error:.2g}); allowed: uniform levels moved by one timestep shift, or a list of up to 3 levels whose"
+            " second is not next to 1 or 0; train with instep.levels.few_step_levels(n, shift)"
         )
     return scheduler
 
@@ -65,9 +66,10 @@ def max_error(got: Tensor, levels: Sequence[float]) -> float:
 def solve_shift(levels: Sequence[float]) -> tuple[float, float | None]:
     """The class's (shift, shift_terminal) for which a middle level and the last one come out right.
 
-    `set_timesteps` takes n points from 1 down to m (the shifted 1/1000), shifts them by s, and stretches 1 - sigma so that the last
-    is T. For level j (from 0), r = (1 - t_j) / (1 - T) and k = j / (n - 1), that asks for s = 1 / (1 - a / (1 - m)) with
-    a = (k - r) / (k (1 - r)): a fixed point, because m depends on s. The j with r nearest 1/2 is the least sensitive to rounding.
+    `set_timesteps` takes n points from 1 down to m (the shifted 1/1000), shifts them by s, and stretches 1 - sigma so
+    that the last is T. For level j (from 0), r = (1 - t_j) / (1 - T) and k = j / (n - 1), that asks for s = 1 / (1 - a
+    / (1 - m)) with a = (k - r) / (k (1 - r)): a fixed point, because m depends on s. The j with r nearest 1/2 is the
+    least sensitive to rounding.
     """
     n = len(levels)
     if n == 1:

@@ -62,12 +62,13 @@ def verify_export(
     size: VideoSize | None = None,
     seed: int = 0,
 ) -> float:
-    """Largest absolute difference of final latents between stock diffusers on `folder` and `ours`, in float32 on the CPU.
+    """Largest absolute difference of final latents between stock diffusers on `folder` and `ours`, in float32 on the
+    CPU.
 
-    ours: the student's sampler in memory (then weights and sampler are compared), or the levels (then our sampler runs around the
-    folder's own transformer, and the sampler alone is compared). Both see the same noise: torch's global generator, seeded with
-    `seed`, because the Wan pipeline does not hand a generator to `scheduler.step`. size None: the smallest. Raises ValueError if the two
-    shapes differ. The global random state is put back.
+    ours: the student's sampler in memory (then weights and sampler are compared), or the levels (then our sampler runs
+    around the folder's own transformer, and the sampler alone is compared). Both see the same noise: torch's global
+    generator, seeded with `seed`, because the Wan pipeline does not hand a generator to `scheduler.step`. size None:
+    the smallest. Raises ValueError if the two shapes differ. The global random state is put back.
     """
     from diffusers import DiffusionPipeline
 
@@ -86,7 +87,8 @@ def verify_export(
         own = sampler(prompts, torch.default_generator)
     if own.shape != stock.shape:
         raise ValueError(
-            f"ours: latents {list(own.shape)} do not fit the pipeline's {list(stock.shape)}; verify at the size the sampler draws: size="
+            f"ours: latents {list(own.shape)} do not fit the pipeline's {list(stock.shape)}; verify at the size the"
+            " sampler draws: size="
         )
     return float((stock.float() - own.float()).abs().max())
 
@@ -97,6 +99,7 @@ def _steps_of(folder: Path) -> int:
     record = folder / "instep_export.json"
     if not record.is_file():
         raise ValueError(
-            f"folder: {folder} has no instep_export.json, so its number of steps is unknown; pass the levels instead of a sampler"
+            f"folder: {folder} has no instep_export.json, so its number of steps is unknown; pass the levels instead of"
+            " a sampler"
         )
     return len(json.loads(record.read_text())["levels"])

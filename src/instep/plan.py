@@ -1,0 +1,408 @@
+"""Before anything runs: what will be in memory, how much there is to compute, how long an iteration takes.
+
+Everything here is arithmetic on a `Workload`. What is left out, because it is small or not the library's to know: the
+VAE and the reward model, text encoders (run once, then unloaded), the CUDA context, AdamW's own arithmetic,
+communication between GPUs. GB are 1e9 bytes; a "pass" is one network evaluation of one sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from instep.models import VideoSize
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Wan 2.1 text-to-video, from the published configurations
+WAN_1_3B: Mapping[str, Any] = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+WAN_14B: Mapping[str, Any] = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+
+# bf16 peak of the dense tensor cores, as the vendor states it; nobody reaches it, `stated` multiplies it by a share
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+# What Wan in diffusers keeps for its backward, counted by saved-tensor hooks, in vectors of the model's width: (a video token and block,
+# a text token and block, a token outside the blocks), by roles and bytes a parameter. Frozen weights need fewer; in two bytes more are
+# kept, because norms run in float32.
+KEPT = {("copies", 4): (22, 4, 3), ("copies", 2): (34, 6, 5), ("lora", 4): (15, 3, 1), ("lora", 2): (21, 4, 2)}
+# and of the feed-forward width, GELU's input and output
+KEPT_FFN = 2
+# a plan that fills a device to the brim meets fragmentation
+BRIM = 0.92
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One iteration of distribution matching on one GPU.
+
+    params: of one network. tokens: video tokens a sample; text_tokens: text tokens a sample. batch: samples in one
+    micro-batch on one GPU. levels: steps of the student. reuse: critics train on the student's rollout (False: a fresh
+    rollout for every update). needs_final: a reward looks at the end of the rollout; final_live: and its gradient goes
+    into the student's last step. guidance: of the teacher, 1 means one pass instead of two. roles: three full copies
+    (student, fake, teacher), or two adapters on one frozen network. gpus: over how many the states are sharded (fully
+    sharded data parallel); ema: an averaged copy of what the student trains.
+    """
+
+    params: int
+    tokens: int
+    width: int
+    ffn: int
+    layers: int
+    text_tokens: int = 512
+    batch: int = 1
+    levels: int = 4
+    critic_updates: int = 5
+    reuse: bool = True
+    needs_final: bool = False
+    final_live: bool = False
+    guidance: float = 3.0
+    roles: Literal["copies", "lora"] = "lora"
+    lora_rank: int = 32
+    bytes_per_parameter: int = 2
+    checkpointing: bool = True
+    ema: bool = True
+    gpus: int = 1
+
+    def __post_init__(self) -> None:
+        if self.roles not in ("copies", "lora"):
+            raise ValueError(
+                f"roles: {self.roles!r} is not known; allowed: 'copies' (full copies) or 'lora' (adapters)"
+            )
+        if self.bytes_per_parameter not in (2, 4):
+            raise ValueError(
+                f"bytes_per_parameter: {self.bytes_per_parameter} is not planned for; allowed: 2 (bfloat16) or 4"
+                " (float32)"
+            )
+        for name in ("params", "tokens", "width", "ffn", "layers", "batch", "levels", "lora_rank", "gpus"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name}: {vars(self)[name]} is not possible; allowed: 1 or more")
+        if self.critic_updates < 0 or self.text_tokens < 0:
+            raise ValueError("critic_updates, text_tokens: negative numbers are not possible; allowed: 0 or more")
+        if self.final_live and not self.needs_final:
+            raise ValueError("final_live: it needs the final sample; set needs_final=True")
+
+    @property
+    def lora_params(self) -> int:
+        """Of one adapter on every attention projection and both ffn layers of every block."""
+        return self.layers * self.lora_rank * (18 * self.width + 2 * self.ffn)
+
+
+def wan_module(config: Mapping[str, Any]) -> nn.Module:
+    """A WanTransformer3DModel with shapes and no memory (meta device); `config` overrides the class's defaults (those
+    of 14B).
+    """
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        return WanTransformer3DModel(**config)
+
+
+def wan_tokens(config: Mapping[str, Any], size: VideoSize, spatial: int = 8, temporal: int = 4) -> int:
+    """Video tokens of one sample; spatial, temporal: the VAE's compression."""
+    pt, ph, pw = config["patch_size"]
+    return ((size.frames - 1) // temporal + 1) // pt * (size.height // spatial // ph) * (size.width // spatial // pw)
+
+
+def wan_workload(module: nn.Module, size: VideoSize, *, spatial: int = 8, temporal: int = 4) -> Workload:
+    """The default workload of a Wan transformer (real or on the meta device); change the rest with
+    `dataclasses.replace`.
+    """
+    config = module.config
+    return Workload(
+        params=sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name),
+        tokens=wan_tokens(config, size, spatial, temporal),
+        width=config.num_attention_heads * config.attention_head_dim,
+        ffn=config.ffn_dim,
+        layers=config.num_layers,
+        bytes_per_parameter=min(4, next(module.parameters()).element_size()),
+    )
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the plan: a number of bytes or passes, and why."""
+
+    name: str
+    value: float
+    why: str
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory(w: Workload) -> tuple[Item, ...]:
+    """Bytes on one GPU at the peak of an iteration, line by line; the sum is the peak."""
+    b, trained = w.bytes_per_parameter, w.params if w.roles == "copies" else w.lora_params
+    if w.roles == "copies":
+        weights, why = 3 * w.params * b, "student, fake and teacher: three full copies"
+    else:
+        weights, why = (w.params + 2 * trained) * b, f"one frozen network and two adapters of rank {w.lora_rank}"
+    # student and fake take turns: gradients of one are cleared before the other's appear
+    states = [
+        Item("weights", weights, why),
+        Item("gradients", trained * b, "of one trained role at a time"),
+        Item("AdamW", 4 * trained * b, "two moments for student and for fake"),
+        Item("EMA", trained * b if w.ema else 0, "averaged student" if w.ema else "none"),
+    ]
+    sharded = [
+        replace(item, value=item.value / w.gpus, why=f"{item.why}{f', over {w.gpus} GPUs' if w.gpus > 1 else ''}")
+        for item in states
+    ]
+    if w.gpus > 1:
+        sharded.append(
+            Item("gathered weights", 2 * w.params / w.layers * b, "two blocks at a time are whole on each GPU")
+        )
+    kept = "one vector a token and block, and one block in full" if w.checkpointing else "every block in full"
+    # the teacher's guided pass stacks two batches, without a graph: a few vectors a token live at a time
+    working = 2 * w.batch * w.tokens * (4 * w.width + 2 * w.ffn) * b
+    return (
+        *sharded,
+        Item("activations", activations(w), kept),
+        Item("working memory", working, "of a guided pass without a graph"),
+    )
+
+
+def activations(w: Workload) -> float:
+    """Bytes that one forward with a graph keeps for its backward, the micro-batch w.batch.
+
+    A block keeps `KEPT` vectors a token (times width), GELU's two a token (times ffn), with LoRA the low-rank products;
+    with checkpointing only its input, and the block that runs again in full. Attention is assumed to be
+    memory-efficient (linear).
+    """
+    b = w.bytes_per_parameter
+    video, text, rest = KEPT[w.roles, b]
+    block = w.tokens * (video * w.width + KEPT_FFN * w.ffn) + w.text_tokens * text * w.width
+    if w.roles == "lora":
+        block += w.lora_rank * (8 * w.tokens + 2 * w.text_tokens)
+    outside = rest * (w.tokens + w.text_tokens) * w.width
+    blocks = w.layers * w.tokens * w.width + block if w.checkpointing else w.layers * block
+    points = 2 if w.final_live else 1
+    return w.batch * b * points * (blocks + outside)
+
+
+# ---------------------------------------------------------------------------------------------------------------- compute
+
+
+def passes(w: Workload) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """Network evaluations of one sample in one iteration: those without a graph, and those with one, which are run back
+    as well.
+
+    A rollout to a uniformly drawn exit takes (Q - 1) / 2 steps before the supervised one, Q - 1 others if it goes to
+    the end.
+    """
+    q, n = w.levels, w.critic_updates
+    # exit and end are the same step for one sample in Q
+    graph = 2 - 1 / q if w.final_live else 1.0
+    rest = q - graph if w.needs_final else (q - 1) / 2
+    plain = [
+        Item("rollout", rest, "to the end of the levels" if w.needs_final else "up to the exit, on average"),
+        Item("fake", 1, "score of the sample"),
+        Item(
+            "teacher", 1 if w.guidance == 1 else 2, "no guidance" if w.guidance == 1 else "with and without the prompt"
+        ),
+    ]
+    if not w.reuse:
+        plain.append(Item("rollouts for critics", n * (q + 1) / 2, f"{n} fresh ones"))
+    return tuple(plain), (Item("student", graph, "supervised step"), Item("critic", n, "updates of the fake"))
+
+
+def pass_flops(w: Workload) -> tuple[float, float]:
+    """FLOPs of one pass without a graph, and of one forward and backward; a multiply-add is 2.
+
+    Linear layers: 2 a weight and token (keys and values of cross-attention see the text tokens). Attention: 4 T^2
+    width. Backward: twice the forward; with frozen weights once for linear layers, since only activations need
+    gradients. Checkpointing adds a forward.
+    """
+    d, t, s = w.width, w.tokens, w.text_tokens
+    linear = w.layers * (2 * t * (6 * d * d + 2 * d * w.ffn) + 2 * s * 2 * d * d)
+    attention = w.layers * 4 * t * d * (t + s)
+    adapter = 2 * t * w.lora_params if w.roles == "lora" else 0
+    forward = linear + attention + adapter
+    backward = (2 if w.roles == "copies" else 1) * linear + 2 * attention + 2 * adapter
+    return forward, forward + backward + (forward if w.checkpointing else 0)
+
+
+def flops(w: Workload) -> float:
+    """FLOPs of one iteration of the micro-batch on one GPU."""
+    plain, graph = passes(w)
+    forward, both = pass_flops(w)
+    return w.batch * (sum(i.value for i in plain) * forward + sum(i.value for i in graph) * both)
+
+
+def measure_throughput(w: Workload, device: str = "cpu", seconds: float = 2.0) -> float:
+    """FLOP/s of this device on forwards of one transformer block at the workload's width, in its number format.
+
+    Norms, modulation and GELU are in it, for they are what keeps small models from the speed of bare matrix products. A
+    few samples (at most 8192 tokens, longer ones are cut) stand for the batch. The fastest run counts: a busy machine
+    is slower than this.
+    """
+    dtype = torch.bfloat16 if w.bytes_per_parameter == 2 else torch.float32
+    tokens = min(8192, w.tokens)
+    batch = max(1, min(w.batch, 8192 // tokens))
+    one = replace(w, tokens=tokens, text_tokens=0, layers=1, roles="copies")
+    block = _Block(w.width, w.ffn).to(device=device, dtype=dtype)
+    x = torch.randn(batch, tokens, w.width, device=device, dtype=dtype)
+
+    def run() -> None:
+        block(x)
+        # a queue of launches says nothing about time: wait for each block
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+
+    fastest, end = float("inf"), time.perf_counter() + seconds
+    with torch.no_grad():
+        run()
+        while time.perf_counter() < end or fastest == float("inf"):
+            start = time.perf_counter()
+            run()
+            fastest = min(fastest, time.perf_counter() - start)
+    return batch * pass_flops(one)[0] / fastest
+
+
+class _Block(nn.Module):
+    """The products of a Wan block, with what lies between them; cross-attention is only its two projections."""
+
+    def __init__(self, width: int, ffn: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // 128)
+        self.square = nn.ModuleList(nn.Linear(width, width) for _ in range(6))
+        self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def norm(y: Tensor) -> Tensor:
+            return nn.functional.layer_norm(y.float(), y.shape[-1:]).to(y) * 1.1 + 0.1
+
+        y = norm(x)
+        q, k, v = (self.square[i](y) for i in range(3))
+        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (norm(q), norm(k), v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.square[3](y) * 0.5
+        x = x + self.square[5](norm(self.square[4](norm(x))))
+        return x + self.down(nn.functional.gelu(self.up(norm(x)), approximate="tanh")) * 0.5
+
+
+def stated(device: str, share: float = 0.4) -> float:
+    """FLOP/s from the vendor's bf16 peak times `share`: an assumption to plan with, not a measurement."""
+    if device not in PEAK:
+        raise ValueError(
+            f"device: {device!r} has no stated peak; allowed: {', '.join(PEAK)}; or pass a measured throughput"
+        )
+    return share * PEAK[device]
+
+
+# ---------------------------------------------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an iteration costs on one GPU. `throughput` in FLOP/s, `source` says where it comes from, `capacity` in
+    bytes.
+    """
+
+    workload: Workload
+    memory: tuple[Item, ...]
+    plain: tuple[Item, ...]
+    graph: tuple[Item, ...]
+    flops: float
+    throughput: float
+    source: str
+    capacity: float
+    advice: tuple[str, ...]
+
+    @property
+    def bytes(self) -> float:
+        return sum(item.value for item in self.memory)
+
+    @property
+    def seconds(self) -> float:
+        return self.flops / self.throughput
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= BRIM * self.capacity
+
+    def verdict(self) -> str:
+        """One line: 'fits in 80 GB: yes, 61 GB', or no, and what would."""
+        text = f"fits in {gb(self.capacity)}: {'yes' if self.fits else 'no'}, {gb(self.bytes)}"
+        if not self.fits and self.bytes <= self.capacity:
+            text += f" ({1 - BRIM:.0%} are kept free against fragmentation)"
+        return text if self.fits or not self.advice else f"{text}; it would {', or '.join(self.advice)}"
+
+    def pace(self) -> str:
+        """One line about time and where the number comes from."""
+        return (
+            f"{duration(self.seconds)} an iteration: {self.flops:.3g} FLOPs at {self.throughput:.3g} FLOP/s"
+            f" ({self.source})"
+        )
+
+    def table(self) -> Table:
+        """A rich table of the memory and the passes, line by line."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.verdict()}\n{self.pace()}", title_justify="left")
+        for name in ("", "amount", "why"):
+            table.add_column(name, justify="right" if name == "amount" else "left")
+        for item in self.memory:
+            table.add_row(item.name, gb(item.value), item.why)
+        table.add_row("memory of one GPU", gb(self.bytes), "peak", end_section=True, style="bold")
+        for items, what in ((self.plain, "forward"), (self.graph, "forward and backward")):
+            for item in items:
+                table.add_row(item.name, f"{item.value:g} x", f"{what}: {item.why}")
+        total = sum(item.value for item in (*self.plain, *self.graph))
+        table.add_row("passes a sample", f"{total:g}", f"batch {self.workload.batch} on each GPU", style="bold")
+        return table
+
+
+def plan(w: Workload, throughput: float, capacity: float, source: str = "stated") -> Plan:
+    """Memory, FLOPs and seconds of one iteration; capacity in bytes of one GPU, throughput in FLOP/s
+    (`measure_throughput`, `stated`).
+    """
+    if throughput <= 0 or capacity <= 0:
+        raise ValueError(f"throughput, capacity: {throughput}, {capacity} are not possible; allowed: positive numbers")
+    plain, graph = passes(w)
+    lines = memory(w)
+    advice = () if sum(i.value for i in lines) <= BRIM * capacity else remedies(w, capacity)
+    return Plan(w, lines, plain, graph, flops(w), throughput, source, capacity, advice)
+
+
+def remedies(w: Workload, capacity: float) -> tuple[str, ...]:
+    """Changes, each tried alone and then together, after which the workload fits; the gentlest first."""
+
+    def size(v: Workload) -> float:
+        return sum(item.value for item in memory(v))
+
+    single = [
+        ("with checkpointing", replace(w, checkpointing=True)),
+        ("with a micro-batch of 1 (accumulate the rest)", replace(w, batch=1)),
+        ("with LoRA roles", replace(w, roles="lora")),
+        ("in bfloat16", replace(w, bytes_per_parameter=2)),
+    ]
+    found = [f"{name}: {gb(size(v))}" for name, v in single if v != w and size(v) <= BRIM * capacity]
+    if not found:
+        everything = replace(w, checkpointing=True, batch=1, roles="lora", bytes_per_parameter=2)
+        if size(everything) <= BRIM * capacity:
+            found.append(f"with checkpointing, micro-batch 1, LoRA and bfloat16 together: {gb(size(everything))}")
+    for gpus in (2, 4, 8, 16, 32, 64):
+        if gpus > w.gpus and size(replace(w, gpus=gpus)) <= BRIM * capacity:
+            found.append(f"sharded over {gpus} GPUs: {gb(size(replace(w, gpus=gpus)))} each")
+            break
+    return tuple(f"fit {text}" for text in found)
+
+
+def gb(count: float) -> str:
+    """Bytes in words: GB of 1e9, smaller ones in MB."""
+    if count >= 1e10:
+        return f"{count / 1e9:.0f} GB"
+    return f"{count / 1e9:.2g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

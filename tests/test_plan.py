@@ -1,0 +1,232 @@
+"""The planner's counts against hand numbers and against a real network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from instep.models import VideoSize
+from instep.plan import (
+    WAN_1_3B,
+    WAN_14B,
+    Workload,
+    activations,
+    flops,
+    measure_throughput,
+    memory,
+    pass_flops,
+    passes,
+    plan,
+    stated,
+    wan_module,
+    wan_tokens,
+    wan_workload,
+)
+
+torch.set_num_threads(1)
+
+MID = {
+    "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 8, "text_dim": 64, "freq_dim": 64,
+    "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "rope_max_seq_len": 64,
+}  # fmt: skip
+SIZE = VideoSize(128, 128, 13)  # latents [16, 4, 16, 16], 256 tokens
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+
+def mid(layers: int = 8) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(**{**MID, "num_layers": layers})
+
+
+def lines(w: Workload) -> dict[str, float]:
+    return {item.name: item.value for item in memory(w)}
+
+
+def forward(module: nn.Module, batch: int = 2, text: int = 32) -> torch.Tensor:
+    device = next(module.parameters()).device
+    x, t, c = torch.randn(batch, 16, 4, 16, 16), torch.rand(batch) * 1000, torch.randn(batch, text, 64)
+    return module(x.to(device), t.to(device), c.to(device), return_dict=False)[0]
+
+
+def with_lora(module: nn.Module, rank: int) -> nn.Module:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    module.requires_grad_(False)
+    return inject_adapter_in_model(LoraConfig(r=rank, target_modules=TARGETS), module, adapter_name="student")
+
+
+# ---------------------------------------------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize(("config", "total"), [(WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584)])
+def test_real_wan_configurations_by_hand(config, total):
+    d, f, n = config["num_attention_heads"] * 128, config["ffn_dim"], config["num_layers"]
+    attention = 2 * (4 * d * d + 4 * d + 2 * d)  # projections, biases, query and key norms; self and cross
+    block = attention + 2 * d * f + f + d + 2 * d + 6 * d  # ffn, the norm before cross-attention, modulation
+    text, clock = 4096 * d + d + d * d + d, 256 * d + d + d * d + d + 6 * d * d + 6 * d
+    outside = 16 * 4 * d + d + text + clock + d * 64 + 64 + 2 * d
+    w = wan_workload(wan_module(config), VideoSize())
+    assert w.params == n * block + outside == total
+    assert (w.width, w.tokens) == (d, 21 * 30 * 52)
+
+
+def test_tokens_of_a_video():
+    assert wan_tokens({"patch_size": (1, 2, 2)}, VideoSize(48, 48, 9)) == 3 * 3 * 3
+    assert wan_tokens({"patch_size": (1, 2, 2)}, VideoSize(704, 1280, 121), spatial=16) == 31 * 22 * 40
+
+
+def test_passes_of_four_step_distribution_matching():
+    w = Workload(
+        params=1, tokens=1, width=1, ffn=1, layers=1, levels=4, critic_updates=5, roles="copies", checkpointing=False
+    )
+
+    def count(**changes):
+        plain, graph = passes(replace(w, **changes))
+        return sum(i.value for i in plain), sum(i.value for i in graph)
+
+    assert count() == (1.5 + 1 + 2, 1 + 5)
+    assert count(reuse=False) == (4.5 + 5 * 2.5, 6)  # 23 evaluations: a fresh rollout for every critic update
+    assert count(guidance=1.0) == (3.5, 6)
+    assert count(needs_final=True) == (3 + 3, 6)
+    assert count(needs_final=True, final_live=True) == (4 - 1.75 + 3, 1.75 + 5)
+    assert count(levels=1) == (3, 6)
+    # in forward equivalents (backward = 2): 22.5 with re-use, 35 without
+    forward_flops, both = pass_flops(w)
+    assert both == 3 * forward_flops
+    assert flops(w) == 22.5 * forward_flops and flops(replace(w, reuse=False)) == 35 * forward_flops
+    assert flops(replace(w, batch=3)) == 3 * flops(w)
+
+
+def test_memory_by_hand():
+    w = Workload(params=1000, tokens=10, width=4, ffn=8, layers=2, lora_rank=2, bytes_per_parameter=4, roles="copies")
+    assert w.lora_params == 2 * 2 * (18 * 4 + 2 * 8)
+    got = lines(w)
+    assert [got[k] for k in ("weights", "gradients", "AdamW", "EMA")] == [12000, 4000, 16000, 4000]
+    lora = lines(replace(w, roles="lora", ema=False))
+    assert [lora[k] for k in ("weights", "gradients", "AdamW", "EMA")] == [4 * (1000 + 704), 4 * 352, 16 * 352, 0]
+    halved = lines(replace(w, gpus=2))
+    assert halved["AdamW"] == 8000 and halved["gathered weights"] == 2 * 500 * 4
+    assert halved["activations"] == got["activations"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- against a network
+
+
+@pytest.mark.parametrize("roles", ["copies", "lora"])
+def test_states_are_exact(roles):
+    """Weights, gradients, moments and average of one trained role, byte for byte."""
+    module, rank = mid(), 8
+    w = replace(wan_workload(module, SIZE), roles=roles, lora_rank=rank)
+    if roles == "lora":
+        module = with_lora(module, rank)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    forward(module).square().mean().backward()
+    gradients = sum(p.grad.nbytes for p in trained)
+    optimizer.step()
+    moments = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k != "step")
+    got = lines(w)
+    assert (
+        got["gradients"] == gradients and got["AdamW"] == 2 * moments and got["EMA"] == sum(p.nbytes for p in trained)
+    )
+    whole = sum(p.nbytes for p in module.parameters())
+    assert got["weights"] == (3 * whole if roles == "copies" else whole + sum(p.nbytes for p in trained))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("roles", ["copies", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_match_what_autograd_keeps(roles, checkpointing, dtype):
+    module = mid().to(dtype)
+    w = replace(
+        wan_workload(module, SIZE), roles=roles, lora_rank=8, batch=2, text_tokens=32, checkpointing=checkpointing
+    )
+    if roles == "lora":
+        module = with_lora(module, 8)
+    if checkpointing:
+        module.train().enable_gradient_checkpointing()
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        x, t, c = torch.randn(2, 16, 4, 16, 16), torch.rand(2) * 1000, torch.randn(2, 32, 64)
+        module(x.to(dtype), t, c.to(dtype), return_dict=False)
+    measured = sum(x.untyped_storage().nbytes() for x in kept.values())
+    expected = activations(w)
+    if checkpointing:
+        # the block that runs again in full appears only during backward
+        full = activations(replace(w, checkpointing=False))
+        expected -= full - activations(replace(w, checkpointing=False, layers=7))
+    print(f"kept {roles} {dtype} checkpointing={checkpointing}: {expected / measured:.3f} of measured")
+    assert expected == pytest.approx(measured, rel=0.06)
+
+
+def test_flops_match_the_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module = wan_module(MID)
+    w = replace(wan_workload(module, SIZE), roles="copies", checkpointing=False, text_tokens=32, batch=2)
+    with FlopCounterMode(display=False) as counter:
+        out = forward(module)
+        counted = counter.get_total_flops()
+        out.sum().backward()
+    one, both = pass_flops(w)
+    assert 2 * one == pytest.approx(counted, rel=0.03)
+    assert 2 * both == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_flops_of_the_real_model_match_the_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module = wan_module(WAN_1_3B)
+    with FlopCounterMode(display=False) as counter:
+        latents = torch.empty(1, 16, 21, 60, 104, device="meta")
+        module(latents, torch.empty(1, device="meta"), torch.empty(1, 512, 4096, device="meta"), return_dict=False)
+    w = replace(wan_workload(module, VideoSize()), roles="copies")
+    assert pass_flops(w)[0] == pytest.approx(counter.get_total_flops(), rel=0.005)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the plan
+
+
+def test_plan_says_whether_it_fits_and_what_would():
+    from rich.console import Console
+
+    small = replace(wan_workload(wan_module(WAN_1_3B), VideoSize()), bytes_per_parameter=2)
+    fine = plan(small, stated("H100"), 80e9)
+    assert fine.fits and fine.verdict().startswith("fits in 80 GB: yes, ") and fine.advice == ()
+    large = replace(wan_workload(wan_module(WAN_14B), VideoSize()), bytes_per_parameter=2, roles="copies")
+    bad = plan(large, stated("H100"), 80e9)
+    assert not bad.fits and bad.verdict().startswith("fits in 80 GB: no, ") and "with LoRA roles" in bad.verdict()
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(bad.table())
+    text = console.export_text()
+    assert "three full copies" in text and "passes a sample" in text and "stated" in text
+    assert bad.seconds == pytest.approx(bad.flops / (0.4 * 989e12))
+
+
+def test_throughput_is_measured():
+    w = replace(wan_workload(wan_module(MID), SIZE), bytes_per_parameter=4)
+    speed = measure_throughput(w, seconds=0.2)
+    assert 1e8 < speed < 1e13
+    assert plan(w, speed, 1e9, "measured here").pace().endswith("(measured here)")
+
+
+def test_errors_name_the_field():
+    with pytest.raises(ValueError, match="roles: 'qlora'"):
+        Workload(params=1, tokens=1, width=1, ffn=1, layers=1, roles="qlora")
+    with pytest.raises(ValueError, match="batch: 0"):
+        Workload(params=1, tokens=1, width=1, ffn=1, layers=1, batch=0)
+    with pytest.raises(ValueError, match="needs_final=True"):
+        Workload(params=1, tokens=1, width=1, ffn=1, layers=1, final_live=True)
+    with pytest.raises(ValueError, match="TPU"):
+        stated("TPU")
