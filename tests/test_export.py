@@ -29,9 +29,13 @@ torch.set_num_threads(1)
 SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
 PROMPTS = ["a seven moving left slowly", "a digit"]
 INFO = ExportInfo(
-    recipe="dm-align-group", base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", seed=3, command="instep train dm-align-group --seed 3",
-    instep_version="0.0", training_prompts=120, size=SIZE, example_prompt='a "seven" moving left',
-    metrics={"name": "student", "nfe": 4, "n": 270, "values": {"heldout_both": {"value": 0.931, "se": 0.015}, "seconds": {"value": 0.05}}},
+    recipe="dm-align-group", base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", seed=3,
+    command="instep train dm-align-group --seed 3", instep_version="0.0", training_prompts=120, size=SIZE,
+    example_prompt='a "seven" moving left',
+    metrics={
+        "name": "student", "nfe": 4, "n": 270,
+        "values": {"heldout_both": {"value": 0.931, "se": 0.015}, "seconds": {"value": 0.05}},
+    },
 )  # fmt: skip
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
@@ -93,7 +97,7 @@ def folder_of(tmp_path: Path) -> Path:
     return tmp_path / "student"
 
 
-# ------------------------------------------------------------------------------------------------------------ levels
+# --------------------------------------------------------------------------------------------------------------- levels
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
@@ -142,7 +146,7 @@ def test_comfyui_levels_equal_ours_for_the_right_shift():
     assert comfyui_shift((1.0, 0.9, 0.7, 0.2))[1] > 0.1
 
 
-# ------------------------------------------------------------------------------------------------------------ the folder
+# ----------------------------------------------------------------------------------------------------------- the folder
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -243,7 +247,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path):
     assert (out / "instep_export.json").read_text() == record and [p.name for p in tmp_path.iterdir()] == ["student"]
 
 
-# ------------------------------------------------------------------------------------------------------------ LoRA
+# ----------------------------------------------------------------------------------------------------------------- LoRA
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -15,22 +16,21 @@ from instep.plan import (
     Workload,
     activations,
     flops,
-    measure_throughput,
     memory,
     pass_flops,
     passes,
     plan,
-    stated,
     wan_module,
     wan_tokens,
     wan_workload,
 )
+from instep.throughput import measure_throughput, stated
 
 torch.set_num_threads(1)
 
 MID = {
-    "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 8, "text_dim": 64, "freq_dim": 64,
-    "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "rope_max_seq_len": 64,
+    "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 8, "text_dim": 64,
+    "freq_dim": 64, "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "rope_max_seq_len": 64,
 }  # fmt: skip
 SIZE = VideoSize(128, 128, 13)  # latents [16, 4, 16, 16], 256 tokens
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
@@ -59,7 +59,7 @@ def with_lora(module: nn.Module, rank: int) -> nn.Module:
     return inject_adapter_in_model(LoraConfig(r=rank, target_modules=TARGETS), module, adapter_name="student")
 
 
-# ---------------------------------------------------------------------------------------------------------------- counts
+# --------------------------------------------------------------------------------------------------------------- counts
 
 
 @pytest.mark.parametrize(("config", "total"), [(WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584)])
@@ -113,7 +113,7 @@ def test_memory_by_hand():
     assert halved["activations"] == got["activations"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- against a network
+# ---------------------------------------------------------------------------------------------------- against a network
 
 
 @pytest.mark.parametrize("roles", ["copies", "lora"])
@@ -195,7 +195,7 @@ def test_flops_of_the_real_model_match_the_counter():
     assert pass_flops(w)[0] == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the plan
+# ------------------------------------------------------------------------------------------------------------- the plan
 
 
 def test_plan_says_whether_it_fits_and_what_would():
@@ -207,7 +207,7 @@ def test_plan_says_whether_it_fits_and_what_would():
     large = replace(wan_workload(wan_module(WAN_14B), VideoSize()), bytes_per_parameter=2, roles="copies")
     bad = plan(large, stated("H100"), 80e9)
     assert not bad.fits and bad.verdict().startswith("fits in 80 GB: no, ") and "with LoRA roles" in bad.verdict()
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(bad.table())
     text = console.export_text()
     assert "three full copies" in text and "passes a sample" in text and "stated" in text

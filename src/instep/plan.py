@@ -7,13 +7,11 @@ communication between GPUs. GB are 1e9 bytes; a "pass" is one network evaluation
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from instep.models import VideoSize
 
@@ -24,12 +22,9 @@ if TYPE_CHECKING:
 WAN_1_3B: Mapping[str, Any] = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
 WAN_14B: Mapping[str, Any] = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 
-# bf16 peak of the dense tensor cores, as the vendor states it; nobody reaches it, `stated` multiplies it by a share
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-
-# What Wan in diffusers keeps for its backward, counted by saved-tensor hooks, in vectors of the model's width: (a video token and block,
-# a text token and block, a token outside the blocks), by roles and bytes a parameter. Frozen weights need fewer; in two bytes more are
-# kept, because norms run in float32.
+# What Wan in diffusers keeps for its backward, counted by saved-tensor hooks, in vectors of the model's width: (a video
+# token and block, a text token and block, a token outside the blocks), by roles and bytes a parameter. Frozen weights
+# need fewer; in two bytes more are kept, because norms run in float32.
 KEPT = {("copies", 4): (22, 4, 3), ("copies", 2): (34, 6, 5), ("lora", 4): (15, 3, 1), ("lora", 2): (21, 4, 2)}
 # and of the feed-forward width, GELU's input and output
 KEPT_FFN = 2
@@ -93,7 +88,7 @@ class Workload:
         return self.layers * self.lora_rank * (18 * self.width + 2 * self.ffn)
 
 
-def wan_module(config: Mapping[str, Any]) -> nn.Module:
+def wan_module(config: Mapping[str, Any]) -> Any:
     """A WanTransformer3DModel with shapes and no memory (meta device); `config` overrides the class's defaults (those
     of 14B).
     """
@@ -109,7 +104,7 @@ def wan_tokens(config: Mapping[str, Any], size: VideoSize, spatial: int = 8, tem
     return ((size.frames - 1) // temporal + 1) // pt * (size.height // spatial // ph) * (size.width // spatial // pw)
 
 
-def wan_workload(module: nn.Module, size: VideoSize, *, spatial: int = 8, temporal: int = 4) -> Workload:
+def wan_workload(module: Any, size: VideoSize, *, spatial: int = 8, temporal: int = 4) -> Workload:
     """The default workload of a Wan transformer (real or on the meta device); change the rest with
     `dataclasses.replace`.
     """
@@ -133,7 +128,7 @@ class Item:
     why: str
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def memory(w: Workload) -> tuple[Item, ...]:
@@ -186,7 +181,7 @@ def activations(w: Workload) -> float:
     return w.batch * b * points * (blocks + outside)
 
 
-# ---------------------------------------------------------------------------------------------------------------- compute
+# -------------------------------------------------------------------------------------------------------------- compute
 
 
 def passes(w: Workload) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
@@ -235,68 +230,7 @@ def flops(w: Workload) -> float:
     return w.batch * (sum(i.value for i in plain) * forward + sum(i.value for i in graph) * both)
 
 
-def measure_throughput(w: Workload, device: str = "cpu", seconds: float = 2.0) -> float:
-    """FLOP/s of this device on forwards of one transformer block at the workload's width, in its number format.
-
-    Norms, modulation and GELU are in it, for they are what keeps small models from the speed of bare matrix products. A
-    few samples (at most 8192 tokens, longer ones are cut) stand for the batch. The fastest run counts: a busy machine
-    is slower than this.
-    """
-    dtype = torch.bfloat16 if w.bytes_per_parameter == 2 else torch.float32
-    tokens = min(8192, w.tokens)
-    batch = max(1, min(w.batch, 8192 // tokens))
-    one = replace(w, tokens=tokens, text_tokens=0, layers=1, roles="copies")
-    block = _Block(w.width, w.ffn).to(device=device, dtype=dtype)
-    x = torch.randn(batch, tokens, w.width, device=device, dtype=dtype)
-
-    def run() -> None:
-        block(x)
-        # a queue of launches says nothing about time: wait for each block
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-
-    fastest, end = float("inf"), time.perf_counter() + seconds
-    with torch.no_grad():
-        run()
-        while time.perf_counter() < end or fastest == float("inf"):
-            start = time.perf_counter()
-            run()
-            fastest = min(fastest, time.perf_counter() - start)
-    return batch * pass_flops(one)[0] / fastest
-
-
-class _Block(nn.Module):
-    """The products of a Wan block, with what lies between them; cross-attention is only its two projections."""
-
-    def __init__(self, width: int, ffn: int) -> None:
-        super().__init__()
-        self.heads = max(1, width // 128)
-        self.square = nn.ModuleList(nn.Linear(width, width) for _ in range(6))
-        self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        def norm(y: Tensor) -> Tensor:
-            return nn.functional.layer_norm(y.float(), y.shape[-1:]).to(y) * 1.1 + 0.1
-
-        y = norm(x)
-        q, k, v = (self.square[i](y) for i in range(3))
-        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (norm(q), norm(k), v))
-        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.square[3](y) * 0.5
-        x = x + self.square[5](norm(self.square[4](norm(x))))
-        return x + self.down(nn.functional.gelu(self.up(norm(x)), approximate="tanh")) * 0.5
-
-
-def stated(device: str, share: float = 0.4) -> float:
-    """FLOP/s from the vendor's bf16 peak times `share`: an assumption to plan with, not a measurement."""
-    if device not in PEAK:
-        raise ValueError(
-            f"device: {device!r} has no stated peak; allowed: {', '.join(PEAK)}; or pass a measured throughput"
-        )
-    return share * PEAK[device]
-
-
-# ---------------------------------------------------------------------------------------------------------------- the plan
+# ------------------------------------------------------------------------------------------------------------- the plan
 
 
 @dataclass(frozen=True)
@@ -361,7 +295,7 @@ class Plan:
 
 def plan(w: Workload, throughput: float, capacity: float, source: str = "stated") -> Plan:
     """Memory, FLOPs and seconds of one iteration; capacity in bytes of one GPU, throughput in FLOP/s
-    (`measure_throughput`, `stated`).
+    (`instep.throughput`).
     """
     if throughput <= 0 or capacity <= 0:
         raise ValueError(f"throughput, capacity: {throughput}, {capacity} are not possible; allowed: positive numbers")

@@ -32,7 +32,7 @@ class ExportInfo:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the export found out about itself: differences are largest absolute differences of final latents, float32."""
+    """What the export found out about itself; differences are the largest of final latents, in float32."""
 
     sampler_difference: float
     student_difference: float
@@ -107,8 +107,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_gif
 
-pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.{measured.dtype})  # "." is this folder; a hub id works too
-torch.manual_seed(0)  # not generator=: see below
+# "." is this folder; a hub id works as well
+pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.{measured.dtype})
+torch.manual_seed(0)  # and not generator=: see below
 video = pipe(
     {json.dumps(info.example_prompt)},
     height={size.height}, width={size.width}, num_frames={size.frames},
@@ -117,10 +118,10 @@ video = pipe(
 export_to_gif(video, "video.gif", fps=8)
 ```
 
-- `num_inference_steps={n}` and `guidance_scale=1.0` must be given: the pipeline's own defaults are 50 and 5. The scheduler in this folder
-  yields the student's levels for {n} step{"s" if n > 1 else ""} and for no other number.
-- `torch.manual_seed(...)` makes a sample repeatable. A `generator=` alone does not: Wan pipelines do not pass it on to `scheduler.step`,
-  which draws the noise of every later step.
+- `num_inference_steps={n}` and `guidance_scale=1.0` must be given: the pipeline's own defaults are 50 and 5. The
+  scheduler in this folder yields the student's levels for {n} step{"s" if n > 1 else ""} and for no other number.
+- `torch.manual_seed(...)` makes a sample repeatable. A `generator=` alone does not: Wan pipelines do not pass it on
+  to `scheduler.step`, which draws the noise of every later step.
 """
 
 
@@ -183,6 +184,7 @@ def _limits(info: ExportInfo, levels: Sequence[float]) -> str:
     return f"""## Limits
 
 - Made for {n} step{"s" if n > 1 else ""} without guidance; a negative prompt does nothing at guidance 1.
-- Trained and checked at {size.height} x {size.width}, {size.frames} frames, on {info.training_prompts} prompts; other sizes and kinds of prompt were not tried.
+- Trained and checked at {size.height} x {size.width}, {size.frames} frames, on {info.training_prompts} prompts;
+  other sizes and kinds of prompt were not tried.
 - The licence and the limits of its base model apply to it.
 """

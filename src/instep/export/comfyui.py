@@ -57,11 +57,10 @@ def comfyui_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
     state = {}
     for key, value in transformer.state_dict().items():
         owner, _, leaf = key.rpartition(".")
-        if leaf == "scale_shift_table":
-            new = _renamed(key, _TABLES, "parameter")
-        else:
-            new = f"{_renamed(owner, (*_MODULES, *_OTHERS), 'module')}.{leaf}"
-        state[new] = value.detach().cpu().contiguous()
+        table = leaf == "scale_shift_table"
+        layer = key if table else owner
+        new = _renamed(layer, _TABLES if table else (*_MODULES, *_OTHERS), "parameter")
+        state[new if table else f"{new}.{leaf}"] = value.detach().cpu().contiguous()
     return state
 
 
@@ -101,24 +100,34 @@ def comfyui_workflow(
     source = ["lora", 0] if lora else ["model", 0]
     graph: dict[str, tuple[str, dict[str, Any]]] = {
         "model": ("UNETLoader", {"unet_name": model, "weight_dtype": "default"}),
-        "clip": ("CLIPLoader", {"clip_name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "type": "wan", "device": "default"}),
+        "clip": (
+            "CLIPLoader",
+            {"clip_name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "type": "wan", "device": "default"},
+        ),
         "vae": ("VAELoader", {"vae_name": "wan_2.1_vae.safetensors"}),
         "positive": ("CLIPTextEncode", {"text": prompt, "clip": ["clip", 0]}),
         # at cfg 1 the negative prompt is not evaluated, but the sampler's socket must be filled
         "negative": ("CLIPTextEncode", {"text": "", "clip": ["clip", 0]}),
         "shift": ("ModelSamplingSD3", {"shift": shift, "model": source}),
-        "latent": ("EmptyHunyuanLatentVideo", {"width": size.width, "height": size.height, "length": size.frames, "batch_size": 1}),
+        "latent": (
+            "EmptyHunyuanLatentVideo",
+            {"width": size.width, "height": size.height, "length": size.frames, "batch_size": 1},
+        ),
         "sampler": (
             "KSampler",
             {
-                "seed": seed, "steps": len(levels), "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple", "denoise": 1.0,
-                "model": ["shift", 0], "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0],
+                "seed": seed, "steps": len(levels), "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple",
+                "denoise": 1.0, "model": ["shift", 0], "positive": ["positive", 0], "negative": ["negative", 0],
+                "latent_image": ["latent", 0],
             },
         ),
         "decode": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["vae", 0]}),
         "save": (
             "SaveAnimatedWEBP",
-            {"images": ["decode", 0], "filename_prefix": "instep", "fps": 16.0, "lossless": False, "quality": 90, "method": "default"},
+            {
+                "images": ["decode", 0], "filename_prefix": "instep", "fps": 16.0, "lossless": False, "quality": 90,
+                "method": "default",
+            },
         ),
     }  # fmt: skip
     if lora:

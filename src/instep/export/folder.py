@@ -59,8 +59,8 @@ def export_student(
     ours: Sampler | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA file and ComfyUI workflow;
-    then checks it.
+    """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA file and ComfyUI workflow,
+    and checks it (on the student's device).
 
     pipeline: a WanPipeline around the student (its other parts are saved too; nothing in it is changed). lora: the
     module that carries the PEFT adapter `adapter`; then the folder's transformer is that module with the adapter
@@ -92,13 +92,15 @@ def export_student(
         )
         size = info.size if ours else smallest_size(pipeline)
         in_memory = ours or our_sampler(pipeline, student if lora is None else lora, levels, size)
+        device, prompts = next((lora or pipeline.transformer).parameters()).device, (info.example_prompt, "")
         with nullcontext() if lora is None else adapter_active(lora, adapter):
-            student_difference = verify_export(temporary, in_memory, size=size)
+            student_difference = verify_export(temporary, in_memory, prompts=prompts, size=size, device=device)
         shift, off = comfyui_shift(levels)
         measured = Measured(
-            sampler_difference=verify_export(temporary, levels, size=size),
+            sampler_difference=verify_export(temporary, levels, prompts=prompts, size=size, device=device),
             student_difference=student_difference,
-            comfyui_shift=shift, comfyui_difference=off, comfyui_obstacle=runs_in_comfyui(pipeline), lora=lora is not None,
+            comfyui_shift=shift, comfyui_difference=off, comfyui_obstacle=runs_in_comfyui(pipeline),
+            lora=lora is not None,
             dtype=str(exported.transformer.proj_out.weight.dtype).removeprefix("torch."),
         )  # fmt: skip
         _write_comfyui(temporary, exported.transformer, levels, info, measured)
@@ -138,7 +140,8 @@ def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """`module` itself, its parameters in `dtype` except those that its class wants in float32 (norms, time embedding:
     they are small).
     """
-    keep = type(module)._keep_in_fp32_modules or ()
+    family: Any = type(module)
+    keep = family._keep_in_fp32_modules or ()
     for name, parameter in module.named_parameters():
         if dtype is not None and not any(part in name.split(".") for part in keep):
             parameter.data = parameter.data.to(dtype)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from instep.export.comfyui import comfyui_module
 
 
-def _layers(module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module, float]]:
+def _layers(module: nn.Module, adapter: str) -> Iterator[tuple[str, Any, float]]:
     """Name, LoRA layer and scale alpha / r of everything `adapter` touches.
 
     The scale is computed from alpha and r: the layer's own `scaling` is whatever the last forward set it to.
@@ -75,7 +76,7 @@ def lora_state_dict(module: nn.Module, adapter: str = "student") -> dict[str, Te
 
 
 def save_lora(module: nn.Module, path: Path, adapter: str = "student", dtype: torch.dtype | None = None) -> list[str]:
-    """Writes `lora_state_dict` to a safetensors file, atomically; returns the keys. `dtype` None keeps the adapter's."""
+    """Writes `lora_state_dict` to a safetensors file, atomically; returns the keys. dtype None keeps its own."""
     from safetensors.torch import save_file
 
     state = {key: value.to(dtype) if dtype else value for key, value in lora_state_dict(module, adapter).items()}
@@ -87,7 +88,7 @@ def save_lora(module: nn.Module, path: Path, adapter: str = "student", dtype: to
     return sorted(state)
 
 
-def plain_copy(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+def plain_copy(module: Any, state: dict[str, Tensor]) -> nn.Module:
     """A new module of the same class and configuration with weights `state`: no hooks, stock attention processors, eval
     mode.
 

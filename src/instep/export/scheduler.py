@@ -33,7 +33,7 @@ def few_step_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteSchedul
     shift, terminal = solve_shift(levels)
     wanted = torch.tensor(levels, dtype=torch.float32)
     best: tuple[float, FlowMatchEulerDiscreteScheduler] | None = None
-    # one float32 unit of a level is 1e-6 in a sample: among shifts nearer than any training can tell, take the bit-equal one
+    # one float32 unit of a level is 1e-6 in a sample: of shifts that no training can tell apart, the bit-equal one
     for nudge in sorted(range(-NUDGES, NUDGES + 1), key=abs):
         scheduler = FlowMatchEulerDiscreteScheduler(
             shift=shift * (1 + nudge * 2e-8), shift_terminal=terminal, stochastic_sampling=True

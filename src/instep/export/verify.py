@@ -15,7 +15,7 @@ from instep.paths import RectifiedFlow
 from instep.prediction import Condition, Prediction, read
 from instep.rollout import sample_few_step
 
-# (prompts, generator) -> final latents [B, C, F, H, W]; draws x at t_1 first, then one noise a step, all from the generator
+# (prompts, generator) -> final latents [B, C, F, H, W]; draws x at t_1 first, then one noise a step, all from generator
 Sampler = Callable[[Sequence[str], torch.Generator], Tensor]
 
 
@@ -61,30 +61,34 @@ def verify_export(
     prompts: Sequence[str] = ("a seven moving left slowly", "a digit"),
     size: VideoSize | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> float:
-    """Largest absolute difference of final latents between stock diffusers on `folder` and `ours`, in float32 on the
-    CPU.
+    """Largest absolute difference of final latents between stock diffusers on `folder`, in float32, and `ours`.
 
     ours: the student's sampler in memory (then weights and sampler are compared), or the levels (then our sampler runs
-    around the folder's own transformer, and the sampler alone is compared). Both see the same noise: torch's global
-    generator, seeded with `seed`, because the Wan pipeline does not hand a generator to `scheduler.step`. size None:
-    the smallest. Raises ValueError if the two shapes differ. The global random state is put back.
+    around the folder's own transformer, and the sampler alone is compared). Both see the same noise: the device's
+    global generator, seeded with `seed`, because the Wan pipeline does not hand a generator to `scheduler.step`. size
+    None: the smallest. device: where `ours` runs. Raises ValueError if the two shapes differ. The global random state is put back.
     """
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(device, torch.float32)
     pipe.set_progress_bar_config(disable=True)
     size = size or smallest_size(pipe)
     steps = _steps_of(folder) if callable(ours) else len(ours)
     sampler = ours if callable(ours) else our_sampler(pipe, pipe.transformer, ours, size)
-    with torch.random.fork_rng(devices=[]):
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    index = device.index if device.index is not None else torch.cuda.current_device() if on_gpu else 0
+    rng = torch.cuda.default_generators[index] if on_gpu else torch.default_generator
+    with torch.random.fork_rng(devices=[index] if on_gpu else []):
         torch.manual_seed(seed)
         stock = pipe(
             list(prompts), height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps,
             guidance_scale=1.0, output_type="latent",
         ).frames  # fmt: skip
         torch.manual_seed(seed)
-        own = sampler(prompts, torch.default_generator)
+        own = sampler(prompts, rng)
     if own.shape != stock.shape:
         raise ValueError(
             f"ours: latents {list(own.shape)} do not fit the pipeline's {list(stock.shape)}; verify at the size the"
