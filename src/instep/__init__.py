@@ -1,3 +1,53 @@
-"""instep: few-step diffusion models, distilled and aligned in one training loop."""
+"""instep: few-step diffusion models, distilled and aligned in one training loop.
+
+Everything below is imported when it is first used, so `import instep` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from instep.models import VideoSize, load
+    from instep.models.wan import WanFamily
+    from instep.recipes.dm_align import dm_align_group, dm_align_pair
+    from instep.recipes.dmd2 import dmd2
+    from instep.train.run import Run, RunOptions, train
+    from instep.train.source import Preferred
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "VideoSize": "instep.models",
+    "load": "instep.models",
+    "WanFamily": "instep.models.wan",
+    "dm_align_group": "instep.recipes.dm_align",
+    "dm_align_pair": "instep.recipes.dm_align",
+    "dmd2": "instep.recipes.dmd2",
+    "Run": "instep.train.run",
+    "RunOptions": "instep.train.run",
+    "train": "instep.train.run",
+    "Preferred": "instep.train.source",
+}
+__all__ = [
+    "Preferred",
+    "Run",
+    "RunOptions",
+    "VideoSize",
+    "WanFamily",
+    "__version__",
+    "dm_align_group",
+    "dm_align_pair",
+    "dmd2",
+    "load",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(import_module(_WHERE[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'instep' has no attribute {name!r}")

@@ -101,7 +101,7 @@ def _recipe_args(name: str, args: Sequence[str], command: str, options: type) ->
         ("recipe", Annotated[Any, tyro.conf.arg(name="", constructor=function)]),
         ("options", Annotated[options, tyro.conf.arg(name="")]),  # type: ignore[valid-type]
     ]
-    parsed = _parse(dataclasses.make_dataclass("Args", fields), args, f"{command} {name}", function.__doc__)
+    parsed = _parse(dataclasses.make_dataclass("Args", fields), args, f"{command} {name}", (function.__doc__ or "").split("\n")[0])
     return parsed.recipe, parsed.options
 
 

@@ -92,7 +92,7 @@ def export_student(
         )
         size = info.size if ours else smallest_size(pipeline)
         in_memory = ours or our_sampler(pipeline, student if lora is None else lora, levels, size)
-        device, prompts = next((lora or pipeline.transformer).parameters()).device, (info.example_prompt, "")
+        device, prompts = next((pipeline.transformer if lora is None else lora).parameters()).device, (info.example_prompt, "")
         with nullcontext() if lora is None else adapter_active(lora, adapter):
             student_difference = verify_export(temporary, in_memory, prompts=prompts, size=size, device=device)
         shift, off = comfyui_shift(levels)

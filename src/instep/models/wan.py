@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -57,6 +58,21 @@ class PaddedTextProcessor(WanAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars for the loading of five small files."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in (diffusers_logging, transformers_logging):
+            logging.enable_progress_bar()
+
+
 class WanFamily:
     """A `WanPipeline` seen as a family (see `models/base.py`); latents are normalised as the transformer sees them."""
 
@@ -83,9 +99,10 @@ class WanFamily:
     @classmethod
     def load(cls, folder: Path, size: VideoSize, name: str = "wan") -> Self:
         """From a diffusers folder, in float32, offline."""
-        from diffusers import WanPipeline
+        with quiet():
+            from diffusers import WanPipeline
 
-        return cls(WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True), size, name, str(folder))
+            return cls(WanPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True), size, name, str(folder))
 
     @property
     def pretrained(self) -> nn.Module:

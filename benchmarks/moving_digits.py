@@ -1,0 +1,153 @@
+"""The experiments on the embedded default: every student against naive sampling, the teacher and its controls.
+
+    python benchmarks/moving_digits.py --seeds 0 1 2 --jobs 2     # everything; hours of CPU time, resumes
+    make results                                                   # docs/results.md from what was measured
+
+Each cell is one `train` run and one evaluation with the `full` protocol, kept as benchmarks/results/NAME-SEED.json; a cell that is
+there is not run again. Cells that continue another one (the aligned students and their control) start from its roles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from instep.commands.evaluate import baseline, evaluate, few_step, floor, judges_of, noise_for
+from instep.embedded import MovingDigits, moving_digits
+from instep.evaluate.compare import Row, evaluation_set
+from instep.files import write_json
+from instep.recipes.dm_align import dm_align_group, dm_align_pair
+from instep.recipes.dmd2 import dmd2
+from instep.train.recipe import Recipe
+from instep.train.run import RunOptions, train
+from instep.train.setup import averaged
+
+RESULTS = Path(__file__).parent / "results"
+BASE, MORE, FEW = 120, 80, 160  # iterations: the common start, what is added to it, students of 1 and 2 steps
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A student to train: its recipe, and the cell whose roles it starts from."""
+
+    recipe: Callable[[], Recipe]
+    start: str | None = None
+    what: str = ""
+
+
+CELLS = {
+    "dmd2-4": Cell(lambda: dmd2(iterations=BASE), what="4 steps, fake told the exit, rollout re-used"),
+    "dmd2-4-more": Cell(lambda: dmd2(iterations=MORE), "dmd2-4", "control: as many further iterations of DMD2"),
+    "group-pull": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="pull"), "dmd2-4", "DM-Align (Group), pull-only"),
+    "group-signed": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="signed"), "dmd2-4", "DM-Align (Group), signed as the text says"),
+    "group-printed": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="printed"), "dmd2-4", "DM-Align (Group), Eq. 7's sign as printed"),
+    "pair": Cell(lambda: dm_align_pair(distil=0, iterations=MORE), "dmd2-4", "DM-Align (Pair)"),
+    "dmd2-2": Cell(lambda: dmd2(steps=2, iterations=FEW), what="2 steps"),
+    "dmd2-1": Cell(lambda: dmd2(steps=1, iterations=FEW), what="1 step"),
+    "dmd2-4-one-fake": Cell(lambda: dmd2(iterations=BASE, condition_on_exit=False), what="4 steps, one fake for all exits"),
+    "dmd2-4-fresh": Cell(lambda: dmd2(iterations=BASE, reuse=False), what="4 steps, a fresh rollout for every fake update"),
+    "dmd2-4-neither": Cell(lambda: dmd2(iterations=BASE, reuse=False, condition_on_exit=False), what="4 steps, neither"),
+}  # fmt: skip
+
+
+def run_cell(name: str, seed: int, runs: Path) -> None:
+    """Trains and measures one cell unless its result is there."""
+    file = RESULTS / f"{name}-{seed}.json"
+    if file.is_file():
+        return
+    cell, digits = CELLS[name], moving_digits()
+    recipe = cell.recipe()
+    start, cpu = runs / f"{cell.start}-{seed}" if cell.start else None, time.process_time()
+    preferred = digits.preferred() if any(stage.needs_real for stage in recipe.stages) else None
+    run = train(
+        recipe, digits.family, out=runs / f"{name}-{seed}", prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor,
+        preferred=preferred, start_from=start, options=RunOptions(seed=seed, probe_every=40, save_every=40, keep=1),
+    )  # fmt: skip
+    seconds = time.process_time() - cpu
+    with averaged(run.state.trained["student"]):
+        generate = few_step(run.state.roles["student"], digits.family, recipe.levels)
+        row = evaluate(name, "student", generate, evaluation_set("full"), judges_of(), steps=len(recipe.levels), note=cell.what)
+    write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed})
+
+
+def run_baselines(digits: MovingDigits) -> None:
+    """Teacher and naive sampling at every NFE, and the floor."""
+    judges, chosen = judges_of(), evaluation_set("full")
+    for steps in (50, 16, 8, 4, 2, 1):
+        for guidance in (3.0, 1.0):
+            file = RESULTS / f"teacher-{steps}-{guidance:g}.json"
+            if not file.is_file():
+                write_json(file, {"row": baseline(digits.family, judges, chosen, steps, guidance).json()})
+    if not (RESULTS / "floor.json").is_file():
+        write_json(RESULTS / "floor.json", {"row": floor(judges, chosen).json()})
+
+
+def run_export(digits: MovingDigits, runs: Path, seed: int) -> None:
+    """The aligned student once more, through its exported folder in stock diffusers, on the same protocol."""
+    file = RESULTS / f"exported-{seed}.json"
+    if file.is_file():
+        return
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(runs / f"group-pull-{seed}" / "student", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    size = digits.family.size
+
+    def generate(prompts, noise_seed):
+        # the stock pipeline re-noises from torch's global generator; the starting noise is handed over
+        noise, rng = noise_for(digits.family, prompts, noise_seed)
+        torch.set_rng_state(rng.get_state())
+        x = pipe(
+            list(prompts), height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=4, guidance_scale=1.0,
+            latents=noise, output_type="latent",
+        ).frames  # fmt: skip
+        return digits.family.decode(x)
+
+    row = evaluate("exported", "student", generate, evaluation_set("full"), judges_of(), steps=4, note="group-pull in stock diffusers")
+    write_json(file, {"row": row.json()})
+
+
+def rows_of(name: str) -> list[Row]:
+    """The measured rows of one cell, all seeds."""
+    return [Row.of_json(json.loads(file.read_text())["row"]) for file in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--jobs", type=int, default=1, help="seeds run side by side, one thread each")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--no-baselines", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.jobs > 1 and len(args.seeds) > 1:
+        waiting, running = list(args.seeds), []
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                seed = waiting.pop(0)
+                more = [] if seed == args.seeds[0] and not args.no_baselines else ["--no-baselines"]
+                command = [sys.executable, __file__, "--seeds", str(seed), "--runs", str(args.runs), "--cells", *args.cells, *more]
+                running.append(subprocess.Popen(command))
+            running = [child for child in running if child.poll() is None]
+            time.sleep(1)
+        return
+    for seed in args.seeds:
+        for name in args.cells:
+            run_cell(name, seed, args.runs)
+        if "group-pull" in args.cells:
+            run_export(moving_digits(), args.runs, seed)
+    if not args.no_baselines:
+        run_baselines(moving_digits())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""`instep eval` and `instep report`: figures of runs beside the teacher, naive sampling and real videos."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from instep.commands.export import read_run, student_of
+from instep.evaluate.compare import EvalSet, Generate, Row, evaluate, evaluation_set, floor_row
+from instep.files import write_json
+from instep.models import MOVING_DIGITS, bundled, load
+from instep.models.base import Family
+from instep.prediction import Denoiser
+from instep.rewards.judges import Judge, load_judge
+from instep.roles import Backbone, Role
+from instep.rollout import sample_few_step, sample_ode
+
+Protocol = Literal["quick", "full"]
+JUDGES: dict[str, Literal["training", "monitor", "heldout"]] = {"train": "training", "monitor": "monitor", "heldout": "heldout"}
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Measure the students of runs on the moving-digits protocol; writes metrics.json into each."""
+
+    dirs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Folders of runs; none: the teacher and naive sampling alone."""
+    protocol: Protocol = "quick"
+    """quick: 242 videos a model; full: 612."""
+    seed: int = 0
+    """Seed of the noise."""
+    teacher_steps: tuple[int, ...] = ()
+    """More rows of the teacher, guided and not, at these numbers of steps."""
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """One self-contained HTML page of one or several runs."""
+
+    dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of runs."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """The page; an earlier report is replaced."""
+
+
+def eval_command(args: EvalArgs) -> int:
+    torch.set_num_threads(os.cpu_count() or 1)
+    for folder in args.dirs:
+        print_rows(measure_run(folder, args.protocol, args.seed))
+    if args.teacher_steps or not args.dirs:
+        family, judges, chosen = load(MOVING_DIGITS), judges_of(), evaluation_set(args.protocol, args.seed)
+        steps = args.teacher_steps or (50, 4, 2, 1)
+        rows = [baseline(family, judges, chosen, n, w) for n in steps for w in (3.0, 1.0)]
+        print_rows([floor(judges, chosen), *rows])
+    return 0
+
+
+def report_command(args: ReportArgs) -> int:
+    from instep.evaluate.report import write_report
+
+    for folder in args.dirs:
+        read_run(folder)
+    write_report(list(args.dirs), args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def judges_of() -> dict[str, Judge]:
+    return {short: load_judge(name) for short, name in JUDGES.items()}
+
+
+def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> list[Row]:
+    """Rows of a run's student, its baselines at equal NFE, the 50-step teacher and the floor; also written to metrics.json."""
+    record = read_run(folder)
+    if record["model"] != MOVING_DIGITS:
+        raise ValueError(f"dir: {folder} was trained on {record['model']!r}; these judges know {MOVING_DIGITS} alone")
+    family, judges, chosen = load(MOVING_DIGITS), judges_of(), evaluation_set(protocol, seed)
+    levels, guidance = tuple(record["levels"]), float(record["config"]["guidance"])
+    student = student_of(folder, record, family)
+    name = f"student ({record['recipe']})"
+    row = evaluate(name, "student", few_step(student, family, levels), chosen, judges, steps=len(levels))
+    q = len(levels)
+    pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
+    rows = [row, *(baseline(family, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]
+    bottom = floor(judges, chosen)
+    write_json(
+        folder / "metrics.json",
+        {
+            "protocol": protocol,
+            "rows": [r.json() for r in rows],
+            "floor": bottom.json(),
+            "flags": open_flags(folder),
+            "judges": {short: judge.accuracy for short, judge in judges.items()},
+        },
+    )
+    return [bottom, *rows]
+
+
+def open_flags(folder: Path) -> list[str]:
+    """Health flags that were raised and have not cleared."""
+    raised: dict[str, str] = {}
+    file = folder / "health.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        finding = json.loads(line)
+        raised[finding["flag"]] = finding["level"]
+    return [flag for flag, level in raised.items() if level != "ok"]
+
+
+def few_step(student: Denoiser, family: Family, levels: Sequence[float]) -> Generate:
+    """The student's own sampler as a generator of unclamped media."""
+
+    def generate(prompts: Sequence[str], seed: int) -> Tensor:
+        noise, rng = noise_for(family, prompts, seed)
+        return family.decode(sample_few_step(student, family.encode(prompts), noise, levels, family.path, rng))
+
+    return generate
+
+
+def noise_for(family: Family, prompts: Sequence[str], seed: int) -> tuple[Tensor, torch.Generator]:
+    """Starting noise, the same for every model, and the generator that goes on from it."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(len(prompts), *family.latent_shape, generator=rng), rng
+
+
+def baseline(family: Family, judges: dict[str, Judge], chosen: EvalSet, steps: int, guidance: float) -> Row:
+    """The teacher at any number of steps, guided or not; kept in the user's cache, because it never changes."""
+    file = cache_folder() / f"{fingerprint(chosen)}-teacher-{steps}-{guidance:g}.json"
+    if file.is_file():
+        return Row.of_json(json.loads(file.read_text(encoding="utf-8")))
+    teacher = Role("teacher", Backbone(family, family.pretrained))
+
+    def generate(prompts: Sequence[str], seed: int) -> Tensor:
+        noise, _ = noise_for(family, prompts, seed)
+        x = sample_ode(
+            teacher, family.encode(prompts), family.null(len(prompts)), noise, steps=steps, path=family.path, shift=family.shift, guidance=guidance
+        )  # fmt: skip
+        return family.decode(x)
+
+    kind: Literal["teacher", "naive"] = "teacher" if steps >= 20 else "naive"
+    name = f"teacher, {steps} step{'s' * (steps > 1)}{', guided' if guidance != 1 else ''}"
+    row = evaluate(name, kind, generate, chosen, judges, steps=steps, guidance=guidance)
+    write_json(file, row.json())
+    return row
+
+
+def floor(judges: dict[str, Judge], chosen: EvalSet) -> Row:
+    return floor_row(chosen, judges)
+
+
+def cache_folder() -> Path:
+    """Where rows that never change are kept: $INSTEP_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "instep"
+    return Path(os.environ.get("INSTEP_CACHE") or default)
+
+
+def fingerprint(chosen: EvalSet) -> str:
+    """Of the bundled weights, the judges, the measuring code and the protocol: what a cached row depends on."""
+    digest = hashlib.sha256(f"{chosen.name}{chosen.seed}".encode())
+    for path in sorted(bundled(MOVING_DIGITS).rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    from instep.evaluate import compare, metrics
+
+    for module in (compare, metrics):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+COLUMNS = {
+    "heldout_both": "both (held-out)", "train_both": "both (training)", "fd": "FD", "fd_open": "FD open", "modes_motion": "motions of 9",
+    "modes_digit": "digits of 10", "ink": "ink", "wobble": "wobble",
+}  # fmt: skip
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """The table in the terminal: figure and standard error, sorted by network evaluations."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "NFE", *COLUMNS.values())
+    for row in sorted(rows, key=lambda row: (row.kind != "real", row.nfe, row.kind != "student")):
+        cells = [_cell(row, key) for key in COLUMNS]
+        table.add_row(row.name, str(row.nfe or "-"), *cells, style="bold" if row.kind == "student" else None)
+    Console(width=None if os.environ.get("COLUMNS") else 150).print(table)
+
+
+def _cell(row: Row, key: str) -> str:
+    value: Any = row.values[key]
+    digits = 2 if abs(value.value) >= 1 else 3
+    return f"{value.value:.{digits}f} ± {value.se:.{digits}f}"

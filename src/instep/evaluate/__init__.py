@@ -1,0 +1,1 @@
+"""Measuring: metrics with standard errors, comparisons on fixed prompts, and the report."""

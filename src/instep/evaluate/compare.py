@@ -1,0 +1,188 @@
+"""Comparisons on fixed prompts: rows of figures for models, baselines and real videos, all measured alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from instep.data import digits
+from instep.evaluate import metrics as m
+from instep.evaluate.metrics import Value
+from instep.rewards.judges import Judge
+
+Generate = Callable[[Sequence[str], int], Tensor]  # prompts and a seed -> unclamped media [B, 3, F, H, W]
+Kind = Literal["student", "control", "teacher", "naive", "real"]
+BATCH = 45
+
+HIGHER = ("digit", "motion", "both", "score", "precision", "recall", "vendi", "modes")
+LOWER = ("fd", "wobble", "saturation", "seconds")
+
+
+def direction(key: str) -> int:
+    """+1 if more of a figure is better, -1 if less is, 0 if neither (ink, dynamic: compare with real videos)."""
+    if key.startswith(LOWER):
+        return -1
+    return 1 if any(part in HIGHER for part in key.split("_")) or key == "flicker" else 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's figures."""
+
+    name: str
+    kind: Kind
+    values: dict[str, Value]
+    nfe: int = 0
+    steps: int = 0
+    guidance: float = 1.0
+    n: int = 0
+    note: str = ""
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, row: Mapping[str, Any]) -> Row:
+        return cls(**{**row, "values": {k: Value(**v) for k, v in row["values"].items()}})
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Prompts of an evaluation: fully specified ones, then open ones with many samples each, so that modes can be counted."""
+
+    full: tuple[str, ...]
+    open: tuple[str, ...]
+    seed: int = 0
+    name: str = "quick"
+    reference: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return self.full + self.open
+
+
+def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0) -> EvalSet:
+    """`quick`: each of the 90 full prompts once and 19 open ones (10 name a digit only, 9 a motion only) 8 times; `full`: 3 times and 18 times."""
+    each, many = {"quick": (1, 8), "full": (3, 18)}[name]
+    digit_only = [digits.describe(digits.PromptSpec(digit=d)) for d in range(10)]
+    motion_only = [digits.describe(digits.motion_spec(None, k)) for k in range(len(digits.MOTIONS))]
+    return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name)
+
+
+@torch.no_grad()
+def generate_all(generate: Generate, prompts: Sequence[str], seed: int, label: str) -> tuple[Tensor, float]:
+    """Unclamped media of all prompts, batch by batch with progress, and process CPU seconds a video."""
+    from rich.progress import track
+
+    parts, start = [], time.process_time()
+    starts = range(0, len(prompts), BATCH)
+    for i, first in enumerate(track(starts, description=label, transient=True)):
+        parts.append(generate(prompts[first : first + BATCH], seed * 1000 + i))
+    return torch.cat(parts), (time.process_time() - start) / len(prompts)
+
+
+@torch.no_grad()
+def measure(raw: Tensor, seconds: float, eval_set: EvalSet, judges: Mapping[str, Judge]) -> dict[str, Value]:
+    """All figures of unclamped media for the set's prompts, in their order."""
+    media, prompts, full = raw.clamp(0, 1), list(eval_set.prompts), len(eval_set.full)
+    values: dict[str, Value] = {}
+    for name, judge in judges.items():
+        right = judge.correct(media, prompts)
+        for part, ok in asdict_tensors(right).items():
+            values[f"{name}_{part}"] = m.of_mean(ok[:full])
+        values[f"{name}_both_open"] = m.of_mean(right.both[full:])
+        values[f"{name}_score"] = m.of_mean(judge.score(media, prompts)[:full])
+    heldout = judges["heldout"]
+    features, reference = heldout.features(media), reference_features(eval_set, heldout)
+    values["fd"] = m.of_set(lambda rows: m.frechet_distance(features[rows], reference), len(features))
+    values["fd_open"] = m.of_set(lambda rows: m.frechet_distance(features[full:][rows], reference[full:]), len(features) - full)
+    values["precision"] = m.of_set(lambda rows: m.precision(features[rows], reference), len(features))
+    values["recall"] = m.of_set(lambda rows: m.recall(features, reference[rows]), len(features))
+    values |= open_figures(media[full:], features[full:], eval_set.open, heldout)
+    values |= {
+        "ink": m.of_mean(m.ink(media)), "saturation": m.of_mean(m.saturation(raw)), "wobble": m.of_mean(m.wobble(media)),
+        "flicker": m.of_mean(m.flicker(media)), "dynamic": m.of_mean(m.dynamic(media)), "seconds": Value(seconds, 0.0),
+    }  # fmt: skip
+    return values
+
+
+def asdict_tensors(right: Any) -> dict[str, Tensor]:
+    return {"digit": right.digit, "motion": right.motion, "both": right.both}
+
+
+def open_figures(media: Tensor, features: Tensor, prompts: Sequence[str], judge: Judge) -> dict[str, Value]:
+    """Diversity on open prompts: motions seen for a digit-only prompt, digits seen for a motion-only one, Vendi score of features."""
+    order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    group = torch.tensor([order[prompt] for prompt in prompts])
+    names_digit = torch.tensor([digits.parse(prompt).digit is not None for prompt in prompts])
+    digit, motion = (logits.argmax(1) for logits in judge.logits(media))
+    return {
+        "modes_motion": m.modes_covered(motion[names_digit], group[names_digit]),
+        "modes_digit": m.modes_covered(digit[~names_digit], group[~names_digit]),
+        "vendi": m.vendi_by_group(features, group.tolist()),
+    }
+
+
+def reference_features(eval_set: EvalSet, judge: Judge) -> Tensor:
+    """Held-out features of real reference videos that fit the set's prompts one by one."""
+    if judge.name not in eval_set.reference:
+        eval_set.reference[judge.name] = judge.features(real_videos(eval_set, 900_001))
+    return eval_set.reference[judge.name]
+
+
+def real_videos(eval_set: EvalSet, seed: int) -> Tensor:
+    """Real videos of the reference split that fit the set's prompts."""
+    return digits.render("reference", [digits.parse(prompt) for prompt in eval_set.prompts], seed)
+
+
+def floor_row(eval_set: EvalSet, judges: Mapping[str, Judge], seed: int = 900_002) -> Row:
+    """Real against real: another draw of reference videos measured as if it had been generated."""
+    values = measure(real_videos(eval_set, seed), 0.0, eval_set, judges)
+    return Row("real videos (another draw)", "real", values, n=len(eval_set.prompts))
+
+
+def evaluate(
+    name: str,
+    kind: Kind,
+    generate: Generate,
+    eval_set: EvalSet,
+    judges: Mapping[str, Judge],
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    note: str = "",
+) -> Row:
+    """Generates for every prompt of the set and measures; NFE counts both halves of guidance."""
+    raw, seconds = generate_all(generate, eval_set.prompts, eval_set.seed, name)
+    nfe = steps * (1 if guidance == 1 else 2)
+    return Row(name, kind, measure(raw, seconds, eval_set, judges), nfe, steps, guidance, len(raw), note)
+
+
+def difference(a: Row, b: Row, key: str) -> Value:
+    """a - b with the standard error of the difference of independent figures."""
+    x, y = a.values[key], b.values[key]
+    return Value(x.value - y.value, math.hypot(x.se, y.se))
+
+
+def better(a: Row, b: Row, key: str, z: float = 2.0) -> bool:
+    """Whether a is better than b by more than z standard errors of the difference."""
+    d = difference(a, b, key)
+    return direction(key) * d.value > z * d.se
+
+
+def combined(rows: Sequence[Row]) -> Row:
+    """Several seeds of one row as their mean; its error is the larger of the spread between seeds and what the samples allow."""
+    first, s = rows[0], len(rows)
+    values = {}
+    for key in first.values:
+        x = torch.tensor([row.values[key].value for row in rows], dtype=torch.float64)
+        within = math.sqrt(sum(row.values[key].se ** 2 for row in rows)) / s
+        between = float(x.std()) / math.sqrt(s) if s > 1 else 0.0
+        values[key] = Value(float(x.mean()), max(within, between))
+    return Row(first.name, first.kind, values, first.nfe, first.steps, first.guidance, sum(row.n for row in rows), f"mean of {s} seeds")

@@ -1,0 +1,87 @@
+"""Metrics against closed forms and constructed cases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from instep.data import digits
+from instep.evaluate import compare
+from instep.evaluate import metrics as m
+from instep.evaluate.metrics import Value
+
+
+def test_frechet_distance_of_gaussians():
+    """Diagonal Gaussians: |difference of means|^2 + sum of (difference of deviations)^2."""
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(40000, 3, generator=rng, dtype=torch.float64)
+    b = torch.randn(40000, 3, generator=rng, dtype=torch.float64) * torch.tensor([2.0, 1.0, 0.5]) + torch.tensor([1.0, 0.0, -1.0])
+    assert m.frechet_distance(a, b) == pytest.approx(2 + 1 + 0.25, rel=0.02)
+    assert abs(m.frechet_distance(a, a)) < 1e-9
+
+
+def test_precision_and_recall_on_two_clusters():
+    rng = torch.Generator().manual_seed(0)
+    real = torch.cat([torch.randn(200, 2, generator=rng), torch.randn(200, 2, generator=rng) + 50])
+    one_mode = torch.randn(200, 2, generator=rng)
+    assert m.precision(one_mode, real) > 0.9 and 0.4 < m.recall(one_mode, real) < 0.52
+    off = torch.cat([one_mode[:100], torch.randn(100, 2, generator=rng) - 50])
+    assert 0.4 < m.precision(off, real) < 0.52
+
+
+def test_vendi_counts_what_is_different():
+    assert m.vendi(torch.ones(5, 3)) == pytest.approx(1.0, abs=1e-6)
+    assert m.vendi(torch.eye(4).repeat(2, 1)) == pytest.approx(4.0, abs=1e-6)
+    assert m.vendi_by_group(torch.eye(4), [0, 0, 1, 1]).value == pytest.approx(2.0, abs=1e-6)
+
+
+def test_errors_of_means_and_sets():
+    x = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    got = m.of_mean(x)
+    assert got.value == 0.75 and got.se == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    rng = torch.Generator().manual_seed(0)
+    y = torch.randn(400, generator=rng)
+    boot = m.of_set(lambda rows: float(y[rows].mean()), 400, resamples=200)
+    assert boot.se == pytest.approx(1 / 20, rel=0.25), "the bootstrap finds the error of a mean"
+    assert m.modes_covered(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([7, 7, 7, 8, 8, 8])).value == 1.5
+
+
+def moving(motion: str, n: int = 4) -> torch.Tensor:
+    k = digits.MOTIONS.index(motion)
+    return digits.render("reference", [digits.motion_spec(3, k)] * n, seed=5)
+
+
+def test_motion_figures_on_real_videos():
+    """A digit travels 16 px (fast), 8 px (slowly) or not at all; rigid motion does not wobble, changing shapes do."""
+    for motion, pixels in (("left fast", 16), ("up slowly", 8), ("still", 0)):
+        assert m.dynamic(moving(motion)).mean() == pytest.approx(pixels, abs=0.5)
+    rigid = m.wobble(moving("left fast"))
+    shuffled = torch.stack([digits.render("reference", [digits.motion_spec(d, 0)], seed=d)[0][:, 0] for d in range(9)], 1)[None]
+    assert rigid.max() < 0.15 and m.wobble(shuffled).min() > 3 * rigid.max()
+    assert m.flicker(moving("still")).min() > 0.999 > m.flicker(moving("left fast")).max()
+    raw = torch.zeros(1, 3, 2, 4, 4)
+    raw[..., 0] = 1.2
+    assert m.saturation(raw).item() == 0.25 and m.ink(raw).item() == 0.25
+
+
+def row(value: float, se: float, key: str = "heldout_both") -> compare.Row:
+    return compare.Row("x", "student", {key: Value(value, se)}, n=10)
+
+
+def test_comparisons_respect_direction_and_error():
+    assert compare.better(row(0.9, 0.01), row(0.8, 0.01), "heldout_both")
+    assert not compare.better(row(0.9, 0.05), row(0.8, 0.05), "heldout_both")
+    assert compare.better(row(1.0, 0.1, "fd_open"), row(2.0, 0.1, "fd_open"), "fd_open")
+    assert compare.direction("ink") == 0 and compare.direction("modes_motion") == 1 and compare.direction("fd") == -1
+    both = compare.combined([row(0.8, 0.02), row(0.9, 0.02), row(1.0, 0.02)])
+    assert both.values["heldout_both"].value == pytest.approx(0.9)
+    assert both.values["heldout_both"].se == pytest.approx(0.1 / math.sqrt(3)), "seeds differ more than samples allow"
+    assert compare.Row.of_json(row(0.5, 0.1).json()) == row(0.5, 0.1)
+
+
+def test_evaluation_set_is_balanced():
+    quick = compare.evaluation_set("quick")
+    assert len(quick.full) == 90 and len(set(quick.full)) == 90 and len(quick.open) == 19 * 8
+    assert not set(quick.full) & set(quick.open)
