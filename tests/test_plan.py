@@ -10,21 +10,9 @@ import torch
 from torch import nn
 
 from instep.models import VideoSize
-from instep.plan import (
-    WAN_1_3B,
-    WAN_14B,
-    Workload,
-    activations,
-    flops,
-    memory,
-    pass_flops,
-    passes,
-    plan,
-    wan_module,
-    wan_tokens,
-    wan_workload,
-)
+from instep.plan import activations, flops, memory, pass_flops, passes, plan
 from instep.throughput import measure_throughput, stated
+from instep.workload import WAN_1_3B, WAN_14B, Workload, recipe_workload, wan_module, wan_tokens, wan_workload
 
 torch.set_num_threads(1)
 
@@ -93,7 +81,9 @@ def test_passes_of_four_step_distribution_matching():
     assert count(guidance=1.0) == (3.5, 6)
     assert count(needs_final=True) == (3 + 3, 6)
     assert count(needs_final=True, final_live=True) == (4 - 1.75 + 3, 1.75 + 5)
+    assert count(needs_final=True, final_live=True, trajectory=True) == (3, 4.75 + 5)
     assert count(levels=1) == (3, 6)
+    assert flops(replace(w, accumulate=4)) == 4 * flops(w)
     # in forward equivalents (backward = 2): 22.5 with re-use, 35 without
     forward_flops, both = pass_flops(w)
     assert both == 3 * forward_flops
@@ -212,6 +202,23 @@ def test_plan_says_whether_it_fits_and_what_would():
     text = console.export_text()
     assert "three full copies" in text and "passes a sample" in text and "stated" in text
     assert bad.seconds == pytest.approx(bad.flops / (0.4 * 989e12))
+
+
+def test_workload_of_a_recipe():
+    from instep.recipes.dm_align import dm_align_group
+    from instep.recipes.dmd2 import dmd2
+
+    base = wan_workload(wan_module(MID), SIZE)
+    recipe = dmd2(steps=2, guidance=1.0, critic_updates=3, reuse=False, batch=8)
+    w = recipe_workload(recipe, recipe.stages[0], base)
+    assert (w.levels, w.guidance, w.critic_updates, w.reuse, w.batch, w.needs_final) == (2, 1.0, 3, False, 8, False)
+    assert w.roles == "copies" and w.params == base.params
+    joint = dm_align_group(lora_rank=16, ema=None)
+    align = recipe_workload(joint, joint.stages[1], base)
+    assert align.needs_final and align.final_live == ("final" in joint.stages[1].live) and not align.trajectory
+    assert (align.roles, align.lora_rank, align.ema) == ("lora", 16, False)
+    with pytest.raises(ValueError, match="no distribution matching"):
+        recipe_workload(joint, replace(joint.stages[0], terms=()), base)
 
 
 def test_throughput_is_measured():

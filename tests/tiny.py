@@ -44,8 +44,8 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=16,
-            freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=32,
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16,
+            text_dim=16, freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=32,
         )  # fmt: skip
         vae = AutoencoderKLWan(
             base_dim=4, decoder_base_dim=4, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[],

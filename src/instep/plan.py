@@ -7,20 +7,13 @@ communication between GPUs. GB are 1e9 bytes; a "pass" is one network evaluation
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-import torch
-
-from instep.models import VideoSize
+from instep.workload import Workload
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-# Wan 2.1 text-to-video, from the published configurations
-WAN_1_3B: Mapping[str, Any] = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
-WAN_14B: Mapping[str, Any] = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 
 # What Wan in diffusers keeps for its backward, counted by saved-tensor hooks, in vectors of the model's width: (a video
 # token and block, a text token and block, a token outside the blocks), by roles and bytes a parameter. Frozen weights
@@ -30,93 +23,6 @@ KEPT = {("copies", 4): (22, 4, 3), ("copies", 2): (34, 6, 5), ("lora", 4): (15, 
 KEPT_FFN = 2
 # a plan that fills a device to the brim meets fragmentation
 BRIM = 0.92
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One iteration of distribution matching on one GPU.
-
-    params: of one network. tokens: video tokens a sample; text_tokens: text tokens a sample. batch: samples in one
-    micro-batch on one GPU. levels: steps of the student. reuse: critics train on the student's rollout (False: a fresh
-    rollout for every update). needs_final: a reward looks at the end of the rollout; final_live: and its gradient goes
-    into the student's last step. guidance: of the teacher, 1 means one pass instead of two. roles: three full copies
-    (student, fake, teacher), or two adapters on one frozen network. gpus: over how many the states are sharded (fully
-    sharded data parallel); ema: an averaged copy of what the student trains.
-    """
-
-    params: int
-    tokens: int
-    width: int
-    ffn: int
-    layers: int
-    text_tokens: int = 512
-    batch: int = 1
-    levels: int = 4
-    critic_updates: int = 5
-    reuse: bool = True
-    needs_final: bool = False
-    final_live: bool = False
-    guidance: float = 3.0
-    roles: Literal["copies", "lora"] = "lora"
-    lora_rank: int = 32
-    bytes_per_parameter: int = 2
-    checkpointing: bool = True
-    ema: bool = True
-    gpus: int = 1
-
-    def __post_init__(self) -> None:
-        if self.roles not in ("copies", "lora"):
-            raise ValueError(
-                f"roles: {self.roles!r} is not known; allowed: 'copies' (full copies) or 'lora' (adapters)"
-            )
-        if self.bytes_per_parameter not in (2, 4):
-            raise ValueError(
-                f"bytes_per_parameter: {self.bytes_per_parameter} is not planned for; allowed: 2 (bfloat16) or 4"
-                " (float32)"
-            )
-        for name in ("params", "tokens", "width", "ffn", "layers", "batch", "levels", "lora_rank", "gpus"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name}: {vars(self)[name]} is not possible; allowed: 1 or more")
-        if self.critic_updates < 0 or self.text_tokens < 0:
-            raise ValueError("critic_updates, text_tokens: negative numbers are not possible; allowed: 0 or more")
-        if self.final_live and not self.needs_final:
-            raise ValueError("final_live: it needs the final sample; set needs_final=True")
-
-    @property
-    def lora_params(self) -> int:
-        """Of one adapter on every attention projection and both ffn layers of every block."""
-        return self.layers * self.lora_rank * (18 * self.width + 2 * self.ffn)
-
-
-def wan_module(config: Mapping[str, Any]) -> Any:
-    """A WanTransformer3DModel with shapes and no memory (meta device); `config` overrides the class's defaults (those
-    of 14B).
-    """
-    from diffusers import WanTransformer3DModel
-
-    with torch.device("meta"):
-        return WanTransformer3DModel(**config)
-
-
-def wan_tokens(config: Mapping[str, Any], size: VideoSize, spatial: int = 8, temporal: int = 4) -> int:
-    """Video tokens of one sample; spatial, temporal: the VAE's compression."""
-    pt, ph, pw = config["patch_size"]
-    return ((size.frames - 1) // temporal + 1) // pt * (size.height // spatial // ph) * (size.width // spatial // pw)
-
-
-def wan_workload(module: Any, size: VideoSize, *, spatial: int = 8, temporal: int = 4) -> Workload:
-    """The default workload of a Wan transformer (real or on the meta device); change the rest with
-    `dataclasses.replace`.
-    """
-    config = module.config
-    return Workload(
-        params=sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name),
-        tokens=wan_tokens(config, size, spatial, temporal),
-        width=config.num_attention_heads * config.attention_head_dim,
-        ffn=config.ffn_dim,
-        layers=config.num_layers,
-        bytes_per_parameter=min(4, next(module.parameters()).element_size()),
-    )
 
 
 @dataclass(frozen=True)
@@ -177,7 +83,7 @@ def activations(w: Workload) -> float:
         block += w.lora_rank * (8 * w.tokens + 2 * w.text_tokens)
     outside = rest * (w.tokens + w.text_tokens) * w.width
     blocks = w.layers * w.tokens * w.width + block if w.checkpointing else w.layers * block
-    points = 2 if w.final_live else 1
+    points = w.levels + 1 if w.trajectory else 2 if w.final_live else 1
     return w.batch * b * points * (blocks + outside)
 
 
@@ -194,7 +100,10 @@ def passes(w: Workload) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     q, n = w.levels, w.critic_updates
     # exit and end are the same step for one sample in Q
     graph = 2 - 1 / q if w.final_live else 1.0
-    rest = q - graph if w.needs_final else (q - 1) / 2
+    if w.trajectory:
+        # every step carries the graph; the exit is predicted once more from a detached input, unless it is the first
+        graph = q + 1 - 1 / q
+    rest = max(0.0, q - graph) if w.needs_final else (q - 1) / 2
     plain = [
         Item("rollout", rest, "to the end of the levels" if w.needs_final else "up to the exit, on average"),
         Item("fake", 1, "score of the sample"),
@@ -224,10 +133,10 @@ def pass_flops(w: Workload) -> tuple[float, float]:
 
 
 def flops(w: Workload) -> float:
-    """FLOPs of one iteration of the micro-batch on one GPU."""
+    """FLOPs of one iteration (every accumulated micro-batch) on one GPU."""
     plain, graph = passes(w)
     forward, both = pass_flops(w)
-    return w.batch * (sum(i.value for i in plain) * forward + sum(i.value for i in graph) * both)
+    return w.batch * w.accumulate * (sum(i.value for i in plain) * forward + sum(i.value for i in graph) * both)
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -289,7 +198,8 @@ class Plan:
             for item in items:
                 table.add_row(item.name, f"{item.value:g} x", f"{what}: {item.why}")
         total = sum(item.value for item in (*self.plain, *self.graph))
-        table.add_row("passes a sample", f"{total:g}", f"batch {self.workload.batch} on each GPU", style="bold")
+        samples = f"{self.workload.batch * self.workload.accumulate} samples an iteration on each GPU"
+        table.add_row("passes a sample", f"{total:g}", samples, style="bold")
         return table
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from instep.plan import Workload, pass_flops
+from instep.plan import pass_flops
+from instep.workload import Workload
 
 # bf16 peak of the dense tensor cores, as the vendor states it; nobody reaches it, `stated` multiplies it by a share
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
