@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.linalg
 import torch
 
 from instep.data import digits
@@ -20,6 +21,11 @@ def test_frechet_distance_of_gaussians():
     b = torch.randn(40000, 3, generator=rng, dtype=torch.float64) * torch.tensor([2.0, 1.0, 0.5]) + torch.tensor([1.0, 0.0, -1.0])
     assert m.frechet_distance(a, b) == pytest.approx(2 + 1 + 0.25, rel=0.02)
     assert abs(m.frechet_distance(a, a)) < 1e-9
+    few, other = torch.randn(6, 9, generator=rng, dtype=torch.float64), torch.randn(20, 9, generator=rng, dtype=torch.float64)
+    product = torch.cov(few.T) @ torch.cov(other.T)
+    root = scipy.linalg.sqrtm((product + 1e-14 * torch.eye(9)).numpy()).real.trace()
+    want = (few.mean(0) - other.mean(0)).square().sum() + torch.cov(few.T).trace() + torch.cov(other.T).trace() - 2 * root
+    assert m.frechet_distance(few, other) == pytest.approx(float(want), rel=1e-5), "singular covariances, against scipy"
 
 
 def test_precision_and_recall_on_two_clusters():
@@ -34,7 +40,7 @@ def test_precision_and_recall_on_two_clusters():
 def test_vendi_counts_what_is_different():
     assert m.vendi(torch.ones(5, 3)) == pytest.approx(1.0, abs=1e-6)
     assert m.vendi(torch.eye(4).repeat(2, 1)) == pytest.approx(4.0, abs=1e-6)
-    assert m.vendi_by_group(torch.eye(4), [0, 0, 1, 1]).value == pytest.approx(2.0, abs=1e-6)
+    assert m.vendi_by_group(torch.eye(4), torch.tensor([0, 0, 1, 1])).value == pytest.approx(2.0, abs=1e-6)
 
 
 def test_errors_of_means_and_sets():
@@ -43,8 +49,13 @@ def test_errors_of_means_and_sets():
     assert got.value == 0.75 and got.se == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     rng = torch.Generator().manual_seed(0)
     y = torch.randn(400, generator=rng)
-    boot = m.of_set(lambda rows: float(y[rows].mean()), 400, resamples=200)
-    assert boot.se == pytest.approx(1 / 20, rel=0.25), "the bootstrap finds the error of a mean"
+    order = torch.arange(400)
+    halves = m.of_set(lambda rows: float(y[rows].mean()), order, resamples=200)
+    assert halves.se == pytest.approx(1 / 20, rel=0.25), "half-samples find the error of a mean"
+    strata = y + 100 * (order // 2 % 5)
+    assert m.of_mean(strata, order).se == pytest.approx(1 / 20, rel=0.25), "differences between prompts are no error"
+    assert m.of_mean(strata).se > 1
+    assert m.of_share(torch.ones(90, dtype=torch.bool)).value == 1 and 0.005 < m.of_share(torch.ones(90, dtype=torch.bool)).se < 0.02
     assert m.modes_covered(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([7, 7, 7, 8, 8, 8])).value == 1.5
 
 

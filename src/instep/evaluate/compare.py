@@ -66,6 +66,17 @@ class EvalSet:
     def prompts(self) -> tuple[str, ...]:
         return self.full + self.open
 
+    @property
+    def order(self) -> Tensor:
+        """A number for each prompt [N]; equal ones are equal, near ones have the same motion or else the same digit."""
+        specs = {prompt: digits.parse(prompt) for prompt in dict.fromkeys(self.prompts)}
+
+        def key(prompt: str) -> tuple[bool, list[int], int]:
+            return prompt in self.open, digits.motions_allowed(specs[prompt]), -1 if specs[prompt].digit is None else specs[prompt].digit
+
+        rank = {prompt: i for i, prompt in enumerate(sorted(specs, key=key))}
+        return torch.tensor([rank[prompt] for prompt in self.prompts])
+
 
 def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0) -> EvalSet:
     """`quick`: each of the 90 full prompts once and 19 open ones (10 name a digit only, 9 a motion only) 8 times; `full`: 3 times and 18 times."""
@@ -75,45 +86,52 @@ def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0) -> E
     return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Seconds a video of generating: of all CPU threads together, and on the clock."""
+
+    cpu: float = 0.0
+    wall: float = 0.0
+
+
 @torch.no_grad()
-def generate_all(generate: Generate, prompts: Sequence[str], seed: int, label: str) -> tuple[Tensor, float]:
-    """Unclamped media of all prompts, batch by batch with progress, and process CPU seconds a video."""
+def generate_all(generate: Generate, prompts: Sequence[str], seed: int, label: str) -> tuple[Tensor, Cost]:
+    """Unclamped media of all prompts, batch by batch with progress, and what a video cost."""
     from rich.progress import track
 
-    parts, start = [], time.process_time()
+    parts, cpu, wall = [], time.process_time(), time.perf_counter()
     starts = range(0, len(prompts), BATCH)
     for i, first in enumerate(track(starts, description=label, transient=True)):
         parts.append(generate(prompts[first : first + BATCH], seed * 1000 + i))
-    return torch.cat(parts), (time.process_time() - start) / len(prompts)
+    cost = Cost((time.process_time() - cpu) / len(prompts), (time.perf_counter() - wall) / len(prompts))
+    return torch.cat(parts), cost
 
 
 @torch.no_grad()
-def measure(raw: Tensor, seconds: float, eval_set: EvalSet, judges: Mapping[str, Judge]) -> dict[str, Value]:
-    """All figures of unclamped media for the set's prompts, in their order."""
-    media, prompts, full = raw.clamp(0, 1), list(eval_set.prompts), len(eval_set.full)
+def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, judges: Mapping[str, Judge]) -> dict[str, Value]:
+    """All figures of unclamped media [N, 3, F, H, W] for the set's prompts, in their order; `judges` by short name, "heldout" among them."""
+    if len(raw) != len(eval_set.prompts):
+        raise ValueError(f"raw: {len(raw)} videos for {len(eval_set.prompts)} prompts; generate returns one video a prompt")
+    media, prompts, full, order = raw.clamp(0, 1), list(eval_set.prompts), len(eval_set.full), eval_set.order
     values: dict[str, Value] = {}
     for name, judge in judges.items():
         right = judge.correct(media, prompts)
-        for part, ok in asdict_tensors(right).items():
-            values[f"{name}_{part}"] = m.of_mean(ok[:full])
-        values[f"{name}_both_open"] = m.of_mean(right.both[full:])
-        values[f"{name}_score"] = m.of_mean(judge.score(media, prompts)[:full])
+        values |= {f"{name}_{part}": m.of_share(ok[:full]) for part, ok in (("digit", right.digit), ("motion", right.motion), ("both", right.both))}
+        values[f"{name}_both_open"] = m.of_share(right.both[full:])
+        values[f"{name}_score"] = m.of_mean(judge.score(media, prompts)[:full], order[:full])
     heldout = judges["heldout"]
     features, reference = heldout.features(media), reference_features(eval_set, heldout)
-    values["fd"] = m.of_set(lambda rows: m.frechet_distance(features[rows], reference), len(features))
-    values["fd_open"] = m.of_set(lambda rows: m.frechet_distance(features[full:][rows], reference[full:]), len(features) - full)
-    values["precision"] = m.of_set(lambda rows: m.precision(features[rows], reference), len(features))
-    values["recall"] = m.of_set(lambda rows: m.recall(features, reference[rows]), len(features))
-    values |= open_figures(media[full:], features[full:], eval_set.open, heldout)
+    fake, real = features[full:], reference[full:]
     values |= {
-        "ink": m.of_mean(m.ink(media)), "saturation": m.of_mean(m.saturation(raw)), "wobble": m.of_mean(m.wobble(media)),
-        "flicker": m.of_mean(m.flicker(media)), "dynamic": m.of_mean(m.dynamic(media)), "seconds": Value(seconds, 0.0),
-    }  # fmt: skip
-    return values
-
-
-def asdict_tensors(right: Any) -> dict[str, Tensor]:
-    return {"digit": right.digit, "motion": right.motion, "both": right.both}
+        "fd": m.of_set(lambda rows: m.frechet_distance(features[rows], reference), order),
+        "fd_open": m.of_set(lambda rows: m.frechet_distance(fake[rows], real), order[full:]),
+        "precision": m.of_set(lambda rows: m.precision(features[rows], reference), order),
+        "recall": m.of_set(lambda rows: m.recall(features[rows], reference), order),
+    }
+    values |= open_figures(media[full:], fake, eval_set.open, heldout)
+    pictures = {"ink": m.ink(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media), "dynamic": m.dynamic(media)}
+    values |= {key: m.of_mean(x, order) for key, x in pictures.items()}
+    return values | {"seconds": Value(cost.cpu, 0.0), "seconds_wall": Value(cost.wall, 0.0)}
 
 
 def open_figures(media: Tensor, features: Tensor, prompts: Sequence[str], judge: Judge) -> dict[str, Value]:
@@ -125,7 +143,7 @@ def open_figures(media: Tensor, features: Tensor, prompts: Sequence[str], judge:
     return {
         "modes_motion": m.modes_covered(motion[names_digit], group[names_digit]),
         "modes_digit": m.modes_covered(digit[~names_digit], group[~names_digit]),
-        "vendi": m.vendi_by_group(features, group.tolist()),
+        "vendi": m.vendi_by_group(features, group),
     }
 
 
@@ -143,7 +161,7 @@ def real_videos(eval_set: EvalSet, seed: int) -> Tensor:
 
 def floor_row(eval_set: EvalSet, judges: Mapping[str, Judge], seed: int = 900_002) -> Row:
     """Real against real: another draw of reference videos measured as if it had been generated."""
-    values = measure(real_videos(eval_set, seed), 0.0, eval_set, judges)
+    values = measure(real_videos(eval_set, seed), Cost(), eval_set, judges)
     return Row("real videos (another draw)", "real", values, n=len(eval_set.prompts))
 
 
@@ -159,9 +177,9 @@ def evaluate(
     note: str = "",
 ) -> Row:
     """Generates for every prompt of the set and measures; NFE counts both halves of guidance."""
-    raw, seconds = generate_all(generate, eval_set.prompts, eval_set.seed, name)
+    raw, cost = generate_all(generate, eval_set.prompts, eval_set.seed, name)
     nfe = steps * (1 if guidance == 1 else 2)
-    return Row(name, kind, measure(raw, seconds, eval_set, judges), nfe, steps, guidance, len(raw), note)
+    return Row(name, kind, measure(raw, cost, eval_set, judges), nfe, steps, guidance, len(raw), note)
 
 
 def difference(a: Row, b: Row, key: str) -> Value:
