@@ -8,7 +8,8 @@ from instep.pretrain.moving_digits import pretrain_moving_digits
 
 def main() -> None:
     """Reads the command line and trains."""
-    parser = argparse.ArgumentParser(prog="python -m instep.pretrain", description="Train the moving-digits pipeline from raw scans (under 90 minutes on 2 cores).")
+    about = "Train the moving-digits pipeline from raw scans (under 90 minutes on 2 cores)."
+    parser = argparse.ArgumentParser(prog="python -m instep.pretrain", description=about)
     parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline; an interrupted run there goes on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -36,7 +36,7 @@ class JudgeConfig:
     ema: float = 0.99
 
 
-JUDGES = (JudgeConfig("training", 101, steps=2000, smoothing=0.1), JudgeConfig("monitor", 202), JudgeConfig("heldout", 303))
+JUDGES = (JudgeConfig("training", 101, steps=2000, smoothing=0.1), JudgeConfig("monitor", 202, steps=700), JudgeConfig("heldout", 303, steps=700))
 
 
 def deformations(n: int, rng: torch.Generator) -> Tensor:

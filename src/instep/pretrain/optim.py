@@ -56,7 +56,7 @@ class Optimisers:
 
     def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], steps: int, muon_lr: float, adam_lr: float,
                  warmup: int = 50, decay_from: float = 0.3) -> None:  # fmt: skip
-        self.parts = [Muon(matrices, muon_lr), torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        self.parts = [Muon(matrices, muon_lr), torch.optim.AdamW(others, adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
         self.rates, self.steps, self.warmup, self.decay_from = (muon_lr, adam_lr), steps, warmup, decay_from
 
     def scale(self, step: int) -> float:
@@ -77,16 +77,13 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
+        assert all(v.is_floating_point() for v in module.state_dict().values())
         self.weights = {k: v.detach().clone() for k, v in module.state_dict().items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         keep = min(self.decay, (1 + step) / (10 + step))
-        for name, value in module.state_dict().items():
-            if value.is_floating_point():
-                self.weights[name].lerp_(value, 1 - keep)
-            else:
-                self.weights[name].copy_(value)
+        torch._foreach_lerp_(list(self.weights.values()), list(module.state_dict().values()), 1 - keep)
 
 
 def finite(loss: Tensor, stage: str, step: int) -> float:

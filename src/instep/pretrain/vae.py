@@ -98,5 +98,3 @@ def psnr(vae: AutoencoderKLWan, media: Tensor) -> float:
         out = vae.decode(vae.encode(part * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
         errors.append((out - part).square().mean((1, 2, 3, 4)))
     return float(-10 * torch.cat(errors).mean().log10())
-
-
