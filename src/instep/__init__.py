@@ -1,6 +1,7 @@
 """instep: few-step diffusion models, distilled and aligned in one training loop.
 
-Everything below is imported when it is first used, so `import instep` costs next to nothing.
+Everything below is imported when it is first used, so `import instep` costs next to nothing. The function that trains is
+`instep.train.run.train`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from instep.models.wan import WanFamily
     from instep.recipes.dm_align import dm_align_group, dm_align_pair
     from instep.recipes.dmd2 import dmd2
-    from instep.train.run import Run, RunOptions, train
+    from instep.train.run import Run, RunOptions
     from instep.train.source import Preferred
 
 __version__ = "0.1.0"
@@ -27,7 +28,6 @@ _WHERE = {
     "dmd2": "instep.recipes.dmd2",
     "Run": "instep.train.run",
     "RunOptions": "instep.train.run",
-    "train": "instep.train.run",
     "Preferred": "instep.train.source",
 }
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "dm_align_pair",
     "dmd2",
     "load",
-    "train",
 ]
 
 

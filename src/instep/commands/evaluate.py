@@ -23,6 +23,7 @@ from instep.prediction import Denoiser
 from instep.rewards.judges import Judge, load_judge
 from instep.roles import Backbone, Role
 from instep.rollout import sample_few_step, sample_ode
+from instep.train import checkpoint
 
 Protocol = Literal["quick", "full"]
 JUDGES: dict[str, Literal["training", "monitor", "heldout"]] = {"train": "training", "monitor": "monitor", "heldout": "heldout"}
@@ -88,9 +89,13 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     student = student_of(folder, record, family)
     name = f"student ({record['recipe']})"
     row = evaluate(name, "student", few_step(student, family, levels), chosen, judges, steps=len(levels))
-    q = len(levels)
+    q, before = len(levels), []
+    for stage, step in stage_ends(record)[:-1]:
+        if checkpoint.at(folder / "checkpoints", step) is not None:
+            earlier = few_step(student_of(folder, record, family, step=step), family, levels)
+            before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, judges, steps=q))
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
-    rows = [row, *(baseline(family, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]
+    rows = [row, *before, *(baseline(family, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]
     bottom = floor(judges, chosen)
     write_json(
         folder / "metrics.json",
@@ -103,6 +108,16 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
         },
     )
     return [bottom, *rows]
+
+
+def stage_ends(record: dict[str, Any]) -> list[tuple[str, int]]:
+    """Name of each stage of a run that has steps, and the step at which it is complete."""
+    ends, total = [], 0
+    for stage in record["config"]["stages"]:
+        total += stage["steps"]
+        if stage["steps"]:
+            ends.append((stage["name"], total))
+    return ends
 
 
 def open_flags(folder: Path) -> list[str]:

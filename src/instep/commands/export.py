@@ -55,9 +55,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: bool = False) -> Role:
-    """The student in the newest checkpoint of a run, averaged if the run kept an average."""
-    newest = checkpoint.latest(folder / "checkpoints")
+def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: bool = False, step: int | None = None) -> Role:
+    """The student in the newest checkpoint of a run (or that of `step`), averaged if the run kept an average."""
+    checkpoints = folder / "checkpoints"
+    newest = checkpoint.latest(checkpoints) if step is None else checkpoint.at(checkpoints, step)
     if newest is None:
         raise ValueError(f"dir: {folder} holds no checkpoint yet; let the run reach its first one")
     saved = checkpoint.load(newest)

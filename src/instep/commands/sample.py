@@ -46,12 +46,14 @@ def sample_command(args: SampleArgs) -> int:
     steps = args.steps or (len(record["levels"]) if record else 50)
     guidance = args.guidance if args.guidance is not None else (1.0 if record else 3.0)
     if record and steps != len(record["levels"]):
-        raise ValueError(f"steps: {steps} does not fit {folder}; its scheduler is solved for exactly {len(record['levels'])}, train another student for {steps}")
+        raise ValueError(
+            f"steps: {steps} does not fit {folder}; its scheduler is solved for exactly {len(record['levels'])}, train another student for {steps}"
+        )
     if args.out.exists():
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
     size = VideoSize(*args.size) if args.size else size_of(args.dir, record)
     torch.set_num_threads(os.cpu_count() or 1)
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     torch.manual_seed(args.seed)
     names = [prompt for prompt in args.prompts for _ in range(args.copies)]
     videos = pipe(

@@ -31,13 +31,14 @@ def _joint(
     fake: Optim,
     ema: float | None,
     lora_rank: int | None,
+    accumulate: int,
 ) -> Recipe:
     """A distillation-only stage, then matching and alignment together with weights that sum to one."""
     levels = few_step_levels(steps, shift)
     critics = (denoising(shift, critic_updates, reuse=reuse, condition_on_exit=condition_on_exit),)
-    first = Stage("distil", distil, batch, (matching(guidance, shift),), critics, FewStep(levels))
+    first = Stage("distil", distil, batch, (matching(guidance, shift),), critics, FewStep(levels), accumulate=accumulate)
     terms = (matching(guidance, shift, 1 - weight), align)
-    second = Stage("align", iterations, batch, terms, critics, FewStep(levels, through), group=group)
+    second = Stage("align", iterations, batch, terms, critics, FewStep(levels, through), group=group, accumulate=accumulate)
     made = roles(student, fake, lora_rank=lora_rank, ema=ema, condition_on_exit=condition_on_exit)
     return Recipe(name, levels, made, (first, second), guidance)
 
@@ -62,6 +63,7 @@ def dm_align_group(
     fake: Optim = FAKE,
     ema: float | None = 0.95,
     lora_rank: int | None = None,
+    accumulate: int = 1,
 ) -> Recipe:
     """Distil and align with a reward: DM-Align (Group), from prompts alone.
 
@@ -84,12 +86,13 @@ def dm_align_group(
         fake: AdamW of the fake.
         ema: decay of the averaged student that is exported; None exports the student itself.
         lora_rank: train adapters of this rank on one shared backbone instead of full copies.
+        accumulate: micro-batches a student update.
     """
     align = Group(weight=weight, top_n=top_n, sign=sign, levels=Uniform(shift=shift))
     return _joint(
         "dm-align-group", align, group=group, steps=steps, distil=distil, iterations=iterations, batch=batch, weight=weight,
         guidance=guidance, shift=shift, critic_updates=critic_updates, reuse=reuse, condition_on_exit=condition_on_exit,
-        through=through, student=student, fake=fake, ema=ema, lora_rank=lora_rank,
+        through=through, student=student, fake=fake, ema=ema, lora_rank=lora_rank, accumulate=accumulate,
     )  # fmt: skip
 
 
@@ -110,6 +113,7 @@ def dm_align_pair(
     fake: Optim = FAKE,
     ema: float | None = 0.95,
     lora_rank: int | None = None,
+    accumulate: int = 1,
 ) -> Recipe:
     """Distil and align with preferred real samples: DM-Align (Pair).
 
@@ -129,10 +133,11 @@ def dm_align_pair(
         fake: AdamW of the fake.
         ema: decay of the averaged student that is exported; None exports the student itself.
         lora_rank: train adapters of this rank on one shared backbone instead of full copies.
+        accumulate: micro-batches a student update.
     """
     align = Pair(weight=weight, levels=Uniform(shift=shift))
     return _joint(
         "dm-align-pair", align, group=1, steps=steps, distil=distil, iterations=iterations, batch=batch, weight=weight,
         guidance=guidance, shift=shift, critic_updates=critic_updates, reuse=reuse, condition_on_exit=condition_on_exit,
-        through=through, student=student, fake=fake, ema=ema, lora_rank=lora_rank,
+        through=through, student=student, fake=fake, ema=ema, lora_rank=lora_rank, accumulate=accumulate,
     )  # fmt: skip

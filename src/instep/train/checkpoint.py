@@ -12,7 +12,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ State = dict[str, Any]  # nested dicts of tensors and JSON values
 _SEPARATOR = "\x1f"
 
 
-def save(folder: Path, step: int, state: State, *, keep: int) -> Path:
-    """Writes `folder/step-NNNNNN`, then removes all but the newest `keep`. OSError if the disk is full; what was there stays."""
+def save(folder: Path, step: int, state: State, *, keep: int, protect: Collection[int] = ()) -> Path:
+    """Writes `folder/step-NNNNNN`, then removes all but the newest `keep` and the steps in `protect`.
+
+    OSError if the disk is full; what was there stays.
+    """
     final, temporary = folder / f"step-{step:06d}", folder / f".step-{step:06d}.{os.getpid()}.tmp"
     tensors: dict[str, Tensor] = {}
     values = _split(state, tensors, ())
@@ -48,13 +51,23 @@ def save(folder: Path, step: int, state: State, *, keep: int) -> Path:
             ) from error
         raise
     for old in _complete(folder)[keep:]:
-        shutil.rmtree(old)
+        if step_of(old) not in protect:
+            shutil.rmtree(old)
     return final
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint whose files are whole; a torn one is passed over."""
     return next((path for path in _complete(folder) if _whole(path)), None)
+
+
+def at(folder: Path, step: int) -> Path | None:
+    """The checkpoint of exactly `step`, if it is there and whole."""
+    return next((path for path in _complete(folder) if step_of(path) == step and _whole(path)), None)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load(path: Path) -> State:

@@ -159,7 +159,10 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, preferre
         if stage.needs_reward and reward is None:
             raise ValueError(f"reward: stage {stage.name!r} of {recipe.name} needs one; pass reward=, for example a function (media, prompts) -> scores")
     if preferred is not None and tuple(preferred.latents.shape[1:]) != family.latent_shape:
-        raise ValueError(f"preferred: latents of shape {tuple(preferred.latents.shape[1:])} do not fit the model's {family.latent_shape}; encode them with family.encode_media")
+        raise ValueError(
+            f"preferred: latents of shape {tuple(preferred.latents.shape[1:])} do not fit the model's {family.latent_shape}; encode them "
+            "with family.encode_media"
+        )
     if reward is not None:
         pair = [prompts[0], prompts[-1]]
         trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -307,6 +310,7 @@ class Loop:
                 "step": state.step,
             },
             keep=self.options.keep,
+            protect=self.recipe.stage_ends(),
         )
 
     def restore(self, start_from: Path | str | None) -> None:
