@@ -19,6 +19,7 @@ from instep.rewards.judges import Judge
 Generate = Callable[[Sequence[str], int], Tensor]  # prompts and a seed -> unclamped media [B, 3, F, H, W]
 Kind = Literal["student", "control", "teacher", "naive", "real"]
 BATCH = 45
+REFERENCE_DRAWS = 4  # real videos a prompt: the fewer, the more the Frechet distance is biased upward
 
 HIGHER = ("digit", "motion", "both", "score", "precision", "recall", "vendi", "modes")
 LOWER = ("fd", "wobble", "saturation", "seconds")
@@ -120,13 +121,14 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, judges: Mapping[str, Jud
         values[f"{name}_both_open"] = m.of_share(right.both[full:])
         values[f"{name}_score"] = m.of_mean(judge.score(media, prompts)[:full], order[:full])
     heldout = judges["heldout"]
-    features, reference = heldout.features(media), reference_features(eval_set, heldout)
+    features, drawn = heldout.features(media), reference_features(eval_set, heldout)
+    reference, one_each = drawn.flatten(0, 1), drawn[:, 0]
     fake, real = features[full:], reference[full:]
     values |= {
         "fd": m.of_set(lambda rows: m.frechet_distance(features[rows], reference), order),
         "fd_open": m.of_set(lambda rows: m.frechet_distance(fake[rows], real), order[full:]),
-        "precision": m.of_set(lambda rows: m.precision(features[rows], reference), order),
-        "recall": m.of_set(lambda rows: m.recall(features[rows], reference), order),
+        "precision": m.of_set(lambda rows: m.precision(features[rows], one_each), order),
+        "recall": m.of_set(lambda rows: m.recall(features[rows], one_each), order),
     }
     values |= open_figures(media[full:], fake, eval_set.open, heldout)
     pictures = {"ink": m.ink(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media), "dynamic": m.dynamic(media)}
@@ -135,7 +137,7 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, judges: Mapping[str, Jud
 
 
 def open_figures(media: Tensor, features: Tensor, prompts: Sequence[str], judge: Judge) -> dict[str, Value]:
-    """Diversity on open prompts: motions seen for a digit-only prompt, digits seen for a motion-only one, Vendi score of features."""
+    """Diversity on open prompts: motions seen for a digit-only prompt, digits seen for a motion-only one, Vendi score of centred features."""
     order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     group = torch.tensor([order[prompt] for prompt in prompts])
     names_digit = torch.tensor([digits.parse(prompt).digit is not None for prompt in prompts])
@@ -148,9 +150,10 @@ def open_figures(media: Tensor, features: Tensor, prompts: Sequence[str], judge:
 
 
 def reference_features(eval_set: EvalSet, judge: Judge) -> Tensor:
-    """Held-out features of real reference videos that fit the set's prompts one by one."""
+    """Features of real reference videos, `REFERENCE_DRAWS` for each of the set's prompts, [N, draws, D]."""
     if judge.name not in eval_set.reference:
-        eval_set.reference[judge.name] = judge.features(real_videos(eval_set, 900_001))
+        draws = [judge.features(real_videos(eval_set, 900_100 + i)) for i in range(REFERENCE_DRAWS)]
+        eval_set.reference[judge.name] = torch.stack(draws, 1)
     return eval_set.reference[judge.name]
 
 
