@@ -123,7 +123,7 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, judges: Mapping[str, Jud
     heldout = judges["heldout"]
     features, drawn = heldout.features(media), reference_features(eval_set, heldout)
     reference, one_each = drawn.flatten(0, 1), drawn[:, 0]
-    fake, real = features[full:], reference[full:]
+    fake, real = features[full:], drawn[full:].flatten(0, 1)
     values |= {
         "fd": m.of_set(lambda rows: m.frechet_distance(features[rows], reference), order),
         "fd_open": m.of_set(lambda rows: m.frechet_distance(fake[rows], real), order[full:]),
