@@ -5,7 +5,7 @@
 A cycle is one student update and five of the fake, of `dmd2` with four levels. *Unavoidable* are the passes of the same
 networks that the algorithm itself needs, each timed alone: the rollout to the exit, the student's forward and backward, one fake
 and one stacked teacher evaluation, the fake's forwards and backwards, and the AdamW steps. Process CPU time, medians of interleaved
-measurements; one thread.
+measurements; one thread. Writes benchmarks/results/iteration_cost.json.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
 
+from instep.files import write_json
 from instep.levels import few_step_levels
 from instep.models.wan import WanCondition, WanFamily
 from instep.paths import RectifiedFlow
@@ -155,8 +157,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    rows = []
     for reuse in (True, False):
-        print(json.dumps(measure(args.width, args.layers, args.batch, args.repeats, reuse)))
+        rows.append(measure(args.width, args.layers, args.batch, args.repeats, reuse))
+        print(json.dumps(rows[-1]), flush=True)
+    write_json(Path(__file__).parent / "results" / "iteration_cost.json", rows)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from iteration_cost import RandomWan
 
+from instep.files import write_json
 from instep.recipes.dmd2 import dmd2
 from instep.terms import Batch
 from instep.train.setup import make_state
@@ -58,9 +60,13 @@ def main() -> None:
     if args.child:
         child(int(args.child[0]) or None, args.child[1] == "1", args.width, args.layers)
         return
+    rows = []
     for rank, checkpointing in ((0, 0), (32, 0), (32, 1)):
         size = ["--width", str(args.width), "--layers", str(args.layers)]
-        subprocess.run([sys.executable, __file__, *size, "--child", str(rank), str(checkpointing)], check=True)
+        command = [sys.executable, __file__, *size, "--child", str(rank), str(checkpointing)]
+        rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+        print(json.dumps(rows[-1]), flush=True)
+    write_json(Path(__file__).parent / "results" / "memory.json", rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""Writes docs/results.md from what the benchmarks measured (benchmarks/results/*.json). No figure in it is typed.
+
+    make results
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
+
+from instep.evaluate.compare import Row, better, combined, difference
+from instep.files import write_text
+from instep.rewards.judges import load_judge
+
+COLUMNS = {
+    "heldout_both": "right digit and motion", "heldout_both_open": "right, open prompts", "train_both": "training judge", "fd": "FD", "fd_open": "FD open",
+    "precision": "precision", "recall": "recall", "vendi": "Vendi", "modes_motion": "motions of 9", "modes_digit": "digits of 10", "ink": "ink",
+    "wobble": "wobble", "seconds": "CPU s a video",
+}  # fmt: skip
+CLAIMS = ("heldout_both", "fd", "fd_open")
+
+
+def load_row(name: str) -> Row | None:
+    file = RESULTS / f"{name}.json"
+    return Row.of_json(json.loads(file.read_text())["row"]) if file.is_file() else None
+
+
+def cell(name: str) -> Row | None:
+    rows = rows_of(name)
+    return combined(rows) if rows else None
+
+
+def number(value: float, se: float | None = None) -> str:
+    digits = 3 if abs(value) < 1 else 2 if abs(value) < 100 else 1
+    return f"{value:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
+
+
+def table(rows: Sequence[tuple[str, Row]]) -> list[str]:
+    lines = ["| | NFE | videos | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 3) + "|"]
+    for name, row in rows:
+        cells = [number(row.values[key].value, row.values[key].se) if key in row.values else "-" for key in COLUMNS]
+        lines.append(f"| {name} | {row.nfe or '-'} | {row.n} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def verdict(a: Row, b: Row, key: str) -> str:
+    """Difference, error, and what two standard errors say about it."""
+    d = difference(a, b, key)
+    word = "better" if better(a, b, key) else "worse" if better(b, a, key) else "no difference beyond 2 standard errors"
+    return f"{d.value:+.3f} ± {d.se:.3f} ({word})"
+
+
+def against_naive() -> list[str]:
+    lines = ["| student | naive sampling at the same NFE | " + " | ".join(COLUMNS[k] for k in CLAIMS) + " |", "|---" * (len(CLAIMS) + 2) + "|"]
+    naive = {4: ("teacher-4-1", "teacher-2-3"), 2: ("teacher-2-1", "teacher-1-3"), 1: ("teacher-1-1",)}
+    for name in ("dmd2-4", "dmd2-2", "dmd2-1"):
+        student = cell(name)
+        for other in naive[int(name[-1])]:
+            row = load_row(other)
+            if student and row:
+                lines.append(f"| {name} | {row.name} | " + " | ".join(verdict(student, row, key) for key in CLAIMS) + " |")
+    return lines
+
+
+def aligned() -> list[str]:
+    control, teacher = cell("dmd2-4-more"), load_row("teacher-50-3")
+    lines = [
+        "| aligned student | held-out alignment, against the control | against the 50-step teacher | motions covered, of the control's | "
+        "digits covered, of the control's | FD, against the control | FD open, against the control |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("group-pull", "group-signed", "group-printed", "pair"):
+        row = cell(name)
+        if row and control and teacher:
+            share = [row.values[k].value / control.values[k].value for k in ("modes_motion", "modes_digit")]
+            lines.append(
+                f"| {name} | {verdict(row, control, 'heldout_both')} | {verdict(row, teacher, 'heldout_both')} | {share[0]:.0%} | {share[1]:.0%} | "
+                f"{verdict(row, control, 'fd')} | {verdict(row, control, 'fd_open')} |"
+            )
+    return lines
+
+
+def ablations() -> list[str]:
+    base = cell("dmd2-4")
+    keys = ("heldout_both", "fd", "fd_open", "modes_motion")
+    lines = ["| without | " + " | ".join(COLUMNS[k] for k in keys) + " | CPU s of training |", "|---" * (len(keys) + 2) + "|"]
+    for name in ("dmd2-4", "dmd2-4-one-fake", "dmd2-4-fresh", "dmd2-4-neither"):
+        row = cell(name)
+        if row and base:
+            seconds = [json.loads(f.read_text())["train_cpu_s"] for f in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
+            what = "(nothing)" if name == "dmd2-4" else CELLS[name].what
+            values = " | ".join(number(row.values[k].value, row.values[k].se) if name == "dmd2-4" else verdict(row, base, k) for k in keys)
+            lines.append(f"| {what} | {values} | {sum(seconds) / len(seconds):.0f} |")
+    return lines
+
+
+def exported() -> list[str]:
+    a, b = cell("group-pull"), cell("exported")
+    if not a or not b:
+        return ["not measured"]
+    keys = ("heldout_both", "fd", "fd_open", "modes_motion")
+    return [f"- {COLUMNS[k]}: in the run {number(a.values[k].value)}, exported {number(b.values[k].value)}" for k in keys]
+
+
+def plain(name: str) -> list[str]:
+    """A benchmark's JSON rows as a table."""
+    file = RESULTS / f"{name}.json"
+    if not file.is_file():
+        return ["not measured"]
+    rows = json.loads(file.read_text())
+    keys = list(rows[0])
+    shown = [[f"{r[k]:.2g}" if isinstance(r[k], float) and abs(r[k]) < 1e-3 else str(r[k]) for k in keys] for r in rows]
+    return ["| " + " | ".join(keys) + " |", "|---" * len(keys) + "|", *("| " + " | ".join(row) + " |" for row in shown)]
+
+
+def baselines() -> list[tuple[str, Row]]:
+    names = [f"teacher-{steps}-{w}" for steps in (50, 16, 8, 4, 2, 1) for w in ("3", "1")]
+    found = [("real against real", load_row("floor")), *((row.name, row) for row in map(load_row, names) if row)]
+    return [(name, row) for name, row in found if row]
+
+
+def main() -> None:
+    students = [(f"{name} ({what.what})", row) for name, what in CELLS.items() if (row := cell(name))]
+    seeds = max((len(rows_of(name)) for name in CELLS), default=0)
+    accuracy = {name: load_judge(name).accuracy for name in ("training", "monitor", "heldout")}
+    judges = "; ".join(f"{name}: digit {a['digit']:.3f}, motion {a['motion']:.3f}, both {a['both']:.3f}" for name, a in accuracy.items())
+    text = [
+        "# Results",
+        "",
+        "Generated by `make results` from `benchmarks/results/*.json`; no figure is typed. CPU only. ± is one standard error. 'Better' and 'worse' mean by "
+        "more than two standard errors of the difference.",
+        "",
+        "## Embedded default",
+        "",
+        "`python benchmarks/moving_digits.py --seeds 0 1 2 --jobs 2`. "
+        f"Mean of up to {seeds} seeds; 612 videos a model and seed (270 fully specified prompts, 342 open ones). "
+        f"Students of 4 steps train {BASE} iterations, aligned ones and their control {MORE} more from the same start, students of 2 and 1 step {FEW}. "
+        "Figures are by the held-out judge, which nothing was trained on or chosen by. Judges on real reference videos: " + judges + ".",
+        "",
+        *table([*baselines(), *sorted(students, key=lambda named: -named[1].nfe)]),
+        "",
+        "### Asked: each student beats naive sampling at equal NFE",
+        "",
+        *against_naive(),
+        "",
+        "### Asked: the aligned student beats its control and the 50-step teacher, at 95 % of the control's modes",
+        "",
+        *aligned(),
+        "",
+        "### Ablations at 4 steps (difference to the first row)",
+        "",
+        *ablations(),
+        "",
+        "### The exported student in stock diffusers",
+        "",
+        *exported(),
+        "",
+        "## Stock diffusers against our sampler",
+        "",
+        "`python benchmarks/export_difference.py`: largest absolute difference of final latents, float32.",
+        "",
+        *plain("export"),
+        "",
+        "## Cost of an iteration",
+        "",
+        "`python benchmarks/iteration_cost.py`: process CPU time of a cycle (1 student and 5 fake updates) over the sum of the passes it cannot avoid.",
+        "",
+        *plain("iteration_cost"),
+        "",
+        "## Memory",
+        "",
+        "`python benchmarks/memory.py`: peak resident memory of two iterations, less what the process held before.",
+        "",
+        *plain("memory"),
+        "",
+    ]
+    write_text(Path(__file__).parents[1] / "docs" / "results.md", "\n".join(text))
+    print("wrote docs/results.md")
+
+
+if __name__ == "__main__":
+    main()
