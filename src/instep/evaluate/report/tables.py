@@ -1,0 +1,113 @@
+"""Tables of figures, and the charts of quality against cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from instep.evaluate.compare import Row, better, direction
+from instep.evaluate.report.charts import Dot, dot_chart
+from instep.evaluate.report.columns import MAIN, MORE, Column, with_error
+from instep.evaluate.report.read import RunRecord
+from instep.evaluate.report.words import students
+
+KINDS = {"student": "student", "control": "control", "teacher": "teacher", "naive": "naive sampling", "real": "real videos"}
+
+
+def rows_of(runs: Sequence[RunRecord]) -> list[Row]:
+    """All rows by NFE, each once: baselines that several runs share, and seeds of one recipe as their mean."""
+    rows = students(runs)
+    for run in runs:
+        for row in run.figures.rows if run.figures else ():
+            if row.kind != "student" and row not in rows:
+                rows.append(row)
+    return sorted(rows, key=lambda row: (row.nfe, row.kind != "student", row.name))
+
+
+def floor_of(runs: Sequence[RunRecord]) -> Row | None:
+    return next((run.figures.floor for run in runs if run.figures and run.figures.floor), None)
+
+
+def best(rows: Sequence[Row], key: str) -> Row | None:
+    """The row that is better than every other by more than two standard errors of the difference; mostly there is none."""
+    rows = [row for row in rows if key in row.values]
+    if direction(key) == 0 or len(rows) < 2:
+        return None
+    leader = max(rows, key=lambda row: direction(key) * row.values[key].value)
+    return leader if all(better(leader, row, key) for row in rows if row is not leader) else None
+
+
+def table(rows: Sequence[Row], floor: Row | None, columns: Sequence[Column]) -> str:
+    """Models by rows, figures by columns (HTML); only columns that some row has."""
+    columns = [column for column in columns if any(column.key in row.values for row in rows)]
+    leaders = {column.key: best(rows, column.key) for column in columns}
+    equal = len({row.n for row in rows}) == 1
+    caption = f"<caption>{rows[0].n} videos a row</caption>" if equal else ""
+    head = "".join(f"<th scope='col' title='{escape(c.meaning, quote=True)}'>{escape(c.head)}&nbsp;{c.arrow}</th>" for c in columns)
+    body = []
+    for row in [*rows, *([floor] if floor else [])]:
+        cells = []
+        for column in columns:
+            value = row.values.get(column.key)
+            top = leaders[column.key] is row
+            timed = value is not None and not (row.kind == "real" and column.key.startswith("seconds"))
+            cells.append(f"<td{' class=best' if top else ''}>{with_error(column, value) if value is not None and timed else '–'}</td>")
+        cost = "–" if row.kind == "real" else str(row.nfe)
+        note = (
+            f"<small>{escape(row.note)}</small>" if row.note else f"<small>{KINDS.get(row.kind, escape(row.kind))}{'' if equal else f', n = {row.n}'}</small>"
+        )
+        body.append(f"<tr class='{escape(row.kind, quote=True)}'><th scope='row'>{escape(row.name)}{note}</th><td>{cost}</td>{''.join(cells)}</tr>")
+    top = f"<thead><tr><th scope='col'>model</th><th scope='col'>NFE</th>{head}</tr></thead>"
+    return f"<div class='scroll'><table class='figures'>{caption}{top}<tbody>{''.join(body)}</tbody></table></div>"
+
+
+def glossary(columns: Sequence[Column]) -> str:
+    return "<dl class='glossary'>" + "".join(f"<div><dt>{escape(c.head)} {c.arrow}</dt><dd>{escape(c.meaning)}</dd></div>" for c in columns) + "</dl>"
+
+
+def cost_charts(rows: Sequence[Row], floor: Row | None) -> str:
+    """Quality against NFE for the figures that tell most."""
+    captions = {
+        "heldout_both": "Share of prompts that a held-out judge finds followed. Up is better.",
+        "fd": "Distance to real videos over all prompts. Down is better.",
+        "fd_open": "Distance to real videos where the prompt leaves something open. Down is better.",
+        "modes_motion": "Variety: motions seen for “a seven”. Few-step sampling loses it first.",
+        "modes_digit": "Variety: digits seen when only a motion is asked for.",
+        "ink": "Mean brightness. Best where real videos are: above it strokes are too thick or too bright.",
+    }
+    charts = []
+    for column in MAIN:
+        if column.key not in captions:
+            continue
+        have = [row for row in rows if column.key in row.values]
+        real = floor.values.get(column.key) if floor else None
+        dots = [Dot(row.nfe, row.values[column.key].value, row.values[column.key].se, row.kind, row.name) for row in have]
+        title = f"{column.head[0].upper()}{column.head[1:]} by NFE"
+        most = 1.0 if column.key == "heldout_both" else None
+        charts.append(dot_chart(title, captions[column.key], dots, (real.value, real.se) if real else None, most))
+    if not any(charts):
+        return ""
+    names = {"student": "student", "naive": "naive sampling", "teacher": "teacher", "control": "control"}
+    shapes = {"student": "●", "naive": "▲", "teacher": "■", "control": "◆"}
+    legend = "".join(f"<li class='{kind}'><b>{shapes[kind]}</b> {name}</li>" for kind, name in names.items() if any(row.kind == kind for row in rows))
+    return f"<ul class='legend kinds'>{legend}<li><i class='band'></i> real videos, ± 2 standard errors</li></ul><div class='charts'>{''.join(charts)}</div>"
+
+
+def all_tables(runs: Sequence[RunRecord]) -> str:
+    """Charts, the table of main figures and, folded, all others with what they mean."""
+    rows, floor = rows_of(runs), floor_of(runs)
+    if not rows:
+        return "<p class='none'>Figures are not recorded (metrics.json is missing): run <code>instep eval</code> on the run's folder.</p>"
+    judges = "".join(
+        f"<li>{escape(name)}: {escape(', '.join(f'{part} {value:.3f}' for part, value in accuracy.items() if isinstance(value, int | float)))}</li>"
+        for name, accuracy in next((run.figures.judges for run in runs if run.figures), {}).items()
+        if isinstance(accuracy, dict)
+    )
+    accuracy = f"<h3>The judges' own accuracy on real videos</h3><ul>{judges}</ul>" if judges else ""
+    return (
+        f"{cost_charts(rows, floor)}{table(rows, floor, MAIN)}"
+        "<p class='note'>± is two standard errors, of what another seed would change on these prompts. A figure is set <span class='best'>apart</span> only "
+        "if it is better than every other row's by more than two standard errors of the difference; with this many columns about one such mark in twenty is "
+        "chance. Rows share prompts and starting noise; differences are counted as if they did not, which errs towards “no difference”.</p>"
+        f"<details><summary>All other figures, and what the columns mean</summary>{table(rows, floor, MORE)}{glossary((*MAIN, *MORE))}{accuracy}</details>"
+    )

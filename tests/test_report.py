@@ -1,0 +1,209 @@
+"""The report on synthetic runs: complete, self-contained, patient with gaps, and closed to what strangers write into prompts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from synthetic_run import made_up, make_run
+
+from instep.evaluate.compare import Row
+from instep.evaluate.metrics import Value
+from instep.evaluate.report import write_report
+from instep.evaluate.report.charts import Dot, Series, dot_chart, line_chart, rolling
+from instep.evaluate.report.tables import best
+from instep.evaluate.report.words import outcome, verdict
+from instep.evaluate.video import save_animation, sprite_sheet, tile
+
+VOID = {"meta", "link", "img", "br", "hr", "input", "line", "rect", "circle", "path"}
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+
+
+class Page(HTMLParser):
+    """Collects elements and text, and insists that every element is closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.text += data
+
+
+def report(tmp_path: Path, *runs: Path) -> tuple[Page, str]:
+    write_report(list(runs), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    return Page(text), text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+def test_whole_run_in_one_file(run, tmp_path):
+    page, text = report(tmp_path, run)
+    assert not re.search(r"https?://", text) and "@import" not in text
+    for _, attributes in page.elements:
+        for name in ("src", "srcset", "href", "xlink:href", "data", "action"):
+            assert (attributes.get(name) or "#").startswith("#"), f"{name}={attributes[name]} would be fetched"
+    assert all(uri.startswith("data:") for uri in re.findall(r"url\(\s*[\"']?([^\"')]*)", text))
+    for said in (
+        "Did it help?",
+        "prompt followed",
+        "oversaturation",
+        "a seven moving left fast",
+        "implied target",
+        "real videos (another draw)",
+        "instep train dm-align-group",
+    ):
+        assert said in page.text, said
+    assert "not recorded" not in page.text
+    films = [a for tag, a in page.elements if tag == "div" and "film" in (a.get("class") or "")]
+    assert len(films) == 3 * 6 + 2 * 5 * 6 and all(a["aria-label"] for a in films)
+    panels = re.findall(r'<script type="application/json">(.*?)</script>', text)
+    assert len(panels) >= 10 and all(json.loads(panel)["series"] for panel in panels)
+
+
+def test_several_runs_share_table_and_curves(run, tmp_path):
+    other, control = make_run(tmp_path / "other", seed=1), make_run(tmp_path / "control", recipe="dmd2")
+    page, _ = report(tmp_path, run, other, control)
+    assert "3 runs compared" in page.text and "mean of 2 seeds" in page.text
+    assert "dm-align-group · seed 1" in page.text and "the other run" in page.text
+    same_label, _ = report(tmp_path, run, make_run(tmp_path / "again"))
+    assert "(first)" in same_label.text and "(again)" in same_label.text, "equal labels are told apart by folder"
+
+
+def test_gaps_and_damage_are_said_not_raised(run, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    page, _ = report(tmp_path, empty)
+    assert page.text.count("not recorded") >= 5
+    broken = make_run(tmp_path / "broken")
+    (broken / "samples.safetensors").write_bytes(b"junk")
+    (broken / "metrics.json").write_text('{"rows": [{"name": 1}]}')
+    (broken / "recipe.json").write_text("[]")
+    with open(broken / "log.jsonl", "a") as log:
+        log.write('{"step": 161, "force/dm/no')
+    page, _ = report(tmp_path, broken, run)
+    assert "samples.safetensors could not be read" in page.text and "metrics.json could not be read" in page.text
+    for name in ("log.jsonl", "health.jsonl", "views/step-000100.json"):
+        (broken / name).unlink()
+        report(tmp_path, broken)
+    with pytest.raises(ValueError, match="run_dirs"):
+        write_report([], tmp_path / "none.html")
+    with pytest.raises(ValueError, match="not a folder"):
+        write_report([tmp_path / "nowhere"], tmp_path / "none.html")
+
+
+def test_hostile_text_stays_text(tmp_path):
+    run = make_run(tmp_path / "run", prompts=(HOSTILE, "a seven", "an eight"))
+    recipe = json.loads((run / "recipe.json").read_text()) | {"recipe": HOSTILE, "command": HOSTILE, "model": HOSTILE}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    figures = json.loads((run / "metrics.json").read_text())
+    for row in [*figures["rows"], figures["floor"]]:
+        row |= {"name": HOSTILE + row["name"], "note": HOSTILE}
+    (run / "metrics.json").write_text(json.dumps(figures | {"judges": {HOSTILE: {HOSTILE: 1.0}}}))
+    lines = [{"step": i, "stage": HOSTILE + str(i > 5), f"critic/{HOSTILE}": 1.0, f"force/cosine/{HOSTILE}": 0.1} for i in range(1, 40)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "health.jsonl").write_text(json.dumps({"step": 1, "level": HOSTILE, "flag": HOSTILE, "text": HOSTILE}) + "\n")
+    page, text = report(tmp_path, run, make_run(tmp_path / "second"))
+    assert [a for tag, a in page.elements if tag == "img" or any(key.startswith("on") for key in a)] == []
+    assert "alert(1)" in page.text and "<script>alert" not in text and "onerror=alert(2)>" not in text
+    assert all("alert" not in block or "\\u003c" in block for block in re.findall(r"<script[^>]*>(.*?)</script>", text, re.S))
+
+
+def one(value: float, se: float, key: str, kind: str = "naive") -> Row:
+    return Row(f"{kind} {value}", kind, {key: Value(value, se)}, 4, 4, 1.0, 10)  # type: ignore[arg-type]
+
+
+def test_best_is_marked_only_beyond_two_standard_errors():
+    assert best([one(0.9, 0.01, "heldout_both"), one(0.8, 0.01, "heldout_both")], "heldout_both").values["heldout_both"].value == 0.9
+    assert best([one(0.9, 0.01, "heldout_both"), one(0.88, 0.01, "heldout_both")], "heldout_both") is None
+    assert best([one(1.0, 0.1, "fd"), one(2.0, 0.1, "fd"), one(9.0, 0.1, "fd")], "fd").values["fd"].value == 1.0
+    assert best([one(0.1, 0.0, "ink"), one(0.2, 0.0, "ink")], "ink") is None, "brightness has no good end"
+
+
+def test_verdict_says_what_the_errors_allow():
+    floor = one(0.08, 0.001, "ink", "real")
+    student, near, far = one(0.081, 0.0005, "ink", "student"), one(0.0815, 0.0005, "ink"), one(0.1, 0.0005, "ink")
+    assert outcome(student, near, "ink", floor) == "even" and outcome(student, far, "ink", floor) == "better"
+    assert outcome(far, student, "ink", floor) == "worse" and outcome(far, student, "ink", None) == "differs"
+    import random
+
+    student = made_up("student", "student", 4, 4, 0.95, 5.0, 8.0, random.Random(0))
+    weak = made_up("teacher, 4 steps", "naive", 4, 4, 0.6, 15.0, 5.0, random.Random(1))
+    far_too_dear = made_up("teacher, 16 steps", "naive", 16, 16, 0.9, 6.0, 8.0, random.Random(2))
+    text = verdict(student, [student, weak, far_too_dear], None)
+    assert "Against <b>teacher, 4 steps</b> (same cost): <b class='better'>better</b> in prompt followed" in text
+    assert "16 steps" not in text, "naive sampling is compared at up to twice the student's cost"
+    assert "nothing to compare" in verdict(student, [student], None)
+
+
+def test_charts_hold_their_data():
+    series = Series("a<b", tuple((float(i), 2.0**i) for i in range(6)))
+    chart = line_chart("t", "c", [series], log=True, stages=[("one", 0), ("two", 3)])
+    Page(chart)
+    data = json.loads(re.search(r"json\">(.*?)</script>", chart)[1])
+    assert data["series"][0]["name"] == "a<b" and data["series"][0]["points"][3] == [3.0, 8.0]
+    ys = [float(y) for y in re.search(r'class="line c0 d0" d="M([^"]*)"', chart)[1].replace("L", " ").split()[1::2]]
+    steps = [a - b for a, b in zip(ys, ys[1:], strict=False)]
+    assert max(steps) - min(steps) < 0.3 and min(steps) > 0, "doubling is a straight rising line on a logarithmic axis"
+    assert ">two</text>" in chart
+    assert line_chart("t", "c", []) == "" and dot_chart("t", "c", [], None) == ""
+    assert rolling([(0, 1.0), (1, 3.0), (2, 5.0)], 2) == ((0, 1.0), (1, 2.0), (2, 4.0))
+    flat = dot_chart("t", "c", [Dot(4, 1.0, 0.0, "student", "s")], (1.0, 0.0))
+    Page(flat)
+    assert "nan" not in flat and "inf" not in flat
+
+
+def test_animations_keep_every_pixel(tmp_path):
+    videos = torch.randint(0, 256, (3, 4, 8, 6, 3), dtype=torch.uint8)
+    frames = tile(videos, columns=2, scale=2)
+    assert frames.shape == (4, 2 * 18 + 2, 2 * 14 + 2, 3)
+    assert torch.equal(frames[:, 2:18:2, 2:14:2], videos[0]) and torch.equal(frames[:, 21:37:2, 3:15:2], videos[2])
+    save_animation(tmp_path / "a.webp", frames)
+    with Image.open(tmp_path / "a.webp") as image:
+        assert image.n_frames == 4
+        image.seek(3)
+        assert torch.equal(torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).reshape(frames[3].shape), frames[3])
+    with pytest.raises(ValueError, match="mp4"):
+        save_animation(tmp_path / "a.mp4", frames)
+    with pytest.raises(ValueError, match="uint8"):
+        tile(videos.float(), 2)
+
+
+def test_sprite_sheets_are_exact_when_small_and_bounded_when_large():
+    videos = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8)
+    uri, frames = sprite_sheet(videos)
+    image = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(16, 24, 3)
+    assert frames == 3 and torch.equal(pixels[8:16, 16:24], videos[1, 2])
+    uri, frames = sprite_sheet(torch.zeros(2, 81, 240, 400, 3, dtype=torch.uint8))
+    image = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+    assert frames == 24 and image.size == (24 * 192, 2 * 115)
