@@ -34,10 +34,13 @@ def make_run(out: Path, *, recipe: str = "dm-align-group", seed: int = 0, steps:
         {"step": 100, "level": "ok", "flag": "oversaturation", "text": "cleared: oversaturation"},
         {"step": 120, "level": "alarm", "flag": "hacking", "text": "the training reward rose by 40% while diversity fell by 35%: lower its weight"},
     ])  # fmt: skip
-    rows = [made_up(f"student ({recipe})", "student", 4, 4, 0.93, 6.0, 7.2, rng), made_up("teacher, 50 steps, guided", "teacher", 100, 50, 0.95, 5.2, 8.2, rng),
-            made_up("teacher, 4 steps, guided", "naive", 8, 4, 0.91, 9.0, 6.0, rng), made_up("teacher, 4 steps", "naive", 4, 4, 0.62, 14.0, 6.4, rng),
-            made_up("teacher, 2 steps, guided", "naive", 4, 2, 0.71, 16.5, 4.3, rng)]  # fmt: skip
-    floor = made_up("real videos (another draw)", "real", 0, 0, 0.996, 1.1, 8.6, rng)
+    baselines = random.Random("baselines")  # measured once and shared by all runs
+    rows = [made_up(f"student ({recipe})", "student", 4, 4, 0.93, 6.0, 7.2, rng)]
+    rows.append(made_up("teacher, 50 steps, guided", "teacher", 100, 50, 0.95, 5.2, 8.2, baselines))
+    rows.append(made_up("teacher, 4 steps, guided", "naive", 8, 4, 0.91, 9.0, 6.0, baselines))
+    rows.append(made_up("teacher, 4 steps", "naive", 4, 4, 0.62, 14.0, 6.4, baselines))
+    rows.append(made_up("teacher, 2 steps, guided", "naive", 4, 2, 0.71, 16.5, 4.3, baselines))
+    floor = made_up("real videos (another draw)", "real", 0, 0, 0.996, 1.1, 8.6, baselines)
     judges = {name: {"digit": 0.991, "motion": 0.999, "both": 0.99} for name in ("train", "monitor", "heldout")}
     write_json(out / "metrics.json", {"protocol": "quick", "rows": [r.json() for r in rows], "floor": floor.json(), "flags": ["hacking"], "judges": judges})
     write_pictures(out, prompts, seed)

@@ -92,8 +92,9 @@ def test_whole_run_in_one_file(run, tmp_path):
 
 def test_several_runs_share_table_and_curves(run, tmp_path):
     other, control = make_run(tmp_path / "other", seed=1), make_run(tmp_path / "control", recipe="dmd2")
-    page, _ = report(tmp_path, run, other, control)
+    page, text = report(tmp_path, run, other, control)
     assert "3 runs compared" in page.text and "mean of 2 seeds" in page.text
+    assert text.count("<th scope='row'>teacher, 4 steps, guided<") == 2, "measured once for all runs: one row in each of two tables"
     assert "dm-align-group · seed 1" in page.text and "the other run" in page.text
     same_label, _ = report(tmp_path, run, make_run(tmp_path / "again"))
     assert "(first)" in same_label.text and "(again)" in same_label.text, "equal labels are told apart by folder"

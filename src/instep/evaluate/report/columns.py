@@ -22,7 +22,8 @@ class Column:
         return {1: "↑", -1: "↓", 0: ""}[direction(self.key)]
 
     def text(self, value: float, *, sign: bool = False) -> str:
-        return f"{value:{'+' if sign else ''}.{self.decimals}f}".replace("-", "−")
+        value = round(value, self.decimals) + 0.0  # no "−0.000"
+        return f"{value:{'+' if sign and value else ''}.{self.decimals}f}".replace("-", "−")
 
 
 MAIN = (

@@ -13,11 +13,12 @@ from instep.evaluate.compare import Row
 from instep.evaluate.report import curves, pictures, tables, words
 from instep.evaluate.report.columns import EVERY, with_error
 from instep.evaluate.report.read import RunRecord, read_runs
+from instep.evaluate.report.rows import by_protocol, floor_of, rows_of, students
 from instep.files import write_text
 
 SECTIONS = (
-    ("verdict", "Did it help?"), ("health", "Health"), ("samples", "Samples"), ("figures", "Figures"), ("curves", "Learning curves"),
-    ("force", "What the matching force sees"), ("recipe", "Recipe"),
+    ("verdict", "Verdict", "Did it help?"), ("health", "Health", "Health"), ("samples", "Samples", "Samples"), ("figures", "Figures", "Figures"),
+    ("curves", "Curves", "Learning curves"), ("force", "Force", "What the matching force sees"), ("recipe", "Recipe", "Recipe"),
 )  # fmt: skip
 
 
@@ -38,8 +39,8 @@ def page(runs: Sequence[RunRecord]) -> str:
         "verdict": verdict(runs), "health": health(runs), "samples": pictures.samples(runs), "figures": tables.all_tables(runs),
         "curves": curves.curves(runs), "force": pictures.views(runs), "recipe": recipes(runs),
     }  # fmt: skip
-    links = "".join(f"<a href='#{key}'>{escape(title)}</a>" for key, title in SECTIONS)
-    sections = "".join(f"<section id='{key}'><h2>{escape(title)}</h2>{bodies[key]}</section>" for key, title in SECTIONS)
+    links = "".join(f"<a href='#{key}'>{escape(short)}</a>" for key, short, _ in SECTIONS)
+    sections = "".join(f"<section id='{key}'><h2>{escape(title)}</h2>{bodies[key]}</section>" for key, _, title in SECTIONS)
     here = files("instep.evaluate.report")
     style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     title = escape(heading(runs))
@@ -64,10 +65,10 @@ def heading(runs: Sequence[RunRecord]) -> str:
 
 def facts(runs: Sequence[RunRecord]) -> str:
     """Large figures of a single run beside the teacher's."""
-    student = next(iter(words.students(runs)), None)
+    student = next(iter(students(runs)), None)
     if student is None or len(runs) > 1:
         return ""
-    teachers = [row for row in tables.rows_of(runs) if row.kind == "teacher"]
+    teachers = [row for row in rows_of(runs) if row.kind == "teacher"]
     teacher = max(teachers, key=lambda row: row.nfe) if teachers else None
     tiles = [_tile("network evaluations", str(student.nfe), f"teacher {teacher.nfe}" if teacher else "")]
     tiles += [_fact(student, teacher, key) for key in ("heldout_both", "fd_open", "modes_motion", "seconds") if key in student.values]
@@ -91,12 +92,11 @@ def problems(runs: Sequence[RunRecord]) -> str:
 
 def verdict(runs: Sequence[RunRecord]) -> str:
     """Each student against its baselines."""
-    floor, rows = tables.floor_of(runs), tables.rows_of(runs)
     parts = []
-    found = words.students(runs)
-    for student in found:
-        title = f"<h3>{escape(student.name)}, NFE {student.nfe}{', ' + escape(student.note) if student.note else ''}</h3>" if len(found) > 1 else ""
-        parts.append(title + words.verdict(student, rows, floor))
+    for _, same in by_protocol(runs):
+        for student in students(same):
+            title = f"<h3>{escape(student.name)}, NFE {student.nfe}{', ' + escape(student.note) if student.note else ''}</h3>" if len(runs) > 1 else ""
+            parts.append(title + words.verdict(student, rows_of(same), floor_of(same)))
     return "".join(parts) or "<p class='none'>Figures are not recorded (metrics.json is missing): run <code>instep eval</code> on the run's folder.</p>"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
+from html import escape, unescape
 
 import torch
 from torch import Tensor
@@ -36,15 +36,20 @@ def picture(key: str, index: int, count: int, label: str) -> str:
     return f'<div class="film sheet-{key}" role="img" aria-label="{escape(label, quote=True)}" style="background-position-y:{y:.4f}%"></div>'
 
 
+def plain(text: str) -> str:
+    """HTML as text."""
+    return unescape(re.sub("<[^>]*>", " ", text))
+
+
 def grid(key: str, videos: Tensor, heads: Sequence[str], rows: Sequence[str], notes: Sequence[str] = ()) -> str:
-    """Videos uint8 [columns, rows, F, H, W, 3] with a heading above each column and a label on each row (HTML; heads and notes are HTML)."""
+    """Videos uint8 [columns, rows, F, H, W, 3] with a heading above each column and a label on each row (all of them HTML)."""
     columns, n = videos.shape[:2]
     style, _ = sheet(key, videos.flatten(0, 1))
     head = "".join(f"<div class='head'>{name}</div>" for name in heads)
     body = []
     for r, row in enumerate(rows):
-        body.append(f"<div class='label'>{escape(row)}</div>")
-        body += [picture(key, c * n + r, columns * n, f"{re.sub('<[^>]*>', ' ', heads[c])}: {row}") for c in range(columns)]
+        body.append(f"<div class='label'>{row}</div>")
+        body += [picture(key, c * n + r, columns * n, plain(f"{heads[c]}: {row}")) for c in range(columns)]
     teach = f"<dl class='teach'>{''.join(notes)}</dl>" if notes else ""
     half = -(-n // 2) if n >= 4 and columns <= 4 else n  # few columns leave room for two grids side by side
     cut = half * (columns + 1)
@@ -91,7 +96,7 @@ def samples(runs: Sequence[RunRecord]) -> str:
     parts = []
     for i, (found, heads) in enumerate(merged(runs)):
         prompts = found.prompts[:MOST_PROMPTS]
-        parts.append(grid(f"samples{i}", found.videos[:, : len(prompts)], heads, prompts))
+        parts.append(grid(f"samples{i}", found.videos[:, : len(prompts)], heads, [escape(prompt) for prompt in prompts]))
         left = f" The first {len(prompts)} of {len(found.prompts)} prompts." if len(found.prompts) > len(prompts) else ""
         parts.append(f"<p class='note'>Same prompts and starting noise (seed {found.seed}) in every column; nothing was picked.{left}</p>")
     return "".join(parts) or "<p class='none'>Samples are not recorded (samples.safetensors is missing).</p>"
@@ -103,7 +108,9 @@ def view_grid(views: Views, key: str, *, teach: bool) -> str:
     videos = torch.stack([views.videos[name][:n] for name in names])
     order = sorted(range(n), key=lambda i: -views.levels[i]) if len(views.levels) >= n else list(range(n))
     prompts = [views.prompts[i] if i < len(views.prompts) else "" for i in order]
-    labels = [f"{prompt} · t = {views.levels[i]:.2f}" if i < len(views.levels) else prompt for i, prompt in zip(order, prompts, strict=True)]
+    labels = [
+        escape(prompt) + (f" <small>t = {views.levels[i]:.2f}</small>" if i < len(views.levels) else "") for i, prompt in zip(order, prompts, strict=True)
+    ]
     notes = [f"<div><dt>{CAPTIONS[name][0]}</dt><dd>{CAPTIONS[name][1]}</dd></div>" for name in names] if teach else []
     return grid(key, videos[:, order], [CAPTIONS[name][0] for name in names], labels, notes)
 

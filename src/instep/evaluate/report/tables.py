@@ -9,23 +9,9 @@ from instep.evaluate.compare import Row, better, direction
 from instep.evaluate.report.charts import Dot, dot_chart
 from instep.evaluate.report.columns import MAIN, MORE, Column, with_error
 from instep.evaluate.report.read import RunRecord
-from instep.evaluate.report.words import students
+from instep.evaluate.report.rows import by_protocol, floor_of, rows_of
 
 KINDS = {"student": "student", "control": "control", "teacher": "teacher", "naive": "naive sampling", "real": "real videos"}
-
-
-def rows_of(runs: Sequence[RunRecord]) -> list[Row]:
-    """All rows by NFE, each once: baselines that several runs share, and seeds of one recipe as their mean."""
-    rows = students(runs)
-    for run in runs:
-        for row in run.figures.rows if run.figures else ():
-            if row.kind != "student" and row not in rows:
-                rows.append(row)
-    return sorted(rows, key=lambda row: (row.nfe, row.kind != "student", row.name))
-
-
-def floor_of(runs: Sequence[RunRecord]) -> Row | None:
-    return next((run.figures.floor for run in runs if run.figures and run.figures.floor), None)
 
 
 def best(rows: Sequence[Row], key: str) -> Row | None:
@@ -94,10 +80,21 @@ def cost_charts(rows: Sequence[Row], floor: Row | None) -> str:
 
 
 def all_tables(runs: Sequence[RunRecord]) -> str:
-    """Charts, the table of main figures and, folded, all others with what they mean."""
-    rows, floor = rows_of(runs), floor_of(runs)
-    if not rows:
+    """Charts, the table of main figures and, folded, all others with what they mean; runs of other protocols apart."""
+    groups = by_protocol(runs)
+    if not groups:
         return "<p class='none'>Figures are not recorded (metrics.json is missing): run <code>instep eval</code> on the run's folder.</p>"
+    parts = []
+    for protocol, same in groups:
+        if len(groups) > 1:
+            names = ", ".join(run.label for run in same)
+            parts.append(f"<h3>Protocol {escape(protocol or 'not recorded')}: {escape(names)}</h3>")
+        parts.append(_tables(same))
+    return "".join(parts)
+
+
+def _tables(runs: Sequence[RunRecord]) -> str:
+    rows, floor = rows_of(runs), floor_of(runs)
     judges = "".join(
         f"<li>{escape(name)}: {escape(', '.join(f'{part} {value:.3f}' for part, value in accuracy.items() if isinstance(value, int | float)))}</li>"
         for name, accuracy in next((run.figures.judges for run in runs if run.figures), {}).items()
@@ -107,7 +104,7 @@ def all_tables(runs: Sequence[RunRecord]) -> str:
     return (
         f"{cost_charts(rows, floor)}{table(rows, floor, MAIN)}"
         "<p class='note'>± is two standard errors, of what another seed would change on these prompts. A figure is set <span class='best'>apart</span> only "
-        "if it is better than every other row's by more than two standard errors of the difference; with this many columns about one such mark in twenty is "
+        "if it is better than every other row's by more than two standard errors of the difference; even so, about one comparison in twenty passes by "
         "chance. Rows share prompts and starting noise; differences are counted as if they did not, which errs towards “no difference”.</p>"
         f"<details><summary>All other figures, and what the columns mean</summary>{table(rows, floor, MORE)}{glossary((*MAIN, *MORE))}{accuracy}</details>"
     )

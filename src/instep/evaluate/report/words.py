@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from instep.evaluate.compare import Row, better, combined, difference, direction
+from instep.evaluate.compare import Row, better, difference, direction
 from instep.evaluate.report.columns import EVERY, VERDICT
 from instep.evaluate.report.read import RunRecord
 
@@ -23,10 +23,10 @@ def duration(seconds: float) -> str:
     """`45 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
+        return f"{whole}\u00a0s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+        return f"{whole // 60}\u00a0min {whole % 60}\u00a0s"
+    return f"{whole // 3600}\u00a0h {whole % 3600 // 60}\u00a0min"
 
 
 def plural(n: int, word: str) -> str:
@@ -54,16 +54,6 @@ def what_was_done(run: RunRecord) -> str:
     if recipe.get("start_from"):
         sentences.append(f"It began with the student of {escape(str(recipe['start_from']).rsplit('/', 1)[-1])}.")
     return "<p>" + " ".join(sentences) + "</p>"
-
-
-def students(runs: Sequence[RunRecord]) -> list[Row]:
-    """Student rows; several seeds of one recipe (same name, steps and protocol) as their mean."""
-    groups: dict[tuple[str, int, str], list[Row]] = {}
-    for run in runs:
-        for row in run.figures.rows if run.figures else ():
-            if row.kind == "student":
-                groups.setdefault((row.name, row.nfe, run.figures.protocol if run.figures else ""), []).append(row)
-    return [rows[0] if len(rows) == 1 else combined(rows) for rows in groups.values()]
 
 
 def opponents(student: Row, rows: Sequence[Row]) -> list[Opponent]:
