@@ -83,7 +83,8 @@ class Average:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         keep = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.weights.values()), list(module.state_dict().values()), 1 - keep)
+        values = module.state_dict()
+        torch._foreach_lerp_([self.weights[name] for name in values], list(values.values()), 1 - keep)
 
 
 def finite(loss: Tensor, stage: str, step: int) -> float:
