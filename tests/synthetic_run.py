@@ -28,7 +28,10 @@ def make_run(out: Path, *, recipe: str = "dm-align-group", seed: int = 0, steps:
         "instep": __version__, "command": f"instep train {recipe} --seed {seed} --out runs/{out.name}", "recipe": recipe, "model": "moving-digits",
         "seed": seed, "levels": [1.0, 0.9, 0.75, 0.5], "config": {"stages": stages, "guidance": 3.0},
     })  # fmt: skip
-    write_lines(out / "log.jsonl", [log_row(step, steps, rng) for step in range(1, steps + 1)])
+    write_lines(
+        out / "log.jsonl",
+        [{"step": 0, "stage": "start", "probe/ink": 0.085, "probe/diversity": 0.15}, *(log_row(step, steps, rng) for step in range(1, steps + 1))],
+    )
     write_lines(out / "health.jsonl", [
         {"step": 60, "level": "warn", "flag": "oversaturation", "text": "samples are 31% brighter than the teacher's: lower the guidance"},
         {"step": 100, "level": "ok", "flag": "oversaturation", "text": "cleared: oversaturation"},

@@ -12,6 +12,7 @@ from instep.data import digits
 from instep.evaluate import compare
 from instep.evaluate import metrics as m
 from instep.evaluate.metrics import Value
+from instep.rewards.judges import Judge, SpaceTime
 
 
 def test_frechet_distance_of_gaussians():
@@ -96,3 +97,47 @@ def test_evaluation_set_is_balanced():
     quick = compare.evaluation_set("quick")
     assert len(quick.full) == 90 and len(set(quick.full)) == 90 and len(quick.open) == 19 * 8
     assert not set(quick.full) & set(quick.open)
+
+
+MEASURED = {
+    "fd", "fd_open", "precision", "recall", "vendi", "modes_motion", "modes_digit", "ink", "saturation", "wobble", "flicker", "dynamic",
+    "seconds", "seconds_wall",
+    *(f"{judge}_{part}" for judge in ("train", "heldout") for part in ("digit", "motion", "both", "both_open", "score")),
+}  # fmt: skip
+
+
+def small_set() -> compare.EvalSet:
+    open_ = [prompt for prompt in ("a seven", "an eight", "a digit moving left fast", "a digit standing still") for _ in range(6)]
+    return compare.EvalSet(tuple(digits.full_prompts()[::6]), tuple(open_), seed=3)
+
+
+def test_evaluation_measures_generators_alike():
+    judges = {name: Judge(name, SpaceTime(), {}) for name in ("train", "heldout")}
+    chosen, asked = small_set(), []
+
+    def real(prompts, seed):
+        asked.append((tuple(prompts), seed))
+        return digits.render("reference", [digits.parse(p) for p in prompts], seed)
+
+    def frozen(prompts, seed):
+        return real(prompts, seed)[:, :, :1].expand(-1, -1, 9, -1, -1)
+
+    good = compare.evaluate("real", "student", real, chosen, judges, steps=4)
+    assert set(good.values) == MEASURED and all(math.isfinite(v.value) and v.se >= 0 for v in good.values.values())
+    assert (good.nfe, good.n) == (4, len(chosen.prompts)) and sum((p for p, _ in asked), ()) == chosen.prompts
+    still = compare.evaluate("frozen", "naive", frozen, chosen, judges, steps=4, guidance=3.0)
+    assert still.nfe == 8 and still.values["dynamic"].value < 1e-4 < good.values["dynamic"].value
+    assert compare.better(good, still, "fd") and compare.better(still, good, "flicker")
+    floor = compare.floor_row(chosen, judges)
+    assert floor.kind == "real" and abs(compare.difference(good, floor, "ink").value) < 4 * compare.difference(good, floor, "ink").se
+    with pytest.raises(ValueError, match="one video a prompt"):
+        compare.evaluate("short", "student", lambda prompts, seed: real(prompts, seed)[1:], chosen, judges, steps=4)
+
+
+def test_order_puts_like_prompts_together():
+    chosen = compare.evaluation_set("quick")
+    pairs = chosen.order.argsort(stable=True)[: len(chosen.prompts) // 2 * 2].reshape(-1, 2).tolist()
+    for a, b in pairs:
+        x, y = digits.parse(chosen.prompts[a]), digits.parse(chosen.prompts[b])
+        same = digits.motions_allowed(x) == digits.motions_allowed(y) and (a < 90) == (b < 90)
+        assert same, "neighbours share their motion and their part"

@@ -83,7 +83,7 @@ def test_whole_run_in_one_file(run, tmp_path):
         "instep train dm-align-group",
     ):
         assert said in page.text, said
-    assert "not recorded" not in page.text
+    assert "not recorded" not in page.text and "160 logged iterations" in page.text
     films = [a for tag, a in page.elements if tag == "div" and "film" in (a.get("class") or "")]
     assert len(films) == 3 * 6 + 2 * 5 * 6 and all(a["aria-label"] for a in films)
     panels = re.findall(r'<script type="application/json">(.*?)</script>', text)
@@ -94,6 +94,7 @@ def test_several_runs_share_table_and_curves(run, tmp_path):
     other, control = make_run(tmp_path / "other", seed=1), make_run(tmp_path / "control", recipe="dmd2")
     page, text = report(tmp_path, run, other, control)
     assert "3 runs compared" in page.text and "mean of 2 seeds" in page.text
+    assert page.text.count("mean of 2 seeds") == 3, "in one verdict and two tables, and of the student alone"
     assert text.count("<th scope='row'>teacher, 4 steps, guided<") == 2, "measured once for all runs: one row in each of two tables"
     assert "dm-align-group · seed 1" in page.text and "the other run" in page.text
     same_label, _ = report(tmp_path, run, make_run(tmp_path / "again"))
@@ -146,6 +147,8 @@ def one(value: float, se: float, key: str, kind: str = "naive") -> Row:
 def test_best_is_marked_only_beyond_two_standard_errors():
     assert best([one(0.9, 0.01, "heldout_both"), one(0.8, 0.01, "heldout_both")], "heldout_both").values["heldout_both"].value == 0.9
     assert best([one(0.9, 0.01, "heldout_both"), one(0.88, 0.01, "heldout_both")], "heldout_both") is None
+    close = [one(x, 0.01, "heldout_both") for x in (0.9, 0.89, 0.5)]
+    assert best(close, "heldout_both") is None, "better than one of the others is not enough"
     assert best([one(1.0, 0.1, "fd"), one(2.0, 0.1, "fd"), one(9.0, 0.1, "fd")], "fd").values["fd"].value == 1.0
     assert best([one(0.1, 0.0, "ink"), one(0.2, 0.0, "ink")], "ink") is None, "brightness has no good end"
 

@@ -61,13 +61,18 @@ class RunRecord:
 
     @property
     def stages(self) -> list[tuple[str, int]]:
-        """Names of the stages and their first logged step."""
+        """Names of the stages and their first logged step; the probe before training (step 0) is none."""
         found: list[tuple[str, int]] = []
         for row in self.log or []:
             name = str(row.get("stage", ""))
-            if name and (not found or found[-1][0] != name):
+            if name and row["step"] > 0 and (not found or found[-1][0] != name):
                 found.append((name, int(row["step"])))
         return found
+
+    @property
+    def iterations(self) -> int:
+        """Logged iterations; the probe before training is none."""
+        return sum(row["step"] > 0 for row in self.log or [])
 
     def total(self, key: str) -> float | None:
         """Sum of a per-iteration scalar over the log."""

@@ -48,9 +48,9 @@ def what_was_done(run: RunRecord) -> str:
     if stages:
         sentences.append(f"{'Stages' if len(stages) > 1 else 'Stage'}: {escape(', then '.join(stages))}; seed {escape(str(recipe.get('seed')))}.")
     cpu, wall = run.total("cpu_s"), run.total("wall_s")
-    if wall is not None and run.log:
+    if wall is not None and run.iterations:
         processor = f" ({duration(cpu)} of processor time)" if cpu is not None else ""
-        sentences.append(f"Its {plural(len(run.log), 'logged iteration')} took {duration(wall)}{processor}.")
+        sentences.append(f"Its {plural(run.iterations, 'logged iteration')} took {duration(wall)}{processor}.")
     if recipe.get("start_from"):
         sentences.append(f"It began with the student of {escape(str(recipe['start_from']).rsplit('/', 1)[-1])}.")
     return "<p>" + " ".join(sentences) + "</p>"
