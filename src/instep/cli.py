@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -56,6 +59,11 @@ class TrainArgs:
     evaluate: bool = True
     """Measure the student against teacher and naive sampling at the end (moving-digits), and write the report."""
 
+    def __post_init__(self) -> None:
+        for name, value in {"save_every": self.save_every, "probe_every": self.probe_every, "threads": self.threads}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is not allowed; it is 1 or more")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status. What a user got wrong is one line on stderr, not a traceback."""
@@ -85,9 +93,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(kind: Any, args: Sequence[str], command: str, description: str | None = None) -> Any:
+    """Options as an object; what is wrong with them comes as a ValueError in one line, as everywhere else, in place of tyro's box."""
     import tyro
 
-    return tyro.cli(kind, args=list(args), prog=f"instep {command}", description=description)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=list(args), prog=f"instep {command}", description=description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(f"{rephrased(said.getvalue())} (see instep {command} --help)") from None
+
+
+def rephrased(box: str) -> str:
+    """tyro's error box as one line that begins with the option: what was given, and what it takes."""
+    plain = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", box)
+    lines = [line.strip().strip("│").strip() for line in plain.splitlines() if not line.strip().startswith(("╭", "╰"))]
+    parts = [" ".join(part.split()) for part in re.split(r"[─-]{10,}", "\n".join(lines))]
+    if "╭" not in plain and len(parts) > 1:  # where the output is not UTF-8 the title stands above a rule instead of in the frame
+        parts = parts[1:]
+    message, helped = parts[0], next((part.removeprefix("Argument helptext: ") for part in parts if part.startswith("Argument helptext:")), "")
+    if found := re.match(r"Error parsing (?:recipe|options)\.(\S+): (\w+): (.*)", message):  # a component that refused its value
+        return f"--{found[1]}.{found[2].replace('_', '-')}: {found[3]}"
+    if found := re.match(r"Error parsing (\S+): (.*)", message):
+        wrong = re.search(r"(?:base 10: |to float: |instantiated from )('.*?'|\[.*?\])", found[2])
+        takes = re.sub(r"^([A-Z]+) ", r"\1: ", helped.removeprefix(found[1]).strip())
+        return f"{found[1]}: {f'{wrong[1]} is not allowed' if wrong else found[2]}" + (f"; it takes {takes}" if takes else "")
+    if found := re.match(r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.?", message):
+        return f"{found[2]}: {found[1]} is not allowed; allowed: {found[3]}"
+    if found := re.match(r"Unrecognized options: ([^\s,]+)", message):
+        near = re.search(r"Perhaps you meant: (--\S+)", " ".join(parts[1:]))
+        return f"{found[1]}: there is no such option" + (f"; did you mean {near[1]}?" if near else "")
+    if found := re.match(r"Missing value for argument '(\S+)'\. Expected (\d+) values?", message):
+        return f"{found[1]}: its value is missing; it takes {found[2]}"
+    return message or " ".join(plain.split())
 
 
 def _recipe_args(name: str, args: Sequence[str], command: str, options: type) -> tuple[Any, Any]:

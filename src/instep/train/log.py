@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from instep.files import write_text
@@ -23,19 +24,21 @@ QUIET_SECONDS = 20  # without a terminal: a line at most this often
 SHOWN = {"reward/train": "reward", "critic/fake": "fake", "probe/monitor_both": "monitor"}
 
 
-def trim(file: Path, step: int) -> None:
-    """Drops rows after `step` (they will be repeated) and a half-written last line."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines log, up to a line that was only half written; none where there is no file."""
+    rows: list[dict[str, Any]] = []
+    for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError:
             break
-        if row["step"] <= step:
-            kept.append(line)
-    write_text(file, "".join(line + "\n" for line in kept))
+    return rows
+
+
+def trim(file: Path, step: int) -> None:
+    """Drops rows after `step` (they will be repeated) and a half-written last line."""
+    if file.is_file():
+        write_text(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if row["step"] <= step))
 
 
 class RunLog:
@@ -49,8 +52,8 @@ class RunLog:
         self._recent: deque[Mapping[str, Any]] = deque(maxlen=ROLLING)
         self._last: dict[str, float] = {}
         self._progress: Progress | None = None
-        self._spoken = 0.0
-        self._total, self._started = 0, time.monotonic()
+        self._spoken = -math.inf
+        self._total, self._initial, self._started = 0, resume_step, time.monotonic()
 
     @contextmanager
     def progress(self, total: int, *, initial: int) -> Iterator[None]:
@@ -77,6 +80,7 @@ class RunLog:
             for key, value in clean.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(key, value, step)
+            self._board.flush()  # a killed run leaves the same scalars in both places
         self._recent.append(clean)
         self._last |= {k: v for k, v in clean.items() if isinstance(v, int | float)}
         self._show(step, str(scalars.get("stage", "")))
@@ -99,14 +103,20 @@ class RunLog:
             self._progress.update(self._task, completed=step, description=stage, figures=self.figures())
         elif time.monotonic() - self._spoken > QUIET_SECONDS or step == self._total:
             self._spoken = time.monotonic()
-            done = step - self._initial if hasattr(self, "_initial") else step
-            left = (time.monotonic() - self._started) / max(done, 1) * (self._total - step)
-            print(f"{stage:<8} {step}/{self._total}  eta {int(left) // 60}:{int(left) % 60:02d}  {self.figures()}", file=sys.stderr, flush=True)
+            print(f"{stage:<8} {step}/{self._total}  eta {self._left(step)}  {self.figures()}", file=sys.stderr, flush=True)
+
+    def _left(self, step: int) -> str:
+        """Minutes and seconds to the end; unknown before the first iteration."""
+        done = step - self._initial
+        if done < 1:
+            return "?"
+        left = int((time.monotonic() - self._started) / done * (self._total - step))
+        return f"{left // 60}:{left % 60:02d}"
 
     def say(self, finding: Finding) -> None:
         """A health finding, in words, above the bar."""
         colour = {"alarm": "red", "warn": "yellow", "ok": "green"}[finding.level]
-        self.console.print(f"[{colour}]{finding.level}[/] {finding.text}", highlight=False)
+        self.console.print(f"[{colour}]{finding.level}[/] {escape(finding.text)}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._file.close()
@@ -119,4 +129,5 @@ def _tensorboard(folder: Path, resume_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+    # without a checkpoint to go on from, step 0 is repeated too
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)

@@ -1,0 +1,231 @@
+"""Health checks on made-up histories: each flag where it belongs, silence where it does not."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from instep.train.health import HealthMonitor, examine
+from instep.train.log import RunLog
+
+TEACHER = {"ink_teacher": 0.2, "motion_teacher": 0.05, "diversity_teacher": 0.1, "saturation_teacher": 0.01}
+HEALTHY = {"ink": 0.2, "motion": 0.05, "diversity": 0.1, "saturation": 0.01, "train_score": -0.5, "monitor_both": 0.9, "monitor_score": -0.5}
+PROBE_EVERY = 10
+
+
+def probe(**figures: float) -> dict[str, float]:
+    return {f"probe/{key}": value for key, value in {**TEACHER, **HEALTHY, **figures}.items()}
+
+
+def history(distil: int = 60, align: int = 60, *, change=None, probes=None) -> list[dict]:
+    """A healthy run of two stages. `change(step)` adds to an iteration's row, `probes(step)` to a probe's figures."""
+    rows = [{"step": 0, "stage": "start", **probe(**((probes or (lambda step: {}))(0)))}]
+    for step in range(1, distil + align + 1):
+        # losses and norms wobble, as they do
+        noise = 0.2 * math.sin(7.0 * step)
+        row = {"step": step, "stage": "distil" if step <= distil else "align", "force/dm/norm": 1 + noise, "critic/fake": 0.4 + 0.1 * noise}
+        row |= {"grad/student": 1.0, "grad/student/skipped": 0.0, "grad/fake/skipped": 0.0}
+        if step > distil:
+            row |= {"force/group/norm": 0.5 - noise, "force/cosine/dm~group": noise, "reward/train": -0.5 + noise}
+            row |= {"reward/spread": 0.4, "reward/constant_groups": 0.1}
+        row |= change(step) if change else {}
+        if step % PROBE_EVERY == 0:
+            row |= probe(**(probes(step) if probes else {}))
+        rows.append(row)
+    return rows
+
+
+def flags(rows: list[dict]) -> set[str]:
+    return {finding.flag for finding in examine(rows)}
+
+
+def all_flags(rows: list[dict]) -> set[str]:
+    """Every flag that is up after any row."""
+    return set().union(*(flags(rows[: i + 1]) for i in range(len(rows))))
+
+
+def late(**figures):
+    """Figures from step 90 on: two probes and more before the end."""
+    return lambda step: figures if step >= 90 else {}
+
+
+def test_a_healthy_history_is_silent():
+    assert all_flags(history()) == set()
+    assert examine([]) == []
+
+
+def test_a_student_on_its_way_in_is_silent():
+    """Naive few-step samples are faint, still and alike; each probe lies nearer to the teacher than the one before."""
+    closing = lambda step: {"ink": 0.2 - 0.12 * 0.98**step, "motion": 0.05 - 0.04 * 0.98**step, "diversity": 0.1 - 0.08 * 0.98**step}  # noqa: E731
+    assert all_flags(history(probes=closing)) == set()
+    # one that stays where it began is not on its way
+    assert {"fading", "still", "collapse"} <= flags(history(probes=lambda step: {"ink": 0.08, "motion": 0.01, "diversity": 0.02}))
+
+
+ITERATIONS = [
+    ("opposed:dm and group", {"force/cosine/dm~group": -0.7}),
+    ("silent:group", {"force/group/norm": 1e-3}),
+    ("critic:fake", {"critic/fake": 0.9}),
+    ("constant_reward", {"reward/constant_groups": 0.9}),
+    ("nonfinite", {"grad/student/skipped": 1.0}),
+    ("nonfinite:fake", {"grad/fake/skipped": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("flag", "values"), ITERATIONS, ids=lambda v: v if isinstance(v, str) else "")
+def test_flags_of_iterations(flag, values):
+    """Raised when twenty iterations say so."""
+    assert flags(history(change=lambda step: values if step > 90 else {})) == {flag}
+
+
+@pytest.mark.parametrize(("flag", "values"), ITERATIONS[:4], ids=lambda v: v if isinstance(v, str) else "")
+def test_one_iteration_says_nothing(flag, values):
+    """Nor does the first one of a stage, of whose kind there are no others yet."""
+    assert all_flags(history(change=lambda step: values if step in (61, 100) else {})) == set()
+
+
+def test_a_force_that_is_off_altogether():
+    rows = history(change=lambda step: {"force/group/norm": 0.0} if step > 60 else {})
+    assert flags(rows) == {"silent:group"}
+    both = history(change=lambda step: {"force/group/norm": 0.0, "force/dm/norm": 0.0} if step > 60 else {})
+    assert flags(both) == set(), "nothing to compare with"
+
+
+PICTURES = [
+    ("oversaturation", {"ink": 0.27}),
+    ("fading", {"ink": 0.14}),
+    ("clipping", {"saturation": 0.08}),
+    ("still", {"motion": 0.02}),
+    ("flicker", {"motion": 0.1}),
+    ("collapse", {"diversity": 0.05}),
+]
+
+
+@pytest.mark.parametrize(("flag", "figures"), PICTURES, ids=[flag for flag, _ in PICTURES])
+def test_flags_of_probes(flag, figures):
+    assert flags(history(probes=late(**figures))) == {flag}
+    assert all_flags(history(probes=lambda step: figures if step == 90 else {})) == set(), "one noisy probe raises nothing"
+    assert all_flags(history(probes=lambda step: figures if step == 0 else {})) == set(), "nor does the untrained student"
+
+
+def test_clipping_is_measured_against_the_teacher():
+    assert flags(history(probes=late(saturation=0.08, saturation_teacher=0.06))) == set()
+
+
+def test_images_have_no_motion_to_lose():
+    assert all_flags(history(probes=lambda step: {"motion": 0.0, "motion_teacher": 0.0})) == set()
+
+
+def test_hacking_against_the_monitor():
+    """The reward rises by a deviation while the share of right samples falls; a log-probability is negative, and its rise is a rise."""
+    hacked = history(probes=late(train_score=-0.1, monitor_both=0.7))
+    (found,) = examine(hacked)
+    assert (found.flag, found.level) == ("hacking", "alarm") and "from 0.90 to 0.70" in found.text and "rose by 1.0 deviations" in found.text
+    assert flags(history(probes=late(train_score=-0.9, monitor_both=0.7))) == set(), "the reward fell: poor, but not hacked"
+    assert flags(history(probes=late(train_score=-0.1, monitor_both=0.85))) == set(), "within the noise of 48 samples"
+    assert flags(history(probes=late(train_score=-0.45, monitor_both=0.7))) == set(), "the reward's rise is within the noise"
+    assert all_flags(history(probes=lambda step: {"train_score": -0.1, "monitor_both": 0.7} if step == 90 else {})) == set()
+
+
+def test_hacking_does_not_depend_on_where_a_reward_has_its_zero():
+    for shift in (-10.0, 0.5, 10.0):
+        assert flags(history(probes=lambda s, d=shift: {"train_score": d - 0.5, **(late(train_score=d - 0.1, monitor_both=0.7)(s))})) == {"hacking"}
+        # a score that hardly moves near its zero is not a rise of some hundred per cent
+        assert flags(history(probes=lambda s, d=shift: {"train_score": 0.001, **(late(train_score=0.01, monitor_both=0.7)(s))})) == set()
+
+
+def test_hacking_by_variety():
+    found = flags(history(probes=late(train_score=-0.1, diversity=0.05)))
+    assert found == {"collapse", "hacking"}
+
+
+def test_distillation_alone_cannot_hack():
+    """Without a reward in the stage its score may rise as it likes."""
+    rows = history(distil=120, align=0, probes=late(train_score=-0.1, monitor_both=0.7))
+    assert "hacking" not in all_flags(rows)
+
+
+def test_a_stage_is_measured_from_its_own_beginning():
+    """What distillation gave the reward is not the reward's doing: the last probe before the stage is the reference."""
+    distilled = lambda step: {"train_score": -3.0, "monitor_both": 0.95} if step < 60 else {"train_score": -0.5, "monitor_both": 0.8}  # noqa: E731
+    assert "hacking" not in all_flags(history(probes=distilled))
+
+
+def test_values_that_are_not_finite():
+    """A live row holds nan where the log holds null: both are read as missing, and samples of nan are an alarm."""
+    for bad in (math.nan, None):
+        rows = history(change=lambda step, b=bad: {"force/cosine/dm~group": b if step % 2 else -0.7} if step > 90 else {})
+        assert flags(rows) == {"opposed:dm and group"}
+        broken = history(probes=lambda step, b=bad: dict.fromkeys(HEALTHY, b) if step == 120 else {})
+        assert flags(broken) == {"broken"}
+
+
+def test_findings_say_what_and_what_to_do():
+    rows = history(change=lambda step: {"force/cosine/dm~group": -0.7} if step > 90 else {}, probes=late(ink=0.27))
+    texts = {finding.flag: finding.text for finding in examine(rows)}
+    assert texts["oversaturation"].startswith("samples are 35% brighter than the teacher's: lower")
+    assert "cosine -0.70" in texts["opposed:dm and group"]
+
+
+def bad_then_good() -> list[dict]:
+    """Opposed forces and bright samples from 90 on, healthy again from 130 on."""
+    change = lambda step: {"force/cosine/dm~group": -0.7} if 70 < step < 125 else {}  # noqa: E731
+    return history(align=140, change=change, probes=lambda step: {"ink": 0.27} if 90 <= step < 130 else {})
+
+
+def feed(folder, rows, *, resume_step: int = 0) -> list:
+    log, monitor, said = RunLog(folder, resume_step=resume_step), HealthMonitor(folder, resume_step=resume_step), []
+    for row in rows:
+        scalars = {k: v for k, v in row.items() if k != "step"}
+        log.row(row["step"], scalars)
+        said += monitor.row(row["step"], scalars)
+    log.close()
+    return said
+
+
+@pytest.fixture(autouse=True)
+def no_board(monkeypatch):
+    monkeypatch.setattr("instep.train.log._tensorboard", lambda folder, step: None)
+
+
+def test_a_finding_is_said_once_and_so_is_its_clearing(tmp_path):
+    said = [(f.level, f.flag) for f in feed(tmp_path, bad_then_good())]
+    assert sorted(said) == [("ok", "opposed:dm and group"), ("ok", "oversaturation"), ("warn", "opposed:dm and group"), ("warn", "oversaturation")]
+    kept = [json.loads(line) for line in (tmp_path / "health.jsonl").read_text().splitlines()]
+    assert [(row["level"], row["flag"]) for row in kept] == said and set(kept[0]) == {"step", "level", "flag", "text"}
+    assert [row["step"] for row in kept if row["flag"] == "oversaturation"] == [100, 130], "raised by the second probe that agrees"
+
+
+@pytest.mark.parametrize("saved", [25, 100, 105, 130])
+def test_a_resumed_monitor_is_an_uninterrupted_one(tmp_path, saved):
+    """Killed a few steps after the checkpoint at `saved`, with a half-written line; the same health.jsonl in the end."""
+    rows = bad_then_good()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    feed(whole, rows)
+    feed(killed, rows[: saved + 8])
+    for name in ("log.jsonl", "health.jsonl"):
+        with open(killed / name, "a") as file:
+            file.write('{"step": 99')
+    feed(killed, rows[saved + 1 :], resume_step=saved)
+    assert (killed / "health.jsonl").read_bytes() == (whole / "health.jsonl").read_bytes()
+    assert (killed / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    rows = bad_then_good()
+    feed(tmp_path, rows[:115])
+    assert (tmp_path / "health.jsonl").stat().st_size > 0
+    feed(tmp_path, rows[:20])
+    assert (tmp_path / "health.jsonl").read_text() == "" and len((tmp_path / "log.jsonl").read_text().splitlines()) == 20
+
+
+def test_probes_write_the_names_that_checks_read():
+    from instep.train import probe as module
+
+    source = module.__loader__.get_source(module.__name__)
+    for key in ("ink", "saturation", "motion", "diversity", "train_score"):
+        assert f'"{key}"' in source

@@ -1,0 +1,162 @@
+"""A run's log: rows, what a resume drops, TensorBoard's copy, and what is shown without a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+
+from instep.train.health import Finding
+from instep.train.log import RunLog, read_rows, trim
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def board(folder) -> dict[str, dict[int, float]]:
+    """Scalars of the TensorBoard files: name -> step -> value."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    seen = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    seen.Reload()
+    return {tag: {event.step: event.value for event in seen.Scalars(tag)} for tag in seen.Tags()["scalars"]}
+
+
+def test_rows_are_appended_and_readable_at_once(tmp_path):
+    log = RunLog(tmp_path)
+    log.row(0, {"stage": "start", "probe/ink": 0.25})
+    assert rows(tmp_path) == [{"step": 0, "stage": "start", "probe/ink": 0.25}], "before the log is closed"
+    log.row(1, {"stage": "distil", "critic/fake": 0.5})
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1]
+
+
+def test_values_that_are_not_finite_are_null(tmp_path):
+    """JSON has no nan; a reader in any language gets null, and the other values are whole."""
+    log = RunLog(tmp_path)
+    log.row(1, {"stage": "distil", "a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1 + 0.2, "n": 3})
+    log.close()
+    text = (tmp_path / "log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert rows(tmp_path) == [{"step": 1, "stage": "distil", "a": None, "b": None, "c": None, "d": 0.1 + 0.2, "n": 3}]
+
+
+def test_a_resume_drops_what_will_be_repeated(tmp_path):
+    """Rows after the checkpoint, and a line that a kill left half written."""
+    log = RunLog(tmp_path)
+    for step in range(6):
+        log.row(step, {"x": step / 3})
+    log.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "x": 2.')
+    again = RunLog(tmp_path, resume_step=3)
+    again.row(4, {"x": 40.0})
+    again.close()
+    assert [(row["step"], row["x"]) for row in rows(tmp_path)] == [(0, 0.0), (1, 1 / 3), (2, 2 / 3), (3, 1.0), (4, 40.0)]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "te', b"\0\0\0\0", b'{"step": 2, "x": "\xc3'])
+def test_torn_lines(tmp_path, torn):
+    """Cut in a name, zeros that a crashed disk leaves, and half a character."""
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"step": 1, "x": 0.1}\n' + torn)
+    assert read_rows(file) == [{"step": 1, "x": 0.1}]
+    trim(file, 5)
+    assert file.read_bytes() == b'{"step": 1, "x": 0.1}\n'
+
+
+def test_trim_without_a_file(tmp_path):
+    trim(tmp_path / "log.jsonl", 3)
+    assert list(tmp_path.iterdir()) == [] and read_rows(tmp_path / "log.jsonl") == []
+
+
+def test_a_new_run_in_an_old_log_begins_anew(tmp_path):
+    for _ in range(2):
+        log = RunLog(tmp_path)
+        log.row(0, {"x": 1.0})
+        log.close()
+    assert len(rows(tmp_path)) == 1
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Event files of one process and second are told apart by a counter, and read in the order of their names: 10 before 9."""
+    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
+
+
+def test_tensorboard_has_the_same_scalars(tmp_path):
+    log = RunLog(tmp_path)
+    log.row(1, {"stage": "distil", "critic/fake": 0.5, "bad": math.nan})
+    log.row(2, {"stage": "distil", "critic/fake": 0.25, "force/dm/norm": 3})
+    assert board(tmp_path) == {"critic/fake": {1: 0.5, 2: 0.25}, "force/dm/norm": {2: 3.0}}, "what a killed run leaves: it never closes"
+    log.close()
+
+
+def test_tensorboard_forgets_what_a_resume_repeats(tmp_path, counted):
+    log = RunLog(tmp_path)
+    for step in range(5):
+        log.row(step, {"x": float(step)})
+    log.close()
+    again = RunLog(tmp_path, resume_step=2)
+    again.row(3, {"x": 30.0})
+    again.close()
+    assert board(tmp_path)["x"] == {0: 0.0, 1: 1.0, 2: 2.0, 3: 30.0}
+
+
+def test_tensorboard_forgets_a_run_without_a_checkpoint(tmp_path, counted):
+    for value, steps in ((1.0, 3), (2.0, 2)):
+        log = RunLog(tmp_path)
+        for step in range(steps):
+            log.row(step, {"x": value})
+        log.close()
+    assert board(tmp_path)["x"] == {0: 2.0, 1: 2.0}
+
+
+def test_a_run_without_tensorboard(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log = RunLog(tmp_path)
+    log.row(1, {"x": 1.0})
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_plain_lines_without_a_terminal(tmp_path, capsys):
+    """One line at the start, one at the end, none in between within seconds; no control characters."""
+    log = RunLog(tmp_path)
+    with log.progress(4, initial=0):
+        log.row(0, {"stage": "start", "probe/monitor_both": 0.5})
+        for step in range(1, 5):
+            log.row(step, {"stage": "distil", "wall_s": 0.5, "critic/fake": 0.1 * step, "force/cosine/dm~group": -0.25})
+    log.close()
+    out, err = capsys.readouterr()
+    first, last = err.splitlines()
+    assert out == "" and "\x1b" not in err and "\r" not in err
+    assert first == "start    0/4  eta ?  monitor 0.5"
+    assert re.fullmatch(r"distil   4/4  eta 0:00  s/it 0\.5  fake 0\.25  monitor 0\.5  cos\(dm~group\) -0\.25", last)
+
+
+def test_time_left_counts_from_where_a_run_resumed(tmp_path, monkeypatch):
+    import instep.train.log as module
+
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    log = RunLog(tmp_path, resume_step=100)
+    with log.progress(160, initial=100):
+        assert log._left(100) == "?"
+        now[0] += 30.0
+        assert log._left(110) == "2:30", "ten iterations took 30 s and 50 are left"
+    log.close()
+
+
+def test_findings_are_said_whole(tmp_path, capsys):
+    """On one line however long, and brackets in a text are text."""
+    log = RunLog(tmp_path)
+    text = "media [B, 3, F, H, W] " + "and so on " * 20
+    log.say(Finding(3, "warn", "some", text.strip()))
+    log.close()
+    assert capsys.readouterr().err == f"warn {text.strip()}\n"
