@@ -96,7 +96,7 @@ def test_several_runs_share_table_and_curves(run, tmp_path):
     assert "3 runs compared" in page.text and "mean of 2 seeds" in page.text
     assert page.text.count("mean of 2 seeds") == 3, "in one verdict and two tables, and of the student alone"
     assert text.count("<th scope='row'>teacher, 4 steps, guided<") == 2, "measured once for all runs: one row in each of two tables"
-    assert "dm-align-group · seed 1" in page.text and "the other run" in page.text
+    assert "dm-align-group · seed 1" in page.text and "another run, same cost" in page.text
     same_label, _ = report(tmp_path, run, make_run(tmp_path / "again"))
     assert "(first)" in same_label.text and "(again)" in same_label.text, "equal labels are told apart by folder"
 

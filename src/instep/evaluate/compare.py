@@ -73,7 +73,8 @@ class EvalSet:
         specs = {prompt: digits.parse(prompt) for prompt in dict.fromkeys(self.prompts)}
 
         def key(prompt: str) -> tuple[bool, list[int], int]:
-            return prompt in self.open, digits.motions_allowed(specs[prompt]), -1 if specs[prompt].digit is None else specs[prompt].digit
+            digit = specs[prompt].digit
+            return prompt in self.open, digits.motions_allowed(specs[prompt]), -1 if digit is None else digit
 
         rank = {prompt: i for i, prompt in enumerate(sorted(specs, key=key))}
         return torch.tensor([rank[prompt] for prompt in self.prompts])

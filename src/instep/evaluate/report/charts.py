@@ -134,9 +134,10 @@ def line_chart(
     bounds: tuple[float, float] | None = None,
     span: tuple[float, float] | None = None,
     stages: Sequence[tuple[str, int]] = (),
+    legend: Sequence[tuple[str, str]] | None = None,
 ) -> str:
     """A figure of lines over training steps; empty if no series has a point. `stages` are (name, first step);
-    `bounds` on y are always inside, `span` is the range of steps (default: that of the points)."""
+    `bounds` on y are always inside, `span` is the range of steps (default: that of the points); `legend` are (name, style) (default: each line)."""
     series = [s for s in series if s.points]
     log = log and all(b > 0 for s in series for _, b in s.points)
     if not series:
@@ -159,9 +160,10 @@ def line_chart(
         "x": [x.low, x.high], "y": [y._t(y.low), y._t(y.high)], "log": log,
         "series": [{"name": s.name, "style": _style(s), "points": [[round(a, 2), float(f"{b:.5g}")] for a, b in s.points]} for s in series],
     }  # fmt: skip
-    legend = "".join(f'<li><i class="key {_style(s)}"></i>{escape(s.name)}</li>' for s in series)
+    entries = [(s.name, _style(s)) for s in series] if legend is None else legend
+    keys = "".join(f'<li><i class="key {style}"></i>{escape(name)}</li>' for name, style in entries)
     last = "; ".join(f"{s.name}: {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in series)
-    return _figure(title, caption, f"<ul class='legend'>{legend}</ul>", "".join(body), f"{title} over training steps. {last}", data)
+    return _figure(title, caption, f"<ul class='legend'>{keys}</ul>", "".join(body), f"{title} over training steps. {last}", data)
 
 
 def _style(s: Series) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from instep.evaluate.report.charts import Series, line_chart, rolling, shorter
+from instep.evaluate.report.charts import COLOURS, Series, line_chart, rolling, shorter
 from instep.evaluate.report.read import RunRecord
 
 WINDOW = 10  # iterations that per-iteration scalars are averaged over
 NAMES = {
-    "reward/train": "training batches", "probe/train_score": "training judge, probe", "probe/monitor_score": "monitor judge, probe",
+    "reward/train": "training batches", "probe/train_score": "training judge (probe)", "probe/monitor_score": "monitor judge (probe)",
     "probe/monitor_both": "both", "probe/monitor_digit": "digit", "probe/monitor_motion": "motion", "wall_s": "on the clock", "cpu_s": "all threads",
 }  # fmt: skip
 
@@ -96,6 +96,15 @@ def panel_series(panel: Panel, runs: Sequence[RunRecord]) -> list[Series]:
     return found
 
 
+def run_legend(series: Sequence[Series], runs: Sequence[RunRecord]) -> list[tuple[str, str]] | None:
+    """Of several runs with several scalars each: the runs by colour, then the scalars by dash, instead of every line. Else None."""
+    dashes = {s.dash: s.name.rsplit(", ", 1)[-1] for s in series if not s.reference}
+    if len(runs) < 2 or len(dashes) < 2:
+        return None
+    here = sorted({s.colour for s in series if not s.reference})
+    return [(runs[i].label, f"c{i % COLOURS} d0") for i in here] + [(name, f"plain d{dash % 3}") for dash, name in sorted(dashes.items())]
+
+
 def curves(runs: Sequence[RunRecord]) -> str:
     """All panels that have data (HTML), the technical ones folded."""
     missing = [run.label for run in runs if not run.log]
@@ -107,7 +116,9 @@ def curves(runs: Sequence[RunRecord]) -> str:
     span = (float(min(steps)), float(max(steps)))
     shown: dict[bool, list[str]] = {False: [], True: []}
     for panel in PANELS:
-        chart = line_chart(panel.title, panel.caption, panel_series(panel, runs), log=panel.log, bounds=panel.bounds, span=span, stages=stages)
+        series = panel_series(panel, runs)
+        legend = run_legend(series, runs)
+        chart = line_chart(panel.title, panel.caption, series, log=panel.log, bounds=panel.bounds, span=span, stages=stages, legend=legend)
         shown[panel.folded].append(chart)
     charts, folded = ("".join(parts) for parts in (shown[False], shown[True]))
     more = f"<details><summary>Gradient, learning rates, time</summary><div class='charts'>{folded}</div></details>" if folded else ""

@@ -35,9 +35,9 @@ def table(rows: Sequence[Row], floor: Row | None, columns: Sequence[Column]) -> 
         cells = []
         for column in columns:
             value = row.values.get(column.key)
-            top = leaders[column.key] is row
+            leads = leaders[column.key] is row
             timed = value is not None and not (row.kind == "real" and column.key.startswith("seconds"))
-            cells.append(f"<td{' class=best' if top else ''}>{with_error(column, value) if value is not None and timed else '–'}</td>")
+            cells.append(f"<td{' class=best' if leads else ''}>{with_error(column, value) if value is not None and timed else '–'}</td>")
         cost = "–" if row.kind == "real" else str(row.nfe)
         note = (
             f"<small>{escape(row.note)}</small>" if row.note else f"<small>{KINDS.get(row.kind, escape(row.kind))}{'' if equal else f', n = {row.n}'}</small>"

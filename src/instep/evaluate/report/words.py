@@ -62,7 +62,7 @@ def opponents(student: Row, rows: Sequence[Row]) -> list[Opponent]:
     naive = sorted(near, key=lambda row: (row.nfe, -row.steps))
     found = [Opponent(row, "same cost" if row.nfe == student.nfe else f"{row.nfe / student.nfe:g}× the cost") for row in naive]
     found += [Opponent(row, "control") for row in rows if row.kind == "control"]
-    found += [Opponent(row, "the other run") for row in rows if row.kind == "student" and row.nfe == student.nfe and row != student]
+    found += [Opponent(row, "another run, same cost") for row in rows if row.kind == "student" and row.nfe == student.nfe and row != student]
     teachers = [row for row in rows if row.kind == "teacher"]
     if teachers:
         best = max(teachers, key=lambda row: row.nfe)
