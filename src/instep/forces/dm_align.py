@@ -35,6 +35,9 @@ def group_factor(advantage: Tensor, sign: Sign) -> Tensor:
 
     `signed`: -A, as the text below Eq. 7 describes (low samples move to the preferred mean, high ones away from it);
     `pull`: max(-A, 0), only the low ones move; `printed`: +A, Eq. 7 to the letter, which lowers the reward.
+
+    What all samples of a group would share (the preferred mean is an average, so its estimate is paler than any sample's) cancels
+    under `signed`, because advantages sum to zero; under `pull` it adds up, and samples fade (docs/results.md).
     """
     if sign == "signed":
         return -advantage
@@ -81,7 +84,7 @@ class Group(Force):
     on: Where = "final"
     needs_reward: bool = True
     top_n: int = 2
-    sign: Sign = "pull"
+    sign: Sign = "signed"
     levels: LevelSampler = field(default_factory=Uniform)
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ def dm_align_group(
     batch: int = 32,
     group: int = 8,
     top_n: int = 2,
-    sign: Sign = "pull",
+    sign: Sign = "signed",
     weight: float = 0.5,
     guidance: float = 3.0,
     shift: float = 3.0,
@@ -74,7 +74,7 @@ def dm_align_group(
         batch: samples of a micro-batch; a multiple of group.
         group: samples a prompt, compared with each other.
         top_n: how many of a group's best make the preferred mean.
-        sign: pull (only low samples move), signed (the paper's text: high ones move away), printed (Eq. 7 to the letter).
+        sign: signed (the paper's text: high samples move away from the mean), pull (only low ones move), printed (Eq. 7 to the letter).
         weight: weight of the alignment force; matching gets the rest (paper: .5).
         guidance: classifier-free guidance of the teacher; 1 is none.
         shift: timestep shift of the student's levels and of the re-noise levels.

@@ -1,0 +1,113 @@
+"""What is made sure of before a run begins: everything that would otherwise fail after minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from instep import __version__
+from instep.files import write_json
+from instep.models.base import Family
+from instep.rewards.base import Reward, checked_scores
+from instep.train.recipe import Recipe, describe
+from instep.train.source import Preferred
+
+if TYPE_CHECKING:
+    from instep.train.run import RunOptions
+
+# decoding all samples of a large batch at once would need more memory than the student's own step
+DECODE_BATCH = 32
+
+
+def scorer(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
+    """Reward of latents: decoded a few at a time, clamped to what a file would hold."""
+    if reward is None:
+        return None
+
+    @torch.no_grad()
+    def score(x: Tensor, prompts: Sequence[str]) -> Tensor:
+        parts = []
+        for start in range(0, len(x), DECODE_BATCH):
+            rows = slice(start, start + DECODE_BATCH)
+            parts.append(checked_scores(reward, family.decode(x[rows]).clamp(0, 1), prompts[rows]))
+        return torch.cat(parts)
+
+    return score
+
+
+def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, preferred: Preferred | None, prompts: Sequence[str]) -> None:
+    """Everything that would otherwise fail after minutes: missing parts, and a reward that does not work on one small batch."""
+    if not prompts:
+        raise ValueError("prompts: the list is empty; give at least one prompt")
+    for stage in recipe.stages:
+        if stage.needs_real and preferred is None:
+            raise ValueError(f"preferred: stage {stage.name!r} of {recipe.name} needs preferred samples; pass preferred=Preferred(prompts, latents)")
+        if stage.needs_reward and reward is None:
+            raise ValueError(f"reward: stage {stage.name!r} of {recipe.name} needs one; pass reward=, for example a function (media, prompts) -> scores")
+    if preferred is not None and tuple(preferred.latents.shape[1:]) != family.latent_shape:
+        raise ValueError(
+            f"preferred: latents of shape {tuple(preferred.latents.shape[1:])} do not fit the model's {family.latent_shape}; encode them "
+            "with family.encode_media"
+        )
+    if reward is not None:
+        pair = [prompts[0], prompts[-1]]
+        trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            checked_scores(reward, family.decode(trial.to(next(family.pretrained.parameters()).device)).clamp(0, 1), pair)
+
+
+def claim(
+    out: Path, recipe: Recipe, family: Family, options: RunOptions, prompts: Sequence[str], start_from: Path | str | None, command: str
+) -> None:
+    """Writes recipe.json, or makes sure that the folder holds this very run."""
+    identity = {
+        "recipe": recipe.name,
+        "model": family.name,
+        "seed": options.seed,
+        "levels": list(recipe.levels),
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        "start_from": str(Path(start_from).resolve()) if start_from else None,
+        "config": json.loads(json.dumps(describe(recipe))),
+    }
+    file = out / "recipe.json"
+    if file.is_file():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        different = [key for key in identity if there.get(key) != identity[key]]
+        if different:
+            raise ValueError(
+                f"out: {out} holds another run (its {', '.join(different)} differ; it was {there['recipe']} with seed {there['seed']}); choose "
+                "another folder, or repeat that run's command to go on with it"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
+    else:
+        free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
+        needed = 3 * checkpoint_bytes(recipe, family)
+        if free < needed:
+            raise ValueError(
+                f"out: {free / 1e9:.1f} GB are free where {out} lies, and this run's checkpoints and export need about {needed / 1e9:.1f} GB; "
+                "free some space or choose another disk"
+            )
+        about = {
+            "instep": __version__,
+            "command": command,
+            "model_path": family.source,
+            "size": dataclasses.asdict(family.size),
+            "prompt_count": len(set(prompts)),
+            "example_prompt": prompts[0],
+        }
+        write_json(file, {**about, **identity})
+
+
+def checkpoint_bytes(recipe: Recipe, family: Family) -> int:
+    """Upper bound of one checkpoint: weights, two AdamW moments and an average in float32, for each trained role."""
+    parameters = sum(p.numel() for p in family.pretrained.parameters())
+    return sum(4 * parameters * (3 + (c.ema is not None)) for c in recipe.roles.values() if c.optim is not None)
