@@ -166,6 +166,10 @@ def test_verdict_says_what_the_errors_allow():
     text = verdict(student, [student, weak, far_too_dear], None)
     assert "Against <b>teacher, 4 steps</b> (same cost): <b class='better'>better</b> in prompt followed" in text
     assert "16 steps" not in text, "naive sampling is compared at up to twice the student's cost"
+    brighter = made_up("control", "control", 4, 4, 0.95, 5.0, 8.0, random.Random(0))
+    brighter.values["ink"] = Value(0.1, 0.0005)
+    real = made_up("real", "real", 0, 0, 1.0, 1.0, 9.0, random.Random(3))
+    assert "▲ nearer to real" in verdict(student, [student, brighter], real) and "▼" not in verdict(student, [student, brighter], real)
     assert "nothing to compare" in verdict(student, [student], None)
 
 

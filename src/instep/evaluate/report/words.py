@@ -10,6 +10,9 @@ from instep.evaluate.compare import Row, better, difference, direction
 from instep.evaluate.report.columns import EVERY, VERDICT
 from instep.evaluate.report.read import RunRecord
 
+MARKS = {"better": "▲ better", "worse": "▼ worse", "even": "no difference", "differs": "differs"}
+NEARER = {"better": "▲ nearer to real", "worse": "▼ farther from real", "even": "no difference", "differs": "differs"}
+
 
 @dataclass(frozen=True)
 class Opponent:
@@ -97,7 +100,7 @@ def verdict(student: Row, rows: Sequence[Row], floor: Row | None) -> str:
         column, cells = EVERY[key], []
         for o in against:
             d, how = difference(student, o.row, key), outcome(student, o.row, key, floor)
-            mark = {"better": "▲ better", "worse": "▼ worse", "even": "no difference", "differs": "differs"}[how]
+            mark = MARKS[how] if direction(key) else NEARER[how]
             cells.append(f"<td class='{how}'>{column.text(d.value, sign=True)} <small>± {column.text(2 * d.se)}</small><em>{mark}</em></td>")
         title = escape(column.meaning, quote=True)
         body.append(f"<tr><th scope='row' title='{title}'>{escape(column.head)} {column.arrow}</th>{''.join(cells)}</tr>")
