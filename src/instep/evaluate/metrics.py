@@ -3,7 +3,7 @@
 Errors are of *the samples drawn for fixed prompts*: what another seed would change, not what other prompts would. A share has its
 binomial error, a mean the spread between neighbours (samples of the same or the most similar prompt), a statistic of a set (Frechet
 distance, precision, recall) that of random half-samples which keep one of every two neighbours. Against the spread over 12 to 25 draws of real
-videos (242 each, held-out and training judge) these errors are right within a quarter for modes, precision, ink, motion; about 2 times too large
+videos (242 each) these errors are right within a quarter for modes, ink and motion, within .4 for precision; about 2 times too large
 for distances, 2 to 4 for recall, 1.7 for shares near 1; and up to a third too small for log-probabilities, whose tails are heavy. Resampling with
 replacement repeats points, which breaks nearest neighbours.
 
