@@ -12,16 +12,25 @@ def _by_group(reward: Tensor, group: int) -> Tensor:
     return reward.reshape(-1, group)
 
 
-def group_advantage(reward: Tensor, group: int, *, floor: float = 1e-6, clip: float | None = None) -> Tensor:
-    """(R - group mean) / (group deviation + floor), [B] -> [B]; zero for a group of equal rewards (GRPO; AMD Eq. 12 with clip = 1).
+def group_variance(reward: Tensor, group: int) -> float:
+    """Mean over groups of the population variance within each."""
+    return float(_by_group(reward, group).var(1, unbiased=False).mean())
 
-    The deviation is the population's (divides by K). Without the exact zero a constant group's rounding error would be
-    divided by the floor and saturate.
+
+def group_advantage(
+    reward: Tensor, group: int, *, deviation: float | None = None, floor: float = 1e-6, clip: float | None = None
+) -> Tensor:
+    """(R - group mean) / (deviation + floor), [B] -> [B]; zero for a group of equal rewards (GRPO; AMD Eq. 12 with clip = 1).
+
+    `deviation` None is each group's own (the population's, divides by K); a number is shared by all groups, so that groups which
+    differ little get small advantages. Without the exact zero a constant group's rounding error would be divided by the floor and
+    saturate.
     """
     rewards = _by_group(reward, group)
     centred = rewards - rewards.mean(1, keepdim=True)
-    deviation = rewards.std(1, unbiased=False, keepdim=True)
-    a = torch.where(deviation > floor, centred / (deviation + floor), torch.zeros_like(centred)).reshape(-1)
+    own = rewards.std(1, unbiased=False, keepdim=True)
+    spread = own if deviation is None else torch.full_like(own, deviation)
+    a = torch.where(own > floor, centred / (spread + floor), torch.zeros_like(centred)).reshape(-1)
     return a if clip is None else a.clamp(-clip, clip)
 
 

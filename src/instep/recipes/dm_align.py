@@ -10,6 +10,10 @@ from instep.recipes.dmd2 import FAKE, STUDENT, denoising, matching, roles
 from instep.terms import Force
 from instep.train.recipe import FewStep, Optim, Recipe, Stage
 
+# Near t = 0 the estimates are the samples themselves and their difference is divided by almost nothing: two samples of one
+# prompt that lie apart are blended, and pictures fade. At high levels the estimates differ in what the samples show.
+LEVELS = Uniform(low=0.6, high=0.98)
+
 
 def _joint(
     name: str,
@@ -21,6 +25,7 @@ def _joint(
     iterations: int,
     batch: int,
     weight: float,
+    spread: Literal["group", "run"],
     guidance: float,
     shift: float,
     critic_updates: int,
@@ -38,7 +43,7 @@ def _joint(
     critics = (denoising(shift, critic_updates, reuse=reuse, condition_on_exit=condition_on_exit),)
     first = Stage("distil", distil, batch, (matching(guidance, shift),), critics, FewStep(levels), accumulate=accumulate)
     terms = (matching(guidance, shift, 1 - weight), align)
-    second = Stage("align", iterations, batch, terms, critics, FewStep(levels, through), group=group, accumulate=accumulate)
+    second = Stage("align", iterations, batch, terms, critics, FewStep(levels, through), group=group, accumulate=accumulate, spread=spread)
     made = roles(student, fake, lora_rank=lora_rank, ema=ema, condition_on_exit=condition_on_exit)
     return Recipe(name, levels, made, (first, second), guidance)
 
@@ -52,7 +57,9 @@ def dm_align_group(
     group: int = 8,
     top_n: int = 2,
     sign: Sign = "signed",
+    spread: Literal["group", "run"] = "run",
     weight: float = 0.5,
+    levels: Uniform = LEVELS,
     guidance: float = 3.0,
     shift: float = 3.0,
     critic_updates: int = 5,
@@ -75,7 +82,10 @@ def dm_align_group(
         group: samples a prompt, compared with each other.
         top_n: how many of a group's best make the preferred mean.
         sign: signed (the paper's text: high samples move away from the mean), pull (only low ones move), printed (Eq. 7 to the letter).
+        spread: what advantages are divided by: each group's own deviation of rewards, or that of the whole run, with which groups of
+            equally good samples add little noise.
         weight: weight of the alignment force; matching gets the rest (paper: .5).
+        levels: noise levels of the alignment force; at low ones it would blend samples that show different things.
         guidance: classifier-free guidance of the teacher; 1 is none.
         shift: timestep shift of the student's levels and of the re-noise levels.
         critic_updates: updates of the fake for each of the student.
@@ -88,10 +98,10 @@ def dm_align_group(
         lora_rank: train adapters of this rank on one shared backbone instead of full copies.
         accumulate: micro-batches a student update.
     """
-    align = Group(weight=weight, top_n=top_n, sign=sign, levels=Uniform(shift=shift))
+    align = Group(weight=weight, top_n=top_n, sign=sign, levels=levels)
     return _joint(
         "dm-align-group", align, group=group, steps=steps, distil=distil, iterations=iterations, batch=batch, weight=weight,
-        guidance=guidance, shift=shift, critic_updates=critic_updates, reuse=reuse, condition_on_exit=condition_on_exit,
+        spread=spread, guidance=guidance, shift=shift, critic_updates=critic_updates, reuse=reuse, condition_on_exit=condition_on_exit,
         through=through, student=student, fake=fake, ema=ema, lora_rank=lora_rank, accumulate=accumulate,
     )  # fmt: skip
 
@@ -103,6 +113,7 @@ def dm_align_pair(
     iterations: int = 80,
     batch: int = 32,
     weight: float = 0.5,
+    levels: Uniform = LEVELS,
     guidance: float = 3.0,
     shift: float = 3.0,
     critic_updates: int = 5,
@@ -123,6 +134,7 @@ def dm_align_pair(
         iterations: student updates of matching and alignment together.
         batch: samples of a micro-batch.
         weight: weight of the alignment force; matching gets the rest (paper: .5).
+        levels: noise levels of the alignment force; at low ones it would blend samples that show different things.
         guidance: classifier-free guidance of the teacher; 1 is none.
         shift: timestep shift of the student's levels and of the re-noise levels.
         critic_updates: updates of the fake for each of the student.
@@ -135,9 +147,9 @@ def dm_align_pair(
         lora_rank: train adapters of this rank on one shared backbone instead of full copies.
         accumulate: micro-batches a student update.
     """
-    align = Pair(weight=weight, levels=Uniform(shift=shift))
+    align = Pair(weight=weight, levels=levels)
     return _joint(
-        "dm-align-pair", align, group=1, steps=steps, distil=distil, iterations=iterations, batch=batch, weight=weight,
+        "dm-align-pair", align, group=1, steps=steps, distil=distil, iterations=iterations, batch=batch, weight=weight, spread="group",
         guidance=guidance, shift=shift, critic_updates=critic_updates, reuse=reuse, condition_on_exit=condition_on_exit,
         through=through, student=student, fake=fake, ema=ema, lora_rank=lora_rank, accumulate=accumulate,
     )  # fmt: skip

@@ -66,7 +66,11 @@ class FewStep:
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` student steps of one kind. `batch` samples a micro-batch, in groups of `group` a prompt; `accumulate` micro-batches a step."""
+    """`steps` student steps of one kind. `batch` samples a micro-batch, in groups of `group` a prompt; `accumulate` micro-batches a step.
+
+    `spread` is what advantages are divided by: each group's own deviation of rewards, or one running over the `run`, with which a
+    group whose samples are all alike says little instead of as much as any other.
+    """
 
     name: str
     steps: int
@@ -77,6 +81,7 @@ class Stage:
     group: int = 1
     accumulate: int = 1
     inner_epochs: int = 1
+    spread: Literal["group", "run"] = "group"
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]

@@ -214,6 +214,7 @@ class Loop:
                 "rng": checkpoint.rng_state(state.rng),
                 "source": self.source.state(),
                 "step": state.step,
+                "reward_variance": state.reward_variance,
             },
             keep=self.options.keep,
             protect=self.recipe.stage_ends(),
@@ -228,6 +229,7 @@ class Loop:
             checkpoint.restore_rng(self.state.rng, saved["rng"])
             self.source.load_state(saved["source"])
             self.state.step = int(saved["step"])
+            self.state.reward_variance = saved["reward_variance"]
         elif start_from is not None:
             other = checkpoint.latest(Path(start_from) / "checkpoints")
             if other is None:

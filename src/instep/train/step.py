@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instep.advantage import constant_groups, group_advantage
+from instep.advantage import constant_groups, group_advantage, group_variance
 from instep.paths import Path
 from instep.prediction import Denoiser
 from instep.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
 from instep.terms import Batch, Force, View
 from instep.train.recipe import Optim, Stage
+
+# micro-batches over which the spread of rewards is averaged where a stage shares one
+REWARD_HORIZON = 10
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -55,7 +58,10 @@ class Trained:
 
 @dataclass
 class TrainState:
-    """What a run carries from one iteration to the next. `score` is the reward of latents [B, ...] and prompts -> [B], or None."""
+    """What a run carries from one iteration to the next. `score` is the reward of latents [B, ...] and prompts -> [B], or None.
+
+    `reward_variance` is the running mean of the variance within groups: the scale of advantages where a stage shares one.
+    """
 
     roles: Mapping[str, Denoiser]
     trained: Mapping[str, Trained]
@@ -64,6 +70,7 @@ class TrainState:
     rng: torch.Generator
     score: Score | None = None
     step: int = 0
+    reward_variance: float | None = None
 
 
 def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float) -> dict[str, Any]:
@@ -132,7 +139,12 @@ def score(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, 
     log.add("reward/train", reward.mean())
     log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
     log.add("reward/constant_groups", reward.new_tensor(constant_groups(reward, stage.group) * stage.group / len(reward)))
-    return replace(rollout, reward=reward, advantage=group_advantage(reward, stage.group))
+    deviation = None
+    if stage.spread == "run":
+        now, before = group_variance(reward, stage.group), state.reward_variance
+        state.reward_variance = now if before is None else before + (now - before) / REWARD_HORIZON
+        deviation = state.reward_variance**0.5
+    return replace(rollout, reward=reward, advantage=group_advantage(reward, stage.group, deviation=deviation))
 
 
 def relive(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout | None:
