@@ -107,7 +107,7 @@ PICTURES = [
 def test_flags_of_probes(flag, figures):
     assert flags(history(probes=late(**figures))) == {flag}
     assert all_flags(history(probes=lambda step: figures if step == 90 else {})) == set(), "one noisy probe raises nothing"
-    assert all_flags(history(probes=lambda step: figures if step == 0 else {})) == set(), "nor does the untrained student"
+    assert all_flags(history(probes=lambda step: figures if step <= 10 else {})) == set(), "nor do one and the untrained student"
 
 
 def test_clipping_is_measured_against_the_teacher():
@@ -151,6 +151,8 @@ def test_a_stage_is_measured_from_its_own_beginning():
     """What distillation gave the reward is not the reward's doing: the last probe before the stage is the reference."""
     distilled = lambda step: {"train_score": -3.0, "monitor_both": 0.95} if step < 60 else {"train_score": -0.5, "monitor_both": 0.8}  # noqa: E731
     assert "hacking" not in all_flags(history(probes=distilled))
+    at_once = lambda step: {"train_score": -0.1, "monitor_both": 0.7} if step > 60 else {}  # noqa: E731
+    assert "hacking" in flags(history(probes=at_once)), "hacked before the stage's first probe"
 
 
 def test_values_that_are_not_finite():
@@ -170,8 +172,8 @@ def test_findings_say_what_and_what_to_do():
 
 
 def bad_then_good() -> list[dict]:
-    """Opposed forces and bright samples from 90 on, healthy again from 130 on."""
-    change = lambda step: {"force/cosine/dm~group": -0.7} if 70 < step < 125 else {}  # noqa: E731
+    """Opposed forces and bright samples from 90 on, healthy again before and at the probe of step 130."""
+    change = lambda step: {"force/cosine/dm~group": -0.7} if 70 < step < 123 else {}  # noqa: E731
     return history(align=140, change=change, probes=lambda step: {"ink": 0.27} if 90 <= step < 130 else {})
 
 
@@ -217,7 +219,7 @@ def test_a_resumed_monitor_is_an_uninterrupted_one(tmp_path, saved):
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     rows = bad_then_good()
-    feed(tmp_path, rows[:115])
+    feed(tmp_path, [{**rows[0], "probe/ink": math.nan}, *rows[1:115]])
     assert (tmp_path / "health.jsonl").stat().st_size > 0
     feed(tmp_path, rows[:20])
     assert (tmp_path / "health.jsonl").read_text() == "" and len((tmp_path / "log.jsonl").read_text().splitlines()) == 20

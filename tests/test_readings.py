@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from instep.forces.dm_align import Group, align_direction
+from instep.advantage import group_advantage
+from instep.forces.dm_align import Group, align_direction, group_factor
 from instep.matching.critic import Score, denoising_error
 from instep.matching.force import DistributionMatching
 from instep.models.mixture import ExactTeacher, Mixture, VelocityMLP, labels
@@ -132,6 +133,14 @@ def test_a_group_of_equal_rewards_feels_no_alignment():
     stage = Stage("s", 1, 8, (Group(),), (), FewStep(LEVELS), group=4)
     log = iteration(made, stage, [Batch(("0", "1"), labels(["0", "1"]), labels(["", ""]))], 0.0)
     assert log["reward/constant_groups"] == 1 and log["force/group/norm"] == 0 and log["grad/student"] == 0
+
+
+def test_what_a_group_shares_cancels_when_signed():
+    """A direction that every sample of a group feels alike, such as toward a paler picture, sums to nothing; pull-only keeps it."""
+    advantage = group_advantage(torch.randn(24, generator=rng()), 8)
+    shared = {sign: group_factor(advantage, sign).reshape(3, 8).sum(1) for sign in ("signed", "pull")}
+    torch.testing.assert_close(shared["signed"], torch.zeros(3), rtol=0, atol=1e-5)
+    assert (shared["pull"] > 1).all()
 
 
 def test_predictions_in_half_precision_are_subtracted_in_float32():

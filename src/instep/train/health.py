@@ -181,8 +181,8 @@ def _rise(seen: History) -> Callable[[Row], float | None]:
 
 
 def _hacking(seen: History) -> Said:
-    """Training reward up while the monitor or the diversity goes down, since the stage began; only where a reward trains."""
-    if mean(seen.stage, "reward/train") is None or len(seen.since) <= PERSIST:
+    """Training reward up while the monitor or the diversity goes down, since the stage began; only where a reward trains (it has a spread)."""
+    if len(seen.since) <= PERSIST:
         return
     first, last = seen.since[0], seen.since[-PERSIST:]
     rise = _rise(seen)
