@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from instep.commands.evaluate import baseline, evaluate, few_step, floor, judges_of, noise_for
+from instep.commands.evaluate import baseline, few_step, judges_of, noise_for
 from instep.embedded import MovingDigits, moving_digits
-from instep.evaluate.compare import Row, evaluation_set
+from instep.evaluate.compare import Row, evaluate, evaluation_set, floor_row
 from instep.files import write_json
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd2 import dmd2
@@ -86,7 +86,9 @@ def run_baselines(digits: MovingDigits) -> None:
             if not file.is_file():
                 write_json(file, {"row": baseline(digits.family, judges, chosen, steps, guidance).json()})
     if not (RESULTS / "floor.json").is_file():
-        write_json(RESULTS / "floor.json", {"row": floor(judges, chosen).json()})
+        write_json(RESULTS / "floor.json", {"row": floor_row(chosen, judges).json()})
+        family = digits.family
+        write_json(RESULTS / "floor-vae.json", {"row": floor_row(chosen, judges, through=lambda x: family.decode(family.encode_media(x))).json()})
 
 
 def run_export(digits: MovingDigits, runs: Path, seed: int) -> None:

@@ -61,7 +61,7 @@ def eval_command(args: EvalArgs) -> int:
         family, judges, chosen = load(MOVING_DIGITS), judges_of(), evaluation_set(args.protocol, args.seed)
         steps = args.teacher_steps or (50, 4, 2, 1)
         rows = [baseline(family, judges, chosen, n, w) for n in steps for w in (3.0, 1.0)]
-        print_rows([floor(judges, chosen), *rows])
+        print_rows([floor_row(chosen, judges), *rows])
     return 0
 
 
@@ -95,8 +95,9 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
             earlier = few_step(student_of(folder, record, family, step=step), family, levels)
             before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, judges, steps=q))
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
-    rows = [row, *before, *(baseline(family, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]
-    bottom = floor(judges, chosen)
+    decoded = floor_row(chosen, judges, through=lambda media: family.decode(family.encode_media(media)))
+    rows = [row, *before, decoded, *(baseline(family, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]
+    bottom = floor_row(chosen, judges)
     write_json(
         folder / "metrics.json",
         {
@@ -165,10 +166,6 @@ def baseline(family: Family, judges: dict[str, Judge], chosen: EvalSet, steps: i
     row = evaluate(name, kind, generate, chosen, judges, steps=steps, guidance=guidance)
     write_json(file, row.json())
     return row
-
-
-def floor(judges: dict[str, Judge], chosen: EvalSet) -> Row:
-    return floor_row(chosen, judges)
 
 
 def cache_folder() -> Path:

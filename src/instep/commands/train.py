@@ -15,7 +15,7 @@ import torch
 from instep.models import MOVING_DIGITS, VideoSize, load
 from instep.models.base import Family
 from instep.rewards.base import Reward
-from instep.train.probe import Monitor
+from instep.train.probe import Monitor, few_of
 from instep.train.recipe import Recipe
 from instep.train.run import Interrupted, Run, RunOptions, final_samples, train
 from instep.train.source import Preferred
@@ -96,7 +96,7 @@ def load_function(name: str) -> Callable[..., Any]:
 
 def finish(run: Run, setting: Setting, evaluate: bool) -> None:
     """Samples, figures and the report of a finished run."""
-    prompts = list(dict.fromkeys(setting.prompts))[:8]
+    prompts = few_of(setting.prompts, 8)
     final_samples(run, prompts)
     if not evaluate:
         return

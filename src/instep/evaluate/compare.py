@@ -163,10 +163,14 @@ def real_videos(eval_set: EvalSet, seed: int) -> Tensor:
     return digits.render("reference", [digits.parse(prompt) for prompt in eval_set.prompts], seed)
 
 
-def floor_row(eval_set: EvalSet, judges: Mapping[str, Judge], seed: int = 900_002) -> Row:
-    """Real against real: another draw of reference videos measured as if it had been generated."""
-    values = measure(real_videos(eval_set, seed), Cost(), eval_set, judges)
-    return Row("real videos (another draw)", "real", values, n=len(eval_set.prompts))
+def floor_row(
+    eval_set: EvalSet, judges: Mapping[str, Judge], seed: int = 900_002, through: Callable[[Tensor], Tensor] | None = None
+) -> Row:
+    """Real against real: another draw of reference videos measured as if it had been generated, or `through` a VAE first."""
+    real = real_videos(eval_set, seed)
+    media = real if through is None else torch.cat([through(part) for part in real.split(BATCH)])
+    name = "real videos (another draw)" if through is None else "real videos through the VAE"
+    return Row(name, "real", measure(media, Cost(), eval_set, judges), n=len(eval_set.prompts))
 
 
 def evaluate(

@@ -72,6 +72,12 @@ class Probe:
         return figures, media
 
 
+def few_of(prompts: Sequence[str], n: int) -> tuple[str, ...]:
+    """n different prompts, evenly spaced over the list: neighbours in a list are often variations of one."""
+    different = tuple(dict.fromkeys(prompts))
+    return different if len(different) <= n else tuple(different[i * len(different) // n] for i in range(n))
+
+
 def motion(media: Tensor) -> float:
     """Mean absolute difference of consecutive frames, in [0, 1]; 0 for images."""
     if media.ndim < 5 or media.shape[2] < 2:

@@ -23,7 +23,7 @@ from instep.train import checkpoint
 from instep.train.checks import check_inputs, claim, scorer
 from instep.train.health import HealthMonitor
 from instep.train.log import RunLog
-from instep.train.probe import Monitor, Probe
+from instep.train.probe import Monitor, Probe, few_of
 from instep.train.recipe import Recipe
 from instep.train.setup import averaged, make_state
 from instep.train.source import Preferred, Source
@@ -84,7 +84,7 @@ def train(
     claim(out, recipe, family, options, prompts, start_from, command)
     state = make_state(recipe, family, options.seed, scorer(family, scored), checkpointing=options.checkpointing)
     source = Source(family, prompts, preferred, options.seed)
-    probe = Probe(family, tuple(dict.fromkeys(prompts))[:12], reward=scored, monitor=monitor)
+    probe = Probe(family, few_of(prompts, 12), reward=scored, monitor=monitor)
     loop = Loop(recipe, family, out, options, state, source, probe)
     loop.restore(start_from)
     loop.run()
@@ -182,7 +182,7 @@ class Loop:
         with averaged(self.state.trained["student"]):
             figures, _ = self.probe.student(self.state.roles["student"], self.recipe.levels)
             if self.state.step in (0, *self.recipe.stage_ends()):
-                prompts = self.probe.prompts[:6]
+                prompts = few_of(self.probe.prompts, 6)
                 views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)
                 save_views(self.out / "views", self.state.step, views, prompts)
         teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
