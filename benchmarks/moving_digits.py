@@ -31,7 +31,7 @@ from instep.train.run import RunOptions, train
 from instep.train.setup import averaged
 
 RESULTS = Path(__file__).parent / "results"
-BASE, MORE, FEW = 80, 40, 80  # iterations: the common start, what is added to it, students of 1 and 2 steps
+BASE, MORE, FEW = 80, 60, 80  # iterations: the common start, what is added to it, students of 1 and 2 steps
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def run_cell(name: str, seed: int, runs: Path) -> None:
     preferred = digits.preferred() if any(stage.needs_real for stage in recipe.stages) else None
     run = train(
         recipe, digits.family, out=runs / f"{name}-{seed}", prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor,
-        preferred=preferred, start_from=start, options=RunOptions(seed=seed, probe_every=40, save_every=40, keep=1),
+        preferred=preferred, start_from=start, options=RunOptions(seed=seed, probe_every=40, save_every=80, keep=1),
     )  # fmt: skip
     seconds = time.process_time() - cpu
     with averaged(run.state.trained["student"]):

@@ -12,7 +12,7 @@ from instep.train.recipe import FewStep, Optim, Recipe, Stage
 
 # Near t = 0 the estimates are the samples themselves and their difference is divided by almost nothing: two samples of one
 # prompt that lie apart are blended, and pictures fade. At high levels the estimates differ in what the samples show.
-LEVELS = Uniform(low=0.6, high=0.98)
+LEVELS = Uniform(low=0.8, high=0.98)
 
 
 def _joint(
@@ -51,14 +51,14 @@ def _joint(
 def dm_align_group(
     *,
     steps: int = 4,
-    distil: int = 120,
-    iterations: int = 80,
+    distil: int = 80,
+    iterations: int = 60,
     batch: int = 32,
     group: int = 8,
     top_n: int = 2,
     sign: Sign = "signed",
     spread: Literal["group", "run"] = "run",
-    weight: float = 0.5,
+    weight: float = 0.7,
     levels: Uniform = LEVELS,
     guidance: float = 3.0,
     shift: float = 3.0,
@@ -109,8 +109,8 @@ def dm_align_group(
 def dm_align_pair(
     *,
     steps: int = 4,
-    distil: int = 120,
-    iterations: int = 80,
+    distil: int = 80,
+    iterations: int = 60,
     batch: int = 32,
     weight: float = 0.5,
     levels: Uniform = LEVELS,

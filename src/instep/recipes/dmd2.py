@@ -36,7 +36,7 @@ def denoising(shift: float, updates: int, *, reuse: bool, condition_on_exit: boo
 def dmd2(
     *,
     steps: int = 4,
-    iterations: int = 200,
+    iterations: int = 100,
     batch: int = 32,
     guidance: float = 3.0,
     shift: float = 3.0,
