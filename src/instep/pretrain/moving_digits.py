@@ -102,6 +102,15 @@ def _teacher(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
     return {"steps": run.step, "parameters": sum(p.numel() for p in run.net.parameters())}
 
 
+def _portable_names(out: Path) -> None:
+    """Names the tokenizer's class as transformers 4 and 5 both know it; version 5 writes its own name."""
+    for path, key in ((out / "model_index.json", "tokenizer"), (out / "tokenizer" / "tokenizer_config.json", "tokenizer_class")):
+        values = json.loads(path.read_text())
+        name = "PreTrainedTokenizerFast"
+        values[key] = ["transformers", name] if isinstance(values[key], list) else name
+        write_json(path, values)
+
+
 def _about(out: Path, config: PretrainConfig, seed: int, threads: int) -> dict[str, Any]:
     """What `pretrain.json` says."""
     names = ("vae", *(f"judge-{judge.name}" for judge in config.judges), "teacher", "measure")
@@ -155,5 +164,6 @@ def pretrain_moving_digits(out: Path, seed: int = 0, threads: int = 2, resume: b
     _stage(out, "vae", config.vae, seed, lambda: _vae(out, config.vae, seed))
     _judges_and_teacher(out, config, seed, threads)
     torch.set_num_threads(threads)
+    _portable_names(out)
     _stage(out, "measure", config.measure, seed, lambda: measure(out, config.measure, seed))
     write_json(out / "pretrain.json", _about(out, config, seed, threads))
