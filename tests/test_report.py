@@ -101,6 +101,50 @@ def test_several_runs_share_table_and_curves(run, tmp_path):
     assert "(first)" in same_label.text and "(again)" in same_label.text, "equal labels are told apart by folder"
 
 
+def test_real_videos_are_in_no_competition_with_models(run, tmp_path):
+    _, text = report(tmp_path, run, make_run(tmp_path / "other", seed=1))
+    tables = re.findall(r"<table class='figures'>(.*?)</table>", text)
+    assert len(tables) == 2
+    for table in tables:
+        kinds = re.findall(r"<tr class='(\w+)'>", table)
+        assert kinds[-2:] == ["real", "real"] and kinds.count("real") == 2, "below the models, once for all runs"
+        assert all("class=best" not in row for row in re.findall(r"<tr class='real'>.*?</tr>", table))
+    assert "class=best" in tables[0], "nor does a perfect real row keep a model from being the best"
+
+
+def test_runs_of_one_folder_name_keep_their_own_samples(tmp_path):
+    runs = [make_run(tmp_path / parent / "run") for parent in ("left", "right")]
+    _, text = report(tmp_path, *runs)
+    heads = re.findall(r"<div class='head'>student<small>(.*?)</small>", text)
+    assert len(set(heads)) == 2 and any("left" in head for head in heads) and any("right" in head for head in heads)
+    twice, _ = report(tmp_path, runs[0], runs[0])
+    assert "runs compared" not in twice.text, "a folder given twice is one run"
+
+
+def test_teacher_lines_of_two_judges_are_told_apart(run, tmp_path):
+    _, text = report(tmp_path, run)
+    series = {s["name"]: s for s in json.loads(re.search(r"<h3>Reward</h3>.*?json\">(.*?)</script>", text)[1])["series"]}
+    for judge in ("training judge", "monitor judge"):
+        own, teacher = series[f"{judge} (probe)"], series[f"teacher, {judge}"]
+        assert teacher["style"].split() == [own["style"].split()[0], "d2"], "the scalar's own colour, dotted"
+
+
+def test_figures_that_could_not_be_measured_are_gaps(tmp_path):
+    run = make_run(tmp_path / "run")
+    figures = json.loads((run / "metrics.json").read_text())
+    figures["rows"][0]["values"]["fd"] = {"value": None, "se": None}
+    figures["rows"][2]["values"]["fd_open"] = {"value": float("nan"), "se": 0.1}
+    (run / "metrics.json").write_text(json.dumps(figures | {"judges": None}))
+    page, _ = report(tmp_path, run)
+    assert "could not be read" not in page.text and not re.search(r"\b(nan|None|NaN)\b", page.text)
+    assert not [a for tag, a in page.elements if tag in ("line", "rect", "circle", "path") and any("nan" in str(v) for v in a.values())]
+    recipe = json.loads((run / "recipe.json").read_text())
+    for damage in ({"levels": ["a"]}, {"config": {"stages": [{"name": "distil"}]}}, {"config": []}):
+        (run / "recipe.json").write_text(json.dumps(recipe | damage))
+        page, _ = report(tmp_path, run)
+        assert damage == {"config": []} or "recipe.json could not be read" in page.text
+
+
 def test_gaps_and_damage_are_said_not_raised(run, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -12,6 +12,7 @@ from instep.evaluate.report.read import RunRecord
 
 WINDOW = 10  # iterations that per-iteration scalars are averaged over
 NAMES = {
+    "probe/train_score_teacher": "teacher, training judge", "probe/monitor_score_teacher": "teacher, monitor judge",
     "reward/train": "training batches", "probe/train_score": "training judge (probe)", "probe/monitor_score": "monitor judge (probe)",
     "probe/monitor_both": "both", "probe/monitor_digit": "digit", "probe/monitor_motion": "motion", "wall_s": "on the clock", "cpu_s": "all threads",
 }  # fmt: skip
@@ -32,7 +33,7 @@ class Panel:
 PANELS = (
     Panel("Reward",
           "What alignment climbs. Nothing is trained on the monitor judge: if only the training judge rises, the reward is hacked.",
-          r"(reward/train|probe/(?:train|monitor)_score)"),
+          r"(reward/train|probe/(?:train|monitor)_score(?:_teacher)?)"),
     Panel("Prompts followed (monitor)",
           "Share of probe samples that a judge outside of training finds right.",
           r"probe/(monitor_both(?:_teacher)?)", bounds=(0.0, 1.0)),
@@ -85,11 +86,14 @@ def panel_series(panel: Panel, runs: Sequence[RunRecord]) -> list[Series]:
                 continue
             match = pattern.fullmatch(key)
             assert match is not None
-            name = "teacher" if reference else NAMES.get(key, match.group(1).replace("~", " and "))
+            name = NAMES.get(key, "teacher") if reference else NAMES.get(key, match.group(1).replace("~", " and "))
             if len(runs) > 1 and not reference:
                 name = f"{run.label}, {name}" if len(plain) > 1 else run.label
-            where = 0 if reference else plain.index(key)
+            scalar = key.removesuffix("_teacher")
+            where = plain.index(scalar) if scalar in plain else 0
             colour, dash = (i, where) if len(runs) > 1 else (where, 0)
+            if reference and len(runs) == 1 and len(keys) - len(plain) > 1:  # which teacher's line is whose: by the scalar's colour
+                reference, dash = False, 2
             noisy = not key.startswith(("probe/", "lr/")) and len(points) > 2 * WINDOW
             smooth = shorter(rolling(points, WINDOW)) if noisy else shorter(points)
             found.append(Series(name, smooth, colour, dash, reference, shorter(points) if noisy and len(runs) == 1 else ()))

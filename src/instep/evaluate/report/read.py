@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,14 @@ class RunRecord:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Records of the folders, with labels that tell them apart."""
-    records = [read_run(Path(folder)) for folder in folders]
-    seen = [record.label for record in records]
-    again = {label for label in seen if seen.count(label) > 1}
-    from dataclasses import replace
-
-    return [replace(record, label=f"{record.label} ({record.folder.name})") if record.label in again else record for record in records]
+    """Records of the folders, each folder once, with labels that tell them apart."""
+    once = {Path(folder).resolve(): Path(folder) for folder in folders}
+    records = [read_run(folder) for folder in once.values()]
+    for told in (lambda record: record.folder.name, lambda record: str(record.folder)):  # the shorter, where it is enough
+        seen = [record.label for record in records]
+        labels = [f"{r.label.removesuffix(f' ({r.folder.name})')} ({told(r)})" if seen.count(r.label) > 1 else r.label for r in records]
+        records = [replace(record, label=label) for record, label in zip(records, labels, strict=True)]
+    return records
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -105,7 +107,7 @@ def read_run(folder: Path) -> RunRecord:
             problems.append(f"{path.relative_to(folder)} could not be read ({type(error).__name__}: {error})")
             return None
 
-    recipe = attempt(folder / "recipe.json", _mapping)
+    recipe = attempt(folder / "recipe.json", _recipe)
     label = f"{recipe.get('recipe', folder.name)} · seed {recipe.get('seed', '?')}" if recipe else folder.name
     views = [attempt(file, _views) for file in sorted((folder / "views").glob("step-*.safetensors"))]
     return RunRecord(
@@ -120,6 +122,17 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    recipe = _mapping(path)
+    levels, config = recipe.get("levels") or [], recipe.get("config") or {}
+    stages = (config.get("stages") or []) if isinstance(config, dict) else None
+    if not isinstance(levels, list) or not all(isinstance(level, int | float) for level in levels):
+        raise ValueError("levels are not a list of numbers")
+    if not isinstance(stages, list) or not all(isinstance(s, dict) and isinstance(s.get("steps"), int) for s in stages):
+        raise ValueError("config.stages are not a list of objects with steps")
+    return recipe
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -142,8 +155,15 @@ def _log(path: Path) -> list[dict[str, Any]]:
 def _figures(path: Path) -> Figures:
     found = _mapping(path)
     floor = found.get("floor")
-    rows = tuple(Row.of_json(row) for row in found.get("rows", []))
-    return Figures(rows, Row.of_json(floor) if floor else None, found.get("judges", {}), str(found.get("protocol", "")))
+    rows = tuple(_row(row) for row in found.get("rows") or [])
+    return Figures(rows, _row(floor) if floor else None, found.get("judges") or {}, str(found.get("protocol", "")))
+
+
+def _row(found: Mapping[str, Any]) -> Row:
+    """A row of its finite figures; one that could not be measured is a gap."""
+    row = Row.of_json(found)
+    finite = {key: v for key, v in row.values.items() if all(isinstance(x, int | float) and math.isfinite(x) for x in (v.value, v.se))}
+    return replace(row, values=finite)
 
 
 def _samples(path: Path) -> Samples:

@@ -40,18 +40,28 @@ def students(runs: Sequence[RunRecord]) -> list[Row]:
 
 
 def rows_of(runs: Sequence[RunRecord]) -> list[Row]:
-    """All rows by NFE, students first; a baseline that was measured several times as the mean of its different measurements."""
-    others: dict[tuple[str, str, int], list[Row]] = {}
-    for _, row in _rows(runs):
-        if row.kind != "student":
-            others.setdefault((row.name, row.kind, row.nfe), []).append(row)
-    rows = students(runs) + [_mean(same) for same in others.values()]
+    """All models by NFE, students first; a baseline that was measured several times as the mean of its different measurements."""
+    rows = students(runs) + [row for row in _others(runs) if row.kind != "real"]
     return sorted(rows, key=lambda row: (row.nfe, row.kind != "student", row.name))
+
+
+def real_rows(runs: Sequence[RunRecord]) -> list[Row]:
+    """What no model made, in no competition with models: real videos through the VAE, then the real-against-real floor."""
+    floor = floor_of(runs)
+    return [row for row in _others(runs) if row.kind == "real"] + ([floor] if floor else [])
 
 
 def floor_of(runs: Sequence[RunRecord]) -> Row | None:
     """The real-against-real row of the first run that has one."""
     return next((run.figures.floor for run in runs if run.figures and run.figures.floor), None)
+
+
+def _others(runs: Sequence[RunRecord]) -> list[Row]:
+    groups: dict[tuple[str, str, int], list[Row]] = {}
+    for _, row in _rows(runs):
+        if row.kind != "student":
+            groups.setdefault((row.name, row.kind, row.nfe), []).append(row)
+    return [_mean(same) for same in groups.values()]
 
 
 def _rows(runs: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, Row]]:

@@ -9,7 +9,7 @@ from instep.evaluate.compare import Row, better, direction
 from instep.evaluate.report.charts import Dot, dot_chart
 from instep.evaluate.report.columns import MAIN, MORE, Column, with_error
 from instep.evaluate.report.read import RunRecord
-from instep.evaluate.report.rows import by_protocol, floor_of, rows_of
+from instep.evaluate.report.rows import by_protocol, floor_of, real_rows, rows_of
 
 KINDS = {"student": "student", "control": "control", "teacher": "teacher", "naive": "naive sampling", "real": "real videos"}
 
@@ -23,15 +23,15 @@ def best(rows: Sequence[Row], key: str) -> Row | None:
     return leader if all(better(leader, row, key) for row in rows if row is not leader) else None
 
 
-def table(rows: Sequence[Row], floor: Row | None, columns: Sequence[Column]) -> str:
-    """Models by rows, figures by columns (HTML); only columns that some row has."""
+def table(rows: Sequence[Row], reals: Sequence[Row], columns: Sequence[Column]) -> str:
+    """Models by rows, figures by columns (HTML), real videos below; only columns that some model has."""
     columns = [column for column in columns if any(column.key in row.values for row in rows)]
     leaders = {column.key: best(rows, column.key) for column in columns}
     equal = len({row.n for row in rows}) == 1
     caption = f"<caption>{rows[0].n} videos a row</caption>" if equal else ""
     head = "".join(f"<th scope='col' title='{escape(c.meaning, quote=True)}'>{escape(c.head)}&nbsp;{c.arrow}</th>" for c in columns)
     body = []
-    for row in [*rows, *([floor] if floor else [])]:
+    for row in [*rows, *reals]:
         cells = []
         for column in columns:
             value = row.values.get(column.key)
@@ -94,7 +94,7 @@ def all_tables(runs: Sequence[RunRecord]) -> str:
 
 
 def _tables(runs: Sequence[RunRecord]) -> str:
-    rows, floor = rows_of(runs), floor_of(runs)
+    rows, floor, reals = rows_of(runs), floor_of(runs), real_rows(runs)
     judges = "".join(
         f"<li>{escape(name)}: {escape(', '.join(f'{part} {value:.3f}' for part, value in accuracy.items() if isinstance(value, int | float)))}</li>"
         for name, accuracy in next((run.figures.judges for run in runs if run.figures), {}).items()
@@ -102,9 +102,10 @@ def _tables(runs: Sequence[RunRecord]) -> str:
     )
     accuracy = f"<h3>The judges' own accuracy on real videos</h3><ul>{judges}</ul>" if judges else ""
     return (
-        f"{cost_charts(rows, floor)}{table(rows, floor, MAIN)}"
+        f"{cost_charts(rows, floor)}{table(rows, reals, MAIN)}"
         "<p class='note'>± is two standard errors, of what another seed would change on these prompts. A figure is set <span class='best'>apart</span> only "
         "if it is better than every other row's by more than two standard errors of the difference; even so, about one comparison in twenty passes by "
-        "chance. Rows share prompts and starting noise; differences are counted as if they did not, which errs towards “no difference”.</p>"
-        f"<details><summary>All other figures, and what the columns mean</summary>{table(rows, floor, MORE)}{glossary((*MAIN, *MORE))}{accuracy}</details>"
+        "chance. Rows share prompts and starting noise; differences are counted as if they did not, which errs towards “no difference”. "
+        "Real videos, below the models, are in no competition with them.</p>"
+        f"<details><summary>All other figures, and what the columns mean</summary>{table(rows, reals, MORE)}{glossary((*MAIN, *MORE))}{accuracy}</details>"
     )

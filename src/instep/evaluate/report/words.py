@@ -42,7 +42,7 @@ def what_was_done(run: RunRecord) -> str:
         return f"<p>The recipe of <b>{escape(run.folder.name)}</b> is not recorded (recipe.json is missing).</p>"
     recipe, levels = run.recipe, run.recipe.get("levels") or []
     config = recipe.get("config") or {}
-    stages = [f"{s.get('name')} ({plural(int(s.get('steps', 0)), 'iteration')})" for s in config.get("stages", []) if isinstance(s, dict)]
+    stages = [f"{s.get('name')} ({plural(int(s.get('steps', 0)), 'iteration')})" for s in config.get("stages") or []]
     sentences = [
         f"<b>{escape(str(recipe.get('recipe')))}</b> turned <b>{escape(str(recipe.get('model')))}</b> into a student that needs "
         f"<b>{plural(len(levels), 'network evaluation')}</b> for a video"
@@ -105,8 +105,8 @@ def verdict(student: Row, rows: Sequence[Row], floor: Row | None) -> str:
         title = escape(column.meaning, quote=True)
         body.append(f"<tr><th scope='row' title='{title}'>{escape(column.head)} {column.arrow}</th>{''.join(cells)}</tr>")
     return (
-        f"<ul class='verdict'>{items}</ul><div class='scroll'><table class='verdict'><caption>The student minus each of the others, ± two standard "
-        f"errors</caption><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"<ul class='verdict'>{items}</ul><div class='scroll'><table class='verdict'><caption><span>The student minus each of the others, ± two standard "
+        f"errors</span></caption><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
