@@ -24,6 +24,7 @@ from instep.commands.evaluate import baseline, few_step, judges_of, noise_for
 from instep.embedded import MovingDigits, moving_digits
 from instep.evaluate.compare import Row, evaluate, evaluation_set, floor_row
 from instep.files import write_json
+from instep.levels import Uniform
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd2 import dmd2
 from instep.train.recipe import Recipe
@@ -31,7 +32,7 @@ from instep.train.run import RunOptions, train
 from instep.train.setup import averaged
 
 RESULTS = Path(__file__).parent / "results"
-BASE, MORE, FEW = 80, 60, 80  # iterations: the common start, what is added to it, students of 1 and 2 steps
+BASE, MORE, FEW = 80, 40, 80  # iterations: the common start, what is added to it, students of 1 and 2 steps
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,15 @@ CELLS = {
     "dmd2-4": Cell(lambda: dmd2(iterations=BASE), what="4 steps, fake told the exit, rollout re-used"),
     "dmd2-4-more": Cell(lambda: dmd2(iterations=MORE), "dmd2-4", "control: as many further iterations of DMD2"),
     "group-signed": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="signed"), "dmd2-4", "DM-Align (Group), signed as the text says"),
-    "pair": Cell(lambda: dm_align_pair(distil=0, iterations=MORE), "dmd2-4", "DM-Align (Pair)"),
     "dmd2-2": Cell(lambda: dmd2(steps=2, iterations=FEW), what="2 steps"),
     "dmd2-1": Cell(lambda: dmd2(steps=1, iterations=FEW), what="1 step"),
-    "group-pull": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="pull"), "dmd2-4", "DM-Align (Group), pull-only"),
-    "group-printed": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="printed"), "dmd2-4", "DM-Align (Group), Eq. 7's sign as printed"),
+    "pair": Cell(lambda: dm_align_pair(distil=0, iterations=MORE), "dmd2-4", "DM-Align (Pair)"),
     "dmd2-4-one-fake": Cell(lambda: dmd2(iterations=BASE, condition_on_exit=False), what="4 steps, one fake for all exits"),
+    "group-pull": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="pull"), "dmd2-4", "DM-Align (Group), pull-only"),
     "dmd2-4-fresh": Cell(lambda: dmd2(iterations=BASE, reuse=False), what="4 steps, a fresh rollout for every fake update"),
+    "group-printed": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="printed"), "dmd2-4", "DM-Align (Group), Eq. 7's sign as printed"),
+    "group-all-levels": Cell(lambda: dm_align_group(distil=0, iterations=MORE, levels=Uniform(shift=3.0)), "dmd2-4", "Group, alignment at all levels"),
+    "group-own-spread": Cell(lambda: dm_align_group(distil=0, iterations=MORE, spread="group"), "dmd2-4", "Group, each group's own deviation"),
 }  # fmt: skip
 
 
@@ -68,7 +71,7 @@ def run_cell(name: str, seed: int, runs: Path) -> None:
     preferred = digits.preferred() if any(stage.needs_real for stage in recipe.stages) else None
     run = train(
         recipe, digits.family, out=runs / f"{name}-{seed}", prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor,
-        preferred=preferred, start_from=start, options=RunOptions(seed=seed, probe_every=40, save_every=80, keep=1),
+        preferred=preferred, start_from=start, options=RunOptions(seed=seed, probe_every=40, save_every=20, keep=1),
     )  # fmt: skip
     seconds = time.process_time() - cpu
     with averaged(run.state.trained["student"]):

@@ -72,7 +72,7 @@ def aligned() -> list[str]:
         "digits covered, of the control's | FD, against the control | FD open, against the control |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in ("group-signed", "pair", "group-pull", "group-printed"):
+    for name in ("group-signed", "pair", "group-pull", "group-printed", "group-all-levels", "group-own-spread"):
         row = cell(name)
         if row and control and teacher:
             share = [row.values[k].value / control.values[k].value for k in ("modes_motion", "modes_digit")]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from instep.advantage import constant_groups, group_advantage, top_n
+from instep.advantage import constant_groups, group_advantage, group_variance, top_n
 from instep.levels import Uniform, check_levels, few_step_levels, shift_level
 from instep.models.mixture import ExactTeacher, LabelCondition, Mixture, labels
 from instep.paths import Path, RectifiedFlow, VariancePreserving
@@ -133,6 +133,17 @@ def test_advantage() -> None:
         group_advantage(reward, 3)
     with pytest.raises(ValueError, match="top_n: 5"):
         top_n(reward, 4, 5)
+
+
+def test_a_shared_deviation_keeps_quiet_groups_quiet() -> None:
+    """One group with a failure, one whose samples differ by a hundredth: with one deviation for both, the second says little."""
+    reward = torch.tensor([0.0, 0.0, 0.0, -4.0, 0.01, 0.0, 0.0, -0.01], dtype=F64)
+    own = group_advantage(reward, 4)
+    assert own[4:].abs().max() > 1.2, "divided by its own deviation it is as loud as the other"
+    deviation = group_variance(reward, 4) ** 0.5
+    assert deviation == pytest.approx(math.sqrt((3.0 + 0.00005) / 2))
+    shared = group_advantage(reward, 4, deviation=deviation)
+    torch.testing.assert_close(shared, torch.tensor([1.0, 1.0, 1.0, -3.0, 0.01, 0.0, 0.0, -0.01], dtype=F64) / deviation, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", PATHS[:2], ids=lambda p: type(p).__name__)

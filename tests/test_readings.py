@@ -160,3 +160,19 @@ def test_predictions_in_half_precision_are_subtracted_in_float32():
     rollout = rollout_few_step(made.roles["student"], labels(names), LEVELS, PATH, (2,), torch.zeros(4, dtype=torch.long), rng())
     seen = DistributionMatching().explain(view.with_rollout(rollout))
     torch.testing.assert_close(seen.fake - seen.real, -seen.level[:, None] * (0.50390625 - 0.5) * torch.ones(4, 2), rtol=1e-3, atol=1e-6)
+
+
+def test_the_alignment_force_explodes_at_low_levels():
+    """Two samples of one prompt that lie apart: the normalised pull grows without bound as t falls, and is mild at the levels that are used."""
+    ring = Mixture.ring()
+    teacher, n = ExactTeacher(ring, PATH), 1000
+    cond = labels([""] * n)
+    x, plus, noise = ring.sample(cond.label, rng(1)), ring.sample(cond.label, rng(2)), torch.randn(n, 2, generator=rng(3))
+
+    def pull(level: float) -> float:
+        t = torch.full((n,), level)
+        own, other = (teacher(PATH.renoise(y, noise, t), t, cond).x0 for y in (x, plus))
+        return float(align_direction(x, own, other).abs().mean())
+
+    assert pull(0.05) > 4 * pull(0.5) > 4 * pull(0.9)
+    assert pull(0.9) < 1

@@ -17,7 +17,7 @@ def shift_level(t: Tensor, shift: float) -> Tensor:
 def few_step_levels(n: int, shift: float = 1.0) -> tuple[float, ...]:
     """The n levels 1 = t_1 > ... > t_n of a few-step student: uniform, then shifted (Wan, shift 5: 1, .9375, .8333, .625)."""
     if n < 1:
-        raise ValueError(f"n: {n} steps are not possible; a student runs at least 1 step")
+        raise ValueError(f"steps: {n} is not allowed; a student runs at least 1 step")
     t = torch.arange(n, 0, -1, dtype=torch.float64) / n
     return tuple(round(v, 7) for v in shift_level(t, shift).tolist())
 

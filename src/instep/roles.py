@@ -29,6 +29,10 @@ class LoRA:
     rank: int = 32
     alpha: float = 32.0
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora_rank: {self.rank} is not allowed; 1 or more, 4 to 128 are usual")
+
 
 @dataclass(frozen=True)
 class Call:

@@ -110,6 +110,10 @@ class Critic:
     updates: int = 5
     reuse: bool = True
 
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"critic_updates: {self.updates} is not allowed; 1 or more (DMD2 uses 5)")
+
     def losses(self, view: View) -> Iterator[Tensor]:
         """Scalars whose sum this update descends; each is backwarded before the next is asked for."""
         raise NotImplementedError

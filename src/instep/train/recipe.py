@@ -15,17 +15,20 @@ from instep.terms import Critic, Force, Objective, Term
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW for one role: learning rate, betas, decoupled weight decay, gradient-norm clip, and what happens to lr over a stage.
-
-    lr rises linearly over the run's first `warmup` steps and falls linearly to zero over the last `decay` fraction of each stage.
-    """
+    """AdamW for one role, and what happens to its learning rate."""
 
     lr: float
+    """Learning rate."""
     betas: tuple[float, float] = (0.0, 0.999)
+    """Decay of the two moments."""
     weight_decay: float = 0.0
+    """Decoupled weight decay."""
     clip: float = 10.0
+    """Largest norm of the gradient; longer ones are shortened to it."""
     warmup: int = 0
+    """Steps over which the learning rate rises from zero, at the start of the run."""
     decay: float = 0.0
+    """Last fraction of each stage over which the learning rate falls to zero."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -51,6 +54,10 @@ class RoleConfig:
     lora: LoRA | None = None
     exits: bool = False
     ema: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema: {self.ema} is not allowed; a decay lies in [0, 1), or None for no average")
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,9 @@ class Stage:
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"stage {self.name!r}: two terms share a name in {names}; give each its own name=, the log needs it")
+        for field, least in (("steps", 0), ("batch", 1), ("group", 1), ("accumulate", 1), ("inner_epochs", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}: {getattr(self, field)} is not allowed in stage {self.name!r}; {least} or more")
         if self.batch % self.group:
             raise ValueError(
                 f"stage {self.name!r}: batch {self.batch} is not a multiple of group {self.group}; every prompt needs its whole group"

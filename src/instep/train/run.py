@@ -170,8 +170,7 @@ class Loop:
         if step % self.options.probe_every == 0 or step in self.recipe.stage_ends():
             self._probe(log, health, row)
         else:
-            log.row(step, row)
-            health.row(step, row)
+            self._note(log, health, row)
         if step % self.options.save_every == 0 or step in self.recipe.stage_ends():
             self.save()
 
@@ -187,6 +186,10 @@ class Loop:
                 save_views(self.out / "views", self.state.step, views, prompts)
         teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
         row |= {f"probe/{key}": value for key, value in figures.items()} | teacher
+        self._note(log, health, row)
+
+    def _note(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
+        """A row into the log; what it shows to be wrong, said aloud."""
         log.row(self.state.step, row)
         for finding in health.row(self.state.step, row):
             log.say(finding)

@@ -186,9 +186,9 @@ def advance(state: TrainState, name: str, progress: float, log: Scalars) -> None
 
 @torch.no_grad()
 def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, log: Scalars) -> None:
-    """Norm of each force a sample (of the batch-mean gradient times B), and the cosine of any two where their points coincide."""
+    """Weighted norm of each force a sample (of the batch-mean gradient times B), and the cosine of any two where their points coincide."""
     for force, g in forces:
-        log.add(f"force/{force.name}/norm", g.flatten(1).norm(dim=1).mean() * len(g))
+        log.add(f"force/{force.name}/norm", force.weight * g.flatten(1).norm(dim=1).mean() * len(g))
     for (f, g), (other, h) in combinations(forces, 2):
         same = torch.ones(len(g), dtype=torch.bool, device=g.device)
         if f.on != other.on:

@@ -1,0 +1,91 @@
+"""The embedded default end to end: the bundled Wan is distilled through the command line, exported, loaded by stock diffusers, measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from instep.cli import main
+from instep.commands.evaluate import few_step, noise_for
+from instep.commands.export import read_run, student_of
+from instep.data import digits
+from instep.models import MOVING_DIGITS, bundled, load
+from instep.rewards.judges import load_judge
+from instep.roles import Backbone
+from instep.rollout import sample_ode
+from instep.train.setup import Role
+
+PROMPTS = digits.full_prompts()[::2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A 2-step student after 30 iterations, half a minute on one core."""
+    out = tmp_path_factory.mktemp("runs") / "two-step"
+    command = ["train", "dmd2", "--steps", "2", "--iterations", "30", "--batch", "24", "--out", str(out), "--threads", "1", "--no-evaluate"]
+    assert main([*command, "--probe-every", "100"]) == 0
+    return out
+
+
+@torch.no_grad()
+def right(media: torch.Tensor) -> float:
+    """Share of videos with the right digit and motion, by the monitor."""
+    return float(load_judge("monitor").correct(media.clamp(0, 1), PROMPTS).both.float().mean())
+
+
+@torch.no_grad()
+def test_the_student_beats_naive_sampling_at_its_cost(run):
+    family = load(MOVING_DIGITS)
+    student = student_of(run, read_run(run), family)
+    noise, _ = noise_for(family, PROMPTS, 0)
+    teacher = Role("teacher", Backbone(family, family.pretrained))
+    cond, null = family.encode(PROMPTS), family.null(len(PROMPTS))
+    naive = sample_ode(teacher, cond, null, noise, steps=2, path=family.path, shift=family.shift)
+    assert right(few_step(student, family, (1.0, 0.75))(PROMPTS, 0)) > right(family.decode(naive)) + 0.15
+
+
+@torch.no_grad()
+def test_stock_diffusers_draws_the_same_videos(run):
+    """The exported folder, its own scheduler, text padded to 512 tokens, against our sampler on the student in memory."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(run / "student", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    family, names = load(MOVING_DIGITS), PROMPTS[:3]
+    student = student_of(run, read_run(run), family)
+    ours = few_step(student, family, (1.0, 0.75))(names, 7).clamp(0, 1)
+    noise, rng = noise_for(family, names, 7)
+    torch.set_rng_state(rng.get_state())
+    stock = pipe(
+        list(names), height=48, width=48, num_frames=9, num_inference_steps=2, guidance_scale=1.0, latents=noise, output_type="pt"
+    ).frames.transpose(1, 2)
+    torch.testing.assert_close(stock, ours, rtol=0, atol=1e-4)
+    card = (run / "student" / "README.md").read_text()
+    assert "num_inference_steps=2" in card and "guidance_scale=1.0" in card
+
+
+def test_sample_and_report_of_the_run(run, tmp_path, capsys):
+    picture, page = tmp_path / "s.webp", tmp_path / "r.html"
+    assert main(["sample", str(run), "--prompts", "a seven", "--copies", "2", "--out", str(picture)]) == 0
+    assert picture.stat().st_size > 500
+    assert main(["sample", str(run), "--prompts", "a seven", "--out", str(picture)]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert main(["sample", str(run), "--steps", "4", "--out", str(tmp_path / "t.webp")]) == 2
+    assert "steps: 4 does not fit" in capsys.readouterr().err
+    assert main(["report", str(run), "-o", str(page)]) == 0
+    assert "dmd2" in page.read_text(encoding="utf-8")
+
+
+def test_bundled_files_are_those_of_the_pretraining():
+    """At most 8 MB, safetensors only, and every checksum in pretrain.json holds."""
+    import hashlib
+
+    folder = bundled(MOVING_DIGITS)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt", ".model"}
+    about = json.loads((folder / "pretrain.json").read_text())
+    for name, digest in about["sha256"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
