@@ -43,7 +43,7 @@ def test_recipes_are_listed_with_what_they_do(capsys):
     assert main(["recipes"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert all(name in out for name in NAMES)
-    assert "distil (120), align (80)" in out and "instep train RECIPE --help" in out
+    assert re.search(r"distil \(\d+\), align \(\d+\)", out) and "instep train RECIPE --help" in out
 
 
 def test_unknown_names(capsys):

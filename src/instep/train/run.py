@@ -153,7 +153,7 @@ class Loop:
                     self._probe(log, health, {"stage": "start"})
                 while state.step < total and self.stop is None:
                     self._one(log, health)
-            if self.stop is not None and state.step < total:
+            if self.stop is not None:
                 self.save()
                 raise Interrupted(f"{self.stop}: saved at step {state.step} of {total} in {self.out}; the same command goes on from there")
         finally:
