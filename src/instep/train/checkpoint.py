@@ -7,128 +7,160 @@ is ever unpickled.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
+import re
 import shutil
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-State = dict[str, Any]  # nested dicts of tensors and JSON values
-_SEPARATOR = "\x1f"
+from instep.train.state_files import State, join, sha256, split, write, write_tensors
+
+__all__ = ["State", "at", "latest", "load", "load_optimizer_state", "optimizer_state", "restore_rng", "rng_state", "save", "step_of"]
+
+_NAME = re.compile(r"step-(\d{6,})")
+_REPLACED = re.compile(r"\.(step-\d{6,})\.replaced")
 
 
 def save(folder: Path, step: int, state: State, *, keep: int, protect: Collection[int] = ()) -> Path:
     """Writes `folder/step-NNNNNN`, then removes all but the newest `keep` and the steps in `protect`.
 
-    OSError if the disk is full; what was there stays.
+    `state` is nested dicts with string keys, lists and tuples of tensors and JSON values. ValueError if it is not; OSError if the disk
+    is full: what was there stays.
     """
+    if keep < 1:
+        raise ValueError(f"keep: {keep} is not allowed; keep at least 1 checkpoint")
+    if step < 0:
+        raise ValueError(f"step: {step} is not allowed; steps count from 0")
+    values, tensors = split(state)
     final, temporary = folder / f"step-{step:06d}", folder / f".step-{step:06d}.{os.getpid()}.tmp"
-    tensors: dict[str, Tensor] = {}
-    values = _split(state, tensors, ())
-    folder.mkdir(parents=True, exist_ok=True)
-    for torn in folder.glob(".step-*"):
-        shutil.rmtree(torn, ignore_errors=True)
+    _make(folder)
+    _recover(folder)
     try:
         temporary.mkdir()
-        digest = _write_tensors(temporary / "tensors.safetensors", tensors)
-        _write(temporary / "state.json", json.dumps({"step": step, "sha256": digest, "values": values}).encode())
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _flush_folder(folder)
-    except OSError as error:
+        digest = write_tensors(temporary / "tensors.safetensors", tensors)
+        record = {"step": step, "sha256": digest, "values": values}
+        _write(temporary / "state.json", json.dumps(record).encode())
+        _flush_folder(temporary)
+        if _same(temporary, final):  # asked to stop right after a checkpoint: it is there already
+            shutil.rmtree(temporary)
+        else:
+            _put(temporary, final)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
-                errno.ENOSPC,
+                error.errno,
                 f"the disk is full: checkpoint {final} was not written and the ones before it are intact; free some space and repeat the same command",
             ) from error
         raise
-    for old in _complete(folder)[keep:]:
-        if step_of(old) not in protect:
-            shutil.rmtree(old)
+    _prune(folder, step, keep, protect)
     return final
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are whole; a torn one is passed over."""
-    return next((path for path in _complete(folder) if _whole(path)), None)
+    """The newest checkpoint whose files are whole; a damaged one is named in a warning and passed over."""
+    _recover(folder)
+    return next((path for path in _all(folder) if _whole(path)), None)
 
 
 def at(folder: Path, step: int) -> Path | None:
     """The checkpoint of exactly `step`, if it is there and whole."""
-    return next((path for path in _complete(folder) if step_of(path) == step and _whole(path)), None)
+    _recover(folder)
+    return next((path for path in _all(folder) if step_of(path) == step and _whole(path)), None)
 
 
 def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
     return int(path.name.removeprefix("step-"))
 
 
 def load(path: Path) -> State:
-    """The state that was saved, bit for bit."""
+    """The state that was saved, bit for bit, on the CPU. What was one tensor at two places is one again."""
     from safetensors.torch import load_file
 
     record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return _join(record["values"], load_file(path / "tensors.safetensors"), ())
+    return join(record["values"], load_file(path / "tensors.safetensors"))
 
 
-def _complete(folder: Path) -> list[Path]:
+def _all(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    return sorted((path for path in folder.glob("step-*") if (path / "state.json").is_file()), reverse=True)
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def _whole(path: Path) -> bool:
+    damage = _damage(path)
+    if damage:
+        warnings.warn(f"checkpoint {path} is damaged ({damage}) and is passed over; the one before it is used", RuntimeWarning, stacklevel=3)
+    return damage is None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if they are whole."""
     try:
         record = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        with open(path / "tensors.safetensors", "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
-    except (OSError, ValueError, KeyError):
-        return False
+        whole = sha256(path / "tensors.safetensors") == record["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None if whole else "its tensors do not match their checksum"
 
 
-def _split(value: Any, tensors: dict[str, Tensor], at: tuple[str, ...]) -> Any:
-    """JSON skeleton of a nested state; tensors move to `tensors` under their joined keys."""
-    if isinstance(value, Tensor):
-        name = _SEPARATOR.join(at)
-        # a copy: safetensors refuses tensors that share memory
-        tensors[name] = value.detach().cpu().clone().contiguous()
-        return {"__tensor__": True}
-    if isinstance(value, Mapping):
-        return {str(k): _split(v, tensors, (*at, str(k))) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_split(v, tensors, (*at, str(i))) for i, v in enumerate(value)]
-    return value
+def _same(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same state (state.json holds the checksum of the tensors)."""
+    there = other / "state.json"
+    return there.is_file() and there.read_bytes() == (one / "state.json").read_bytes() and _damage(other) is None
 
 
-def _join(value: Any, tensors: Mapping[str, Tensor], at: tuple[str, ...]) -> Any:
-    if isinstance(value, dict):
-        if value == {"__tensor__": True}:
-            return tensors[_SEPARATOR.join(at)]
-        return {k: _join(v, tensors, (*at, k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_join(v, tensors, (*at, str(i))) for i, v in enumerate(value)]
-    return value
+def _put(temporary: Path, final: Path) -> None:
+    """Renames into place. A checkpoint of the same step makes way first, under a name that `_recover` takes back if we die in between."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        os.replace(final, replaced)
+    try:
+        os.replace(temporary, final)
+    except BaseException:
+        if replaced.exists():
+            os.replace(replaced, final)
+        raise
+    _flush_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    from safetensors.torch import save as to_bytes
+def _recover(folder: Path) -> None:
+    """Takes back a checkpoint that had made way for one that never came."""
+    for path in list(folder.glob(".step-*.replaced")):
+        match = _REPLACED.fullmatch(path.name)
+        if match and not (folder / match[1]).exists():
+            os.replace(path, folder / match[1])
 
-    data = to_bytes(dict(tensors))
-    _write(path, data)
-    return hashlib.sha256(data).hexdigest()
+
+def _prune(folder: Path, step: int, keep: int, protect: Collection[int]) -> None:
+    """Removes old checkpoints and what a killed run left half written. Those after `step` are left alone and do not count."""
+    for torn in folder.glob(".step-*"):
+        shutil.rmtree(torn, ignore_errors=True)
+    known = [path for path in _all(folder) if step_of(path) <= step]
+    for old in known[keep:]:
+        if step_of(old) not in protect:
+            # out of sight first: a half-removed folder must not look like a damaged checkpoint
+            hidden = old.with_name(f".{old.name}.{os.getpid()}.tmp")
+            os.replace(old, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _make(folder: Path) -> None:
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _flush_folder(folder.parent)
 
 
 def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write(path, [data])
 
 
 def _flush_folder(folder: Path) -> None:
@@ -147,23 +179,32 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: State) -> None:
-    """The inverse of `optimizer_state`, for an optimiser over the same parameters in the same order."""
+    """The inverse of `optimizer_state`, for an optimiser over the same parameters in the same order; ValueError if they are not."""
     whole = optimizer.state_dict()
-    groups = [{**old, **new} for old, new in zip(whole["param_groups"], saved["groups"], strict=True)]
+    if len(whole["param_groups"]) != len(saved["groups"]):
+        raise ValueError(
+            f"optimizer: the checkpoint holds {len(saved['groups'])} parameter groups and this optimiser has {len(whole['param_groups'])}; "
+            "resume with the recipe that wrote it"
+        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {int(k): dict(v) for k, v in saved["state"].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": [_tuples(group) for group in groups]})
+    for i, entry in state.items():
+        if i >= len(parameters) or any(v.ndim and v.shape != parameters[i].shape for v in entry.values() if isinstance(v, Tensor)):
+            raise ValueError(f"optimizer: the checkpoint's state of parameter {i} does not fit this optimiser; resume with the recipe that wrote it")
+    groups = [{**old, **_tuples(old, new)} for old, new in zip(whole["param_groups"], saved["groups"], strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _tuples(group: dict[str, Any]) -> dict[str, Any]:
-    """JSON turns tuples into lists; betas are a tuple."""
-    return {k: tuple(v) if k == "betas" else v for k, v in group.items()}
+def _tuples(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Lists become tuples where this optimiser has tuples (checkpoints of 0.1.0's first days hold lists)."""
+    return {k: tuple(v) if isinstance(old.get(k), tuple) else v for k, v in new.items()}
 
 
 def rng_state(generator: torch.Generator) -> State:
     """The run's generator and the global ones that a reward function may use."""
     import numpy as np
 
-    name, keys, *rest = np.random.get_state(legacy=True)
+    name, keys, *rest = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state(legacy=True))
     version, internal, gauss = random.getstate()
     return {
         "run": generator.get_state(),
@@ -180,7 +221,7 @@ def restore_rng(generator: torch.Generator, saved: State) -> None:
 
     generator.set_state(saved["run"])
     torch.set_rng_state(saved["torch"])
-    if saved["cuda"] and torch.cuda.is_available():
+    if torch.cuda.is_available() and len(saved["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(saved["cuda"])
     numpy = saved["numpy"]
     np.random.set_state((numpy["name"], numpy["keys"].numpy().astype("uint32"), *numpy["rest"]))
