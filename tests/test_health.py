@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from instep.train import health
 from instep.train.health import HealthMonitor, examine
 from instep.train.log import RunLog
 
@@ -231,3 +232,23 @@ def test_probes_write_the_names_that_checks_read():
     source = module.__loader__.get_source(module.__name__)
     for key in ("ink", "saturation", "motion", "diversity", "train_score"):
         assert f'"{key}"' in source
+
+
+def test_a_long_run_is_read_in_part_and_says_the_same(tmp_path, monkeypatch):
+    def off(step):
+        return {"critic/fake": 2.0} if 500 <= step < 700 else {"grad/student/skipped": 1.0} if 900 <= step < 905 else {}
+
+    rows = history(400, 1000, change=off, probes=lambda step: {"motion": 0.01} if 800 <= step < 1000 else {})
+
+    def said(folder):
+        folder.mkdir()
+        monitor = HealthMonitor(folder)
+        findings = [f for row in rows for f in monitor.row(row["step"], {k: v for k, v in row.items() if k != "step"})]
+        return findings, len(monitor._rows)
+
+    thinned, kept = said(tmp_path / "thinned")
+    monkeypatch.setattr(health, "thin", list)
+    whole, length = said(tmp_path / "whole")
+    assert kept < length / 2 and length == len(rows)
+    assert thinned == whole
+    assert {finding.flag for finding in whole} == {"critic:fake", "nonfinite", "still"}

@@ -212,6 +212,17 @@ def examine(rows: Sequence[Row]) -> list[Finding]:
     return [Finding(int(rows[-1]["step"]), level, flag, text) for check in CHECKS for level, flag, text in check(seen)]
 
 
+def thin(rows: Sequence[Row]) -> list[Row]:
+    """The rows that a check can still ask for: every probe, the beginning of each stage, and the newest; a long run has many more."""
+    seen: dict[Any, int] = {}
+    kept = []
+    for i, row in enumerate(rows):
+        seen[row.get("stage")] = seen.get(row.get("stage"), 0) + 1
+        if "probe/ink" in row or seen[row.get("stage")] <= WINDOW or i >= len(rows) - 3 * WINDOW:
+            kept.append(row)
+    return kept
+
+
 class HealthMonitor:
     """Reads a run's rows as they come; returns a finding when it begins, and says when it has cleared. Kept in health.jsonl."""
 
@@ -222,6 +233,7 @@ class HealthMonitor:
         trim(self._file, resume_step if resume_step else -1)
         self._rows: list[Row] = []
         self._open: dict[str, Finding] = {}
+        self._thin_at = 10 * WINDOW
         for row in read_rows(folder / "log.jsonl") if resume_step else ():
             if row["step"] <= resume_step:
                 self._take(row)
@@ -229,6 +241,9 @@ class HealthMonitor:
     def _take(self, row: Row) -> list[Finding]:
         """Adds a row; returns what is new with it. A flag can clear only where probes were taken."""
         self._rows.append(row)
+        if len(self._rows) >= self._thin_at:  # now and then, or the whole run would be read again for every row
+            self._rows = thin(self._rows)
+            self._thin_at = len(self._rows) + 10 * WINDOW
         now, step = {finding.flag: finding for finding in examine(self._rows)}, int(row["step"])
         news = [finding for flag, finding in now.items() if flag not in self._open]
         if "probe/ink" in row:
