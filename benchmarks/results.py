@@ -98,11 +98,14 @@ def ablations() -> list[str]:
 
 
 def exported() -> list[str]:
-    a, b = cell("group-signed"), cell("exported")
-    if not a or not b:
-        return ["not measured"]
-    keys = ("heldout_both", "fd", "fd_open", "modes_motion")
-    return [f"- {COLUMNS[k]}: in the run {number(a.values[k].value)}, exported {number(b.values[k].value)}" for k in keys]
+    """Figures of the exported folder beside those of the same run's student, seed by seed."""
+    lines, keys = [], ("heldout_both", "fd", "fd_open", "modes_motion")
+    for file in sorted(RESULTS.glob("exported-[0-9].json")):
+        a, b = load_row(file.stem.replace("exported", "group-signed")), load_row(file.stem)
+        if a and b:
+            both = (f"{COLUMNS[k]} {number(a.values[k].value)} and {number(b.values[k].value)}" for k in keys)
+            lines.append(f"- seed {file.stem[-1]}, in the run and exported: " + "; ".join(both))
+    return lines or ["not measured"]
 
 
 def plain(name: str) -> list[str]:
@@ -137,7 +140,8 @@ def main() -> None:
         "## Embedded default",
         "",
         "`python benchmarks/moving_digits.py --seeds 0 1 2 --jobs 2`. "
-        f"Mean of up to {seeds} seeds; 612 videos a model and seed (270 fully specified prompts, 342 open ones). "
+        f"Mean of up to {seeds} seeds (the column of videos says how many a row has: 612 a seed); "
+        f"612 videos a model and seed (270 fully specified prompts, 342 open ones). "
         f"Students of 4 steps train {BASE} iterations, aligned ones and their control {MORE} more from the same start, students of 2 and 1 step {FEW}. "
         "Figures are by the held-out judge, which nothing was trained on or chosen by. Judges on real reference videos: " + judges + ".",
         "",
