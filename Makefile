@@ -19,7 +19,7 @@ demo: $(STAMP)  ## distil and align the bundled model; before/after table and re
 	$(BIN)/instep train dm-align-group --out runs/demo
 
 test: $(STAMP) lint types  ## everything CI runs
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -14,4 +14,5 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def seeded():
+    torch.set_num_threads(1)
     torch.manual_seed(0)

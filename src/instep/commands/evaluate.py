@@ -14,6 +14,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from instep.commands import default_threads
 from instep.commands.export import read_run, student_of
 from instep.evaluate.compare import EvalSet, Generate, Row, evaluate, evaluation_set, floor_row
 from instep.files import write_json
@@ -54,7 +55,7 @@ class ReportArgs:
 
 
 def eval_command(args: EvalArgs) -> int:
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(default_threads())
     for folder in args.dirs:
         print_rows(measure_run(folder, args.protocol, args.seed))
     if args.teacher_steps or not args.dirs:

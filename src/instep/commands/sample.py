@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from instep.commands import default_threads
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, VideoSize, bundled
 
 
@@ -52,7 +52,7 @@ def sample_command(args: SampleArgs) -> int:
     if args.out.exists():
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
     size = VideoSize(*args.size) if args.size else size_of(args.dir, record)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(default_threads())
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     torch.manual_seed(args.seed)
     names = [prompt for prompt in args.prompts for _ in range(args.copies)]

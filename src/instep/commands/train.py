@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from instep.commands import default_threads
 from instep.models import MOVING_DIGITS, VideoSize, load
 from instep.models.base import Family
 from instep.rewards.base import Reward
@@ -37,7 +37,7 @@ class Setting:
 
 def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     """Runs the recipe; 0 when it is done, 130 when it was asked to stop and is saved."""
-    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    torch.set_num_threads(args.threads or default_threads())
     out = args.out or Path("runs") / f"{recipe.name}-{args.seed}"
     setting = prepare(recipe, args)
     options = RunOptions(
