@@ -129,15 +129,10 @@ class ExactFake:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         points = self.particles.x.detach()
-        a, b = path_ab(self.path, t, x_t)
+        a, b = broadcast(self.path.a(t), x_t), broadcast(self.path.b(t), x_t)
         logits = -0.5 * (x_t[:, None] - a[:, None] * points).square().sum(-1) / b.square()
         x0 = logits.softmax(1) @ points
         return Prediction(x0, velocity_of_x0(self.path, x_t, t, x0))
-
-
-def path_ab(path: Path, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """a(t) and b(t), shaped to multiply x."""
-    return broadcast(path.a(t), x), broadcast(path.b(t), x)
 
 
 def labels(prompts: Sequence[str]) -> LabelCondition:

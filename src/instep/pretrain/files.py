@@ -11,8 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 
 def write_json(path: Path, value: Any) -> None:
     """JSON beside its name, then renamed."""
@@ -21,18 +19,6 @@ def write_json(path: Path, value: Any) -> None:
     with open(temporary, "w") as f:
         f.write(json.dumps(value, indent=1) + "\n")
         f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """safetensors beside its name, then renamed."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
-    with open(temporary, "rb") as f:
         os.fsync(f.fileno())
     os.replace(temporary, path)
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from instep.data.digits import describe
+from instep.files import write_tensors
 from instep.models.wan_vae import decode_latents, encode_latents
-from instep.pretrain.files import checksums, stage_done, write_folder, write_json, write_tensors
+from instep.pretrain.files import checksums, stage_done, write_folder, write_json
 from instep.pretrain.judges import JUDGES, SPLITS, JudgeConfig, accuracy, reference_videos, train_judge
 from instep.pretrain.measure import MeasureConfig, measure
 from instep.pretrain.teacher import Latents, TeacherConfig, TeacherRun, cache_latents, text_table, train_teacher

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.data.digits import PromptSpec, describe, motion_spec
+from instep.files import write_tensors
 from instep.models.wan_vae import encode_latents
 from instep.pretrain.attention import TextBias, TrainingAttention
-from instep.pretrain.files import write_tensors
 from instep.pretrain.optim import Average, Optimisers, finite
 from instep.pretrain.progress import Progress
 from instep.pretrain.vae import real_videos
