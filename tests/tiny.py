@@ -31,8 +31,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
-    """Transformer of 2 layers and width 32, VAE in the Wan 2.2 layout (8x in space, 4x in time), UMT5 of width 16;
+def tiny_wan_pipeline(seed: int = 0, layers: int = 2) -> WanPipeline:
+    """Transformer of 2 layers (or `layers`) and width 32, VAE in the Wan 2.2 layout (8x in space, 4x in time), UMT5 of width 16;
     eval, float32.
 
     The same seed gives the same weights; the global random state is left as it was.
@@ -45,7 +45,7 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
         torch.manual_seed(seed)
         transformer = WanTransformer3DModel(
             patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16,
-            text_dim=16, freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=32,
+            text_dim=16, freq_dim=32, ffn_dim=64, num_layers=layers, rope_max_seq_len=32,
         )  # fmt: skip
         vae = AutoencoderKLWan(
             base_dim=4, decoder_base_dim=4, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[],

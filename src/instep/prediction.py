@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -60,17 +60,34 @@ class Condition:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A denoiser's answer: x0 and velocity [B, ...] in float32 or better; `features` where a head asks for them."""
+    """A denoiser's answer: x0 and velocity [B, ...] in float32 or better.
+
+    `logit` [B]: how real x_t looks to the role's discriminator head (above 0: real); None where it has none.
+    """
 
     x0: Tensor
     v: Tensor
-    features: tuple[Tensor, ...] | None = None
+    logit: Tensor | None = None
 
 
 class Denoiser(Protocol):
     """Anything that predicts the clean sample from a noisy one; every role is one."""
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction: ...
+
+
+@runtime_checkable
+class Scalable(Protocol):
+    """A denoiser whose adapter's scale can be set for a call."""
+
+    def scaled(self, scale: float) -> Denoiser: ...
+
+
+def at_scale(denoiser: Denoiser, scale: float) -> Denoiser:
+    """The denoiser with its adapter at `scale`; ValueError if it has none."""
+    if not isinstance(denoiser, Scalable):
+        raise ValueError(f"teacher: {type(denoiser).__name__} has no adapter to scale; give its role a LoRA, or leave the force's adapter out")
+    return denoiser.scaled(scale)
 
 
 def velocity_of_x0(path: Path, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 One hazard decides the design: with activation checkpointing the blocks run again *during backward*, under whatever adapter is
 active then. So everything that a forward depends on besides its arguments (adapter, scale, condition) is one frozen `Call`, set
-for the forward and set again for its recomputation.
+for the forward and set again for its recomputation. What a forward leaves behind besides its result (features for a head) is asked
+for by the same `Call`, and not asked for again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +38,47 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Call:
-    """What a forward depends on besides its arguments."""
+    """What a forward depends on besides its arguments. The output of the family's feature block is put into `features`, if given."""
 
     adapter: str | None
     scale: float
     cond: Condition
     exits: nn.Embedding | None
+    features: list[Tensor] | None = None
+
+
+class Running:
+    """A context that can be entered again: a graph that is kept for a second backward recomputes under the same one."""
+
+    def __init__(self, backbone: Backbone, call: Call) -> None:
+        self.backbone, self.call = backbone, call
+        self._before: list[Call | None] = []
+
+    def __enter__(self) -> None:
+        self._before.append(self.backbone.switch(self.call))
+
+    def __exit__(self, *error: object) -> None:
+        self.backbone.switch(self._before.pop())
+
+
+class Head(nn.Module):
+    """How real a noised sample looks, from the tokens [B, N, width] of its role's features: a logit [B], in float32.
+
+    DMD2 (Sec. 4.3) reads the fake score's features in the same way. The tokens are judged before they are averaged: a flaw in a few of
+    them would be lost in the mean token. The last layer starts at zero, so the first logits are 0.
+    """
+
+    def __init__(self, width: int, hidden: int = 128) -> None:
+        super().__init__()
+        # without a scale of its own: the layer after it has one
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.hidden = nn.Linear(width, hidden, dtype=torch.float32)
+        self.logit = nn.Linear(hidden, 1, dtype=torch.float32)
+        nn.init.zeros_(self.logit.weight)
+        nn.init.zeros_(self.logit.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.logit(nn.functional.silu(self.hidden(self.norm(tokens.float()))).mean(1)).squeeze(1)
 
 
 class Backbone:
@@ -51,22 +88,26 @@ class Backbone:
         self.family, self.module = family, module
         self._call: Call | None = None
         self._adapters: dict[str, LoRA] = {}
+        self._watched = False
         family.prepare(module, lambda: self._call and self._call.cond)
         family.time_embedder(module).register_forward_hook(self._add_exit)
         if checkpointing:
             module.enable_gradient_checkpointing(self._checkpointed)
 
-    @contextmanager
-    def running(self, call: Call) -> Iterator[None]:
+    def __deepcopy__(self, memo: dict) -> Self:
+        # a copy of the module copies its hooks, which would otherwise copy this object and with it the whole pipeline
+        return self
+
+    def running(self, call: Call) -> Running:
         """Adapter, scale and condition of `call` for everything inside."""
+        return Running(self, call)
+
+    def switch(self, call: Call | None) -> Call | None:
+        """`call` (None: the module runs outside any role) takes the place of the one that is returned."""
         before, self._call = self._call, call
-        self._activate(call)
-        try:
-            yield
-        finally:
-            self._call = before
-            if before is not None:
-                self._activate(before)
+        if call is not None:
+            self._activate(call)
+        return before
 
     def _activate(self, call: Call) -> None:
         if not self._adapters:
@@ -104,41 +145,80 @@ class Backbone:
             return output
         return output + call.exits(call.cond.exit_id).to(output.dtype)
 
+    def watch_features(self) -> None:
+        """From now on a `Call` can ask for features; a backbone without heads has no hook for them."""
+        if not self._watched:
+            self.family.feature_block(self.module).register_forward_hook(self._keep_features)
+            self._watched = True
+
+    def _keep_features(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self._call is not None and self._call.features is not None:
+            self._call.features.append(output)
+
     def _checkpointed(self, block: Callable, *args) -> Tensor:
-        call = self._call
-        assert call is not None, "a checkpointed backbone is trained through a role"
-        return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.running(call)))
+        assert self._call is not None, "a checkpointed backbone is trained through a role"
+        # the features of the forward carry the graph; those of the recomputation would belong to nobody and, kept by the graph that
+        # they are part of, would never be freed
+        again = replace(self._call, features=None)
+        return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.running(again)))
 
 
 class Role:
-    """A named denoiser: backbone + adapter + scale (+ an exit embedding). Calling it gives a `Prediction` in float32.
+    """A named denoiser: backbone + adapter + scale (+ an exit embedding, + a discriminator head). Calling it gives a `Prediction` in float32.
 
-    A role with an adapter owns that adapter's parameters, a full copy owns its whole backbone; the teacher owns none to train.
+    A role with an adapter owns that adapter's parameters, a full copy owns its whole backbone; the teacher owns none to train. A head is
+    evaluated in every call, whether its logit is used or not: next to the backbone it is tiny.
     """
 
     def __init__(
-        self, name: str, backbone: Backbone, *, adapter: str | None = None, scale: float = 1.0, exits: int | None = None
+        self,
+        name: str,
+        backbone: Backbone,
+        *,
+        adapter: str | None = None,
+        scale: float = 1.0,
+        exits: int | None = None,
+        head: bool = False,
     ) -> None:
         self.name, self.backbone, self.adapter, self.scale = name, backbone, adapter, scale
         self.exits: nn.Embedding | None = None
+        self.head: Head | None = None
+        device = next(backbone.module.parameters()).device
         if exits is not None:
-            device = next(backbone.module.parameters()).device
             self.exits = nn.Embedding(exits, backbone.family.time_width(backbone.module)).to(device)
             # zero: the fake starts as exactly the teacher
             nn.init.zeros_(self.exits.weight)
+        if head:
+            backbone.watch_features()
+            self.head = Head(backbone.family.feature_width(backbone.module)).to(device)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         family, module = self.backbone.family, self.backbone.module
-        with self.backbone.running(Call(self.adapter, self.scale, cond, self.exits)):
+        features: list[Tensor] | None = None if self.head is None else []
+        with self.backbone.running(Call(self.adapter, self.scale, cond, self.exits, features)):
             raw = family.forward(module, x_t, t, cond)
-        return read(family.parameterisation, raw, family.path, x_t, t)
+        answer = read(family.parameterisation, raw, family.path, x_t, t)
+        if self.head is None or features is None:
+            return answer
+        (tokens,) = features
+        return replace(answer, logit=self.head(tokens))
+
+    def scaled(self, scale: float) -> Role:
+        """The same role with its adapter at `scale`."""
+        if self.adapter is None:
+            raise ValueError(f"role {self.name!r} has no adapter to scale; give it a LoRA")
+        other = copy(self)
+        other.scale = scale
+        return other
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """What this role owns: its adapter's parameters or its full copy, and its exit embedding."""
+        """What this role owns: its adapter's parameters or its full copy, its exit embedding and its head."""
         backbone = self.backbone
         own = backbone.adapter_parameters(self.adapter) if self.adapter else dict(backbone.module.named_parameters())
         if self.exits is not None:
             own |= {"exits.weight": self.exits.weight}
+        if self.head is not None:
+            own |= {f"head.{key}": p for key, p in self.head.named_parameters()}
         return own
 
     def state(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import tyro
 
 from instep.commands import default_threads
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, VideoSize, bundled
+from instep.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def sample_command(args: SampleArgs) -> int:
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
     size = VideoSize(*args.size) if args.size else size_of(args.dir, record)
     torch.set_num_threads(default_threads())
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with quiet():
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     torch.manual_seed(args.seed)
     names = [prompt for prompt in args.prompts for _ in range(args.copies)]
     videos = pipe(

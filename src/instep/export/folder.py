@@ -21,6 +21,7 @@ from instep.export.comfyui import comfyui_shift, comfyui_state_dict, comfyui_wor
 from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler, our_sampler, smallest_size, verify_export
+from instep.quiet import quiet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -85,7 +86,8 @@ def export_student(
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        exported.save_pretrained(temporary, safe_serialization=True)
+        with quiet():
+            exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
         (temporary / RECORD).write_text(
             json.dumps({"instep": info.instep_version, "levels": levels, "info": asdict(info)}, indent=2)

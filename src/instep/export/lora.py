@@ -92,7 +92,7 @@ def plain_copy(module: Any, state: dict[str, Tensor]) -> nn.Module:
     """A new module of the same class and configuration with weights `state`: no hooks, stock attention processors, eval
     mode.
 
-    Not a deepcopy: a backbone in training carries hooks that hold on to its whole pipeline.
+    Not a deepcopy: a backbone in training carries hooks.
     """
     from accelerate import init_empty_weights
 

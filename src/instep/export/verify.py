@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from instep.models import VideoSize
 from instep.paths import RectifiedFlow
 from instep.prediction import Condition, Prediction, read
+from instep.quiet import quiet
 from instep.rollout import sample_few_step
 
 # (prompts, generator) -> final latents [B, C, F, H, W]; draws x at t_1 first, then one noise a step, all from generator
@@ -72,7 +73,8 @@ def verify_export(
     """
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(device, torch.float32)
+    with quiet():
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
     size = size or smallest_size(pipe)
     steps = _steps_of(folder) if callable(ours) else len(ours)

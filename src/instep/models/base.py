@@ -65,6 +65,14 @@ class Family(Protocol):
         """Width of the time embedding."""
         ...
 
+    def feature_block(self, module: nn.Module) -> nn.Module:
+        """The submodule whose output, one tensor [B, N, width] of tokens, a discriminator head reads; it runs once a forward."""
+        ...
+
+    def feature_width(self, module: nn.Module) -> int:
+        """Width of those tokens."""
+        ...
+
     def pipeline(self, module: nn.Module) -> Any:
         """A diffusers pipeline around `module` as its denoiser."""
         ...

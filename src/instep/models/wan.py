@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +17,7 @@ from instep.models import VideoSize
 from instep.models.wan_vae import decode_latents, encode_latents
 from instep.paths import RectifiedFlow
 from instep.prediction import Condition
+from instep.quiet import quiet
 
 # WanPipeline pads every prompt to this many tokens, without a mask
 STOCK_TEXT_LENGTH = 512
@@ -56,21 +56,6 @@ class PaddedTextProcessor(WanAttnProcessor):
         if isinstance(cond, WanCondition):
             attention_mask = cond.bias[:, None, None].to(hidden_states.dtype)
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No bars for the loading of five small files."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logging in (diffusers_logging, transformers_logging):
-            logging.enable_progress_bar()
 
 
 class WanFamily:
@@ -164,6 +149,13 @@ class WanFamily:
 
     def time_width(self, module: nn.Module) -> int:
         return module.config.num_attention_heads * module.config.attention_head_dim
+
+    def feature_block(self, module: nn.Module) -> nn.Module:
+        """At two thirds of the depth: what is shown is known there, and the last third only turns it into a velocity."""
+        return module.blocks[(2 * len(module.blocks) - 1) // 3]
+
+    def feature_width(self, module: nn.Module) -> int:
+        return self.time_width(module)
 
     def pipeline(self, module: nn.Module) -> Any:
         """A stock WanPipeline around `module`, whose attention processors are the stock ones again."""
