@@ -22,7 +22,7 @@ from torch import Tensor
 
 from instep.train.state_files import State, join, sha256, split, write, write_tensors
 
-__all__ = ["State", "at", "latest", "load", "load_optimizer_state", "optimizer_state", "restore_rng", "rng_state", "save", "step_of"]
+__all__ = ["State", "at", "latest", "load", "load_optimizer_state", "optimizer_state", "present", "restore_rng", "rng_state", "save", "step_of"]
 
 _NAME = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.replaced")
@@ -67,13 +67,13 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint whose files are whole; a damaged one is named in a warning and passed over."""
     _recover(folder)
-    return next((path for path in _all(folder) if _whole(path)), None)
+    return next((path for path in present(folder) if _whole(path)), None)
 
 
 def at(folder: Path, step: int) -> Path | None:
     """The checkpoint of exactly `step`, if it is there and whole."""
     _recover(folder)
-    return next((path for path in _all(folder) if step_of(path) == step and _whole(path)), None)
+    return next((path for path in present(folder) if step_of(path) == step and _whole(path)), None)
 
 
 def step_of(path: Path) -> int:
@@ -89,8 +89,8 @@ def load(path: Path) -> State:
     return join(record["values"], load_file(path / "tensors.safetensors"))
 
 
-def _all(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+def present(folder: Path) -> list[Path]:
+    """Every checkpoint folder, whole or damaged, newest first."""
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
@@ -144,7 +144,7 @@ def _prune(folder: Path, step: int, keep: int, protect: Collection[int]) -> None
     """Removes old checkpoints and what a killed run left half written. Those after `step` are left alone and do not count."""
     for torn in folder.glob(".step-*"):
         shutil.rmtree(torn, ignore_errors=True)
-    known = [path for path in _all(folder) if step_of(path) <= step]
+    known = [path for path in present(folder) if step_of(path) <= step]
     for old in known[keep:]:
         if step_of(old) not in protect:
             # out of sight first: a half-removed folder must not look like a damaged checkpoint

@@ -74,8 +74,15 @@ class RunLog:
     def row(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Appends one row and shows it."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scalars.items()}
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **clean}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"could not write the row of step {step} into {self._file.name} ({error.strerror}); the checkpoints are intact, free some space and "
+                "repeat the same command",
+            ) from error
         if self._board is not None:
             for key, value in clean.items():
                 if isinstance(value, int | float):
