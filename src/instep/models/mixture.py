@@ -1,4 +1,4 @@
-"""The exact laboratory: 2-D Gaussian mixtures whose teacher is known in closed form, small networks, and free particles.
+"""The exact laboratory: 2-D Gaussian mixtures whose teacher is known in closed form.
 
 Noising a Gaussian mixture gives a Gaussian mixture, so E[x0 | x_t] is exact on any path, conditional and unconditional.
 """
@@ -10,17 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from instep.paths import Path, broadcast
-from instep.prediction import Condition, Prediction, read, velocity_of_x0
+from instep.prediction import Condition, Prediction, velocity_of_x0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelCondition(Condition):
-    """Class labels [B]; -1 is the unconditional one."""
+    """Class labels [B]; -1 is the unconditional one. `member` [B]: which network of an ensemble a row belongs to."""
 
     label: Tensor
+    member: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,33 @@ class Mixture:
         angle = (torch.arange(modes) + 0.5) * 2 * math.pi / modes
         means = radius * torch.stack([angle.cos(), angle.sin()], 1)
         return cls(means, sigma, (means[:, 1] < 0).long())
+
+    @classmethod
+    def grid(cls, side: int = 3, spacing: float = 1.6, sigma: float = 0.15) -> Mixture:
+        """Modes on a square grid about the origin; classes alternate as on a chessboard."""
+        at = (torch.arange(side) - (side - 1) / 2) * spacing
+        means = torch.cartesian_prod(at, at)
+        row, column = torch.arange(side * side) // side, torch.arange(side * side) % side
+        return cls(means, sigma, (row + column) % 2)
+
+    @classmethod
+    def moons(cls, each: int = 5, sigma: float = 0.15) -> Mixture:
+        """Two interleaved arcs of modes, one a class."""
+        angle = torch.linspace(0, math.pi, each)
+        upper = torch.stack([1.8 * angle.cos() - 0.9, 1.8 * angle.sin() - 0.45], 1)
+        means = torch.cat([upper, -upper])
+        return cls(means, sigma, torch.arange(2 * each) // each)
+
+    @classmethod
+    def rings(cls, inner: int = 4, outer: int = 8, sigma: float = 0.15) -> Mixture:
+        """A ring in a ring, one a class."""
+        one, other = cls.ring(inner, 1.0, sigma), cls.ring(outer, 2.4, sigma)
+        return cls(torch.cat([one.means, other.means]), sigma, torch.tensor([0] * inner + [1] * outer))
+
+    @property
+    def label_count(self) -> int:
+        """How many classes there are."""
+        return int(self.classes.max()) + 1
 
     def member(self, label: Tensor) -> Tensor:
         """Which modes belong to each label, [B, M] booleans; all of them for -1."""
@@ -80,61 +108,6 @@ class ExactTeacher:
         return Prediction(x0, velocity_of_x0(self.path, x_t, t, x0))
 
 
-class VelocityMLP(nn.Module):
-    """A small velocity network: inputs x, t, four Fourier pairs of t, a one-hot class and a one-hot exit; features are its last hidden layer."""
-
-    def __init__(self, path: Path, *, classes: int = 2, exits: int = 0, width: int = 64, dim: int = 2) -> None:
-        super().__init__()
-        self.path, self.classes, self.exits = path, classes, exits
-        inputs = dim + 1 + 8 + classes + exits
-        self.body = nn.Sequential(
-            nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
-        )
-        self.head = nn.Linear(width, dim)
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        assert isinstance(cond, LabelCondition)
-        angle = math.pi * t[:, None] * torch.arange(1, 5, device=t.device)
-        parts = [x_t, t[:, None], angle.sin(), angle.cos(), _one_hot(cond.label, self.classes)]
-        if self.exits:
-            parts.append(_one_hot(torch.full_like(cond.label, -1) if cond.exit_id is None else cond.exit_id, self.exits))
-        features = self.body(torch.cat(parts, 1).to(x_t))
-        answer = read("velocity", self.head(features), self.path, x_t, t)
-        return Prediction(answer.x0, answer.v, (features,))
-
-
-def _one_hot(index: Tensor, n: int) -> Tensor:
-    """One-hot rows; an index below zero gives zeros."""
-    return (index[:, None] == torch.arange(n, device=index.device)).float()
-
-
-class Particles(nn.Module):
-    """A free point cloud in place of a student: sample i *is* parameter i, whatever the noise. With the exact fake it isolates a
-    method's fixed point from networks and optimisers."""
-
-    def __init__(self, start: Tensor) -> None:
-        super().__init__()
-        self.x = nn.Parameter(start.clone())
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        assert len(x_t) == len(self.x), "a particle student runs on all of its particles"
-        return Prediction(self.x, self.x)
-
-
-class ExactFake:
-    """The exact denoiser of a point cloud: a softmax over its points, no training."""
-
-    def __init__(self, particles: Particles, path: Path) -> None:
-        self.particles, self.path = particles, path
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        points = self.particles.x.detach()
-        a, b = broadcast(self.path.a(t), x_t), broadcast(self.path.b(t), x_t)
-        logits = -0.5 * (x_t[:, None] - a[:, None] * points).square().sum(-1) / b.square()
-        x0 = logits.softmax(1) @ points
-        return Prediction(x0, velocity_of_x0(self.path, x_t, t, x0))
-
-
-def labels(prompts: Sequence[str]) -> LabelCondition:
+def labels(prompts: Sequence[str], member: Tensor | None = None) -> LabelCondition:
     """Prompts of the laboratory are class numbers; "" is unconditional."""
-    return LabelCondition(label=torch.tensor([int(p) if p else -1 for p in prompts]))
+    return LabelCondition(label=torch.tensor([int(p) if p else -1 for p in prompts]), member=member)

@@ -1,0 +1,1 @@
+"""The exact laboratory: recipes side by side on Gaussian mixtures whose teacher is known in closed form."""

@@ -1,0 +1,170 @@
+"""The laboratory: what methods come to rest at (particles), what small networks reach, and its commands."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from instep import cli
+from instep.lab.metrics import measure
+from instep.lab.run import common, ensemble_state, train, train_particles
+from instep.lab.spec import build
+from instep.lab.world import World, flow_start
+from instep.levels import Uniform
+from instep.matching.force import DistributionMatching
+from instep.models.mixture import labels
+from instep.models.small import ExactFake, Particles
+from instep.recipes.amd import amd, naive_adaptive
+from instep.recipes.dmd import dmd2
+from instep.recipes.refl import refl
+from instep.terms import Batch
+from instep.train.recipe import FewStep, Optim, Stage
+from instep.train.step import Trained, TrainState, iteration
+
+HALF = World.named("ring8", members=1, reward="half")
+
+
+def rest(recipe, world=HALF, seed=0) -> dict[str, float]:
+    return train_particles("x", recipe, world, seed=seed, n=512, steps=350).figures[0]
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, float]:
+    return rest(dmd2(common()))
+
+
+def test_particles_recover_the_mixture(plain):
+    assert plain["quality"] > 0.95 and plain["tv"] < 0.08 and abs(plain["share"] - 0.5) < 0.05
+    assert 0.8 < plain["spread"] < 1.15
+
+
+def test_score_adaptation_alone_does_not_tilt(plain):
+    """Eq. 10 without Eq. 14: both terms vanish where the fake agrees, whatever they are weighed by."""
+    figures = rest(amd(common(), tilt=0.0, sensitivity=0.7))
+    assert abs(figures["share"] - 0.5) < 0.05 and figures["quality"] > 0.93
+
+
+def test_the_critics_weight_tilts(plain):
+    """Eq. 14 alone takes the student to the rewarded modes: self-consistently, share / (1 - share) = exp(a_high - a_low)."""
+    figures = rest(amd(common(), tilt=1.0, sensitivity=0.0))
+    share = 0.8
+    for _ in range(50):  # binary rewards: a_high = (1 - s) / sd, a_low = -s / sd, both clipped to 1
+        sd = math.sqrt(share * (1 - share))
+        odds = math.exp(min((1 - share) / sd, 1) + min(share / sd, 1))
+        share = odds / (1 + odds)
+    assert abs(share - 0.814) < 0.002
+    assert abs(figures["share"] - share) < 0.05 and figures["quality"] > 0.93
+
+
+def test_naive_adaptation_leaves_the_manifold(plain):
+    figures = rest(naive_adaptive(common(), sensitivity=0.5))
+    assert figures["quality"] < plain["quality"] - 0.25
+
+
+@pytest.mark.parametrize("strength", [0.7, 1.5])
+def test_a_fixed_weight_gives_p_over_w(strength):
+    """A critic weighed by a fixed W(x) = exp(-c) on rewarded modes: q ~ p / W, so their share is e^c / (1 + e^c)."""
+    rng = torch.Generator().manual_seed(1)
+    particles = Particles(torch.randn(384, 2, generator=rng))
+    mixture, rewarded = HALF.mixture, HALF.rewarded
+    log_weight = lambda x: -strength * rewarded[torch.cdist(x, mixture.means).argmin(1)].float()  # noqa: E731
+    fake = ExactFake(particles, HALF.path, log_weight=log_weight)
+    optim = Optim(6e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
+    state = TrainState({"student": particles, "fake": fake, "teacher": HALF.teacher}, {"student": Trained(particles.trainable(), optim)}, HALF.path, (2,), rng)
+    stage = Stage("rest", 700, 384, (DistributionMatching(levels=Uniform()),), (), FewStep((1.0,)))
+    names = ("",) * 384
+    for step in range(stage.steps):
+        iteration(state, stage, [Batch(names, labels(names), labels(names))], step / stage.steps)
+    figures = measure(particles.x.detach(), labels(names).label, mixture, rng, rewarded)
+    assert abs(figures["share"] - 1 / (1 + math.exp(-strength))) < 0.05 and figures["quality"] > 0.93
+
+
+def test_particles_refuse_what_needs_a_network():
+    with pytest.raises(ValueError, match="gan needs a network"):
+        rest(dmd2(common(), gan=0.1))
+
+
+@pytest.fixture(scope="module")
+def start():
+    return flow_start(World.named("ring8", members=2), 0, steps=1500)
+
+
+def learned(recipe, start, world=None) -> list[dict[str, float]]:
+    world = world or World.named("ring8", members=2, reward="half")
+    return list(train("x", recipe, world, ensemble_state(recipe, world, start, 0)).figures)
+
+
+def mean(rows, key) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+@pytest.fixture(scope="module")
+def control(start):
+    return learned(dmd2(common(), iterations=500), start)
+
+
+def test_one_step_matching_through_networks(control):
+    assert mean(control, "quality") > 0.55 and mean(control, "tv") < 0.1 and abs(mean(control, "share") - 0.5) < 0.08
+
+
+def test_amd_tilts_through_networks_and_keeps_quality(control, start):
+    tilted = learned(amd(common(), iterations=500), start)
+    assert 0.7 < mean(tilted, "share") < 0.95
+    assert mean(tilted, "quality") > mean(control, "quality") - 0.15
+
+
+def test_naive_adaptation_collapses_through_networks(control, start):
+    assert mean(learned(naive_adaptive(common(), iterations=500), start), "quality") < mean(control, "quality") - 0.2
+
+
+@pytest.mark.parametrize(
+    "spec", ["dmd", "dmd2:gan=0.03", "decoupled-dmd:guidance=1.5", "magic", "dmd2:steps=4", "refl:weight=0.1", "dm-align-group:weight=0.05"]
+)
+def test_every_recipe_learns_and_is_finite(spec, start):
+    """From a student that is far from the mixture's quality in one step, to one that is nearer."""
+    world = World.named("ring8", members=2, reward="half")
+    recipe = build(spec, common(), 200)
+    before = ensemble_state(recipe, world, start, 0)
+    from instep.lab.run import snapshot
+
+    first = snapshot(before, recipe, world).figures
+    after = train(spec, recipe, world, before).figures
+    assert all(math.isfinite(value) for row in after for value in row.values())
+    assert mean(after, "energy") < 0.7 * mean(first, "energy") and mean(after, "quality") > mean(first, "quality") + 0.1
+
+
+def test_a_reward_alone_collapses_and_matching_holds_it(start, control):
+    alone = learned(refl(common(), iterations=200, weight=1.0, matching=0.0), start, World.named("ring8", members=2, reward="right"))
+    assert mean(alone, "reached") < 0.6 * mean(control, "reached")
+
+
+def test_specs_are_read_and_refused():
+    recipe = build("amd:tilt=0,sensitivity=0.7,steps=2", common(), 90)
+    assert recipe.steps == 90 and len(recipe.levels) == 2 and recipe.stages[-1].terms[0].operator.sensitivity == 0.7
+    assert [stage.steps for stage in build("dm-align-group", common(), 90).stages] == [60, 30]
+    with pytest.raises(ValueError, match="'tlit=0' is not key=value with a key of amd; allowed keys: distil, iterations, group"):
+        build("amd:tlit=0", common(), 90)
+    with pytest.raises(ValueError, match="recipe: 'amdd' is not known"):
+        build("amdd", common(), 90)
+    with pytest.raises(ValueError, match="the value '2 2' of tilt is neither"):
+        build("amd:tilt=2 2", common(), 90)
+
+
+def test_the_command_writes_table_and_pictures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("instep.commands.lab.START_STEPS", 50)
+    out = tmp_path / "lab"
+    assert cli.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "20", "--members", "2", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "floor" in shown and "amd" in shown
+    assert {"lab.json", "table.md", "figure.png", "training.webp"} <= {file.name for file in out.iterdir()}
+    saved = json.loads((out / "lab.json").read_text())
+    assert [run["name"] for run in saved["runs"]] == ["dmd2", "amd"] and len(saved["runs"][0]["curve"][-1]["figures"]) == 2
+    assert cli.main(["lab", "dmd2", "--out", str(out)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert cli.main(["lab", "amd", "--out", str(tmp_path / "b")]) == 2
+    assert "reward: amd needs one; add --reward half" in capsys.readouterr().err
+    assert cli.main(["lab", "--out", str(tmp_path / "b")]) == 2
+    assert "recipe: none was given" in capsys.readouterr().err
