@@ -34,7 +34,7 @@ def elsewhere(tmp_path, monkeypatch):
 def test_help(capsys, args):
     assert main(args) == 0
     out = capsys.readouterr().out
-    for command in ("train", "sample", "eval", "report", "export", "recipes", "plan", "pretrain"):
+    for command in ("train", "sample", "eval", "report", "export", "recipes", "plan", "pretrain", "lab"):
         assert f"instep {command}" in out
     assert "instep train dm-align-group --out runs/first" in out, "one line to begin with"
 
@@ -47,7 +47,7 @@ def test_recipes_are_listed_with_what_they_do(capsys):
 
 
 def test_unknown_names(capsys):
-    assert said(capsys, "nonsense") == "command 'nonsense' is not known; allowed: train, sample, eval, report, export, recipes, plan, pretrain"
+    assert said(capsys, "nonsense") == "command 'nonsense' is not known; allowed: train, sample, eval, report, export, recipes, plan, pretrain, lab"
     allowed = ", ".join(NAMES)
     assert said(capsys, "train nonsense").startswith(f"recipe: 'nonsense' is not known; allowed: {allowed}")
     for command in ("train", "plan"):
@@ -63,7 +63,7 @@ def test_unknown_names(capsys):
         ("dmd2 --guidanc 3", "--guidanc: there is no such option; did you mean --guidance?"),
         ("dmd2 extra", "extra: there is no such option"),
         ("dmd2 --top-n 2", "--top-n: there is no such option"),
-        ("dmd2 --steps abc", "--steps: 'abc' is not allowed; it takes INT: steps (network evaluations) of the student. (default: 4)"),
+        ("dmd2 --steps abc", "--steps: 'abc' is not allowed; it takes INT: Steps (network evaluations) of the student. (default: 4)"),
         ("dmd2 --student.lr fast", "--student.lr: 'fast' is not allowed; it takes FLOAT"),
         ("dmd2 --student.lr -1", "--student.lr: -1.0 is not allowed; it is positive"),
         ("dmd2 --fake.decay 2", "--fake.decay: 2.0 is not allowed; it is the fraction of a stage, between 0 and 1"),
@@ -97,7 +97,7 @@ def test_mistakes_before_any_work(capsys):
 def test_boxes_drawn_in_utf8():
     """A terminal gets another frame than a pipe."""
     got = child("-X", "utf8", "-c", "import sys; from instep.cli import main; sys.exit(main(['train', 'dmd2', '--steps', 'abc']))")
-    assert got.returncode == 2 and got.stderr.startswith("error: --steps: 'abc' is not allowed; it takes INT: steps (network")
+    assert got.returncode == 2 and got.stderr.startswith("error: --steps: 'abc' is not allowed; it takes INT: Steps (network")
     assert got.stderr.count("\n") == 1
 
 
@@ -110,9 +110,11 @@ def test_a_box_of_unknown_shape_is_still_said():
 @pytest.mark.parametrize("name", NAMES)
 def test_help_of_a_recipe_explains_its_own_options(capsys, name):
     """Every parameter of the recipe function is an option, with the sentence of its docstring; so are a run's own."""
+    import dataclasses
     import inspect
 
     from instep.recipes import find
+    from instep.recipes.common import Common
 
     with pytest.raises(SystemExit) as stop:
         main(["train", name, "--help"])
@@ -122,7 +124,10 @@ def test_help_of_a_recipe_explains_its_own_options(capsys, name):
     explained = dict(re.findall(r"^ {4}(\w+): (.*)$", inspect.getdoc(function), re.MULTILINE))
     parameters = inspect.signature(function).parameters
     assert explained.keys() == parameters.keys()
-    for parameter in parameters:
+    for field in dataclasses.fields(Common):
+        option = field.name.replace("_", "-")
+        assert f"--{option} " in out or f"--{option}, " in out or f"{option} options" in out, option
+    for parameter in parameters.keys() - {"common"}:
         option = parameter.replace("_", "-")
         assert f"--{option} " in out or f"--{option}, " in out or f"{option} options" in out, option
         assert explained[parameter].split(";")[0].rstrip(".")[:60] in out, parameter

@@ -68,7 +68,8 @@ def test_matching_force_by_hand() -> None:
     # guidance: conditional 0, unconditional 0 (one denoiser): w does not matter where they agree
     guided = DistributionMatching(levels=Fixed(), guidance=4.0).explain(view(x, {"teacher": Linear(0.0, 2.0), "fake": Linear(0.0, -1.0)}))
     torch.testing.assert_close(guided.direction, seen.direction)
-    d = Displacements(real=torch.tensor([2.0]), fake=torch.tensor([5.0]))
+    two, five = torch.tensor([2.0]), torch.tensor([5.0])
+    d = Displacements(real=two, fake=five, dm=two, ca=five)
     assert Standard()(d, None).item() == -3.0
 
 

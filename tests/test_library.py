@@ -20,7 +20,7 @@ def test_the_ten_lines_of_the_readme(tmp_path, monkeypatch):
     tiny_wan_pipeline().save_pretrained(model)
     monkeypatch.chdir(tmp_path)
     code = code.replace('"path/to/wan"', repr(str(model)))
-    code = code.replace("dm_align_group(steps=4)", "dm_align_group(steps=4, distil=1, iterations=1, batch=4, group=2, critic_updates=1)")
+    code = code.replace("dm_align_group(Common(steps=4))", "dm_align_group(Common(steps=4, batch=4, critic_updates=1), distil=1, iterations=1, group=2)")
     scope: dict = {}
     exec(compile(code, str(README), "exec"), scope)
     student = scope["few_step"]

@@ -205,15 +205,16 @@ def test_plan_says_whether_it_fits_and_what_would():
 
 
 def test_workload_of_a_recipe():
+    from instep.recipes.common import Common
     from instep.recipes.dm_align import dm_align_group
-    from instep.recipes.dmd2 import dmd2
+    from instep.recipes.dmd import dmd2
 
     base = wan_workload(wan_module(MID), SIZE)
-    recipe = dmd2(steps=2, guidance=1.0, critic_updates=3, reuse=False, batch=8)
+    recipe = dmd2(Common(steps=2, guidance=1.0, critic_updates=3, reuse=False, batch=8))
     w = recipe_workload(recipe, recipe.stages[0], base)
     assert (w.levels, w.guidance, w.critic_updates, w.reuse, w.batch, w.needs_final) == (2, 1.0, 3, False, 8, False)
     assert w.roles == "copies" and w.params == base.params
-    joint = dm_align_group(lora_rank=16, ema=None)
+    joint = dm_align_group(Common(lora_rank=16, ema=None))
     align = recipe_workload(joint, joint.stages[1], base)
     assert align.needs_final and align.final_live == ("final" in joint.stages[1].live) and not align.trajectory
     assert (align.roles, align.lora_rank, align.ema) == ("lora", 16, False)

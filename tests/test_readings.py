@@ -11,7 +11,8 @@ from instep.advantage import group_advantage
 from instep.forces.dm_align import Group, align_direction, group_factor
 from instep.matching.critic import Score, denoising_error
 from instep.matching.force import DistributionMatching
-from instep.models.mixture import ExactTeacher, Mixture, VelocityMLP, labels
+from instep.models.mixture import ExactTeacher, Mixture, labels
+from instep.models.small import VelocityMLP
 from instep.paths import RectifiedFlow
 from instep.prediction import score_of_x0
 from instep.rollout import draw_exits, rollout_few_step

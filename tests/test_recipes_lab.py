@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from instep.levels import Uniform
-from instep.models.mixture import ExactTeacher, Mixture, VelocityMLP, labels
+from instep.models.mixture import ExactTeacher, Mixture, labels
+from instep.models.small import VelocityMLP
 from instep.paths import RectifiedFlow
+from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
-from instep.recipes.dmd2 import dmd2
+from instep.recipes.dmd import dmd2
 from instep.rollout import sample_few_step
 from instep.terms import Batch
 from instep.train.recipe import Optim, Recipe
@@ -20,7 +22,7 @@ from instep.train.step import Trained, TrainState, iteration
 
 PATH, RING = RectifiedFlow(), Mixture.ring()
 STUDENT, FAKE = Optim(1e-3, betas=(0.5, 0.99), clip=5.0, decay=0.6), Optim(2e-3, betas=(0.5, 0.99), clip=5.0, decay=0.6)
-COMMON = {"batch": 256, "guidance": 1.0, "shift": 1.0, "student": STUDENT, "fake": FAKE, "ema": None}
+COMMON = Common(batch=256, guidance=1.0, shift=1.0, student=STUDENT, fake=FAKE, ema=None)
 
 
 def new_state(score: Callable | None = None, seed: int = 0) -> TrainState:
@@ -87,7 +89,7 @@ def preferred_right(label: Tensor, rng: torch.Generator) -> Tensor:
 
 @pytest.fixture(scope="module")
 def control() -> Tensor:
-    return run(dmd2(iterations=450, **COMMON))
+    return run(dmd2(COMMON, iterations=450))
 
 
 def test_dmd2_matches_the_mixture(control):
@@ -96,31 +98,31 @@ def test_dmd2_matches_the_mixture(control):
     assert abs(right_share(control) - 0.5) < 0.1, "without a reward neither side is preferred"
 
 
-# every level, each group's own deviation: at the recipes' default levels (.8 to .98) the force does next to nothing here, see below
+# every level, each group's own deviation: at high levels alone the force does next to nothing here, see below
 STRONG = {"weight": 0.05, "levels": Uniform(), "spread": "group"}
 
 
 @pytest.mark.parametrize("sign", ["signed", "pull"])
 def test_group_takes_the_student_to_the_rewarded_side(control, sign):
     """In two dimensions the force is strong: a weight of .05 moves every sample, and leaves most of the quality."""
-    aligned = run(dm_align_group(distil=300, iterations=150, sign=sign, **STRONG, **COMMON), rightness)
+    aligned = run(dm_align_group(COMMON, distil=300, iterations=150, sign=sign, **STRONG), rightness)
     assert right_share(aligned) > 0.9
     assert quality(aligned) > quality(control) - 0.35
 
 
 def test_printed_sign_takes_it_to_the_other_side():
     """Eq. 7 to the letter moves low samples away from the preferred mean: the reward falls."""
-    assert right_share(run(dm_align_group(distil=300, iterations=150, sign="printed", **STRONG, **COMMON), rightness)) < 0.2
+    assert right_share(run(dm_align_group(COMMON, distil=300, iterations=150, sign="printed", **STRONG), rightness)) < 0.2
 
 
 def test_pair_moves_toward_the_preferred_side(control):
-    aligned = run(dm_align_pair(distil=300, iterations=150, weight=0.05, levels=Uniform(), **COMMON), preferred=preferred_right)
+    aligned = run(dm_align_pair(COMMON, distil=300, iterations=150, weight=0.05, levels=Uniform()), preferred=preferred_right)
     assert right_share(aligned) > right_share(control) + 0.15
     assert quality(aligned) > quality(control) - 0.25
 
 
 def test_high_levels_alone_hardly_align(control):
-    """The recipes' default levels keep pictures from fading; on modes this far apart they also take nearly all of the alignment away."""
-    aligned = run(dm_align_group(distil=300, iterations=150, weight=0.5, **COMMON), rightness)
+    """High levels keep pictures from fading; on modes this far apart they also take nearly all of the alignment away."""
+    aligned = run(dm_align_group(COMMON, distil=300, iterations=150, weight=0.5, levels=Uniform(low=0.8, high=0.98)), rightness)
     assert abs(right_share(aligned) - right_share(control)) < 0.15
     assert quality(aligned) > quality(control) - 0.15

@@ -17,14 +17,16 @@ from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
 from instep.models import VideoSize
 from instep.models.wan import WanFamily
+from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
-from instep.recipes.dmd2 import dmd2
+from instep.recipes.dmd import dmd2
 from instep.train import checkpoint
+from instep.train import log as log_module
 from instep.train.run import Interrupted, RunOptions, train
-from instep.train.source import Order, Preferred
+from instep.train.source import Order, RealSamples
 
 PROMPTS = ["a seven moving left fast", "a digit", "an eight", "a two standing still"]
-SMALL = {"distil": 2, "iterations": 3, "batch": 4, "group": 2, "critic_updates": 2, "steps": 2, "top_n": 1}
+SMALL = {"common": Common(batch=4, critic_updates=2, steps=2), "distil": 2, "iterations": 3, "group": 2, "top_n": 1}
 EVERY = RunOptions(save_every=1, probe_every=2)
 
 
@@ -169,13 +171,13 @@ def test_errors_come_first_and_lose_nothing(whole, tmp_path):
     run(group, "reward 'broken' raised ZeroDivisionError", reward=lambda_named("broken", lambda m, p: 1 / 0))
     run(group, "returned nan for 2 of 2 samples", reward=lambda m, p: torch.full((len(m),), torch.nan))
     run(group, r"returned \(2, 3\) for 2 samples", reward=lambda m, p: torch.zeros(len(m), 3))
-    run(dm_align_pair(distil=1, iterations=1), "preferred: stage 'align' of dm-align-pair needs preferred samples")
+    run(dm_align_pair(distil=1, iterations=1), "real: stage 'align' of dm-align-pair needs preferred samples")
     run(
-        dm_align_pair(distil=1, iterations=1), "preferred: latents of shape", preferred=Preferred(("a digit",), torch.zeros(1, 3, 2, 2, 2))
+        dm_align_pair(distil=1, iterations=1), "real: latents of shape", real=RealSamples(("a digit",), torch.zeros(1, 3, 2, 2, 2))
     )
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="holds another run .its config differ"):
-        train(dm_align_group(**{**SMALL, "weight": 0.3}), fam, out=whole, prompts=PROMPTS, reward=brightness, options=EVERY)
+        train(dm_align_group(**{**SMALL, "weight": 0.4}), fam, out=whole, prompts=PROMPTS, reward=brightness, options=EVERY)
     assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     full = tmp_path / "full"
     full.mkdir()
@@ -183,7 +185,7 @@ def test_errors_come_first_and_lose_nothing(whole, tmp_path):
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         train(group, fam, out=full, prompts=PROMPTS, reward=brightness)
     with pytest.raises(ValueError, match="batch 5 is not a multiple of group 2"):
-        dm_align_group(**{**SMALL, "batch": 5})
+        dm_align_group(**{**SMALL, "common": Common(batch=5, steps=2)})
 
 
 def lambda_named(name, function):
@@ -263,8 +265,76 @@ def test_lora_roles_share_a_backbone_and_export(tmp_path):
     out = tmp_path / "lora"
     fam = family()
     base = {k: v.clone() for k, v in fam.pretrained.state_dict().items()}
-    run = train(dmd2(steps=2, iterations=2, batch=4, lora_rank=4, critic_updates=1), fam, out=out, prompts=PROMPTS, options=EVERY)
+    run = train(dmd2(Common(steps=2, batch=4, lora_rank=4, critic_updates=1), iterations=2), fam, out=out, prompts=PROMPTS, options=EVERY)
     assert run.state.roles["student"].backbone is run.state.roles["teacher"].backbone
     now = {k.replace(".base_layer", ""): v for k, v in fam.pretrained.state_dict().items() if "lora_" not in k}
     assert all(torch.equal(now[k], v) for k, v in base.items()), "the shared weights are frozen"
     assert (out / "student" / "lora.safetensors").is_file()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from instep.train.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_process_at_a_time(tmp_path):
+    """A second process is refused by name; a killed one lets go."""
+    out = tmp_path / "run"
+    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = (out / "log.jsonl").read_bytes()
+        with pytest.raises(ValueError, match=rf"is being written by another process \(process {holder.pid}\); wait for it"):
+            train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+        assert (out / "log.jsonl").read_bytes() == before
+    finally:
+        holder.kill()
+        holder.wait()
+    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
+    out = tmp_path / "run"
+    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+    for tensors in (out / "checkpoints").glob("step-*/tensors.safetensors"):
+        tensors.write_bytes(tensors.read_bytes()[:-8])
+    log = (out / "log.jsonl").read_bytes()
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=r"all \d checkpoints in .* are damaged, so this run cannot go on"):
+        train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+    assert (out / "log.jsonl").read_bytes() == log
+
+
+def test_a_full_disk_under_the_log_stops_with_a_word_and_resumes(tmp_path, whole, monkeypatch):
+    out = tmp_path / "run"
+    real_row = log_module.RunLog.row
+
+    def full(self, step, scalars):
+        if step == 3:
+            self._file = FullDisk(self._file)
+        real_row(self, step, scalars)
+
+    monkeypatch.setattr(log_module.RunLog, "row", full)
+    with pytest.raises(OSError, match="could not write the row of step 3 .*the checkpoints are intact, free some space"):
+        train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+    monkeypatch.setattr(log_module.RunLog, "row", real_row)
+    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+    same(whole, out)
+
+
+class FullDisk:
+    """A file that cannot take another byte."""
+
+    def __init__(self, file):
+        self.file, self.name = file, file.name
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self):
+        self.file.close()

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from instep.forces.adversarial import Adversarial
 from instep.forces.dm_align import Group
-from instep.levels import LevelSampler, Uniform
-from instep.matching.critic import Score, denoising_error
+from instep.matching.critic import Score, ScoreWithHead, denoising_error
 from instep.matching.force import DistributionMatching
-from instep.models.mixture import ExactFake, ExactTeacher, Mixture, Particles, VelocityMLP, labels
+from instep.models.mixture import ExactTeacher, Mixture, labels
+from instep.models.small import ExactFake, Particles, VelocityMLP
 from instep.paths import RectifiedFlow
 from instep.rollout import renoise_log_prob
-from instep.terms import Batch, Force, Objective, Pairs, View, as_force
+from instep.terms import Batch, Objective, Pairs, View, as_force
 from instep.train.recipe import FewStep, Optim, Stage
 from instep.train.step import Trained, TrainState, iteration
 
@@ -39,13 +40,10 @@ def batch_of(names: tuple[str, ...], real: Tensor | None = None, pairs: Pairs | 
     return Batch(names, labels(names), labels([""] * len(names)), real, pairs)
 
 
-def mlp_state(*, exits: int = 0, score=None, seed: int = 0, fake_extra: nn.Module | None = None) -> TrainState:
+def mlp_state(*, exits: int = 0, score=None, seed: int = 0, head: bool = False) -> TrainState:
     torch.manual_seed(seed)
-    student, fake = VelocityMLP(PATH), VelocityMLP(PATH, exits=exits)
-    own = dict(fake.named_parameters())
-    if fake_extra is not None:
-        own |= {f"head.{k}": p for k, p in fake_extra.named_parameters()}
-    trained = {"student": Trained(dict(student.named_parameters()), OPTIM), "fake": Trained(own, OPTIM)}
+    student, fake = VelocityMLP(PATH), VelocityMLP(PATH, exits=exits, head=head)
+    trained = {"student": Trained(student.trainable(), OPTIM), "fake": Trained(fake.trainable(), OPTIM)}
     roles = {"student": student, "fake": fake, "teacher": ExactTeacher(RING, PATH)}
     return TrainState(roles, trained, PATH, (2,), torch.Generator().manual_seed(seed), score)
 
@@ -82,57 +80,23 @@ def test_dm_align_has_two_live_points():
     assert {"force/dm/norm", "force/group/norm", "force/cosine/dm~group", "critic/fake", "reward/train"} <= log.keys()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adversarial(Force):
-    """-log D of the noised sample, through the fake's features."""
-
-    name: str = "gan"
-    head: nn.Module
-    levels: LevelSampler = field(default_factory=Uniform)
-
-    def __call__(self, view: View) -> Tensor:
-        point = view.samples.point(self.on).detach()
-        x = point.x.requires_grad_()
-        t = self.levels(len(x), progress=0.0, t_exit=None, rng=view.rng)
-        with torch.enable_grad():
-            features = view.roles["fake"](PATH.renoise(x, view.randn_like(x), t), t, view.samples.cond).features
-            return torch.autograd.grad(F.softplus(-self.head(features[0])).mean(), x)[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreWithHead(Score):
-    """Denoising, and telling real from generated on the same features: two losses on the fake."""
-
-    head: nn.Module
-
-    def losses(self, view: View) -> Iterator[Tensor]:
-        yield from super().losses(view)
-        real, fake = view.batch.real, view.samples.point("exit").x.detach()
-        t = self.levels(len(real), progress=0.0, t_exit=None, rng=view.rng)
-        for x, sign in ((real, -1.0), (fake, 1.0)):
-            features = view.roles["fake"](PATH.renoise(x, view.randn_like(x), t), t, view.samples.cond).features
-            yield F.softplus(sign * self.head(features[0])).mean()
-
-
 def test_gan_puts_two_losses_on_the_fake():
-    torch.manual_seed(1)
-    head = nn.Linear(64, 1)
-    state = mlp_state(fake_extra=head)
-    terms = (DistributionMatching(), Adversarial(head=head, weight=0.05))
-    stage = Stage("gan", 1, 64, terms, (ScoreWithHead(head=head, updates=5),), FewStep((1.0,)))
+    state = mlp_state(head=True)
+    terms = (DistributionMatching(), Adversarial(weight=0.05))
+    stage = Stage("gan", 1, 64, terms, (ScoreWithHead(updates=5, gan_weight=0.1),), FewStep((1.0,)))
+    before = state.roles["fake"].head[0].weight.detach().clone()
     losses = []
     for _ in range(60):
         names = prompts(64, state.rng)
         real = RING.sample(labels(names).label, state.rng)
-        before = head.weight.detach().clone()
         losses.append(iteration(state, stage, [batch_of(names, real)], 0.0))
-    assert not torch.equal(before, head.weight), "the head is trained with the fake"
+    assert not torch.equal(before, state.roles["fake"].head[0].weight), "the head is trained with the fake"
     assert "force/cosine/dm~gan" in losses[-1]
     assert sum(log["critic/fake"] for log in losses[-10:]) / 10 < 0.9 * losses[0]["critic/fake"]
     # and the head has learnt something: real samples score above a point far from every mode
     t, cond = torch.full((64,), 0.1), labels(names)
     with torch.no_grad():
-        on, off = (head(state.roles["fake"](x, t, cond).features[0]).mean() for x in (real, torch.zeros_like(real)))
+        on, off = (state.roles["fake"](x, t, cond).logit.mean() for x in (real, torch.zeros_like(real)))
     assert on > off
 
 
@@ -144,9 +108,11 @@ class ClippedPolicy(Objective):
     """GRPO's clipped surrogate on the student's own re-noise steps."""
 
     name: str = "grpo"
-    needs_reward: bool = True
-    needs_trajectory: bool = True
     clip: float = 0.2
+
+    @property
+    def needs(self):
+        return frozenset({"reward", "trajectory"})
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         path = view.samples.trajectory

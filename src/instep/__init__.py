@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from instep.models import VideoSize, load
     from instep.models.wan import WanFamily
+    from instep.recipes.amd import amd
+    from instep.recipes.common import Common
+    from instep.recipes.decoupled_dmd import decoupled_dmd
     from instep.recipes.dm_align import dm_align_group, dm_align_pair
-    from instep.recipes.dmd2 import dmd2
+    from instep.recipes.dmd import dmd, dmd2
+    from instep.recipes.magic import magic
     from instep.train.run import Run, RunOptions
-    from instep.train.source import Preferred
+    from instep.train.source import RealSamples
 
 __version__ = "0.1.0"
 
@@ -25,22 +29,32 @@ _WHERE = {
     "WanFamily": "instep.models.wan",
     "dm_align_group": "instep.recipes.dm_align",
     "dm_align_pair": "instep.recipes.dm_align",
-    "dmd2": "instep.recipes.dmd2",
+    "dmd": "instep.recipes.dmd",
+    "dmd2": "instep.recipes.dmd",
+    "decoupled_dmd": "instep.recipes.decoupled_dmd",
+    "magic": "instep.recipes.magic",
+    "amd": "instep.recipes.amd",
+    "Common": "instep.recipes.common",
     "Run": "instep.train.run",
     "RunOptions": "instep.train.run",
-    "Preferred": "instep.train.source",
+    "RealSamples": "instep.train.source",
 }
 __all__ = [
-    "Preferred",
+    "Common",
+    "RealSamples",
     "Run",
     "RunOptions",
     "VideoSize",
     "WanFamily",
     "__version__",
+    "amd",
+    "decoupled_dmd",
     "dm_align_group",
     "dm_align_pair",
+    "dmd",
     "dmd2",
     "load",
+    "magic",
 ]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep export DIR --to D   the student as a stock diffusers folder
   instep recipes             what can be trained
   instep plan RECIPE         memory and time, before anything runs
+  instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, moving picture
   instep pretrain moving-digits   rebuild the bundled model from raw digits
 
 Begin with:  instep train dm-align-group --out runs/first
@@ -54,13 +56,16 @@ class TrainArgs:
     """Steps between checkpoints."""
     probe_every: int = 20
     """Steps between probes (samples that feed the health checks and plots)."""
+    teacher_samples: int = 512
+    """Samples of the teacher that are made and kept for recipes that need real samples or stored pairs, where there are none."""
     checkpointing: bool = False
     """Activation checkpointing: less memory, one more forward pass."""
     evaluate: bool = True
     """Measure the student against teacher and naive sampling at the end (moving-digits), and write the report."""
 
     def __post_init__(self) -> None:
-        for name, value in {"save_every": self.save_every, "probe_every": self.probe_every, "threads": self.threads}.items():
+        whole = {"save_every": self.save_every, "probe_every": self.probe_every, "threads": self.threads, "teacher_samples": self.teacher_samples}
+        for name, value in whole.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} is not allowed; it is 1 or more")
 
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     commands = {
         "train": _train, "sample": _sample, "eval": _eval, "report": _report, "export": _export, "recipes": _recipes, "plan": _plan,
-        "pretrain": _pretrain,
+        "pretrain": _pretrain, "lab": _lab,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
@@ -114,7 +119,7 @@ def rephrased(box: str) -> str:
     if "╭" not in plain and len(parts) > 1:  # where the output is not UTF-8 the title stands above a rule instead of in the frame
         parts = parts[1:]
     message, helped = parts[0], next((part.removeprefix("Argument helptext: ") for part in parts if part.startswith("Argument helptext:")), "")
-    if found := re.match(r"Error parsing (?:recipe|options)\.(\S+): (\w+): (.*)", message):  # a component that refused its value
+    if found := re.match(r"Error parsing (?:recipe|options)\.(?:common\.)?(\S+): (\w+): (.*)", message):  # a component that refused its value
         return f"--{found[1]}.{found[2].replace('_', '-')}: {found[3]}"
     if found := re.match(r"Error parsing (\S+): (.*)", message):
         wrong = re.search(r"(?:base 10: |to float: |instantiated from )('.*?'|\[.*?\])", found[2])
@@ -138,11 +143,30 @@ def _recipe_args(name: str, args: Sequence[str], command: str, options: type) ->
 
     function = find(name)
     fields = [
-        ("recipe", Annotated[Any, tyro.conf.arg(name="", constructor=function)]),
+        ("recipe", Annotated[Any, tyro.conf.arg(name="", constructor=_flat(function))]),
         ("options", Annotated[options, tyro.conf.arg(name="")]),  # type: ignore[valid-type]
     ]
     parsed = _parse(dataclasses.make_dataclass("Args", fields), args, f"{command} {name}", (function.__doc__ or "").split("\n")[0])
     return parsed.recipe, parsed.options
+
+
+def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The recipe function with its `common` options unnested: --steps, not --common.steps."""
+    import inspect
+
+    import tyro
+
+    @functools.wraps(function)
+    def call(**given: Any) -> Any:
+        return function(**given)
+
+    hints = inspect.get_annotations(function, eval_str=True)
+    shared = hints["common"]
+    call.__annotations__ = hints | {"common": Annotated[shared, tyro.conf.arg(name="")]}
+    parameters = [p.replace(annotation=call.__annotations__[name]) for name, p in inspect.signature(function).parameters.items()]
+    call.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
+    del call.__wrapped__  # type: ignore[attr-defined]
+    return call
 
 
 def _name_of(args: Sequence[str], command: str) -> str:
@@ -225,6 +249,14 @@ def _export(args: Sequence[str]) -> int:
     from instep.commands.export import ExportArgs, export_command
 
     return export_command(_parse(ExportArgs, args, "export"))
+
+
+def _lab(args: Sequence[str]) -> int:
+    count = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+    from instep.commands.lab import LabArgs, lab_command
+
+    options = _parse(LabArgs, args[count:], "lab RECIPE...", "Recipes side by side in the exact laboratory; RECIPE or RECIPE:key=value,key=value.")
+    return lab_command(args[:count], options)
 
 
 def _plan(args: Sequence[str]) -> int:

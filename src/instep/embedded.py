@@ -1,4 +1,4 @@
-"""The embedded default, ready to train: the moving-digits pipeline, its prompts, reward, monitor and preferred samples."""
+"""The embedded default, ready to train: the moving-digits pipeline, its prompts, reward, monitor and real samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from instep.data import digits
 from instep.models import MOVING_DIGITS, load
 from instep.models.wan import WanFamily
 from instep.rewards.judges import Judge, load_judge
-from instep.train.source import Preferred
+from instep.train.source import RealSamples
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MovingDigits:
     reward: Judge
     monitor: JudgeMonitor
 
-    def preferred(self, n: int = 1024, seed: int = 77) -> Preferred:
+    def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos of the training split through the VAE, each with one of the training prompts: what DM-Align (Pair) prefers."""
         rng = torch.Generator().manual_seed(seed)
         chosen = torch.randint(len(self.prompts), (n,), generator=rng).tolist()
@@ -46,7 +46,7 @@ class MovingDigits:
         media = digits.render("train", [digits.parse(name) for name in names], seed)
         with torch.no_grad():
             latents = torch.cat([self.family.encode_media(part) for part in media.split(32)])
-        return Preferred(names, latents)
+        return RealSamples(names, latents)
 
 
 def moving_digits() -> MovingDigits:

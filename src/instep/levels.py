@@ -27,8 +27,7 @@ def check_levels(levels: Sequence[float]) -> None:
     falling = all(a > b for a, b in zip(levels, levels[1:], strict=False))
     if not levels or levels[0] != 1 or not falling or levels[-1] <= 0:
         raise ValueError(
-            f"levels: {list(levels)} is not a few-step list; it starts at 1 (noise), falls strictly and stays above 0, "
-            f"for example {few_step_levels(4, 3.0)}"
+            f"levels: {list(levels)} is not a few-step list; it starts at 1 (noise), falls strictly and stays above 0, for example {few_step_levels(4, 3.0)}"
         )
 
 
@@ -46,8 +45,11 @@ class Uniform(LevelSampler):
     """t ~ U(low, high), optionally shifted before it is clamped to [low, high] (DMD on Wan: shift 5, [.02, .98])."""
 
     low: float = 0.02
+    """Lowest level."""
     high: float = 0.98
+    """Highest level."""
     shift: float = 1.0
+    """Timestep shift before the clamp."""
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high <= 1:
@@ -60,3 +62,25 @@ class Uniform(LevelSampler):
         if self.shift == 1:
             return self.low + (self.high - self.low) * u
         return shift_level(u, self.shift).clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class AboveExit(LevelSampler):
+    """t ~ U(t_exit, high): only levels noisier than the one a sample was predicted at (Decoupled-DMD's CA term; AMD Table 1, t_phi > t_G).
+
+    Where nothing lies above the exit (a first step starts from pure noise), all of [low, high] serves: the letter would leave a one-step
+    student a single level of almost pure noise. `shift` as for `Uniform`.
+    """
+
+    low: float = 0.02
+    high: float = 0.98
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        Uniform(self.low, self.high, self.shift)
+
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+        assert t_exit is not None, "levels above the exit need to know the exit"
+        low = torch.where(t_exit < self.high, t_exit.clamp(min=self.low), torch.full_like(t_exit, self.low))
+        t = shift_level(torch.rand(n, generator=rng, device=rng.device), self.shift).to(low)
+        return low + (self.high - low) * t

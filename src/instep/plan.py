@@ -111,9 +111,14 @@ def passes(w: Workload) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
             "teacher", 1 if w.guidance == 1 else 2, "no guidance" if w.guidance == 1 else "with and without the prompt"
         ),
     ]
+    if w.other_plain:
+        plain.append(Item("other forces", w.other_plain, "beside matching"))
     if not w.reuse:
         plain.append(Item("rollouts for critics", n * (q + 1) / 2, f"{n} fresh ones"))
-    return tuple(plain), (Item("student", graph, "supervised step"), Item("critic", n, "updates of the fake"))
+    trained = [Item("student", graph, "supervised step"), Item("critic", n * w.critic_passes, f"{n} updates")]
+    if w.other_graph:
+        trained.insert(1, Item("other terms", w.other_graph, "beside matching"))
+    return tuple(plain), tuple(trained)
 
 
 def pass_flops(w: Workload) -> tuple[float, float]:

@@ -6,8 +6,9 @@ A force is dL/dx of a **batch-mean** loss, shaped like x, and is descended. An o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from torch import Tensor
 from instep.paths import Path
 from instep.prediction import Condition, Denoiser
 from instep.rollout import Rollout, Where
+
+# what a term or a critic may ask of its stage: the reward of final samples, a reward with a gradient, real samples of the batch's
+# prompts, real ones that people prefer, stored outputs of the teacher with the noise they came from, the trajectory of the rollout
+Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory"]
+NOTHING: frozenset[Need] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,19 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What a source hands out: B prompts, encoded, and where a method needs them real samples (latents [B, ...]) or pairs.
+class Stored:
+    """Outputs of the teacher `x0` [R, ...] with their prompts' conditions and the noise [R, ...] each was sampled from."""
 
-    `cond` and `null` are one row a prompt; `null` is the unconditional prompt.
+    cond: Condition
+    noise: Tensor
+    x0: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a source hands out: B prompts, encoded, and where a method needs them real samples (latents [B, ...]), pairs, or `stored`.
+
+    `cond` and `null` are one row a prompt; `null` is the unconditional prompt. `stored` has prompts of its own.
     """
 
     prompts: tuple[str, ...]
@@ -37,16 +52,20 @@ class Batch:
     null: Condition
     real: Tensor | None = None
     pairs: Pairs | None = None
+    stored: Stored | None = None
 
     def rows(self, rows: slice) -> Batch:
         pairs = self.pairs and Pairs(self.pairs.chosen[rows], self.pairs.rejected[rows])
         real = None if self.real is None else self.real[rows]
-        return Batch(self.prompts[rows], self.cond[rows], self.null[rows], real, pairs)
+        return Batch(self.prompts[rows], self.cond[rows], self.null[rows], real, pairs, self.stored)
 
 
 @dataclass(frozen=True)
 class View:
-    """Everything a term may look at. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator."""
+    """Everything a term may look at. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator.
+
+    `reward` of latents [B, ...] and their prompts -> [B] can be differentiated; None where the run has no such reward.
+    """
 
     roles: Mapping[str, Denoiser]
     path: Path
@@ -54,6 +73,7 @@ class View:
     progress: float
     rng: torch.Generator
     rollout: Rollout | None = None
+    reward: Callable[[Tensor, Sequence[str]], Tensor] | None = None
 
     @property
     def samples(self) -> Rollout:
@@ -74,14 +94,20 @@ class Term:
     name: str
     weight: float = 1.0
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        return NOTHING
+
+    def passes(self, group: int) -> tuple[float, float]:
+        """Network evaluations a sample in groups of `group`, without a graph and with one, for `instep plan`; a reward's own are not counted."""
+        return 0.0, 0.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Force(Term):
     """Acts on the samples at `on`; called with a view it returns dL/dx there, [B, ...], L a batch mean."""
 
     on: Where = "exit"
-    needs_real: bool = False
-    needs_reward: bool = False
 
     def __call__(self, view: View) -> Tensor:
         raise NotImplementedError
@@ -90,9 +116,6 @@ class Force(Term):
 @dataclass(frozen=True, kw_only=True)
 class Objective(Term):
     """Acts on the student's parameters: yields scalars, each of which is backwarded before the next is asked for."""
-
-    needs_reward: bool = False
-    needs_trajectory: bool = False
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         raise NotImplementedError
@@ -113,6 +136,15 @@ class Critic:
     def __post_init__(self) -> None:
         if self.updates < 1:
             raise ValueError(f"critic_updates: {self.updates} is not allowed; 1 or more (DMD2 uses 5)")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return NOTHING
+
+    @property
+    def passes(self) -> float:
+        """Network evaluations (forward and backward) a sample and update, for `instep plan`."""
+        return 1.0
 
     def losses(self, view: View) -> Iterator[Tensor]:
         """Scalars whose sum this update descends; each is backwarded before the next is asked for."""

@@ -26,9 +26,10 @@ class Workload:
     micro-batch on one GPU, accumulate: micro-batches an iteration. levels: steps of the student. reuse: critics train
     on the student's rollout (False: a fresh rollout for every update). needs_final: a reward looks at the end of the
     rollout; final_live: and a force acts there, on the student's last step; trajectory: on all of its steps. guidance:
-    of the teacher, 1 means one pass instead of two. roles: three full copies (student, fake, teacher), or two adapters
-    on one frozen network. gpus: over how many the states are sharded (fully sharded data parallel). ema: an averaged
-    copy of what the student trains.
+    of the teacher, 1 means one pass instead of two. other_plain, other_graph: evaluations a sample of forces and
+    objectives beside matching's own, without and with a graph; critic_passes: those of one critic update on average.
+    roles: three full copies (student, fake, teacher), or two adapters on one frozen network. gpus: over how many the
+    states are sharded (fully sharded data parallel). ema: an averaged copy of what the student trains.
     """
 
     params: int
@@ -52,6 +53,9 @@ class Workload:
     checkpointing: bool = True
     ema: bool = True
     gpus: int = 1
+    other_plain: float = 0.0
+    other_graph: float = 0.0
+    critic_passes: float = 1.0
 
     def __post_init__(self) -> None:
         if self.roles not in ("copies", "lora"):
@@ -125,11 +129,16 @@ def recipe_workload(recipe: Recipe, stage: Stage, base: Workload) -> Workload:
             f"{recipe.name}"
         )
     lora = recipe.roles["student"].lora
+    standard = DistributionMatching(guidance=matching[0].guidance).passes(stage.group)[0]
+    plain, graph = (sum(term.passes(stage.group)[i] for term in stage.terms) for i in (0, 1))
+    updates = sum(critic.updates for critic in stage.critics)
+    critics = sum(critic.updates * critic.passes for critic in stage.critics)
     final_live = "final" in stage.live
     return replace(
         base, batch=stage.batch, accumulate=stage.accumulate, levels=len(stage.collect.levels),
-        guidance=matching[0].guidance, critic_updates=sum(critic.updates for critic in stage.critics),
+        guidance=matching[0].guidance, critic_updates=updates,
         reuse=all(critic.reuse for critic in stage.critics), needs_final=stage.to_the_end, final_live=final_live,
         trajectory=final_live and stage.collect.through == "trajectory", roles="copies" if lora is None else "lora",
         lora_rank=base.lora_rank if lora is None else lora.rank, ema=recipe.roles["student"].ema is not None,
+        other_plain=plain - standard, other_graph=graph, critic_passes=critics / updates if updates else 1.0,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from instep.rewards.base import Reward
 from instep.train.probe import Monitor, few_of
 from instep.train.recipe import Recipe
 from instep.train.run import Interrupted, Run, RunOptions, final_samples, train
-from instep.train.source import Preferred
+from instep.train.source import RealSamples
 
 if TYPE_CHECKING:
     from instep.cli import TrainArgs
@@ -32,7 +32,7 @@ class Setting:
     prompts: tuple[str, ...]
     reward: Reward | Callable[..., Any] | None
     monitor: Monitor | None
-    preferred: Preferred | None
+    real: RealSamples | None
 
 
 def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
@@ -41,8 +41,9 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     out = args.out or Path("runs") / f"{recipe.name}-{args.seed}"
     setting = prepare(recipe, args)
     options = RunOptions(
-        seed=args.seed, save_every=args.save_every, probe_every=args.probe_every, checkpointing=args.checkpointing
-    )
+        seed=args.seed, save_every=args.save_every, probe_every=args.probe_every, checkpointing=args.checkpointing,
+        teacher_samples=args.teacher_samples,
+    )  # fmt: skip
     try:
         run = train(
             recipe,
@@ -51,7 +52,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
             prompts=setting.prompts,
             reward=setting.reward,
             monitor=setting.monitor,
-            preferred=setting.preferred,
+            real=setting.real,
             start_from=args.start_from,
             options=options,
             command=command,
@@ -73,8 +74,8 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         from instep.embedded import moving_digits
 
         digits = moving_digits()
-        preferred = digits.preferred() if any(stage.needs_real for stage in recipe.stages) else None
-        return Setting(digits.family, prompts or digits.prompts, reward or digits.reward, digits.monitor, preferred)
+        real = digits.real() if recipe.needs & {"real", "preferred"} else None
+        return Setting(digits.family, prompts or digits.prompts, reward or digits.reward, digits.monitor, real)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     family = load(args.model, VideoSize(*args.size) if args.size else None)

@@ -17,7 +17,7 @@ from instep.advantage import top_n
 from instep.levels import LevelSampler, Uniform
 from instep.paths import broadcast
 from instep.rollout import Where
-from instep.terms import Force, View, as_force, scalar_per_sample
+from instep.terms import Force, Need, View, as_force, scalar_per_sample
 
 # mean|x - x0_fake| can vanish at small levels; below this the direction is not amplified further
 SCALE_FLOOR = 1e-3
@@ -54,8 +54,14 @@ class Pair(Force):
 
     name: str = "pair"
     on: Where = "final"
-    needs_real: bool = True
     levels: LevelSampler = field(default_factory=Uniform)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"preferred"})
+
+    def passes(self, group: int) -> tuple[float, float]:
+        return 2.0, 0.0
 
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:
@@ -82,10 +88,16 @@ class Group(Force):
 
     name: str = "group"
     on: Where = "final"
-    needs_reward: bool = True
     top_n: int = 2
     sign: Sign = "signed"
     levels: LevelSampler = field(default_factory=Uniform)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"reward"})
+
+    def passes(self, group: int) -> tuple[float, float]:
+        return 1.0 + 1.0 / group, 0.0
 
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:

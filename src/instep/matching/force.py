@@ -9,9 +9,10 @@ from torch import Tensor
 
 from instep.levels import LevelSampler, Uniform
 from instep.matching.operator import Displacements, Operator, Standard
-from instep.prediction import predict_guided
-from instep.rollout import Where
-from instep.terms import Force, View, as_force, scalar_per_sample
+from instep.matching.teacher import Annealed
+from instep.prediction import at_scale, guide, predict_guided
+from instep.rollout import Point, Where
+from instep.terms import NOTHING, Force, Need, View, as_force, scalar_per_sample
 
 # mean|x - x0_real| can vanish (a sample the teacher returns unchanged); below this the direction is not amplified further
 SCALE_FLOOR = 1e-3
@@ -42,6 +43,10 @@ class DistributionMatching(Force):
 
     x0_real is the teacher's prediction with `guidance` (w = 1 is none), x0_fake the fake's without, told the exit if it is
     conditioned on it. All in float32: casting the predictions back to half precision before the difference costs 2 to 24 % of it.
+
+    `ca_levels` gives the guidance term (w - 1)(d_cond - d_uncond) levels and noise of its own (Decoupled-DMD); x0_real is then the
+    unguided prediction at one level plus that term at the other, so that both choices agree where the levels do. `adapter` bends the
+    teacher by its own adapter, at a scale that is annealed over the stage.
     """
 
     name: str = "dm"
@@ -49,6 +54,16 @@ class DistributionMatching(Force):
     levels: LevelSampler = field(default_factory=Uniform)
     guidance: float = 1.0
     operator: Operator = field(default_factory=Standard)
+    ca_levels: LevelSampler | None = None
+    adapter: Annealed | None = None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"reward"}) if self.operator.needs_advantage else NOTHING
+
+    def passes(self, group: int) -> tuple[float, float]:
+        teacher = 1.0 if self.guidance == 1 else 2.0 if self.ca_levels is None else 3.0
+        return teacher + 1.0, 0.0
 
     def __call__(self, view: View) -> Tensor:
         return as_force(self.explain(view).direction)
@@ -57,12 +72,28 @@ class DistributionMatching(Force):
     def explain(self, view: View) -> Matching:
         samples = view.samples
         point = samples.point(self.on).detach()
-        x, n = point.x, len(point.x)
-        t = self.levels(n, progress=view.progress, t_exit=point.level, rng=view.rng).to(x)
-        x_t = view.path.renoise(x, view.randn_like(x), t)
-        null = view.batch.null.repeat(samples.group)
-        real = predict_guided(view.roles["teacher"], x_t, t, samples.cond, null, self.guidance).x0
+        x = point.x
+        t, x_t = self._renoised(view, point, self.levels)
+        real, cond, uncond = self._teacher(view, point, t, x_t)
         fake = view.roles["fake"](x_t, t, samples.cond.at_exit(point.exit_id)).x0
-        d = Displacements(x - real, x - fake)
+        d = Displacements(x - real, x - fake, fake - cond, (self.guidance - 1) * (uncond - cond))
         scale = scalar_per_sample(d.real.abs()).clamp(min=SCALE_FLOOR)
         return Matching(x, t, real, fake, self.operator(d, samples.advantage) / scale)
+
+    def _renoised(self, view: View, point: Point, levels: LevelSampler) -> tuple[Tensor, Tensor]:
+        t = levels(len(point.x), progress=view.progress, t_exit=point.level, rng=view.rng).to(point.x)
+        return t, view.path.renoise(point.x, view.randn_like(point.x), t)
+
+    def _teacher(self, view: View, point: Point, t: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Guided, conditional and unconditional x0, so that guided - conditional = (w - 1)(conditional - unconditional)."""
+        samples = view.samples
+        null = view.batch.null.repeat(samples.group)
+        teacher = view.roles["teacher"] if self.adapter is None else at_scale(view.roles["teacher"], self.adapter.at(view.progress))
+        if self.ca_levels is None or self.guidance == 1:
+            here = predict_guided(teacher, x_t, t, samples.cond, null, self.guidance)
+            return here.x0, here.cond, here.uncond
+        t_ca, x_ca = self._renoised(view, point, self.ca_levels)
+        # one call of 3 B samples: conditional at the one level, both at the other
+        stacked = teacher(torch.cat([x_t, x_ca, x_ca]), torch.cat([t, t_ca, t_ca]), samples.cond.stack(samples.cond).stack(null)).x0
+        cond, cond_ca, uncond_ca = stacked.chunk(3)
+        return cond + guide(cond_ca, uncond_ca, self.guidance) - cond_ca, cond, cond - (cond_ca - uncond_ca)

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
+
+from instep.paths import broadcast
 
 
 @dataclass(frozen=True)
 class Displacements:
-    """d = x - x0_hat, each [B, ...]: `real` with guidance, `fake` without."""
+    """d = x - x0_hat and the parts of Eq. 9, each [B, ...].
+
+    `real` with guidance and `fake` without; `dm` = d_cond - d_fake (without guidance) and `ca` = (w - 1)(d_cond - d_uncond), so that
+    real - fake = dm + ca.
+    """
 
     real: Tensor
     fake: Tensor
+    dm: Tensor
+    ca: Tensor
 
 
 @dataclass(frozen=True)
 class Operator:
-    """Base: (displacements, advantage [B] or None) -> direction [B, ...] that is descended."""
+    """Base: (displacements, advantage [B] or None) -> direction [B, ...] that is descended. `formula` is its cell in Table 1."""
+
+    formula: ClassVar[str]
+    needs_advantage: ClassVar[bool] = False
 
     def __call__(self, d: Displacements, advantage: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -25,7 +37,62 @@ class Operator:
 
 @dataclass(frozen=True)
 class Standard(Operator):
-    """d_real - d_fake = x0_fake - x0_real (DMD, DMD2; AMD Table 1, first rows)."""
+    """d_real - d_fake = x0_fake - x0_real (DMD, DMD2; AMD Eq. 7)."""
+
+    formula: ClassVar[str] = "d_real - d_fake"
 
     def __call__(self, d: Displacements, advantage: Tensor | None) -> Tensor:
         return d.real - d.fake
+
+
+@dataclass(frozen=True)
+class Decoupled(Operator):
+    """d_dm + d_ca: Standard at a shared level; with levels of its own for CA, Decoupled-DMD (AMD Eq. 9)."""
+
+    formula: ClassVar[str] = "d_ca + d_dm"
+
+    def __call__(self, d: Displacements, advantage: Tensor | None) -> Tensor:
+        return d.dm + d.ca
+
+
+@dataclass(frozen=True)
+class _Steered(Operator):
+    needs_advantage: ClassVar[bool] = True
+
+    sensitivity: float = 0.5
+    """s of Eq. 13: how far an advantage of one moves the two weights from 1."""
+
+    def __post_init__(self) -> None:
+        if self.sensitivity < 0:
+            raise ValueError(f"sensitivity: {self.sensitivity} is not allowed; 0 (no adaptation) or more, the weights are 1 +- s times the advantage")
+
+    def weights(self, advantage: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha = 1 + s a and beta = 1 - s a (Eq. 13), shaped to multiply `like`."""
+        assert advantage is not None, f"{type(self).__name__} weighs by the advantage; its stage must score rewards"
+        bent = self.sensitivity * broadcast(advantage, like)
+        return 1 + bent, 1 - bent
+
+
+@dataclass(frozen=True)
+class Adaptive(_Steered):
+    """beta d_dm + alpha d_ca (AMD Eq. 10): low samples are matched to the distribution, high ones follow the condition."""
+
+    formula: ClassVar[str] = "alpha d_ca + beta d_dm"
+
+    def __call__(self, d: Displacements, advantage: Tensor | None) -> Tensor:
+        alpha, beta = self.weights(advantage, d.dm)
+        return beta * d.dm + alpha * d.ca
+
+
+@dataclass(frozen=True)
+class NaiveAdaptive(_Steered):
+    """alpha d_real - beta d_fake (AMD Eq. 8), the baseline that leaves the manifold.
+
+    With alpha != beta a multiple of x - x0_hat is left over, which at high noise is large and points away from the mean, or to it.
+    """
+
+    formula: ClassVar[str] = "alpha d_real - beta d_fake"
+
+    def __call__(self, d: Displacements, advantage: Tensor | None) -> Tensor:
+        alpha, beta = self.weights(advantage, d.real)
+        return alpha * d.real - beta * d.fake

@@ -9,9 +9,15 @@ from instep.train.recipe import Recipe
 
 # name on the command line -> module and function; a recipe is imported when it is asked for
 NAMES: dict[str, tuple[str, str]] = {
-    "dmd2": ("instep.recipes.dmd2", "dmd2"),
+    "dmd": ("instep.recipes.dmd", "dmd"),
+    "dmd2": ("instep.recipes.dmd", "dmd2"),
+    "decoupled-dmd": ("instep.recipes.decoupled_dmd", "decoupled_dmd"),
+    "magic": ("instep.recipes.magic", "magic"),
     "dm-align-pair": ("instep.recipes.dm_align", "dm_align_pair"),
     "dm-align-group": ("instep.recipes.dm_align", "dm_align_group"),
+    "amd": ("instep.recipes.amd", "amd"),
+    "refl": ("instep.recipes.refl", "refl"),
+    "naive-adaptive": ("instep.recipes.amd", "naive_adaptive"),
 }
 
 

@@ -18,7 +18,7 @@ from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, checked_scores
 from instep.train.recipe import Recipe, describe
-from instep.train.source import Preferred
+from instep.train.source import RealSamples
 
 if TYPE_CHECKING:
     from instep.train.run import RunOptions
@@ -43,18 +43,31 @@ def scorer(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[
     return score
 
 
-def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, preferred: Preferred | None, prompts: Sequence[str]) -> None:
+def slope(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
+    """Reward of latents with a graph, through the unclamped decoder (a clamped one has no gradient where it saturates); None if it has none."""
+    if reward is None or not reward.differentiable:
+        return None
+    return lambda x, prompts: checked_scores(reward, family.decode(x), prompts)
+
+
+def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: RealSamples | None, prompts: Sequence[str]) -> None:
     """Everything that would otherwise fail after minutes: missing parts, and a reward that does not work on one small batch."""
     if not prompts:
         raise ValueError("prompts: the list is empty; give at least one prompt")
     for stage in recipe.stages:
-        if stage.needs_real and preferred is None:
-            raise ValueError(f"preferred: stage {stage.name!r} of {recipe.name} needs preferred samples; pass preferred=Preferred(prompts, latents)")
-        if stage.needs_reward and reward is None:
+        if "preferred" in stage.needs and real is None:
+            raise ValueError(f"real: stage {stage.name!r} of {recipe.name} needs preferred samples; pass real=RealSamples(prompts, latents)")
+        if "gradient" in stage.needs and (reward is None or not reward.differentiable):
+            raise ValueError(
+                f"reward: stage {stage.name!r} of {recipe.name} climbs its gradient and "
+                + ("none was given" if reward is None else f"{reward.name!r} is not differentiable")
+                + "; give one that is (a Reward with differentiable = True), or choose a recipe that only asks for scores, like amd or dm-align-group"
+            )
+        if "reward" in stage.needs and reward is None:
             raise ValueError(f"reward: stage {stage.name!r} of {recipe.name} needs one; pass reward=, for example a function (media, prompts) -> scores")
-    if preferred is not None and tuple(preferred.latents.shape[1:]) != family.latent_shape:
+    if real is not None and tuple(real.latents.shape[1:]) != family.latent_shape:
         raise ValueError(
-            f"preferred: latents of shape {tuple(preferred.latents.shape[1:])} do not fit the model's {family.latent_shape}; encode them "
+            f"real: latents of shape {tuple(real.latents.shape[1:])} do not fit the model's {family.latent_shape}; encode them "
             "with family.encode_media"
         )
     if reward is not None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from instep.levels import check_levels
 from instep.roles import LoRA
 from instep.rollout import Where
-from instep.terms import Critic, Force, Objective, Term
+from instep.terms import Critic, Force, Need, Objective, Term
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,15 @@ class Optim:
 class RoleConfig:
     """How a role is made: frozen without `optim`, an adapter on the shared backbone with `lora`, else a full copy.
 
-    `exits`: the role is told which exit a sample comes from. `ema`: decay of an averaged copy (None: no copy).
+    `exits`: the role is told which exit a sample comes from. `scale`: of its adapter, where nothing else is asked for (a teacher's is 0: it
+    is the plain teacher except where a force bends it). `head`: it has a discriminator head. `ema`: decay of an averaged copy (None: no copy).
     """
 
     optim: Optim | None = None
     lora: LoRA | None = None
     exits: bool = False
+    scale: float = 1.0
+    head: bool = False
     ema: float | None = None
 
     def __post_init__(self) -> None:
@@ -72,12 +75,24 @@ class FewStep:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """`steps` student steps of one kind. `batch` samples a micro-batch, in groups of `group` a prompt; `accumulate` micro-batches a step.
+class Advantage:
+    """How rewards become advantages: centred in each group, divided by `spread`, and clipped to +-`clip` if there is one (AMD Eq. 12: 1).
 
-    `spread` is what advantages are divided by: each group's own deviation of rewards, or one running over the `run`, with which a
-    group whose samples are all alike says little instead of as much as any other.
+    `spread`: each group's own deviation of rewards, or one running over the `run`, with which a group whose samples are all alike says
+    little instead of as much as any other.
     """
+
+    spread: Literal["group", "run"] = "group"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip: {self.clip} is not allowed; a positive bound on the advantage, or None for no bound")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` student steps of one kind. `batch` samples a micro-batch, in groups of `group` a prompt; `accumulate` micro-batches a step."""
 
     name: str
     steps: int
@@ -88,7 +103,7 @@ class Stage:
     group: int = 1
     accumulate: int = 1
     inner_epochs: int = 1
-    spread: Literal["group", "run"] = "group"
+    advantage: Advantage = Advantage()
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
@@ -98,10 +113,8 @@ class Stage:
             if getattr(self, field) < least:
                 raise ValueError(f"{field}: {getattr(self, field)} is not allowed in stage {self.name!r}; {least} or more")
         if self.batch % self.group:
-            raise ValueError(
-                f"stage {self.name!r}: batch {self.batch} is not a multiple of group {self.group}; every prompt needs its whole group"
-            )
-        if self.needs_reward and self.group < 2:
+            raise ValueError(f"stage {self.name!r}: batch {self.batch} is not a multiple of group {self.group}; every prompt needs its whole group")
+        if "reward" in self.needs and self.group < 2:
             raise ValueError(f"stage {self.name!r}: group {self.group} gives no advantage; compare at least 2 samples a prompt")
         if any(isinstance(term, Force) for term in self.terms) and self.collect is None:
             raise ValueError(f"stage {self.name!r}: it has forces but collect is None; forces act on rolled-out samples")
@@ -120,21 +133,15 @@ class Stage:
         return frozenset(force.on for force in self.forces)
 
     @property
-    def needs_reward(self) -> bool:
-        return any(term.needs_reward for term in self.forces + self.objectives)
-
-    @property
-    def needs_real(self) -> bool:
-        return any(force.needs_real for force in self.forces)
-
-    @property
-    def needs_trajectory(self) -> bool:
-        return any(objective.needs_trajectory for objective in self.objectives)
+    def needs(self) -> frozenset[Need]:
+        """What its terms and critics ask for."""
+        parts: tuple[Term | Critic, ...] = (*self.terms, *self.critics)
+        return frozenset().union(*(part.needs for part in parts))
 
     @property
     def to_the_end(self) -> bool:
         """Whether the rollout is completed past the exits: where something acts on, or is measured on, the final sample."""
-        return self.needs_reward or self.needs_trajectory or "final" in self.live
+        return bool(self.needs & {"reward", "trajectory"}) or "final" in self.live
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,11 @@ class Recipe:
     @property
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What its stages ask for."""
+        return frozenset().union(*(stage.needs for stage in self.stages if stage.steps))
 
     def at(self, step: int) -> tuple[Stage, float]:
         """The stage of the run's step (0-based) and the fraction of it that is done."""

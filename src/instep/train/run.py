@@ -20,28 +20,38 @@ from instep.rewards.base import Reward, as_reward
 from instep.roles import Role
 from instep.rollout import sample_few_step
 from instep.train import checkpoint
-from instep.train.checks import check_inputs, claim, scorer
+from instep.train.cache import teacher_samples
+from instep.train.checks import check_inputs, claim, scorer, slope
 from instep.train.health import HealthMonitor
+from instep.train.lock import locked
 from instep.train.log import RunLog
 from instep.train.probe import Monitor, Probe, few_of
 from instep.train.recipe import Recipe
 from instep.train.setup import averaged, make_state
-from instep.train.source import Preferred, Source
+from instep.train.source import RealSamples, Source
 from instep.train.step import TrainState, iteration
 from instep.train.views import matching_views, samples, save_samples, save_views
 
 if TYPE_CHECKING:
     from instep.export import ExportReport
 
+# steps of the teacher's own sampler where a recipe needs samples of it
+TEACHER_STEPS = 50
+
+
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is kept: `save_every` steps a checkpoint (the last `keep` stay), `probe_every` steps a probe, one `seed` for all."""
+    """How a run is kept: `save_every` steps a checkpoint (the last `keep` stay), `probe_every` steps a probe, one `seed` for all.
+
+    `teacher_samples`: how many samples of the teacher are made and kept for recipes that need such.
+    """
 
     seed: int = 0
     save_every: int = 25
     probe_every: int = 20
     keep: int = 2
     checkpointing: bool = False
+    teacher_samples: int = 512
 
 
 @dataclass(frozen=True)
@@ -67,33 +77,44 @@ def train(
     prompts: Sequence[str],
     reward: Reward | Callable[[Tensor, Sequence[str]], Any] | None = None,
     monitor: Monitor | None = None,
-    preferred: Preferred | None = None,
+    real: RealSamples | None = None,
     start_from: Path | str | None = None,
     options: RunOptions | None = None,
     command: str = "",
 ) -> Run:
     """Trains `recipe` on `family` and exports the student; the same call goes on where an interrupted one stopped.
 
-    `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `preferred` are the real samples that pair recipes need;
+    `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
+    pair recipes; where a discriminator has none, samples of the teacher serve, made once and kept with the run);
     `start_from` is another run whose roles this one begins with. Raises ValueError before training if something does not fit, and
     `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
     """
     out, options = Path(out), options or RunOptions()
     scored = as_reward(reward) if reward is not None else None
-    check_inputs(recipe, family, scored, preferred, prompts)
+    check_inputs(recipe, family, scored, real, prompts)
     claim(out, recipe, family, options, prompts, start_from, command)
-    state = make_state(recipe, family, options.seed, scorer(family, scored), checkpointing=options.checkpointing)
-    source = Source(family, prompts, preferred, options.seed)
-    probe = Probe(family, few_of(prompts, 12), reward=scored, monitor=monitor)
-    loop = Loop(recipe, family, out, options, state, source, probe)
-    loop.restore(start_from)
-    loop.run()
-    with averaged(state.trained["student"]):
-        export_role(
-            state.roles["student"], family, recipe.levels, out / "student", recipe=recipe.name, seed=options.seed,
-            prompts=len(set(prompts)), example=prompts[0], command=command,
-        )  # fmt: skip
-    return Run(out, recipe, family, state, out / "student")
+    with locked(out):
+        state = make_state(recipe, family, options.seed, scorer(family, scored), slope(family, scored), checkpointing=options.checkpointing)
+        stored = None
+        if "stored" in recipe.needs or ("real" in recipe.needs and real is None):
+            stored = teacher_samples(
+                out, family, state.roles["teacher"], prompts, n=options.teacher_samples, steps=TEACHER_STEPS, guidance=recipe.guidance,
+                shift=family.shift, seed=options.seed,
+            )  # fmt: skip
+            if real is None and "real" in recipe.needs:
+                real = RealSamples(stored.prompts, stored.latents)
+                print(f"no real samples were given: {len(stored.prompts)} samples of the teacher serve as real, so what it gets wrong passes for real")
+        source = Source(family, prompts, real, options.seed, stored)
+        probe = Probe(family, few_of(prompts, 12), reward=scored, monitor=monitor)
+        loop = Loop(recipe, family, out, options, state, source, probe)
+        loop.restore(start_from)
+        loop.run()
+        with averaged(state.trained["student"]):
+            export_role(
+                state.roles["student"], family, recipe.levels, out / "student", recipe=recipe.name, seed=options.seed,
+                prompts=len(set(prompts)), example=prompts[0], command=command,
+            )  # fmt: skip
+        return Run(out, recipe, family, state, out / "student")
 
 
 def export_role(
@@ -233,6 +254,11 @@ class Loop:
             self.source.load_state(saved["source"])
             self.state.step = int(saved["step"])
             self.state.reward_variance = saved["reward_variance"]
+        elif there := checkpoint.present(self.out / "checkpoints"):
+            raise ValueError(
+                f"out: all {len(there)} checkpoints in {self.out / 'checkpoints'} are damaged, so this run cannot go on; restore one of them from a copy, "
+                f"or begin again: remove {self.out}, or choose another folder"
+            )
         elif start_from is not None:
             other = checkpoint.latest(Path(start_from) / "checkpoints")
             if other is None:
@@ -240,6 +266,9 @@ class Loop:
             self._load_roles(checkpoint.load(other))
 
     def _load_roles(self, saved: dict[str, Any]) -> None:
+        missing = [name for name in self.state.trained if name not in saved["roles"]]
+        if missing:
+            raise ValueError(f"start_from: that run has no role {missing[0]!r}, which this recipe trains; start from a run of a recipe that does, or from none")
         for name, trained in self.state.trained.items():
             self.state.roles[name].load_state(saved["roles"][name])
             checkpoint.load_optimizer_state(trained.optimizer, saved["optim"][name])

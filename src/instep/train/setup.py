@@ -22,19 +22,19 @@ def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -
         exits = len(recipe.levels) if config.exits else None
         if config.lora is not None:
             shared.add_adapter(name, config.lora)
-            made[name] = Role(name, shared, adapter=name, exits=exits)
+            made[name] = Role(name, shared, adapter=name, scale=config.scale, exits=exits, head=config.head)
         elif config.optim is not None:
             copy = Backbone(family, family.new_backbone().requires_grad_(True), checkpointing=checkpointing)
-            made[name] = Role(name, copy, exits=exits)
+            made[name] = Role(name, copy, exits=exits, head=config.head)
         else:
-            made[name] = Role(name, shared, exits=exits)
+            made[name] = Role(name, shared, exits=exits, head=config.head)
     return made
 
 
-def make_state(recipe: Recipe, family: Family, seed: int, score: Score | None, *, checkpointing: bool = False) -> TrainState:
+def make_state(recipe: Recipe, family: Family, seed: int, score: Score | None, slope: Score | None = None, *, checkpointing: bool = False) -> TrainState:
     """Roles, optimisers and the run's generator, all a function of the seed."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # adapters start from random numbers; the caller's own stream is left alone
+        torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
         roles = make_roles(recipe, family, checkpointing=checkpointing)
     trained = {
         name: Trained(roles[name].named_parameters(), config.optim, config.ema)
@@ -43,7 +43,7 @@ def make_state(recipe: Recipe, family: Family, seed: int, score: Score | None, *
     }
     device = next(family.pretrained.parameters()).device
     rng = torch.Generator(device).manual_seed(seed)
-    return TrainState(roles, trained, family.path, family.latent_shape, rng, score)
+    return TrainState(roles, trained, family.path, family.latent_shape, rng, score, slope)
 
 
 @contextmanager

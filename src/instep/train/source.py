@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from instep.models.base import Family
-from instep.terms import Batch
+from instep.terms import Batch, Stored
 from instep.train.recipe import Stage
+
+if TYPE_CHECKING:
+    from instep.train.cache import TeacherSamples
 
 
 @dataclass(frozen=True)
-class Preferred:
-    """Real samples that people would prefer, each with its prompt: latents [N, C, (F,) H, W]."""
+class RealSamples:
+    """Real samples, each with its prompt: latents [N, C, (F,) H, W]. What a discriminator takes for real, and Pair for preferred."""
 
     prompts: tuple[str, ...]
     latents: Tensor
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.latents) or not self.prompts:
-            raise ValueError(f"preferred: {len(self.prompts)} prompts for {len(self.latents)} samples; give one prompt a sample, at least one")
+            raise ValueError(f"real: {len(self.prompts)} prompts for {len(self.latents)} samples; give one prompt a sample, at least one")
 
 
 class Order:
@@ -46,30 +49,41 @@ class Order:
 
 
 class Source:
-    """Batches for any stage: prompts alone, or preferred samples with theirs."""
+    """Batches for any stage: prompts alone, or real samples with theirs; and stored outputs of the teacher where a stage asks for them."""
 
-    def __init__(self, family: Family, prompts: Sequence[str], preferred: Preferred | None, seed: int) -> None:
+    def __init__(
+        self, family: Family, prompts: Sequence[str], real: RealSamples | None, seed: int, stored: TeacherSamples | None = None
+    ) -> None:
         if not prompts:
             raise ValueError("prompts: the list is empty; give at least one prompt")
-        self.family, self.prompts, self.preferred = family, tuple(prompts), preferred
+        self.family, self.prompts, self.real, self.stored = family, tuple(prompts), real, stored
+        self.device = next(family.pretrained.parameters()).device
         self._orders = {"prompts": Order(len(self.prompts), seed)}
-        if preferred is not None:
-            self._orders["preferred"] = Order(len(preferred.prompts), seed + 1)
+        if real is not None:
+            self._orders["real"] = Order(len(real.prompts), seed + 1)
+        if stored is not None:
+            self._orders["stored"] = Order(len(stored.prompts), seed + 2)
 
     def next(self, stage: Stage) -> list[Batch]:
         """The micro-batches of one iteration."""
         return [self._one(stage) for _ in range(stage.accumulate)]
 
     def _one(self, stage: Stage) -> Batch:
-        n, real = stage.batch // stage.group, None
-        if stage.needs_real:
-            assert self.preferred is not None
-            rows = self._orders["preferred"].next(n)
-            names = tuple(self.preferred.prompts[i] for i in rows)
-            real = self.preferred.latents[rows]
+        n, latents = stage.batch // stage.group, None
+        if stage.needs & {"real", "preferred"}:
+            assert self.real is not None
+            rows = self._orders["real"].next(n)
+            names = tuple(self.real.prompts[i] for i in rows)
+            latents = self.real.latents[rows].to(self.device)
         else:
             names = tuple(self.prompts[i] for i in self._orders["prompts"].next(n))
-        return Batch(names, self.family.encode(names), self.family.null(n), real)
+        return Batch(names, self.family.encode(names), self.family.null(n), latents, stored=self._stored(n) if "stored" in stage.needs else None)
+
+    def _stored(self, n: int) -> Stored:
+        assert self.stored is not None
+        rows = self._orders["stored"].next(n)
+        noise, latents = (x[rows].to(self.device) for x in (self.stored.noise, self.stored.latents))
+        return Stored(self.family.encode([self.stored.prompts[i] for i in rows]), noise, latents)
 
     def state(self) -> dict[str, Any]:
         return {name: order.position for name, order in self._orders.items()}

@@ -14,7 +14,7 @@ from instep.advantage import constant_groups, group_advantage, group_variance
 from instep.paths import Path
 from instep.prediction import Denoiser
 from instep.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
-from instep.terms import Batch, Force, View
+from instep.terms import Batch, Critic, Force, View
 from instep.train.recipe import Optim, Stage
 
 # micro-batches over which the spread of rewards is averaged where a stage shares one
@@ -58,7 +58,8 @@ class Trained:
 
 @dataclass
 class TrainState:
-    """What a run carries from one iteration to the next. `score` is the reward of latents [B, ...] and prompts -> [B], or None.
+    """What a run carries from one iteration to the next. `score` is the reward of latents [B, ...] and prompts -> [B], or None; `slope`
+    the same with a graph, where the reward can be differentiated.
 
     `reward_variance` is the running mean of the variance within groups: the scale of advantages where a stage shares one.
     """
@@ -69,6 +70,7 @@ class TrainState:
     shape: tuple[int, ...]
     rng: torch.Generator
     score: Score | None = None
+    slope: Score | None = None
     step: int = 0
     reward_variance: float | None = None
 
@@ -84,7 +86,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     for epoch in range(stage.inner_epochs):
         for i, batch in enumerate(batches):
             if epoch == 0:
-                view = View(state.roles, state.path, batch, progress, state.rng)
+                view = View(state.roles, state.path, batch, progress, state.rng, reward=state.slope)
                 view = view.with_rollout(score(state, stage, view, collect(state, stage, view, with_graph=True), log))
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
             else:
@@ -94,7 +96,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     for critic in stage.critics:
         for _ in range(critic.updates):
             for view in views:
-                seen = view if critic.reuse else view.with_rollout(collect(state, stage, view, with_graph=False))
+                seen = view if critic.reuse else again(state, stage, view, critic, log)
                 for loss in critic.losses(seen):
                     (loss / len(views)).backward()
                     log.add(f"critic/{critic.role}", loss.detach())
@@ -103,7 +105,14 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     return log.means()
 
 
-def collect(state: TrainState, stage: Stage, view: View, *, with_graph: bool) -> Rollout | None:
+def again(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:
+    """The view with a fresh rollout for a critic that does not re-use the student's, scored if it asks for rewards."""
+    scored = "reward" in critic.needs
+    rollout = collect(state, stage, view, with_graph=False, to_the_end=scored)
+    return view.with_rollout(score(state, stage, view, rollout, log) if scored else rollout)
+
+
+def collect(state: TrainState, stage: Stage, view: View, *, with_graph: bool, to_the_end: bool = False) -> Rollout | None:
     """Rolls out the student on the view's prompts, `stage.group` samples a prompt; none for stages that only read data."""
     if stage.collect is None:
         return None
@@ -121,16 +130,16 @@ def collect(state: TrainState, stage: Stage, view: View, *, with_graph: bool) ->
             state.rng,
             group=stage.group,
             live=stage.live if with_graph else frozenset(),
-            to_the_end=stage.to_the_end and with_graph,
+            to_the_end=to_the_end or (stage.to_the_end and with_graph),
             through=stage.collect.through,
-            record=stage.needs_trajectory and with_graph,
+            record="trajectory" in stage.needs and with_graph,
         )
 
 
 @torch.no_grad()
 def score(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, log: Scalars) -> Rollout | None:
     """Reward of the final samples, and each one's advantage in its group; groups of equal rewards get none and are counted."""
-    if rollout is None or not stage.needs_reward:
+    if rollout is None or "reward" not in stage.needs:
         return rollout
     if state.score is None:
         raise ValueError(f"reward: stage {stage.name!r} needs one and none was given; pass reward= to train(), or choose a recipe without")
@@ -140,11 +149,11 @@ def score(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, 
     log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
     log.add("reward/constant_groups", reward.new_tensor(constant_groups(reward, stage.group) * stage.group / len(reward)))
     deviation = None
-    if stage.spread == "run":
+    if stage.advantage.spread == "run":
         now, before = group_variance(reward, stage.group), state.reward_variance
         state.reward_variance = now if before is None else before + (now - before) / REWARD_HORIZON
         deviation = state.reward_variance**0.5
-    return replace(rollout, reward=reward, advantage=group_advantage(reward, stage.group, deviation=deviation))
+    return replace(rollout, reward=reward, advantage=group_advantage(reward, stage.group, deviation=deviation, clip=stage.advantage.clip))
 
 
 def relive(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout | None:

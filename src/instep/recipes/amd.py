@@ -1,0 +1,44 @@
+"""AMD: matching that adapts to how good a sample is (Bai et al., Algorithm 1; its Table 1, last column), and the baseline it is set against."""
+
+from __future__ import annotations
+
+from instep.matching.operator import Adaptive, NaiveAdaptive, Operator
+from instep.recipes.common import Common
+from instep.train.recipe import Advantage, Recipe
+
+# Eq. 12: each group's own deviation, clipped
+CLIPPED = Advantage(spread="group", clip=1.0)
+
+
+def _adaptive(name: str, common: Common, operator: Operator, distil: int, iterations: int, group: int, tilt: float) -> Recipe:
+    first = common.stage("distil", distil, (common.matching(),), (common.critic(),))
+    second = common.stage("adapt", iterations, (common.matching(operator=operator),), (common.critic(tilt=tilt),), group=group, advantage=CLIPPED)
+    return common.recipe(name, first, second)
+
+
+def amd(common: Common = Common(), *, distil: int = 0, iterations: int = 100, group: int = 8, sensitivity: float = 0.5, tilt: float = 1.0) -> Recipe:
+    """Distil and align with a reward, without its gradient: adaptive matching and a fake that looks at failures (AMD).
+
+    Args:
+        common: options of every recipe.
+        distil: student updates of plain matching before (the two-stage protocol of the paper's SiT runs); 0 leaves the stage out.
+        iterations: student updates of adaptive matching.
+        group: samples a prompt (K), compared with each other.
+        sensitivity: s of Eq. 13, how far an advantage shifts weight between matching and guidance; 0 leaves score adaptation out.
+        tilt: the fake's loss is weighed by exp(-tilt advantage) (Eq. 14: 1); 0 leaves landscape sharpening out.
+    """
+    return _adaptive("amd", common, Adaptive(sensitivity), distil, iterations, group, tilt)
+
+
+def naive_adaptive(common: Common = Common(), *, distil: int = 0, iterations: int = 100, group: int = 8, sensitivity: float = 0.5, tilt: float = 0.0) -> Recipe:
+    """The baseline that AMD is set against: real and fake displacement weighed apart (Eq. 8). It leaves the manifold; not for use.
+
+    Args:
+        common: options of every recipe.
+        distil: student updates of plain matching before.
+        iterations: student updates of naive adaptation.
+        group: samples a prompt (K), compared with each other.
+        sensitivity: s of Eq. 13.
+        tilt: the fake's loss is weighed by exp(-tilt advantage); 0 leaves the weight out.
+    """
+    return _adaptive("naive-adaptive", common, NaiveAdaptive(sensitivity), distil, iterations, group, tilt)

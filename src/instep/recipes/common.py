@@ -1,0 +1,97 @@
+"""What few-step recipes share: their common options, and from these the parts that a recipe is put together from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from instep.levels import LevelSampler, Uniform, few_step_levels
+from instep.matching.critic import Score, ScoreWithHead
+from instep.matching.force import DistributionMatching
+from instep.matching.operator import Operator, Standard
+from instep.matching.teacher import Annealed
+from instep.roles import LoRA
+from instep.terms import Critic, Term
+from instep.train.recipe import Advantage, FewStep, Optim, Recipe, RoleConfig, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every recipe that distils a few-step student by distribution matching."""
+
+    steps: int = 4
+    """Steps (network evaluations) of the student."""
+    batch: int = 32
+    """Samples of a micro-batch; with groups, a multiple of their size."""
+    guidance: float = 3.0
+    """Classifier-free guidance of the teacher; 1 is none."""
+    shift: float = 3.0
+    """Timestep shift of the student's levels and of the re-noise levels."""
+    critic_updates: int = 5
+    """Updates of the fake for each of the student."""
+    reuse: bool = True
+    """Train the fake on the samples of the student's own rollout instead of fresh ones."""
+    condition_on_exit: bool = True
+    """Tell the fake which step of the rollout a sample comes from."""
+    student: Optim = Optim(2e-4)
+    """AdamW of the student."""
+    fake: Optim = Optim(4e-4)
+    """AdamW of the fake."""
+    ema: float | None = 0.95
+    """Decay of the averaged student that is exported; None exports the student itself."""
+    lora_rank: int | None = None
+    """Train adapters of this rank on one shared backbone instead of full copies."""
+    accumulate: int = 1
+    """Micro-batches a student update."""
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The student's few-step levels."""
+        return few_step_levels(self.steps, self.shift)
+
+    @property
+    def renoise(self) -> LevelSampler:
+        """Re-noise levels: all of them, shifted as the model's own schedule is."""
+        return Uniform(shift=self.shift)
+
+    def matching(
+        self,
+        weight: float = 1.0,
+        *,
+        operator: Operator | None = None,
+        levels: LevelSampler | None = None,
+        ca_levels: LevelSampler | None = None,
+        adapter: Annealed | None = None,
+    ) -> DistributionMatching:
+        """The matching force: DMD's, but for what is given."""
+        return DistributionMatching(
+            weight=weight, guidance=self.guidance, levels=levels or self.renoise, operator=operator or Standard(), ca_levels=ca_levels, adapter=adapter
+        )
+
+    def critic(self, *, tilt: float = 0.0, gan: float = 0.0) -> Critic:
+        """The fake's training on the student's samples; `tilt` is AMD's weight, `gan` that of the discriminator's loss."""
+        if gan:
+            return ScoreWithHead(
+                updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=self.renoise, tilt=tilt,
+                gan_weight=gan, gan_levels=self.renoise,
+            )  # fmt: skip
+        return Score(updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=self.renoise, tilt=tilt)
+
+    def stage(
+        self, name: str, steps: int, terms: tuple[Term, ...], critics: tuple[Critic, ...], *, group: int = 1,
+        advantage: Advantage | None = None, collect: FewStep | None = None,
+    ) -> Stage:  # fmt: skip
+        """A stage of this batch size on the student's own rollout."""
+        return Stage(
+            name, steps, self.batch, terms, critics, collect or FewStep(self.levels), group=group, accumulate=self.accumulate,
+            advantage=advantage or Advantage(),
+        )  # fmt: skip
+
+    def recipe(self, name: str, *stages: Stage, head: bool = False, teacher: RoleConfig | None = None) -> Recipe:
+        """Student and fake are trained, the teacher is frozen unless it is given; with a LoRA rank all three share one backbone."""
+        lora = None if self.lora_rank is None else LoRA(self.lora_rank, float(self.lora_rank))
+        roles = {
+            "student": RoleConfig(self.student, lora, ema=self.ema),
+            "fake": RoleConfig(self.fake, lora, exits=self.condition_on_exit, head=head),
+            "teacher": teacher or RoleConfig(),
+        }
+        return Recipe(name, self.levels, roles, stages, self.guidance)

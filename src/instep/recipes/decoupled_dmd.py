@@ -1,0 +1,19 @@
+"""Decoupled-DMD (Liu et al. 2025): guidance and matching at levels of their own; AMD Table 1, third column."""
+
+from __future__ import annotations
+
+from instep.levels import AboveExit
+from instep.matching.operator import Decoupled
+from instep.recipes.common import Common
+from instep.train.recipe import Recipe
+
+
+def decoupled_dmd(common: Common = Common(), *, iterations: int = 100) -> Recipe:
+    """Distil only: the guidance term at levels above the exit, the matching term at all levels (Decoupled-DMD).
+
+    Args:
+        common: options of every recipe.
+        iterations: student updates.
+    """
+    force = common.matching(operator=Decoupled(), ca_levels=AboveExit(shift=common.shift))
+    return common.recipe("decoupled-dmd", common.stage("distil", iterations, (force,), (common.critic(),)))

@@ -1,0 +1,74 @@
+"""AMD's Table 1, read off the recipes themselves: what each row does with the generalised operator of its Eq. 6."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from instep.forces.adversarial import Adversarial
+from instep.forces.reward import RewardGradient
+from instep.levels import AboveExit, LevelSampler
+from instep.matching.critic import Score, ScoreWithHead
+from instep.matching.force import DistributionMatching
+from instep.objectives.regression import Regression
+from instep.recipes.amd import amd, naive_adaptive
+from instep.recipes.decoupled_dmd import decoupled_dmd
+from instep.recipes.dmd import dmd, dmd2
+from instep.recipes.magic import magic
+from instep.recipes.refl import refl
+from instep.terms import Term
+from instep.train.recipe import Recipe
+
+HEADINGS = ("recipe", "operator H", "external force", "re-noise levels", "teacher", "fake")
+
+# the command line of each row, and the recipe that it is
+FAMILY: dict[str, Recipe] = {
+    "dmd": dmd(),
+    "dmd2 --gan 0.01": dmd2(gan=0.01),
+    "dmd2": dmd2(),
+    "decoupled-dmd": decoupled_dmd(),
+    "magic": magic(),
+    "refl": refl(),
+    "amd": amd(),
+    "naive-adaptive": naive_adaptive(),
+}
+
+EXTERNAL = {Regression: "x - x_gt (stored pairs)", Adversarial: "-grad log D(x_t)", RewardGradient: "-grad R(x)"}
+
+
+def cells(name: str, recipe: Recipe) -> tuple[str, ...]:
+    """One row: the cells of `HEADINGS`, from the recipe's last stage."""
+    stage = recipe.stages[-1]
+    force = next(term for term in stage.terms if isinstance(term, DistributionMatching))
+    others = [external(term) for term in stage.terms if term is not force]
+    fake = next(critic for critic in stage.critics if isinstance(critic, Score) and critic.role == "fake")
+    levels = said(force.levels) if force.ca_levels is None else f"DM {said(force.levels)}, CA {said(force.ca_levels)}"
+    teacher = "fixed" if force.adapter is None else "adapter, annealed to fixed"
+    return name, force.operator.formula, ", ".join(others) or "0", levels, teacher, critic_cell(fake)
+
+
+def external(term: Term) -> str:
+    """An external force's cell; a term that Table 1 does not know goes by its name."""
+    return EXTERNAL.get(type(term), term.name)
+
+
+def said(levels: LevelSampler) -> str:
+    """Where levels are drawn."""
+    return "above the exit" if isinstance(levels, AboveExit) else "all"
+
+
+def critic_cell(critic: Score) -> str:
+    """What the fake is trained by."""
+    weight = "" if not critic.tilt else "exp(-a) x " if critic.tilt == 1 else f"exp(-{critic.tilt:g} a) x "
+    return f"{weight}denoising" + (" + logistic" if isinstance(critic, ScoreWithHead) else "")
+
+
+def table() -> list[tuple[str, ...]]:
+    """Headings and all rows."""
+    return [HEADINGS, *(cells(name, recipe) for name, recipe in FAMILY.items())]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a Markdown table, the first one its headings."""
+    head, *body = rows
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in body), ""])

@@ -1,0 +1,33 @@
+"""MagicDistillation (Shao et al. 2025): a teacher that comes to meet the student; AMD Table 1, fourth column."""
+
+from __future__ import annotations
+
+from instep.matching.critic import Score
+from instep.matching.teacher import Annealed
+from instep.recipes.common import Common
+from instep.roles import LoRA
+from instep.train.recipe import Optim, Recipe, RoleConfig
+
+
+def magic(
+    common: Common = Common(),
+    *,
+    iterations: int = 100,
+    teacher_rank: int = 8,
+    teacher_updates: int = 1,
+    teacher: Optim = Optim(4e-4),
+    anneal: Annealed = Annealed(),
+) -> Recipe:
+    """Distil only: an adapter bends the teacher toward the student's samples and is annealed away (MagicDistillation).
+
+    Args:
+        common: options of every recipe.
+        iterations: student updates.
+        teacher_rank: rank of the teacher's adapter.
+        teacher_updates: updates of that adapter for each of the student.
+        teacher: AdamW of that adapter.
+        anneal: its scale in the matching force over the stage.
+    """
+    bend = Score(role="teacher", updates=teacher_updates, reuse=common.reuse, levels=common.renoise, adapter_scale=1.0)
+    stage = common.stage("distil", iterations, (common.matching(adapter=anneal),), (common.critic(), bend))
+    return common.recipe("magic", stage, teacher=RoleConfig(teacher, LoRA(teacher_rank, float(teacher_rank)), scale=0.0))

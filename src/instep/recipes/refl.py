@@ -1,0 +1,23 @@
+"""Matching with the gradient of a reward beside it: AMD Table 1's external force of DMDR, and the second stage of DMDR with ReFL."""
+
+from __future__ import annotations
+
+from instep.forces.reward import RewardGradient
+from instep.recipes.common import Common
+from instep.train.recipe import Recipe
+
+
+def refl(common: Common = Common(), *, distil: int = 0, iterations: int = 100, weight: float = 0.5, matching: float = 1.0) -> Recipe:
+    """Distil and climb a differentiable reward through the decoder: matching plus ReFL.
+
+    Args:
+        common: options of every recipe.
+        distil: student updates of matching alone before; 0 leaves the stage out.
+        iterations: student updates of both together.
+        weight: weight of the reward's gradient (DMDR's lambda_rl: .5).
+        matching: weight of the matching force beside it; 0 leaves the reward alone, which collapses.
+    """
+    critics = (common.critic(),)
+    first = common.stage("distil", distil, (common.matching(),), critics)
+    terms = (common.matching(matching), RewardGradient(weight=weight))
+    return common.recipe("refl", first, common.stage("climb", iterations, terms, critics))

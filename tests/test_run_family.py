@@ -1,0 +1,122 @@
+"""Every recipe of the matching family on a tiny random Wan: it runs, keeps what it needs, resumes to the same weights, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_run import PROMPTS, brightness, family, rows, same
+
+from instep.recipes import NAMES, find
+from instep.recipes.common import Common
+from instep.recipes.dmd import dmd, dmd2
+from instep.recipes.magic import magic
+from instep.recipes.refl import refl
+from instep.rewards.base import FunctionReward
+from instep.train import run as module
+from instep.train.run import RunOptions, train
+
+SHORT = Common(steps=2, batch=4, critic_updates=1)
+FEW = RunOptions(save_every=1, probe_every=50, teacher_samples=4)
+REWARD = FunctionReward(brightness, differentiable=True)
+MATCHING = sorted(set(NAMES) - {"dm-align-pair", "dm-align-group"})
+
+
+@pytest.fixture(autouse=True)
+def few_teacher_steps(monkeypatch):
+    monkeypatch.setattr(module, "TEACHER_STEPS", 2)
+
+
+def recipe_of(name, iterations=2):
+    options = {"group": 2} if name in ("amd", "naive-adaptive") else {}
+    return find(name)(SHORT, iterations=iterations, **options)
+
+
+@pytest.mark.parametrize("name", MATCHING)
+def test_every_recipe_runs_on_a_wan_pipeline(tmp_path, name):
+    run = train(recipe_of(name), family(), out=tmp_path / "run", prompts=PROMPTS, reward=REWARD, options=FEW)
+    last = rows(run.out)[-1]
+    assert last["step"] == 2 and all(value == value for value in last.values() if isinstance(value, float)), "finite figures"
+    assert (run.student / "model_index.json").is_file()
+    assert (run.out / "teacher_samples.safetensors").is_file() == (name == "dmd"), "only what is needed is made"
+
+
+def test_a_discriminator_without_real_samples_takes_the_teachers(tmp_path):
+    run = train(dmd2(SHORT, iterations=2, gan=0.01), family(), out=tmp_path / "run", prompts=PROMPTS, options=FEW)
+    assert (run.out / "teacher_samples.safetensors").is_file()
+    assert "force/gan/norm" in rows(run.out)[-1]
+    state = run.state.roles["fake"].state()
+    assert any(key.startswith("head.") for key in state) and state["head.logit.weight"].abs().max() > 0, "the head has been trained"
+
+
+@pytest.mark.parametrize("recipe", [dmd2(SHORT, iterations=3, gan=0.01), dmd(SHORT, iterations=3), magic(SHORT, iterations=3)])
+def test_heads_adapters_and_stored_pairs_resume_to_the_same_weights(tmp_path, recipe, monkeypatch):
+    whole = train(recipe, family(), out=tmp_path / "whole", prompts=PROMPTS, options=FEW).out
+    real_iteration = module.iteration
+
+    def stops(state, *args):
+        if state.step == 2:
+            raise KeyboardInterrupt
+        return real_iteration(state, *args)
+
+    monkeypatch.setattr(module, "iteration", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, options=FEW)
+    monkeypatch.setattr(module, "iteration", real_iteration)
+    same(whole, train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, options=FEW).out)
+
+
+def test_the_adapter_of_magic_is_not_in_what_the_teacher_says(tmp_path):
+    """The teacher's own figures and the exported student are those of the pretrained network."""
+    fam = family()
+    run = train(magic(SHORT, iterations=2), fam, out=tmp_path / "run", prompts=PROMPTS, options=FEW)
+    teacher = run.state.roles["teacher"]
+    cond, t = fam.encode(PROMPTS[:2]), torch.tensor([0.5, 0.8])
+    x = torch.randn(2, *fam.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, bent = teacher(x, t, cond).x0, teacher.scaled(1.0)(x, t, cond).x0
+        fresh = family()
+        from instep.roles import Backbone, Role
+
+        pretrained = Role("teacher", Backbone(fresh, fresh.pretrained))(x, t, cond).x0
+    torch.testing.assert_close(plain, pretrained, rtol=0, atol=0)
+    assert (bent - plain).abs().max() > 0
+
+
+def test_a_reward_without_a_gradient_is_refused_before_the_work(tmp_path):
+    with pytest.raises(ValueError, match="climbs its gradient and 'brightness' is not differentiable; give one that is"):
+        train(refl(SHORT, iterations=2), family(), out=tmp_path / "run", prompts=PROMPTS, reward=brightness, options=FEW)
+    with pytest.raises(ValueError, match="climbs its gradient and none was given"):
+        train(refl(SHORT, iterations=2), family(), out=tmp_path / "run", prompts=PROMPTS, options=FEW)
+    assert not (tmp_path / "run").exists()
+
+
+def test_starting_from_a_run_without_the_role_is_refused(tmp_path):
+    plain = train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "plain", prompts=PROMPTS, options=FEW).out
+    with pytest.raises(ValueError, match="start_from: that run has no role 'teacher', which this recipe trains"):
+        train(magic(SHORT, iterations=1), family(), out=tmp_path / "run", prompts=PROMPTS, options=FEW, start_from=plain)
+    with pytest.raises(ValueError, match="tensors do not fit"):
+        train(dmd2(SHORT, iterations=1, gan=0.1), family(), out=tmp_path / "gan", prompts=PROMPTS, options=FEW, start_from=plain)
+
+
+def test_constant_and_broken_rewards_under_amd(tmp_path):
+    """Equal rewards: no advantage, the same weights as plain matching in groups; NaN and wrong shapes are refused at once."""
+    amd, plain = recipe_of("amd"), recipe_of("amd")
+    stage = plain.stages[-1]
+    from instep.matching.operator import Standard
+
+    unweighed = replace(stage, terms=(replace(stage.terms[0], operator=Standard()),), critics=tuple(replace(c, tilt=0.0) for c in stage.critics))
+    plain = replace(plain, stages=(plain.stages[0], replace(unweighed, critics=unweighed.critics)))
+    constant = lambda media, prompts: torch.full((len(media),), 0.25)  # noqa: E731
+    one = train(amd, family(), out=tmp_path / "amd", prompts=PROMPTS, reward=constant, options=FEW)
+    other = train(plain, family(), out=tmp_path / "plain", prompts=PROMPTS, reward=constant, options=FEW)
+    for key, value in one.state.roles["student"].state().items():
+        torch.testing.assert_close(value, other.state.roles["student"].state()[key], rtol=1e-4, atol=1e-6)
+    assert rows(one.out)[-1]["reward/constant_groups"] == 1.0
+    for broken, said in (
+        (lambda media, prompts: torch.full((len(media),), torch.nan), "returned nan"),
+        (lambda media, prompts: torch.zeros(len(media), 2), r"returned \(2, 2\) for 2 samples"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train(amd, family(), out=tmp_path / "broken", prompts=PROMPTS, reward=broken, options=FEW)
