@@ -24,7 +24,8 @@ from instep.files import write_json
 from instep.levels import few_step_levels
 from instep.models.wan import WanCondition, WanFamily
 from instep.paths import RectifiedFlow
-from instep.recipes.dmd2 import dmd2
+from instep.recipes.common import Common
+from instep.recipes.dmd import dmd2
 from instep.terms import Batch
 from instep.train.setup import make_state
 from instep.train.step import TrainState, iteration
@@ -119,7 +120,7 @@ def unavoidable(state: TrainState, batch: Batch, levels: Sequence[float], update
 
 def measure(width: int, layers: int, batch_size: int, repeats: int, reuse: bool) -> dict[str, float]:
     family = RandomWan(width, layers, (16, 3, 6, 6), 8)
-    recipe = dmd2(batch=batch_size, reuse=reuse, ema=None, condition_on_exit=False)
+    recipe = dmd2(Common(batch=batch_size, reuse=reuse, ema=None, condition_on_exit=False))
     state = make_state(recipe, family, 0, None)
     prompts = ("a",) * batch_size
     batch = Batch(prompts, family.encode(prompts), family.null(batch_size))

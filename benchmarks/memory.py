@@ -19,7 +19,8 @@ import torch
 from iteration_cost import RandomWan
 
 from instep.files import write_json
-from instep.recipes.dmd2 import dmd2
+from instep.recipes.common import Common
+from instep.recipes.dmd import dmd2
 from instep.terms import Batch
 from instep.train.setup import make_state
 from instep.train.step import iteration
@@ -34,7 +35,7 @@ def child(lora_rank: int | None, checkpointing: bool, width: int, layers: int) -
     torch.set_num_threads(1)
     before = peak()
     family = RandomWan(width, layers, (16, 3, 6, 6), 8)
-    recipe = dmd2(batch=2, critic_updates=1, lora_rank=lora_rank)
+    recipe = dmd2(Common(batch=2, critic_updates=1, lora_rank=lora_rank))
     state = make_state(recipe, family, 0, None, checkpointing=checkpointing)
     batch = Batch(("a", "b"), family.encode(["a", "b"]), family.null(2))
     for _ in range(2):

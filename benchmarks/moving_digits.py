@@ -25,8 +25,12 @@ from instep.embedded import MovingDigits, moving_digits
 from instep.evaluate.compare import Row, evaluate, evaluation_set, floor_row
 from instep.files import write_json
 from instep.levels import Uniform
+from instep.recipes.amd import amd
+from instep.recipes.common import Common
+from instep.recipes.decoupled_dmd import decoupled_dmd
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
-from instep.recipes.dmd2 import dmd2
+from instep.recipes.dmd import dmd2
+from instep.recipes.refl import refl
 from instep.train.recipe import Recipe
 from instep.train.run import RunOptions, train
 from instep.train.setup import averaged
@@ -44,19 +48,30 @@ class Cell:
     what: str = ""
 
 
+HIGH = Uniform(low=0.8, high=0.98)
+TWO = Common(steps=2)
 CELLS = {
     "dmd2-4": Cell(lambda: dmd2(iterations=BASE), what="4 steps, fake told the exit, rollout re-used"),
     "dmd2-4-more": Cell(lambda: dmd2(iterations=MORE), "dmd2-4", "control: as many further iterations of DMD2"),
-    "group-signed": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="signed"), "dmd2-4", "DM-Align (Group), signed as the text says"),
-    "dmd2-2": Cell(lambda: dmd2(steps=2, iterations=FEW), what="2 steps"),
-    "dmd2-1": Cell(lambda: dmd2(steps=1, iterations=FEW), what="1 step"),
-    "pair": Cell(lambda: dm_align_pair(distil=0, iterations=MORE), "dmd2-4", "DM-Align (Pair)"),
-    "dmd2-4-one-fake": Cell(lambda: dmd2(iterations=BASE, condition_on_exit=False), what="4 steps, one fake for all exits"),
-    "group-pull": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="pull"), "dmd2-4", "DM-Align (Group), pull-only"),
-    "dmd2-4-fresh": Cell(lambda: dmd2(iterations=BASE, reuse=False), what="4 steps, a fresh rollout for every fake update"),
+    "group-signed": Cell(lambda: dm_align_group(distil=0, iterations=MORE), "dmd2-4", "DM-Align (Group), signed as the text says"),
+    "dmd2-2": Cell(lambda: dmd2(TWO, iterations=FEW), what="2 steps"),
+    "dmd2-1": Cell(lambda: dmd2(Common(steps=1), iterations=FEW), what="1 step"),
+    "dmd2-4-one-fake": Cell(lambda: dmd2(Common(condition_on_exit=False), iterations=BASE), what="4 steps, one fake for all exits"),
+    "dmd2-4-fresh": Cell(lambda: dmd2(Common(reuse=False), iterations=BASE), what="4 steps, a fresh rollout for every fake update"),
     "group-printed": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="printed"), "dmd2-4", "DM-Align (Group), Eq. 7's sign as printed"),
-    "group-all-levels": Cell(lambda: dm_align_group(distil=0, iterations=MORE, levels=Uniform(shift=3.0)), "dmd2-4", "Group, alignment at all levels"),
-    "group-own-spread": Cell(lambda: dm_align_group(distil=0, iterations=MORE, spread="group"), "dmd2-4", "Group, each group's own deviation"),
+    "pair": Cell(lambda: dm_align_pair(distil=0, iterations=MORE), "dmd2-4", "DM-Align (Pair), weight .1"),
+    "amd": Cell(lambda: amd(iterations=MORE), "dmd2-4", "AMD"),
+    "amd-weight": Cell(lambda: amd(iterations=MORE, sensitivity=0.0), "dmd2-4", "AMD's critic weight alone"),
+    "refl": Cell(lambda: refl(iterations=MORE, weight=0.01), "dmd2-4", "DMD2 and the training reward's gradient (ReFL), weight .01"),
+    "dmd2-4-gan": Cell(lambda: dmd2(gan=1e-2, iterations=BASE), what="4 steps, with a discriminator on real videos"),
+    "decoupled-4": Cell(lambda: decoupled_dmd(iterations=BASE), what="4 steps, Decoupled-DMD"),
+    "dmd2-2-more": Cell(lambda: dmd2(TWO, iterations=MORE), "dmd2-2", "2 steps, control: as many further iterations of DMD2"),
+    "group-signed-2": Cell(lambda: dm_align_group(TWO, distil=0, iterations=MORE), "dmd2-2", "2 steps, DM-Align (Group)"),
+    "amd-weight-2": Cell(lambda: amd(TWO, iterations=MORE, sensitivity=0.0), "dmd2-2", "2 steps, AMD's critic weight alone"),
+    "refl-2": Cell(lambda: refl(TWO, iterations=MORE, weight=0.01), "dmd2-2", "2 steps, DMD2 and ReFL, weight .01"),
+    "group-pull": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="pull"), "dmd2-4", "DM-Align (Group), pull-only"),
+    "group-high": Cell(lambda: dm_align_group(distil=0, iterations=MORE, weight=0.7, levels=HIGH), "dmd2-4", "Group at levels above .8 alone, weight .7"),
+    "pair-half": Cell(lambda: dm_align_pair(distil=0, iterations=MORE, weight=0.5), "dmd2-4", "DM-Align (Pair), the paper's weight"),
 }  # fmt: skip
 
 
@@ -68,10 +83,10 @@ def run_cell(name: str, seed: int, runs: Path) -> None:
     cell, digits = CELLS[name], moving_digits()
     recipe = cell.recipe()
     start, cpu = runs / f"{cell.start}-{seed}" if cell.start else None, time.process_time()
-    preferred = digits.preferred() if any(stage.needs_real for stage in recipe.stages) else None
+    real = digits.real() if recipe.needs & {"real", "preferred"} else None
     run = train(
         recipe, digits.family, out=runs / f"{name}-{seed}", prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor,
-        preferred=preferred, start_from=start, options=RunOptions(seed=seed, probe_every=40, save_every=20, keep=1),
+        real=real, start_from=start, options=RunOptions(seed=seed, probe_every=40, save_every=20, keep=1),
     )  # fmt: skip
     seconds = time.process_time() - cpu
     with averaged(run.state.trained["student"]):
