@@ -121,7 +121,7 @@ def test_potential_of_proposition_3_1():
 
 
 def test_guidance_at_levels_of_its_own():
-    """DM sees the level .5 and CA its own, .9: x0_real = .5 + (w - 1)(.9 - -.9)."""
+    """DM sees the level .5 and CA its own, .9, where the guided estimate is -.9 + 1.8 w; each is divided by the distance at its own level."""
 
     class High(Fixed):
         def __call__(self, n, *, progress, t_exit, rng):
@@ -131,9 +131,8 @@ def test_guidance_at_levels_of_its_own():
     roles = {"teacher": ByLabel(), "fake": Linear(0.0, 0.0)}
     for w in (1.0, 3.0):
         seen = DistributionMatching(levels=Fixed(), ca_levels=High(), guidance=w, operator=Decoupled()).explain(view(x, roles))
-        real = 0.5 + (w - 1) * 1.8
-        torch.testing.assert_close(seen.real, torch.full((1, 2), real, dtype=F64))
-        torch.testing.assert_close(seen.direction, torch.full((1, 2), (0 - real) / (x - real).abs().mean().item(), dtype=F64))
+        dm, ca = -0.5 / (x - 0.5).abs().mean(), -(w - 1) * 1.8 / (x - (-0.9 + 1.8 * w)).abs().mean()
+        torch.testing.assert_close(seen.direction, (dm + ca).expand(1, 2))
 
 
 def test_levels_above_the_exit():

@@ -44,9 +44,9 @@ class DistributionMatching(Force):
     x0_real is the teacher's prediction with `guidance` (w = 1 is none), x0_fake the fake's without, told the exit if it is
     conditioned on it. All in float32: casting the predictions back to half precision before the difference costs 2 to 24 % of it.
 
-    `ca_levels` gives the guidance term (w - 1)(d_cond - d_uncond) levels and noise of its own (Decoupled-DMD); x0_real is then the
-    unguided prediction at one level plus that term at the other, so that both choices agree where the levels do. `adapter` bends the
-    teacher by its own adapter, at a scale that is annealed over the stage.
+    `ca_levels` gives the guidance term (w - 1)(d_cond - d_uncond) levels and noise of its own (Decoupled-DMD); each of the two terms is
+    then normalised by the distance to the estimate at its own level. `adapter` bends the teacher by its own adapter, at a scale that is
+    annealed over the stage.
     """
 
     name: str = "dm"
@@ -74,26 +74,30 @@ class DistributionMatching(Force):
         point = samples.point(self.on).detach()
         x = point.x
         t, x_t = self._renoised(view, point, self.levels)
-        real, cond, uncond = self._teacher(view, point, t, x_t)
+        null = view.batch.null.repeat(samples.group)
+        teacher = view.roles["teacher"] if self.adapter is None else at_scale(view.roles["teacher"], self.adapter.at(view.progress))
+        if self.ca_levels is None or self.guidance == 1:
+            here = predict_guided(teacher, x_t, t, samples.cond, null, self.guidance)
+            real, cond, ca = here.x0, here.cond, (self.guidance - 1) * (here.uncond - here.cond)
+            scale = distance(x, real)
+        else:
+            t_ca, x_ca = self._renoised(view, point, self.ca_levels)
+            # one call of 3 B samples: conditional at the one level, both at the other
+            stacked = teacher(torch.cat([x_t, x_ca, x_ca]), torch.cat([t, t_ca, t_ca]), samples.cond.stack(samples.cond).stack(null)).x0
+            cond, cond_ca, uncond_ca = stacked.chunk(3)
+            scale = distance(x, cond)
+            # each term in the units of its own level: divided by `scale` below, this is its own normalisation
+            ca = (self.guidance - 1) * (uncond_ca - cond_ca) * scale / distance(x, guide(cond_ca, uncond_ca, self.guidance))
+            real = cond - ca
         fake = view.roles["fake"](x_t, t, samples.cond.at_exit(point.exit_id)).x0
-        d = Displacements(x - real, x - fake, fake - cond, (self.guidance - 1) * (uncond - cond))
-        scale = scalar_per_sample(d.real.abs()).clamp(min=SCALE_FLOOR)
+        d = Displacements(x - real, x - fake, fake - cond, ca)
         return Matching(x, t, real, fake, self.operator(d, samples.advantage) / scale)
 
     def _renoised(self, view: View, point: Point, levels: LevelSampler) -> tuple[Tensor, Tensor]:
         t = levels(len(point.x), progress=view.progress, t_exit=point.level, rng=view.rng).to(point.x)
         return t, view.path.renoise(point.x, view.randn_like(point.x), t)
 
-    def _teacher(self, view: View, point: Point, t: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Guided, conditional and unconditional x0, so that guided - conditional = (w - 1)(conditional - unconditional)."""
-        samples = view.samples
-        null = view.batch.null.repeat(samples.group)
-        teacher = view.roles["teacher"] if self.adapter is None else at_scale(view.roles["teacher"], self.adapter.at(view.progress))
-        if self.ca_levels is None or self.guidance == 1:
-            here = predict_guided(teacher, x_t, t, samples.cond, null, self.guidance)
-            return here.x0, here.cond, here.uncond
-        t_ca, x_ca = self._renoised(view, point, self.ca_levels)
-        # one call of 3 B samples: conditional at the one level, both at the other
-        stacked = teacher(torch.cat([x_t, x_ca, x_ca]), torch.cat([t, t_ca, t_ca]), samples.cond.stack(samples.cond).stack(null)).x0
-        cond, cond_ca, uncond_ca = stacked.chunk(3)
-        return cond + guide(cond_ca, uncond_ca, self.guidance) - cond_ca, cond, cond - (cond_ca - uncond_ca)
+
+def distance(x: Tensor, estimate: Tensor) -> Tensor:
+    """mean|x - x0_hat| per sample, floored, shaped to divide x: what DMD normalises a direction by."""
+    return scalar_per_sample((x - estimate).abs()).clamp(min=SCALE_FLOOR)
