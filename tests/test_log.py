@@ -160,3 +160,28 @@ def test_findings_are_said_whole(tmp_path, capsys):
     log.say(Finding(3, "warn", "some", text.strip()))
     log.close()
     assert capsys.readouterr().err == f"warn {text.strip()}\n"
+
+
+def test_a_tracker_gets_every_row_and_cannot_cost_the_run(tmp_path, capsys):
+    seen = []
+    (tmp_path / "a").mkdir()
+    log = RunLog(tmp_path / "a", tracker=lambda step, scalars: seen.append((step, dict(scalars))))
+    log.row(1, {"stage": "distil", "loss": 0.5, "bad": float("nan")})
+    log.row(2, {"loss": 0.25})
+    log.close()
+    assert seen == [(1, {"loss": 0.5}), (2, {"loss": 0.25})]
+
+    calls = []
+
+    def breaks(step, scalars):
+        calls.append(step)
+        raise ConnectionError("no route to host")
+
+    (tmp_path / "b").mkdir()
+    log = RunLog(tmp_path / "b", tracker=breaks)
+    for step in (1, 2):
+        log.row(step, {"loss": 0.5})
+    log.close()
+    assert calls == [1] and len((tmp_path / "b" / "log.jsonl").read_text().splitlines()) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the tracker raised ConnectionError: no route to host; it is not called again, log.jsonl goes on" in said

@@ -40,6 +40,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     torch.set_num_threads(args.threads or default_threads())
     out = args.out or Path("runs") / f"{recipe.name}-{args.seed}"
     setting = prepare(recipe, args)
+    tracker = load_function(args.tracker, "tracker") if args.tracker else None
     options = RunOptions(
         seed=args.seed, save_every=args.save_every, probe_every=args.probe_every, checkpointing=args.checkpointing,
         teacher_samples=args.teacher_samples,
@@ -55,6 +56,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
             real=setting.real,
             start_from=args.start_from,
             options=options,
+            tracker=tracker,
             command=command,
         )
     except Interrupted as stopped:
@@ -68,7 +70,7 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     """The model and what the recipe needs with it; errors here come before any training."""
     from instep.data.prompts import load_prompts
 
-    reward = load_function(args.reward) if args.reward else None
+    reward = load_function(args.reward, "reward") if args.reward else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     if args.model == MOVING_DIGITS:
         from instep.embedded import moving_digits
@@ -82,17 +84,17 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     return Setting(family, prompts, reward, None, None)
 
 
-def load_function(name: str) -> Callable[..., Any]:
-    """`module:function` (the working directory is searched too) as the function itself."""
+def load_function(name: str, option: str) -> Callable[..., Any]:
+    """`module:function` (the working directory is searched too) as the function itself; `option` is what it was given for."""
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise ValueError(f"reward: {name!r} is not of the form module:function, for example my_rewards:brightness")
+        raise ValueError(f"{option}: {name!r} is not of the form module:function, for example my_functions:brightness")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward: {name!r} cannot be imported ({error}); the module lies in the working directory or is installed") from error
+        raise ValueError(f"{option}: {name!r} cannot be imported ({error}); the module lies in the working directory or is installed") from error
 
 
 def finish(run: Run, setting: Setting, evaluate: bool) -> None:

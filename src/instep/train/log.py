@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from instep.train.health import Finding
 
 ROLLING = 10  # iterations that the shown figures are averaged over
 QUIET_SECONDS = 20  # without a terminal: a line at most this often
+Tracker = Callable[[int, Mapping[str, float]], object]
 SHOWN = {"reward/train": "reward", "critic/fake": "fake", "probe/monitor_both": "monitor"}
 
 
@@ -42,9 +43,13 @@ def trim(file: Path, step: int) -> None:
 
 
 class RunLog:
-    """Rows of scalars by step. Values that are not finite are written as null."""
+    """Rows of scalars by step. Values that are not finite are written as null.
 
-    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+    `tracker` is called with (step, scalars) for every row; one that raises is reported once and not called again: a tracker's server must
+    not cost a run.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int = 0, tracker: Tracker | None = None) -> None:
         self.console = Console(stderr=True)
         trim(folder / "log.jsonl", resume_step if resume_step else -1)
         self._file = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
@@ -52,6 +57,7 @@ class RunLog:
         self._recent: deque[Mapping[str, Any]] = deque(maxlen=ROLLING)
         self._last: dict[str, float] = {}
         self._progress: Progress | None = None
+        self._tracker = tracker
         self._spoken = -math.inf
         self._total, self._initial, self._started = 0, resume_step, time.monotonic()
 
@@ -88,9 +94,19 @@ class RunLog:
                 if isinstance(value, int | float):
                     self._board.add_scalar(key, value, step)
             self._board.flush()  # a killed run leaves the same scalars in both places
+        self._track(step, clean)
         self._recent.append(clean)
         self._last |= {k: v for k, v in clean.items() if isinstance(v, int | float)}
         self._show(step, str(scalars.get("stage", "")))
+
+    def _track(self, step: int, scalars: Mapping[str, Any]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            self._tracker(step, {k: v for k, v in scalars.items() if isinstance(v, int | float)})
+        except Exception as error:
+            self.console.print(f"[yellow]warn[/] the tracker raised {type(error).__name__}: {escape(str(error))}; it is not called again, log.jsonl goes on")
+            self._tracker = None
 
     def figures(self) -> str:
         """Rolling figures: seconds an iteration, rewards, losses."""

@@ -24,7 +24,7 @@ from instep.train.cache import teacher_samples
 from instep.train.checks import check_inputs, claim, scorer, slope
 from instep.train.health import HealthMonitor
 from instep.train.lock import locked
-from instep.train.log import RunLog
+from instep.train.log import RunLog, Tracker
 from instep.train.probe import Monitor, Probe, few_of
 from instep.train.recipe import Recipe
 from instep.train.setup import averaged, make_state
@@ -80,13 +80,15 @@ def train(
     real: RealSamples | None = None,
     start_from: Path | str | None = None,
     options: RunOptions | None = None,
+    tracker: Tracker | None = None,
     command: str = "",
 ) -> Run:
     """Trains `recipe` on `family` and exports the student; the same call goes on where an interrupted one stopped.
 
     `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
     pair recipes; where a discriminator has none, samples of the teacher serve, made once and kept with the run);
-    `start_from` is another run whose roles this one begins with. Raises ValueError before training if something does not fit, and
+    `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
+    log.jsonl and TensorBoard. Raises ValueError before training if something does not fit, and
     `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
     """
     out, options = Path(out), options or RunOptions()
@@ -106,7 +108,7 @@ def train(
                 print(f"no real samples were given: {len(stored.prompts)} samples of the teacher serve as real, so what it gets wrong passes for real")
         source = Source(family, prompts, real, options.seed, stored)
         probe = Probe(family, few_of(prompts, 12), reward=scored, monitor=monitor)
-        loop = Loop(recipe, family, out, options, state, source, probe)
+        loop = Loop(recipe, family, out, options, state, source, probe, tracker)
         loop.restore(start_from)
         loop.run()
         with averaged(state.trained["student"]):
@@ -153,10 +155,11 @@ class Loop:
     """The steps of one run, from wherever it stands to its end."""
 
     def __init__(
-        self, recipe: Recipe, family: Family, out: Path, options: RunOptions, state: TrainState, source: Source, probe: Probe
-    ) -> None:
+        self, recipe: Recipe, family: Family, out: Path, options: RunOptions, state: TrainState, source: Source, probe: Probe,
+        tracker: Tracker | None = None,
+    ) -> None:  # fmt: skip
         self.recipe, self.family, self.out, self.options = recipe, family, out, options
-        self.state, self.source, self.probe = state, source, probe
+        self.state, self.source, self.probe, self.tracker = state, source, probe, tracker
         self.stop: str | None = None
         self.reference: dict[str, float] = {}
 
@@ -166,7 +169,7 @@ class Loop:
         if state.step >= total:
             return
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
-        log = RunLog(self.out, resume_step=state.step)
+        log = RunLog(self.out, resume_step=state.step, tracker=self.tracker)
         health = HealthMonitor(self.out, resume_step=state.step)
         try:
             with log.progress(total, initial=state.step):
