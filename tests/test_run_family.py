@@ -29,6 +29,10 @@ def few_teacher_steps(monkeypatch):
 
 
 def recipe_of(name, iterations=2):
+    if name == "dmdr":
+        return find(name)(SHORT, warm=1, iterations=iterations - 1, group=2)
+    if name == "rl-after":
+        return find(name)(SHORT, distil=1, iterations=iterations - 1, group=2, rl="grpo")
     options = {"group": 2} if name in ("amd", "naive-adaptive") else {}
     return find(name)(SHORT, iterations=iterations, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,3 +85,26 @@ class AboveExit(LevelSampler):
         low = torch.where(t_exit < self.high, t_exit.clamp(min=self.low), torch.full_like(t_exit, self.low))
         t = shift_level(torch.rand(n, generator=rng, device=rng.device), self.shift).to(low)
         return low + (self.high - low) * t
+
+
+@dataclass(frozen=True)
+class AnnealedBeta(LevelSampler):
+    """t ~ Beta(1 + 3 c, 1 + c / 2) with c a half-cosine from 1 to 0 over the stage: from high noise, Beta(4, 1.5), to uniform (DMDR, DynaRS).
+
+    Clamped to [low, high]. The parameters are those of DMDR's released code, annealed by the fraction of the stage.
+    """
+
+    low: float = 0.02
+    """Lowest level."""
+    high: float = 0.98
+    """Highest level."""
+
+    def __post_init__(self) -> None:
+        Uniform(self.low, self.high)
+
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+        c = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+        # X / (X + Y) of two gammas; torch's gamma sampler takes a generator only here
+        shape = torch.tensor([[1 + 3 * c], [1 + 0.5 * c]], device=rng.device).expand(2, n)
+        x, y = torch._standard_gamma(shape, generator=rng)
+        return (x / (x + y)).clamp(self.low, self.high)

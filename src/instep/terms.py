@@ -64,7 +64,8 @@ class Batch:
 class View:
     """Everything a term may look at. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator.
 
-    `reward` of latents [B, ...] and their prompts -> [B] can be differentiated; None where the run has no such reward.
+    `epoch` counts the inner epochs on one rollout. `reward` of latents [B, ...] and their prompts -> [B] can be differentiated; None where
+    the run has no such reward.
     """
 
     roles: Mapping[str, Denoiser]
@@ -74,6 +75,7 @@ class View:
     rng: torch.Generator
     rollout: Rollout | None = None
     reward: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    epoch: int = 0
 
     @property
     def samples(self) -> Rollout:

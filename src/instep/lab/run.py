@@ -200,8 +200,9 @@ def force_field(run: LabRun, points: Tensor, draws: int = 64, member: int = 0) -
         names = (str(i % world.mixture.label_count),) * len(points)
         cond = labels(names, torch.full((len(points),), member))
         placed = Point(points, points, points.new_full((len(points),), level), at_exit)
-        # an advantage of zero: what an adaptive operator does to a sample like any other
-        rollout = Rollout(cond, 1, exit=placed, advantage=torch.zeros(len(points)))
+        # rewards all alike: what an operator that adapts does to a sample like any other
+        alike = torch.zeros(len(points))
+        rollout = Rollout(cond, 1, exit=placed, reward=alike, advantage=alike)
         view = View(run.state.roles, world.path, Batch(names, cond, labels([""] * len(points), cond.member)), 1.0, rng, rollout)
         total += force.explain(view).direction
     return total / draws

@@ -45,8 +45,8 @@ class DistributionMatching(Force):
     conditioned on it. All in float32: casting the predictions back to half precision before the difference costs 2 to 24 % of it.
 
     `ca_levels` gives the guidance term (w - 1)(d_cond - d_uncond) levels and noise of its own (Decoupled-DMD); each of the two terms is
-    then normalised by the distance to the estimate at its own level. `adapter` bends the teacher by its own adapter, at a scale that is
-    annealed over the stage.
+    then normalised by the distance to the estimate at its own level. `adapter` bends the teacher by an adapter, at a scale that is
+    annealed over the stage: its own, or with `adapter_of="fake"` the fake's on the shared backbone (DynaDG in DMDR's released code).
     """
 
     name: str = "dm"
@@ -56,6 +56,7 @@ class DistributionMatching(Force):
     operator: Operator = field(default_factory=Standard)
     ca_levels: LevelSampler | None = None
     adapter: Annealed | None = None
+    adapter_of: str = "teacher"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -75,7 +76,7 @@ class DistributionMatching(Force):
         x = point.x
         t, x_t = self._renoised(view, point, self.levels)
         null = view.batch.null.repeat(samples.group)
-        teacher = view.roles["teacher"] if self.adapter is None else at_scale(view.roles["teacher"], self.adapter.at(view.progress))
+        teacher = view.roles["teacher"] if self.adapter is None else at_scale(view.roles[self.adapter_of], self.adapter.at(view.progress))
         if self.ca_levels is None or self.guidance == 1:
             here = predict_guided(teacher, x_t, t, samples.cond, null, self.guidance)
             real, cond, ca = here.x0, here.cond, (self.guidance - 1) * (here.uncond - here.cond)
@@ -91,7 +92,7 @@ class DistributionMatching(Force):
             real = cond - ca
         fake = view.roles["fake"](x_t, t, samples.cond.at_exit(point.exit_id)).x0
         d = Displacements(x - real, x - fake, fake - cond, ca)
-        return Matching(x, t, real, fake, self.operator(d, samples.advantage) / scale)
+        return Matching(x, t, real, fake, self.operator(d, samples.advantage, samples.reward) / scale)
 
     def _renoised(self, view: View, point: Point, levels: LevelSampler) -> tuple[Tensor, Tensor]:
         t = levels(len(point.x), progress=view.progress, t_exit=point.level, rng=view.rng).to(point.x)

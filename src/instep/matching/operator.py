@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,12 +26,15 @@ class Displacements:
 
 @dataclass(frozen=True)
 class Operator:
-    """Base: (displacements, advantage [B] or None) -> direction [B, ...] that is descended. `formula` is its cell in Table 1."""
+    """Base: (displacements, advantage [B], reward [B]; None where not scored) -> direction [B, ...] that is descended.
+
+    `formula` is its cell in AMD's Table 1.
+    """
 
     formula: ClassVar[str]
     needs_advantage: ClassVar[bool] = False
 
-    def __call__(self, d: Displacements, advantage: Tensor | None) -> Tensor:
+    def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
 
@@ -41,7 +44,7 @@ class Standard(Operator):
 
     formula: ClassVar[str] = "d_real - d_fake"
 
-    def __call__(self, d: Displacements, advantage: Tensor | None) -> Tensor:
+    def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
         return d.real - d.fake
 
 
@@ -51,7 +54,7 @@ class Decoupled(Operator):
 
     formula: ClassVar[str] = "d_ca + d_dm"
 
-    def __call__(self, d: Displacements, advantage: Tensor | None) -> Tensor:
+    def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
         return d.dm + d.ca
 
 
@@ -79,7 +82,7 @@ class Adaptive(_Steered):
 
     formula: ClassVar[str] = "alpha d_ca + beta d_dm"
 
-    def __call__(self, d: Displacements, advantage: Tensor | None) -> Tensor:
+    def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
         alpha, beta = self.weights(advantage, d.dm)
         return beta * d.dm + alpha * d.ca
 
@@ -93,6 +96,25 @@ class NaiveAdaptive(_Steered):
 
     formula: ClassVar[str] = "alpha d_real - beta d_fake"
 
-    def __call__(self, d: Displacements, advantage: Tensor | None) -> Tensor:
+    def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
         alpha, beta = self.weights(advantage, d.real)
         return alpha * d.real - beta * d.fake
+
+
+@dataclass(frozen=True)
+class RewardTilted(Operator):
+    """(d_real - d_fake) times a factor of the sample's reward (DMDR Eq. 4, RT-DM).
+
+    `literal`: exp(r / |r|), the norm over the batch, as printed; `zscore`: exp(advantage). A factor on the force does not move its zero: with
+    exact teachers neither tilts the fixed point (docs/errata.md); the tilted target itself is what a critic's `tilt` gives.
+    """
+
+    formula: ClassVar[str] = "exp(r/|r|) (d_real - d_fake)"
+    needs_advantage: ClassVar[bool] = True
+
+    form: Literal["literal", "zscore"] = "literal"
+
+    def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
+        assert advantage is not None and reward is not None, "reward-tilted matching weighs by the reward; its stage must score"
+        exponent = advantage if self.form == "zscore" else reward / reward.norm().clamp(min=1e-12)
+        return broadcast(exponent.exp(), d.real) * (d.real - d.fake)

@@ -17,6 +17,8 @@ NAMES: dict[str, tuple[str, str]] = {
     "dm-align-group": ("instep.recipes.dm_align", "dm_align_group"),
     "amd": ("instep.recipes.amd", "amd"),
     "refl": ("instep.recipes.refl", "refl"),
+    "dmdr": ("instep.recipes.dmdr", "dmdr"),
+    "rl-after": ("instep.recipes.dmdr", "rl_after"),
     "naive-adaptive": ("instep.recipes.amd", "naive_adaptive"),
 }
 

@@ -67,14 +67,15 @@ class Common:
             weight=weight, guidance=self.guidance, levels=levels or self.renoise, operator=operator or Standard(), ca_levels=ca_levels, adapter=adapter
         )
 
-    def critic(self, *, tilt: float = 0.0, gan: float = 0.0) -> Critic:
+    def critic(self, *, tilt: float = 0.0, gan: float = 0.0, levels: LevelSampler | None = None) -> Critic:
         """The fake's training on the student's samples; `tilt` is AMD's weight, `gan` that of the discriminator's loss."""
+        levels = levels or self.renoise
         if gan:
             return ScoreWithHead(
-                updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=self.renoise, tilt=tilt,
-                gan_weight=gan, gan_levels=self.renoise,
+                updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, tilt=tilt,
+                gan_weight=gan, gan_levels=levels,
             )  # fmt: skip
-        return Score(updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=self.renoise, tilt=tilt)
+        return Score(updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, tilt=tilt)
 
     def stage(
         self, name: str, steps: int, terms: tuple[Term, ...], critics: tuple[Critic, ...], *, group: int = 1,

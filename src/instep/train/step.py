@@ -90,7 +90,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                 view = view.with_rollout(score(state, stage, view, collect(state, stage, view, with_graph=True), log))
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
             else:
-                view = views[i].with_rollout(relive(state, stage, views[i].rollout))
+                view = replace(views[i], rollout=relive(state, stage, views[i].rollout), epoch=epoch)
             backward(stage, view, 1 / len(batches), log)
         advance(state, "student", progress, log)
     for critic in stage.critics:

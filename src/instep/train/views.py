@@ -36,8 +36,9 @@ def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Fami
     batch = Batch(tuple(prompts), family.encode(prompts), family.null(n))
     exits = torch.arange(n, device=rng.device) % len(levels)
     rollout = rollout_few_step(state.roles["student"], batch.cond, levels, state.path, state.shape, exits, rng)
-    # no rewards are taken here: an advantage of zero, and the teacher as it is at the end of the stage
-    rollout = replace(rollout, advantage=torch.zeros(n, device=rng.device))
+    # no rewards are taken here: all alike, and the teacher as it is at the end of the stage
+    alike = torch.zeros(n, device=rng.device)
+    rollout = replace(rollout, reward=alike, advantage=alike)
     seen = force.explain(View(state.roles, state.path, batch, 1.0, rng, rollout))
     decoded = {"generator": seen.x, "fake": seen.fake, "real": seen.real, "target": seen.target}
     views = {name: to_uint8(family.decode(x)) for name, x in decoded.items()}

@@ -1,0 +1,108 @@
+"""DMDR: matching whose force is tilted by the reward while the student is young, then matching and reinforcement learning as one loss (Jiang et al. 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from instep.forces.reward import RewardGradient
+from instep.levels import AnnealedBeta
+from instep.matching.critic import Score
+from instep.matching.operator import RewardTilted
+from instep.matching.teacher import Annealed
+from instep.objectives.policy import DDPO, GRPO
+from instep.recipes.common import Common
+from instep.roles import LoRA
+from instep.terms import Critic, Term
+from instep.train.recipe import Optim, Recipe, RoleConfig, Stage
+
+Branch = Literal["refl", "grpo", "ddpo"]
+Tilt = Literal["none", "literal", "zscore", "weight"]
+
+
+def branch(kind: Branch, weight: float, clip: float) -> Term:
+    """The reinforcement-learning term of a joint stage."""
+    if kind == "refl":
+        return RewardGradient(weight=weight)
+    return GRPO(weight=weight, clip=clip) if kind == "grpo" else DDPO(weight=weight)
+
+
+def dmdr(
+    common: Common = Common(),
+    *,
+    warm: int = 60,
+    iterations: int = 60,
+    group: int = 8,
+    tilt: Tilt = "literal",
+    dyna_rs: bool = True,
+    dyna_dg: float = 0.75,
+    rl: Branch = "refl",
+    weight: float = 0.5,
+    clip: float = 1e-3,
+    inner_epochs: int = 1,
+) -> Recipe:
+    """Distil with a reward-tilted force, then distil and reinforce as one loss: DMDR.
+
+    Args:
+        common: options of every recipe.
+        warm: student updates of reward-tilted matching (stage 1).
+        iterations: student updates of matching and reinforcement learning together (stage 2).
+        group: samples a prompt, compared with each other.
+        tilt: how stage 1 uses the reward: a factor on the force (literal: Eq. 4; zscore: of the advantage), the fake's weight (weight: the
+            exact tilt), or none.
+        dyna_rs: draw re-noise levels from high noise at first, annealed to uniform over stage 1 (DynaRS).
+        dyna_dg: scale at which an adapter bends the teacher at the start of stage 1, annealed to zero (DynaDG): the fake's own with
+            lora_rank, else one of its own; 0 leaves it out.
+        rl: the reinforcement-learning branch: refl (gradient of a differentiable reward), grpo or ddpo (any reward, a student of 2 steps or more).
+        weight: weight of that branch (the paper's lambda: .5).
+        clip: bound of GRPO's ratio.
+        inner_epochs: student updates on one rollout in stage 2; from 2 on GRPO's clip acts.
+    """
+    first, teacher = _warm(common, warm, group, tilt, dyna_rs, dyna_dg)
+    terms = (common.matching(), branch(rl, weight, clip))
+    joint = common.stage("joint", iterations, terms, (common.critic(),), group=1 if rl == "refl" else group)
+    return common.recipe("dmdr", first, replace(joint, inner_epochs=inner_epochs), teacher=teacher)
+
+
+def _warm(common: Common, steps: int, group: int, tilt: Tilt, dyna_rs: bool, dyna_dg: float) -> tuple[Stage, RoleConfig]:
+    """Stage 1, and how the teacher is made for it."""
+    levels = AnnealedBeta() if dyna_rs else common.renoise
+    operator = RewardTilted(tilt) if tilt in ("literal", "zscore") else None
+    force = common.matching(operator=operator, levels=levels, adapter=Annealed(dyna_dg, 1.0) if dyna_dg else None)
+    fake = common.critic(tilt=1.0 if tilt == "weight" else 0.0, levels=levels)
+    critics: tuple[Critic, ...] = (fake,)
+    teacher = RoleConfig()
+    if dyna_dg and common.lora_rank is not None:
+        force = replace(force, adapter_of="fake")
+    elif dyna_dg:
+        critics = (fake, Score(role="teacher", updates=1, reuse=common.reuse, levels=levels, adapter_scale=1.0))
+        teacher = RoleConfig(Optim(common.fake.lr), LoRA(8, 8.0), scale=0.0)
+    return common.stage("tilt", steps, (force,), critics, group=1 if tilt == "none" else group), teacher
+
+
+def rl_after(
+    common: Common = Common(),
+    *,
+    distil: int = 80,
+    iterations: int = 40,
+    group: int = 8,
+    rl: Branch = "refl",
+    weight: float = 1.0,
+    clip: float = 1e-3,
+    inner_epochs: int = 1,
+) -> Recipe:
+    """The baseline that joint training is set against: distil, then reinforcement learning alone. It hacks the reward; not for use.
+
+    Args:
+        common: options of every recipe.
+        distil: student updates of plain matching.
+        iterations: student updates of reinforcement learning alone.
+        group: samples a prompt, compared with each other.
+        rl: the reinforcement-learning branch: refl, grpo or ddpo.
+        weight: weight of that branch.
+        clip: bound of GRPO's ratio.
+        inner_epochs: student updates on one rollout.
+    """
+    first = common.stage("distil", distil, (common.matching(),), (common.critic(),))
+    alone = common.stage("reinforce", iterations, (branch(rl, weight, clip),), (), group=1 if rl == "refl" else group)
+    return common.recipe("rl-after", first, replace(alone, inner_epochs=inner_epochs))
