@@ -53,6 +53,7 @@ EXPERIMENTS = {
     "far-learned": Experiment(("dmd2", "dmd", "dmd2:gan=0.03", "decoupled-dmd", "magic"), world(start="far", teacher="learned"), 15),
     "far-reward": Experiment(("dmd2", "amd", "refl:weight=0.3"), world(start="far", reward="right"), 15),
     "selective": Experiment(("dmd2", "refl:weight=0.03", "refl:weight=0.1", "refl:weight=0.3", "amd", "amd:tilt=2"), world(reward="half"), 10),
+    "selective-gradient": Experiment(("refl:weight=0.6", "refl:weight=1", "refl:weight=2"), world(reward="half"), 10),
     "global": Experiment(("dmd2", "amd"), world(reward="on-mode"), 10),
     "naive": Experiment(("amd", "naive-adaptive", "naive-adaptive:sensitivity=0.25"), world(reward="half"), 10),
     "ablation": Experiment(("amd:sensitivity=0,tilt=0", "amd:tilt=0", "amd:sensitivity=0", "amd"), world(reward="half", guidance=1.5)),

@@ -72,6 +72,7 @@ SECTIONS = (
         "mode. Asked of AMD: share in [.76, .94] at quality at least .70.", keys=REWARDED, curve="share",
         bars=(Bar("amd", "share", 0.76, 0.94), Bar("amd", "quality", low=0.70)),
     ),
+    Section("selective-gradient", "Selective reward, by its gradient", "Larger weights of the gradient.", keys=REWARDED, curve="share"),
     Section("global", "Global reward (Fig. 7, bottom)", "Every mode of the class is rewarded alike; off-mode samples are not.", curve="quality"),
     Section("naive", "Naive adaptation against AMD (Fig. 8)", "Asked: naive adaptation at least .25 in quality below AMD.", keys=REWARDED, curve="quality"),
     Section("ablation", "Both components on and off (Fig. 5), guidance 1.5", "", keys=REWARDED),
