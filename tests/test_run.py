@@ -191,6 +191,22 @@ def lambda_named(name, function):
     return function
 
 
+def test_a_folder_that_another_process_holds(tmp_path):
+    """Refused before anything is written; after kill -9 of the holder the same call trains, and leaves no lock behind."""
+    from test_lock import holder
+
+    out = tmp_path / "run"
+    go = lambda: train(dmd2(steps=1, iterations=1, batch=2), family(), out=out, prompts=PROMPTS, options=EVERY)  # noqa: E731
+    with holder(out) as other:
+        with pytest.raises(ValueError, match=f"in use by another run .process {other.pid} "):
+            go()
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        other.kill()
+        other.wait()
+        go()
+    assert (out / "student" / "model_index.json").is_file() and not (out / ".lock").exists()
+
+
 def test_a_reward_that_breaks_later_stops_the_run_and_keeps_it(tmp_path):
     calls = []
 

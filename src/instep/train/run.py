@@ -22,6 +22,7 @@ from instep.rollout import sample_few_step
 from instep.train import checkpoint
 from instep.train.checks import check_inputs, claim, scorer
 from instep.train.health import HealthMonitor
+from instep.train.lock import held
 from instep.train.log import RunLog
 from instep.train.probe import Monitor, Probe, few_of
 from instep.train.recipe import Recipe
@@ -75,25 +76,26 @@ def train(
     """Trains `recipe` on `family` and exports the student; the same call goes on where an interrupted one stopped.
 
     `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `preferred` are the real samples that pair recipes need;
-    `start_from` is another run whose roles this one begins with. Raises ValueError before training if something does not fit, and
-    `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
+    `start_from` is another run whose roles this one begins with. Raises ValueError before training if something does not fit or
+    another process is at work in `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
     """
     out, options = Path(out), options or RunOptions()
     scored = as_reward(reward) if reward is not None else None
     check_inputs(recipe, family, scored, preferred, prompts)
-    claim(out, recipe, family, options, prompts, start_from, command)
-    state = make_state(recipe, family, options.seed, scorer(family, scored), checkpointing=options.checkpointing)
-    source = Source(family, prompts, preferred, options.seed)
-    probe = Probe(family, few_of(prompts, 12), reward=scored, monitor=monitor)
-    loop = Loop(recipe, family, out, options, state, source, probe)
-    loop.restore(start_from)
-    loop.run()
-    with averaged(state.trained["student"]):
-        export_role(
-            state.roles["student"], family, recipe.levels, out / "student", recipe=recipe.name, seed=options.seed,
-            prompts=len(set(prompts)), example=prompts[0], command=command,
-        )  # fmt: skip
-    return Run(out, recipe, family, state, out / "student")
+    with held(out):
+        claim(out, recipe, family, options, prompts, start_from, command)
+        state = make_state(recipe, family, options.seed, scorer(family, scored), checkpointing=options.checkpointing)
+        source = Source(family, prompts, preferred, options.seed)
+        probe = Probe(family, few_of(prompts, 12), reward=scored, monitor=monitor)
+        loop = Loop(recipe, family, out, options, state, source, probe)
+        loop.restore(start_from)
+        loop.run()
+        with averaged(state.trained["student"]):
+            export_role(
+                state.roles["student"], family, recipe.levels, out / "student", recipe=recipe.name, seed=options.seed,
+                prompts=len(set(prompts)), example=prompts[0], command=command,
+            )  # fmt: skip
+        return Run(out, recipe, family, state, out / "student")
 
 
 def export_role(
