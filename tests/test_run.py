@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,12 +238,32 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert torch.equal(checkpoint.load(checkpoint.latest(tmp_path))["x"], torch.arange(3))
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(tmp_path):
+    """It does not begin at step 0 over them; with the folder removed it does, and so does a run that never had one."""
+    out = tmp_path / "run"
+    go = lambda where, start=None: train(  # noqa: E731
+        dmd2(steps=1, iterations=2, batch=2), family(), out=where, prompts=PROMPTS, options=RunOptions(save_every=1), start_from=start
+    )
+    go(out)
+    for file in (out / "checkpoints").rglob("tensors.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"{out}/checkpoints holds 2 and none is whole .*remove {out} or choose another --out"):
+        go(out)
+    with pytest.raises(ValueError, match="none is whole"):
+        go(tmp_path / "other", start=out)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    shutil.rmtree(out)
+    assert go(out).state.step == 2
+
+
 def test_a_torn_checkpoint_is_passed_over(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {"x": torch.full((4,), float(step))}, keep=3)
     file = tmp_path / "step-000002" / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
-    assert checkpoint.latest(tmp_path).name == "step-000001"
+    with pytest.warns(RuntimeWarning, match="step-000002 is damaged .* step-000001 is used"):
+        assert checkpoint.latest(tmp_path).name == "step-000001"
 
 
 def test_optimiser_and_generators_round_trip(tmp_path):

@@ -65,15 +65,36 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are whole; a damaged one is named in a warning and passed over."""
+    """The newest checkpoint whose files are whole, None where there are none; damaged ones are named in a warning and passed over.
+
+    ValueError if there are checkpoints and none is whole: to begin anew would write over what may still be of use.
+    """
     _recover(folder)
-    return next((path for path in _all(folder) if _whole(path)), None)
+    damaged: dict[str, str] = {}
+    for path in _all(folder):
+        damage = _damage(path)
+        if damage is None:
+            for name, what in damaged.items():
+                warnings.warn(f"checkpoint {folder / name} is damaged ({what}) and is passed over; {path.name} is used", RuntimeWarning, stacklevel=2)
+            return path
+        damaged[path.name] = damage
+    if damaged:
+        raise ValueError(
+            f"checkpoints: {folder} holds {len(damaged)} and none is whole ({'; '.join(f'{name}: {what}' for name, what in damaged.items())}); to "
+            f"train anew remove {folder.parent} or choose another --out"
+        )
+    return None
 
 
 def at(folder: Path, step: int) -> Path | None:
-    """The checkpoint of exactly `step`, if it is there and whole."""
+    """The checkpoint of exactly `step`, if it is there and whole; a damaged one is named in a warning."""
     _recover(folder)
-    return next((path for path in _all(folder) if step_of(path) == step and _whole(path)), None)
+    path = next((path for path in _all(folder) if step_of(path) == step), None)
+    damage = _damage(path) if path is not None else None
+    if damage is not None:
+        warnings.warn(f"checkpoint {path} is damaged ({damage}) and is passed over", RuntimeWarning, stacklevel=2)
+        return None
+    return path
 
 
 def step_of(path: Path) -> int:
@@ -92,13 +113,6 @@ def load(path: Path) -> State:
 def _all(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
-
-
-def _whole(path: Path) -> bool:
-    damage = _damage(path)
-    if damage:
-        warnings.warn(f"checkpoint {path} is damaged ({damage}) and is passed over; the one before it is used", RuntimeWarning, stacklevel=3)
-    return damage is None
 
 
 def _damage(path: Path) -> str | None:

@@ -226,7 +226,7 @@ class Loop:
         )
 
     def restore(self, start_from: Path | str | None) -> None:
-        """The newest whole checkpoint of this run; failing that, the roles of `start_from`."""
+        """The newest whole checkpoint of this run; if it has none at all, the roles of `start_from`. ValueError if all it has are damaged."""
         own = checkpoint.latest(self.out / "checkpoints")
         if own is not None:
             saved = checkpoint.load(own)
