@@ -224,6 +224,87 @@ def test_a_reward_that_breaks_later_stops_the_run_and_keeps_it(tmp_path):
     assert rows(out)[-1]["reward/constant_groups"] == 1.0 and rows(out)[-1]["force/group/norm"] == 0.0
 
 
+def group_run(out: Path):
+    return train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+
+
+@pytest.mark.parametrize(
+    ("name", "after"), [("teacher_probe.json", None), ("step-000002.safetensors", "step-000001"), ("log.jsonl", "step-000003")]
+)
+def test_a_full_disk_in_the_middle_of_a_run(whole, tmp_path, monkeypatch, name, after):
+    """The probe's figures, its views, a row: one clear line, the last checkpoint intact, and the same run in the end."""
+    out, real, writes = tmp_path / "run", open, []
+
+    def full(file, mode="r", *args, **kwargs):
+        if name in str(file) and mode.startswith(("w", "a")):
+            writes.append(1)
+            if name != "log.jsonl" or len(writes) == 5:  # rows 0, 1, 2 and 3 were written
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr("instep.files.open", full, raising=False)
+    with pytest.raises(OSError, match=f"^.Errno 28. the disk is full: .*{name} was not written and .*; free some space and repeat the same command$"):
+        group_run(out)
+    monkeypatch.undo()
+    newest = checkpoint.latest(out / "checkpoints")
+    assert (newest.name if newest else None) == after
+    assert not [path for path in out.rglob("*") if path.name == ".lock" or path.suffix == ".tmp"]
+    group_run(out)
+    same(whole, out)
+
+
+LIMITED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import os, resource
+import test_run as t
+from instep.train import run
+real, calls = run.iteration, []
+def limited(*args):
+    calls.append(1)
+    if len(calls) == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize({log!r}) + 10, resource.RLIM_INFINITY))
+    return real(*args)
+run.iteration = limited
+try:
+    t.group_run({out!r})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_real_limit_on_sizes(whole, tmp_path):
+    """The kernel takes ten bytes of the fourth row and no more: they are taken back, and the run goes on from the third step."""
+    pytest.importorskip("resource")
+    out = tmp_path / "run"
+    code = LIMITED.format(tests=str(Path(__file__).parent), log=str(out / "log.jsonl"), out=str(out))
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.startswith(f"[Errno 27] File too large: a row of {out / 'log.jsonl'} was not written and the checkpoints are intact; raise")
+    assert [row["step"] for row in rows(out)] == [0, 1, 2, 3] and (out / "log.jsonl").read_bytes().endswith(b"}\n")
+    assert checkpoint.latest(out / "checkpoints").name == "step-000003"
+    group_run(out)
+    same(whole, out)
+
+
+def test_a_full_disk_during_the_export(whole, tmp_path, monkeypatch):
+    """Weights go through safetensors' own writer, which has the reason in words: the same line, the earlier export stays."""
+    from safetensors import SafetensorError
+
+    from instep.export import folder
+
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(folder, "_sync", full)
+    with pytest.raises(OSError, match=f"the disk is full: the export {out}/student was not written and what was there before is unchanged"):
+        group_run(out)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, {"x": torch.arange(3), "n": 1}, keep=2)
 

@@ -6,7 +6,6 @@ is ever unpickled.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -20,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from instep.files import unwritten
 from instep.train.state_files import State, join, sha256, split, write, write_tensors
 
 __all__ = ["State", "at", "latest", "load", "load_optimizer_state", "optimizer_state", "restore_rng", "rng_state", "save", "step_of"]
@@ -31,8 +31,8 @@ _REPLACED = re.compile(r"\.(step-\d{6,})\.replaced")
 def save(folder: Path, step: int, state: State, *, keep: int, protect: Collection[int] = ()) -> Path:
     """Writes `folder/step-NNNNNN`, then removes all but the newest `keep` and the steps in `protect`.
 
-    `state` is nested dicts with string keys, lists and tuples of tensors and JSON values. ValueError if it is not; OSError if the disk
-    is full: what was there stays.
+    `state` is nested dicts with string keys, lists and tuples of tensors and JSON values. ValueError if it is not; OSError if it
+    cannot be written, as on a full disk: what was there stays.
     """
     if keep < 1:
         raise ValueError(f"keep: {keep} is not allowed; keep at least 1 checkpoint")
@@ -40,9 +40,9 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
         raise ValueError(f"step: {step} is not allowed; steps count from 0")
     values, tensors = split(state)
     final, temporary = folder / f"step-{step:06d}", folder / f".step-{step:06d}.{os.getpid()}.tmp"
-    _make(folder)
-    _recover(folder)
     try:
+        _make(folder)
+        _recover(folder)
         temporary.mkdir()
         digest = write_tensors(temporary / "tensors.safetensors", tensors)
         record = {"step": step, "sha256": digest, "values": values}
@@ -54,11 +54,8 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
             _put(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno,
-                f"the disk is full: checkpoint {final} was not written and the ones before it are intact; free some space and repeat the same command",
-            ) from error
+        if isinstance(error, OSError):
+            raise unwritten(error, f"checkpoint {final}", "the ones before it are intact") from error
         raise
     _prune(folder, step, keep, protect)
     return final
