@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -189,6 +190,26 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage):
         assert checkpoint.latest(tmp_path).name == "step-000001"
     checkpoint.save(tmp_path, 2, state_of(2), keep=2)
     assert checkpoint.latest(tmp_path).name == "step-000002", "and is replaced when its step comes again"
+
+
+def test_only_damaged_checkpoints_are_not_a_fresh_start(tmp_path):
+    """Neither used nor taken for nothing; the message names each, what is wrong with it, and what to do."""
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (1, 2):
+        checkpoint.save(folder, step, state_of(step), keep=2)
+    (folder / "step-000002" / "state.json").write_text("{")
+    tensors = folder / "step-000001" / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with warnings.catch_warnings(), pytest.raises(ValueError) as caught:
+        warnings.simplefilter("error")
+        checkpoint.latest(folder)
+    said = str(caught.value)
+    assert f"{folder} holds 2 and none is whole" in said and f"remove {folder.parent} or choose another --out" in said
+    assert "step-000002: JSONDecodeError" in said and "step-000001: its tensors do not match their checksum" in said
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.warns(RuntimeWarning, match="step-000001 is damaged"):
+        assert checkpoint.at(folder, 1) is None
 
 
 def test_nothing_is_there_yet(tmp_path):

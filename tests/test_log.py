@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from instep.train.health import Finding
+from instep.train.health import Finding, HealthMonitor
 from instep.train.log import RunLog, read_rows, trim
 
 
@@ -116,8 +120,6 @@ def test_tensorboard_forgets_a_run_without_a_checkpoint(tmp_path, counted):
 
 
 def test_a_run_without_tensorboard(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     log = RunLog(tmp_path)
     log.row(1, {"x": 1.0})
@@ -185,3 +187,66 @@ def test_a_tracker_gets_every_row_and_cannot_cost_the_run(tmp_path, capsys):
     assert calls == [1] and len((tmp_path / "b" / "log.jsonl").read_text().splitlines()) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "the tracker raised ConnectionError: no route to host; it is not called again, log.jsonl goes on" in said
+FULL = Path("/dev/full")  # takes nothing: "no space left on device", from the kernel itself
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this platform has no /dev/full")
+@pytest.mark.parametrize("name", ["log.jsonl", "health.jsonl"])
+def test_a_full_disk_is_said_in_one_line(tmp_path, name):
+    """What was not written, what is intact, what to do; and closing the log afterwards does not hide it."""
+    (tmp_path / name).symlink_to(FULL)
+    log, monitor = RunLog(tmp_path), HealthMonitor(tmp_path)
+    broken = {"probe/ink": math.nan}  # a row with a finding
+    with pytest.raises(OSError) as caught:
+        try:
+            log.row(1, broken)
+            monitor.row(1, broken)
+        finally:
+            log.close()
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.strerror == (
+        f"the disk is full: a row of {tmp_path / name} was not written and the checkpoints are intact; free some space and repeat the same command"
+    )
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from instep.files import append_text
+file = Path({file!r})
+append_text(file, "first\\n")
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+try:
+    append_text(file, "second\\n")
+except OSError as error:
+    print(error.strerror)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+append_text(file, "third\\n")
+"""
+
+
+def test_a_row_is_whole_or_not_there(tmp_path):
+    """A limit of 10 bytes takes 4 of the 7 of the second row: they are taken back."""
+    pytest.importorskip("resource")
+    file = tmp_path / "log.jsonl"
+    child = subprocess.run([sys.executable, "-c", LIMITED.format(file=str(file))], capture_output=True, text=True, check=True)
+    assert child.stdout.startswith(f"File too large: a row of {file} was not written") and "raise the limit on the size of files (ulimit -f)" in child.stdout
+    assert file.read_text() == "first\nthird\n"
+
+
+def test_tensorboard_on_a_full_disk(tmp_path, monkeypatch):
+    class Full:
+        def add_scalar(self, *args):
+            pass
+
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        close = flush
+
+    monkeypatch.setattr("instep.train.log._tensorboard", lambda *args: Full())
+    log = RunLog(tmp_path)
+    with pytest.raises(OSError, match="the disk is full: TensorBoard's copy of the log in .*tensorboard was not written and the checkpoints are intact"):
+        log.row(1, {"x": 1.0})
+    log.close()
+    assert rows(tmp_path) == [{"step": 1, "x": 1.0}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
 from instep.train import checkpoint
-from instep.train import log as log_module
 from instep.train.run import Interrupted, RunOptions, train
 from instep.train.source import Order, RealSamples
 
@@ -193,6 +193,22 @@ def lambda_named(name, function):
     return function
 
 
+def test_a_folder_that_another_process_holds(tmp_path):
+    """Refused before anything is written; after kill -9 of the holder the same call trains, and leaves no lock behind."""
+    from test_lock import holder
+
+    out = tmp_path / "run"
+    go = lambda: train(dmd2(steps=1, iterations=1, batch=2), family(), out=out, prompts=PROMPTS, options=EVERY)  # noqa: E731
+    with holder(out) as other:
+        with pytest.raises(ValueError, match=f"in use by another run .process {other.pid} "):
+            go()
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        other.kill()
+        other.wait()
+        go()
+    assert (out / "student" / "model_index.json").is_file() and not (out / ".lock").exists()
+
+
 def test_a_reward_that_breaks_later_stops_the_run_and_keeps_it(tmp_path):
     calls = []
 
@@ -209,6 +225,87 @@ def test_a_reward_that_breaks_later_stops_the_run_and_keeps_it(tmp_path):
     assert rows(out)[-1]["reward/constant_groups"] == 1.0 and rows(out)[-1]["force/group/norm"] == 0.0
 
 
+def group_run(out: Path):
+    return train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+
+
+@pytest.mark.parametrize(
+    ("name", "after"), [("teacher_probe.json", None), ("step-000002.safetensors", "step-000001"), ("log.jsonl", "step-000003")]
+)
+def test_a_full_disk_in_the_middle_of_a_run(whole, tmp_path, monkeypatch, name, after):
+    """The probe's figures, its views, a row: one clear line, the last checkpoint intact, and the same run in the end."""
+    out, real, writes = tmp_path / "run", open, []
+
+    def full(file, mode="r", *args, **kwargs):
+        if name in str(file) and mode.startswith(("w", "a")):
+            writes.append(1)
+            if name != "log.jsonl" or len(writes) == 5:  # rows 0, 1, 2 and 3 were written
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr("instep.files.open", full, raising=False)
+    with pytest.raises(OSError, match=f"^.Errno 28. the disk is full: .*{name} was not written and .*; free some space and repeat the same command$"):
+        group_run(out)
+    monkeypatch.undo()
+    newest = checkpoint.latest(out / "checkpoints")
+    assert (newest.name if newest else None) == after
+    assert not [path for path in out.rglob("*") if path.name == ".lock" or path.suffix == ".tmp"]
+    group_run(out)
+    same(whole, out)
+
+
+LIMITED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import os, resource
+import test_run as t
+from instep.train import run
+real, calls = run.iteration, []
+def limited(*args):
+    calls.append(1)
+    if len(calls) == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize({log!r}) + 10, resource.RLIM_INFINITY))
+    return real(*args)
+run.iteration = limited
+try:
+    t.group_run({out!r})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_real_limit_on_sizes(whole, tmp_path):
+    """The kernel takes ten bytes of the fourth row and no more: they are taken back, and the run goes on from the third step."""
+    pytest.importorskip("resource")
+    out = tmp_path / "run"
+    code = LIMITED.format(tests=str(Path(__file__).parent), log=str(out / "log.jsonl"), out=str(out))
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.startswith(f"[Errno 27] File too large: a row of {out / 'log.jsonl'} was not written and the checkpoints are intact; raise")
+    assert [row["step"] for row in rows(out)] == [0, 1, 2, 3] and (out / "log.jsonl").read_bytes().endswith(b"}\n")
+    assert checkpoint.latest(out / "checkpoints").name == "step-000003"
+    group_run(out)
+    same(whole, out)
+
+
+def test_a_full_disk_during_the_export(whole, tmp_path, monkeypatch):
+    """Weights go through safetensors' own writer, which has the reason in words: the same line, the earlier export stays."""
+    from safetensors import SafetensorError
+
+    from instep.export import folder
+
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(folder, "_sync", full)
+    with pytest.raises(OSError, match=f"the disk is full: the export {out}/student was not written and what was there before is unchanged"):
+        group_run(out)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, {"x": torch.arange(3), "n": 1}, keep=2)
 
@@ -223,12 +320,32 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert torch.equal(checkpoint.load(checkpoint.latest(tmp_path))["x"], torch.arange(3))
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(tmp_path):
+    """It does not begin at step 0 over them; with the folder removed it does, and so does a run that never had one."""
+    out = tmp_path / "run"
+    go = lambda where, start=None: train(  # noqa: E731
+        dmd2(steps=1, iterations=2, batch=2), family(), out=where, prompts=PROMPTS, options=RunOptions(save_every=1), start_from=start
+    )
+    go(out)
+    for file in (out / "checkpoints").rglob("tensors.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"{out}/checkpoints holds 2 and none is whole .*remove {out} or choose another --out"):
+        go(out)
+    with pytest.raises(ValueError, match="none is whole"):
+        go(tmp_path / "other", start=out)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    shutil.rmtree(out)
+    assert go(out).state.step == 2
+
+
 def test_a_torn_checkpoint_is_passed_over(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {"x": torch.full((4,), float(step))}, keep=3)
     file = tmp_path / "step-000002" / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
-    assert checkpoint.latest(tmp_path).name == "step-000001"
+    with pytest.warns(RuntimeWarning, match="step-000002 is damaged .* step-000001 is used"):
+        assert checkpoint.latest(tmp_path).name == "step-000001"
 
 
 def test_optimiser_and_generators_round_trip(tmp_path):
@@ -270,71 +387,3 @@ def test_lora_roles_share_a_backbone_and_export(tmp_path):
     now = {k.replace(".base_layer", ""): v for k, v in fam.pretrained.state_dict().items() if "lora_" not in k}
     assert all(torch.equal(now[k], v) for k, v in base.items()), "the shared weights are frozen"
     assert (out / "student" / "lora.safetensors").is_file()
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from instep.train.lock import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_folder_is_one_process_at_a_time(tmp_path):
-    """A second process is refused by name; a killed one lets go."""
-    out = tmp_path / "run"
-    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        before = (out / "log.jsonl").read_bytes()
-        with pytest.raises(ValueError, match=rf"is being written by another process \(process {holder.pid}\); wait for it"):
-            train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
-        assert (out / "log.jsonl").read_bytes() == before
-    finally:
-        holder.kill()
-        holder.wait()
-    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
-
-
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
-    out = tmp_path / "run"
-    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
-    for tensors in (out / "checkpoints").glob("step-*/tensors.safetensors"):
-        tensors.write_bytes(tensors.read_bytes()[:-8])
-    log = (out / "log.jsonl").read_bytes()
-    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=r"all \d checkpoints in .* are damaged, so this run cannot go on"):
-        train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
-    assert (out / "log.jsonl").read_bytes() == log
-
-
-def test_a_full_disk_under_the_log_stops_with_a_word_and_resumes(tmp_path, whole, monkeypatch):
-    out = tmp_path / "run"
-    real_row = log_module.RunLog.row
-
-    def full(self, step, scalars):
-        if step == 3:
-            self._file = FullDisk(self._file)
-        real_row(self, step, scalars)
-
-    monkeypatch.setattr(log_module.RunLog, "row", full)
-    with pytest.raises(OSError, match="could not write the row of step 3 .*the checkpoints are intact, free some space"):
-        train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
-    monkeypatch.setattr(log_module.RunLog, "row", real_row)
-    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
-    same(whole, out)
-
-
-class FullDisk:
-    """A file that cannot take another byte."""
-
-    def __init__(self, file):
-        self.file, self.name = file, file.name
-
-    def write(self, text):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def close(self):
-        self.file.close()

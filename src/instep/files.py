@@ -1,29 +1,69 @@
-"""Files that are never half written: a temporary name in the same folder, flushed to disk, then renamed."""
+"""Files that are never half written: a temporary name in the same folder, flushed to disk, then renamed. Rows are appended whole."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def no_room(error: BaseException) -> OSError | None:
+    """The OSError in an error of a full disk or a limit on sizes; safetensors' own writer has it in words alone. None for other errors."""
+    if isinstance(error, OSError):
+        return error if error.errno in NO_ROOM else None
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found and int(found[1]) in NO_ROOM else None
+
+
+def unwritten(error: OSError, what: str, intact: str) -> OSError:
+    """`error` again in one line: why and what was not written, what is intact, and what to do."""
+    reason, fix = error.strerror or str(error), "see to it"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason, fix = "the disk is full", "free some space"
+    elif error.errno == errno.EFBIG:
+        fix = "raise the limit on the size of files (ulimit -f)"
+    return OSError(error.errno, f"{reason}: {what} was not written and {intact}; {fix} and repeat the same command")
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Atomic: after a crash `path` holds either the old content or all of the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"could not write {path} ({error.strerror}); what was there before is unchanged, free some space and repeat") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise unwritten(error, str(path), "what was there before is unchanged") from error
+
+
+def append_text(path: Path, text: str) -> None:
+    """`text` at the end of a file, all of it or, if the disk is full, none. A kill can leave part of it: readers pass over a torn last line."""
+    try:
+        with open(path, "ab", buffering=0) as file:  # no buffer: what failed must not be written again when the file is closed
+            before, left = os.fstat(file.fileno()).st_size, memoryview(text.encode("utf-8"))
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), before)
+                raise
+    except OSError as error:
+        raise unwritten(error, f"a row of {path}", "the checkpoints are intact") from error
 
 
 def write_text(path: Path, text: str) -> None:

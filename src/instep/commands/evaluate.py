@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -165,7 +166,8 @@ def baseline(family: Family, judges: dict[str, Judge], chosen: EvalSet, steps: i
     kind: Literal["teacher", "naive"] = "teacher" if steps >= 20 else "naive"
     name = f"teacher, {steps} step{'s' * (steps > 1)}{', guided' if guidance != 1 else ''}"
     row = evaluate(name, kind, generate, chosen, judges, steps=steps, guidance=guidance)
-    write_json(file, row.json())
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time the next time, not the figures
+        write_json(file, row.json())
     return row
 
 

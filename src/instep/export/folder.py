@@ -21,6 +21,7 @@ from instep.export.comfyui import comfyui_shift, comfyui_state_dict, comfyui_wor
 from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler, our_sampler, smallest_size, verify_export
+from instep.files import no_room, unwritten
 from instep.quiet import quiet
 
 if TYPE_CHECKING:
@@ -109,8 +110,10 @@ def export_student(
         (temporary / "README.md").write_text(model_card(info, levels, measured))
         size_bytes = _sync(temporary)
         _swap(temporary, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if full := no_room(error):
+            raise unwritten(full, f"the export {out}", "what was there before is unchanged") from error
         raise
     return ExportReport(
         out, levels, measured.sampler_difference, measured.student_difference, off, len(keys), size_bytes

@@ -6,7 +6,6 @@ is ever unpickled.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -20,9 +19,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from instep.files import unwritten
 from instep.train.state_files import State, join, sha256, split, write, write_tensors
 
-__all__ = ["State", "at", "latest", "load", "load_optimizer_state", "optimizer_state", "present", "restore_rng", "rng_state", "save", "step_of"]
+__all__ = ["State", "at", "latest", "load", "load_optimizer_state", "optimizer_state", "restore_rng", "rng_state", "save", "step_of"]
 
 _NAME = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.replaced")
@@ -31,8 +31,8 @@ _REPLACED = re.compile(r"\.(step-\d{6,})\.replaced")
 def save(folder: Path, step: int, state: State, *, keep: int, protect: Collection[int] = ()) -> Path:
     """Writes `folder/step-NNNNNN`, then removes all but the newest `keep` and the steps in `protect`.
 
-    `state` is nested dicts with string keys, lists and tuples of tensors and JSON values. ValueError if it is not; OSError if the disk
-    is full: what was there stays.
+    `state` is nested dicts with string keys, lists and tuples of tensors and JSON values. ValueError if it is not; OSError if it
+    cannot be written, as on a full disk: what was there stays.
     """
     if keep < 1:
         raise ValueError(f"keep: {keep} is not allowed; keep at least 1 checkpoint")
@@ -40,9 +40,9 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
         raise ValueError(f"step: {step} is not allowed; steps count from 0")
     values, tensors = split(state)
     final, temporary = folder / f"step-{step:06d}", folder / f".step-{step:06d}.{os.getpid()}.tmp"
-    _make(folder)
-    _recover(folder)
     try:
+        _make(folder)
+        _recover(folder)
         temporary.mkdir()
         digest = write_tensors(temporary / "tensors.safetensors", tensors)
         record = {"step": step, "sha256": digest, "values": values}
@@ -54,26 +54,44 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
             _put(temporary, final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno,
-                f"the disk is full: checkpoint {final} was not written and the ones before it are intact; free some space and repeat the same command",
-            ) from error
+        if isinstance(error, OSError):
+            raise unwritten(error, f"checkpoint {final}", "the ones before it are intact") from error
         raise
     _prune(folder, step, keep, protect)
     return final
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are whole; a damaged one is named in a warning and passed over."""
+    """The newest checkpoint whose files are whole, None where there are none; damaged ones are named in a warning and passed over.
+
+    ValueError if there are checkpoints and none is whole: to begin anew would write over what may still be of use.
+    """
     _recover(folder)
-    return next((path for path in present(folder) if _whole(path)), None)
+    damaged: dict[str, str] = {}
+    for path in _all(folder):
+        damage = _damage(path)
+        if damage is None:
+            for name, what in damaged.items():
+                warnings.warn(f"checkpoint {folder / name} is damaged ({what}) and is passed over; {path.name} is used", RuntimeWarning, stacklevel=2)
+            return path
+        damaged[path.name] = damage
+    if damaged:
+        raise ValueError(
+            f"checkpoints: {folder} holds {len(damaged)} and none is whole ({'; '.join(f'{name}: {what}' for name, what in damaged.items())}); to "
+            f"train anew remove {folder.parent} or choose another --out"
+        )
+    return None
 
 
 def at(folder: Path, step: int) -> Path | None:
-    """The checkpoint of exactly `step`, if it is there and whole."""
+    """The checkpoint of exactly `step`, if it is there and whole; a damaged one is named in a warning."""
     _recover(folder)
-    return next((path for path in present(folder) if step_of(path) == step and _whole(path)), None)
+    path = next((path for path in _all(folder) if step_of(path) == step), None)
+    damage = _damage(path) if path is not None else None
+    if damage is not None:
+        warnings.warn(f"checkpoint {path} is damaged ({damage}) and is passed over", RuntimeWarning, stacklevel=2)
+        return None
+    return path
 
 
 def step_of(path: Path) -> int:
@@ -89,16 +107,9 @@ def load(path: Path) -> State:
     return join(record["values"], load_file(path / "tensors.safetensors"))
 
 
-def present(folder: Path) -> list[Path]:
+def _all(folder: Path) -> list[Path]:
     """Every checkpoint folder, whole or damaged, newest first."""
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
-
-
-def _whole(path: Path) -> bool:
-    damage = _damage(path)
-    if damage:
-        warnings.warn(f"checkpoint {path} is damaged ({damage}) and is passed over; the one before it is used", RuntimeWarning, stacklevel=3)
-    return damage is None
 
 
 def _damage(path: Path) -> str | None:
@@ -144,7 +155,7 @@ def _prune(folder: Path, step: int, keep: int, protect: Collection[int]) -> None
     """Removes old checkpoints and what a killed run left half written. Those after `step` are left alone and do not count."""
     for torn in folder.glob(".step-*"):
         shutil.rmtree(torn, ignore_errors=True)
-    known = [path for path in present(folder) if step_of(path) <= step]
+    known = [path for path in _all(folder) if step_of(path) <= step]
     for old in known[keep:]:
         if step_of(old) not in protect:
             # out of sight first: a half-removed folder must not look like a damaged checkpoint

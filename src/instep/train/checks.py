@@ -17,6 +17,7 @@ from instep import __version__
 from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, checked_scores
+from instep.train import lock
 from instep.train.recipe import Recipe, describe
 from instep.train.source import RealSamples
 
@@ -99,7 +100,7 @@ def claim(
                 f"out: {out} holds another run (its {', '.join(different)} differ; it was {there['recipe']} with seed {there['seed']}); choose "
                 "another folder, or repeat that run's command to go on with it"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(path.name != lock.NAME for path in out.iterdir()):
         raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
     else:
         free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from instep.files import append_text
+
 Row = Mapping[str, Any]
 Level = Literal["ok", "warn", "alarm"]
 Said = Iterator[tuple[Level, str, str]]
@@ -257,6 +259,5 @@ class HealthMonitor:
         """Findings that are new with this row, and flags that have cleared with it."""
         news = self._take({"step": step, **scalars})
         if news:
-            with open(self._file, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(finding)) + "\n" for finding in news)
+            append_text(self._file, "".join(json.dumps(asdict(finding)) + "\n" for finding in news))
         return news

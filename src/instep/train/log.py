@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from instep.files import write_text
+from instep.files import append_text, unwritten, write_text
 from instep.train.health import Finding
 
 ROLLING = 10  # iterations that the shown figures are averaged over
@@ -52,8 +52,9 @@ class RunLog:
     def __init__(self, folder: Path, *, resume_step: int = 0, tracker: Tracker | None = None) -> None:
         self.console = Console(stderr=True)
         trim(folder / "log.jsonl", resume_step if resume_step else -1)
-        self._file = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._board = _tensorboard(folder, resume_step)
+        self._file, self._events = folder / "log.jsonl", folder / "tensorboard"
+        with _written(self._events):
+            self._board = _tensorboard(self._events, resume_step)
         self._recent: deque[Mapping[str, Any]] = deque(maxlen=ROLLING)
         self._last: dict[str, float] = {}
         self._progress: Progress | None = None
@@ -78,22 +79,15 @@ class RunLog:
         self._progress = None
 
     def row(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Appends one row and shows it."""
+        """Appends one row and shows it; OSError says in one line what a full disk did not take. The run's checkpoints are not touched."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scalars.items()}
-        try:
-            self._file.write(json.dumps({"step": step, **clean}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"could not write the row of step {step} into {self._file.name} ({error.strerror}); the checkpoints are intact, free some space and "
-                "repeat the same command",
-            ) from error
+        append_text(self._file, json.dumps({"step": step, **clean}) + "\n")
         if self._board is not None:
-            for key, value in clean.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(key, value, step)
-            self._board.flush()  # a killed run leaves the same scalars in both places
+            with _written(self._events):
+                for key, value in clean.items():
+                    if isinstance(value, int | float):
+                        self._board.add_scalar(key, value, step)
+                self._board.flush()  # a killed run leaves the same scalars in both places
         self._track(step, clean)
         self._recent.append(clean)
         self._last |= {k: v for k, v in clean.items() if isinstance(v, int | float)}
@@ -142,15 +136,24 @@ class RunLog:
         self.console.print(f"[{colour}]{finding.level}[/] {escape(finding.text)}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        self._file.close()
+        """Every row is flushed by now: what fails here has failed, and was said, before."""
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
 
 
-def _tensorboard(folder: Path, resume_step: int) -> Any:
+@contextmanager
+def _written(events: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise unwritten(error, f"TensorBoard's copy of the log in {events}", "the checkpoints are intact") from error
+
+
+def _tensorboard(events: Path, resume_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
     # without a checkpoint to go on from, step 0 is repeated too
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+    return SummaryWriter(str(events), purge_step=resume_step + 1 if resume_step else 0)

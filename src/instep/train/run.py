@@ -23,7 +23,7 @@ from instep.train import checkpoint
 from instep.train.cache import teacher_samples
 from instep.train.checks import check_inputs, claim, scorer, slope
 from instep.train.health import HealthMonitor
-from instep.train.lock import locked
+from instep.train.lock import held
 from instep.train.log import RunLog, Tracker
 from instep.train.probe import Monitor, Probe, few_of
 from instep.train.recipe import Recipe
@@ -88,14 +88,14 @@ def train(
     `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
     pair recipes; where a discriminator has none, samples of the teacher serve, made once and kept with the run);
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
-    log.jsonl and TensorBoard. Raises ValueError before training if something does not fit, and
-    `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
+    log.jsonl and TensorBoard. Raises ValueError before training if something does not fit or another process is at work in
+    `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
     """
     out, options = Path(out), options or RunOptions()
     scored = as_reward(reward) if reward is not None else None
     check_inputs(recipe, family, scored, real, prompts)
-    claim(out, recipe, family, options, prompts, start_from, command)
-    with locked(out):
+    with held(out):
+        claim(out, recipe, family, options, prompts, start_from, command)
         state = make_state(recipe, family, options.seed, scorer(family, scored), slope(family, scored), checkpointing=options.checkpointing)
         stored = None
         if "stored" in recipe.needs or ("real" in recipe.needs and real is None):
@@ -248,7 +248,7 @@ class Loop:
         )
 
     def restore(self, start_from: Path | str | None) -> None:
-        """The newest whole checkpoint of this run; failing that, the roles of `start_from`."""
+        """The newest whole checkpoint of this run; if it has none at all, the roles of `start_from`. ValueError if all it has are damaged."""
         own = checkpoint.latest(self.out / "checkpoints")
         if own is not None:
             saved = checkpoint.load(own)
@@ -257,11 +257,6 @@ class Loop:
             self.source.load_state(saved["source"])
             self.state.step = int(saved["step"])
             self.state.reward_variance = saved["reward_variance"]
-        elif there := checkpoint.present(self.out / "checkpoints"):
-            raise ValueError(
-                f"out: all {len(there)} checkpoints in {self.out / 'checkpoints'} are damaged, so this run cannot go on; restore one of them from a copy, "
-                f"or begin again: remove {self.out}, or choose another folder"
-            )
         elif start_from is not None:
             other = checkpoint.latest(Path(start_from) / "checkpoints")
             if other is None:

@@ -50,7 +50,6 @@ def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Fami
 
 def save_views(folder: Path, step: int, views: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
     if views:
-        folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / f"step-{step:06d}.safetensors", dict(views))
         write_json(folder / f"step-{step:06d}.json", {"step": step, "prompts": list(prompts)})
 
