@@ -198,7 +198,7 @@ def test_a_folder_that_another_process_holds(tmp_path):
     from test_lock import holder
 
     out = tmp_path / "run"
-    go = lambda: train(dmd2(steps=1, iterations=1, batch=2), family(), out=out, prompts=PROMPTS, options=EVERY)  # noqa: E731
+    go = lambda: train(dmd2(Common(steps=1, batch=2), iterations=1), family(), out=out, prompts=PROMPTS, options=EVERY)  # noqa: E731
     with holder(out) as other:
         with pytest.raises(ValueError, match=f"in use by another run .process {other.pid} "):
             go()
@@ -324,7 +324,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(tmp_path):
     """It does not begin at step 0 over them; with the folder removed it does, and so does a run that never had one."""
     out = tmp_path / "run"
     go = lambda where, start=None: train(  # noqa: E731
-        dmd2(steps=1, iterations=2, batch=2), family(), out=where, prompts=PROMPTS, options=RunOptions(save_every=1), start_from=start
+        dmd2(Common(steps=1, batch=2), iterations=2), family(), out=where, prompts=PROMPTS, options=RunOptions(save_every=1), start_from=start
     )
     go(out)
     for file in (out / "checkpoints").rglob("tensors.safetensors"):

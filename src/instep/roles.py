@@ -8,6 +8,7 @@ for by the same `Call`, and not asked for again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from copy import copy
@@ -131,7 +132,10 @@ class Backbone:
         if not self._adapters:
             self.module.requires_grad_(False)
         config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(self.family.lora_targets), init_lora_weights=True)
-        inject_adapter_in_model(config, self.module, adapter_name=name)
+        with warnings.catch_warnings():
+            # student and fake are two adapters on one module: meant, and peft asks whether it is
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+            inject_adapter_in_model(config, self.module, adapter_name=name)
         self._adapters[name] = lora
         for layer in self._lora_layers():
             layer.set_requires_grad(list(self._adapters), True)
