@@ -20,8 +20,8 @@ to a teacher's estimate. The rows below are read off the recipes of this library
 group, α = 1 + s a, β = 1 − s a.
 
 {table}
-`dmd2` without its discriminator is what DM-Align builds on and every aligned student's control. `refl` has DMDR's external force;
-DMDR's teacher (an annealed adapter) is `magic`'s. `naive-adaptive` is the baseline that AMD is set against. How each is read where its
+`dmd2` without its discriminator is what DM-Align builds on and every aligned student's control. AMD's table gives DMDR one column; it has
+two stages, of which the table prints neither the tilt nor the levels. `naive-adaptive` is the baseline that AMD is set against. How each is read where its
 paper leaves something open: [errata.md](errata.md). What each does: [results.md](results.md), and by yourself:
 `instep lab dmd2 amd naive-adaptive --reward half`.
 """

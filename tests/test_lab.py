@@ -145,6 +145,7 @@ def test_specs_are_read_and_refused():
     recipe = build("amd:tilt=0,sensitivity=0.7,steps=2", common(), 90)
     assert recipe.steps == 90 and len(recipe.levels) == 2 and recipe.stages[-1].terms[0].operator.sensitivity == 0.7
     assert [stage.steps for stage in build("dm-align-group", common(), 90).stages] == [60, 30]
+    assert [stage.steps for stage in build("dmdr", common(), 90).stages] == [45, 45]
     with pytest.raises(ValueError, match="'tlit=0' is not key=value with a key of amd; allowed keys: distil, iterations, group"):
         build("amd:tlit=0", common(), 90)
     with pytest.raises(ValueError, match="recipe: 'amdd' is not known"):

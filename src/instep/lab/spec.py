@@ -12,12 +12,15 @@ from instep.recipes import find
 from instep.recipes.common import Common
 from instep.train.recipe import Recipe
 
+# the option with the length of a recipe's first stage, and its part of all iterations
+FIRST_STAGE = {"distil": 2 / 3, "warm": 1 / 2}
+
 
 def build(spec: str, common: Common, iterations: int) -> Recipe:
     """The recipe of `spec` with the laboratory's options, `iterations` student updates in all.
 
-    Keys are the recipe's own options or common ones (steps, guidance, condition_on_exit, ...). A recipe whose first stage distils by default
-    gets two thirds of the iterations for it. ValueError for unknown recipes, keys and values.
+    Keys are the recipe's own options or common ones (steps, guidance, condition_on_exit, ...). A recipe that has a first stage by default
+    gets its part of the iterations for it (`FIRST_STAGE`). ValueError for unknown recipes, keys and values.
     """
     name, _, rest = spec.partition(":")
     function = find(name)
@@ -31,9 +34,10 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
         given[key] = _value(spec, key, value)
     common = replace(common, **{key: value for key, value in given.items() if key in shared})
     mine = {key: value for key, value in given.items() if key in own}
-    if "distil" in own:
-        distil = mine.setdefault("distil", round(iterations * 2 / 3) if own["distil"].default else 0)
-        mine.setdefault("iterations", iterations - distil)
+    first = next((key for key in FIRST_STAGE if key in own), None)
+    if first is not None:
+        before = mine.setdefault(first, round(iterations * FIRST_STAGE[first]) if own[first].default else 0)
+        mine.setdefault("iterations", iterations - before)
     mine.setdefault("iterations", iterations)
     return function(common, **mine)
 

@@ -109,7 +109,7 @@ class RewardTilted(Operator):
     exact teachers neither tilts the fixed point (docs/errata.md); the tilted target itself is what a critic's `tilt` gives.
     """
 
-    formula: ClassVar[str] = "exp(r/|r|) (d_real - d_fake)"
+    formula: ClassVar[str] = "exp(r/norm) (d_real - d_fake)"
     needs_advantage: ClassVar[bool] = True
 
     form: Literal["literal", "zscore"] = "literal"

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 from instep.forces.adversarial import Adversarial
 from instep.forces.reward import RewardGradient
-from instep.levels import AboveExit, LevelSampler
+from instep.levels import AboveExit, AnnealedBeta, LevelSampler
 from instep.matching.critic import Score, ScoreWithHead
 from instep.matching.force import DistributionMatching
 from instep.objectives.regression import Regression
 from instep.recipes.amd import amd, naive_adaptive
 from instep.recipes.decoupled_dmd import decoupled_dmd
 from instep.recipes.dmd import dmd, dmd2
+from instep.recipes.dmdr import dmdr
 from instep.recipes.magic import magic
 from instep.recipes.refl import refl
 from instep.terms import Term
-from instep.train.recipe import Recipe
+from instep.train.recipe import Recipe, Stage
 
 HEADINGS = ("recipe", "operator H", "external force", "re-noise levels", "teacher", "fake")
 
@@ -28,6 +29,7 @@ FAMILY: dict[str, Recipe] = {
     "decoupled-dmd": decoupled_dmd(),
     "magic": magic(),
     "refl": refl(),
+    "dmdr": dmdr(),
     "amd": amd(),
     "naive-adaptive": naive_adaptive(),
 }
@@ -35,9 +37,14 @@ FAMILY: dict[str, Recipe] = {
 EXTERNAL = {Regression: "x - x_gt (stored pairs)", Adversarial: "-grad log D(x_t)", RewardGradient: "-grad R(x)"}
 
 
-def cells(name: str, recipe: Recipe) -> tuple[str, ...]:
-    """One row: the cells of `HEADINGS`, from the recipe's last stage."""
-    stage = recipe.stages[-1]
+def rows(name: str, recipe: Recipe) -> list[tuple[str, ...]]:
+    """A row for each stage that has steps, named where there are several."""
+    stages = [stage for stage in recipe.stages if stage.steps]
+    return [cells(name if len(stages) == 1 else f"{name}, stage {stage.name}", stage) for stage in stages]
+
+
+def cells(name: str, stage: Stage) -> tuple[str, ...]:
+    """One row: the cells of `HEADINGS` of a stage."""
     force = next(term for term in stage.terms if isinstance(term, DistributionMatching))
     others = [external(term) for term in stage.terms if term is not force]
     fake = next(critic for critic in stage.critics if isinstance(critic, Score) and critic.role == "fake")
@@ -53,7 +60,8 @@ def external(term: Term) -> str:
 
 def said(levels: LevelSampler) -> str:
     """Where levels are drawn."""
-    return "above the exit" if isinstance(levels, AboveExit) else "all"
+    named = {AboveExit: "above the exit", AnnealedBeta: "annealed from high noise"}
+    return named.get(type(levels), "all")
 
 
 def critic_cell(critic: Score) -> str:
@@ -64,7 +72,7 @@ def critic_cell(critic: Score) -> str:
 
 def table() -> list[tuple[str, ...]]:
     """Headings and all rows."""
-    return [HEADINGS, *(cells(name, recipe) for name, recipe in FAMILY.items())]
+    return [HEADINGS, *(row for name, recipe in FAMILY.items() for row in rows(name, recipe))]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
