@@ -51,8 +51,9 @@ def stalls() -> Verdict:
 
 def mitigations() -> Verdict:
     helped, figures = [], []
-    for experiment in ("far", "far-learned"):
-        plain, others = at(experiment, "dmd2", 5), {name: at(experiment, name, 5) for name in ("dmd", "dmd2:gan=0.03", "decoupled-dmd", "magic")}
+    tried = {"far": ("dmd", "dmd2:gan=0.03", "magic"), "far-learned": ("dmd", "dmd2:gan=0.03", "magic"), "far-guided": ("decoupled-dmd",)}
+    for experiment, names in tried.items():
+        plain, others = at(experiment, "dmd2", 5), {name: at(experiment, name, 5) for name in names}
         best = max(others, key=lambda name: others[name]["quality"][0])
         helped.append(any(above(other, plain, "quality") for other in others.values()))
         figures.append(f"{experiment}, at a third of the run: plain {show(plain, 'quality')}, best {best} {show(others[best], 'quality')}")

@@ -63,9 +63,11 @@ SECTIONS = (
         for name in ("grid9", "moons", "rings")
     ),
     Section("far", "A far start, exact teacher (AMD Fig. 2)",
-            "Student and fake begin on a blob at (5, 5), off every mode; the taxonomy says plain DMD stalls there.",
+            "Student and fake begin on a blob at (5, 5), off every mode; the taxonomy says plain DMD stalls there. Without guidance "
+        "Decoupled-DMD *is* DMD2: what differs between those two rows is rounding, and shows how far chance goes.",
             curve="quality"),
     Section("far-learned", "A far start, learned teacher", "The same with a network for a teacher, which has never seen what lies at (5, 5).", curve="quality"),
+    Section("far-guided", "A far start, guidance 1.5", "The noise reset: guidance at levels of its own.", curve="quality"),
     Section("far-reward", "A far start, with a reward", "The first coordinate is rewarded, up to 2.", keys=REWARDED, curve="quality"),
     Section(
         "selective", "Selective reward (AMD Fig. 7, top; Fig. 6)", "Half of each class's modes are rewarded; `share` is their part of what is on a "
