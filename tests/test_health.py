@@ -7,6 +7,8 @@ import math
 
 import pytest
 
+from instep.recipes.common import Common
+from instep.recipes.dm_align import dm_align_group
 from instep.train import health
 from instep.train.health import HealthMonitor, examine
 from instep.train.log import RunLog
@@ -170,6 +172,67 @@ def test_findings_say_what_and_what_to_do():
     texts = {finding.flag: finding.text for finding in examine(rows)}
     assert texts["oversaturation"].startswith("samples are 35% brighter than the teacher's: lower")
     assert "cosine -0.70" in texts["opposed:dm and group"]
+
+
+RUN = dm_align_group(Common(batch=16), distil=60, iterations=60, group=4)
+
+
+def test_an_exploding_gradient():
+    """Finite, far above its median, three steps in a row."""
+    exploding = lambda first, last, **more: history(change=lambda step: {"grad/student": 25.0, **more} if first <= step <= last else {})  # noqa: E731
+    (found,) = [f for f in examine(exploding(118, 120)) if f.level == "alarm"]
+    assert found.flag == "exploded:student" and "its norm is 25 times the median" in found.text
+    assert "exploded:student" in all_flags(exploding(100, 102)) and all_flags(exploding(100, 101)) == set(), "two in a row are not three"
+    assert all_flags(history(change=lambda step: {"grad/student": 19.0} if step > 90 else {})) == set(), "19 times is not 20"
+    assert all_flags(history(change=lambda step: {"grad/student": 25.0} if step > 60 else {})) == set(), "a stage has norms of its own"
+    assert all_flags(exploding(62, 79)) == set(), "nor before there is a median to speak of"
+    assert all_flags(history(change=lambda step: {"grad/student": 0.0} if step < 100 else {})) == set(), "nor above a gradient of zero"
+    assert flags(exploding(118, 120, **{"grad/student/skipped": 1.0})) == {"nonfinite"}, "what was skipped is said elsewhere"
+    # its own height becomes the median in time: a level that stays is a level
+    assert flags(history(align=120, change=lambda step: {"grad/student": 25.0} if step > 100 else {})) == set()
+
+
+def moving(by: float):
+    """Every figure of the probe drifts by a share of itself over the run, from a start that is off the teacher's."""
+    return lambda step: {key: 0.8 * value * (1 + by * step / 120) for key, value in HEALTHY.items()}
+
+
+def test_nothing_learned():
+    """An untouched student repeats its figures; said from a third of the run on, and only where the run's length is known."""
+    still = history(probes=moving(1e-5))
+    said = [[f.flag for f in examine(still[: i + 1], RUN)] for i in range(len(still))]
+    assert [step for step, now in enumerate(said) if "stuck" in now] == list(range(40, 121)) and "stuck" not in all_flags(still)
+    (found,) = examine(still, RUN)
+    assert found.level == "warn" and "nothing learned: at step 120 of 120" in found.text
+    for run in (history(probes=moving(0.1)), history(probes=lambda step: {"train_score": -0.5 - step / 100})):
+        assert not any(examine(run[: i + 1], RUN) for i in range(len(run))), "a tenth in all, or one figure alone, is enough"
+    flips = history(probes=lambda step: {"monitor_both": 0.9 + step / 10000})
+    assert {f.flag for f in examine(flips, RUN)} == {"stuck"}, "one sample more or less is no movement"
+    missing = history(probes=lambda step: {"ink": math.nan} if step else {})
+    assert not {f.flag for f in examine(missing, RUN)} & {"stuck"}, "what cannot be compared is not said to be equal"
+
+
+def test_groups_without_an_advantage_are_counted():
+    rows = history(change=lambda step: {"reward/constant_groups": 0.75} if step > 60 else {}, probes=moving(0.1))
+    (found,) = examine(rows, RUN)  # 16 samples in groups of 4, 20 iterations
+    assert found.text.startswith("reward: 60 of 80 groups had equal rewards in the last 20 iterations and gave no advantage: the reward does not tell")
+    assert examine(rows)[0].text.startswith("reward: 75% of the groups had equal rewards")
+    assert all_flags(history(change=lambda step: {"reward/constant_groups": 0.45} if step > 60 else {})) == set()
+
+
+def test_a_run_tells_its_monitor_how_long_it_is(tmp_path):
+    """Resumed before and after the finding: said once, and not forgotten."""
+    still = history(probes=moving(0.0))
+    for resume in (0, 30, 70):
+        log = RunLog(tmp_path, resume_step=resume)
+        monitor = HealthMonitor(tmp_path, resume_step=resume, recipe=RUN)
+        for row in still[resume + 1 if resume else 0 : {0: 35, 30: 80, 70: 121}[resume]]:
+            scalars = {k: v for k, v in row.items() if k != "step"}
+            log.row(row["step"], scalars)
+            monitor.row(row["step"], scalars)
+        log.close()
+    kept = [json.loads(line) for line in (tmp_path / "health.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["flag"]) for row in kept] == [(40, "stuck")]
 
 
 def bad_then_good() -> list[dict]:

@@ -170,7 +170,7 @@ class Loop:
             return
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
         log = RunLog(self.out, resume_step=state.step, tracker=self.tracker)
-        health = HealthMonitor(self.out, resume_step=state.step)
+        health = HealthMonitor(self.out, resume_step=state.step, recipe=self.recipe)
         try:
             with log.progress(total, initial=state.step):
                 if state.step == 0:

@@ -1,0 +1,237 @@
+"""What looks wrong in a run's rows, in words: pure checks, one function a kind.
+
+They may look at the training reward and at the *monitor* judge; a held-out judge is for reported figures only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+from instep.train.recipe import Recipe
+
+Row = Mapping[str, Any]
+Level = Literal["ok", "warn", "alarm"]
+Said = Iterator[tuple[Level, str, str]]
+
+PERSIST = 2  # probes in a row that must agree: one noisy probe of some dozens of samples says little
+WINDOW = 20  # iterations of a rolling mean: one batch's cosine, loss or share of constant groups is noise
+OPPOSED = -0.5  # cosine of two forces below which most of each is spent on undoing the other
+SILENT = 0.01  # share of the strongest force below which another one does nothing
+INK_OFF = 0.25  # relative deviation of mean brightness from the teacher's that the eye sees as over- or under-saturation
+CLIPPED = 0.05  # share of pixels more than .05 outside [0, 1] (real videos through the VAE: well below .01) ...
+CLIPPED_MORE = 2.0  # ... and this many times the teacher's own: a family whose teacher overshoots is not the student's fault
+HALVED = 0.6  # a figure below this share of its reference has visibly collapsed
+RESTLESS = 1 / HALVED  # frames that differ this many times more than the teacher's flicker, or are noise (DM-Align, Section 4.1)
+CRITIC_UP = 2.0  # critic loss over its stage's early value; less is normal: a student that sharpens is harder to denoise than a blurred one
+CONSTANT = 0.5  # share of groups without any spread in reward: healthy runs of the bundled model have below .03
+EXPLODED = 20.0  # gradient norm over its running median: single batches of 53 runs on the bundled model stay below 7
+EXPLODED_ROWS = 3  # of them in a row: one bad batch is clipped and forgotten
+MEDIAN_OF = 50  # rows of that running median
+# relative change of every probe figure below which nothing was learned. Prompts and noise of a probe are fixed, so an untouched student repeats
+# them: 1e-6 at a learning rate of 1e-9; of 53 runs on the bundled model the figure that had moved most had moved by .04 and more
+STUCK = 0.01
+RISE = 0.3  # rise of the training reward in deviations within a group: twice the standard error of a probe of 48 samples
+FALL = 0.1  # fall of the monitor's share of right samples: more than twice the standard error of 48 samples at .9
+
+
+@dataclass(frozen=True)
+class History:
+    """Rows up to now (oldest first), those of the present stage, the probes, and the probes of this stage with the one before it.
+
+    Without the `recipe` what depends on a run's length is not looked for.
+    """
+
+    rows: Sequence[Row]
+    stage: Sequence[Row]
+    probes: Sequence[Row]
+    since: Sequence[Row]
+    recipe: Recipe | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], recipe: Recipe | None = None) -> History:
+        stage = [row for row in rows if row.get("stage") == rows[-1].get("stage")]
+        seen = probes(rows)
+        before = [row for row in seen if row["step"] < stage[0]["step"]]
+        return cls(rows, stage, seen, before[-1:] + [row for row in seen if row["step"] >= stage[0]["step"]], recipe)
+
+
+def number(row: Row, key: str) -> float | None:
+    """The scalar at `key`, or None where it is missing or not finite (the log writes null for those)."""
+    value = row.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def probes(rows: Sequence[Row]) -> list[Row]:
+    """Rows that carry probe figures."""
+    return [row for row in rows if number(row, "probe/ink") is not None]
+
+
+def mean(rows: Sequence[Row], key: str) -> float | None:
+    """Mean of a scalar over the rows that have it."""
+    values = [value for row in rows if (value := number(row, key)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _forces(seen: History) -> Said:
+    recent = seen.stage[-WINDOW:]
+    if len(recent) < WINDOW:
+        return
+    for key in sorted({k for row in recent for k in row if k.startswith("force/cosine/")}):
+        cosine = mean(recent, key)
+        if cosine is not None and cosine < OPPOSED:
+            pair = key.removeprefix("force/cosine/").replace("~", " and ")
+            text = f"the forces {pair} oppose each other (cosine {cosine:.2f}): lower the weight of one of them"
+            yield "warn", f"opposed:{pair}", text
+    norms = {k.split("/")[1]: mean(recent, k) or 0.0 for k in recent[-1] if k.startswith("force/") and k.endswith("/norm")}
+    for name, norm in norms.items():
+        share = norm / (max(norms.values()) or 1.0)
+        if share < SILENT and max(norms.values()) > 0:
+            yield "warn", f"silent:{name}", f"the force {name} is {share:.1e} of the strongest one: it does nothing; raise its weight or drop it"
+
+
+def _finite(seen: History) -> Said:
+    recent = seen.rows[-WINDOW:]
+    for key in sorted({k for row in recent for k in row if k.startswith("grad/") and k.endswith("/skipped")}):
+        name, share = key.split("/")[1], mean(recent, key) or 0.0
+        if share > 0:
+            text = f"{share:.0%} of the last {len(recent)} steps of the {name} had a gradient that is not finite and were skipped"
+            fix = "lower the learning rate, or look for a reward with an infinite gradient"
+            yield "alarm", "nonfinite" if name == "student" else f"nonfinite:{name}", f"{text}: {fix}"
+    # a single one counts: samples that are not numbers are never noise
+    if any("probe/ink" in row and number(row, "probe/ink") is None for row in seen.rows[-1:]):
+        yield "alarm", "broken", "the student's samples hold values that are not finite: go back to an earlier checkpoint, lower the learning rate"
+
+
+def _critic(seen: History) -> Said:
+    stage = seen.stage
+    for key in sorted(k for k in stage[-1] if k.startswith("critic/")):
+        early, late = mean(stage[:WINDOW], key), mean(stage[-WINDOW:], key)
+        if len(stage) >= 3 * WINDOW and early and late and late > CRITIC_UP * early:
+            name = key.removeprefix("critic/")
+            text = f"the loss of the critic {name} is {late / early:.1f} times its early value: it no longer follows the student"
+            yield "warn", f"critic:{name}", f"{text}; raise its updates or lower the student's learning rate"
+
+
+def _reward(seen: History) -> Said:
+    recent = seen.stage[-WINDOW:]
+    constant = mean(recent, "reward/constant_groups")
+    if constant is not None and len(recent) == WINDOW and constant > CONSTANT:
+        stage = next((s for s in seen.recipe.stages if s.name == recent[-1].get("stage")), None) if seen.recipe else None
+        groups = stage.accumulate * stage.batch // stage.group * WINDOW if stage else None
+        share = f"{constant:.0%} of the groups" if groups is None else f"{round(constant * groups)} of {groups} groups"
+        text = f"reward: {share} had equal rewards in the last {WINDOW} iterations and gave no advantage: the reward does not tell samples apart"
+        yield "warn", "constant_reward", f"{text}; use prompts that leave more open, or another reward"
+
+
+def _exploded(seen: History) -> Said:
+    """Finite gradients far above the norm of the stage so far. (Those that are not finite are skipped, and said by `_finite`.)"""
+    for key in sorted(k for k in seen.stage[-1] if k.startswith("grad/") and not k.endswith("/skipped")):
+        known = [(number(row, key) or 0.0, number(row, f"{key}/skipped") or 0.0) for row in seen.stage[-MEDIAN_OF - EXPLODED_ROWS :]]
+        last, before = known[-EXPLODED_ROWS:], [norm for norm, skipped in known[:-EXPLODED_ROWS] if not skipped]
+        usual = median(before) if len(before) >= WINDOW else 0.0
+        if usual > 0 and all(norm > EXPLODED * usual and not skipped for norm, skipped in last):
+            name, times = key.removeprefix("grad/"), last[-1][0] / usual
+            text = f"the gradient of the {name} has exploded: its norm is {times:.0f} times the median of the steps before"
+            yield "alarm", f"exploded:{name}", f"{text}; go back to an earlier checkpoint, lower the learning rate"
+
+
+def _stuck(seen: History) -> Said:
+    """After a third of the run the samples are those of step 0, in every figure of the probe.
+
+    Forces say nothing of it: a matching force is as large in a run that goes on from a good student, and learns, as in one that stands still.
+    """
+    if not seen.recipe or len(seen.probes) < 2 or seen.probes[0]["step"] > 0 or len(seen.rows) <= WINDOW:
+        return
+    first, now, total = seen.probes[0], seen.probes[-1], seen.recipe.steps
+    # shares of right samples move in leaps: one sample of 48 is more than STUCK
+    keys = [key for key in first if key.startswith("probe/") and not key.endswith("_teacher") and key != "probe/monitor_both"]
+    pairs = [(number(first, key), number(now, key), number(now, f"{key}_teacher")) for key in keys]
+    moved = [abs(b - a) / (max(abs(a), abs(teacher or 0.0)) or 1.0) for a, b, teacher in pairs if a is not None and b is not None]
+    if 3 * now["step"] >= total and len(moved) == len(pairs) > 0 and max(moved) < STUCK:
+        text = f"nothing learned: at step {now['step']} of {total} every figure of the probe is within {STUCK:.0%} of where it began"
+        yield "warn", "stuck", f"{text}; raise the student's learning rate, shorten its warm-up, or look whether a force reaches it"
+
+
+def _excess(row: Row, key: str, direction: float) -> float | None:
+    """How far a probe figure lies beyond the teacher's, relative to it: above for direction 1, below for -1."""
+    value, teacher = number(row, f"probe/{key}"), number(row, f"probe/{key}_teacher")
+    return None if value is None or not teacher else direction * (value / teacher - 1)
+
+
+def _off(seen: History, key: str, direction: float, limit: float) -> bool:
+    """Beyond the teacher's figure by more than `limit` in the last probes, and not on the way in.
+
+    A student begins as its teacher run in too few steps, so far off is normal for as long as every probe lies nearer than the one before.
+    The untrained student itself (step 0) never counts.
+    """
+    excess = [_excess(row, key, direction) for row in seen.probes]
+    last = [e for row, e in zip(seen.probes, excess, strict=True) if row["step"] > 0][-PERSIST:]
+    if len(last) < PERSIST or any(e is None or e <= limit for e in last):
+        return False
+    known = [e for e in excess if e is not None]
+    return any(late >= early for early, late in zip(known, known[1:], strict=False))
+
+
+def _pictures(seen: History) -> Said:
+    if not seen.probes:
+        return
+    now = seen.probes[-1]
+
+    def times(key: str) -> float:
+        return now[f"probe/{key}"] / now[f"probe/{key}_teacher"]
+
+    if _off(seen, "ink", 1, INK_OFF):
+        yield "warn", "oversaturation", f"samples are {times('ink') - 1:.0%} brighter than the teacher's: lower the guidance or the weight of the reward"
+    if _off(seen, "ink", -1, INK_OFF):
+        yield "warn", "fading", f"samples are {1 - times('ink'):.0%} darker than the teacher's: the student fades; check the learning rates and the reward"
+    clipped = [row for row in seen.probes if row["step"] > 0][-PERSIST:]
+    if len(clipped) == PERSIST and all(
+        (number(row, "probe/saturation") or 0.0) > max(CLIPPED, CLIPPED_MORE * (number(row, "probe/saturation_teacher") or 0.0)) for row in clipped
+    ):
+        yield "warn", "clipping", f"{now['probe/saturation']:.0%} of the pixels lie outside what a picture can show: over-saturation; lower the guidance"
+    if _off(seen, "motion", 1, RESTLESS - 1):
+        text = f"frames differ {times('motion'):.1f} times as much as the teacher's: flicker or noise, which some rewards take for motion"
+        yield "warn", "flicker", f"{text}; lower the weight of the reward"
+    for key, flag, words in (("motion", "still", "motion has died down"), ("diversity", "collapse", "samples of one prompt have become alike")):
+        if _off(seen, key, -1, 1 - HALVED):
+            yield "alarm", flag, f"{words}: {key} is {times(key):.0%} of the teacher's; lower the weight of the reward, or stop earlier"
+
+
+def _rise(seen: History) -> Callable[[Row], float | None]:
+    """Rise of the training reward since the stage began, in deviations within a group: a reward's zero and unit are its own affair."""
+    spread = mean(seen.stage, "reward/spread")
+    before = number(seen.since[0], "probe/train_score")
+
+    def rise(row: Row) -> float | None:
+        now = number(row, "probe/train_score")
+        return None if now is None or before is None or not spread else (now - before) / spread
+
+    return rise
+
+
+def _hacking(seen: History) -> Said:
+    """Training reward up while the monitor or the diversity goes down, since the stage began; only where a reward trains (it has a spread)."""
+    if len(seen.since) <= PERSIST:
+        return
+    first, last = seen.since[0], seen.since[-PERSIST:]
+    rise = _rise(seen)
+    if not all((rise(row) or 0.0) > RISE for row in last):
+        return
+    text = f"since stage {seen.stage[-1].get('stage')} began the training reward rose by {rise(last[-1]):.1f} deviations of its group while"
+    right = number(first, "probe/monitor_both")
+    seen_right = [number(row, "probe/monitor_both") for row in last]
+    if right is not None and all(value is not None and value < right - FALL for value in seen_right):
+        fix = "the reward is being hacked; go back to an earlier checkpoint, lower its weight"
+        yield "alarm", "hacking", f"{text} the monitor's share of right samples fell from {right:.2f} to {seen_right[-1]:.2f}: {fix}"
+        return
+    varied = number(first, "probe/diversity")
+    shares = [(number(row, "probe/diversity") or 0.0) / varied for row in last] if varied else []
+    if shares and all(share < HALVED for share in shares):
+        yield "alarm", "hacking", f"{text} diversity fell to {shares[-1]:.0%}: the reward is bought with variety; lower its weight"
+
+
+CHECKS = (_forces, _finite, _exploded, _critic, _reward, _stuck, _pictures, _hacking)
