@@ -164,7 +164,8 @@ def main() -> None:
         "",
         "### The matching family at 4 steps, same budget (difference to the first row)",
         "",
-        "The discriminator sees real videos, which the others do not.",
+        "The discriminator sees real videos, which the others do not; at DMD2's weight the runs' health line calls its force silent (below a hundredth of "
+        "matching's), so this row says that such a weight does nothing here, not what a discriminator can do.",
         "",
         *against("dmd2-4", ("dmd2-4-gan", "decoupled-4"), "student"),
         "",
