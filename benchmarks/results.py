@@ -88,11 +88,13 @@ def aligned() -> list[str]:
 def against(first: str, others: Sequence[str], heading: str) -> list[str]:
     """Rows as differences to the first of them, with what training cost."""
     base = cell(first)
+    if base is None:
+        return ["not measured"]
     keys = ("heldout_both", "fd", "fd_open", "modes_motion")
     lines = [f"| {heading} | " + " | ".join(COLUMNS[k] for k in keys) + " | CPU s of training |", "|---" * (len(keys) + 2) + "|"]
     for name in (first, *others):
         row = cell(name)
-        if row and base:
+        if row:
             seconds = [json.loads(f.read_text())["train_cpu_s"] for f in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
             what = CELLS[name].what
             values = " | ".join(number(row.values[k].value, row.values[k].se) if name == first else verdict(row, base, k) for k in keys)
