@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_forces import F64, Fixed, Linear, view
 
-from instep.advantage import group_advantage
+from instep.advantage import constant_groups, group_advantage
 from instep.forces.adversarial import Adversarial
 from instep.forces.reward import RewardGradient
 from instep.lab.run import common, ensemble_state
@@ -232,6 +232,15 @@ def test_a_constant_group_moves_as_under_plain_matching():
     assert not a.any()
     force = DistributionMatching(levels=AnyLevel(), guidance=2.0)
     torch.testing.assert_close(direction(replace(force, operator=Adaptive(0.7)), a), direction(force), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("k", "value"), [(12, 12.7), (3, 1000.1), (7, 100.1), (6, 25.3)])
+def test_equal_rewards_of_any_size_give_no_advantage(k, value):
+    """The mean of equal float32 numbers is off by rounding of their own size; divided by a fixed floor it was an advantage near 1."""
+    reward = torch.full((k,), value)
+    assert not group_advantage(reward, k, clip=1.0).any() and constant_groups(reward, k) == 1
+    reward[0] += 0.01 * value
+    assert group_advantage(reward, k).abs().max() > 1 and constant_groups(reward, k) == 0
 
 
 def test_advantages_are_clipped_where_the_stage_says_so():

@@ -42,7 +42,7 @@ def test_particles_recover_the_mixture(plain):
 
 
 def test_score_adaptation_alone_does_not_tilt(plain):
-    """Eq. 10 without Eq. 14: both terms vanish where the fake agrees, whatever they are weighed by."""
+    """Eq. 10 without Eq. 14 and without guidance: what is left vanishes where the fake agrees, whatever it is weighed by."""
     figures = rest(amd(common(), tilt=0.0, sensitivity=0.7))
     assert abs(figures["share"] - 0.5) < 0.05 and figures["quality"] > 0.93
 
@@ -150,8 +150,10 @@ def test_specs_are_read_and_refused():
         build("amd:tlit=0", common(), 90)
     with pytest.raises(ValueError, match="recipe: 'amdd' is not known"):
         build("amdd", common(), 90)
-    with pytest.raises(ValueError, match="the value '2 2' of tilt is neither"):
-        build("amd:tilt=2 2", common(), 90)
+    for wrong in ("amd:tilt=2 2", "amd:tilt=high", "dmd2:steps=four", "dmd2:reuse=1", "dmd2:steps=1.5"):
+        with pytest.raises(ValueError, match=r"is not allowed for \w+; it takes a value like"):
+            build(wrong, common(), 90)
+    assert not build("dmd2:reuse=false", common(), 90).stages[0].critics[0].reuse, "a false that is written small is false too"
 
 
 def test_the_command_writes_table_and_pictures(tmp_path, capsys, monkeypatch):

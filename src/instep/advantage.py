@@ -29,14 +29,22 @@ def group_advantage(
     rewards = _by_group(reward, group)
     centred = rewards - rewards.mean(1, keepdim=True)
     own = rewards.std(1, unbiased=False, keepdim=True)
+    constant = _constant(rewards, floor)
     spread = own if deviation is None else torch.full_like(own, deviation)
-    a = torch.where(own > floor, centred / (spread + floor), torch.zeros_like(centred)).reshape(-1)
+    a = torch.where(constant, torch.zeros_like(centred), centred / (spread + floor)).reshape(-1)
     return a if clip is None else a.clamp(-clip, clip)
 
 
 def constant_groups(reward: Tensor, group: int, floor: float = 1e-6) -> int:
     """How many groups have no spread in reward, and hence no advantage."""
-    return int((_by_group(reward, group).std(1, unbiased=False) <= floor).sum())
+    return int(_constant(_by_group(reward, group), floor).sum())
+
+
+def _constant(rewards: Tensor, floor: float) -> Tensor:
+    """Which groups [G, 1] of rewards [G, K] are equal, but for rounding: the mean of equal numbers is off by their own size, and by more than
+    a fixed floor where they are large."""
+    size = rewards.abs().amax(1, keepdim=True).clamp(min=1)
+    return rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) <= floor * size
 
 
 def top_n(reward: Tensor, group: int, n: int) -> Tensor:

@@ -31,7 +31,8 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
         key, equals, value = part.partition("=")
         if not equals or key not in own | shared:
             raise ValueError(f"recipe {spec!r}: {part!r} is not key=value with a key of {name}; allowed keys: {', '.join([*own, *shared])}")
-        given[key] = _value(spec, key, value)
+        default = own[key].default if key in own else getattr(common, key)
+        given[key] = _value(spec, key, value, default)
     common = replace(common, **{key: value for key, value in given.items() if key in shared})
     mine = {key: value for key, value in given.items() if key in own}
     first = next((key for key in FIRST_STAGE if key in own), None)
@@ -42,13 +43,18 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
     return function(common, **mine)
 
 
-def _value(spec: str, key: str, text: str) -> Any:
+def _value(spec: str, key: str, text: str, default: Any) -> Any:
+    """The value of an option, of the kind that its default is."""
+    words = {"true": True, "false": False, "none": None}
     try:
-        return ast.literal_eval(text)
+        value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        if text.isidentifier() or text.replace("-", "_").isidentifier():
-            return text
-        raise ValueError(f"recipe {spec!r}: the value {text!r} of {key} is neither a number, a truth value nor a word") from None
+        value = text
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {bool: isinstance(value, bool), int: isinstance(value, int) and number, float: number, str: isinstance(value, str) and text.isidentifier()}
+    if not fits.get(type(default), not isinstance(value, str)):
+        raise ValueError(f"recipe {spec!r}: {text!r} is not allowed for {key}; it takes a value like {default!r}")
+    return value
 
 
 def check_names(specs: Sequence[str]) -> None:

@@ -56,6 +56,8 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
     if not prompts:
         raise ValueError("prompts: the list is empty; give at least one prompt")
     for stage in recipe.stages:
+        if not stage.steps:
+            continue
         if "preferred" in stage.needs and real is None:
             raise ValueError(f"real: stage {stage.name!r} of {recipe.name} needs preferred samples; pass real=RealSamples(prompts, latents)")
         if "gradient" in stage.needs and (reward is None or not reward.differentiable):
