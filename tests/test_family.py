@@ -15,7 +15,7 @@ from instep.forces.adversarial import Adversarial
 from instep.forces.reward import RewardGradient
 from instep.lab.run import common, ensemble_state
 from instep.lab.world import World
-from instep.levels import AboveExit, LevelSampler
+from instep.levels import AboveExit, AnnealedBeta, LevelSampler
 from instep.matching.critic import Score, ScoreWithHead, tilted
 from instep.matching.force import DistributionMatching
 from instep.matching.operator import Adaptive, Decoupled, Displacements, NaiveAdaptive, RewardTilted, Standard
@@ -25,9 +25,12 @@ from instep.models.small import VelocityMLP
 from instep.objectives.regression import Regression
 from instep.paths import RectifiedFlow, VariancePreserving
 from instep.prediction import Prediction, at_scale, guide, score_of_x0
-from instep.recipes.amd import amd
+from instep.recipes.amd import amd, naive_adaptive
+from instep.recipes.decoupled_dmd import decoupled_dmd
 from instep.recipes.dmd import dmd, dmd2
+from instep.recipes.dmdr import dmdr
 from instep.recipes.magic import magic
+from instep.recipes.refl import refl
 from instep.terms import Stored
 from instep.train.recipe import Advantage
 from instep.train.step import iteration
@@ -327,6 +330,15 @@ def test_recipes_differ_in_exactly_the_cells_of_the_table():
     assert with_gan.terms[0] == force and isinstance(with_gan.terms[1], Adversarial) and with_gan.terms[1].weight == 0.01
     stage = amd(base, iterations=5).stages[-1]
     assert stage.terms == (replace(force, operator=Adaptive(0.5)),) and stage.critics == (replace(critic, tilt=1.0),)
+    assert decoupled_dmd(base, iterations=5).stages[0].terms == (replace(force, operator=Decoupled(), ca_levels=AboveExit(shift=base.shift)),)
+    assert naive_adaptive(base, iterations=5).stages[-1].terms == (replace(force, operator=NaiveAdaptive(0.5)),)
+    stage = refl(base, iterations=5).stages[-1]
+    assert stage.terms == (force, RewardGradient(weight=0.5)) and stage.critics == (critic,)
+    stage = dmdr(base, warm=5, iterations=0, dyna_dg=0.0).stages[0]
+    assert stage.terms == (replace(force, operator=RewardTilted("literal"), levels=AnnealedBeta()),)
+    for find in (dmd, dmd2, decoupled_dmd, magic, amd, refl):
+        two = find(base, distil=2, iterations=1)
+        assert [s.steps for s in two.stages] == [2, 1] and two.stages[0].terms == (force,) and two.stages[0].name == "distil", "the two-stage protocol"
     stage = magic(base, iterations=5).stages[0]
     assert stage.terms == (replace(force, adapter=Annealed()),) and stage.critics[0] == critic and stage.critics[1].role == "teacher"
 

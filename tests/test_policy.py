@@ -82,10 +82,8 @@ def test_a_policy_that_differs_from_itself_is_refused():
 
 @pytest.mark.parametrize("objective", [GRPO(), DDPO()])
 def test_one_step_students_have_no_policy(objective):
-    state = mlp_state(score=lambda x, names: x[:, 0])
-    stage = Stage("rl", 1, 8, (objective,), (), FewStep((1.0,)), group=4)
-    with pytest.raises(ValueError, match="a 1-step student has no stochastic step"):
-        iteration(state, stage, [batch_of(prompts(2, state.rng))], 0.0)
+    with pytest.raises(ValueError, match="steps: 1 is not allowed in stage 'rl': a 1-step student has no stochastic step"):
+        Stage("rl", 1, 8, (objective,), (), FewStep((1.0,)), group=4)
 
 
 def test_ddpo_is_the_score_function_of_the_last_transitions():

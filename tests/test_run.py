@@ -21,6 +21,7 @@ from instep.models.wan import WanFamily
 from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
+from instep.rewards.base import FunctionReward
 from instep.train import checkpoint
 from instep.train.run import Interrupted, RunOptions, train
 from instep.train.source import Order, RealSamples
@@ -220,8 +221,8 @@ def test_a_reward_that_breaks_later_stops_the_run_and_keeps_it(tmp_path):
     with pytest.raises(ValueError, match="reward 'fails_late' returned nan"):
         train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=fails_late, options=EVERY)
     assert checkpoint.latest(out / "checkpoints") is not None
-    constant = lambda media, prompts: torch.zeros(len(media))  # noqa: E731
-    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=constant, options=EVERY)
+    repaired = FunctionReward(lambda media, prompts: torch.zeros(len(media)), name="fails_late")
+    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=repaired, options=EVERY)
     assert rows(out)[-1]["reward/constant_groups"] == 1.0 and rows(out)[-1]["force/group/norm"] == 0.0
 
 

@@ -96,6 +96,52 @@ def test_a_reward_without_a_gradient_is_refused_before_the_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def broken(media, prompts):
+    return media.flatten(1).mean(1).detach()
+
+
+def infinite(media, prompts):
+    return (media.flatten(1).mean(1) * 0).sqrt()
+
+
+@pytest.mark.parametrize(("function", "text"), [(broken, "its scores have no gradient"), (infinite, "the gradient of 'infinite' is not finite")])
+def test_a_gradient_that_does_not_work_is_refused_before_the_work(tmp_path, function, text):
+    reward = FunctionReward(function, name=function.__name__, differentiable=True)
+    with pytest.raises(ValueError, match=text):
+        train(refl(SHORT, iterations=2), family(), out=tmp_path / "run", prompts=PROMPTS, reward=reward, options=FEW)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_of_latents_is_given_latents(tmp_path):
+    seen = []
+
+    def size(x, prompts):
+        seen.append(tuple(x.shape[1:]))
+        return x.flatten(1).mean(1)
+
+    fam = family()
+    train(refl(SHORT, iterations=1), fam, out=tmp_path / "run", prompts=PROMPTS, reward=FunctionReward(size, differentiable=True, space="latent"), options=FEW)
+    assert set(seen) == {fam.latent_shape}
+
+
+def test_starting_from_another_kind_of_run(tmp_path):
+    """Without an average there, it begins at the weights; with other steps it is refused, naming what differs."""
+    plain = train(dmd2(replace(SHORT, ema=None), iterations=1), family(), out=tmp_path / "plain", prompts=PROMPTS, options=FEW)
+    still = dmd2(replace(SHORT, student=replace(SHORT.student, lr=1e-12)), iterations=1)
+    run = train(still, family(), out=tmp_path / "more", prompts=PROMPTS, options=FEW, start_from=plain.out)
+    for key, value in run.state.trained["student"].ema.items():
+        torch.testing.assert_close(value, plain.state.roles["student"].state()[key], rtol=0, atol=1e-8)
+    with pytest.raises(ValueError, match=r"state of role 'fake': exits.weight is \(2, .*\) there and \(4, .*\) here; start from a run of the same model"):
+        train(dmd2(replace(SHORT, steps=4), iterations=1), family(), out=tmp_path / "four", prompts=PROMPTS, options=FEW, start_from=plain.out)
+
+
+def test_another_reward_or_other_real_samples_are_another_run(tmp_path):
+    train(recipe_of("amd", 1), family(), out=tmp_path / "run", prompts=PROMPTS, reward=REWARD, options=FEW)
+    other = FunctionReward(lambda media, prompts: -brightness(media, prompts), name="darkness")
+    with pytest.raises(ValueError, match="holds another run .its reward differ"):
+        train(recipe_of("amd", 1), family(), out=tmp_path / "run", prompts=PROMPTS, reward=other, options=FEW)
+
+
 def test_starting_from_a_run_without_the_role_is_refused(tmp_path):
     plain = train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "plain", prompts=PROMPTS, options=FEW).out
     with pytest.raises(ValueError, match="start_from: that run has no role 'teacher', which this recipe trains"):
@@ -111,7 +157,7 @@ def test_constant_and_broken_rewards_under_amd(tmp_path):
     from instep.matching.operator import Standard
 
     unweighed = replace(stage, terms=(replace(stage.terms[0], operator=Standard()),), critics=tuple(replace(c, tilt=0.0) for c in stage.critics))
-    plain = replace(plain, stages=(plain.stages[0], replace(unweighed, critics=unweighed.critics)))
+    plain = replace(plain, stages=(unweighed,))
     constant = lambda media, prompts: torch.full((len(media),), 0.25)  # noqa: E731
     one = train(amd, family(), out=tmp_path / "amd", prompts=PROMPTS, reward=constant, options=FEW)
     other = train(plain, family(), out=tmp_path / "plain", prompts=PROMPTS, reward=constant, options=FEW)

@@ -235,4 +235,10 @@ class Role:
             wrong = sorted(own.keys() ^ state.keys())[:3]
             raise ValueError(f"state of role {self.name!r}: {len(wrong)} or more tensors do not fit, for example {wrong}; was it saved by another recipe?")
         for key, p in own.items():
+            if p.shape != state[key].shape:
+                raise ValueError(
+                    f"state of role {self.name!r}: {key} is {tuple(state[key].shape)} there and {tuple(p.shape)} here; start from a run of the same model, "
+                    "with as many steps (the fake knows each exit) and the same LoRA rank"
+                )
+        for key, p in own.items():
             p.copy_(state[key])

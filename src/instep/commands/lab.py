@@ -71,14 +71,19 @@ def lab_command(specs: Sequence[str], options: LabArgs) -> int:
     for spec, recipe in recipes.items():
         if recipe.needs & {"reward", "gradient"} and options.reward == "none":
             raise ValueError(f"reward: {spec} needs one; add --reward half (or right, on-mode)")
+        if "preferred" in recipe.needs and world.rewarded is None:
+            raise ValueError(f"reward: {spec} needs samples that are preferred; add --reward half (or right)")
     if options.pictures and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("pictures: matplotlib is not installed; pip install 'instep[lab]', or leave the pictures out with --no-pictures")
-    runs = _particles(recipes, world, options) if options.student == "particles" else _networks(recipes, world, options)
     from instep.lab.table import as_json, markdown, rich_table
 
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "lab.json", as_json(runs, world, options))
-    write_text(options.out / "table.md", markdown(runs, world))
+    runs = []
+    for run in _particles(recipes, world, options) if options.student == "particles" else _networks(recipes, world, options):
+        runs.append(run)
+        # after each recipe: what is done stays if the next one is interrupted
+        write_json(options.out / "lab.json", as_json(runs, world, options))
+        write_text(options.out / "table.md", markdown(runs, world))
     console = Console()
     console.print(rich_table(runs, world))
     if options.pictures:
@@ -100,7 +105,7 @@ def _bar(label: str, total: int):
         yield lambda: progress.advance(task)
 
 
-def _networks(recipes, world, options: LabArgs) -> list:
+def _networks(recipes, world, options: LabArgs):
     from instep.lab.run import ensemble_state, train
     from instep.lab.world import flow_start
 
@@ -113,20 +118,20 @@ def _networks(recipes, world, options: LabArgs) -> list:
         if options.start == "far":
             with _bar("teacher", steps) as advance:
                 learned = flow_start(world, options.seed, steps=steps, on_step=advance)
-    runs = []
     for spec, recipe in recipes.items():
         bent = recipe.roles["teacher"].lora is not None
+        if bent and options.teacher == "exact":
+            print(f"{spec}: its teacher has an adapter, which only a network can have; this recipe's teacher is the learned one")
         state = ensemble_state(recipe, world, start, options.seed, learned_teacher=learned if options.teacher == "learned" or bent else None)
         with _bar(spec, recipe.steps) as advance:
-            runs.append(train(spec, recipe, world, state, snapshots=10 if options.pictures else 1, on_step=advance))
-    return runs
+            run = train(spec, recipe, world, state, snapshots=10 if options.pictures else 1, on_step=advance)
+        yield run
 
 
-def _particles(recipes, world, options: LabArgs) -> list:
+def _particles(recipes, world, options: LabArgs):
     from instep.lab.run import train_particles
 
-    runs = []
     for spec, recipe in recipes.items():
         with _bar(spec, options.iterations) as advance:
-            runs.append(train_particles(spec, recipe, world, seed=options.seed, steps=options.iterations, on_step=advance))
-    return runs
+            run = train_particles(spec, recipe, world, seed=options.seed, steps=options.iterations, on_step=advance)
+        yield run

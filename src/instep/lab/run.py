@@ -27,7 +27,11 @@ SAMPLES = 4000  # a member and measurement
 
 
 def common(steps: int = 1, guidance: float = 1.0, *, condition_on_exit: bool = True, reuse: bool = True, critic_updates: int = 5) -> Common:
-    """The options that work in the laboratory. Nothing is clipped: members of an ensemble must not feel each other's gradients."""
+    """The options that work in the laboratory. Nothing is clipped: members of an ensemble must not feel each other's gradients.
+
+    Members still share what is one number a run: the deviation of rewards where a stage shares one, the norm that literal RT-DM weighs by,
+    and a step that is skipped because a gradient is not finite.
+    """
     student = Optim(2e-3 if steps == 1 else 1e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6)
     return Common(
         steps=steps, batch=256, guidance=guidance, shift=1.0, critic_updates=critic_updates, reuse=reuse, ema=None,
@@ -191,8 +195,11 @@ def trajectories(run: LabRun, n: int = 60, member: int = 0) -> Tensor:
 
 @torch.no_grad()
 def force_field(run: LabRun, points: Tensor, draws: int = 64, member: int = 0) -> Tensor:
-    """Mean force of the last stage's matching term on samples placed at `points` [G, 2], over levels, noise and classes."""
-    force = next(term for term in run.recipe.stages[-1].terms if isinstance(term, DistributionMatching))
+    """Mean force of the last matching term on samples placed at `points` [G, 2], over levels, noise and classes; zero for a recipe without."""
+    found = [term for stage in run.recipe.stages for term in stage.terms if isinstance(term, DistributionMatching)]
+    if not found:
+        return torch.zeros_like(points)
+    force = found[-1]
     world, rng = run.world, torch.Generator().manual_seed(7)
     total = torch.zeros_like(points)
     level, at_exit = run.recipe.levels[-1], torch.full((len(points),), len(run.recipe.levels) - 1)

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from instep.lab.run import common as laboratory
 from instep.recipes import find
 from instep.recipes.common import Common
 from instep.train.recipe import Recipe
+
+# options that have no meaning here: networks are small and whole, and the student itself is measured
+ELSEWHERE = ("lora_rank", "ema")
 
 # the option with the length of a recipe's first stage, and its part of all iterations
 FIRST_STAGE = {"distil": 2 / 3, "warm": 1 / 2}
@@ -25,7 +29,7 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
     name, _, rest = spec.partition(":")
     function = find(name)
     own = {key: p for key, p in inspect.signature(function).parameters.items() if key != "common"}
-    shared = {f.name: f.type for f in fields(Common)}
+    shared = {f.name: f.type for f in fields(Common) if f.name not in ELSEWHERE}
     given: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
@@ -33,6 +37,8 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
             raise ValueError(f"recipe {spec!r}: {part!r} is not key=value with a key of {name}; allowed keys: {', '.join([*own, *shared])}")
         default = own[key].default if key in own else getattr(common, key)
         given[key] = _value(spec, key, value, default)
+    if "steps" in given:
+        common = replace(common, student=laboratory(given["steps"]).student)
     common = replace(common, **{key: value for key, value in given.items() if key in shared})
     mine = {key: value for key, value in given.items() if key in own}
     first = next((key for key in FIRST_STAGE if key in own), None)

@@ -92,7 +92,7 @@ class World:
         member = self.member(n)
         names = self.draw(n, rng)
         cond, null = labels(names, member), labels([""] * n, member)
-        real = self.mixture.sample(cond.label, rng) if stage.needs & {"real", "preferred"} else None
+        real = self.mixture.sample(cond.label, rng, self.rewarded if "preferred" in stage.needs else None) if stage.needs & {"real", "preferred"} else None
         stored = None
         if "stored" in stage.needs:
             noise = torch.randn(n, 2, generator=rng)

@@ -70,9 +70,10 @@ class Mixture:
         """Which modes belong to each label, [B, M] booleans; all of them for -1."""
         return (label[:, None] == self.classes) | (label[:, None] < 0)
 
-    def sample(self, label: Tensor, rng: torch.Generator) -> Tensor:
-        """Exact samples [B, D] of each label's modes."""
-        mode = torch.multinomial(self.member(label).float(), 1, generator=rng).flatten()
+    def sample(self, label: Tensor, rng: torch.Generator, only: Tensor | None = None) -> Tensor:
+        """Exact samples [B, D] of each label's modes; of those among them that are in `only` [M], if it is given."""
+        modes = self.member(label) if only is None else self.member(label) & only
+        mode = torch.multinomial(modes.float(), 1, generator=rng).flatten()
         means = self.means[mode]
         return means + self.sigma * torch.randn(means.shape, generator=rng, dtype=means.dtype)
 

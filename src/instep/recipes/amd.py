@@ -11,9 +11,8 @@ CLIPPED = Advantage(spread="group", clip=1.0)
 
 
 def _adaptive(name: str, common: Common, operator: Operator, distil: int, iterations: int, group: int, tilt: float) -> Recipe:
-    first = common.stage("distil", distil, (common.matching(),), (common.critic(),))
     second = common.stage("adapt", iterations, (common.matching(operator=operator),), (common.critic(tilt=tilt),), group=group, advantage=CLIPPED)
-    return common.recipe(name, first, second)
+    return common.recipe(name, common.distil(distil), second)
 
 
 def amd(common: Common = Common(), *, distil: int = 0, iterations: int = 100, group: int = 8, sensitivity: float = 0.5, tilt: float = 1.0) -> Recipe:

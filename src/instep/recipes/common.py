@@ -87,8 +87,16 @@ class Common:
             advantage=advantage or Advantage(),
         )  # fmt: skip
 
+    def distil(self, steps: int) -> Stage:
+        """A stage of plain matching: what comes before another method, or beside it as a control."""
+        return self.stage("distil", steps, (self.matching(),), (self.critic(),))
+
     def recipe(self, name: str, *stages: Stage, head: bool = False, teacher: RoleConfig | None = None) -> Recipe:
-        """Student and fake are trained, the teacher is frozen unless it is given; with a LoRA rank all three share one backbone."""
+        """Student and fake are trained, the teacher is frozen unless it is given; with a LoRA rank all three share one backbone.
+
+        Stages without steps are left out.
+        """
+        stages = tuple(stage for stage in stages if stage.steps) or stages
         lora = None if self.lora_rank is None else LoRA(self.lora_rank, float(self.lora_rank))
         roles = {
             "student": RoleConfig(self.student, lora, ema=self.ema),

@@ -8,12 +8,13 @@ from instep.recipes.common import Common
 from instep.train.recipe import Recipe
 
 
-def decoupled_dmd(common: Common = Common(), *, iterations: int = 100) -> Recipe:
+def decoupled_dmd(common: Common = Common(), *, distil: int = 0, iterations: int = 100) -> Recipe:
     """Distil only: the guidance term at levels above the exit, the matching term at all levels (Decoupled-DMD).
 
     Args:
         common: options of every recipe.
+        distil: student updates of plain matching before; 0 leaves the stage out.
         iterations: student updates.
     """
     force = common.matching(operator=Decoupled(), ca_levels=AboveExit(shift=common.shift))
-    return common.recipe("decoupled-dmd", common.stage("distil", iterations, (force,), (common.critic(),)))
+    return common.recipe("decoupled-dmd", common.distil(distil), common.stage("decouple", iterations, (force,), (common.critic(),)))

@@ -20,11 +20,9 @@ Through = Literal["last", "trajectory"]
 
 def _joint(name: str, common: Common, align: Force, *, group: int, distil: int, iterations: int, spread: Literal["group", "run"], through: Through) -> Recipe:
     """A distillation-only stage, then matching and alignment together with weights that sum to one."""
-    critics = (common.critic(),)
-    first = common.stage("distil", distil, (common.matching(),), critics)
     terms = (common.matching(1 - align.weight), align)
-    second = common.stage("align", iterations, terms, critics, group=group, advantage=Advantage(spread), collect=FewStep(common.levels, through))
-    return common.recipe(name, first, second)
+    second = common.stage("align", iterations, terms, (common.critic(),), group=group, advantage=Advantage(spread), collect=FewStep(common.levels, through))
+    return common.recipe(name, common.distil(distil), second)
 
 
 def dm_align_group(

@@ -103,6 +103,5 @@ def rl_after(
         clip: bound of GRPO's ratio.
         inner_epochs: student updates on one rollout.
     """
-    first = common.stage("distil", distil, (common.matching(),), (common.critic(),))
     alone = common.stage("reinforce", iterations, (branch(rl, weight, clip),), (), group=1 if rl == "refl" else group)
-    return common.recipe("rl-after", first, replace(alone, inner_epochs=inner_epochs))
+    return common.recipe("rl-after", common.distil(distil), replace(alone, inner_epochs=inner_epochs))

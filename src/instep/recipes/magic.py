@@ -12,6 +12,7 @@ from instep.train.recipe import Optim, Recipe, RoleConfig
 def magic(
     common: Common = Common(),
     *,
+    distil: int = 0,
     iterations: int = 100,
     teacher_rank: int = 8,
     teacher_updates: int = 1,
@@ -22,6 +23,7 @@ def magic(
 
     Args:
         common: options of every recipe.
+        distil: student updates of plain matching before; 0 leaves the stage out.
         iterations: student updates.
         teacher_rank: rank of the teacher's adapter.
         teacher_updates: updates of that adapter for each of the student.
@@ -29,5 +31,5 @@ def magic(
         anneal: its scale in the matching force over the stage.
     """
     bend = Score(role="teacher", updates=teacher_updates, reuse=common.reuse, levels=common.renoise, adapter_scale=1.0)
-    stage = common.stage("distil", iterations, (common.matching(adapter=anneal),), (common.critic(), bend))
-    return common.recipe("magic", stage, teacher=RoleConfig(teacher, LoRA(teacher_rank, float(teacher_rank)), scale=0.0))
+    stage = common.stage("bend", iterations, (common.matching(adapter=anneal),), (common.critic(), bend))
+    return common.recipe("magic", common.distil(distil), stage, teacher=RoleConfig(teacher, LoRA(teacher_rank, float(teacher_rank)), scale=0.0))

@@ -17,7 +17,5 @@ def refl(common: Common = Common(), *, distil: int = 0, iterations: int = 100, w
         weight: weight of the reward's gradient (DMDR's lambda_rl: .5).
         matching: weight of the matching force beside it; 0 leaves the reward alone, which collapses.
     """
-    critics = (common.critic(),)
-    first = common.stage("distil", distil, (common.matching(),), critics)
     terms = (common.matching(matching), RewardGradient(weight=weight))
-    return common.recipe("refl", first, common.stage("climb", iterations, terms, critics))
+    return common.recipe("refl", common.distil(distil), common.stage("climb", iterations, terms, (common.critic(),)))

@@ -38,7 +38,7 @@ def scorer(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[
         parts = []
         for start in range(0, len(x), DECODE_BATCH):
             rows = slice(start, start + DECODE_BATCH)
-            parts.append(checked_scores(reward, family.decode(x[rows]).clamp(0, 1), prompts[rows]))
+            parts.append(checked_scores(reward, _media(family, reward, x[rows], clamp=True), prompts[rows]))
         return torch.cat(parts)
 
     return score
@@ -48,7 +48,14 @@ def slope(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[s
     """Reward of latents with a graph, through the unclamped decoder (a clamped one has no gradient where it saturates); None if it has none."""
     if reward is None or not reward.differentiable:
         return None
-    return lambda x, prompts: checked_scores(reward, family.decode(x), prompts)
+    return lambda x, prompts: checked_scores(reward, _media(family, reward, x), prompts)
+
+
+def _media(family: Family, reward: Reward, x: Tensor, *, clamp: bool = False) -> Tensor:
+    """What a reward looks at: decoded media, or the latents themselves."""
+    if reward.space == "latent":
+        return x
+    return family.decode(x).clamp(0, 1) if clamp else family.decode(x)
 
 
 def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: RealSamples | None, prompts: Sequence[str]) -> None:
@@ -76,13 +83,33 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
     if reward is not None:
         pair = [prompts[0], prompts[-1]]
         trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
+        trial = trial.to(next(family.pretrained.parameters()).device)
         with torch.no_grad():
-            checked_scores(reward, family.decode(trial.to(next(family.pretrained.parameters()).device)).clamp(0, 1), pair)
+            checked_scores(reward, _media(family, reward, trial, clamp=True), pair)
+        if "gradient" in recipe.needs:
+            _check_gradient(family, reward, trial, pair)
+
+
+def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequence[str]) -> None:
+    """ValueError if a reward that says it is differentiable gives no gradient on trial latents, or one that is not finite."""
+    x = trial.detach().requires_grad_()
+    with torch.enable_grad():
+        scores = checked_scores(reward, _media(family, reward, x), prompts)
+        if not scores.requires_grad:
+            raise ValueError(
+                f"reward: {reward.name!r} says that it is differentiable and its scores have no gradient; leave out no_grad, .item(), numpy and rounding "
+                "in it, or give it differentiable=False and choose a recipe that only asks for scores, like amd or dm-align-group"
+            )
+        (slope,) = torch.autograd.grad(scores.sum(), x, allow_unused=True)
+    if slope is None or not bool(slope.isfinite().all()):
+        what = "does not depend on the samples" if slope is None else "is not finite"
+        raise ValueError(f"reward: the gradient of {reward.name!r} {what} on trial latents; check it on such a batch by itself")
 
 
 def claim(
-    out: Path, recipe: Recipe, family: Family, options: RunOptions, prompts: Sequence[str], start_from: Path | str | None, command: str
-) -> None:
+    out: Path, recipe: Recipe, family: Family, options: RunOptions, prompts: Sequence[str], start_from: Path | str | None, command: str,
+    *, reward: Reward | None = None, real: RealSamples | None = None,
+) -> None:  # fmt: skip
     """Writes recipe.json, or makes sure that the folder holds this very run."""
     identity = {
         "recipe": recipe.name,
@@ -90,6 +117,8 @@ def claim(
         "seed": options.seed,
         "levels": list(recipe.levels),
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        "reward": reward and reward.name,
+        "real": real and hashlib.sha256("\n".join(real.prompts).encode() + real.latents.detach().float().cpu().numpy().tobytes()).hexdigest()[:16],
         "start_from": str(Path(start_from).resolve()) if start_from else None,
         "config": json.loads(json.dumps(describe(recipe))),
     }

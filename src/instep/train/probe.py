@@ -57,7 +57,8 @@ class Probe:
         rng = torch.Generator(device).manual_seed(self.seed)
         names = [prompt for prompt in self.prompts for _ in range(self.copies)]
         noise = torch.randn(len(names), *self.family.latent_shape, generator=rng, device=device)
-        raw = self.family.decode(generate(self.family.encode(names), noise, rng))
+        x = generate(self.family.encode(names), noise, rng)
+        raw = self.family.decode(x)
         media = raw.clamp(0, 1)
         figures = {
             "ink": float(media.mean()),
@@ -66,7 +67,7 @@ class Probe:
             "diversity": diversity(media, self.copies),
         }
         if self.reward is not None:
-            figures["train_score"] = float(checked_scores(self.reward, media, names).mean())
+            figures["train_score"] = float(checked_scores(self.reward, x if self.reward.space == "latent" else media, names).mean())
         if self.monitor is not None:
             figures |= self.monitor.figures(media, names)
         return figures, media

@@ -116,6 +116,11 @@ class Stage:
             raise ValueError(f"stage {self.name!r}: batch {self.batch} is not a multiple of group {self.group}; every prompt needs its whole group")
         if "reward" in self.needs and self.group < 2:
             raise ValueError(f"stage {self.name!r}: group {self.group} gives no advantage; compare at least 2 samples a prompt")
+        if "trajectory" in self.needs and self.collect is not None and len(self.collect.levels) < 2:
+            raise ValueError(
+                f"steps: 1 is not allowed in stage {self.name!r}: a 1-step student has no stochastic step (its only one is deterministic), so there is no "
+                "policy; use 2 or more steps, or a branch that climbs the reward's gradient (refl)"
+            )
         if any(isinstance(term, Force) for term in self.terms) and self.collect is None:
             raise ValueError(f"stage {self.name!r}: it has forces but collect is None; forces act on rolled-out samples")
 

@@ -95,7 +95,7 @@ def train(
     scored = as_reward(reward) if reward is not None else None
     check_inputs(recipe, family, scored, real, prompts)
     with held(out):
-        claim(out, recipe, family, options, prompts, start_from, command)
+        claim(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real)
         state = make_state(recipe, family, options.seed, scorer(family, scored), slope(family, scored), checkpointing=options.checkpointing)
         stored = None
         if "stored" in recipe.needs or ("real" in recipe.needs and real is None):
@@ -106,6 +106,8 @@ def train(
             if real is None and "real" in recipe.needs:
                 real = RealSamples(stored.prompts, stored.latents)
                 print(f"no real samples were given: {len(stored.prompts)} samples of the teacher serve as real, so what it gets wrong passes for real")
+        elif real is not None and recipe.needs & {"real", "preferred"}:
+            print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
         source = Source(family, prompts, real, options.seed, stored)
         probe = Probe(family, few_of(prompts, 12), reward=scored, monitor=monitor)
         loop = Loop(recipe, family, out, options, state, source, probe, tracker)
@@ -272,7 +274,9 @@ class Loop:
             checkpoint.load_optimizer_state(trained.optimizer, saved["optim"][name])
             trained.steps = int(saved["steps"][name])
             if trained.ema is not None:
-                trained.ema = {key: saved["ema"][name][key].clone() for key in trained.ema}
+                # a run without an average: it begins at the weights
+                averages = saved["ema"].get(name, saved["roles"][name])
+                trained.ema = {key: averages[key].clone() for key in trained.ema}
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop is not None:
