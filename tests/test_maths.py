@@ -21,7 +21,8 @@ from instep.prediction import (
     velocity_of_x0,
     x0_of_velocity,
 )
-from instep.rollout import renoise_log_prob, sample_ode
+from instep.rollout import sample_ode
+from instep.transitions import Renoise
 
 PATHS = [RectifiedFlow(), VariancePreserving.linear(), VariancePreserving.scaled_linear(), VariancePreserving.cosine()]
 F64 = torch.float64
@@ -152,7 +153,7 @@ def test_renoise_policy_is_the_normal_density(path: Path) -> None:
     x_next = path.renoise(x0, eps, t)
     a, b = path.a(t)[:, None, None], path.b(t)[:, None, None]
     normal = torch.distributions.Normal(a * x0, b.expand_as(x0))
-    torch.testing.assert_close(renoise_log_prob(path, x0, x_next, t), normal.log_prob(x_next).mean((1, 2)))
+    torch.testing.assert_close(Renoise().log_prob(path, x0, x0, x_next, t, t), normal.log_prob(x_next).mean((1, 2)))
 
 
 @pytest.mark.parametrize("path", PATHS[:2], ids=lambda p: type(p).__name__)

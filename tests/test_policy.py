@@ -22,9 +22,10 @@ from instep.paths import RectifiedFlow, VariancePreserving
 from instep.prediction import Prediction
 from instep.recipes.common import Common
 from instep.recipes.dmdr import dmdr, rl_after
-from instep.rollout import Trajectory, renoise_log_prob
+from instep.rollout import Trajectory
 from instep.train.recipe import FewStep, Stage
 from instep.train.step import iteration
+from instep.transitions import Renoise
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
 
@@ -37,7 +38,7 @@ def test_log_probability_is_the_normals(path):
     x_next = torch.randn(5, 3, 2, generator=rng, dtype=F64)
     a, b = path.a(t)[:, None, None], path.b(t)[:, None, None]
     expected = torch.distributions.Normal(a * x0, b).log_prob(x_next).flatten(1).mean(1)
-    torch.testing.assert_close(renoise_log_prob(path, x0, x_next, t), expected)
+    torch.testing.assert_close(Renoise().log_prob(path, x0, x0, x_next, t, t), expected)
 
 
 def test_surrogate_by_hand():

@@ -21,10 +21,10 @@ from instep.matching.force import DistributionMatching
 from instep.models.mixture import ExactTeacher, Mixture, labels
 from instep.models.small import ExactFake, Particles, VelocityMLP
 from instep.paths import RectifiedFlow
-from instep.rollout import renoise_log_prob
 from instep.terms import Batch, Objective, Pairs, View, as_force
 from instep.train.recipe import FewStep, Optim, Stage
 from instep.train.step import Trained, TrainState, iteration
+from instep.transitions import Renoise
 
 PATH = RectifiedFlow()
 RING = Mixture.ring()
@@ -119,7 +119,7 @@ class ClippedPolicy(Objective):
         for s in range(len(path.t)):
             t, t_next = (level.expand(len(path.x_t[s])) for level in (path.t[s], path.t_next[s]))
             x0 = view.roles["student"](path.x_t[s], t, view.samples.cond).x0
-            ratio = (renoise_log_prob(view.path, x0, path.x_next[s], t_next) - path.log_prob[s]).exp()
+            ratio = (Renoise().log_prob(view.path, x0, path.x_t[s], path.x_next[s], t_next, t_next) - path.log_prob[s]).exp()
             RATIOS.append(float((ratio - 1).abs().max().detach()))
             a = view.samples.advantage
             yield -torch.minimum(ratio * a, ratio.clamp(1 - self.clip, 1 + self.clip) * a).mean() / len(path.t)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,16 @@ def group_advantage(
     spread = own if deviation is None else torch.full_like(own, deviation)
     a = torch.where(constant, torch.zeros_like(centred), centred / (spread + floor)).reshape(-1)
     return a if clip is None else a.clamp(-clip, clip)
+
+
+def several_advantages(rewards: Tensor, weights: Sequence[float], group: int, deviations: Sequence[float | None], clip: float | None = None) -> Tensor:
+    """Weighted sum of each reward's own advantage, [B, R] -> [B]: normalised within its group first, so that none dominates by its scale.
+
+    One reward of weight 1 gives `group_advantage`. `clip` bounds the sum.
+    """
+    parts = [w * group_advantage(r, group, deviation=d) for r, w, d in zip(rewards.unbind(1), weights, deviations, strict=True)]
+    total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    return total if clip is None else total.clamp(-clip, clip)
 
 
 def constant_groups(reward: Tensor, group: int, floor: float = 1e-6) -> int:

@@ -66,6 +66,19 @@ class Uniform(LevelSampler):
 
 
 @dataclass(frozen=True)
+class OneOf(LevelSampler):
+    """One of a few levels, each as likely: a few-step student's own."""
+
+    levels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
+
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+        return torch.tensor(self.levels, device=rng.device)[torch.randint(len(self.levels), (n,), generator=rng, device=rng.device)]
+
+
+@dataclass(frozen=True)
 class AboveExit(LevelSampler):
     """t ~ U(t_exit, high): only levels noisier than the one a sample was predicted at (Decoupled-DMD's CA term; AMD Table 1, t_phi > t_G).
 

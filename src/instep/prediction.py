@@ -147,6 +147,20 @@ def guide(cond: Tensor, uncond: Tensor, w: float) -> Tensor:
     return uncond + w * (cond - uncond)
 
 
+@dataclass(frozen=True)
+class GuidedDenoiser:
+    """A denoiser with classifier-free guidance built in: two evaluations a sample, in one call. `null` has one row for each row it is called with."""
+
+    denoiser: Denoiser
+    null: Condition
+    guidance: float
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(self.null))
+        (c, u), (vc, vu) = both.x0.chunk(2), both.v.chunk(2)
+        return Prediction(guide(c, u, self.guidance), guide(vc, vu, self.guidance))
+
+
 def predict_guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition, w: float) -> Guided:
     """Conditional and unconditional prediction in one stacked call of 2 B samples (one of B if w = 1)."""
     if w == 1:

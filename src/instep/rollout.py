@@ -7,7 +7,6 @@ runs without one, and nothing after the exit is computed unless a method asks fo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from instep.levels import shift_level
-from instep.paths import Path, broadcast
+from instep.paths import Path
 from instep.prediction import Condition, Denoiser, predict_guided
+from instep.transitions import Renoise, Transition
 
 Where = Literal["exit", "final"]
 
@@ -43,7 +43,8 @@ class Point:
 class Trajectory:
     """The stochastic transitions of a rollout, detached: x_t -> x_next [S, B, ...] from levels t to t_next [S].
 
-    `log_prob` [S, B] is that of the student that rolled out. The last step, to a clean sample, is deterministic and not among them.
+    `log_prob` [S, B] is that of the student that rolled out, by `transition`, with `guidance` (1: none). The last step, to a clean sample, is
+    deterministic and not among them.
     """
 
     x_t: Tensor
@@ -51,16 +52,8 @@ class Trajectory:
     t: Tensor
     t_next: Tensor
     log_prob: Tensor
-
-
-def renoise_log_prob(path: Path, x0: Tensor, x_next: Tensor, t_next: Tensor) -> Tensor:
-    """log N(x_next; a(t') x0, b(t')^2), *mean* over elements, [B, ...] -> [B]: the few-step re-noise step as a Gaussian policy.
-
-    The mean over elements (not the sum) is what the ratio of a policy gradient is taken of, as is usual for latents of any size.
-    """
-    std = broadcast(path.b(t_next), x0)
-    z = (x_next - broadcast(path.a(t_next), x0) * x0) / std
-    return (-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+    transition: Transition = Renoise()
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,13 +103,15 @@ def rollout_few_step(
     to_the_end: bool = False,
     through: Literal["last", "trajectory"] = "last",
     record: bool = False,
+    transition: Transition = Renoise(),
+    guidance: float = 1.0,
 ) -> Rollout:
     """Rolls out len(cond) samples of `shape`, each to its exit, or `to_the_end`.
 
     Points named in `live` carry the graph: the exit through its own step alone; the final sample through its last step, or
     with `through="trajectory"` through every step (memory times the number of steps). Samples past their exit are dropped
     from the batch, so a rollout of Q levels costs (Q + 1) / 2 evaluations a sample on average, Q to the end. `record` stores
-    the trajectory of a rollout to the end.
+    the trajectory of a rollout to the end. `guidance` is only noted in it: a guided `student` brings its own.
     """
     n, last = len(cond), len(levels) - 1
     assert len(exit_id) == n and (to_the_end or not record)
@@ -143,20 +138,20 @@ def rollout_few_step(
             # the noise is drawn for the whole batch whatever the exits are, so a sample does not depend on its neighbours' exits
             noise = torch.randn(n, *shape, generator=rng, device=rng.device)
             before, t_next = x_t.detach(), x_t.new_full((n,), levels[j + 1])
-            x_t = path.renoise(x0 if chained else x0.detach(), noise, t_next)
+            x_t = transition.step(path, x0 if chained else x0.detach(), x_t if chained else before, noise, t, t_next)
             if record:
-                steps.append((before, x_t.detach(), renoise_log_prob(path, x0.detach(), x_t.detach(), t_next)))
+                steps.append((before, x_t.detach(), transition.log_prob(path, x0.detach(), before, x_t.detach(), t, t_next)))
     point = _gather(exits, levels, exit_id) if exits else None
     end = exit_id.new_full((n,), last)
     final = Point(x0, x_t.detach(), x_t.new_full((n,), levels[-1]), end) if to_the_end else None
-    return Rollout(cond, group, exit=point, final=final, trajectory=_stacked(steps, levels) if record else None)
+    return Rollout(cond, group, exit=point, final=final, trajectory=_stacked(steps, levels, transition, guidance) if record else None)
 
 
-def _stacked(steps: list[tuple[Tensor, Tensor, Tensor]], levels: Sequence[float]) -> Trajectory:
+def _stacked(steps: list[tuple[Tensor, Tensor, Tensor]], levels: Sequence[float], transition: Transition, guidance: float) -> Trajectory:
     if not steps:
         raise ValueError("levels: a 1-step student has no stochastic step (its only one is deterministic), so there is no policy; use 2 or more steps")
     x_t, x_next, log_prob = (torch.stack([step[i] for step in steps]) for i in range(3))
-    return Trajectory(x_t, x_next, x_t.new_tensor(levels[:-1]), x_t.new_tensor(levels[1:]), log_prob)
+    return Trajectory(x_t, x_next, x_t.new_tensor(levels[:-1]), x_t.new_tensor(levels[1:]), log_prob, transition, guidance)
 
 
 def _predict_rows(student: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, graph: Tensor, plain: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from instep.prediction import Condition, Denoiser
 from instep.rollout import Rollout, Where
 
 # what a term or a critic may ask of its stage: the reward of final samples, a reward with a gradient, real samples of the batch's
-# prompts, real ones that people prefer, stored outputs of the teacher with the noise they came from, the trajectory of the rollout
-Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory"]
+# prompts, real ones that people prefer, stored outputs of the teacher with the noise they came from, the trajectory of the rollout, the
+# student as it was when the stage began
+Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory", "reference"]
 NOTHING: frozenset[Need] = frozenset()
 
 
@@ -64,8 +65,8 @@ class Batch:
 class View:
     """Everything a term may look at. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator.
 
-    `epoch` counts the inner epochs on one rollout. `reward` of latents [B, ...] and their prompts -> [B] can be differentiated; None where
-    the run has no such reward.
+    `epoch` counts the inner epochs on one rollout. `reward` of latents [B, ...] and their prompts -> [B] can be differentiated, or [B, R] for
+    several rewards with their `weights`; None where the run has no such reward.
     """
 
     roles: Mapping[str, Denoiser]
@@ -76,6 +77,7 @@ class View:
     rollout: Rollout | None = None
     reward: Callable[[Tensor, Sequence[str]], Tensor] | None = None
     epoch: int = 0
+    weights: tuple[float, ...] = (1.0,)
 
     @property
     def samples(self) -> Rollout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ CHUNK = 2**18
 class RewardGradient(Force):
     """Gradient with respect to x of -mean R(x), R through the unclamped decoder, on the supervised forward's own x0.
 
-    The reward's graph lives only inside this call, a few rows at a time, and is gone before the student's backward begins.
+    The reward's graph lives only inside this call, a few rows at a time, and is gone before the student's backward begins. Of several rewards
+    each one's gradient is brought to the mean norm of all of them before weighting: none dominates by its scale.
     """
 
     name: str = "reward"
@@ -36,6 +38,16 @@ class RewardGradient(Force):
             rows = slice(start, start + each)
             with torch.enable_grad():
                 here = x[rows].clone().requires_grad_()
-                loss = -view.reward(here, prompts[rows]).sum() / len(x)
-                parts.append(torch.autograd.grad(loss, here)[0])
-        return torch.cat(parts)
+                scores = view.reward(here, prompts[rows])
+                losses = [-column.sum() / len(x) for column in (scores.unbind(1) if scores.ndim > 1 else [scores])]
+                parts.append(torch.stack([torch.autograd.grad(loss, here, retain_graph=loss is not losses[-1])[0] for loss in losses]))
+        return balanced(torch.cat(parts, 1), view.weights)
+
+
+def balanced(gradients: Tensor, weights: Sequence[float]) -> Tensor:
+    """Weighted sum over the first axis of gradients [R, B, ...], each brought to the mean of their mean norms a sample; one is left as it is."""
+    if len(gradients) == 1:
+        return gradients[0]
+    norms = gradients.flatten(2).norm(dim=2).mean(1)
+    scale = gradients.new_tensor(weights) * torch.where(norms > 0, norms.mean() / norms.clamp(min=1e-12), torch.zeros_like(norms))
+    return torch.einsum("r,r...->...", scale, gradients)

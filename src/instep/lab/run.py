@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,9 +84,13 @@ def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, 
             _copy(learned_teacher or start, roles["teacher"])
     _copy(start, student)
     _copy(start, fake)
+    reference = ()
+    if "reference" in recipe.roles:
+        roles["reference"] = deepcopy(student)
+        reference = tuple(roles["reference"].parameters())
     trained = {name: Trained(roles[name].trainable(), config.optim, config.ema) for name, config in recipe.roles.items() if config.optim is not None}
     score = None if world.reward == "none" else world.score
-    return TrainState(roles, trained, world.path, (2,), torch.Generator().manual_seed(seed), score, score)
+    return TrainState(roles, trained, world.path, (2,), torch.Generator().manual_seed(seed), score, score, reference=reference)
 
 
 @torch.no_grad()

@@ -59,6 +59,31 @@ class Decoupled(Operator):
 
 
 @dataclass(frozen=True)
+class MatchingOnly(Operator):
+    """d_dm alone, without the guidance term: what holds a student to the teacher's distribution while a policy gradient moves it (DMDR's authors)."""
+
+    formula: ClassVar[str] = "d_dm"
+
+    def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
+        return d.dm
+
+
+@dataclass(frozen=True)
+class AdvantageGuided(Operator):
+    """d_dm + advantage d_ca: only samples better than their group follow the guidance, worse ones go against it (DMDR's authors' second variant).
+
+    Without guidance (w = 1) there is nothing for the advantage to weigh.
+    """
+
+    formula: ClassVar[str] = "d_dm + a d_ca"
+    needs_advantage: ClassVar[bool] = True
+
+    def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
+        assert advantage is not None, "advantage-weighted guidance needs an advantage; its stage must score rewards"
+        return d.dm + broadcast(advantage, d.ca) * d.ca
+
+
+@dataclass(frozen=True)
 class _Steered(Operator):
     needs_advantage: ClassVar[bool] = True
 

@@ -103,4 +103,6 @@ class Common:
             "fake": RoleConfig(self.fake, lora, exits=self.condition_on_exit, head=head),
             "teacher": teacher or RoleConfig(),
         }
+        if any("reference" in stage.needs for stage in stages):
+            roles["reference"] = RoleConfig(lora=lora, copy=lora is None)
         return Recipe(name, self.levels, roles, stages, self.guidance)

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 from instep.forces.reward import RewardGradient
-from instep.levels import AnnealedBeta
+from instep.levels import AnnealedBeta, OneOf
 from instep.matching.critic import Score
-from instep.matching.operator import RewardTilted
+from instep.matching.operator import AdvantageGuided, MatchingOnly, Operator, RewardTilted
 from instep.matching.teacher import Annealed
 from instep.objectives.policy import DDPO, GRPO
+from instep.objectives.preference import OnlineDPO
 from instep.recipes.common import Common
 from instep.roles import LoRA
 from instep.terms import Critic, Term
 from instep.train.recipe import Optim, Recipe, RoleConfig, Stage
 
-Branch = Literal["refl", "grpo", "ddpo"]
+Branch = Literal["refl", "grpo", "dpo", "ddpo"]
 Tilt = Literal["none", "literal", "zscore", "weight"]
+Anchor = Literal["matching", "dm", "advantage"]
 
 
-def branch(kind: Branch, weight: float, clip: float) -> Term:
-    """The reinforcement-learning term of a joint stage."""
-    if kind == "refl":
-        return RewardGradient(weight=weight)
-    return GRPO(weight=weight, clip=clip) if kind == "grpo" else DDPO(weight=weight)
+def reinforce(common: Common, name: str, steps: int, kind: Branch, weight: float, *, group: int, clip: float, kl: float, beta: float, beside: Sequence[Term],
+              critics: Sequence[Critic], inner_epochs: int) -> Stage:  # fmt: skip
+    """A stage of reinforcement learning with what acts beside it."""
+    branches: dict[Branch, Term] = {
+        "refl": RewardGradient(weight=weight), "grpo": GRPO(weight=weight, clip=clip, kl=kl), "ddpo": DDPO(weight=weight),
+        "dpo": OnlineDPO(weight=weight, beta=beta, levels=OneOf(common.levels)),
+    }  # fmt: skip
+    terms = (*beside, branches[kind])
+    parts: tuple[Term | Critic, ...] = (*terms, *critics)
+    alone = not any("reward" in part.needs for part in parts)
+    stage = common.stage(name, steps, terms, tuple(critics), group=1 if alone else group)
+    return replace(stage, inner_epochs=inner_epochs)
 
 
 def dmdr(
@@ -38,7 +48,10 @@ def dmdr(
     dyna_dg: float = 0.75,
     rl: Branch = "refl",
     weight: float = 0.5,
+    beside: Anchor = "matching",
     clip: float = 1e-3,
+    kl: float = 0.0,
+    beta: float = 500.0,
     inner_epochs: int = 1,
 ) -> Recipe:
     """Distil with a reward-tilted force, then distil and reinforce as one loss: DMDR.
@@ -53,15 +66,22 @@ def dmdr(
         dyna_rs: draw re-noise levels from high noise at first, annealed to uniform over stage 1 (DynaRS).
         dyna_dg: scale at which an adapter bends the teacher at the start of stage 1, annealed to zero (DynaDG): the fake's own with
             lora_rank, else one of its own; 0 leaves it out.
-        rl: the reinforcement-learning branch: refl (gradient of a differentiable reward), grpo or ddpo (any reward, a student of 2 steps or more).
+        rl: the reinforcement-learning branch: refl (gradient of a differentiable reward), dpo (best against worst of a group, any reward), grpo or
+            ddpo (any reward, a student of 2 steps or more).
         weight: weight of that branch (the paper's lambda: .5).
+        beside: what acts beside it in stage 2: matching, only its dm part, or matching whose guidance the advantage weighs.
         clip: bound of GRPO's ratio.
+        kl: weight of GRPO's penalty for leaving the student of stage 1; matching takes its place, so 0.
+        beta: temperature of dpo.
         inner_epochs: student updates on one rollout in stage 2; from 2 on GRPO's clip acts.
     """
     first, teacher = _warm(common, warm, group, tilt, dyna_rs, dyna_dg)
-    terms = (common.matching(), branch(rl, weight, clip))
-    joint = common.stage("joint", iterations, terms, (common.critic(),), group=1 if rl == "refl" else group)
-    return common.recipe("dmdr", first, replace(joint, inner_epochs=inner_epochs), teacher=teacher)
+    operators: dict[Anchor, Operator | None] = {"matching": None, "dm": MatchingOnly(), "advantage": AdvantageGuided()}
+    joint = reinforce(
+        common, "joint", iterations, rl, weight, group=group, clip=clip, kl=kl, beta=beta, beside=(common.matching(operator=operators[beside]),),
+        critics=(common.critic(),), inner_epochs=inner_epochs,
+    )  # fmt: skip
+    return common.recipe("dmdr", first, joint, teacher=teacher)
 
 
 def _warm(common: Common, steps: int, group: int, tilt: Tilt, dyna_rs: bool, dyna_dg: float) -> tuple[Stage, RoleConfig]:
@@ -89,6 +109,8 @@ def rl_after(
     rl: Branch = "refl",
     weight: float = 1.0,
     clip: float = 1e-3,
+    kl: float = 0.0,
+    beta: float = 500.0,
     inner_epochs: int = 1,
 ) -> Recipe:
     """The baseline that joint training is set against: distil, then reinforcement learning alone. It hacks the reward; not for use.
@@ -98,10 +120,14 @@ def rl_after(
         distil: student updates of plain matching.
         iterations: student updates of reinforcement learning alone.
         group: samples a prompt, compared with each other.
-        rl: the reinforcement-learning branch: refl, grpo or ddpo.
+        rl: the reinforcement-learning branch: refl, grpo, dpo or ddpo.
         weight: weight of that branch.
         clip: bound of GRPO's ratio.
+        kl: weight of GRPO's penalty for leaving the distilled student.
+        beta: temperature of dpo.
         inner_epochs: student updates on one rollout.
     """
-    alone = common.stage("reinforce", iterations, (branch(rl, weight, clip),), (), group=1 if rl == "refl" else group)
-    return common.recipe("rl-after", common.distil(distil), replace(alone, inner_epochs=inner_epochs))
+    alone = reinforce(
+        common, "reinforce", iterations, rl, weight, group=group, clip=clip, kl=kl, beta=beta, beside=(), critics=(), inner_epochs=inner_epochs
+    )
+    return common.recipe("rl-after", common.distil(distil), alone)

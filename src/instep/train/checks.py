@@ -17,6 +17,7 @@ from instep import __version__
 from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, checked_scores
+from instep.rewards.several import Several
 from instep.train import lock
 from instep.train.recipe import Recipe, describe
 from instep.train.source import RealSamples
@@ -38,7 +39,7 @@ def scorer(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[
         parts = []
         for start in range(0, len(x), DECODE_BATCH):
             rows = slice(start, start + DECODE_BATCH)
-            parts.append(checked_scores(reward, _media(family, reward, x[rows], clamp=True), prompts[rows]))
+            parts.append(_scores(reward, _media(family, reward, x[rows], clamp=True), prompts[rows]))
         return torch.cat(parts)
 
     return score
@@ -48,7 +49,17 @@ def slope(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[s
     """Reward of latents with a graph, through the unclamped decoder (a clamped one has no gradient where it saturates); None if it has none."""
     if reward is None or not reward.differentiable:
         return None
-    return lambda x, prompts: checked_scores(reward, _media(family, reward, x), prompts)
+    return lambda x, prompts: _scores(reward, _media(family, reward, x), prompts)
+
+
+def _scores(reward: Reward, media: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Checked scores [B], or [B, R] of several rewards."""
+    return reward.each(media, prompts) if isinstance(reward, Several) else checked_scores(reward, media, prompts)
+
+
+def weights_of(reward: Reward | None) -> tuple[float, ...]:
+    """What each of several rewards counts with; 1 for a single one."""
+    return reward.weights if isinstance(reward, Several) else (1.0,)
 
 
 def _media(family: Family, reward: Reward, x: Tensor, *, clamp: bool = False) -> Tensor:
@@ -153,6 +164,8 @@ def claim(
 
 
 def checkpoint_bytes(recipe: Recipe, family: Family) -> int:
-    """Upper bound of one checkpoint: weights, two AdamW moments and an average in float32, for each trained role."""
+    """Upper bound of one checkpoint: weights, two AdamW moments and an average in float32, for each trained role; a reference's weights."""
     parameters = sum(p.numel() for p in family.pretrained.parameters())
-    return sum(4 * parameters * (3 + (c.ema is not None)) for c in recipe.roles.values() if c.optim is not None)
+    return sum(4 * parameters * (3 + (c.ema is not None)) for c in recipe.roles.values() if c.optim is not None) + sum(
+        4 * parameters for c in recipe.roles.values() if c.copy
+    )

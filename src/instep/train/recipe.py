@@ -11,6 +11,7 @@ from instep.levels import check_levels
 from instep.roles import LoRA
 from instep.rollout import Where
 from instep.terms import Critic, Force, Need, Objective, Term
+from instep.transitions import Renoise, Transition
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class Optim:
 class RoleConfig:
     """How a role is made: frozen without `optim`, an adapter on the shared backbone with `lora`, else a full copy.
 
-    `exits`: the role is told which exit a sample comes from. `scale`: of its adapter, where nothing else is asked for (a teacher's is 0: it
-    is the plain teacher except where a force bends it). `head`: it has a discriminator head. `ema`: decay of an averaged copy (None: no copy).
+    `copy`: a copy of its own although it is not trained (a reference). `exits`: the role is told which exit a sample comes from. `scale`: of its
+    adapter, where nothing else is asked for (a teacher's is 0: it is the plain teacher except where a force bends it). `head`: it has a
+    discriminator head. `ema`: decay of an averaged copy (None: no copy).
     """
 
     optim: Optim | None = None
     lora: LoRA | None = None
+    copy: bool = False
     exits: bool = False
     scale: float = 1.0
     head: bool = False
@@ -65,10 +68,16 @@ class RoleConfig:
 
 @dataclass(frozen=True)
 class FewStep:
-    """The student's own few-step rollout. `through`: how far the graph of the final sample reaches."""
+    """The student's own rollout. `through`: how far the graph of the final sample reaches.
+
+    A few-step student goes from level to level by `Renoise` and without guidance; a many-step one, whose sampler is made stochastic for a
+    policy gradient, by another `transition`, and with the `guidance` it is used with.
+    """
 
     levels: tuple[float, ...]
     through: Literal["last", "trajectory"] = "last"
+    transition: Transition = Renoise()
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
@@ -116,6 +125,8 @@ class Stage:
             raise ValueError(f"stage {self.name!r}: batch {self.batch} is not a multiple of group {self.group}; every prompt needs its whole group")
         if "reward" in self.needs and self.group < 2:
             raise ValueError(f"stage {self.name!r}: group {self.group} gives no advantage; compare at least 2 samples a prompt")
+        if self.live and self.collect is not None and self.collect.guidance != 1:
+            raise ValueError(f"guidance: {self.collect.guidance} is not allowed for the rollout of stage {self.name!r}; forces act on an unguided student")
         if "trajectory" in self.needs and self.collect is not None and len(self.collect.levels) < 2:
             raise ValueError(
                 f"steps: 1 is not allowed in stage {self.name!r}: a 1-step student has no stochastic step (its only one is deterministic), so there is no "

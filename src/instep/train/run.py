@@ -21,7 +21,7 @@ from instep.roles import Role
 from instep.rollout import sample_few_step
 from instep.train import checkpoint
 from instep.train.cache import teacher_samples
-from instep.train.checks import check_inputs, claim, scorer, slope
+from instep.train.checks import check_inputs, claim, scorer, slope, weights_of
 from instep.train.health import HealthMonitor
 from instep.train.lock import held
 from instep.train.log import RunLog, Tracker
@@ -96,7 +96,9 @@ def train(
     check_inputs(recipe, family, scored, real, prompts)
     with held(out):
         claim(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real)
-        state = make_state(recipe, family, options.seed, scorer(family, scored), slope(family, scored), checkpointing=options.checkpointing)
+        state = make_state(
+            recipe, family, options.seed, scorer(family, scored), slope(family, scored), checkpointing=options.checkpointing, weights=weights_of(scored)
+        )
         stored = None
         if "stored" in recipe.needs or ("real" in recipe.needs and real is None):
             stored = teacher_samples(
@@ -244,6 +246,8 @@ class Loop:
                 "source": self.source.state(),
                 "step": state.step,
                 "reward_variance": state.reward_variance,
+                "reference": {str(i): p.detach() for i, p in enumerate(state.reference)},
+                "anchored": state.anchored,
             },
             keep=self.options.keep,
             protect=self.recipe.stage_ends(),
@@ -259,6 +263,10 @@ class Loop:
             self.source.load_state(saved["source"])
             self.state.step = int(saved["step"])
             self.state.reward_variance = saved["reward_variance"]
+            self.state.anchored = saved["anchored"]
+            with torch.no_grad():
+                for i, p in enumerate(self.state.reference):
+                    p.copy_(saved["reference"][str(i)])
         elif start_from is not None:
             other = checkpoint.latest(Path(start_from) / "checkpoints")
             if other is None:

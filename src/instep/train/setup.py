@@ -23,15 +23,18 @@ def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -
         if config.lora is not None:
             shared.add_adapter(name, config.lora)
             made[name] = Role(name, shared, adapter=name, scale=config.scale, exits=exits, head=config.head)
-        elif config.optim is not None:
-            copy = Backbone(family, family.new_backbone().requires_grad_(True), checkpointing=checkpointing)
+        elif config.optim is not None or config.copy:
+            copy = Backbone(family, family.new_backbone().requires_grad_(config.optim is not None), checkpointing=checkpointing)
             made[name] = Role(name, copy, exits=exits, head=config.head)
         else:
             made[name] = Role(name, shared, exits=exits, head=config.head)
     return made
 
 
-def make_state(recipe: Recipe, family: Family, seed: int, score: Score | None, slope: Score | None = None, *, checkpointing: bool = False) -> TrainState:
+def make_state(
+    recipe: Recipe, family: Family, seed: int, score: Score | None, slope: Score | None = None, *, checkpointing: bool = False,
+    weights: tuple[float, ...] = (1.0,),
+) -> TrainState:  # fmt: skip
     """Roles, optimisers and the run's generator, all a function of the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
@@ -43,7 +46,8 @@ def make_state(recipe: Recipe, family: Family, seed: int, score: Score | None, s
     }
     device = next(family.pretrained.parameters()).device
     rng = torch.Generator(device).manual_seed(seed)
-    return TrainState(roles, trained, family.path, family.latent_shape, rng, score, slope)
+    reference = tuple(roles["reference"].named_parameters().values()) if "reference" in roles else ()
+    return TrainState(roles, trained, family.path, family.latent_shape, rng, score, slope, weights=weights, reference=reference)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instep.advantage import constant_groups, group_advantage, group_variance
+from instep.advantage import constant_groups, group_variance, several_advantages
 from instep.paths import Path
-from instep.prediction import Denoiser
+from instep.prediction import Denoiser, GuidedDenoiser
 from instep.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
 from instep.terms import Batch, Critic, Force, View
 from instep.train.recipe import Optim, Stage
@@ -61,7 +61,9 @@ class TrainState:
     """What a run carries from one iteration to the next. `score` is the reward of latents [B, ...] and prompts -> [B], or None; `slope`
     the same with a graph, where the reward can be differentiated.
 
-    `reward_variance` is the running mean of the variance within groups: the scale of advantages where a stage shares one.
+    Several rewards give [B, R] and count with `weights`. `reward_variance` is the running mean of each one's variance within groups: the scale of
+    advantages where a stage shares one. `reference` are the parameters of the role of that name, in the student's order, and `anchored` the
+    stage at whose beginning they were taken from the student.
     """
 
     roles: Mapping[str, Denoiser]
@@ -72,7 +74,10 @@ class TrainState:
     score: Score | None = None
     slope: Score | None = None
     step: int = 0
-    reward_variance: float | None = None
+    reward_variance: list[float] | None = None
+    weights: tuple[float, ...] = (1.0,)
+    reference: Sequence[nn.Parameter] = ()
+    anchored: str | None = None
 
 
 def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float) -> dict[str, Any]:
@@ -82,11 +87,12 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     critics train, and a re-used rollout costs nothing.
     """
     log = Scalars()
+    anchor(state, stage)
     views: list[View] = []
     for epoch in range(stage.inner_epochs):
         for i, batch in enumerate(batches):
             if epoch == 0:
-                view = View(state.roles, state.path, batch, progress, state.rng, reward=state.slope)
+                view = View(state.roles, state.path, batch, progress, state.rng, reward=state.slope, weights=state.weights)
                 view = view.with_rollout(score(state, stage, view, collect(state, stage, view, with_graph=True), log))
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
             else:
@@ -105,6 +111,15 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     return log.means()
 
 
+@torch.no_grad()
+def anchor(state: TrainState, stage: Stage) -> None:
+    """Where a stage that compares with a reference begins: the reference becomes the student as it stands."""
+    if "reference" in stage.needs and state.anchored != stage.name:
+        for mine, theirs in zip(state.reference, state.trained["student"].parameters.values(), strict=True):
+            mine.copy_(theirs)
+        state.anchored = stage.name
+
+
 def again(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:
     """The view with a fresh rollout for a critic that does not re-use the student's, scored if it asks for rewards."""
     scored = "reward" in critic.needs
@@ -117,11 +132,14 @@ def collect(state: TrainState, stage: Stage, view: View, *, with_graph: bool, to
     if stage.collect is None:
         return None
     cond = view.batch.cond.repeat(stage.group)
-    levels = stage.collect.levels
+    levels, guidance = stage.collect.levels, stage.collect.guidance
+    student = state.roles["student"]
+    if guidance != 1:
+        student = GuidedDenoiser(student, view.batch.null.repeat(stage.group), guidance)
     exits = draw_exits(len(view.batch.prompts), stage.group, len(levels), state.rng)
     with torch.set_grad_enabled(with_graph):
         return rollout_few_step(
-            state.roles["student"],
+            student,
             cond,
             levels,
             state.path,
@@ -133,6 +151,8 @@ def collect(state: TrainState, stage: Stage, view: View, *, with_graph: bool, to
             to_the_end=to_the_end or (stage.to_the_end and with_graph),
             through=stage.collect.through,
             record="trajectory" in stage.needs and with_graph,
+            transition=stage.collect.transition,
+            guidance=guidance,
         )
 
 
@@ -144,16 +164,22 @@ def score(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, 
     if state.score is None:
         raise ValueError(f"reward: stage {stage.name!r} needs one and none was given; pass reward= to train(), or choose a recipe without")
     prompts = [prompt for prompt in view.batch.prompts for _ in range(stage.group)]
-    reward = state.score(rollout.point("final").x.detach(), prompts).to(rollout.point("final").x)
+    each = state.score(rollout.point("final").x.detach(), prompts).to(rollout.point("final").x)
+    each = each[:, None] if each.ndim == 1 else each
+    weights = each.new_tensor(state.weights)
+    reward = each[:, 0] if len(weights) == 1 else each @ weights
     log.add("reward/train", reward.mean())
+    for i in range(len(weights) if len(weights) > 1 else 0):
+        log.add(f"reward/train/{i}", each[:, i].mean())
     log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
     log.add("reward/constant_groups", reward.new_tensor(constant_groups(reward, stage.group) * stage.group / len(reward)))
-    deviation = None
+    deviations: Sequence[float | None] = [None] * len(weights)
     if stage.advantage.spread == "run":
-        now, before = group_variance(reward, stage.group), state.reward_variance
-        state.reward_variance = now if before is None else before + (now - before) / REWARD_HORIZON
-        deviation = state.reward_variance**0.5
-    return replace(rollout, reward=reward, advantage=group_advantage(reward, stage.group, deviation=deviation, clip=stage.advantage.clip))
+        now = [group_variance(column, stage.group) for column in each.unbind(1)]
+        before = state.reward_variance or now
+        state.reward_variance = [old + (new - old) / REWARD_HORIZON for old, new in zip(before, now, strict=True)]
+        deviations = [variance**0.5 for variance in state.reward_variance]
+    return replace(rollout, reward=reward, advantage=several_advantages(each, state.weights, stage.group, deviations, stage.advantage.clip))
 
 
 def relive(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout | None:

@@ -1,0 +1,55 @@
+"""Several rewards at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from instep.rewards.base import Reward, as_reward, checked_scores
+
+
+@dataclass(frozen=True)
+class Several:
+    """Rewards with weights. Training normalises each within its group (or its gradient to the mean norm) before weighting; see `several`.
+
+    `score` is their plain weighted sum, for logs and probes.
+    """
+
+    parts: tuple[Reward, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts or len(self.parts) != len(self.weights):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.parts)} rewards; give one weight a reward, at least one")
+        spaces = {part.space for part in self.parts}
+        if len(spaces) > 1:
+            raise ValueError("rewards: some look at pixels and some at latents; give all of one kind")
+
+    @property
+    def name(self) -> str:
+        return " + ".join(f"{weight:g} {part.name}" for part, weight in zip(self.parts, self.weights, strict=True))
+
+    @property
+    def differentiable(self) -> bool:
+        return all(part.differentiable for part in self.parts)
+
+    @property
+    def space(self) -> Literal["pixel", "latent"]:
+        return self.parts[0].space
+
+    def each(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Every reward's own scores, [B, R]."""
+        return torch.stack([checked_scores(part, media, prompts) for part in self.parts], 1)
+
+    def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+        each = self.each(media, prompts)
+        return each @ each.new_tensor(self.weights)
+
+
+def several(*rewards: tuple[Reward | Callable[[Tensor, Sequence[str]], Any], float]) -> Several:
+    """Rewards (or plain functions) with their weights: several((pickscore, 1.0), (brightness, 0.5))."""
+    return Several(tuple(as_reward(reward) for reward, _ in rewards), tuple(float(weight) for _, weight in rewards))

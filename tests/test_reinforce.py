@@ -1,0 +1,301 @@
+"""Transitions of samplers, preferences, several rewards and the reference: each against a closed form or a second derivation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_forces import F64, view
+from test_run import PROMPTS, brightness, family, rows, same
+from test_skeletons import batch_of, mlp_state, prompts
+
+from instep.advantage import group_advantage, several_advantages
+from instep.forces.reward import RewardGradient, balanced
+from instep.lab.run import common, ensemble_state
+from instep.lab.run import train as train_lab
+from instep.lab.world import World, flow_start
+from instep.levels import OneOf
+from instep.matching.operator import AdvantageGuided, Displacements, MatchingOnly
+from instep.models.mixture import labels
+from instep.objectives.policy import GRPO
+from instep.objectives.preference import OnlineDPO, preference_loss
+from instep.paths import RectifiedFlow, VariancePreserving
+from instep.prediction import GuidedDenoiser, Prediction, predict_guided, score_of_x0
+from instep.recipes.common import Common
+from instep.recipes.dmdr import dmdr, rl_after
+from instep.rewards.base import FunctionReward
+from instep.rewards.several import several
+from instep.rollout import Point, Rollout, Trajectory
+from instep.train import run as module
+from instep.train.recipe import FewStep, Stage
+from instep.train.run import RunOptions, train
+from instep.train.step import iteration
+from instep.transitions import CPS, DanceSDE, FlowSDE, Renoise, Transition
+
+PATH = RectifiedFlow()
+LEVELS = (1.0, 0.75, 0.5, 0.25)
+
+
+def some(seed=0, n=5):
+    rng = torch.Generator().manual_seed(seed)
+    x0, x_t, x_next = (torch.randn(n, 3, 2, generator=rng, dtype=F64) for _ in range(3))
+    return x0, x_t, x_next, torch.linspace(0.4, 0.95, n, dtype=F64), torch.linspace(0.2, 0.7, n, dtype=F64)
+
+
+@pytest.mark.parametrize("transition", [Renoise(), CPS(0.6), FlowSDE(), DanceSDE()])
+def test_log_probabilities_are_the_normals(transition: Transition):
+    """Against torch.distributions; the library's is the mean over elements. And a step is what its own density says."""
+    x0, x_t, x_next, t, t_next = some()
+    mean, std = transition.gaussian(PATH, x0, x_t, t, t_next)
+    expected = torch.distributions.Normal(mean, std[:, None, None].expand_as(mean)).log_prob(x_next).flatten(1).mean(1)
+    torch.testing.assert_close(transition.log_prob(PATH, x0, x_t, x_next, t, t_next), expected)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    torch.testing.assert_close((transition.step(PATH, x0, x_t, noise, t, t_next) - mean) / std[:, None, None], noise)
+
+
+@pytest.mark.parametrize(("transition", "strength"), [(FlowSDE(0.7), lambda t: 0.7 * (t / (1 - t)).sqrt()), (DanceSDE(0.3), lambda t: torch.full_like(t, 0.3))])
+def test_diffusions_are_steps_of_the_reverse_sde(transition, strength):
+    """dx = (v - s^2 / 2 score) dt + s dw with the score by Tweedie; and Flow-GRPO's own way of writing the mean."""
+    x0, x_t, _, t, t_next = some()
+    wide = lambda x: x[:, None, None]  # noqa: E731
+    s, dt = strength(t), t_next - t
+    v = (x_t - x0) / wide(t)
+    mean, std = transition.gaussian(PATH, x0, x_t, t, t_next)
+    torch.testing.assert_close(mean, x_t + wide(dt) * (v - wide(s.square() / 2) * score_of_x0(PATH, x_t, t, x0)))
+    torch.testing.assert_close(mean, x_t * wide(1 + s**2 / (2 * t) * dt) + v * wide((1 + s**2 * (1 - t) / (2 * t)) * dt))
+    torch.testing.assert_close(std, s * (-dt).sqrt())
+
+
+def test_a_diffusion_in_small_steps_has_the_marginals_of_the_flow():
+    """Of data N(2, .3^2) in one dimension, whose x0 is known exactly; one coarse step instead leaves too much noise."""
+    mean, sigma, rng = 2.0, 0.3, torch.Generator().manual_seed(0)
+
+    def x0_of(x, t):
+        variance = (1 - t).square() * sigma**2 + t.square()
+        return mean + ((1 - t) * sigma**2 / variance)[:, None] * (x - (1 - t)[:, None] * mean)
+
+    for transition in (FlowSDE(0.7), DanceSDE(0.5)):
+        x, grid = torch.randn(20000, 1, generator=rng, dtype=F64), torch.linspace(1, 0.25, 151, dtype=F64)
+        for a, b in zip(grid, grid[1:], strict=False):
+            t, t_next = a.expand(len(x)), b.expand(len(x))
+            x = transition.step(PATH, x0_of(x, t), x, torch.randn(x.shape, generator=rng, dtype=F64), t, t_next)
+        assert float(x.mean()) == pytest.approx(0.75 * mean, abs=0.02) and float(x.std()) == pytest.approx(math.hypot(0.75 * sigma, 0.25), abs=0.01)
+    one = torch.ones(1, dtype=F64)
+    x0, eps = torch.zeros(1, 1, dtype=F64), torch.ones(1, 1, dtype=F64)
+    kept, std = FlowSDE(0.7).gaussian(PATH, x0, eps, one, 0.75 * one)
+    assert math.hypot(float(kept), float(std)) == pytest.approx(0.863, abs=1e-3), "the figure in its docstring; the path has .75"
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), VariancePreserving.linear()])
+def test_cps_at_one_is_the_few_step_step_and_keeps_the_noise(path):
+    x0, x_t, _, t, t_next = some()
+    for mine, theirs in zip(CPS(1.0).gaussian(path, x0, x_t, t, t_next), Renoise().gaussian(path, x0, x_t, t, t_next), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-15)
+    eps = (x_t - path.a(t)[:, None, None] * x0) / path.b(t)[:, None, None]
+    mean, std = CPS(0.3).gaussian(path, x0, x_t, t, t_next)
+    kept = (mean - path.a(t_next)[:, None, None] * x0) / eps
+    # as much noise as the path has
+    torch.testing.assert_close(kept.square() + std[:, None, None].square(), path.b(t_next)[:, None, None].square().expand_as(kept))
+    with pytest.raises(ValueError, match="FlowSDE is a step of the rectified flow, and this model's path is VariancePreserving; use CPS"):
+        FlowSDE().gaussian(VariancePreserving.linear(), x0, x_t, t, t_next)
+    with pytest.raises(ValueError, match="noise: 0 is not allowed"):
+        CPS(0)
+
+
+def test_a_guided_denoiser_is_the_guided_prediction():
+    class Net:
+        def __call__(self, x_t, t, cond):
+            x0 = x_t * (1 + cond.label[:, None])
+            return Prediction(x0, x_t - x0)
+
+    cond, null = labels(["0", "1", "1"]), labels([""] * 3)
+    x, t = torch.randn(3, 2), torch.rand(3)
+    answer = GuidedDenoiser(Net(), null, 3.0)(x, t, cond)
+    torch.testing.assert_close(answer.x0, predict_guided(Net(), x, t, cond, null, 3.0).x0)
+    # guidance is linear, so the two stay consistent
+    torch.testing.assert_close(answer.v, x - answer.x0)
+
+
+class Scaled:
+    """x0 = scale x_t, v = (x_t - x0) / t: everything of it is known."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, x_t, t, cond):
+        x0 = self.scale * x_t
+        return Prediction(x0, (x_t - x0) / t[:, None])
+
+
+def pairs_view(scale, reference, advantage):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 2, generator=rng, dtype=F64)
+    end = Point(x, x, torch.ones(6, dtype=F64), torch.zeros(6, dtype=torch.long))
+    rollout = Rollout(labels(["0"] * 3 + ["1"] * 3), 3, exit=end, final=end, advantage=torch.tensor(advantage, dtype=F64))
+    return replace(view(x, {"student": Scaled(scale), "reference": Scaled(reference)}, group=3), rollout=rollout), x
+
+
+def test_dpo_is_log_two_at_the_reference_and_its_gradient_is_the_hand_derivation():
+    scale = torch.tensor(0.4, dtype=F64, requires_grad=True)
+    seen, x = pairs_view(scale, 0.4, [0.1, 1.0, -1.1, 0.0, 0.0, 0.0])
+    (loss,) = list(OnlineDPO(beta=5.0, levels=OneOf((1.0, 0.5)))(replace(seen, rng=torch.Generator().manual_seed(3))))
+    assert float(loss.detach()) == pytest.approx(0.5 * math.log(2)), "one of the two groups makes a pair; equal rewards make none"
+    (gradient,) = torch.autograd.grad(loss, scale)
+    # by hand: the same draws, d error / d scale of v = (1 - s) x_t / t against eps - x0
+    rng = torch.Generator().manual_seed(3)
+    t = OneOf((1.0, 0.5))(2, progress=0, t_exit=None, rng=rng).double()
+    eps = torch.randn(2, 2, generator=rng, dtype=F64)
+
+    def slope(x0):
+        x_t = (1 - t[0]) * x0 + t[0] * eps[0]
+        error = (1 - 0.4) * x_t / t[0] - (eps[0] - x0)
+        return (2 * error * -x_t / t[0]).mean()
+
+    won, lost = x[1], x[2]
+    expected = 0.5 * 0.5 * (5.0 / 2) * (slope(won) - slope(lost))  # half of the groups; sigmoid(0) = 1/2
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_preference_loss_falls_where_the_preferred_is_denoised_better():
+    zero, one = torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)
+    assert float(preference_loss(zero, zero, zero, zero, 100.0)) == pytest.approx(math.log(2))
+    assert preference_loss(-0.1 * one, zero, zero, zero, 10.0) < math.log(2) < preference_loss(zero, -0.1 * one, zero, zero, 10.0)
+    assert float(preference_loss(0.3 * one, 0.1 * one, 0.1 * one, 0.2 * one, 4.0)) == pytest.approx(math.log1p(math.exp(2 * 0.3)))
+
+
+def test_grpos_penalty_is_the_divergence_of_the_two_gaussians():
+    scale = 0.7
+    rng = torch.Generator().manual_seed(0)
+    x_t, x_next = (torch.randn(3, 4, 2, generator=rng, dtype=F64) for _ in range(2))
+    t, t_next = torch.tensor([1.0, 0.75, 0.5], dtype=F64), torch.tensor([0.75, 0.5, 0.25], dtype=F64)
+    path = Trajectory(x_t, x_next, t, t_next, torch.zeros(3, 4, dtype=F64), transition=DanceSDE(0.3))
+    rollout = Rollout(labels(["0"] * 4), 4, trajectory=path, advantage=torch.zeros(4, dtype=F64))
+    seen = replace(view(x_t[0], {"student": Scaled(scale), "reference": Scaled(0.2)}, group=4), rollout=rollout)
+    grpo = GRPO(kl=0.5)
+    x0, level, below = grpo.predict(seen, path, 1, Scaled(scale))
+    found = grpo.divergence(seen, path, 1, x0, level, below)
+    normal = lambda s: torch.distributions.Normal(*(lambda m, d: (m, d[:, None].expand_as(m)))(*DanceSDE(0.3).gaussian(PATH, s * x_t[1], x_t[1], level, below)))  # noqa: E731
+    torch.testing.assert_close(found, torch.distributions.kl_divergence(normal(scale), normal(0.2)).mean(1))
+    assert GRPO().needs == {"reward", "trajectory"} and grpo.needs == {"reward", "trajectory", "reference"}
+
+
+def test_several_rewards_are_normalised_apart():
+    rng = torch.Generator().manual_seed(0)
+    r = torch.randn(8, 2, generator=rng)
+    big = r * torch.tensor([1.0, 1000.0])
+    a = several_advantages(big, (1.0, 0.5), 4, [None, None])
+    torch.testing.assert_close(a, group_advantage(r[:, 0], 4) + 0.5 * group_advantage(r[:, 1], 4), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(several_advantages(r[:, :1], (1.0,), 4, [None], clip=0.5), group_advantage(r[:, 0], 4, clip=0.5), rtol=0, atol=0)
+    assert several_advantages(big, (1.0, 0.5), 4, [None, None], clip=0.7).abs().max() <= 0.7
+
+
+def test_gradients_of_several_rewards_are_brought_to_one_norm():
+    g = torch.randn(2, 5, 3, dtype=F64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 50.0], dtype=F64)[:, None, None]
+    norm = lambda x: x.flatten(1).norm(dim=1).mean()  # noqa: E731
+    both = [balanced(g, w) for w in ((1.0, 0.0), (0.0, 1.0))]
+    torch.testing.assert_close(norm(both[0]), norm(both[1]))
+    torch.testing.assert_close(norm(both[0]), (norm(g[0]) + norm(g[1])) / 2)
+    torch.testing.assert_close(balanced(g, (1.0, 2.0)), both[0] + 2 * both[1])
+    torch.testing.assert_close(balanced(g[:1], (1.0,)), g[0], rtol=0, atol=0)
+    x = torch.randn(4, 2, dtype=F64)
+    seen = replace(view(x, {}, group=2), reward=lambda x, names: torch.stack([x[:, 0], 100 * x[:, 1]], 1), weights=(1.0, 1.0))
+    force = RewardGradient()(seen)
+    # one reward is a hundred times the other, and pulls no harder
+    torch.testing.assert_close(force[:, 0], force[:, 1])
+    assert (force < 0).all(), "descended: the samples climb both"
+
+
+def test_several_checks_what_it_is_given():
+    both = several((brightness, 1.0), (FunctionReward(lambda media, prompts: -media.mean((1, 2, 3, 4)), name="darkness"), 2.0))
+    media = torch.rand(3, 3, 2, 4, 4)
+    assert both.name == "1 brightness + 2 darkness" and both.each(media, ["a"] * 3).shape == (3, 2) and not both.differentiable
+    torch.testing.assert_close(both.score(media, ["a"] * 3), brightness(media, None) - 2 * media.mean((1, 2, 3, 4)))
+    with pytest.raises(ValueError, match="reward 'wrong' returned"):
+        several((FunctionReward(lambda media, prompts: media.mean(), name="wrong"), 1.0)).score(media, ["a"] * 3)
+    with pytest.raises(ValueError, match="some look at pixels and some at latents"):
+        several((brightness, 1.0), (FunctionReward(brightness, space="latent"), 1.0))
+
+
+def test_operators_of_the_authors_variants():
+    rng = torch.Generator().manual_seed(0)
+    dm, ca = (torch.randn(3, 2, generator=rng, dtype=F64) for _ in range(2))
+    d, a = Displacements(dm + ca, torch.zeros_like(dm), dm, ca), torch.tensor([1.0, 0.0, -0.5], dtype=F64)
+    torch.testing.assert_close(MatchingOnly()(d, None), dm)
+    torch.testing.assert_close(AdvantageGuided()(d, a), dm + a[:, None] * ca)
+
+
+def test_the_reference_is_the_student_at_the_beginning_of_its_stage():
+    state = mlp_state(score=lambda x, names: x[:, 0])
+    import copy
+
+    state.roles = {**state.roles, "reference": copy.deepcopy(state.roles["student"])}
+    state.reference = tuple(state.roles["reference"].parameters())
+    stage = Stage("rl", 3, 32, (OnlineDPO(levels=OneOf(LEVELS)),), (), FewStep(LEVELS), group=8)
+    start = [p.detach().clone() for p in state.trained["student"].parameters.values()]
+    first = iteration(state, stage, [batch_of(prompts(4, state.rng))], 0.0)
+    assert first["objective/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    iteration(state, stage, [batch_of(prompts(4, state.rng))], 0.3)
+    moved = [p.detach().clone() for p in state.trained["student"].parameters.values()]
+    assert all(torch.equal(a, b) for a, b in zip(state.reference, start, strict=True)) and not torch.equal(moved[0], start[0])
+    again = iteration(state, replace(stage, name="next"), [batch_of(prompts(4, state.rng))], 0.0)
+    assert again["objective/dpo"] == pytest.approx(math.log(2), abs=1e-6), "a new stage, a new reference"
+    assert all(torch.equal(a, b) for a, b in zip(state.reference, moved, strict=True))
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_a_run_with_a_reference_resumes_to_the_same_weights(tmp_path, lora, monkeypatch):
+    recipe = dmdr(Common(steps=2, batch=4, critic_updates=1, lora_rank=lora), warm=1, iterations=3, group=2, tilt="none", dyna_dg=0.0, rl="dpo")
+    options = RunOptions(save_every=1, probe_every=50)
+    both = several((brightness, 1.0), (FunctionReward(lambda media, prompts: media.std((1, 2, 3, 4)), name="contrast"), 0.5))
+    whole = train(recipe, family(), out=tmp_path / "whole", prompts=PROMPTS, reward=both, options=options)
+    assert {"objective/dpo", "reward/train/0", "reward/train/1"} <= rows(whole.out)[-1].keys()
+    real_iteration = module.iteration
+
+    def stops(state, *args):
+        if state.step == 3:
+            raise KeyboardInterrupt
+        return real_iteration(state, *args)
+
+    monkeypatch.setattr(module, "iteration", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, reward=both, options=options)
+    monkeypatch.setattr(module, "iteration", real_iteration)
+    same(whole.out, train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, reward=both, options=options).out)
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    """Four-step students of the ring, and what they are."""
+    return flow_start(World.named("ring8", members=2), 0, steps=1500)
+
+
+def mean(run, key):
+    return sum(figures[key] for figures in run.figures) / len(run.figures)
+
+
+def test_preferences_beside_matching_raise_the_rewarded_share(distilled):
+    """In the laboratory, four steps, half of the modes rewarded (share .5 without)."""
+    world = World.named("ring8", members=2, reward="half")
+    recipe = dmdr(common(4), warm=0, iterations=300, rl="dpo", beta=2.0, weight=0.5)
+    run = train_lab("dpo", recipe, world, ensemble_state(recipe, world, distilled, 0))
+    assert mean(run, "share") > 0.62 and mean(run, "quality") > 0.4
+
+
+def test_a_policy_gradient_climbs_and_matching_or_its_dm_part_holds_it(distilled):
+    """Alone it goes all the way and leaves the modes; beside matching it stays on them."""
+    world = World.named("ring8", members=2, reward="half")
+    policy = {"rl": "grpo", "clip": 0.2}
+    alone = rl_after(common(4), distil=0, iterations=150, **policy)
+    run = train_lab("alone", alone, world, ensemble_state(alone, world, distilled, 0))
+    assert mean(run, "share") > 0.9 and mean(run, "tv") > 0.5
+    for beside in ("matching", "dm"):
+        recipe = dmdr(common(4), warm=0, iterations=150, weight=0.3, beside=beside, **policy)
+        held = train_lab(beside, recipe, world, ensemble_state(recipe, world, distilled, 0))
+        assert mean(held, "quality") > mean(run, "quality") + 0.2 and mean(held, "tv") < 0.2
+
+
+def test_reinforcement_alone_with_preferences_is_a_recipe():
+    stage = rl_after(common(4), distil=0, iterations=5, rl="dpo").stages[-1]
+    assert stage.group == 8 and not stage.critics and stage.needs == {"reward", "reference"}
