@@ -21,7 +21,7 @@ class JudgeMonitor:
     where a prompt names a digit only."""
 
     judge: Judge
-    open_prompts: tuple[str, ...] = tuple(digits.describe(digits.PromptSpec(digit)) for digit in range(0, 10, 2))
+    open_prompts: tuple[str, ...] = tuple(digits.describe(digits.PromptSpec(digit)) for digit in range(10))
     open_copies: int = 8
 
     @torch.no_grad()

@@ -36,10 +36,15 @@ MEDIAN_OF = 50  # rows of that running median
 # them: 1e-6 at a learning rate of 1e-9; of 53 runs on the bundled model the figure that had moved most had moved by .04 and more
 STUCK = 0.01
 RISE = 0.3  # rise of the training reward in deviations within a group: twice the standard error of a probe of 48 samples
-FEWER = 0.8
-ALIKE = 0.85
-FARTHER = 1.25
 FALL = 0.1  # fall of the monitor's share of right samples: more than twice the standard error of 48 samples at .9
+# kinds of sample a prompt that leaves them open is given, relative to the stage's beginning. On the bundled model (10 prompts, 8 samples each) 5.0 are
+# seen; four draws of one student had 4.9 to 5.1, chance alone allows a deviation of .3, and 40 healthy iterations (7 runs) changed it by -.1 to +.5
+FEWER = 0.85
+# diversity relative to the stage's beginning and to the teacher, both. Noise is fixed: 40 iterations with a reward beside matching leave .956 and 1.02
+# or more (14 runs on the bundled model); a student may lose what it has more than the teacher. Reinforcement alone, seed 0: .86 and .94 after 25
+ALIKE, LEANER = 0.9, 0.95
+# matching force over that of the stage's first ten iterations: 41 runs on the bundled model stay below 1.08
+FARTHER = 1.25
 
 
 @dataclass(frozen=True)
@@ -257,10 +262,11 @@ def _fewer_modes(seen: History) -> str | None:
 def _alike(seen: History) -> str | None:
     """Against the teacher as well: a student that had more variety than it, as after distillation, may lose the surplus."""
     first, last = _since(seen, "diversity")
-    reference = min(first or 0.0, number(seen.since[-1], "probe/diversity_teacher") or math.inf)
-    if not first or not last or max(last) >= ALIKE * reference:
+    teacher = number(seen.since[-1], "probe/diversity_teacher")
+    if not first or not last or max(last) >= ALIKE * first or (teacher is not None and max(last) >= LEANER * teacher):
         return None
-    return f"samples of one prompt become alike: diversity fell to {last[-1] / first:.0%}"
+    beside = f", {last[-1] / teacher:.0%} of the teacher's" if teacher else ""
+    return f"samples of one prompt become alike (diversity fell to {last[-1] / first:.0%}{beside})"
 
 
 def _farther(seen: History) -> str | None:
