@@ -184,7 +184,8 @@ def test_hacking_against_the_matching_force():
 
     assert said(refl(distil=60, iterations=60), "climb", rows) == {"hacking"}
     assert said(dmdr(warm=60, iterations=60), "tilt", rows) == set(), "tilted"
-    gradient = history(change=lambda step: {"reward/spread": None}, probes=lambda step: {"train_spread": 0.4, **hack(modes=4.0)(step), "modes": 5.0 - (step > 80)})
+    fewer = lambda step: {"train_spread": 0.4, "modes": 5.0 - (step >= 90), **hack()(step)}  # noqa: E731
+    gradient = history(change=lambda step: {"reward/spread": None}, probes=fewer)
     assert said(rl_after(distil=60, iterations=60), "reinforce", gradient) == {"hacking"}, "a reward's gradient scores no groups: the probe's spread"
     assert said(rl_after(distil=60, iterations=60), "distil", gradient) == set(), "nothing trains on the reward there"
 

@@ -92,11 +92,7 @@ def decide(out: Path, finding: Finding, known: Sequence[Probed], stop_on: Sequen
     """
     folder = out / "checkpoints"
     raised = [r for r in flags(out) if kind(r.flag) in stop_on]
-    clear = [
-        p
-        for p in known
-        if p.step < finding.step and not any(r.step <= p.step and (r.cleared is None or p.step < r.cleared) for r in raised)
-    ]
+    clear = [p for p in known if p.step < finding.step and not any(r.step <= p.step and (r.cleared is None or p.step < r.cleared) for r in raised)]
     clear = [p for p in clear if p.saved and checkpoint.at(folder, p.step) is not None]
     evidence = {p.step for p in [p for p in known if p.step <= finding.step][-PERSIST:]} if any(p.step == finding.step for p in known) else set()
     innocent = [p for p in clear if p.step not in evidence]
