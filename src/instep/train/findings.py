@@ -284,8 +284,9 @@ def _steady(force: Force) -> bool:
     from instep.levels import AnnealedBeta
     from instep.matching.force import DistributionMatching
 
-    matching = isinstance(force, DistributionMatching)
-    return matching and not force.operator.needs_advantage and force.adapter is None and not isinstance(force.levels, AnnealedBeta)
+    if not isinstance(force, DistributionMatching):
+        return False
+    return not force.operator.needs_advantage and force.adapter is None and not isinstance(force.levels, AnnealedBeta)
 
 
 def _hacking(seen: History) -> Said:
