@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,10 @@ from instep.recipes.decoupled_dmd import decoupled_dmd
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
 from instep.recipes.refl import refl
+from instep.rewards.base import Reward
+from instep.train.findings import probes
+from instep.train.health import flags
+from instep.train.log import read_rows
 from instep.train.recipe import Recipe
 from instep.train.run import RunOptions, train
 from instep.train.setup import averaged
@@ -41,11 +45,13 @@ BASE, MORE, FEW = 80, 40, 80  # iterations: the common start, what is added to i
 
 @dataclass(frozen=True)
 class Cell:
-    """A student to train: its recipe, and the cell whose roles it starts from."""
+    """A student to train: its recipe, the cell whose roles it starts from, and its reward if it is not the training judge's."""
 
     recipe: Callable[[], Recipe]
     start: str | None = None
     what: str = ""
+    reward: Callable[[MovingDigits], Reward] | None = None
+    probe_every: int = 40
 
 
 HIGH = Uniform(low=0.8, high=0.98)
@@ -75,24 +81,31 @@ CELLS = {
 }  # fmt: skip
 
 
-def run_cell(name: str, seed: int, runs: Path) -> None:
+def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS, results: Path = RESULTS) -> None:
     """Trains and measures one cell unless its result is there."""
-    file = RESULTS / f"{name}-{seed}.json"
+    file = results / f"{name}-{seed}.json"
     if file.is_file():
         return
-    cell, digits = CELLS[name], moving_digits()
+    cell, digits = cells[name], moving_digits()
     recipe = cell.recipe()
     start, cpu = runs / f"{cell.start}-{seed}" if cell.start else None, time.process_time()
     real = digits.real() if recipe.needs & {"real", "preferred"} else None
     run = train(
-        recipe, digits.family, out=runs / f"{name}-{seed}", prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor,
-        real=real, start_from=start, options=RunOptions(seed=seed, probe_every=40, save_every=20, keep=1),
+        recipe, digits.family, out=runs / f"{name}-{seed}", prompts=digits.prompts, reward=cell.reward(digits) if cell.reward else digits.reward,
+        monitor=digits.monitor, real=real, start_from=start, options=RunOptions(seed=seed, probe_every=cell.probe_every, save_every=20, keep=1),
     )  # fmt: skip
     seconds = time.process_time() - cpu
     with averaged(run.state.trained["student"]):
         generate = few_step(run.state.roles["student"], digits.family, recipe.levels)
         row = evaluate(name, "student", generate, evaluation_set("full"), judges_of(), steps=len(recipe.levels), note=cell.what)
-    write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed})
+    hacking = next((raised.step for raised in flags(run.out) if raised.flag == "hacking"), None)
+    write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed, "hacking": hacking, "curve": curve(run.out)})
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    """The probes of a run: what training, monitor and variety did meanwhile."""
+    keys = ("train_score", "monitor_both", "diversity", "modes", "ink", "motion")
+    return [{"step": row["step"]} | {key: row[f"probe/{key}"] for key in keys if f"probe/{key}" in row} for row in probes(read_rows(out / "log.jsonl"))]
 
 
 def run_baselines(digits: MovingDigits) -> None:

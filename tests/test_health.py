@@ -132,6 +132,75 @@ def test_hacking_against_the_monitor():
     assert all_flags(history(probes=lambda step: {"train_score": -0.1, "monitor_both": 0.7} if step == 90 else {})) == set()
 
 
+def hack(**figures):
+    """The reward rises by a deviation from step 90 on, and something else changes."""
+    return late(train_score=-0.1, **figures)
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"monitor_both": 0.7}, "the monitor's share of right samples fell from 0.90 to 0.70"),
+        ({"diversity": 0.08}, "samples of one prompt become alike (diversity fell to 80%, 80% of the teacher's)"),
+        ({"modes": 4.0}, "fewer kinds of sample (5.0 before, 4.0 now)"),
+    ],
+    ids=["monitor", "diversity", "modes"],
+)
+def test_each_sign_of_hacking(figures, said):
+    """One sign is enough beside a rising reward, is named with its figures, and is nothing without the rise."""
+    start = {"modes": 5.0}
+    (found,) = examine(history(probes=lambda step: {**start, **hack(**figures)(step)}))
+    assert found.flag == "hacking" and said in found.text and "lower its weight, add matching" in found.text
+    assert all_flags(history(probes=lambda step: {**start, **late(**figures)(step)})) == set(), "the reward is flat"
+    assert all_flags(history(probes=lambda step: {**start, **({"train_score": -0.1, **figures} if step == 90 else {})})) == set(), "one probe"
+
+
+@pytest.mark.parametrize("figures", [{"monitor_both": 0.98}, {"monitor_both": 0.86}, {"diversity": 0.092}, {"modes": 4.4}, {"modes": 6.0}])
+def test_what_is_no_hacking(figures):
+    """A reward that rises with the monitor; two of 48 samples, a few per cent of diversity or half a mode less."""
+    assert all_flags(history(probes=lambda step: {"modes": 5.0, **hack(**figures)(step)})) == set()
+
+
+def test_a_student_may_lose_what_variety_it_has_more_than_the_teacher():
+    rich = lambda step: {"diversity": 0.12} if step < 90 else {"train_score": -0.1, "diversity": 0.1}  # noqa: E731
+    assert all_flags(history(probes=rich)) == set()
+
+
+def test_hacking_against_the_matching_force():
+    """The student moves away from the teacher while the reward rises. Forces that the reward tilts or a schedule anneals do not count."""
+    from instep.recipes.dmdr import dmdr, rl_after
+    from instep.recipes.refl import refl
+
+    away = lambda step: {"force/dm/norm": 1.4 if step > 90 else 1.0}  # noqa: E731
+    rows = history(change=away, probes=hack())
+    (found,) = examine(rows)
+    assert found.flag == "hacking" and "the matching force is 1.4 times what it was" in found.text
+    assert all_flags(history(change=away)) == set(), "the reward is flat"
+    slightly = lambda step: {"force/dm/norm": 1.1 if step > 90 else 1.0}  # noqa: E731
+    assert all_flags(history(change=slightly, probes=hack())) == set()
+
+    def said(recipe, stage, rows):
+        return {f.flag for f in examine([{**row, "stage": stage} if row["stage"] == "align" else row for row in rows], recipe)}
+
+    assert said(refl(distil=60, iterations=60), "climb", rows) == {"hacking"}
+    assert said(dmdr(warm=60, iterations=60), "tilt", rows) == set(), "tilted"
+    fewer = lambda step: {"train_spread": 0.4, "modes": 5.0 - (step >= 90), **hack()(step)}  # noqa: E731
+    gradient = history(change=lambda step: {"reward/spread": None}, probes=fewer)
+    assert said(rl_after(distil=60, iterations=60), "reinforce", gradient) == {"hacking"}, "a reward's gradient scores no groups: the probe's spread"
+    assert said(rl_after(distil=60, iterations=60), "distil", gradient) == set(), "nothing trains on the reward there"
+
+
+def test_flags_that_can_be_asked_for_are_those_that_are_said():
+    import inspect
+    import re
+
+    from instep.train import findings
+
+    source = inspect.getsource(findings).partition("CHECKS = ")[0]
+    said = set(re.findall(r'yield "(?:warn|alarm)", f?"(\w+)', source)) | {"nonfinite", "still", "collapse"}
+    assert said == set(findings.FLAGS)
+
+
 def test_hacking_does_not_depend_on_where_a_reward_has_its_zero():
     for shift in (-10.0, 0.5, 10.0):
         assert flags(history(probes=lambda s, d=shift: {"train_score": d - 0.5, **(late(train_score=d - 0.1, monitor_both=0.7)(s))})) == {"hacking"}
@@ -315,3 +384,14 @@ def test_a_long_run_is_read_in_part_and_says_the_same(tmp_path, monkeypatch):
     assert kept < length / 2 and length == len(rows)
     assert thinned == whole
     assert {finding.flag for finding in whole} == {"critic:fake", "nonfinite", "still"}
+
+
+def test_flags_of_a_run_that_was_never_measured(tmp_path):
+    from instep.train.health import Raised
+    from instep.train.health import flags as raised
+
+    assert raised(tmp_path) == []
+    feed(tmp_path, bad_then_good())
+    got = [(r.flag, r.level, r.step, r.cleared) for r in raised(tmp_path)]
+    assert sorted(got) == [("opposed:dm and group", "warn", 84, 130), ("oversaturation", "warn", 100, 130)], got
+    assert isinstance(raised(tmp_path)[0], Raised)

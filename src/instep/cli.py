@@ -58,6 +58,10 @@ class TrainArgs:
     """Steps between checkpoints."""
     probe_every: int = 20
     """Steps between probes (samples that feed the health checks and plots)."""
+    stop_on: tuple[str, ...] = ()
+    """Health flags at which the run stops, goes back to its best checkpoint by the monitor, and exports that. hacking: the training reward rises while
+    the monitor's share of right samples or the variety falls, or the matching force grows. Others: collapse, broken, exploded (a wrong name lists
+    all). Probe often, or it is seen late: --stop-on hacking --probe-every 5. The same command again does not train on; without this it does."""
     teacher_samples: int = 512
     """Samples of the teacher that are made and kept for recipes that need real samples or stored pairs, where there are none."""
     checkpointing: bool = False

@@ -17,9 +17,12 @@ from instep.train.source import RealSamples
 
 @dataclass(frozen=True)
 class JudgeMonitor:
-    """A judge as the run's monitor: share of samples with the right digit and motion, and its mean log-probability."""
+    """A judge as the run's monitor: share of samples with the right digit and motion, its mean log-probability, and the motions it sees
+    where a prompt names a digit only."""
 
     judge: Judge
+    open_prompts: tuple[str, ...] = tuple(digits.describe(digits.PromptSpec(digit)) for digit in range(10))
+    open_copies: int = 8
 
     @torch.no_grad()
     def figures(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]:
@@ -27,6 +30,12 @@ class JudgeMonitor:
             "monitor_both": float(self.judge.correct(media, prompts).both.float().mean()),
             "monitor_score": float(self.judge.score(media, prompts).mean()),
         }
+
+    @torch.no_grad()
+    def modes(self, media: Tensor) -> float:
+        """Mean number of different motions among the samples of each open prompt: 5.5 of 8 samples where all nine are equally likely."""
+        seen = self.judge.logits(media)[1].argmax(1).reshape(-1, self.open_copies)
+        return sum(len(row.unique()) for row in seen) / len(seen)
 
 
 @dataclass(frozen=True)

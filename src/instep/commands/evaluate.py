@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +25,8 @@ from instep.prediction import Denoiser
 from instep.rewards.judges import Judge, load_judge
 from instep.roles import Backbone, Role
 from instep.rollout import sample_few_step, sample_ode
-from instep.train import checkpoint
+from instep.train import checkpoint, stop
+from instep.train.health import flags
 
 Protocol = Literal["quick", "full"]
 JUDGES: dict[str, Literal["training", "monitor", "heldout"]] = {"train": "training", "monitor": "monitor", "heldout": "heldout"}
@@ -82,7 +83,11 @@ def judges_of() -> dict[str, Judge]:
 
 
 def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> list[Row]:
-    """Rows of a run's student, its baselines at equal NFE, the 50-step teacher and the floor; also written to metrics.json."""
+    """Rows of a run's student, its baselines at equal NFE, the 50-step teacher and the floor; also written to metrics.json.
+
+    There `flags` are the health flags open at the end, `health` all that were raised and from which step to which, `hacking` whether that one ever was,
+    `stopped` where and why the run stopped itself (null: it did not).
+    """
     record = read_run(folder)
     if record["model"] != MOVING_DIGITS:
         raise ValueError(f"dir: {folder} was trained on {record['model']!r}; these judges know {MOVING_DIGITS} alone")
@@ -99,14 +104,17 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
     decoded = floor_row(chosen, judges, through=lambda media: family.decode(family.encode_media(media)))
     rows = [row, *before, decoded, *(baseline(family, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]
-    bottom = floor_row(chosen, judges)
+    bottom, health = floor_row(chosen, judges), flags(folder)
     write_json(
         folder / "metrics.json",
         {
             "protocol": protocol,
             "rows": [r.json() for r in rows],
             "floor": bottom.json(),
-            "flags": open_flags(folder),
+            "flags": [raised.flag for raised in health if raised.cleared is None],
+            "health": [{"flag": r.flag, "level": r.level, "step": r.step, "cleared": r.cleared} for r in health],
+            "hacking": any(raised.flag == "hacking" for raised in health),
+            "stopped": asdict(stopped) if (stopped := stop.read(folder)) else None,
             "judges": {short: judge.accuracy for short, judge in judges.items()},
         },
     )
@@ -121,16 +129,6 @@ def stage_ends(record: dict[str, Any]) -> list[tuple[str, int]]:
         if stage["steps"]:
             ends.append((stage["name"], total))
     return ends
-
-
-def open_flags(folder: Path) -> list[str]:
-    """Health flags that were raised and have not cleared."""
-    raised: dict[str, str] = {}
-    file = folder / "health.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        finding = json.loads(line)
-        raised[finding["flag"]] = finding["level"]
-    return [flag for flag, level in raised.items() if level != "ok"]
 
 
 def few_step(student: Denoiser, family: Family, levels: Sequence[float]) -> Generate:

@@ -39,12 +39,12 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     """Runs the recipe; 0 when it is done, 130 when it was asked to stop and is saved."""
     torch.set_num_threads(args.threads or default_threads())
     out = args.out or Path("runs") / f"{recipe.name}-{args.seed}"
-    setting = prepare(recipe, args)
-    tracker = load_function(args.tracker, "tracker") if args.tracker else None
     options = RunOptions(
         seed=args.seed, save_every=args.save_every, probe_every=args.probe_every, checkpointing=args.checkpointing,
-        teacher_samples=args.teacher_samples,
+        teacher_samples=args.teacher_samples, stop_on=args.stop_on,
     )  # fmt: skip
+    setting = prepare(recipe, args)
+    tracker = load_function(args.tracker, "tracker") if args.tracker else None
     try:
         run = train(
             recipe,

@@ -22,7 +22,7 @@ from torch import Tensor
 from instep.files import unwritten
 from instep.train.state_files import State, join, sha256, split, write, write_tensors
 
-__all__ = ["State", "at", "latest", "load", "load_optimizer_state", "optimizer_state", "restore_rng", "rng_state", "save", "step_of"]
+__all__ = ["State", "at", "drop_after", "every", "latest", "load", "load_optimizer_state", "optimizer_state", "restore_rng", "rng_state", "save", "step_of"]
 
 _NAME = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.replaced")
@@ -68,7 +68,7 @@ def latest(folder: Path) -> Path | None:
     """
     _recover(folder)
     damaged: dict[str, str] = {}
-    for path in _all(folder):
+    for path in every(folder):
         damage = _damage(path)
         if damage is None:
             for name, what in damaged.items():
@@ -86,7 +86,7 @@ def latest(folder: Path) -> Path | None:
 def at(folder: Path, step: int) -> Path | None:
     """The checkpoint of exactly `step`, if it is there and whole; a damaged one is named in a warning."""
     _recover(folder)
-    path = next((path for path in _all(folder) if step_of(path) == step), None)
+    path = next((path for path in every(folder) if step_of(path) == step), None)
     damage = _damage(path) if path is not None else None
     if damage is not None:
         warnings.warn(f"checkpoint {path} is damaged ({damage}) and is passed over", RuntimeWarning, stacklevel=2)
@@ -107,7 +107,14 @@ def load(path: Path) -> State:
     return join(record["values"], load_file(path / "tensors.safetensors"))
 
 
-def _all(folder: Path) -> list[Path]:
+def drop_after(folder: Path, step: int) -> None:
+    """Removes every checkpoint after `step`: a run that went back does not go on from what it left."""
+    for path in every(folder):
+        if step_of(path) > step:
+            _remove(path)
+
+
+def every(folder: Path) -> list[Path]:
     """Every checkpoint folder, whole or damaged, newest first."""
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
@@ -155,13 +162,17 @@ def _prune(folder: Path, step: int, keep: int, protect: Collection[int]) -> None
     """Removes old checkpoints and what a killed run left half written. Those after `step` are left alone and do not count."""
     for torn in folder.glob(".step-*"):
         shutil.rmtree(torn, ignore_errors=True)
-    known = [path for path in _all(folder) if step_of(path) <= step]
+    known = [path for path in every(folder) if step_of(path) <= step]
     for old in known[keep:]:
         if step_of(old) not in protect:
-            # out of sight first: a half-removed folder must not look like a damaged checkpoint
-            hidden = old.with_name(f".{old.name}.{os.getpid()}.tmp")
-            os.replace(old, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+            _remove(old)
+
+
+def _remove(old: Path) -> None:
+    # out of sight first: a half-removed folder must not look like a damaged checkpoint
+    hidden = old.with_name(f".{old.name}.{os.getpid()}.tmp")
+    os.replace(old, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _make(folder: Path) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from instep.train.recipe import Recipe
+from instep.terms import Force
+from instep.train.recipe import Recipe, Stage
 
 Row = Mapping[str, Any]
 Level = Literal["ok", "warn", "alarm"]
@@ -36,6 +37,14 @@ MEDIAN_OF = 50  # rows of that running median
 STUCK = 0.01
 RISE = 0.3  # rise of the training reward in deviations within a group: twice the standard error of a probe of 48 samples
 FALL = 0.1  # fall of the monitor's share of right samples: more than twice the standard error of 48 samples at .9
+# kinds of sample a prompt that leaves them open is given, relative to the stage's beginning. On the bundled model (10 prompts, 8 samples each) 5.0 are
+# seen; four draws of one student had 4.9 to 5.1, chance alone allows a deviation of .3, and 40 healthy iterations (7 runs) changed it by -.1 to +.5
+FEWER = 0.85
+# diversity relative to the stage's beginning and to the teacher, both. Noise is fixed: 40 iterations with a reward beside matching leave .956 and 1.02
+# or more (14 runs on the bundled model); a student may lose what it has more than the teacher. Reinforcement alone, seed 0: .86 and .94 after 25
+ALIKE, LEANER = 0.9, 0.95
+# matching force over that of the stage's first ten iterations: 41 runs on the bundled model stay below 1.08
+FARTHER = 1.25
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,11 @@ def mean(rows: Sequence[Row], key: str) -> float | None:
     """Mean of a scalar over the rows that have it."""
     values = [value for row in rows if (value := number(row, key)) is not None]
     return sum(values) / len(values) if values else None
+
+
+def _stage(seen: History) -> Stage | None:
+    """The recipe's stage that the newest row belongs to."""
+    return next((s for s in seen.recipe.stages if s.name == seen.rows[-1].get("stage")), None) if seen.recipe else None
 
 
 def _forces(seen: History) -> Said:
@@ -120,7 +134,7 @@ def _reward(seen: History) -> Said:
     recent = seen.stage[-WINDOW:]
     constant = mean(recent, "reward/constant_groups")
     if constant is not None and len(recent) == WINDOW and constant > CONSTANT:
-        stage = next((s for s in seen.recipe.stages if s.name == recent[-1].get("stage")), None) if seen.recipe else None
+        stage = _stage(seen)
         groups = stage.accumulate * stage.batch // stage.group * WINDOW if stage else None
         share = f"{constant:.0%} of the groups" if groups is None else f"{round(constant * groups)} of {groups} groups"
         text = f"reward: {share} had equal rewards in the last {WINDOW} iterations and gave no advantage: the reward does not tell samples apart"
@@ -147,8 +161,8 @@ def _stuck(seen: History) -> Said:
     if not seen.recipe or len(seen.probes) < 2 or seen.probes[0]["step"] > 0 or len(seen.rows) <= WINDOW:
         return
     first, now, total = seen.probes[0], seen.probes[-1], seen.recipe.steps
-    # shares of right samples move in leaps: one sample of 48 is more than STUCK
-    keys = [key for key in first if key.startswith("probe/") and not key.endswith("_teacher") and key != "probe/monitor_both"]
+    # shares of right samples and modes move in leaps: one sample of 48 is more than STUCK
+    keys = [key for key in first if key.startswith("probe/") and not key.endswith("_teacher") and key not in ("probe/monitor_both", "probe/modes")]
     pairs = [(number(first, key), number(now, key), number(now, f"{key}_teacher")) for key in keys]
     moved = [abs(b - a) / (max(abs(a), abs(teacher or 0.0)) or 1.0) for a, b, teacher in pairs if a is not None and b is not None]
     if 3 * now["step"] >= total and len(moved) == len(pairs) > 0 and max(moved) < STUCK:
@@ -201,9 +215,20 @@ def _pictures(seen: History) -> Said:
             yield "alarm", flag, f"{words}: {key} is {times(key):.0%} of the teacher's; lower the weight of the reward, or stop earlier"
 
 
+def _rewarded(seen: History) -> bool:
+    """Whether a reward trains in this stage: only then can it be hacked."""
+    stage = _stage(seen)
+    if stage is not None:
+        return bool(stage.needs & {"reward", "gradient"})
+    return any("reward/train" in row or "force/reward/norm" in row for row in seen.stage)
+
+
 def _rise(seen: History) -> Callable[[Row], float | None]:
-    """Rise of the training reward since the stage began, in deviations within a group: a reward's zero and unit are its own affair."""
-    spread = mean(seen.stage, "reward/spread")
+    """Rise of the training reward since the stage began, in deviations within a group: a reward's zero and unit are its own affair.
+
+    The deviation is that of the stage's own groups, or where it scores none (a reward's gradient) that of the probe's copies as the stage began.
+    """
+    spread = mean(seen.stage, "reward/spread") or number(seen.since[0], "probe/train_spread")
     before = number(seen.since[0], "probe/train_score")
 
     def rise(row: Row) -> float | None:
@@ -213,25 +238,75 @@ def _rise(seen: History) -> Callable[[Row], float | None]:
     return rise
 
 
+def _since(seen: History, key: str) -> tuple[float | None, list[float]]:
+    """A probe figure as the stage began, and in the last probes; nothing of the latter if one of them lacks it."""
+    values = [number(row, f"probe/{key}") for row in seen.since[-PERSIST:]]
+    known = [value for value in values if value is not None]
+    return number(seen.since[0], f"probe/{key}"), known if len(known) == PERSIST else []
+
+
+def _fewer_right(seen: History) -> str | None:
+    first, last = _since(seen, "monitor_both")
+    if first is None or not last or max(last) >= first - FALL:
+        return None
+    return f"the monitor's share of right samples fell from {first:.2f} to {last[-1]:.2f}"
+
+
+def _fewer_modes(seen: History) -> str | None:
+    first, last = _since(seen, "modes")
+    if not first or not last or max(last) >= FEWER * first:
+        return None
+    return f"prompts that leave a choice open are given fewer kinds of sample ({first:.1f} before, {last[-1]:.1f} now)"
+
+
+def _alike(seen: History) -> str | None:
+    """Against the teacher as well: a student that had more variety than it, as after distillation, may lose the surplus."""
+    first, last = _since(seen, "diversity")
+    teacher = number(seen.since[-1], "probe/diversity_teacher")
+    if not first or not last or max(last) >= ALIKE * first or (teacher is not None and max(last) >= LEANER * teacher):
+        return None
+    beside = f", {last[-1] / teacher:.0%} of the teacher's" if teacher else ""
+    return f"samples of one prompt become alike (diversity fell to {last[-1] / first:.0%}{beside})"
+
+
+def _farther(seen: History) -> str | None:
+    """By the force, not by the fake's loss, which doubles in any student that sharpens while it is distilled."""
+    keys = {f"force/{force.name}/norm" for force in stage.forces if _steady(force)} if (stage := _stage(seen)) else {"force/dm/norm"}
+    for key in sorted(keys) if len(seen.stage) >= 3 * WINDOW // 2 else ():
+        early, late = mean(seen.stage[: WINDOW // 2], key), mean(seen.stage[-WINDOW:], key)
+        if early and late and late > FARTHER * early:
+            return f"the matching force is {late / early:.1f} times what it was: the student moves away from the teacher"
+    return None
+
+
+def _steady(force: Force) -> bool:
+    """Matching whose size says how far the student is from the teacher: neither tilted by the reward nor annealed over the stage."""
+    from instep.levels import AnnealedBeta
+    from instep.matching.force import DistributionMatching
+
+    if not isinstance(force, DistributionMatching):
+        return False
+    return not force.operator.needs_advantage and force.adapter is None and not isinstance(force.levels, AnnealedBeta)
+
+
 def _hacking(seen: History) -> Said:
-    """Training reward up while the monitor or the diversity goes down, since the stage began; only where a reward trains (it has a spread)."""
-    if len(seen.since) <= PERSIST:
+    """Training reward up since the stage began while the monitor, the variety or the matching say otherwise; only where a reward trains."""
+    if len(seen.since) <= PERSIST or not _rewarded(seen):
         return
-    first, last = seen.since[0], seen.since[-PERSIST:]
     rise = _rise(seen)
-    if not all((rise(row) or 0.0) > RISE for row in last):
+    if not all((rise(row) or 0.0) > RISE for row in seen.since[-PERSIST:]):
         return
-    text = f"since stage {seen.stage[-1].get('stage')} began the training reward rose by {rise(last[-1]):.1f} deviations of its group while"
-    right = number(first, "probe/monitor_both")
-    seen_right = [number(row, "probe/monitor_both") for row in last]
-    if right is not None and all(value is not None and value < right - FALL for value in seen_right):
-        fix = "the reward is being hacked; go back to an earlier checkpoint, lower its weight"
-        yield "alarm", "hacking", f"{text} the monitor's share of right samples fell from {right:.2f} to {seen_right[-1]:.2f}: {fix}"
-        return
-    varied = number(first, "probe/diversity")
-    shares = [(number(row, "probe/diversity") or 0.0) / varied for row in last] if varied else []
-    if shares and all(share < HALVED for share in shares):
-        yield "alarm", "hacking", f"{text} diversity fell to {shares[-1]:.0%}: the reward is bought with variety; lower its weight"
+    signs = [said for sign in (_fewer_right, _fewer_modes, _alike, _farther) if (said := sign(seen))]
+    if signs:
+        text = f"since stage {seen.stage[-1].get('stage')} began the training reward rose by {rise(seen.since[-1]):.1f} deviations of its group while"
+        fix = "the reward is being hacked; lower its weight, add matching or raise its weight, or stop earlier"
+        yield "alarm", "hacking", f"{text} {', and '.join(signs)}: {fix}"
 
 
 CHECKS = (_forces, _finite, _exploded, _critic, _reward, _stuck, _pictures, _hacking)
+
+# what the checks above can say, without the name of what it is about (opposed:dm and group)
+FLAGS = (
+    "opposed", "silent", "nonfinite", "broken", "exploded", "critic", "constant_reward", "stuck", "oversaturation", "fading", "clipping", "flicker",
+    "still", "collapse", "hacking",
+)  # fmt: skip

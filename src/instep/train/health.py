@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,30 @@ class Finding:
     level: Level
     flag: str
     text: str
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A flag that a run raised: from which step, and until which (None: it was open at the end)."""
+
+    flag: str
+    level: Level
+    step: int
+    cleared: int | None
+    text: str
+
+
+def flags(folder: Path) -> list[Raised]:
+    """Every flag that the run in `folder` has raised, in order, from its health.jsonl; evaluated or not."""
+    from instep.train.log import read_rows
+
+    raised: list[Raised] = []
+    for row in read_rows(folder / "health.jsonl"):
+        if row["level"] != "ok":
+            raised.append(Raised(row["flag"], row["level"], row["step"], None, row["text"]))
+        else:
+            raised = [replace(r, cleared=row["step"]) if r.flag == row["flag"] and r.cleared is None else r for r in raised]
+    return raised
 
 
 def examine(rows: Sequence[Row], recipe: Recipe | None = None) -> list[Finding]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from instep.models.base import Family
-from instep.prediction import Denoiser
+from instep.prediction import Condition, Denoiser
 from instep.rewards.base import Reward, checked_scores
 from instep.rollout import sample_few_step, sample_ode
 
@@ -23,6 +23,24 @@ class Monitor(Protocol):
     """A judge that training does not descend: figures of media [B, 3, F, H, W] for their prompts."""
 
     def figures(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]: ...
+
+
+@runtime_checkable
+class ModeMonitor(Monitor, Protocol):
+    """A monitor that also counts the kinds of sample that prompts which leave the kind open are given: what hacking a reward loses first.
+
+    `open_prompts` are sampled `open_copies` times each, beside the probe's own prompts.
+    """
+
+    @property
+    def open_prompts(self) -> tuple[str, ...]: ...
+
+    @property
+    def open_copies(self) -> int: ...
+
+    def modes(self, media: Tensor) -> float:
+        """Mean over the open prompts of the number of kinds seen, 1 to `open_copies`; media [prompts * copies, 3, F, H, W], copies together."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,12 +54,20 @@ class Probe:
     reward: Reward | None = None
     monitor: Monitor | None = None
 
+    @torch.no_grad()
     def student(self, denoiser: Denoiser, levels: Sequence[float]) -> tuple[dict[str, float], Tensor]:
         """Figures of the student's samples, and the samples themselves (media)."""
-        return self._measure(lambda cond, noise, rng: sample_few_step(denoiser, cond, noise, levels, self.family.path, rng))
+        def generate(cond: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
+            return sample_few_step(denoiser, cond, noise, levels, self.family.path, rng)
+
+        figures, media = self._measure(generate)
+        if isinstance(self.monitor, ModeMonitor):
+            names = [prompt for prompt in self.monitor.open_prompts for _ in range(self.monitor.open_copies)]
+            figures["modes"] = self.monitor.modes(self.family.decode(self._sample(generate, names)).clamp(0, 1))
+        return figures, media
 
     def teacher(self, denoiser: Denoiser, guidance: float, steps: int = 25) -> tuple[dict[str, float], Tensor]:
-        """The same figures of the many-step teacher: what ink, saturation and motion are compared with."""
+        """The same figures of the many-step teacher, which ink, saturation and motion are compared with; modes are left out, for their cost."""
 
         def generate(cond, noise, rng):
             null = self.family.null(len(noise))
@@ -52,12 +78,17 @@ class Probe:
         return self._measure(generate)
 
     @torch.no_grad()
-    def _measure(self, generate: Callable[..., Tensor]) -> tuple[dict[str, float], Tensor]:
+    def _sample(self, generate: Callable[..., Tensor], names: Sequence[str]) -> Tensor:
+        """Latents of `names`, from the probe's seed."""
         device = next(self.family.pretrained.parameters()).device
         rng = torch.Generator(device).manual_seed(self.seed)
-        names = [prompt for prompt in self.prompts for _ in range(self.copies)]
         noise = torch.randn(len(names), *self.family.latent_shape, generator=rng, device=device)
-        x = generate(self.family.encode(names), noise, rng)
+        return generate(self.family.encode(names), noise, rng)
+
+    @torch.no_grad()
+    def _measure(self, generate: Callable[..., Tensor]) -> tuple[dict[str, float], Tensor]:
+        names = [prompt for prompt in self.prompts for _ in range(self.copies)]
+        x = self._sample(generate, names)
         raw = self.family.decode(x)
         media = raw.clamp(0, 1)
         figures = {
@@ -67,7 +98,10 @@ class Probe:
             "diversity": diversity(media, self.copies),
         }
         if self.reward is not None:
-            figures["train_score"] = float(checked_scores(self.reward, x if self.reward.space == "latent" else media, names).mean())
+            scores = checked_scores(self.reward, x if self.reward.space == "latent" else media, names)
+            figures["train_score"] = float(scores.mean())
+            # the unit that a rise of the reward is told in: not every stage scores groups of samples itself
+            figures["train_spread"] = float(scores.reshape(-1, self.copies).std(1, unbiased=False).mean())
         if self.monitor is not None:
             figures |= self.monitor.figures(media, names)
         return figures, media

@@ -19,10 +19,10 @@ from instep.models.base import Family
 from instep.rewards.base import Reward, as_reward
 from instep.roles import Role
 from instep.rollout import sample_few_step
-from instep.train import checkpoint
+from instep.train import checkpoint, stop
 from instep.train.cache import teacher_samples
 from instep.train.checks import check_inputs, claim, scorer, slope, weights_of
-from instep.train.health import HealthMonitor
+from instep.train.health import Finding, HealthMonitor
 from instep.train.lock import held
 from instep.train.log import RunLog, Tracker
 from instep.train.probe import Monitor, Probe, few_of
@@ -43,7 +43,9 @@ TEACHER_STEPS = 50
 class RunOptions:
     """How a run is kept: `save_every` steps a checkpoint (the last `keep` stay), `probe_every` steps a probe, one `seed` for all.
 
-    `teacher_samples`: how many samples of the teacher are made and kept for recipes that need such.
+    `teacher_samples`: how many samples of the teacher are made and kept for recipes that need such. `stop_on`: health flags at which the run stops,
+    goes back to its best checkpoint by the monitor and exports that; probes that are the best so far are then saved too. ValueError for
+    what is no flag.
     """
 
     seed: int = 0
@@ -52,17 +54,22 @@ class RunOptions:
     keep: int = 2
     checkpointing: bool = False
     teacher_samples: int = 512
+    stop_on: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        stop.check_flags(self.stop_on)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, roles and recipe; `student` is the exported pipeline's folder."""
+    """A finished run: its folder, roles and recipe; `student` is the exported pipeline's folder. `stopped`: if it stopped itself, where and why."""
 
     out: Path
     recipe: Recipe
     family: Family
     state: TrainState
     student: Path
+    stopped: stop.Stopped | None = None
 
 
 class Interrupted(Exception):
@@ -89,7 +96,8 @@ def train(
     pair recipes; where a discriminator has none, samples of the teacher serve, made once and kept with the run);
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
     log.jsonl and TensorBoard. Raises ValueError before training if something does not fit or another process is at work in
-    `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved.
+    `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself (`stop_on`) ends normally, with the
+    student it went back to; the same call does not train on.
     """
     out, options = Path(out), options or RunOptions()
     scored = as_reward(reward) if reward is not None else None
@@ -120,7 +128,7 @@ def train(
                 state.roles["student"], family, recipe.levels, out / "student", recipe=recipe.name, seed=options.seed,
                 prompts=len(set(prompts)), example=prompts[0], command=command,
             )  # fmt: skip
-        return Run(out, recipe, family, state, out / "student")
+        return Run(out, recipe, family, state, out / "student", loop.stopped)
 
 
 def export_role(
@@ -166,22 +174,29 @@ class Loop:
         self.state, self.source, self.probe, self.tracker = state, source, probe, tracker
         self.stop: str | None = None
         self.reference: dict[str, float] = {}
+        self.found: Finding | None = None  # what the run stops at
+        self.probed: list[stop.Probed] = []
+        self.stopped: stop.Stopped | None = None
 
     def run(self) -> None:
-        """Trains to the end; on SIGINT or SIGTERM finishes the iteration, saves and raises `Interrupted`."""
+        """Trains to the end or to a finding in `stop_on`; on SIGINT or SIGTERM finishes the iteration, saves and raises `Interrupted`."""
         state, total = self.state, self.recipe.steps
-        if state.step >= total:
+        if self._has_stopped() or state.step >= total:
             return
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
         log = RunLog(self.out, resume_step=state.step, tracker=self.tracker)
         health = HealthMonitor(self.out, resume_step=state.step, recipe=self.recipe)
+        self.probed, self.found = stop.probed(self.out), stop.open_finding(self.out, self.options.stop_on)
         try:
             with log.progress(total, initial=state.step):
                 if state.step == 0:
                     self._probe(log, health, {"stage": "start"})
-                while state.step < total and self.stop is None:
+                    self._save_if_due()
+                while state.step < total and self.stop is None and self.found is None:
                     self._one(log, health)
-            if self.stop is not None:
+            if self.found is not None:
+                self._go_back(stop.decide(self.out, self.found, self.probed, self.options.stop_on))
+            elif self.stop is not None:
                 self.save()
                 raise Interrupted(f"{self.stop}: saved at step {state.step} of {total} in {self.out}; the same command goes on from there")
         finally:
@@ -199,8 +214,35 @@ class Loop:
             self._probe(log, health, row)
         else:
             self._note(log, health, row)
-        if step % self.options.save_every == 0 or step in self.recipe.stage_ends():
+        self._save_if_due()
+
+    def _save_if_due(self) -> None:
+        """A checkpoint now and then; where the run may stop itself, at every probe that is the best so far; none of what it stops at."""
+        step = self.state.step
+        best = bool(self.options.stop_on) and stop.best(self.probed) == step
+        if self.found is None and (best or (step > 0 and (step % self.options.save_every == 0 or step in self.recipe.stage_ends()))):
             self.save()
+
+    def _has_stopped(self) -> bool:
+        """Whether the run stopped itself before and is to stay so; it has gone back then. Without that flag in `stop_on` it is free to go on."""
+        stopped = stop.read(self.out)
+        if stopped is None:
+            return False
+        if stop.kind(stopped.flag) not in self.options.stop_on:
+            (self.out / stop.NAME).unlink()
+            return False
+        self._go_back(stopped)
+        return True
+
+    def _go_back(self, stopped: stop.Stopped) -> None:
+        """The kept checkpoint is the run's newest from here on."""
+        path = checkpoint.at(self.out / "checkpoints", stopped.kept)
+        if path is None:
+            raise ValueError(f"out: {self.out} stopped itself and the checkpoint of step {stopped.kept} that it kept is gone or damaged; train anew")
+        self._load(checkpoint.load(path))
+        checkpoint.drop_after(self.out / "checkpoints", stopped.kept)
+        self.stopped = stopped
+        print(stopped)
 
     def _probe(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
         if not self.reference:
@@ -214,6 +256,8 @@ class Loop:
                 save_views(self.out / "views", self.state.step, views, prompts)
         teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
         row |= {f"probe/{key}": value for key, value in figures.items()} | teacher
+        # saved: as soon as nothing is found in it
+        self.probed.append(stop.Probed(self.state.step, figures.get("monitor_both"), True, figures["diversity"]))
         self._note(log, health, row)
 
     def _note(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
@@ -221,6 +265,8 @@ class Loop:
         log.row(self.state.step, row)
         for finding in health.row(self.state.step, row):
             log.say(finding)
+            if self.found is None and stop.asks(finding, self.options.stop_on):
+                self.found = finding
 
     def _teacher_figures(self) -> dict[str, float]:
         """The teacher's own figures on the probe's prompts: taken once and kept with the run."""
@@ -250,28 +296,30 @@ class Loop:
                 "anchored": state.anchored,
             },
             keep=self.options.keep,
-            protect=self.recipe.stage_ends(),
+            protect=(*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ())),
         )
 
     def restore(self, start_from: Path | str | None) -> None:
         """The newest whole checkpoint of this run; if it has none at all, the roles of `start_from`. ValueError if all it has are damaged."""
         own = checkpoint.latest(self.out / "checkpoints")
         if own is not None:
-            saved = checkpoint.load(own)
-            self._load_roles(saved)
-            checkpoint.restore_rng(self.state.rng, saved["rng"])
-            self.source.load_state(saved["source"])
-            self.state.step = int(saved["step"])
-            self.state.reward_variance = saved["reward_variance"]
-            self.state.anchored = saved["anchored"]
-            with torch.no_grad():
-                for i, p in enumerate(self.state.reference):
-                    p.copy_(saved["reference"][str(i)])
+            self._load(checkpoint.load(own))
         elif start_from is not None:
             other = checkpoint.latest(Path(start_from) / "checkpoints")
             if other is None:
                 raise ValueError(f"start_from: {start_from} holds no checkpoint; give the folder of a run that has at least one")
             self._load_roles(checkpoint.load(other))
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        self._load_roles(saved)
+        checkpoint.restore_rng(self.state.rng, saved["rng"])
+        self.source.load_state(saved["source"])
+        self.state.step = int(saved["step"])
+        self.state.reward_variance = saved["reward_variance"]
+        self.state.anchored = saved["anchored"]
+        with torch.no_grad():
+            for i, p in enumerate(self.state.reference):
+                p.copy_(saved["reference"][str(i)])
 
     def _load_roles(self, saved: dict[str, Any]) -> None:
         missing = [name for name in self.state.trained if name not in saved["roles"]]

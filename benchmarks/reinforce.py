@@ -1,0 +1,92 @@
+"""DMDR's comparisons on the embedded default, on the student of 2 steps: the one of 4 steps has no room left (docs/results.md).
+
+    python benchmarks/reinforce.py --seeds 0 1 2 --runs runs/benchmark     # hours of CPU time, resumes
+    make results
+
+Every cell but the tilted ones goes on from the same distilled student, `dmd2-2` of benchmarks/moving_digits.py, for as many iterations.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from moving_digits import CELLS as DISTILLED
+from moving_digits import FEW, MORE, RESULTS, TWO, Cell, run_cell
+from torch import Tensor
+
+from instep.embedded import MovingDigits
+from instep.recipes.dmd import dmd2
+from instep.recipes.dmdr import dmdr, rl_after
+from instep.recipes.refl import refl
+from instep.rewards.base import FunctionReward
+from instep.rewards.judges import _wanted
+from instep.rewards.several import several
+
+OWN = RESULTS / "reinforce"
+# the weight of the reward's gradient that the comparison of strategies uses: the one that the monitor judge preferred on seed 0 of the sweep
+BEST = 0.05
+START = "dmd2-2"
+
+
+def part(which: int, name: str):
+    """The training judge's log-probability of the prompt's digit (0) or motion (1) alone, as a differentiable reward."""
+
+    def build(digits: MovingDigits) -> FunctionReward:
+        judge = digits.reward
+
+        def score(media: Tensor, prompts) -> Tensor:
+            wanted = _wanted(prompts, media.device)
+            mask = (wanted.digits, wanted.motions)[which]
+            return judge.logits(media)[which].log_softmax(1).masked_fill(~mask, -torch.inf).logsumexp(1)
+
+        return FunctionReward(score, name=name, differentiable=True)
+
+    return build
+
+
+DIGIT, MOTION = part(0, "digit"), part(1, "motion")
+
+
+def joint(rl: str, weight: float, **options) -> Cell:
+    what = f"joint, {rl.upper()} weight {weight:g}"
+    return Cell(lambda: dmdr(TWO, warm=0, iterations=MORE, rl=rl, weight=weight, **options), START, what, probe_every=10)
+
+
+CELLS = {
+    "distil-only": Cell(lambda: dmd2(TWO, iterations=MORE), START, "control: distillation alone", probe_every=10),
+    **{f"joint-{w:g}": Cell(lambda w=w: refl(TWO, iterations=MORE, weight=w), START, f"joint, ReFL weight {w:g}", probe_every=10)
+       for w in (0.01, 0.05, 0.1, 0.5, 1.0, 2.0)},
+    "rl-refl": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE), START, "ReFL alone after distillation", probe_every=10),
+    "rl-dpo": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE, rl="dpo"), START, "online DPO alone after distillation", probe_every=10),
+    "rl-grpo": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE, rl="grpo"), START, "GRPO alone after distillation", probe_every=10),
+    "joint-dpo": joint("dpo", 0.1),
+    "joint-grpo": joint("grpo", 0.1),
+    "tilted": Cell(lambda: dmdr(TWO, warm=FEW, iterations=0), None, "RT-DM from the start (literal, DynaRS, DynaDG)", probe_every=20),
+    "tilted-weight": Cell(lambda: dmdr(TWO, warm=FEW, iterations=0, tilt="weight"), None, "exact tilt from the start (DynaRS, DynaDG)", probe_every=20),
+    "tilted-more": Cell(lambda: dmdr(TWO, warm=MORE, iterations=0, dyna_rs=False, dyna_dg=0), "tilted", "RT-DM all the way", probe_every=10),
+    "tilted-joint": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST), "tilted", "RT-DM, then joint", probe_every=10),
+    "reward-digit": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST), START, "joint, digit alone rewarded", DIGIT, probe_every=10),
+    "reward-motion": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST), START, "joint, motion alone rewarded", MOTION, probe_every=10),
+    "reward-both": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST), START, "joint, both as two rewards",
+                        lambda digits: several((DIGIT(digits), 1.0), (MOTION(digits), 1.0)), probe_every=10),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.cells:
+        for seed in args.seeds:
+            if CELLS[name].start == START:
+                run_cell(START, seed, args.runs, DISTILLED)
+            run_cell(name, seed, args.runs, CELLS, OWN)
+
+
+if __name__ == "__main__":
+    main()
