@@ -17,6 +17,7 @@ from instep.files import write_json
 from instep.levels import few_step_levels
 from instep.models import MOVING_DIGITS, load
 from instep.roles import Backbone, LoRA, Role
+from instep.rollout import Sampling
 from instep.train.run import export_role
 
 
@@ -34,7 +35,7 @@ def main() -> None:
             role = Role("student", backbone, adapter="student" if lora else None)
             with tempfile.TemporaryDirectory() as folder:
                 report = export_role(
-                    role, family, few_step_levels(n, 3.0), Path(folder) / "student", recipe="none", seed=0, prompts=1, example="a seven",
+                    role, family, Sampling(few_step_levels(n, 3.0)), Path(folder) / "student", recipe="none", seed=0, prompts=1, example="a seven",
                     command="benchmark",
                 )  # fmt: skip
             rows.append({

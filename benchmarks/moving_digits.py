@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from instep.commands.evaluate import baseline, few_step, judges_of, noise_for
+from instep.commands.evaluate import baseline, drawn, judges_of, noise_for
 from instep.embedded import MovingDigits, moving_digits
 from instep.evaluate.compare import Row, evaluate, evaluation_set, floor_row
 from instep.files import write_json
@@ -96,8 +96,10 @@ def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS
     )  # fmt: skip
     seconds = time.process_time() - cpu
     with averaged(run.state.trained["student"]):
-        generate = few_step(run.state.roles["student"], digits.family, recipe.levels)
-        row = evaluate(name, "student", generate, evaluation_set("full"), judges_of(), steps=len(recipe.levels), note=cell.what)
+        generate = drawn(run.state.roles["student"], digits.family, recipe.sampling)
+        row = evaluate(
+            name, "student", generate, evaluation_set("full"), judges_of(), steps=len(recipe.levels), guidance=recipe.sampling.guidance, note=cell.what
+        )
     hacking = next((raised.step for raised in flags(run.out) if raised.flag == "hacking"), None)
     write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed, "hacking": hacking, "curve": curve(run.out)})
 

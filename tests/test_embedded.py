@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from instep.cli import main
-from instep.commands.evaluate import few_step, noise_for
+from instep.commands.evaluate import drawn, noise_for
 from instep.commands.export import read_run, student_of
 from instep.data import digits
 from instep.models import MOVING_DIGITS, bundled, load
 from instep.rewards.judges import load_judge
 from instep.roles import Backbone
-from instep.rollout import sample_ode
+from instep.rollout import Sampling, sample_ode
 from instep.train.setup import Role
 
 PROMPTS = digits.full_prompts()[::2]
@@ -43,7 +43,7 @@ def test_the_student_beats_naive_sampling_at_its_cost(run):
     teacher = Role("teacher", Backbone(family, family.pretrained))
     cond, null = family.encode(PROMPTS), family.null(len(PROMPTS))
     naive = sample_ode(teacher, cond, null, noise, steps=2, path=family.path, shift=family.shift)
-    assert right(few_step(student, family, (1.0, 0.75))(PROMPTS, 0)) > right(family.decode(naive)) + 0.15
+    assert right(drawn(student, family, Sampling((1.0, 0.75)))(PROMPTS, 0)) > right(family.decode(naive)) + 0.15
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def test_stock_diffusers_draws_the_same_videos(run):
     pipe.set_progress_bar_config(disable=True)
     family, names = load(MOVING_DIGITS), PROMPTS[:3]
     student = student_of(run, read_run(run), family)
-    ours = few_step(student, family, (1.0, 0.75))(names, 7).clamp(0, 1)
+    ours = drawn(student, family, Sampling((1.0, 0.75)))(names, 7).clamp(0, 1)
     noise, rng = noise_for(family, names, 7)
     torch.set_rng_state(rng.get_state())
     stock = pipe(

@@ -205,9 +205,15 @@ def sample_ode(
     From level t to s the predicted x0 and eps are kept and re-mixed, x_s = a(s) x0 + b(s) eps: DDIM (eta = 0) on any path, which
     on the rectified flow is the Euler step of the probability-flow ODE. The levels are uniform, then shifted.
     """
-    levels = shift_level(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).to(noise)
+    levels = shift_level(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    return _along(denoiser, cond, null, noise, levels, path, guidance)
+
+
+def _along(denoiser: Denoiser, cond: Condition, null: Condition, noise: Tensor, levels: Tensor, path: Path, guidance: float) -> Tensor:
+    """Deterministic sampling along `levels` [S + 1], 1 to 0."""
+    levels = levels.to(noise)
     x_t = noise
-    for j in range(steps):
+    for j in range(len(levels) - 1):
         t, s = levels[j].expand(len(noise)), levels[j + 1].expand(len(noise))
         x0 = predict_guided(denoiser, x_t, t, cond, null, guidance).x0
         a, b = path.a(t), path.b(t)
@@ -215,3 +221,20 @@ def sample_ode(
         eps = (x_t - a.reshape(shaped) * x0) / b.reshape(shaped)
         x_t = path.renoise(x0, eps, s)
     return x_t
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a student is sampled: `few-step` at its levels (predict x0, re-noise), or a many-step one by its model's own deterministic sampler
+    (`ode`) at those levels, with `guidance`."""
+
+    levels: tuple[float, ...]
+    kind: Literal["few-step", "ode"] = "few-step"
+    guidance: float = 1.0
+
+    @torch.no_grad()
+    def __call__(self, student: Denoiser, cond: Condition, null: Condition, noise: Tensor, path: Path, rng: torch.Generator) -> Tensor:
+        """noise [B, ...] -> x0 [B, ...]."""
+        if self.kind == "few-step":
+            return sample_few_step(student, cond, noise, self.levels, path, rng)
+        return _along(student, cond, null, noise, torch.tensor([*self.levels, 0.0], dtype=torch.float64), path, self.guidance)

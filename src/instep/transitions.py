@@ -49,6 +49,14 @@ class Renoise(Transition):
 
 
 @dataclass(frozen=True)
+class Deterministic(Transition):
+    """mean a(t') x0 + b(t') eps, std 0: DDIM, the Euler step on the rectified flow. It can roll out, and is no policy."""
+
+    def gaussian(self, path: Path, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
+        return path.renoise(x0, eps_of_x0(path, x_t, t, x0), t_next), torch.zeros_like(t_next).to(x0)
+
+
+@dataclass(frozen=True)
 class CPS(Transition):
     """Coefficients-preserving sampling: part of the predicted noise is replaced by fresh noise, so that the sample has the path's own amount.
 

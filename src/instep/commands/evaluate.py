@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor
 
 from instep.commands import default_threads
-from instep.commands.export import read_run, student_of
+from instep.commands.export import read_run, sampling_of, student_of
 from instep.evaluate.compare import EvalSet, Generate, Row, evaluate, evaluation_set, floor_row
 from instep.files import write_json
 from instep.models import MOVING_DIGITS, bundled, load
@@ -24,7 +24,7 @@ from instep.models.base import Family
 from instep.prediction import Denoiser
 from instep.rewards.judges import Judge, load_judge
 from instep.roles import Backbone, Role
-from instep.rollout import sample_few_step, sample_ode
+from instep.rollout import Sampling, sample_ode
 from instep.train import checkpoint, stop
 from instep.train.health import flags
 
@@ -92,15 +92,16 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     if record["model"] != MOVING_DIGITS:
         raise ValueError(f"dir: {folder} was trained on {record['model']!r}; these judges know {MOVING_DIGITS} alone")
     family, judges, chosen = load(MOVING_DIGITS), judges_of(), evaluation_set(protocol, seed)
-    levels, guidance = tuple(record["levels"]), float(record["config"]["guidance"])
+    sampling, guidance = sampling_of(record), float(record["config"]["guidance"])
+    levels = sampling.levels
     student = student_of(folder, record, family)
     name = f"student ({record['recipe']})"
-    row = evaluate(name, "student", few_step(student, family, levels), chosen, judges, steps=len(levels))
+    row = evaluate(name, "student", drawn(student, family, sampling), chosen, judges, steps=len(levels), guidance=sampling.guidance)
     q, before = len(levels), []
     for stage, step in stage_ends(record)[:-1]:
         if checkpoint.at(folder / "checkpoints", step) is not None:
-            earlier = few_step(student_of(folder, record, family, step=step), family, levels)
-            before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, judges, steps=q))
+            earlier = drawn(student_of(folder, record, family, step=step), family, sampling)
+            before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, judges, steps=q, guidance=sampling.guidance))
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
     decoded = floor_row(chosen, judges, through=lambda media: family.decode(family.encode_media(media)))
     rows = [row, *before, decoded, *(baseline(family, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]
@@ -131,12 +132,12 @@ def stage_ends(record: dict[str, Any]) -> list[tuple[str, int]]:
     return ends
 
 
-def few_step(student: Denoiser, family: Family, levels: Sequence[float]) -> Generate:
+def drawn(student: Denoiser, family: Family, sampling: Sampling) -> Generate:
     """The student's own sampler as a generator of unclamped media."""
 
     def generate(prompts: Sequence[str], seed: int) -> Tensor:
         noise, rng = noise_for(family, prompts, seed)
-        return family.decode(sample_few_step(student, family.encode(prompts), noise, levels, family.path, rng))
+        return family.decode(sampling(student, family.encode(prompts), family.null(len(prompts)), noise, family.path, rng))
 
     return generate
 

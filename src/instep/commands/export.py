@@ -14,6 +14,7 @@ from instep.models import MOVING_DIGITS, VideoSize, load
 from instep.models.base import Family
 from instep.models.wan import WanFamily
 from instep.roles import Backbone, LoRA, Role
+from instep.rollout import Sampling
 from instep.train import checkpoint
 from instep.train.run import export_role
 
@@ -40,10 +41,11 @@ def export_command(args: ExportArgs) -> int:
     bundled = record["model"] == MOVING_DIGITS
     family = load(args.model or (MOVING_DIGITS if bundled else record["model_path"]), VideoSize(**record["size"]))
     student = student_of(args.dir, record, family, raw=args.raw)
-    report = export_role(student, family, tuple(record["levels"]), args.to, recipe=record["recipe"], seed=record["seed"],
+    report = export_role(student, family, sampling_of(record), args.to, recipe=record["recipe"], seed=record["seed"],
                          prompts=record["prompt_count"], example=record["example_prompt"], command=record["command"],
                          dtype=getattr(torch, args.dtype))  # fmt: skip
-    print(f"wrote {report.folder} ({report.size_bytes / 1e6:.1f} MB); stock diffusers differs from our sampler by {report.sampler_difference:.1e}")
+    off = f"; stock diffusers differs from our sampler by {report.sampler_difference:.1e}" if sampling_of(record).kind == "few-step" else ""
+    print(f"wrote {report.folder} ({report.size_bytes / 1e6:.1f} MB){off}")
     return 0
 
 
@@ -53,6 +55,13 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"dir: {folder} holds no run (recipe.json is missing); give the folder that `instep train --out` wrote")
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def sampling_of(record: dict[str, Any]) -> Sampling:
+    """How the student of a run is sampled, from its recipe.json."""
+    if record["config"].get("sampler", "few-step") == "few-step":
+        return Sampling(tuple(record["levels"]))
+    return Sampling(tuple(record["levels"]), "ode", float(record["config"]["guidance"]))
 
 
 def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: bool = False, step: int | None = None) -> Role:

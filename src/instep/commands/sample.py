@@ -45,8 +45,9 @@ def sample_command(args: SampleArgs) -> int:
 
     folder, record = find_pipeline(args.dir)
     steps = args.steps or (len(record["levels"]) if record else 50)
-    guidance = args.guidance if args.guidance is not None else (1.0 if record else 3.0)
-    if record and steps != len(record["levels"]):
+    usual = record.get("guidance", 1.0) if record else 3.0
+    guidance = usual if args.guidance is None else args.guidance
+    if record and record.get("sampler", "few-step") == "few-step" and steps != len(record["levels"]):
         raise ValueError(
             f"steps: {steps} does not fit {folder}; its scheduler is solved for exactly {len(record['levels'])}, train another student for {steps}"
         )

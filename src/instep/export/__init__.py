@@ -1,7 +1,7 @@
 """Taking a student out of the library: a stock diffusers folder, a LoRA file, a model card, a ComfyUI workflow."""
 
 from instep.export.card import ExportInfo
-from instep.export.folder import ExportReport, export_student
+from instep.export.folder import ExportReport, export_many_step, export_student
 from instep.export.lora import lora_state_dict, merge_lora, save_lora
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import verify_export
@@ -9,6 +9,7 @@ from instep.export.verify import verify_export
 __all__ = [
     "ExportInfo",
     "ExportReport",
+    "export_many_step",
     "export_student",
     "few_step_scheduler",
     "lora_state_dict",

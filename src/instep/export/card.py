@@ -62,6 +62,23 @@ def model_card(info: ExportInfo, levels: Sequence[float], measured: Measured) ->
     return "\n".join(sections)
 
 
+def many_step_card(info: ExportInfo, steps: int, guidance: float) -> str:
+    """README.md of a student that keeps its model's own many-step sampler."""
+    name, size = info.base_model.rpartition("/")[2], info.size
+    usage = (
+        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+        'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", dtype=torch.float32)\n'
+        f"video = pipe({info.example_prompt!r}, num_inference_steps={steps}, guidance_scale={guidance:g}, height={size.height}, width={size.width}, "
+        f"num_frames={size.frames}).frames[0]\n"
+    )
+    return (
+        f"---\nlibrary_name: diffusers\n---\n\n# {name}, aligned ({info.recipe})\n\n`{info.base_model}` after the recipe `{info.recipe}` of instep"
+        f" {info.instep_version}: still a many-step model with its own scheduler, trained with {steps} steps and guidance {guidance:g}.\n\n"
+        f"## Use\n\n```python\n{usage}```\n\nTo make a few-step student of it: `instep train dmd2 --model THIS_FOLDER`.\n\n"
+        f"## Training\n\n- recipe: `{info.recipe}`\n- prompts: {info.training_prompts}\n- seed: {info.seed}\n\n```\n{info.command}\n```\n"
+    )
+
+
 def _head(info: ExportInfo, n: int, measured: Measured) -> str:
     text = (
         f"# {info.base_model.rpartition('/')[2]}, {n} step{'s' if n > 1 else ''} ({info.recipe})\n\nA {n}-step student"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, model_card
+from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, many_step_card, model_card
 from instep.export.comfyui import comfyui_shift, comfyui_state_dict, comfyui_workflow, runs_in_comfyui
 from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler, our_sampler, smallest_size, verify_export
 from instep.files import no_room, unwritten
+from instep.levels import few_step_levels
 from instep.quiet import quiet
 
 if TYPE_CHECKING:
@@ -83,10 +85,7 @@ def export_student(
     scheduler = few_step_scheduler(levels)
     student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=scheduler, dtype=dtype)
-    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with _at_once(out) as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
@@ -109,15 +108,57 @@ def export_student(
         _write_comfyui(temporary, exported.transformer, levels, info, measured)
         (temporary / "README.md").write_text(model_card(info, levels, measured))
         size_bytes = _sync(temporary)
+    return ExportReport(
+        out, levels, measured.sampler_difference, measured.student_difference, off, len(keys), size_bytes
+    )
+
+
+def export_many_step(
+    pipeline: DiffusionPipeline,
+    steps: int,
+    guidance: float,
+    out: Path,
+    info: ExportInfo,
+    *,
+    lora: nn.Module | None = None,
+    adapter: str = "student",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Writes a student that is still a many-step model: the pipeline with its own scheduler, its weights in place of the pretrained ones.
+
+    `steps` and `guidance` are those it was trained with, and what the card and `instep sample` say. Otherwise as `export_student`; nothing is
+    compared with our sampler: the scheduler is the pipeline's own, whose grid of levels is not ours.
+    """
+    out = Path(out)
+    _check_target(out, overwrite)
+    student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
+    exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=pipeline.scheduler, dtype=dtype)
+    record = {"instep": info.instep_version, "levels": few_step_levels(steps), "sampler": "ode", "guidance": guidance, "info": asdict(info)}
+    with _at_once(out) as temporary:
+        with quiet():
+            exported.save_pretrained(temporary, safe_serialization=True)
+        keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
+        (temporary / RECORD).write_text(json.dumps(record, indent=2))
+        (temporary / "README.md").write_text(many_step_card(info, steps, guidance))
+        size_bytes = _sync(temporary)
+    return ExportReport(out, tuple(record["levels"]), math.nan, math.nan, math.nan, len(keys), size_bytes)
+
+
+@contextmanager
+def _at_once(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` at the end, or disappears."""
+    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
         _swap(temporary, out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if full := no_room(error):
             raise unwritten(full, f"the export {out}", "what was there before is unchanged") from error
         raise
-    return ExportReport(
-        out, levels, measured.sampler_difference, measured.student_difference, off, len(keys), size_bytes
-    )
 
 
 def _check_target(out: Path, overwrite: bool) -> None:

@@ -19,10 +19,11 @@ from instep.matching.force import DistributionMatching
 from instep.models.mixture import labels
 from instep.models.small import ExactFake, Particles, VelocityMLP
 from instep.recipes.common import Common
-from instep.rollout import Point, Rollout, sample_few_step
+from instep.rollout import Point, Rollout
 from instep.terms import Batch, View
-from instep.train.recipe import FewStep, Optim, Recipe, Stage
+from instep.train.recipe import FewStep, Optim, Recipe, RoleConfig, Stage
 from instep.train.step import Trained, TrainState, iteration
+from instep.transitions import Deterministic, Renoise
 
 SAMPLES = 4000  # a member and measurement
 
@@ -68,7 +69,7 @@ class LabRun:
 
 def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, *, learned_teacher: VelocityMLP | None = None) -> TrainState:
     """Student and fake as copies of `start`; the exact teacher, or a learned one (which is the one that can have an adapter)."""
-    config = recipe.roles["fake"]
+    config = recipe.roles.get("fake", RoleConfig())
     classes, width = world.mixture.label_count, start.layers[0].weight.shape[2]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -130,7 +131,8 @@ def snapshot(state: TrainState, recipe: Recipe, world: World, n: int = SAMPLES) 
     rng = torch.Generator().manual_seed(12345)
     rows = n * world.members
     cond = labels([str(i % world.mixture.label_count) for i in range(rows)], world.member(rows))
-    x = sample_few_step(state.roles["student"], cond, torch.randn(rows, 2, generator=rng), recipe.levels, world.path, rng)
+    null = labels([""] * rows, world.member(rows))
+    x = recipe.sampling(state.roles["student"], cond, null, torch.randn(rows, 2, generator=rng), world.path, rng)
     parts = zip(x.split(n), cond.label.split(n), strict=True)
     figures = tuple(measure(a, b, world.mixture, rng, world.rewarded) for a, b in parts)
     return Snapshot(state.step, figures, x.unflatten(0, (world.members, n)), cond.label[:n])
@@ -194,7 +196,8 @@ def trajectories(run: LabRun, n: int = 60, member: int = 0) -> Tensor:
         x0 = run.state.roles["student"](x_t, x_t.new_full((n,), level), cond).x0
         seen.append(x0)
         if j + 1 < len(run.recipe.levels):
-            x_t = world.path.renoise(x0, torch.randn(n, 2, generator=rng), x_t.new_full((n,), run.recipe.levels[j + 1]))
+            step = Renoise() if run.recipe.sampler == "few-step" else Deterministic()
+            x_t = step.step(world.path, x0, x_t, torch.randn(n, 2, generator=rng), x_t.new_full((n,), level), x_t.new_full((n,), run.recipe.levels[j + 1]))
     return torch.stack(seen)
 
 

@@ -16,6 +16,9 @@ from instep.train.recipe import Recipe
 # options that have no meaning here: networks are small and whole, and the student itself is measured
 ELSEWHERE = ("lora_rank", "ema")
 
+# learning rate of a many-step student
+MANY_STEP_LR = 3e-4
+
 # the option with the length of a recipe's first stage, and its part of all iterations
 FIRST_STAGE = {"distil": 2 / 3, "warm": 1 / 2}
 
@@ -29,7 +32,8 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
     name, _, rest = spec.partition(":")
     function = find(name)
     own = {key: p for key, p in inspect.signature(function).parameters.items() if key != "common"}
-    shared = {f.name: f.type for f in fields(Common) if f.name not in ELSEWHERE}
+    kind = inspect.get_annotations(function, eval_str=True)["common"]
+    shared = {f.name: f.type for f in fields(kind) if f.name not in ELSEWHERE}
     given: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
@@ -40,6 +44,10 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
     if "steps" in given:
         common = replace(common, student=laboratory(given["steps"]).student)
     common = replace(common, **{key: value for key, value in given.items() if key in shared})
+    if kind is not Common:  # a many-step student shares some of the options
+        theirs = {f.name: getattr(common, f.name) for f in fields(kind)}
+        # a policy gradient moves a network that is trained already: at the rate of distillation it leaves every mode within some dozens of updates
+        common = kind(**{**theirs, "student": replace(common.student, lr=MANY_STEP_LR)})
     mine = {key: value for key, value in given.items() if key in own}
     first = next((key for key in FIRST_STAGE if key in own), None)
     if first is not None:

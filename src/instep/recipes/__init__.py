@@ -19,6 +19,9 @@ NAMES: dict[str, tuple[str, str]] = {
     "refl": ("instep.recipes.refl", "refl"),
     "dmdr": ("instep.recipes.dmdr", "dmdr"),
     "rl-after": ("instep.recipes.dmdr", "rl_after"),
+    "flow-grpo": ("instep.recipes.many_step", "flow_grpo"),
+    "dance-grpo": ("instep.recipes.many_step", "dance_grpo"),
+    "flow-dpo": ("instep.recipes.many_step", "flow_dpo"),
     "naive-adaptive": ("instep.recipes.amd", "naive_adaptive"),
 }
 

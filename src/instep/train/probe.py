@@ -16,7 +16,7 @@ from torch import Tensor
 from instep.models.base import Family
 from instep.prediction import Condition, Denoiser
 from instep.rewards.base import Reward, checked_scores
-from instep.rollout import sample_few_step, sample_ode
+from instep.rollout import Sampling, sample_ode
 
 
 class Monitor(Protocol):
@@ -55,10 +55,10 @@ class Probe:
     monitor: Monitor | None = None
 
     @torch.no_grad()
-    def student(self, denoiser: Denoiser, levels: Sequence[float]) -> tuple[dict[str, float], Tensor]:
+    def student(self, denoiser: Denoiser, sampling: Sampling) -> tuple[dict[str, float], Tensor]:
         """Figures of the student's samples, and the samples themselves (media)."""
         def generate(cond: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
-            return sample_few_step(denoiser, cond, noise, levels, self.family.path, rng)
+            return sampling(denoiser, cond, self.family.null(len(noise)), noise, self.family.path, rng)
 
         figures, media = self._measure(generate)
         if isinstance(self.monitor, ModeMonitor):

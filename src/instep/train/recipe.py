@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from instep.levels import check_levels
 from instep.roles import LoRA
-from instep.rollout import Where
+from instep.rollout import Sampling, Where
 from instep.terms import Critic, Force, Need, Objective, Term
-from instep.transitions import Renoise, Transition
+from instep.transitions import Deterministic, Renoise, Transition
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ class Stage:
             raise ValueError(f"stage {self.name!r}: batch {self.batch} is not a multiple of group {self.group}; every prompt needs its whole group")
         if "reward" in self.needs and self.group < 2:
             raise ValueError(f"stage {self.name!r}: group {self.group} gives no advantage; compare at least 2 samples a prompt")
+        if "trajectory" in self.needs and self.collect is not None and isinstance(self.collect.transition, Deterministic):
+            raise ValueError(f"transition: deterministic steps are no policy, and stage {self.name!r} has a policy gradient; choose FlowSDE, DanceSDE or CPS")
         if self.live and self.collect is not None and self.collect.guidance != 1:
             raise ValueError(f"guidance: {self.collect.guidance} is not allowed for the rollout of stage {self.name!r}; forces act on an unguided student")
         if "trajectory" in self.needs and self.collect is not None and len(self.collect.levels) < 2:
@@ -162,18 +164,25 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `levels` are those of the exported student."""
+    """A whole run. `levels` are those of the exported student; `sampler` is few-step, or ode for a recipe that leaves the student a many-step
+    model, sampled with `guidance` as its teacher is."""
 
     name: str
     levels: tuple[float, ...]
     roles: Mapping[str, RoleConfig]
     stages: tuple[Stage, ...]
     guidance: float = 1.0
+    sampler: Literal["few-step", "ode"] = "few-step"
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
         if not any(stage.steps for stage in self.stages):
             raise ValueError(f"recipe {self.name!r}: no stage has steps; give at least one of them a positive number")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its student is sampled."""
+        return Sampling(self.levels, self.sampler, self.guidance if self.sampler == "ode" else 1.0)
 
     @property
     def steps(self) -> int:

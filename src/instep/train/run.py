@@ -18,7 +18,7 @@ from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, as_reward
 from instep.roles import Role
-from instep.rollout import sample_few_step
+from instep.rollout import Sampling, sample_few_step
 from instep.train import checkpoint, stop
 from instep.train.cache import teacher_samples
 from instep.train.checks import check_inputs, claim, scorer, slope, weights_of
@@ -125,7 +125,7 @@ def train(
         loop.run()
         with averaged(state.trained["student"]):
             export_role(
-                state.roles["student"], family, recipe.levels, out / "student", recipe=recipe.name, seed=options.seed,
+                state.roles["student"], family, recipe.sampling, out / "student", recipe=recipe.name, seed=options.seed,
                 prompts=len(set(prompts)), example=prompts[0], command=command,
             )  # fmt: skip
         return Run(out, recipe, family, state, out / "student", loop.stopped)
@@ -134,7 +134,7 @@ def train(
 def export_role(
     student: Role,
     family: Family,
-    levels: Sequence[float],
+    sampling: Sampling,
     to: Path,
     *,
     recipe: str,
@@ -144,23 +144,27 @@ def export_role(
     command: str,
     dtype: torch.dtype | None = None,
 ) -> ExportReport:
-    """A student role as a stock pipeline folder, checked there against the sampler that trained it."""
-    from instep.export import ExportInfo, export_student  # diffusers' exporters are slow to import
+    """A student role as a stock pipeline folder, checked there against the sampler that trained it; a many-step student keeps its model's scheduler."""
+    from instep.export import ExportInfo, export_many_step, export_student  # diffusers' exporters are slow to import
 
     info = ExportInfo(
         recipe=recipe, base_model=family.name, seed=seed, command=command, instep_version=__version__, training_prompts=prompts,
         size=family.size, example_prompt=example,
     )  # fmt: skip
     module = student.backbone.module
+    if sampling.kind == "ode":
+        lora = None if student.adapter is None else module
+        pipe = family.pipe if lora is not None else family.pipeline(module)
+        return export_many_step(pipe, len(sampling.levels), sampling.guidance, to, info, lora=lora, adapter=student.adapter or "", dtype=dtype)
 
     @torch.no_grad()
     def ours(names: Sequence[str], rng: torch.Generator) -> Tensor:
         noise = torch.randn(len(names), *family.latent_shape, generator=rng, device=rng.device)
-        return sample_few_step(student, family.encode(names), noise, levels, family.path, rng)
+        return sample_few_step(student, family.encode(names), noise, sampling.levels, family.path, rng)
 
     if student.adapter is None:
-        return export_student(family.pipeline(module), levels, to, info, dtype=dtype, ours=ours)
-    return export_student(family.pipe, levels, to, info, lora=module, adapter=student.adapter, dtype=dtype, ours=ours)
+        return export_student(family.pipeline(module), sampling.levels, to, info, dtype=dtype, ours=ours)
+    return export_student(family.pipe, sampling.levels, to, info, lora=module, adapter=student.adapter, dtype=dtype, ours=ours)
 
 
 class Loop:
@@ -249,7 +253,7 @@ class Loop:
             self.reference = self._teacher_figures()
         stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
         with averaged(self.state.trained["student"]):
-            figures, _ = self.probe.student(self.state.roles["student"], self.recipe.levels)
+            figures, _ = self.probe.student(self.state.roles["student"], self.recipe.sampling)
             if self.state.step in (0, *self.recipe.stage_ends()):
                 prompts = few_of(self.probe.prompts, 6)
                 views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)

@@ -13,7 +13,7 @@ from torch import Tensor
 from instep.files import write_json, write_tensors
 from instep.matching.force import DistributionMatching
 from instep.models.base import Family
-from instep.rollout import rollout_few_step, sample_few_step, sample_ode
+from instep.rollout import rollout_few_step, sample_ode
 from instep.terms import Batch, View
 from instep.train.recipe import Recipe, Stage
 from instep.train.step import TrainState
@@ -69,7 +69,7 @@ def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence
 
     rng = torch.Generator(device).manual_seed(seed + 1)
     q = len(recipe.levels)
-    student = sample_few_step(state.roles["student"], cond, noise, recipe.levels, family.path, rng)
+    student = recipe.sampling(state.roles["student"], cond, null, noise, family.path, rng)
     return {
         f"teacher_{teacher_steps}": teacher(teacher_steps, recipe.guidance),
         f"naive_{q}": teacher(q, 1.0),

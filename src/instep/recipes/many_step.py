@@ -1,0 +1,127 @@
+"""Reinforcement learning on the many-step model itself: Flow-GRPO, DanceGRPO and Flow-DPO, the baselines that joint training is set against.
+
+The student stays a many-step model with guidance and is exported with its own scheduler; `instep train dmd2 --model FOLDER/student` makes a
+few-step student of it afterwards, which is the two-stage pipeline of DMDR's Table 1 (reinforcement learning, then distillation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from instep.levels import Uniform, few_step_levels
+from instep.objectives.policy import GRPO
+from instep.objectives.preference import OnlineDPO
+from instep.roles import LoRA
+from instep.terms import Term
+from instep.train.recipe import FewStep, Optim, Recipe, RoleConfig, Stage
+from instep.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Transition
+
+Kind = Literal["flow", "dance", "cps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManySteps:
+    """Options of recipes that train the many-step model itself."""
+
+    steps: int = 10
+    """Sampling steps of a rollout; two evaluations each with guidance."""
+    batch: int = 32
+    """Samples of a micro-batch, a multiple of the group's size."""
+    guidance: float = 3.0
+    """Classifier-free guidance of the model, in rollouts as in use; 1 is none."""
+    shift: float = 3.0
+    """Timestep shift of the levels."""
+    student: Optim = Optim(1e-4)
+    """AdamW of the model."""
+    ema: float | None = 0.95
+    """Decay of the averaged model that is exported; None exports the model itself."""
+    lora_rank: int | None = None
+    """Train an adapter of this rank instead of a full copy."""
+    accumulate: int = 1
+    """Micro-batches an update."""
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Levels of the sampler."""
+        return few_step_levels(self.steps, self.shift)
+
+    def recipe(self, name: str, iterations: int, group: int, term: Term, transition: Transition, inner_epochs: int = 1) -> Recipe:
+        """One stage of one objective on the model's own rollouts."""
+        lora = None if self.lora_rank is None else LoRA(self.lora_rank, float(self.lora_rank))
+        collect = FewStep(self.levels, transition=transition, guidance=self.guidance)
+        stage = Stage("reinforce", iterations, self.batch, (term,), (), collect, group=group, accumulate=self.accumulate, inner_epochs=inner_epochs)
+        roles = {"student": RoleConfig(self.student, lora, ema=self.ema), "teacher": RoleConfig()}
+        if "reference" in stage.needs:
+            roles["reference"] = RoleConfig(lora=lora, copy=lora is None)
+        return Recipe(name, self.levels, roles, (stage,), self.guidance, sampler="ode")
+
+
+def stochastic(kind: Kind, noise: float) -> Transition:
+    """The sampler that a policy gradient rolls out with."""
+    kinds: dict[Kind, type[FlowSDE] | type[DanceSDE] | type[CPS]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS}
+    return kinds[kind](noise)
+
+
+def flow_grpo(
+    common: ManySteps = ManySteps(),
+    *,
+    iterations: int = 60,
+    group: int = 8,
+    sde: Kind = "flow",
+    noise: float = 0.7,
+    clip: float = 1e-4,
+    kl: float = 0.0,
+    fraction: float = 1.0,
+    inner_epochs: int = 1,
+) -> Recipe:
+    """Align the many-step model itself by policy gradient on its sampler made stochastic (Flow-GRPO); no distillation.
+
+    Args:
+        common: options of recipes that train the many-step model.
+        iterations: updates.
+        group: samples a prompt, compared with each other.
+        sde: how the sampler is made stochastic: flow (Flow-GRPO), dance (DanceGRPO; both on rectified flows), cps (as much noise as the path has; any path).
+        noise: its strength (flow: .7; dance: .3; cps: up to 1).
+        clip: bound of the ratio.
+        kl: weight of the penalty for leaving the pretrained model.
+        fraction: part of the steps, drawn anew, that an update trains on.
+        inner_epochs: updates on one rollout.
+    """
+    return common.recipe("flow-grpo", iterations, group, GRPO(clip=clip, kl=kl, fraction=fraction), stochastic(sde, noise), inner_epochs)
+
+
+def dance_grpo(
+    common: ManySteps = ManySteps(),
+    *,
+    iterations: int = 60,
+    group: int = 8,
+    noise: float = 0.3,
+    clip: float = 1e-4,
+    fraction: float = 0.6,
+    inner_epochs: int = 1,
+) -> Recipe:
+    """Align the many-step model itself by policy gradient, the same noise at every level, on a part of the steps (DanceGRPO); no distillation.
+
+    Args:
+        common: options of recipes that train the many-step model.
+        iterations: updates.
+        group: samples a prompt, compared with each other.
+        noise: strength of the sampler's noise.
+        clip: bound of the ratio.
+        fraction: part of the steps, drawn anew, that an update trains on.
+        inner_epochs: updates on one rollout.
+    """
+    return common.recipe("dance-grpo", iterations, group, GRPO(clip=clip, fraction=fraction), DanceSDE(noise), inner_epochs)
+
+
+def flow_dpo(common: ManySteps = ManySteps(), *, iterations: int = 60, group: int = 8, beta: float = 500.0) -> Recipe:
+    """Align the many-step model itself by preferences between its own samples (online Flow-DPO); no distillation.
+
+    Args:
+        common: options of recipes that train the many-step model.
+        iterations: updates.
+        group: samples a prompt; the best is preferred to the worst.
+        beta: temperature.
+    """
+    return common.recipe("flow-dpo", iterations, group, OnlineDPO(beta=beta, levels=Uniform(shift=common.shift)), Deterministic())

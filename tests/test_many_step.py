@@ -1,0 +1,114 @@
+"""Recipes that train the many-step model itself: sampled by its own sampler, stochastic only while it learns, exported with its own scheduler."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_run import PROMPTS, brightness, family, rows
+
+from instep.lab.run import common, ensemble_state
+from instep.lab.run import train as train_lab
+from instep.lab.spec import build
+from instep.lab.world import World, flow_start
+from instep.models import VideoSize
+from instep.models.mixture import ExactTeacher, Mixture, labels
+from instep.models.wan import WanFamily
+from instep.paths import RectifiedFlow
+from instep.recipes import find
+from instep.recipes.many_step import ManySteps, dance_grpo, flow_dpo, flow_grpo
+from instep.rollout import Sampling, sample_ode
+from instep.terms import Objective
+from instep.train.recipe import FewStep, Stage
+from instep.train.run import RunOptions, train
+from instep.transitions import Deterministic, FlowSDE
+
+TINY = ManySteps(steps=3, batch=4)
+NAMES = ("flow-grpo", "dance-grpo", "flow-dpo")
+
+
+def test_the_student_is_sampled_as_its_teacher_is():
+    ring, path = Mixture.ring(), RectifiedFlow()
+    cond, null = labels(["0", "1"] * 20), labels([""] * 40)
+    noise = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    recipe = flow_grpo(ManySteps(steps=7, guidance=1.5, shift=3.0))
+    mine = recipe.sampling(ExactTeacher(ring, path), cond, null, noise, path, torch.Generator())
+    theirs = sample_ode(ExactTeacher(ring, path), cond, null, noise, steps=7, path=path, shift=3.0, guidance=1.5)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)  # levels of a recipe are rounded to seven digits
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_runs_and_leaves_a_pipeline_with_its_own_scheduler(tmp_path, name, lora):
+    from diffusers import DiffusionPipeline
+
+    fam = family()
+    recipe = find(name)(replace(TINY, lora_rank=lora), iterations=2, group=2)
+    run = train(recipe, fam, out=tmp_path / "run", prompts=PROMPTS, reward=brightness, options=RunOptions(save_every=1, probe_every=50))
+    last = rows(run.out)[-1]
+    assert last["step"] == 2 and all(value == value for value in last.values() if isinstance(value, float))
+    assert "fake" not in run.state.roles
+    pipe = DiffusionPipeline.from_pretrained(run.student, local_files_only=True)
+    assert type(pipe.scheduler).__name__ == type(fam.pipe.scheduler).__name__ and pipe.scheduler.config.shift == fam.pipe.scheduler.config.shift
+    record = json.loads((run.student / "instep_export.json").read_text())
+    assert record["sampler"] == "ode" and record["guidance"] == 3.0 and "num_inference_steps=3, guidance_scale=3" in (run.student / "README.md").read_text()
+    # the folder is a model like any other: a few-step student can be made of it
+    again = WanFamily.load(run.student, VideoSize(48, 48, 9))
+    key, value = next(iter(again.pretrained.named_parameters()))
+    assert value.shape == dict(fam.pretrained.named_parameters())[key.replace(".base_layer", "")].shape if lora is None else True
+
+
+def test_a_policy_gradient_through_a_guided_stochastic_sampler_starts_at_ratio_one(monkeypatch):
+    """On the exact mixture's students: every ratio is 1 before the first update, at each of the trained steps, and leaves 1 after it."""
+    import instep.objectives.policy as module
+
+    seen = []
+    real = module.surrogate
+    monkeypatch.setattr(module, "surrogate", lambda r, a, c: (seen.append(r.detach().clone()), real(r, a, c))[1])
+    world = World.named("ring8", members=2, reward="half")
+    start = flow_start(world, 0, steps=100)
+    recipe = build("dance-grpo:steps=10,guidance=1.5,fraction=0.5,inner_epochs=2,iterations=1", common(), 1)
+    train_lab("x", recipe, world, ensemble_state(recipe, world, start, 0))
+    assert len(seen) == 2 * round(0.5 * 9), "half of the nine stochastic steps, in two epochs"
+    n = len(seen) // 2
+    assert all((r - 1).abs().max() < 1e-4 for r in seen[:n]) and all((r - 1).abs().max() > 1e-4 for r in seen[n:])
+
+
+@pytest.fixture(scope="module")
+def start():
+    return flow_start(World.named("ring8", members=2), 0, steps=1500)
+
+
+@pytest.mark.parametrize(
+    "spec", ["flow-grpo:steps=10,clip=0.2", "dance-grpo:steps=10,clip=0.2", "flow-grpo:steps=10,clip=0.2,sde=cps", "flow-dpo:steps=10,beta=20,iterations=150"]
+)
+def test_the_many_step_model_learns_what_is_rewarded(spec, start):
+    """In the laboratory: half of the modes are rewarded, the learned many-step model has a share of .5."""
+    world = World.named("ring8", members=2, reward="half")
+    recipe = build(spec, common(), 60)
+    state = ensemble_state(recipe, world, start, 0)
+    from instep.lab.run import snapshot
+
+    before = snapshot(state, recipe, world).figures
+    after = train_lab("x", recipe, world, state).figures
+    share = lambda figures: sum(f["share"] for f in figures) / len(figures)  # noqa: E731
+
+    assert share(after) > share(before) + 0.1
+
+
+def test_what_does_not_go_together_is_refused():
+    class Policy(Objective):
+        @property
+        def needs(self):
+            return frozenset({"reward", "trajectory"})
+
+    with pytest.raises(ValueError, match="transition: deterministic steps are no policy, and stage 'rl' has a policy gradient"):
+        Stage("rl", 1, 8, (Policy(name="p"),), (), FewStep((1.0, 0.5), transition=Deterministic()), group=4)
+    with pytest.raises(ValueError, match="fraction: 0 is not allowed"):
+        dance_grpo(fraction=0)
+    with pytest.raises(ValueError, match="noise: 0 is not allowed"):
+        flow_grpo(noise=0)
+    assert flow_dpo().stages[0].needs == {"reward", "reference"} and isinstance(flow_grpo().stages[0].collect.transition, FlowSDE)
+    assert Sampling((1.0,)).kind == "few-step"
