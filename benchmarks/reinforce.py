@@ -17,6 +17,7 @@ from moving_digits import FEW, MORE, RESULTS, TWO, Cell, run_cell
 from torch import Tensor
 
 from instep.embedded import MovingDigits
+from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr, rl_after
 from instep.recipes.refl import refl
@@ -49,6 +50,10 @@ def part(which: int, name: str):
 DIGIT, MOTION = part(0, "digit"), part(1, "motion")
 
 
+ONE = Common(steps=1)
+ONE_START = "dmd2-1"
+
+
 def joint(rl: str, weight: float, **options) -> Cell:
     what = f"joint, {rl.upper()} weight {weight:g}"
     return Cell(lambda: dmdr(TWO, warm=0, iterations=MORE, rl=rl, weight=weight, **options), START, what, probe_every=10)
@@ -57,7 +62,10 @@ def joint(rl: str, weight: float, **options) -> Cell:
 CELLS = {
     "distil-only": Cell(lambda: dmd2(TWO, iterations=MORE), START, "control: distillation alone", probe_every=10),
     **{f"joint-{w:g}": Cell(lambda w=w: refl(TWO, iterations=MORE, weight=w), START, f"joint, ReFL weight {w:g}", probe_every=10)
-       for w in (0.01, 0.05, 0.1, 0.5, 1.0, 2.0)},
+       for w in (0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 2.0)},
+    "one-distil-only": Cell(lambda: dmd2(ONE, iterations=MORE), ONE_START, "1 step, control: distillation alone", probe_every=10),
+    **{f"one-joint-{w:g}": Cell(lambda w=w: refl(ONE, iterations=MORE, weight=w), ONE_START, f"1 step, joint, ReFL weight {w:g}", probe_every=10)
+       for w in (0.02, 0.05)},
     "rl-refl": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE), START, "ReFL alone after distillation", probe_every=10),
     "rl-dpo": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE, rl="dpo"), START, "online DPO alone after distillation", probe_every=10),
     "rl-grpo": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE, rl="grpo"), START, "GRPO alone after distillation", probe_every=10),
@@ -83,8 +91,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in args.cells:
         for seed in args.seeds:
-            if CELLS[name].start == START:
-                run_cell(START, seed, args.runs, DISTILLED)
+            if CELLS[name].start in DISTILLED:
+                run_cell(str(CELLS[name].start), seed, args.runs, DISTILLED)
             run_cell(name, seed, args.runs, CELLS, OWN)
 
 

@@ -82,7 +82,7 @@ def start():
 
 
 @pytest.mark.parametrize(
-    "spec", ["flow-grpo:steps=10,clip=0.2", "dance-grpo:steps=10,clip=0.2", "flow-grpo:steps=10,clip=0.2,sde=cps", "flow-dpo:steps=10,beta=20,iterations=150"]
+    "spec", ["flow-grpo:steps=10,clip=0.2", "dance-grpo:steps=10,clip=0.2", "flow-grpo:steps=10,clip=0.2,sde=cps", "flow-dpo:steps=10,beta=5,iterations=150"]
 )
 def test_the_many_step_model_learns_what_is_rewarded(spec, start):
     """In the laboratory: half of the modes are rewarded, the learned many-step model has a share of .5."""
