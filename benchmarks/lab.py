@@ -51,6 +51,10 @@ EXPERIMENTS = {
     **{f"four-steps-{name}": Experiment(("dmd2", "dmd2:condition_on_exit=False"), world(geometry=name, steps=4)) for name in GEOMETRIES},
     "far": Experiment(("dmd2", "dmd", "dmd2:gan=0.03", "decoupled-dmd", "magic"), world(start="far"), 15),
     "far-learned": Experiment(("dmd2", "dmd", "dmd2:gan=0.03", "decoupled-dmd", "magic"), world(start="far", teacher="learned"), 15),
+    "far-dynamic": Experiment(
+        ("dmd2", *(f"dmdr:tilt=none,warm={ITERATIONS},iterations=0,{part}" for part in ("dyna_dg=0", "dyna_rs=False", "dyna_rs=True"))),
+        world(start="far", teacher="learned"), 30,
+    ),
     "far-guided": Experiment(("dmd2", "decoupled-dmd"), world(start="far", guidance=1.5), 15),
     "far-reward": Experiment(("dmd2", "amd", "refl:weight=0.3"), world(start="far", reward="right"), 15),
     "selective": Experiment(("dmd2", "refl:weight=0.03", "refl:weight=0.1", "refl:weight=0.3", "amd", "amd:tilt=2"), world(reward="half"), 10),

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,8 @@ from instep.embedded import MovingDigits, moving_digits
 from instep.evaluate.compare import Row, evaluate, evaluation_set, floor_row
 from instep.files import write_json
 from instep.levels import Uniform
+from instep.models import MOVING_DIGITS_SIZE
+from instep.models.wan import WanFamily
 from instep.recipes.amd import amd
 from instep.recipes.common import Common
 from instep.recipes.decoupled_dmd import decoupled_dmd
@@ -45,13 +47,15 @@ BASE, MORE, FEW = 80, 40, 80  # iterations: the common start, what is added to i
 
 @dataclass(frozen=True)
 class Cell:
-    """A student to train: its recipe, the cell whose roles it starts from, and its reward if it is not the training judge's."""
+    """A student to train: its recipe, the cell whose roles it starts from, its reward if it is not the training judge's, and the cell whose exported
+    student is its model (its teacher) if that is not the bundled one."""
 
     recipe: Callable[[], Recipe]
     start: str | None = None
     what: str = ""
     reward: Callable[[MovingDigits], Reward] | None = None
     probe_every: int = 40
+    model: str | None = None
 
 
 HIGH = Uniform(low=0.8, high=0.98)
@@ -87,6 +91,8 @@ def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS
     if file.is_file():
         return
     cell, digits = cells[name], moving_digits()
+    if cell.model:
+        digits = replace(digits, family=WanFamily.load(runs / f"{cell.model}-{seed}" / "student", MOVING_DIGITS_SIZE, name=cell.model))
     recipe = cell.recipe()
     start, cpu = runs / f"{cell.start}-{seed}" if cell.start else None, time.process_time()
     real = digits.real() if recipe.needs & {"real", "preferred"} else None
