@@ -17,9 +17,10 @@ from moving_digits import FEW, MORE, RESULTS, TWO, Cell, run_cell
 from torch import Tensor
 
 from instep.embedded import MovingDigits
+from instep.recipes.after import rl_after, sft_after
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
-from instep.recipes.dmdr import dmdr, rl_after
+from instep.recipes.dmdr import dmdr
 from instep.recipes.many_step import ManySteps, dance_grpo, flow_dpo
 from instep.recipes.refl import refl
 from instep.rewards.base import FunctionReward
@@ -71,6 +72,7 @@ CELLS = {
     "rl-refl": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE), START, "ReFL alone after distillation", probe_every=10),
     "rl-dpo": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE, rl="dpo"), START, "online DPO alone after distillation", probe_every=10),
     "rl-grpo": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE, rl="grpo"), START, "GRPO alone after distillation", probe_every=10),
+    "sft": Cell(lambda: sft_after(TWO, distil=0, iterations=MORE), START, "fine-tuning on real videos alone after distillation", probe_every=10),
     "joint-dpo": joint("dpo", 0.1),
     "joint-grpo": joint("grpo", 0.1),
     "tilted": Cell(lambda: dmdr(TWO, warm=FEW, iterations=0), None, "RT-DM from the start (literal, DynaRS, DynaDG)", probe_every=20),

@@ -15,8 +15,9 @@ import torch
 
 from instep.embedded import moving_digits
 from instep.files import write_json
+from instep.recipes.after import rl_after
 from instep.recipes.common import Common
-from instep.recipes.dmdr import dmdr, rl_after
+from instep.recipes.dmdr import dmdr
 from instep.recipes.many_step import ManySteps, flow_grpo
 from instep.rewards.base import as_reward
 from instep.terms import View

@@ -168,7 +168,8 @@ def test_a_student_may_lose_what_variety_it_has_more_than_the_teacher():
 
 def test_hacking_against_the_matching_force():
     """The student moves away from the teacher while the reward rises. Forces that the reward tilts or a schedule anneals do not count."""
-    from instep.recipes.dmdr import dmdr, rl_after
+    from instep.recipes.after import rl_after
+    from instep.recipes.dmdr import dmdr
     from instep.recipes.refl import refl
 
     away = lambda step: {"force/dm/norm": 1.4 if step > 90 else 1.0}  # noqa: E731

@@ -20,8 +20,9 @@ from instep.models.mixture import LabelCondition
 from instep.objectives.policy import DDPO, GRPO, surrogate
 from instep.paths import RectifiedFlow, VariancePreserving
 from instep.prediction import Prediction
+from instep.recipes.after import rl_after
 from instep.recipes.common import Common
-from instep.recipes.dmdr import dmdr, rl_after
+from instep.recipes.dmdr import dmdr
 from instep.rollout import Trajectory
 from instep.train.recipe import FewStep, Stage
 from instep.train.step import iteration

@@ -21,10 +21,13 @@ from instep.matching.operator import AdvantageGuided, Displacements, MatchingOnl
 from instep.models.mixture import labels
 from instep.objectives.policy import GRPO
 from instep.objectives.preference import OnlineDPO, preference_loss
+from instep.objectives.regression import Denoising
 from instep.paths import RectifiedFlow, VariancePreserving
 from instep.prediction import GuidedDenoiser, Prediction, predict_guided, score_of_x0
+from instep.recipes.after import rl_after, sft_after
 from instep.recipes.common import Common
-from instep.recipes.dmdr import dmdr, rl_after
+from instep.recipes.dmd import dmd2
+from instep.recipes.dmdr import dmdr
 from instep.rewards.base import FunctionReward
 from instep.rewards.several import several
 from instep.rollout import Point, Rollout, Trajectory
@@ -299,3 +302,24 @@ def test_a_policy_gradient_climbs_and_matching_or_its_dm_part_holds_it(distilled
 def test_reinforcement_alone_with_preferences_is_a_recipe():
     stage = rl_after(common(4), distil=0, iterations=5, rl="dpo").stages[-1]
     assert stage.group == 8 and not stage.critics and stage.needs == {"reward", "reference"}
+
+
+def test_fine_tuning_is_the_velocity_error_at_the_students_levels():
+    real = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
+    seen = view(real, {"student": Scaled(0.3)})
+    seen = replace(seen, batch=replace(seen.batch, real=real), rng=torch.Generator().manual_seed(2), rollout=None)
+    (loss,) = list(Denoising(levels=OneOf((1.0, 0.5)))(seen))
+    rng = torch.Generator().manual_seed(2)
+    t = OneOf((1.0, 0.5))(4, progress=0, t_exit=None, rng=rng).double()[:, None]
+    eps = torch.randn(4, 2, generator=rng, dtype=F64)
+    x_t = (1 - t) * real + t * eps
+    torch.testing.assert_close(loss, ((0.7 * x_t / t) - (eps - real)).square().mean())
+
+
+def test_fine_tuning_a_distilled_student_blurs_it(distilled):
+    """The mean of what a noisy sample could be lies between modes (DM-Align, Appendix C.1: a distilled model collapses under fine-tuning)."""
+    world = World.named("ring8", members=2)
+    both = {}
+    for name, recipe in (("tuned", sft_after(common(), distil=200, iterations=200)), ("distilled", dmd2(common(), iterations=200))):
+        both[name] = mean(train_lab(name, recipe, world, ensemble_state(recipe, world, distilled, 0)), "quality")
+    assert both["tuned"] < 0.5 * both["distilled"]

@@ -15,8 +15,8 @@ import pytest
 import torch
 from test_run import PROMPTS, family
 
+from instep.recipes.after import rl_after
 from instep.recipes.common import Common
-from instep.recipes.dmdr import rl_after
 from instep.train import checkpoint, stop
 from instep.train import run as run_module
 from instep.train.health import Finding, flags
@@ -265,7 +265,7 @@ def test_what_metrics_say_of_a_run(tmp_path, monkeypatch):
 
     for name in ("evaluate", "floor_row", "baseline"):
         monkeypatch.setattr(module, name, row)
-    for name in ("load", "student_of", "few_step"):
+    for name in ("load", "student_of", "drawn"):
         monkeypatch.setattr(module, name, lambda *args, **more: None)
     run = make_run(tmp_path / "run")
 

@@ -98,36 +98,3 @@ def _warm(common: Common, steps: int, group: int, tilt: Tilt, dyna_rs: bool, dyn
         critics = (fake, Score(role="teacher", updates=1, reuse=common.reuse, levels=levels, adapter_scale=1.0))
         teacher = RoleConfig(Optim(common.fake.lr), LoRA(8, 8.0), scale=0.0)
     return common.stage("tilt", steps, (force,), critics, group=1 if tilt == "none" else group), teacher
-
-
-def rl_after(
-    common: Common = Common(),
-    *,
-    distil: int = 80,
-    iterations: int = 40,
-    group: int = 8,
-    rl: Branch = "refl",
-    weight: float = 1.0,
-    clip: float = 1e-3,
-    kl: float = 0.0,
-    beta: float = 500.0,
-    inner_epochs: int = 1,
-) -> Recipe:
-    """The baseline that joint training is set against: distil, then reinforcement learning alone. It hacks the reward; not for use.
-
-    Args:
-        common: options of every recipe.
-        distil: student updates of plain matching.
-        iterations: student updates of reinforcement learning alone.
-        group: samples a prompt, compared with each other.
-        rl: the reinforcement-learning branch: refl, grpo, dpo or ddpo.
-        weight: weight of that branch.
-        clip: bound of GRPO's ratio.
-        kl: weight of GRPO's penalty for leaving the distilled student.
-        beta: temperature of dpo.
-        inner_epochs: student updates on one rollout.
-    """
-    alone = reinforce(
-        common, "reinforce", iterations, rl, weight, group=group, clip=clip, kl=kl, beta=beta, beside=(), critics=(), inner_epochs=inner_epochs
-    )
-    return common.recipe("rl-after", common.distil(distil), alone)
