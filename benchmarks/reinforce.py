@@ -28,8 +28,8 @@ from instep.rewards.judges import _wanted
 from instep.rewards.several import several
 
 OWN = RESULTS / "reinforce"
-# the weight of the reward's gradient that the comparison of strategies uses: the one that the monitor judge preferred on seed 0 of the sweep
-BEST = 0.05
+# the weight of the reward's gradient that strategies are compared at: the smallest of the sweep of DMDR's Table 5c
+BEST = 0.1
 START = "dmd2-2"
 
 
@@ -68,7 +68,7 @@ CELLS = {
        for w in (0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 2.0)},
     "one-distil-only": Cell(lambda: dmd2(ONE, iterations=MORE), ONE_START, "1 step, control: distillation alone", probe_every=10),
     **{f"one-joint-{w:g}": Cell(lambda w=w: refl(ONE, iterations=MORE, weight=w), ONE_START, f"1 step, joint, ReFL weight {w:g}", probe_every=10)
-       for w in (0.02, 0.05)},
+       for w in (0.05, 0.1)},
     "rl-refl": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE), START, "ReFL alone after distillation", probe_every=10),
     "rl-dpo": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE, rl="dpo"), START, "online DPO alone after distillation", probe_every=10),
     "rl-grpo": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE, rl="grpo"), START, "GRPO alone after distillation", probe_every=10),

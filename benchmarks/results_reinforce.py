@@ -72,7 +72,7 @@ def word(yes: bool, partly: bool = False) -> str:
 
 
 def alone_hacks() -> tuple[str, str]:
-    alone, joint, control = need("rl-refl", "joint-0.05", "distil-only")
+    alone, joint, control = need("rl-refl", "joint-0.1", "distil-only")
     highest = alone.values["train_score"].value > joint.values["train_score"].value
     lost = better(control, alone, "fd") and modes(alone, control) < 0.95
     figures = f"alone against the control: {said(alone, control, 'train_score', 'heldout_both', 'fd', 'fd_open')}, {modes(alone, control):.0%} of its modes"
@@ -95,9 +95,9 @@ def joint_wins() -> tuple[str, str]:
 
 
 def flag() -> tuple[str, str]:
-    need("rl-refl", "joint-0.05", "distil-only")
-    raised = {name: [r["hacking"] for r in records(name)] for name in ("rl-refl", "joint-0.05", "distil-only")}
-    right = all(step is not None for step in raised["rl-refl"]) and all(step is None for name in ("joint-0.05", "distil-only") for step in raised[name])
+    need("rl-refl", "joint-0.1", "distil-only")
+    raised = {name: [r["hacking"] for r in records(name)] for name in ("rl-refl", "joint-0.1", "distil-only")}
+    right = all(step is not None for step in raised["rl-refl"]) and all(step is None for name in ("joint-0.1", "distil-only") for step in raised[name])
     return word(right), "; ".join(f"{name}: {flagged(name)}" for name in raised)
 
 
@@ -117,7 +117,7 @@ def trade_off() -> tuple[str, str]:
 
 def algorithms() -> tuple[str, str]:
     (control,) = need("distil-only")
-    names = [name for name in ("joint-0.05", "joint-dpo", "joint-grpo") if cell(name)]
+    names = [name for name in ("joint-0.1", "joint-dpo", "joint-grpo") if cell(name)]
     if len(names) < 2:
         raise KeyError("joint-dpo")
     gains = [difference(row, control, "train_score") for row in need(*names)]
@@ -143,7 +143,7 @@ def tilted_start() -> tuple[str, str]:
 
 
 def two_stage() -> tuple[str, str]:
-    (joint,) = need("joint-0.05")
+    (joint,) = need("joint-0.1")
     names = [name for name in ("grpo-then-distil", "dpo-then-distil") if cell(name)]
     if not names:
         raise KeyError("grpo-then-distil")
