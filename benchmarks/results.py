@@ -11,6 +11,7 @@ from pathlib import Path
 
 import claims
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
+from results_class import class_lines
 from results_lab import lab_lines
 
 from instep.evaluate.compare import Row, better, combined, difference
@@ -200,6 +201,7 @@ def main() -> None:
         "",
         *exported(),
         "",
+        *class_lines(),
         "## The exact laboratory",
         "",
         "What is claimed, and what was found; 'above' and 'better' mean by more than two standard errors over three seeds:",
