@@ -37,7 +37,7 @@ from instep.train.run import RunOptions, train
 from instep.train.setup import averaged
 
 RESULTS = Path(__file__).parent / "results" / "class"
-SAMPLES, ITERATIONS = 2000, 200
+SAMPLES, ITERATIONS = 2000, 150
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cell:
 
 def common(guidance: float = 1.0) -> Common:
     """One step, no timestep shift (8 x 8 pixels), and learning rates at which the student moves in so few updates."""
-    return Common(steps=1, batch=64, guidance=guidance, shift=1.0, student=Optim(5e-4, decay=0.5), fake=Optim(1e-3, decay=0.5))
+    return Common(steps=1, batch=64, guidance=guidance, shift=1.0, critic_updates=4, student=Optim(5e-4, decay=0.5), fake=Optim(1e-3, decay=0.5))
 
 
 def full(guidance: float) -> Recipe:
@@ -64,7 +64,6 @@ def full(guidance: float) -> Recipe:
 CELLS = {
     "teacher-50-1": Cell("teacher, 50 steps", steps=50),
     "teacher-50-1.5": Cell("teacher, 50 steps", guidance=1.5, steps=50),
-    "teacher-50-4": Cell("teacher, 50 steps", guidance=4.0, steps=50),
     "naive-1": Cell("teacher, 1 step (naive)"),
     "naive-1.5": Cell("teacher, 1 step (naive)", guidance=1.5),
     "dmd2-1": Cell("DMD2", lambda: dmd2(common(), iterations=ITERATIONS)),
@@ -101,7 +100,6 @@ def measure(media: Tensor, names: list[str]) -> dict[str, float]:
     features, reference = heldout.features(media), heldout.features(real)
     p = heldout.logits(media).double().softmax(1)
     label = torch.tensor([int(name) for name in names])
-    nearest = torch.cdist(media.mean(1).flatten(1), split_media("train")[0].mean(1).flatten(1)).amin(1)
     return {
         "fd": m.frechet_distance(features, reference),
         "recall": m.recall(features, reference),
@@ -112,9 +110,14 @@ def measure(media: Tensor, names: list[str]) -> dict[str, float]:
         "training_score": float(load_class_judge("training").score(media, names).double().mean()),
         "diversity": sum(spread(media[label == c]) for c in range(10)) / 10,
         "vendi": sum(m.vendi(features[label == c]) for c in range(10)) / 10,
-        "nearest_train": float(nearest.median()),
+        "nearest_train": nearest_train(media),
         "ink": float(m.ink(media).mean()),
     }
+
+
+def nearest_train(media: Tensor) -> float:
+    """Median distance to the nearest training scan, Euclidean over the 64 pixels in [0, 1]: what is remembered lies near 0."""
+    return float(torch.cdist(media.mean(1).flatten(1), split_media("train")[0].mean(1).flatten(1)).amin(1).median())
 
 
 def spread(media: Tensor) -> float:
@@ -124,9 +127,12 @@ def spread(media: Tensor) -> float:
 
 
 def floors() -> dict[str, dict[str, float]]:
-    """Real against real: the training scans against the reference, and one half of the reference against the other."""
+    """Real against real: the training scans against the reference, two disjoint splits."""
     media, names = split_media("train")
-    return {"floor": measure(media, list(names))}
+    found = {"floor": measure(media, list(names))}
+    # the distance of scans to themselves says nothing; that of unseen ones is what a model without memory would have
+    found["floor"]["nearest_train"] = nearest_train(split_media("reference")[0])
+    return found
 
 
 def run_cell(name: str, seed: int) -> None:

@@ -194,8 +194,8 @@ def test_one_step_has_no_policy(tmp_path, family):
 def test_adapters_find_their_layers(family):
     backbone = Backbone(family, family.pretrained)
     backbone.add_adapter("student", LoRA(2, 2.0))
-    names = {key.split(".lora_")[0].split("transformer_blocks.0.")[-1].removeprefix("attn1.") for key in backbone.adapter_parameters("student") if "blocks.0" in key}
-    assert names == set(family.lora_targets)
+    layers = [key.split(".lora_")[0].split("blocks.0.") for key in backbone.adapter_parameters("student") if "blocks.0" in key]
+    assert {name.removeprefix("attn1.") for _, name in layers} == set(family.lora_targets)
     assert RoleConfig().lora is None
 
 
@@ -234,12 +234,16 @@ def test_the_bundled_teacher_draws_the_class_that_is_asked_for():
     teacher, names = Role("teacher", Backbone(family, family.pretrained)), list(DIGIT_NAMES) * 10
     cond, null = family.encode(names), family.null(100)
 
-    def right(steps, guidance):
+    def draw(steps, guidance):
         x = sample_ode(teacher, cond, null, noise(100), steps=steps, path=family.path, shift=family.shift, guidance=guidance)
-        return float(judge.correct(family.decode(x).clamp(0, 1), names).float().mean())
+        return family.decode(x).clamp(0, 1)
 
-    assert right(20, 1.5) >= 0.93
-    assert right(1, 1.0) < right(20, 1.0), "one naive step is worse"
+    def spread(media):
+        return float(torch.stack([media[c::10].std(0).mean() for c in range(10)]).mean())
+
+    guided, plain, naive = draw(20, 1.5), draw(20, 1.0), draw(1, 1.0)
+    assert judge.correct(guided, names).float().mean() >= 0.95 and judge.correct(plain, names).float().mean() >= 0.9
+    assert spread(guided) < spread(plain) and spread(naive) < spread(plain) / 3, "guidance narrows, and one naive step draws the class's mean"
 
 
 def test_real_samples_are_the_training_split_in_latents():

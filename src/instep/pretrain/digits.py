@@ -66,8 +66,8 @@ class DigitsConfig:
         ClassJudgeConfig("training", 101, smoothing=0.1), ClassJudgeConfig("monitor", 202, steps=1500), ClassJudgeConfig("heldout", 303),
     )  # fmt: skip
     teacher: ClassTeacherConfig = field(default_factory=ClassTeacherConfig)
-    samples: int = 2000
-    guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0)
+    samples: int = 500
+    guidances: tuple[float, ...] = (1.0, 1.5, 4.0)
 
 
 def deform(scans: Tensor, rng: torch.Generator, strength: float = 1.0) -> Tensor:
@@ -214,11 +214,16 @@ def pretrain_digits(out: Path, seed: int = 0, threads: int = 1, config: DigitsCo
     write_folder(out / "transformer", lambda folder: net.half().save_pretrained(folder))
     write_folder(out / "scheduler", FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained)
     write_json(out / CLASSES, list(WORDS))
+    write_json(out / "pretrain.json", record(out, config, seed, threads, parameters) | {"cpu_seconds": round(time.process_time() - began, 1)})
+
+
+def record(out: Path, config: DigitsConfig, seed: int, threads: int, parameters: int) -> dict[str, Any]:
+    """What pretrain.json says of the model in `out`: how it was made, measured figures, checksums."""
     judges = {j.name: load_class_judge(j.name, out / "judges") for j in config.judges}
     found = {f"judge {name}": judge.accuracy for name, judge in judges.items()} | measure_teacher(DiTFamily.load(out), judges, config, seed)
     sums = checksums(out)
-    write_json(out / "pretrain.json", {
-        "command": f"instep pretrain digits --seed {seed}", "seed": seed, "threads": threads, "config": asdict(config), "parameters": parameters,
-        "cpu_seconds": round(time.process_time() - began, 1), "versions": {name: version(name) for name in ("torch", "diffusers", "scikit-learn")},
+    return {
+        "command": f"instep pretrain digits --seed {seed} --threads {threads}", "seed": seed, "threads": threads, "config": asdict(config),
+        "parameters": parameters, "versions": {name: version(name) for name in ("torch", "diffusers", "scikit-learn")},
         "measured": found, "bytes": sum((out / name).stat().st_size for name in sums), "sha256": sums,
-    })  # fmt: skip
+    }  # fmt: skip
