@@ -77,19 +77,19 @@ CELLS = {
 }
 
 
-def prompts() -> list[str]:
-    return [str(i % 10) for i in range(SAMPLES)]
+def prompts(n: int = SAMPLES) -> list[str]:
+    return [str(i % 10) for i in range(n)]
 
 
 @torch.no_grad()
-def sample(role: Role, digits: ClassDigits, cell: Cell, seed: int) -> Tensor:
-    """Unclamped media [N, 3, 8, 8] of `prompts()`."""
+def sample(role: Role, digits: ClassDigits, cell: Cell, seed: int, n: int) -> Tensor:
+    """Unclamped media [n, 3, 8, 8] of `prompts(n)`."""
     family, rng = digits.family, torch.Generator().manual_seed(10_000 + seed)
-    noise = torch.randn(SAMPLES, *family.latent_shape, generator=rng)
-    cond = family.encode(prompts())
+    noise = torch.randn(n, *family.latent_shape, generator=rng)
+    cond = family.encode(prompts(n))
     if cell.recipe is not None:
         return family.decode(sample_few_step(role, cond, noise, (1.0,), family.path, rng))
-    x = sample_ode(role, cond, family.null(SAMPLES), noise, steps=cell.steps, path=family.path, shift=family.shift, guidance=cell.guidance)
+    x = sample_ode(role, cond, family.null(n), noise, steps=cell.steps, path=family.path, shift=family.shift, guidance=cell.guidance)
     return family.decode(x)
 
 
@@ -146,11 +146,11 @@ def run_cell(name: str, seed: int) -> None:
     print(name, seed, {k: round(v, 3) for k, v in figures.items()}, about, flush=True)
 
 
-def make(cell: Cell, seed: int) -> tuple[Tensor, dict[str, float]]:
+def make(cell: Cell, seed: int, n: int = SAMPLES) -> tuple[Tensor, dict[str, float]]:
     """Samples of a cell, and what its training took."""
     digits = class_digits()
     if cell.recipe is None:
-        return sample(Role("teacher", Backbone(digits.family, digits.family.pretrained)), digits, cell, seed), {}
+        return sample(Role("teacher", Backbone(digits.family, digits.family.pretrained)), digits, cell, seed, n), {}
     recipe, cpu = cell.recipe(), time.process_time()
     options = RunOptions(seed=seed, save_every=10**6, probe_every=10**6, keep=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +158,7 @@ def make(cell: Cell, seed: int) -> tuple[Tensor, dict[str, float]]:
                     real=digits.real() if recipe.needs & {"real"} else None, options=options)  # fmt: skip
     about = {"iterations": recipe.steps, "train_cpu_s": round(time.process_time() - cpu, 1)}
     with averaged(run.state.trained["student"]):
-        return sample(run.state.roles["student"], digits, cell, seed), about
+        return sample(run.state.roles["student"], digits, cell, seed, n), about
 
 
 def picture(to: Path, seed: int = 0) -> None:
@@ -168,7 +168,7 @@ def picture(to: Path, seed: int = 0) -> None:
     names = ("teacher-50-1", "naive-1", "dmd2-1", "dmdr-1")
     media, labels = split_media("reference")
     found = [torch.cat([media[[i for i, p in enumerate(labels) if p == str(c)][:8]] for c in range(10)])]
-    found += [make(CELLS[name], seed)[0].reshape(-1, 10, 3, 8, 8)[:8].transpose(0, 1).flatten(0, 1) for name in names]
+    found += [make(CELLS[name], seed, 80)[0].reshape(8, 10, 3, 8, 8).transpose(0, 1).flatten(0, 1) for name in names]
     titles = ["real", *(CELLS[name].what for name in names)]
     scale, gap, head = 4, 2, 14
     width = 8 * (8 * scale + gap)

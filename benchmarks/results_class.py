@@ -30,7 +30,7 @@ class Figure:
 
     def __str__(self) -> str:
         digits = 3 if abs(self.value) < 10 else 1
-        return f"{self.value:.{digits}f} ± {self.se:.{digits}f}"
+        return f"{self.value:.{digits}f}" + (f" ± {self.se:.{digits}f}" if math.isfinite(self.se) else "")
 
 
 def figure(name: str, key: str) -> Figure:
@@ -44,8 +44,13 @@ def figure(name: str, key: str) -> Figure:
 
 
 def step(a: str, b: str, key: str) -> int:
-    """+1 if the figure rises from cell a to cell b by more than two standard errors of the difference, -1 if it falls, 0 if neither."""
+    """+1 if the figure rises from cell a to cell b by more than two standard errors of the difference, -1 if it falls, 0 if neither.
+
+    KeyError if one of them was measured with fewer than two seeds.
+    """
     x, y = figure(a, key), figure(b, key)
+    if not math.isfinite(x.se + y.se):
+        raise KeyError(f"{a} or {b}: one seed")
     bound = 2 * math.hypot(x.se, y.se)
     return 0 if not abs(y.value - x.value) > bound else 1 if y.value > x.value else -1
 

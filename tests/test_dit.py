@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from instep.commands.sample import find_pipeline
 from instep.data.digits import WORDS, scans_of
 from instep.embedded import class_digits
 from instep.models import DIGITS, VideoSize, bundled, load
 from instep.models.dit import DiTFamily
 from instep.prediction import predict_guided
-from instep.pretrain.digits import ClassJudgeConfig, ClassTeacherConfig, DigitsConfig, deform, pretrain_digits
+from instep.pretrain.digits import ClassJudgeConfig, ClassTeacherConfig, DigitsConfig, deform, pretrain_digits, train_class_teacher
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
@@ -183,6 +184,8 @@ def test_the_card_of_an_export_runs(tmp_path, family):
     with torch.no_grad():
         exec(code, found)
     assert found["images"].shape == (10, 1, 8, 8) and found["images"].isfinite().all()
+    with pytest.raises(ValueError, match="no stock pipeline samples; the loop that does is in .*student/README.md"):
+        find_pipeline(str(run.out))
 
 
 def test_one_step_has_no_policy(tmp_path, family):
@@ -266,11 +269,12 @@ def test_pretraining_writes_a_model_that_loads_and_depends_on_the_seed_alone(tmp
         tuple(ClassJudgeConfig(name, 1, steps=3) for name in ("training", "monitor", "heldout")), ClassTeacherConfig(steps=3), samples=20, guidances=(1.0,)
     )
     sums = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        pretrain_digits(tmp_path / name, seed, torch.get_num_threads(), short)
+    for name in ("a", "b"):
+        pretrain_digits(tmp_path / name, 0, torch.get_num_threads(), short)
         sums.append(json.loads((tmp_path / name / "pretrain.json").read_text())["sha256"])
-    weights = "transformer/diffusion_pytorch_model.safetensors"
-    assert sums[0] == sums[1] and sums[0][weights] != sums[2][weights]
+    assert sums[0] == sums[1]
+    first, other = (train_class_teacher(short.teacher, seed).proj_out_2.weight for seed in (0, 1))
+    assert not torch.equal(first, other)
     assert load(str(tmp_path / "a")).names == WORDS
     with pytest.raises(ValueError, match="threads: 0"):
         pretrain_digits(tmp_path / "d", threads=0)
