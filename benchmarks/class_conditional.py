@@ -1,7 +1,7 @@
 """Class-conditional one-step generation on real digits: the protocol of DMDR's Table 6 in miniature.
 
     python benchmarks/class_conditional.py --seeds 0 1 2      # under two minutes a cell and seed on one core; resumes
-    python benchmarks/class_conditional.py --picture docs/media/class_conditional.png
+    python benchmarks/class_conditional.py --picture docs/class_conditional.png
     make results
 
 Each cell is kept as benchmarks/results/class/NAME-SEED.json; a cell that is there is not run again. Every student has one step and the same
@@ -73,6 +73,7 @@ CELLS = {
     "dmdr-1.5": Cell("DMDR", lambda: full(1.5), 1.5, rl=True),
     "refl-1-half": Cell("DMD2 and ReFL from the start, weight .5", lambda: refl(common(), iterations=ITERATIONS), rl=True),
     "refl-1-low": Cell("DMD2 and ReFL from the start, weight .05", lambda: refl(common(), iterations=ITERATIONS, weight=0.05), rl=True),
+    "refl-1-high": Cell("DMD2 and ReFL from the start, weight 5", lambda: refl(common(), iterations=ITERATIONS, weight=5.0), rl=True),
     "gan-1": Cell("DMD2 with a discriminator on real scans, weight .01", lambda: dmd2(common(), iterations=ITERATIONS, gan=0.01)),
 }
 
