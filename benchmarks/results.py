@@ -12,6 +12,7 @@ from pathlib import Path
 import claims
 import results_reinforce
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
+from results_class import class_lines
 from results_lab import lab_lines
 
 from instep.evaluate.compare import Row, better, combined, difference
@@ -214,6 +215,7 @@ def main() -> None:
         "",
         *plain("rl_cost"),
         "",
+        *class_lines(),
         "## The exact laboratory",
         "",
         "What is claimed, and what was found; 'above' and 'better' mean by more than two standard errors over three seeds:",

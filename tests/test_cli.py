@@ -53,7 +53,7 @@ def test_unknown_names(capsys):
     for command in ("train", "plan"):
         assert said(capsys, command) == f"recipe: none was given; write `instep {command} RECIPE`, one of {allowed}"
     assert said(capsys, "train --out x").startswith("recipe: none was given")
-    assert said(capsys, "pretrain sd3") == "model: sd3 cannot be pretrained; allowed: moving-digits"
+    assert said(capsys, "pretrain sd3") == "model: sd3 cannot be pretrained; allowed: moving-digits, digits"
 
 
 @pytest.mark.parametrize(

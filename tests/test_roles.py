@@ -195,7 +195,7 @@ def test_features_are_freed_with_the_prediction(family, backward):
 def test_a_new_backbone_brings_no_second_pipeline(family):
     """Copying a module copies its hooks; what they are bound to must stay one object."""
     shared = Backbone(family, family.pretrained, checkpointing=True)
-    for hook in family.time_embedder(family.new_backbone())._forward_hooks.values():
+    for hook in family.time_embedders(family.new_backbone())[0]._forward_hooks.values():
         assert hook.__self__ is shared
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from instep.models import VideoSize, load
+    from instep.models.dit import DiTFamily
     from instep.models.wan import WanFamily
     from instep.recipes.amd import amd
     from instep.recipes.common import Common
@@ -27,6 +28,7 @@ _WHERE = {
     "VideoSize": "instep.models",
     "load": "instep.models",
     "WanFamily": "instep.models.wan",
+    "DiTFamily": "instep.models.dit",
     "dm_align_group": "instep.recipes.dm_align",
     "dm_align_pair": "instep.recipes.dm_align",
     "dmd": "instep.recipes.dmd",
@@ -41,6 +43,7 @@ _WHERE = {
 }
 __all__ = [
     "Common",
+    "DiTFamily",
     "RealSamples",
     "Run",
     "RunOptions",

@@ -25,7 +25,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep recipes             what can be trained
   instep plan RECIPE         memory and time, before anything runs
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, moving picture
-  instep pretrain moving-digits   rebuild the bundled model from raw digits
+  instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, or digits (class-conditional images)
 
 Begin with:  instep train dm-align-group --out runs/first
 Help on one: instep train RECIPE --help
@@ -39,7 +39,7 @@ class TrainArgs:
     out: Path | None = None
     """Folder of the run; default runs/RECIPE-SEED. The same command on the same folder goes on where it stopped."""
     model: str = "moving-digits"
-    """The bundled moving-digits, or the path of a diffusers pipeline folder."""
+    """The bundled moving-digits (videos) or digits (class-conditional 8 x 8 images), or the path of a diffusers pipeline folder."""
     prompts: Path | None = None
     """Text file, one prompt a line (or JSON lines with a "prompt"); default: the bundled model's own."""
     reward: str | None = None
@@ -211,10 +211,10 @@ def _recipes(args: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class PretrainArgs:
-    """Rebuild the bundled model from raw digits, seeded."""
+    """Rebuild a bundled model from raw digits, seeded."""
 
-    out: Path = Path("moving-digits")
-    """Where the pipeline folder goes; an interrupted rebuild of the same seed goes on."""
+    out: Path | None = None
+    """Where the model's folder goes, default: its name; an interrupted rebuild of moving-digits of the same seed goes on."""
     seed: int = 0
     """Seed of every part."""
     threads: int = 2
@@ -222,14 +222,17 @@ class PretrainArgs:
 
 
 def _pretrain(args: Sequence[str]) -> int:
-    from instep.models import MOVING_DIGITS
+    from instep.models import BUNDLED, MOVING_DIGITS
 
-    if not args or args[0] != MOVING_DIGITS:
-        raise ValueError(f"model: {args[0] if args else 'none'} cannot be pretrained; allowed: {MOVING_DIGITS}")
-    options = _parse(PretrainArgs, args[1:], f"pretrain {MOVING_DIGITS}")
+    if not args or args[0] not in BUNDLED:
+        raise ValueError(f"model: {args[0] if args else 'none'} cannot be pretrained; allowed: {', '.join(BUNDLED)}")
+    model = args[0]
+    options = _parse(PretrainArgs, args[1:], f"pretrain {model}")
+    from instep.pretrain.digits import pretrain_digits
     from instep.pretrain.moving_digits import pretrain_moving_digits
 
-    pretrain_moving_digits(options.out, options.seed, options.threads)
+    rebuild = pretrain_moving_digits if model == MOVING_DIGITS else pretrain_digits
+    rebuild(options.out or Path(model), options.seed, options.threads)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The embedded default, ready to train: the moving-digits pipeline, its prompts, reward, monitor and real samples."""
+"""The bundled models, ready to train: moving digits (the default) and class-conditional digits, each with prompts, reward, monitor and real samples."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from instep.data import digits
-from instep.models import MOVING_DIGITS, load
+from instep.models import DIGITS, MOVING_DIGITS, load
+from instep.models.dit import DiTFamily
 from instep.models.wan import WanFamily
+from instep.rewards.class_judges import ClassJudge, Scale, load_class_judge
 from instep.rewards.judges import Judge, load_judge
 from instep.train.source import RealSamples
 
@@ -63,3 +65,26 @@ def moving_digits() -> MovingDigits:
     family = load(MOVING_DIGITS)
     assert isinstance(family, WanFamily)
     return MovingDigits(family, tuple(digits.training_prompts()), load_judge("training"), JudgeMonitor(load_judge("monitor")))
+
+
+@dataclass(frozen=True)
+class ClassDigits:
+    """Everything a recipe may ask for on the class-conditional digits."""
+
+    family: DiTFamily
+    prompts: tuple[str, ...]
+    reward: ClassJudge
+    monitor: ClassJudge
+
+    def real(self) -> RealSamples:
+        """The 800 scans of the training split, each with its class."""
+        scans, classes = digits.scans_of("train")
+        return RealSamples(tuple(str(int(c)) for c in classes), scans[:, None] * 2 - 1)
+
+
+def class_digits(scale: Scale = "log") -> ClassDigits:
+    """Loads the bundled class-conditional model and judges; `scale` of the reward: log p of the class, or p."""
+    family = load(DIGITS)
+    assert isinstance(family, DiTFamily)
+    reward, monitor = load_class_judge("training", scale=scale), load_class_judge("monitor")
+    return ClassDigits(family, tuple(str(i) for i in range(10)), reward, monitor)

@@ -91,7 +91,8 @@ class Backbone:
         self._adapters: dict[str, LoRA] = {}
         self._watched = False
         family.prepare(module, lambda: self._call and self._call.cond)
-        family.time_embedder(module).register_forward_hook(self._add_exit)
+        for embedder in family.time_embedders(module):
+            embedder.register_forward_hook(self._add_exit)
         if checkpointing:
             module.enable_gradient_checkpointing(self._checkpointed)
 

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from instep.models import MOVING_DIGITS, VideoSize, load
+from instep.models import BUNDLED, VideoSize, load
 from instep.models.base import Family
-from instep.models.wan import WanFamily
 from instep.roles import Backbone, LoRA, Role
 from instep.rollout import Sampling
 from instep.train import checkpoint
@@ -38,8 +37,8 @@ class ExportArgs:
 def export_command(args: ExportArgs) -> int:
     """Exports and prints how far stock diffusers is from our own sampler."""
     record = read_run(args.dir)
-    bundled = record["model"] == MOVING_DIGITS
-    family = load(args.model or (MOVING_DIGITS if bundled else record["model_path"]), VideoSize(**record["size"]))
+    bundled = record["model"] in BUNDLED
+    family = load(args.model or (record["model"] if bundled else record["model_path"]), VideoSize(**record["size"]))
     student = student_of(args.dir, record, family, raw=args.raw)
     report = export_role(student, family, sampling_of(record), args.to, recipe=record["recipe"], seed=record["seed"],
                          prompts=record["prompt_count"], example=record["example_prompt"], command=record["command"],
@@ -72,7 +71,6 @@ def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: boo
         raise ValueError(f"dir: {folder} holds no checkpoint yet; let the run reach its first one")
     saved = checkpoint.load(newest)
     config = record["config"]["roles"]["student"]
-    assert isinstance(family, WanFamily)
     if config["lora"] is not None:
         backbone = Backbone(family, family.pretrained)
         backbone.add_adapter("student", LoRA(config["lora"]["rank"], config["lora"]["alpha"]))

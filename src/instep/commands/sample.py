@@ -73,6 +73,9 @@ def find_pipeline(name: str) -> tuple[Path, dict | None]:
     """The diffusers folder that `name` means, and its export record if it is a student."""
     folder = bundled(name) if name == MOVING_DIGITS else Path(name)
     folder = folder / "student" if (folder / "student" / "model_index.json").is_file() else folder
+    parts = next((f for f in (folder / "student", folder) if (f / "transformer").is_dir() and not (f / "model_index.json").is_file()), None)
+    if parts is not None:
+        raise ValueError(f"dir: {parts} holds a transformer and a scheduler that no stock pipeline samples; the loop that does is in {parts / 'README.md'}")
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"dir: {name!r} is neither a finished run, an exported student nor a diffusers pipeline folder; `instep train` makes a run")
     record = folder / "instep_export.json"

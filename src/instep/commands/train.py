@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from instep.commands import default_threads
-from instep.models import MOVING_DIGITS, VideoSize, load
+from instep.models import DIGITS, MOVING_DIGITS, VideoSize, load
 from instep.models.base import Family
 from instep.rewards.base import Reward
 from instep.train.probe import Monitor, few_of
@@ -78,6 +78,12 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         digits = moving_digits()
         real = digits.real() if recipe.needs & {"real", "preferred"} else None
         return Setting(digits.family, prompts or digits.prompts, reward or digits.reward, digits.monitor, real)
+    if args.model == DIGITS:
+        from instep.embedded import class_digits
+
+        images = class_digits()
+        real = images.real() if recipe.needs & {"real", "preferred"} else None
+        return Setting(images.family, prompts or images.prompts, reward or images.reward, images.monitor, real)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     family = load(args.model, VideoSize(*args.size) if args.size else None)

@@ -3,6 +3,7 @@
 from instep.export.card import ExportInfo
 from instep.export.folder import ExportReport, export_many_step, export_student
 from instep.export.lora import lora_state_dict, merge_lora, save_lora
+from instep.export.parts import export_parts
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import verify_export
 
@@ -10,6 +11,7 @@ __all__ = [
     "ExportInfo",
     "ExportReport",
     "export_many_step",
+    "export_parts",
     "export_student",
     "few_step_scheduler",
     "lora_state_dict",

@@ -39,14 +39,14 @@ class ExportReport:
 
     sampler_difference: stock diffusers against our sampler, both on the exported weights. student_difference: stock
     diffusers on the exported weights against our sampler on the student in memory: sampler, merge and rounding to
-    `dtype` together.
+    `dtype` together. comfyui_difference: of ComfyUI's levels from ours; None for exports that are no pipeline.
     """
 
     folder: Path
     levels: tuple[float, ...]
     sampler_difference: float
     student_difference: float
-    comfyui_difference: float
+    comfyui_difference: float | None
     lora_tensors: int
     size_bytes: int
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from instep.models.base import Family
 
 MOVING_DIGITS = "moving-digits"
+DIGITS = "digits"
+BUNDLED = (MOVING_DIGITS, DIGITS)
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,24 @@ def bundled(name: str) -> Path:
 
 
 def load(model: str, size: VideoSize | None = None) -> Family:
-    """The family of `model`: the bundled `moving-digits`, or a diffusers pipeline folder.
+    """The family of `model`: the bundled `moving-digits` or `digits`, a diffusers pipeline folder, or the parts of a class-conditional DiT
+    (transformer/ and scheduler/, without an index: no stock pipeline samples it).
 
-    Raises ValueError if the folder is not there, lacks a part, or holds a pipeline that no family knows.
+    Raises ValueError if the folder is not there, lacks a part, or holds a pipeline that no family knows, and for a `size` where the network has its own.
     """
-    folder = bundled(model) if model == MOVING_DIGITS else Path(model)
+    folder = bundled(model) if model in BUNDLED else Path(model)
     index = folder / "model_index.json"
+    if not index.is_file() and _class_of(folder / "transformer" / "config.json") == "DiTTransformer2DModel":
+        from instep.models.dit import DiTFamily
+
+        family = DiTFamily.load(folder, name=model if model == DIGITS else folder.name)
+        if size not in (None, family.size):
+            raise ValueError(f"size: {size} is not allowed; {family.name} draws {family.size.height} x {family.size.width} images; leave the size out")
+        return family
     if not index.is_file():
         raise ValueError(
-            f"model: {model!r} is not a model folder ({index} is missing); allowed: {MOVING_DIGITS!r}, or the path of a diffusers "
-            "pipeline folder as save_pretrained writes it"
+            f"model: {model!r} is not a model folder ({index} is missing); allowed: {', '.join(map(repr, BUNDLED))}, or the path of a "
+            "diffusers pipeline folder as save_pretrained writes it"
         )
     parts = {k: v for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[0] is not None}
     missing = [part for part in parts if not (folder / part).is_dir()]
@@ -54,3 +64,8 @@ def load(model: str, size: VideoSize | None = None) -> Family:
         chosen = size or (MOVING_DIGITS_SIZE if model == MOVING_DIGITS else VideoSize())
         return WanFamily.load(folder, chosen, name=model if model == MOVING_DIGITS else folder.name)
     raise ValueError(f"model: {folder} holds a {kind}, which no family knows yet; allowed: WanPipeline")
+
+
+def _class_of(config: Path) -> str | None:
+    """The class that a diffusers config.json names; None without such a file."""
+    return json.loads(config.read_text()).get("_class_name") if config.is_file() else None

@@ -13,7 +13,10 @@ from instep.prediction import Condition, Parameterisation
 
 
 class Family(Protocol):
-    """A pretrained pipeline seen through what training needs. Latents x [B, C, (F,) H, W]; media [B, 3, (F,) H, W] in [0, 1]."""
+    """A pretrained pipeline seen through what training needs. Latents x [B, C, (F,) H, W]; media [B, 3, (F,) H, W] in [0, 1].
+
+    `pipe` is the diffusers pipeline, or None for a network that no stock pipeline samples: its students are exported as transformer and scheduler.
+    """
 
     name: str
     source: str
@@ -57,8 +60,8 @@ class Family(Protocol):
         """Raw network output in `parameterisation`; t in [0, 1]."""
         ...
 
-    def time_embedder(self, module: nn.Module) -> nn.Module:
-        """The submodule whose output [B, width] is the time embedding: an exit embedding is added there."""
+    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
+        """The submodules whose outputs [B, width] are the time embedding (one, or one a block): the exit embedding is added to each."""
         ...
 
     def time_width(self, module: nn.Module) -> int:

@@ -144,8 +144,8 @@ class WanFamily:
         dtype = next(module.parameters()).dtype
         return module(x_t.to(dtype), t.float() * 1000, cond.text.to(dtype), return_dict=False)[0]
 
-    def time_embedder(self, module: nn.Module) -> nn.Module:
-        return module.condition_embedder.time_embedder
+    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
+        return [module.condition_embedder.time_embedder]
 
     def time_width(self, module: nn.Module) -> int:
         return module.config.num_attention_heads * module.config.attention_head_dim

@@ -73,6 +73,10 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
     """Everything that would otherwise fail after minutes: missing parts, and a reward that does not work on one small batch."""
     if not prompts:
         raise ValueError("prompts: the list is empty; give at least one prompt")
+    if recipe.sampler == "ode" and family.pipe is None:
+        raise ValueError(
+            f"model: {family.name} has no stock pipeline, and {recipe.name} leaves a many-step model, which is exported as one; choose a recipe that distils"
+        )
     for stage in recipe.stages:
         if not stage.steps:
             continue

@@ -144,8 +144,9 @@ def export_role(
     command: str,
     dtype: torch.dtype | None = None,
 ) -> ExportReport:
-    """A student role as a stock pipeline folder, checked there against the sampler that trained it; a many-step student keeps its model's scheduler."""
-    from instep.export import ExportInfo, export_many_step, export_student  # diffusers' exporters are slow to import
+    """A student role as a stock pipeline folder (or its parts, where there is no stock pipeline), checked there against the sampler that trained it;
+    a many-step student keeps its model's scheduler."""
+    from instep.export import ExportInfo, export_many_step, export_parts, export_student, merge_lora  # diffusers' exporters are slow to import
 
     info = ExportInfo(
         recipe=recipe, base_model=family.name, seed=seed, command=command, instep_version=__version__, training_prompts=prompts,
@@ -162,6 +163,9 @@ def export_role(
         noise = torch.randn(len(names), *family.latent_shape, generator=rng, device=rng.device)
         return sample_few_step(student, family.encode(names), noise, sampling.levels, family.path, rng)
 
+    if family.pipe is None:
+        plain = module if student.adapter is None else merge_lora(module, student.adapter)
+        return export_parts(family, plain, sampling.levels, to, info, dtype=dtype, ours=ours)
     if student.adapter is None:
         return export_student(family.pipeline(module), sampling.levels, to, info, dtype=dtype, ours=ours)
     return export_student(family.pipe, sampling.levels, to, info, lora=module, adapter=student.adapter, dtype=dtype, ours=ours)

@@ -1,0 +1,121 @@
+"""Writing a student that no stock pipeline samples (a class-conditional flow in pixel space): its transformer and its scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from instep.export.card import ExportInfo
+from instep.export.folder import RECORD, ExportReport, _check_target, _plain, _swap, _sync
+from instep.export.scheduler import few_step_scheduler
+from instep.export.verify import Sampler
+from instep.files import no_room, unwritten
+from instep.roles import Backbone, Role
+from instep.rollout import sample_few_step
+
+if TYPE_CHECKING:
+    from instep.models.base import Family
+
+CARD = """# {name}: {steps}-step student ({recipe})
+
+Trained by instep {version} from {base}: `{command}`
+
+There is no stock diffusers pipeline for a class-conditional flow in pixel space, so this folder holds its two parts. They are stock classes:
+
+```python
+import torch
+from diffusers import {transformer}, FlowMatchEulerDiscreteScheduler
+
+transformer = {transformer}.from_pretrained("{name}", subfolder="transformer")
+scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("{name}", subfolder="scheduler")
+scheduler.set_timesteps({steps})
+labels = torch.arange(10)
+x = torch.randn(10, *{shape})
+for t in scheduler.timesteps:
+    v = transformer(x, timestep=t.expand(10), class_labels=labels, return_dict=False)[0]
+    x = scheduler.step(v, t, x, return_dict=False)[0]
+images = (x.clamp(-1, 1) + 1) / 2
+```
+
+Largest difference of final samples between this loop and the sampler that trained it: {sampler:.1e}; between it and the student in memory: {student:.1e}.
+"""
+
+
+def export_parts(
+    family: Family, student: nn.Module, levels: Sequence[float], out: Path, info: ExportInfo, *, ours: Sampler, dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> ExportReport:  # fmt: skip
+    """Writes `out` with transformer/, scheduler/ and README.md, and checks there that the scheduler's plain loop draws what `ours` draws.
+
+    student: the network itself (adapters merged). dtype: float16, float32 or None to keep. The folder appears at once, complete, or not at all.
+    Raises ValueError as `export_student` does.
+    """
+    out, levels = Path(out), tuple(float(t) for t in levels)
+    if dtype not in (torch.float16, torch.float32, None):
+        raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
+    _check_target(out, overwrite)
+    scheduler, exported = few_step_scheduler(levels), _plain(student, dtype)
+    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        exported.save_pretrained(temporary / "transformer")
+        scheduler.save_pretrained(temporary / "scheduler")
+        (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": asdict(info)}, indent=2))
+        stock, same = stock_loop(family, temporary, [info.example_prompt] * 2)
+        in_memory = drawn(ours, [info.example_prompt] * 2)
+        sampler_difference, student_difference = (float((stock - other).abs().max()) for other in (same, in_memory))
+        shape = tuple(family.latent_shape)
+        (temporary / "README.md").write_text(CARD.format(
+            name=out.name, steps=len(levels), recipe=info.recipe, version=info.instep_version, base=info.base_model, command=info.command,
+            transformer=type(exported).__name__, shape=shape, sampler=sampler_difference, student=student_difference,
+        ))  # fmt: skip
+        size_bytes = _sync(temporary)
+        _swap(temporary, out)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if full := no_room(error):
+            raise unwritten(full, f"the export {out}", "what was there before is unchanged") from error
+        raise
+    return ExportReport(out, levels, sampler_difference, student_difference, None, 0, size_bytes)
+
+
+def drawn(sampler: Sampler, prompts: Sequence[str]) -> Tensor:
+    """Final latents from torch's global generator at seed 0, whose state is put back: the scheduler re-noises from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return sampler(prompts, torch.default_generator)
+
+
+@torch.no_grad()
+def stock_loop(family: Family, folder: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Final latents [B, ...] of the exported parts, in float32: by the stock scheduler's loop, and by our sampler around the same network."""
+    import diffusers
+
+    kind: Any = getattr(diffusers, json.loads((folder / "transformer" / "config.json").read_text())["_class_name"])
+    network = kind.from_pretrained(folder / "transformer", torch_dtype=torch.float32, local_files_only=True).eval()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    levels = json.loads((folder / RECORD).read_text())["levels"]
+    cond = family.encode(prompts).to("cpu")
+
+    def stock(names: Sequence[str], rng: torch.Generator) -> Tensor:
+        scheduler.set_timesteps(len(levels))
+        x = torch.randn(len(names), *family.latent_shape, generator=rng)
+        for t in scheduler.timesteps:
+            v = family.forward(network, x, t.expand(len(x)) / scheduler.config.num_train_timesteps, cond)
+            x = scheduler.step(v, t, x, return_dict=False)[0]
+        return x
+
+    def own(names: Sequence[str], rng: torch.Generator) -> Tensor:
+        noise = torch.randn(len(names), *family.latent_shape, generator=rng)
+        return sample_few_step(Role("student", Backbone(family, network)), cond, noise, levels, family.path, rng)
+
+    return drawn(stock, prompts), drawn(own, prompts)
