@@ -92,6 +92,7 @@ def test_mistakes_before_any_work(capsys):
     """A prompt file and a reward that are not there are found before a model is loaded."""
     assert said(capsys, "train dmd2 --prompts nowhere.txt").startswith("prompts: nowhere.txt is not a file that exists")
     assert said(capsys, "train dm-align-group --reward brightness").startswith("reward: 'brightness' is not of the form module:function")
+    assert said(capsys, "train dm-align-group --reward x*test_run:brightness").startswith("reward: the weight 'x' of 'test_run:brightness' is not a number")
     assert said(capsys, "train dm-align-group --reward no_such_module:f").startswith("reward: 'no_such_module:f' cannot be imported")
 
 
@@ -168,3 +169,12 @@ def test_help_needs_no_torch():
 def test_it_runs_as_a_program():
     got = child("-m", "instep.cli", "train", "nonsense")
     assert got.returncode == 2 and got.stderr.startswith("error: recipe: 'nonsense'") and "Traceback" not in got.stderr
+
+
+def test_several_rewards_on_the_command_line():
+    from test_run import brightness
+
+    from instep.commands.train import load_reward
+
+    both = load_reward("test_run:brightness, 0.5*test_run:brightness")
+    assert both.weights == (1.0, 0.5) and load_reward("test_run:brightness") is brightness and load_reward("2*test_run:brightness").weights == (2.0,)

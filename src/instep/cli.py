@@ -43,7 +43,8 @@ class TrainArgs:
     prompts: Path | None = None
     """Text file, one prompt a line (or JSON lines with a "prompt"); default: the bundled model's own."""
     reward: str | None = None
-    """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); default: the bundled model's training judge."""
+    """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); several with weights as module:a,0.5*module:b, each
+    normalised before it is weighed; default: the bundled model's training judge."""
     tracker: str | None = None
     """Another tracker beside log.jsonl and TensorBoard, as module:function, called with (step, scalars) for every row."""
     seed: int = 0

@@ -15,6 +15,7 @@ from instep.commands import default_threads
 from instep.models import DIGITS, MOVING_DIGITS, VideoSize, load
 from instep.models.base import Family
 from instep.rewards.base import Reward
+from instep.rewards.several import several
 from instep.train.probe import Monitor, few_of
 from instep.train.recipe import Recipe
 from instep.train.run import Interrupted, Run, RunOptions, final_samples, train
@@ -70,7 +71,7 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     """The model and what the recipe needs with it; errors here come before any training."""
     from instep.data.prompts import load_prompts
 
-    reward = load_function(args.reward, "reward") if args.reward else None
+    reward = load_reward(args.reward) if args.reward else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     if args.model == MOVING_DIGITS:
         from instep.embedded import moving_digits
@@ -88,6 +89,19 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     family = load(args.model, VideoSize(*args.size) if args.size else None)
     return Setting(family, prompts, reward, None, None)
+
+
+def load_reward(text: str) -> Reward | Callable[..., Any]:
+    """`module:function`, or several with weights: `module:a,0.5*module:b`."""
+    parts: list[tuple[Any, float]] = []
+    for part in text.split(","):
+        weight, star, name = part.strip().rpartition("*")
+        try:
+            value = float(weight) if star else 1.0
+        except ValueError:
+            raise ValueError(f"reward: the weight {weight!r} of {name!r} is not a number; write for example module:a,0.5*module:b") from None
+        parts.append((load_function(name, "reward"), value))
+    return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else several(*parts)
 
 
 def load_function(name: str, option: str) -> Callable[..., Any]:
