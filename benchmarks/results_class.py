@@ -115,8 +115,11 @@ def reading() -> str:
     return (
         f"Where the Frechet distance parts from the paper: the unguided teacher stands at {figure('teacher-50-1', 'fd')} and its student at "
         f"{figure('dmd2-1', 'fd')}, real scans at {real:.3f}. An unguided model of this size draws some digits that are none, so a first bit of sharpening, by "
-        "guidance or by the reward, takes it nearer to the real ones; what is sharpened further moves away again. The paper's unguided student starts "
-        f"where only the second half is left. The weight of the reward's gradient beside plain matching, guidance 1: {curve}."
+        "guidance or by the reward, takes it nearer to the real ones; what is sharpened further moves away again. If the paper's unguided "
+        f"student starts near its data already, it has only the second half (our reading, not tested). The weight of the reward's gradient beside plain matching, guidance 1: {curve}. "
+        f"At weight 5 the student collapses (spread in a class {figure('refl-1-high', 'diversity')}, plain {figure('dmd2-1', 'diversity')}) while the judges "
+        f"are content (right class {figure('refl-1-high', 'heldout')}, inception score {figure('refl-1-high', 'inception')}): the decline beyond an optimal "
+        "weight that the paper's Table 5c reports, and a warning about what these figures reward."
     )
 
 
