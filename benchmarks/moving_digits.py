@@ -34,8 +34,8 @@ from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
 from instep.recipes.refl import refl
 from instep.rewards.base import Reward
-from instep.train.findings import probes
-from instep.train.health import flags
+from instep.train.findings import number, probes
+from instep.train.health import examine
 from instep.train.log import read_rows
 from instep.train.recipe import Recipe
 from instep.train.run import RunOptions, train
@@ -102,8 +102,15 @@ def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS
         row = evaluate(
             name, "student", generate, evaluation_set("full"), judges_of(), steps=len(recipe.levels), guidance=recipe.sampling.guidance, note=cell.what
         )
-    hacking = next((raised.step for raised in flags(run.out) if raised.flag == "hacking"), None)
-    write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed, "hacking": hacking, "curve": curve(run.out)})
+    told = {"hacking": hacking(run.out, recipe), "curve": curve(run.out)}
+    write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed, **told})
+
+
+def hacking(out: Path, recipe: Recipe) -> int | None:
+    """The step at which the health checks, as they are now, call a run's reward hacked: its log read again."""
+    rows = read_rows(out / "log.jsonl")
+    ends = [i + 1 for i, row in enumerate(rows) if number(row, "probe/ink") is not None]
+    return next((rows[i - 1]["step"] for i in ends if any(found.flag == "hacking" for found in examine(rows[:i], recipe))), None)
 
 
 def curve(out: Path) -> list[dict[str, float]]:

@@ -9,14 +9,16 @@ Every cell but the tilted ones goes on from the same distilled student, `dmd2-2`
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 from moving_digits import CELLS as DISTILLED
-from moving_digits import FEW, MORE, RESULTS, TWO, Cell, run_cell
+from moving_digits import FEW, MORE, RESULTS, TWO, Cell, hacking, run_cell
 from torch import Tensor
 
 from instep.embedded import MovingDigits
+from instep.files import write_json
 from instep.recipes.after import rl_after, sft_after
 from instep.recipes.amd import amd
 from instep.recipes.common import Common
@@ -99,8 +101,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--flags", action="store_true", help="read the logs of finished runs again, after a change of the health checks")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.flags:
+        for name in args.cells:
+            for seed in args.seeds:
+                file, out = OWN / f"{name}-{seed}.json", args.runs / f"{name}-{seed}"
+                if file.is_file() and out.is_dir():
+                    write_json(file, json.loads(file.read_text()) | {"hacking": hacking(out, CELLS[name].recipe())})
+        return
     for name in args.cells:
         for seed in args.seeds:
             if CELLS[name].start in DISTILLED:

@@ -112,11 +112,16 @@ def reading() -> str:
     weights = {0: "dmd2-1", 0.05: "refl-1-low", 0.5: "refl-1-half", 5: "refl-1-high"}
     parts = {w: ", ".join(f"{COLUMNS[k]} {figure(name, k)}" for k in ("fd", "recall", "precision")) for w, name in weights.items()}
     curve = "; ".join(f"weight {w}: {text}" for w, text in parts.items())
+    high = {k: figure("refl-1-high", k) for k in ("diversity", "heldout", "inception")}
     return (
         f"Where the Frechet distance parts from the paper: the unguided teacher stands at {figure('teacher-50-1', 'fd')} and its student at "
         f"{figure('dmd2-1', 'fd')}, real scans at {real:.3f}. An unguided model of this size draws some digits that are none, so a first bit of sharpening, by "
-        "guidance or by the reward, takes it nearer to the real ones; what is sharpened further moves away again. The paper's unguided student starts "
-        f"where only the second half is left. The weight of the reward's gradient beside plain matching, guidance 1: {curve}."
+        "guidance or by the reward, takes it nearer to the real ones; what is sharpened further moves away again. If the paper's unguided "
+        f"student starts near its data already, it has only the second half (our reading, not tested). "
+        f"The weight of the reward's gradient beside plain matching, guidance 1: {curve}. "
+        f"At weight 5 the student collapses (spread in a class {high['diversity']}, plain {figure('dmd2-1', 'diversity')}) while the judges "
+        f"are content (right class {high['heldout']}, inception score {high['inception']}): the decline beyond an optimal "
+        "weight that the paper's Table 5c reports, and a warning about what these figures reward."
     )
 
 

@@ -155,7 +155,7 @@ def test_each_sign_of_hacking(figures, said):
     assert all_flags(history(probes=lambda step: {**start, **({"train_score": -0.1, **figures} if step == 90 else {})})) == set(), "one probe"
 
 
-@pytest.mark.parametrize("figures", [{"monitor_both": 0.98}, {"monitor_both": 0.86}, {"diversity": 0.092}, {"modes": 4.4}, {"modes": 6.0}])
+@pytest.mark.parametrize("figures", [{"monitor_both": 0.98}, {"monitor_both": 0.86}, {"diversity": 0.094}, {"modes": 4.4}, {"modes": 6.0}])
 def test_what_is_no_hacking(figures):
     """A reward that rises with the monitor; two of 48 samples, a few per cent of diversity or half a mode less."""
     assert all_flags(history(probes=lambda step: {"modes": 5.0, **hack(**figures)(step)})) == set()

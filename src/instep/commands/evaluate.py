@@ -91,7 +91,8 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     record = read_run(folder)
     if record["model"] != MOVING_DIGITS:
         raise ValueError(f"dir: {folder} was trained on {record['model']!r}; these judges know {MOVING_DIGITS} alone")
-    family, judges, chosen = load(MOVING_DIGITS), judges_of(), evaluation_set(protocol, seed)
+    # a student with an adapter puts it into its family's network: the teacher's rows are those of a network of their own
+    family, plain, judges, chosen = load(MOVING_DIGITS), load(MOVING_DIGITS), judges_of(), evaluation_set(protocol, seed)
     sampling, guidance = sampling_of(record), float(record["config"]["guidance"])
     levels = sampling.levels
     student = student_of(folder, record, family)
@@ -100,11 +101,11 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     q, before = len(levels), []
     for stage, step in stage_ends(record)[:-1]:
         if checkpoint.at(folder / "checkpoints", step) is not None:
-            earlier = drawn(student_of(folder, record, family, step=step), family, sampling)
+            earlier = drawn(student_of(folder, record, other := load(MOVING_DIGITS), step=step), other, sampling)
             before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, judges, steps=q, guidance=sampling.guidance))
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
     decoded = floor_row(chosen, judges, through=lambda media: family.decode(family.encode_media(media)))
-    rows = [row, *before, decoded, *(baseline(family, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]
+    rows = [row, *before, decoded, *(baseline(plain, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]
     bottom, health = floor_row(chosen, judges), flags(folder)
     write_json(
         folder / "metrics.json",

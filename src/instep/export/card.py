@@ -74,7 +74,9 @@ def many_step_card(info: ExportInfo, steps: int, guidance: float) -> str:
     return (
         f"---\nlibrary_name: diffusers\n---\n\n# {name}, aligned ({info.recipe})\n\n`{info.base_model}` after the recipe `{info.recipe}` of instep"
         f" {info.instep_version}: still a many-step model with its own scheduler, trained with {steps} steps and guidance {guidance:g}.\n\n"
-        f"## Use\n\n```python\n{usage}```\n\nTo make a few-step student of it: `instep train dmd2 --model THIS_FOLDER`.\n\n"
+        f"## Use\n\n```python\n{usage}```\n\nThe pipeline's scheduler takes other levels"
+        " than training did for the same number of steps: at few steps take some more.\n\nTo make a few-step student of it: `instep train dmd2 --model"
+        f" THIS_FOLDER --prompts PROMPTS --size {size.height} {size.width} {size.frames}`.\n\n"
         f"## Training\n\n- recipe: `{info.recipe}`\n- prompts: {info.training_prompts}\n- seed: {info.seed}\n\n```\n{info.command}\n```\n"
     )
 

@@ -23,8 +23,8 @@ from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler, our_sampler, smallest_size, verify_export
 from instep.files import no_room, unwritten
-from instep.levels import few_step_levels
 from instep.quiet import quiet
+from instep.rollout import Sampling
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -115,8 +115,7 @@ def export_student(
 
 def export_many_step(
     pipeline: DiffusionPipeline,
-    steps: int,
-    guidance: float,
+    sampling: Sampling,
     out: Path,
     info: ExportInfo,
     *,
@@ -127,22 +126,22 @@ def export_many_step(
 ) -> ExportReport:
     """Writes a student that is still a many-step model: the pipeline with its own scheduler, its weights in place of the pretrained ones.
 
-    `steps` and `guidance` are those it was trained with, and what the card and `instep sample` say. Otherwise as `export_student`; nothing is
-    compared with our sampler: the scheduler is the pipeline's own, whose grid of levels is not ours.
+    `sampling` is what it was trained with, and what the card and `instep sample` say. Otherwise as `export_student`; nothing is compared with our
+    sampler: the scheduler is the pipeline's own, whose levels are other ones for the same number of steps (diffusers' last lies next to 0).
     """
     out = Path(out)
     _check_target(out, overwrite)
     student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=pipeline.scheduler, dtype=dtype)
-    record = {"instep": info.instep_version, "levels": few_step_levels(steps), "sampler": "ode", "guidance": guidance, "info": asdict(info)}
+    record = {"instep": info.instep_version, "levels": sampling.levels, "sampler": "ode", "guidance": sampling.guidance, "info": asdict(info)}
     with _at_once(out) as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
         (temporary / RECORD).write_text(json.dumps(record, indent=2))
-        (temporary / "README.md").write_text(many_step_card(info, steps, guidance))
+        (temporary / "README.md").write_text(many_step_card(info, len(sampling.levels), sampling.guidance))
         size_bytes = _sync(temporary)
-    return ExportReport(out, tuple(record["levels"]), math.nan, math.nan, math.nan, len(keys), size_bytes)
+    return ExportReport(out, sampling.levels, math.nan, math.nan, math.nan, len(keys), size_bytes)
 
 
 @contextmanager

@@ -45,9 +45,10 @@ class RewardGradient(Force):
 
 
 def balanced(gradients: Tensor, weights: Sequence[float]) -> Tensor:
-    """Weighted sum over the first axis of gradients [R, B, ...], each brought to the mean of their mean norms a sample; one is left as it is."""
+    """Weighted sum over the first axis of gradients [R, B, ...], each brought to the mean of their mean norms a sample; one is only weighed."""
     if len(gradients) == 1:
-        return gradients[0]
+        return weights[0] * gradients[0]
     norms = gradients.flatten(2).norm(dim=2).mean(1)
-    scale = gradients.new_tensor(weights) * torch.where(norms > 0, norms.mean() / norms.clamp(min=1e-12), torch.zeros_like(norms))
+    usual = norms.sum() / (norms > 0).sum().clamp(min=1)  # a reward that says nothing here does not quieten the others
+    scale = gradients.new_tensor(weights) * torch.where(norms > 0, usual / norms.clamp(min=1e-12), torch.zeros_like(norms))
     return torch.einsum("r,r...->...", scale, gradients)

@@ -44,7 +44,7 @@ def load(model: str, size: VideoSize | None = None) -> Family:
     if not index.is_file() and _class_of(folder / "transformer" / "config.json") == "DiTTransformer2DModel":
         from instep.models.dit import DiTFamily
 
-        family = DiTFamily.load(folder, name=model if model == DIGITS else folder.name)
+        family = DiTFamily.load(folder, name=_name(model, folder))
         if size not in (None, family.size):
             raise ValueError(f"size: {size} is not allowed; {family.name} draws {family.size.height} x {family.size.width} images; leave the size out")
         return family
@@ -53,6 +53,14 @@ def load(model: str, size: VideoSize | None = None) -> Family:
             f"model: {model!r} is not a model folder ({index} is missing); allowed: {', '.join(map(repr, BUNDLED))}, or the path of a "
             "diffusers pipeline folder as save_pretrained writes it"
         )
+    record = _export_record(folder)
+    if record and record.get("sampler", "few-step") == "few-step":
+        raise ValueError(
+            f"model: {folder} is a few-step student ({len(record['levels'])} steps), which cannot serve as a many-step teacher; give the model it was made "
+            "from, or with --start-from its run to go on training it"
+        )
+    if record and size is None:
+        size = VideoSize(**record["info"]["size"])
     parts = {k: v for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[0] is not None}
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
@@ -62,8 +70,19 @@ def load(model: str, size: VideoSize | None = None) -> Family:
         from instep.models.wan import WanFamily
 
         chosen = size or (MOVING_DIGITS_SIZE if model == MOVING_DIGITS else VideoSize())
-        return WanFamily.load(folder, chosen, name=model if model == MOVING_DIGITS else folder.name)
+        return WanFamily.load(folder, chosen, name=_name(model, folder))
     raise ValueError(f"model: {folder} holds a {kind}, which no family knows yet; allowed: WanPipeline")
+
+
+def _name(model: str, folder: Path) -> str:
+    """Of a family: a bundled model's, or its folder's, which may not pass for a bundled one."""
+    return model if model in BUNDLED or folder.name not in BUNDLED else str(folder)
+
+
+def _export_record(folder: Path) -> dict | None:
+    """What an export of ours says of itself; None of any other folder."""
+    file = folder / "instep_export.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _class_of(config: Path) -> str | None:

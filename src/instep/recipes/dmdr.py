@@ -26,6 +26,8 @@ Anchor = Literal["matching", "dm", "advantage"]
 def reinforce(common: Common, name: str, steps: int, kind: Branch, weight: float, *, group: int, clip: float, kl: float, beta: float, beside: Sequence[Term],
               critics: Sequence[Critic], inner_epochs: int) -> Stage:  # fmt: skip
     """A stage of reinforcement learning with what acts beside it."""
+    if kind == "ddpo" and inner_epochs > 1:
+        raise ValueError(f"inner_epochs: {inner_epochs} is not allowed with ddpo, which has no ratio to the student that rolled out; use 1, or grpo")
     branches: dict[Branch, Term] = {
         "refl": RewardGradient(weight=weight), "grpo": GRPO(weight=weight, clip=clip, kl=kl), "ddpo": DDPO(weight=weight),
         "dpo": OnlineDPO(weight=weight, beta=beta, levels=OneOf(common.levels)),
@@ -75,7 +77,7 @@ def dmdr(
         beta: temperature of dpo.
         inner_epochs: student updates on one rollout in stage 2; from 2 on GRPO's clip acts.
     """
-    first, teacher = _warm(common, warm, group, tilt, dyna_rs, dyna_dg)
+    first, teacher = _warm(common, warm, group, tilt, dyna_rs, dyna_dg if warm else 0.0)
     operators: dict[Anchor, Operator | None] = {"matching": None, "dm": MatchingOnly(), "advantage": AdvantageGuided()}
     joint = reinforce(
         common, "joint", iterations, rl, weight, group=group, clip=clip, kl=kl, beta=beta, beside=(common.matching(operator=operators[beside]),),

@@ -41,6 +41,10 @@ class ManySteps:
     accumulate: int = 1
     """Micro-batches an update."""
 
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps: {self.steps} is not allowed for a many-step model; 2 or more, 10 is usual (in the laboratory RECIPE:steps=10)")
+
     @property
     def levels(self) -> tuple[float, ...]:
         """Levels of the sampler."""

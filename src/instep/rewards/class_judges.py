@@ -123,7 +123,7 @@ def load_class_judge(name: JudgeName, folder: Path = FOLDER, scale: Scale = "log
     if name not in get_args(JudgeName):
         raise ValueError(f"name: {name!r} is not allowed; use one of {', '.join(get_args(JudgeName))}")
     net, accuracy = _load(name, Path(folder))
-    return ClassJudge(name, net, accuracy, scale)
+    return ClassJudge(name if scale == "log" else f"{name}, {scale}", net, accuracy, scale)
 
 
 @cache

@@ -85,7 +85,7 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
         if "gradient" in stage.needs and (reward is None or not reward.differentiable):
             raise ValueError(
                 f"reward: stage {stage.name!r} of {recipe.name} climbs its gradient and "
-                + ("none was given" if reward is None else f"{reward.name!r} is not differentiable")
+                + ("none was given" if reward is None else f"{_blunt(reward).name!r} is not differentiable")
                 + "; give one that is (a Reward with differentiable = True), or choose a recipe that only asks for scores, like amd or dm-align-group"
             )
         if "reward" in stage.needs and reward is None:
@@ -102,7 +102,13 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
         with torch.no_grad():
             checked_scores(reward, _media(family, reward, trial, clamp=True), pair)
         if "gradient" in recipe.needs:
-            _check_gradient(family, reward, trial, pair)
+            for part in reward.parts if isinstance(reward, Several) else (reward,):
+                _check_gradient(family, part, trial, pair)
+
+
+def _blunt(reward: Reward) -> Reward:
+    """The reward, or of several the first, that has no gradient."""
+    return next(part for part in reward.parts if not part.differentiable) if isinstance(reward, Several) else reward
 
 
 def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequence[str]) -> None:
@@ -129,6 +135,7 @@ def claim(
     identity = {
         "recipe": recipe.name,
         "model": family.name,
+        "weights": weights_fingerprint(family),
         "seed": options.seed,
         "levels": list(recipe.levels),
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
@@ -165,6 +172,15 @@ def claim(
             "example_prompt": prompts[0],
         }
         write_json(file, {**about, **identity})
+
+
+def weights_fingerprint(family: Family) -> str:
+    """Of the pretrained network: a few numbers of every tensor. Folders of the same name may hold other weights."""
+    digest = hashlib.sha256()
+    for name, p in family.pretrained.named_parameters():
+        some = p.detach().flatten()[:: max(1, p.numel() // 16)][:16].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def checkpoint_bytes(recipe: Recipe, family: Family) -> int:

@@ -176,6 +176,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"recipe {self.name!r}: two stages share a name in {names}; references, checkpoints and the log tell them apart by it")
         if not any(stage.steps for stage in self.stages):
             raise ValueError(f"recipe {self.name!r}: no stage has steps; give at least one of them a positive number")
 

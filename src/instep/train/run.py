@@ -156,7 +156,7 @@ def export_role(
     if sampling.kind == "ode":
         lora = None if student.adapter is None else module
         pipe = family.pipe if lora is not None else family.pipeline(module)
-        return export_many_step(pipe, len(sampling.levels), sampling.guidance, to, info, lora=lora, adapter=student.adapter or "", dtype=dtype)
+        return export_many_step(pipe, sampling, to, info, lora=lora, adapter=student.adapter or "", dtype=dtype)
 
     @torch.no_grad()
     def ours(names: Sequence[str], rng: torch.Generator) -> Tensor:

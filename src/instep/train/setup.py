@@ -17,17 +17,20 @@ from instep.train.step import Score, Trained, TrainState
 def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -> dict[str, Role]:
     """Every role of the recipe. Adapters and the frozen teacher share the family's own network; other roles get a copy."""
     shared = Backbone(family, family.pretrained, checkpointing=checkpointing)
+    # before any adapter is put into the shared network, which a copy would have too
+    copies = {
+        name: Backbone(family, family.new_backbone().requires_grad_(config.optim is not None), checkpointing=checkpointing)
+        for name, config in recipe.roles.items()
+        if config.lora is None and (config.optim is not None or config.copy)
+    }
     made: dict[str, Role] = {}
     for name, config in recipe.roles.items():
         exits = len(recipe.levels) if config.exits else None
         if config.lora is not None:
             shared.add_adapter(name, config.lora)
             made[name] = Role(name, shared, adapter=name, scale=config.scale, exits=exits, head=config.head)
-        elif config.optim is not None or config.copy:
-            copy = Backbone(family, family.new_backbone().requires_grad_(config.optim is not None), checkpointing=checkpointing)
-            made[name] = Role(name, copy, exits=exits, head=config.head)
         else:
-            made[name] = Role(name, shared, exits=exits, head=config.head)
+            made[name] = Role(name, copies.get(name, shared), exits=exits, head=config.head)
     return made
 
 

@@ -167,7 +167,7 @@ def score(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, 
     each = state.score(rollout.point("final").x.detach(), prompts).to(rollout.point("final").x)
     each = each[:, None] if each.ndim == 1 else each
     weights = each.new_tensor(state.weights)
-    reward = each[:, 0] if len(weights) == 1 else each @ weights
+    reward = weights[0] * each[:, 0] if len(weights) == 1 else each @ weights
     log.add("reward/train", reward.mean())
     for i in range(len(weights) if len(weights) > 1 else 0):
         log.add(f"reward/train/{i}", each[:, i].mean())
