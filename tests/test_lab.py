@@ -151,6 +151,7 @@ def test_specs_are_read_and_refused():
         build("amd:tlit=0", common(), 90)
     with pytest.raises(ValueError, match="recipe: 'amdd' is not known"):
         build("amdd", common(), 90)
+    assert build("dmdr:tilt=none", common(), 90).stages[0].needs == frozenset(), "none is a word where the option takes words"
     with pytest.raises(ValueError, match="'lora_rank=4' is not key=value with a key of dmd2"):
         build("dmd2:lora_rank=4", common(), 90)
     with pytest.raises(ValueError, match="steps: 1 is not allowed in stage 'joint': a 1-step student has no stochastic step"):

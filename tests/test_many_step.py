@@ -13,11 +13,12 @@ from instep.lab.run import common, ensemble_state
 from instep.lab.run import train as train_lab
 from instep.lab.spec import build
 from instep.lab.world import World, flow_start
-from instep.models import VideoSize
+from instep.models import load
 from instep.models.mixture import ExactTeacher, Mixture, labels
-from instep.models.wan import WanFamily
 from instep.paths import RectifiedFlow
 from instep.recipes import find
+from instep.recipes.common import Common
+from instep.recipes.dmd import dmd2
 from instep.recipes.many_step import ManySteps, dance_grpo, flow_dpo, flow_grpo
 from instep.rollout import Sampling, sample_ode
 from instep.terms import Objective
@@ -54,10 +55,14 @@ def test_every_recipe_runs_and_leaves_a_pipeline_with_its_own_scheduler(tmp_path
     assert type(pipe.scheduler).__name__ == type(fam.pipe.scheduler).__name__ and pipe.scheduler.config.shift == fam.pipe.scheduler.config.shift
     record = json.loads((run.student / "instep_export.json").read_text())
     assert record["sampler"] == "ode" and record["guidance"] == 3.0 and "num_inference_steps=3, guidance_scale=3" in (run.student / "README.md").read_text()
-    # the folder is a model like any other: a few-step student can be made of it
-    again = WanFamily.load(run.student, VideoSize(48, 48, 9))
-    key, value = next(iter(again.pretrained.named_parameters()))
-    assert value.shape == dict(fam.pretrained.named_parameters())[key.replace(".base_layer", "")].shape if lora is None else True
+    assert record["levels"] == list(recipe.levels)
+    # the folder is a model like any other, of the size it was trained at: a few-step student can be made of it
+    again = load(str(run.student))
+    assert again.size == fam.size
+    if name == "flow-dpo" and lora is None:
+        student = train(dmd2(Common(steps=2, batch=2, critic_updates=1), iterations=1), again, out=tmp_path / "few", prompts=PROMPTS)
+        with pytest.raises(ValueError, match="is a few-step student .2 steps., which cannot serve as a many-step teacher"):
+            load(str(student.student))
 
 
 def test_a_policy_gradient_through_a_guided_stochastic_sampler_starts_at_ratio_one(monkeypatch):
@@ -110,5 +115,7 @@ def test_what_does_not_go_together_is_refused():
         dance_grpo(fraction=0)
     with pytest.raises(ValueError, match="noise: 0 is not allowed"):
         flow_grpo(noise=0)
+    with pytest.raises(ValueError, match="steps: 1 is not allowed for a many-step model"):
+        build("flow-grpo", common(), 9)
     assert flow_dpo().stages[0].needs == {"reward", "reference"} and isinstance(flow_grpo().stages[0].collect.transition, FlowSDE)
     assert Sampling((1.0,)).kind == "few-step"

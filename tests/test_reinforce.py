@@ -323,3 +323,84 @@ def test_fine_tuning_a_distilled_student_blurs_it(distilled):
     for name, recipe in (("tuned", sft_after(common(), distil=200, iterations=200)), ("distilled", dmd2(common(), iterations=200))):
         both[name] = mean(train_lab(name, recipe, world, ensemble_state(recipe, world, distilled, 0)), "quality")
     assert both["tuned"] < 0.5 * both["distilled"]
+
+
+SHORT = Common(steps=2, batch=4, critic_updates=1)
+QUICK = RunOptions(save_every=1, probe_every=50)
+
+
+def test_dmdr_goes_on_from_a_distilled_student_with_its_default_options(tmp_path):
+    """Without a tilted stage nothing bends the teacher, so a plain run has all the roles it needs."""
+    plain = train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "plain", prompts=PROMPTS, options=QUICK)
+    for rl in ("dpo", "grpo"):
+        recipe = dmdr(SHORT, warm=0, iterations=1, group=2, rl=rl)
+        run = train(recipe, family(), out=tmp_path / rl, prompts=PROMPTS, reward=brightness, options=QUICK, start_from=plain.out)
+        assert set(run.state.trained) == {"student", "fake"}
+
+
+def test_a_reference_beside_a_bent_teacher_is_a_plain_copy(tmp_path):
+    """DynaDG puts an adapter into the pretrained network; the reference must not have it."""
+    run = train(dmdr(SHORT, warm=1, iterations=2, group=2, rl="dpo"), family(), out=tmp_path / "run", prompts=PROMPTS, reward=brightness, options=QUICK)
+    assert run.state.roles["reference"].named_parameters().keys() == run.state.roles["student"].named_parameters().keys()
+    assert run.state.anchored == "joint" and len(run.state.reference) == len(run.state.trained["student"].parameters)
+
+
+def test_the_weight_of_a_single_reward_counts_everywhere():
+    g = torch.randn(1, 4, 2, dtype=F64)
+    torch.testing.assert_close(balanced(g, (-0.5,)), -0.5 * g[0])
+    state = mlp_state(score=lambda x, names: x[:, 0])
+    state.weights = (-2.0,)
+    stage = Stage("rl", 1, 16, (OnlineDPO(levels=OneOf(LEVELS)),), (), FewStep(LEVELS), group=4)
+    from instep.terms import View
+    from instep.train.step import Scalars, collect, score
+
+    batch = batch_of(prompts(4, state.rng))
+    view = View(state.roles, state.path, batch, 0.0, state.rng)
+    scored = score(state, stage, view, collect(state, stage, view, with_graph=False, to_the_end=True), Scalars())
+    x = scored.point("final").x[:, 0]
+    torch.testing.assert_close(scored.reward, -2 * x)
+    torch.testing.assert_close(scored.advantage, -2 * group_advantage(x, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_a_silent_reward_does_not_quieten_the_others():
+    g = torch.stack([torch.ones(3, 2, dtype=F64), torch.zeros(3, 2, dtype=F64)])
+    torch.testing.assert_close(balanced(g, (1.0, 1.0)), g[0])
+
+
+def test_of_several_rewards_the_one_without_a_gradient_is_named(tmp_path):
+    from instep.recipes.refl import refl
+
+    good = FunctionReward(lambda media, prompts: media.mean((1, 2, 3, 4)), name="good", differentiable=True)
+    cut = FunctionReward(lambda media, prompts: media.detach().mean((1, 2, 3, 4)), name="cut", differentiable=True)
+    with pytest.raises(ValueError, match="reward: 'cut' says that it is differentiable and its scores have no gradient"):
+        train(refl(SHORT, iterations=1), family(), out=tmp_path / "a", prompts=PROMPTS, reward=several((good, 1.0), (cut, 1.0)), options=QUICK)
+    with pytest.raises(ValueError, match="'blunt' is not differentiable"):
+        both = several((good, 1.0), (FunctionReward(brightness, name="blunt"), 1.0))
+        train(refl(SHORT, iterations=1), family(), out=tmp_path / "b", prompts=PROMPTS, reward=both, options=QUICK)
+
+
+def test_stale_samples_are_refused_where_nothing_bounds_them():
+    with pytest.raises(ValueError, match="inner_epochs: 2 is not allowed with ddpo"):
+        dmdr(SHORT, group=2, rl="ddpo", inner_epochs=2)
+
+
+def test_another_network_of_the_same_name_is_another_run(tmp_path):
+    train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "run", prompts=PROMPTS, options=QUICK)
+    other = family()
+    with torch.no_grad():
+        next(other.pretrained.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match="holds another run .its weights differ"):
+        train(dmd2(SHORT, iterations=1), other, out=tmp_path / "run", prompts=PROMPTS, options=QUICK)
+
+
+def test_a_run_that_was_refused_leaves_its_folder_free(tmp_path):
+    """start_from is found wanting after the folder was claimed: the repaired command may use it."""
+    plain = train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "plain", prompts=PROMPTS, options=QUICK)
+    with pytest.raises(ValueError, match="has no role 'teacher'"):
+        tilted = dmdr(SHORT, warm=1, iterations=0, group=2)
+        train(tilted, family(), out=tmp_path / "run", prompts=PROMPTS, reward=brightness, options=QUICK, start_from=plain.out)
+    train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "run", prompts=PROMPTS, options=QUICK)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "recipe.json").write_text('{"soup": 1}')
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "theirs", prompts=PROMPTS, options=QUICK)

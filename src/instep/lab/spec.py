@@ -61,7 +61,7 @@ def _value(spec: str, key: str, text: str, default: Any) -> Any:
     """The value of an option, of the kind that its default is."""
     words = {"true": True, "false": False, "none": None}
     try:
-        value = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+        value = words[text.lower()] if text.lower() in words and not isinstance(default, str) else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
     number = isinstance(value, int | float) and not isinstance(value, bool)
