@@ -85,7 +85,7 @@ def export_student(
     scheduler = few_step_scheduler(levels)
     student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=scheduler, dtype=dtype)
-    with _at_once(out) as temporary:
+    with at_once(out) as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
@@ -134,7 +134,7 @@ def export_many_step(
     student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=pipeline.scheduler, dtype=dtype)
     record = {"instep": info.instep_version, "levels": sampling.levels, "sampler": "ode", "guidance": sampling.guidance, "info": asdict(info)}
-    with _at_once(out) as temporary:
+    with at_once(out) as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
@@ -145,7 +145,7 @@ def export_many_step(
 
 
 @contextmanager
-def _at_once(out: Path) -> Iterator[Path]:
+def at_once(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes `out` at the end, or disappears."""
     temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from instep.export.card import ExportInfo
-from instep.export.folder import RECORD, ExportReport, _check_target, _plain, _swap, _sync
+from instep.export.folder import RECORD, ExportReport, _check_target, _plain, _sync, at_once
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler
-from instep.files import no_room, unwritten
 from instep.roles import Backbone, Role
 from instep.rollout import sample_few_step
 
@@ -63,10 +60,7 @@ def export_parts(
         raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
     _check_target(out, overwrite)
     scheduler, exported = few_step_scheduler(levels), _plain(student, dtype)
-    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with at_once(out) as temporary:
         exported.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")
         (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": asdict(info)}, indent=2))
@@ -79,12 +73,6 @@ def export_parts(
             transformer=type(exported).__name__, shape=shape, sampler=sampler_difference, student=student_difference,
         ))  # fmt: skip
         size_bytes = _sync(temporary)
-        _swap(temporary, out)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if full := no_room(error):
-            raise unwritten(full, f"the export {out}", "what was there before is unchanged") from error
-        raise
     return ExportReport(out, levels, sampler_difference, student_difference, None, 0, size_bytes)
 
 

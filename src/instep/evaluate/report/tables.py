@@ -83,7 +83,7 @@ def all_tables(runs: Sequence[RunRecord]) -> str:
     """Charts, the table of main figures and, folded, all others with what they mean; runs of other protocols apart."""
     groups = by_protocol(runs)
     if not groups:
-        return "<p class='none'>Figures are not recorded (metrics.json is missing): run <code>instep eval</code> on the run's folder.</p>"
+        return "<p class='none'>Figures are not recorded (no metrics.json); of a run on moving-digits, <code>instep eval</code> makes them.</p>"
     parts = []
     for protocol, same in groups:
         if len(groups) > 1:

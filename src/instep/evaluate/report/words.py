@@ -43,9 +43,13 @@ def what_was_done(run: RunRecord) -> str:
     recipe, levels = run.recipe, run.recipe.get("levels") or []
     config = recipe.get("config") or {}
     stages = [f"{s.get('name')} ({plural(int(s.get('steps', 0)), 'iteration')})" for s in config.get("stages") or []]
+    many = config.get("sampler") == "ode"
+    evaluations = len(levels) * (2 if many and config.get("guidance") != 1 else 1)
     sentences = [
-        f"<b>{escape(str(recipe.get('recipe')))}</b> turned <b>{escape(str(recipe.get('model')))}</b> into a student that needs "
-        f"<b>{plural(len(levels), 'network evaluation')}</b> for a video"
+        f"<b>{escape(str(recipe.get('recipe')))}</b> "
+        + (f"aligned <b>{escape(str(recipe.get('model')))}</b>, which stays a many-step model and here takes " if many else
+           f"turned <b>{escape(str(recipe.get('model')))}</b> into a student that needs ")
+        + f"<b>{plural(evaluations, 'network evaluation')}</b> for a sample"
         + (f" (noise levels {escape(', '.join(f'{level:g}' for level in levels))})." if levels else ".")
     ]
     if stages:
