@@ -88,7 +88,8 @@ def joint_wins() -> tuple[str, str]:
                 assert control is not None
                 good, kept = better(row, control, "heldout_both"), modes(row, control) >= 0.95
                 words.append((good and kept, good))
-                found.append(f"{name}: {said(row, control, 'heldout_both')}, {modes(row, control):.0%} of the modes ({len(records(name))} seed{'s' * (len(records(name)) > 1)})")
+                seeds = f"{len(records(name))} seed{'s' * (len(records(name)) > 1)}"
+                found.append(f"{name}: {said(row, control, 'heldout_both')}, {modes(row, control):.0%} of the modes ({seeds})")
     if not words:
         raise KeyError("joint")
     return word(any(both for both, _ in words), any(good for _, good in words)), "; ".join(found)

@@ -25,6 +25,12 @@ def test_a_folder_loads_as_its_family(folder):
     assert family.source == str(folder)
 
 
+def test_no_folder_passes_for_a_bundled_model(folder, tmp_path):
+    """Judges and evaluation go by the name."""
+    (tmp_path / "moving-digits").symlink_to(folder)
+    assert load(str(tmp_path / "moving-digits"), SIZE).name == str(tmp_path / "moving-digits")
+
+
 def test_what_is_wrong_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="model: 'nowhere' is not a model folder"):
         load("nowhere")

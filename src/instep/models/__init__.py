@@ -76,7 +76,9 @@ def load(model: str, size: VideoSize | None = None) -> Family:
 
 def _name(model: str, folder: Path) -> str:
     """Of a family: a bundled model's, or its folder's, which may not pass for a bundled one."""
-    return model if model in BUNDLED or folder.name not in BUNDLED else str(folder)
+    if model in BUNDLED:
+        return model
+    return folder.name if folder.name not in BUNDLED else str(folder)
 
 
 def _export_record(folder: Path) -> dict | None:

@@ -147,15 +147,15 @@ def claim(
     file = out / "recipe.json"
     begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))
     there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if begun and there:
-        different = [key for key in identity if there.get(key) != identity[key]]
+    different = [key for key in identity if there.get(key) != identity[key]]
+    if "instep" in there and (begun or not different):
         if different:
             raise ValueError(
                 f"out: {out} holds another run (its {', '.join(different)} differ; it was {there['recipe']} with seed {there['seed']}); choose "
                 "another folder, or repeat that run's command to go on with it"
             )
-    # the record alone is that of a run which was refused before it began
-    elif out.exists() and any(path.name not in (lock.NAME, *([file.name] if "instep" in there else [])) for path in out.iterdir()):
+    # the record of a run that was refused before it began is replaced
+    elif "instep" not in there and out.exists() and any(path.name != lock.NAME for path in out.iterdir()):
         raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
     else:
         free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
