@@ -205,9 +205,9 @@ def main() -> None:
         "`python benchmarks/reinforce.py`. On the student of 2 steps, and where its name says so of 1: that of 4 steps has no room left (above). Every cell "
         f"goes on for {MORE} iterations from the same distilled student, those that begin with RT-DM after {FEW} of that. The training reward is the "
         "training judge's log-probability of what the prompt says; the held-out judge was used for nothing else. 'Beats' and 'improves' mean by more than "
-        "two standard errors of the difference; shares of modes are the smaller of motions' and digits'. How many seeds a row has stands in the table: verdicts "
-        "that rest on one are provisional. The joint weight .1, the smallest of the paper's sweep, was settled on after seed 0 of .05, .1 and .5 had been seen; the "
-        "flag's margins on diversity were set with these very runs of reinforcement alone.",
+        "two standard errors of the difference; shares of modes are the smaller of motions' and digits'. Verdicts that rest on "
+        "one seed (see the table) are provisional. The joint weight .1, the smallest of the paper's sweep, was settled on after seed 0 of .05, .1 "
+        "and .5 had been seen; the flag's margins on diversity were set with these very runs of reinforcement alone.",
         "",
         *results_reinforce.lines(),
         "",
