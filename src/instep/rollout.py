@@ -17,7 +17,7 @@ from torch import Tensor
 from instep.levels import shift_level
 from instep.paths import Path
 from instep.prediction import Condition, Denoiser, predict_guided
-from instep.transitions import Renoise, Transition
+from instep.transitions import Deterministic, Renoise, Transition
 
 Where = Literal["exit", "final"]
 
@@ -216,10 +216,7 @@ def _along(denoiser: Denoiser, cond: Condition, null: Condition, noise: Tensor, 
     for j in range(len(levels) - 1):
         t, s = levels[j].expand(len(noise)), levels[j + 1].expand(len(noise))
         x0 = predict_guided(denoiser, x_t, t, cond, null, guidance).x0
-        a, b = path.a(t), path.b(t)
-        shaped = (-1, *(1,) * (noise.ndim - 1))
-        eps = (x_t - a.reshape(shaped) * x0) / b.reshape(shaped)
-        x_t = path.renoise(x0, eps, s)
+        x_t, _ = Deterministic().gaussian(path, x0, x_t, t, s)
     return x_t
 
 

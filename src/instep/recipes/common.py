@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from instep.levels import LevelSampler, Uniform, few_step_levels
@@ -97,12 +98,23 @@ class Common:
         Stages without steps are left out.
         """
         stages = tuple(stage for stage in stages if stage.steps) or stages
-        lora = None if self.lora_rank is None else LoRA(self.lora_rank, float(self.lora_rank))
+        lora = adapter(self.lora_rank)
         roles = {
             "student": RoleConfig(self.student, lora, ema=self.ema),
             "fake": RoleConfig(self.fake, lora, exits=self.condition_on_exit, head=head),
             "teacher": teacher or RoleConfig(),
         }
-        if any("reference" in stage.needs for stage in stages):
-            roles["reference"] = RoleConfig(lora=lora, copy=lora is None)
-        return Recipe(name, self.levels, roles, stages, self.guidance)
+        return Recipe(name, self.levels, with_reference(roles, stages), stages, self.guidance)
+
+
+def adapter(rank: int | None) -> LoRA | None:
+    """The adapter of a trained role: scale 1 at every rank; None where roles are full copies."""
+    return None if rank is None else LoRA(rank, float(rank))
+
+
+def with_reference(roles: Mapping[str, RoleConfig], stages: Sequence[Stage]) -> Mapping[str, RoleConfig]:
+    """The roles, and where a stage compares with one a `reference` that is made as the student is."""
+    if not any("reference" in stage.needs for stage in stages):
+        return roles
+    lora = roles["student"].lora
+    return {**roles, "reference": RoleConfig(lora=lora, copy=lora is None)}

@@ -12,7 +12,7 @@ from typing import Literal
 from instep.levels import Uniform, few_step_levels
 from instep.objectives.policy import GRPO
 from instep.objectives.preference import OnlineDPO
-from instep.roles import LoRA
+from instep.recipes.common import adapter, with_reference
 from instep.terms import Term
 from instep.train.recipe import FewStep, Optim, Recipe, RoleConfig, Stage
 from instep.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Transition
@@ -52,13 +52,10 @@ class ManySteps:
 
     def recipe(self, name: str, iterations: int, group: int, term: Term, transition: Transition, inner_epochs: int = 1) -> Recipe:
         """One stage of one objective on the model's own rollouts."""
-        lora = None if self.lora_rank is None else LoRA(self.lora_rank, float(self.lora_rank))
         collect = FewStep(self.levels, transition=transition, guidance=self.guidance)
         stage = Stage("reinforce", iterations, self.batch, (term,), (), collect, group=group, accumulate=self.accumulate, inner_epochs=inner_epochs)
-        roles = {"student": RoleConfig(self.student, lora, ema=self.ema), "teacher": RoleConfig()}
-        if "reference" in stage.needs:
-            roles["reference"] = RoleConfig(lora=lora, copy=lora is None)
-        return Recipe(name, self.levels, roles, (stage,), self.guidance, sampler="ode")
+        roles = {"student": RoleConfig(self.student, adapter(self.lora_rank), ema=self.ema), "teacher": RoleConfig()}
+        return Recipe(name, self.levels, with_reference(roles, (stage,)), (stage,), self.guidance, sampler="ode")
 
 
 def stochastic(kind: Kind, noise: float) -> Transition:
