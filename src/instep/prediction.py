@@ -53,6 +53,10 @@ class Condition:
         both = {k: isinstance(a, Tensor) and isinstance(b, Tensor) for k, (a, b) in pairs.items()}
         return replace(self, **{k: self._join(k, a, b) if both[k] else None for k, (a, b) in pairs.items()})
 
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """What a text-conditioned reward model reads: tokens [B, L, D], and which of them are there [B, L]; ValueError where there are none."""
+        raise ValueError(f"kind: {type(self).__name__} has no text tokens; use a reward model without text (image or video)")
+
     def _join(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """How two batches of field `name` are joined; a family with ragged fields pads here."""
         return torch.cat([a, b])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from instep.prediction import Condition, Prediction, read
+from instep.prediction import Condition, Parameterisation, Prediction, read
 
 if TYPE_CHECKING:
     from instep.models.base import Family
@@ -169,7 +169,8 @@ class Backbone:
 
 
 class Role:
-    """A named denoiser: backbone + adapter + scale (+ an exit embedding, + a discriminator head). Calling it gives a `Prediction` in float32.
+    """A named denoiser: backbone + adapter + scale (+ an exit embedding, + a discriminator head). Calling it gives a `Prediction` in float32, its output
+    read as `reads` (the family's parameterisation by default).
 
     A role with an adapter owns that adapter's parameters, a full copy owns its whole backbone; the teacher owns none to train. A head is
     evaluated in every call, whether its logit is used or not: next to the backbone it is tiny.
@@ -184,8 +185,10 @@ class Role:
         scale: float = 1.0,
         exits: int | None = None,
         head: bool = False,
+        reads: Parameterisation | None = None,
     ) -> None:
         self.name, self.backbone, self.adapter, self.scale = name, backbone, adapter, scale
+        self.reads = reads or backbone.family.parameterisation
         self.exits: nn.Embedding | None = None
         self.head: Head | None = None
         device = next(backbone.module.parameters()).device
@@ -202,7 +205,7 @@ class Role:
         features: list[Tensor] | None = None if self.head is None else []
         with self.backbone.running(Call(self.adapter, self.scale, cond, self.exits, features)):
             raw = family.forward(module, x_t, t, cond)
-        answer = read(family.parameterisation, raw, family.path, x_t, t)
+        answer = read(self.reads, raw, family.path, x_t, t)
         if self.head is None or features is None:
             return answer
         (tokens,) = features

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from instep.paths import Path
 from instep.prediction import Condition, Denoiser
+from instep.rewards.latent import LatentScorer
 from instep.rollout import Rollout, Where
 
 # what a term or a critic may ask of its stage: the reward of final samples, a reward with a gradient, real samples of the batch's
 # prompts, real ones that people prefer, stored outputs of the teacher with the noise they came from, the trajectory of the rollout, the
-# student as it was when the stage began
-Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory", "reference"]
+# student as it was when the stage began, the student's running average, the latent reward model, rewards of the
+# samples it learns from
+Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory", "reference", "average", "scorer", "labels"]
 NOTHING: frozenset[Need] = frozenset()
 
 
@@ -39,6 +41,15 @@ class Stored:
     cond: Condition
     noise: Tensor
     x0: Tensor
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Latents x [N, ...] with their prompts' conditions and rewards [N]."""
+
+    x: Tensor
+    cond: Condition
+    reward: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class View:
     """Everything a term may look at. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator.
 
     `epoch` counts the inner epochs on one rollout. `reward` of latents [B, ...] and their prompts -> [B] can be differentiated, or [B, R] for
-    several rewards with their `weights`; None where the run has no such reward.
+    several rewards with their `weights`; None where the run has no such reward. `scorer` is the latent reward model, `labels` what it learns from.
     """
 
     roles: Mapping[str, Denoiser]
@@ -78,6 +89,8 @@ class View:
     reward: Callable[[Tensor, Sequence[str]], Tensor] | None = None
     epoch: int = 0
     weights: tuple[float, ...] = (1.0,)
+    scorer: LatentScorer | None = None
+    labels: Labels | None = None
 
     @property
     def samples(self) -> Rollout:
@@ -149,6 +162,10 @@ class Critic:
     def passes(self) -> float:
         """Network evaluations (forward and backward) a sample and update, for `instep plan`."""
         return 1.0
+
+    def prepare(self, view: View, score: Callable[[Tensor, Sequence[str]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
+        """What its updates on one rollout share; `score` is the run's reward without a gradient, `note` writes a scalar into the log."""
+        return view
 
     def losses(self, view: View) -> Iterator[Tensor]:
         """Scalars whose sum this update descends; each is backwarded before the next is asked for."""

@@ -77,6 +77,27 @@ class CPS(Transition):
 
 
 @dataclass(frozen=True)
+class Posterior(Transition):
+    """DDPM's step on any grid: N(a(t') x0 + sqrt(b(t')^2 - std^2) eps, std^2) with std = eta b(t') / b(t) sqrt(b(t)^2 - (a(t) / a(t'))^2 b(t')^2).
+
+    With `eta` 1 it is the posterior of x_t' given x_t and x0, whose std is DOLLAR's sigma_t; towards 0 it becomes DDIM. As derived: Eq. 5
+    prints the coefficient of x_t without std, and Eq. 27 the mean's two roots at other indices (docs/errata.md).
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eta <= 1:
+            raise ValueError(f"eta: {self.eta} is not allowed; above 0 (0 would be deterministic, no policy) up to 1 (DDPM)")
+
+    def gaussian(self, path: Path, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, a_next, b_next = (f(level).to(x0) for level in (t, t_next) for f in (path.a, path.b))
+        std = self.eta * b_next / b * (b.square() - (a / a_next * b_next).square()).clamp(min=0).sqrt()
+        kept = (b_next.square() - std.square()).clamp(min=0).sqrt()
+        return broadcast(a_next, x0) * x0 + broadcast(kept, x0) * eps_of_x0(path, x_t, t, x0), std
+
+
+@dataclass(frozen=True)
 class _FlowDiffusion(Transition):
     """One Euler-Maruyama step of the reverse SDE that has the flow's marginals: dx = (v - s^2/2 score) dt + s dw, in the limit of small steps."""
 

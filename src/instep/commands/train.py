@@ -130,4 +130,4 @@ def finish(run: Run, setting: Setting, evaluate: bool) -> None:
         print_rows(measure_run(run.out))
     report = run.out / "report.html"
     write_report([run.out], report)
-    print(f"student   {run.student}\nreport    {report}")
+    print(f"student   {run.student or 'not exported'}\nreport    {report}")

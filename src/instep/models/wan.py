@@ -30,6 +30,9 @@ class WanCondition(Condition):
     text: Tensor
     bias: Tensor
 
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        return self.text, self.bias > -math.inf
+
     def _join(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """Batches of unequal text length are padded to the longer one with tokens that weigh nothing."""
         if name in ("text", "bias") and a.shape[1] != b.shape[1]:

@@ -18,6 +18,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "amd": ("instep.recipes.amd", "amd"),
     "refl": ("instep.recipes.refl", "refl"),
     "dmdr": ("instep.recipes.dmdr", "dmdr"),
+    "dollar": ("instep.recipes.dollar", "dollar"),
     "rl-after": ("instep.recipes.after", "rl_after"),
     "sft-after": ("instep.recipes.after", "sft_after"),
     "flow-grpo": ("instep.recipes.many_step", "flow_grpo"),

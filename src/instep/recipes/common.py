@@ -10,9 +10,10 @@ from instep.matching.critic import Score, ScoreWithHead
 from instep.matching.force import DistributionMatching
 from instep.matching.operator import Operator, Standard
 from instep.matching.teacher import Annealed
+from instep.prediction import Parameterisation
 from instep.roles import LoRA
 from instep.terms import Critic, Term
-from instep.train.recipe import Advantage, FewStep, Optim, Recipe, RoleConfig, Stage
+from instep.train.recipe import Advantage, FewStep, Optim, Recipe, RoleConfig, ScorerConfig, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,10 @@ class Common:
         """A stage of plain matching: what comes before another method, or beside it as a control."""
         return self.stage("distil", steps, (self.matching(),), (self.critic(),))
 
-    def recipe(self, name: str, *stages: Stage, head: bool = False, teacher: RoleConfig | None = None) -> Recipe:
+    def recipe(
+        self, name: str, *stages: Stage, head: bool = False, teacher: RoleConfig | None = None, scorer: ScorerConfig | None = None,
+        reads: Parameterisation | None = None,
+    ) -> Recipe:  # fmt: skip
         """Student and fake are trained, the teacher is frozen unless it is given; with a LoRA rank all three share one backbone.
 
         Stages without steps are left out.
@@ -100,11 +104,11 @@ class Common:
         stages = tuple(stage for stage in stages if stage.steps) or stages
         lora = adapter(self.lora_rank)
         roles = {
-            "student": RoleConfig(self.student, lora, ema=self.ema),
+            "student": RoleConfig(self.student, lora, ema=self.ema, reads=reads),
             "fake": RoleConfig(self.fake, lora, exits=self.condition_on_exit, head=head),
             "teacher": teacher or RoleConfig(),
         }
-        return Recipe(name, self.levels, with_reference(roles, stages), stages, self.guidance)
+        return Recipe(name, self.levels, with_copies(roles, stages), stages, self.guidance, scorer=scorer)
 
 
 def adapter(rank: int | None) -> LoRA | None:
@@ -112,9 +116,9 @@ def adapter(rank: int | None) -> LoRA | None:
     return None if rank is None else LoRA(rank, float(rank))
 
 
-def with_reference(roles: Mapping[str, RoleConfig], stages: Sequence[Stage]) -> Mapping[str, RoleConfig]:
-    """The roles, and where a stage compares with one a `reference` that is made as the student is."""
-    if not any("reference" in stage.needs for stage in stages):
-        return roles
-    lora = roles["student"].lora
-    return {**roles, "reference": RoleConfig(lora=lora, copy=lora is None)}
+def with_copies(roles: Mapping[str, RoleConfig], stages: Sequence[Stage]) -> Mapping[str, RoleConfig]:
+    """The roles, and where a stage compares with them a `reference` and an `average`, which are made as the student is."""
+    needs = frozenset().union(*(stage.needs for stage in stages))
+    student = roles["student"]
+    copied = RoleConfig(lora=student.lora, copy=student.lora is None, reads=student.reads)
+    return {**roles, **{name: copied for name in ("reference", "average") if name in needs}}

@@ -12,7 +12,7 @@ from typing import Literal
 from instep.levels import Uniform, few_step_levels
 from instep.objectives.policy import GRPO
 from instep.objectives.preference import OnlineDPO
-from instep.recipes.common import adapter, with_reference
+from instep.recipes.common import adapter, with_copies
 from instep.terms import Term
 from instep.train.recipe import FewStep, Optim, Recipe, RoleConfig, Stage
 from instep.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Transition
@@ -55,7 +55,7 @@ class ManySteps:
         collect = FewStep(self.levels, transition=transition, guidance=self.guidance)
         stage = Stage("reinforce", iterations, self.batch, (term,), (), collect, group=group, accumulate=self.accumulate, inner_epochs=inner_epochs)
         roles = {"student": RoleConfig(self.student, adapter(self.lora_rank), ema=self.ema), "teacher": RoleConfig()}
-        return Recipe(name, self.levels, with_reference(roles, (stage,)), (stage,), self.guidance, sampler="ode")
+        return Recipe(name, self.levels, with_copies(roles, (stage,)), (stage,), self.guidance, sampler="ode")
 
 
 def stochastic(kind: Kind, noise: float) -> Transition:

@@ -88,7 +88,7 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
                 + ("none was given" if reward is None else f"{_blunt(reward).name!r} is not differentiable")
                 + "; give one that is (a Reward with differentiable = True), or choose a recipe that only asks for scores, like amd or dm-align-group"
             )
-        if "reward" in stage.needs and reward is None:
+        if stage.needs & {"reward", "labels"} and reward is None:
             raise ValueError(f"reward: stage {stage.name!r} of {recipe.name} needs one; pass reward=, for example a function (media, prompts) -> scores")
     if real is not None and tuple(real.latents.shape[1:]) != family.latent_shape:
         raise ValueError(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from instep.levels import check_levels
+from instep.prediction import Parameterisation
+from instep.rewards.latent import ScorerShape
 from instep.roles import LoRA
 from instep.rollout import Sampling, Where
 from instep.terms import Critic, Force, Need, Objective, Term
@@ -50,7 +52,8 @@ class RoleConfig:
 
     `copy`: a copy of its own although it is not trained (a reference). `exits`: the role is told which exit a sample comes from. `scale`: of its
     adapter, where nothing else is asked for (a teacher's is 0: it is the plain teacher except where a force bends it). `head`: it has a
-    discriminator head. `ema`: decay of an averaged copy (None: no copy).
+    discriminator head. `ema`: decay of an averaged copy (None: no copy). `reads`: what its network's output is taken for, where that is not what the
+    model was pretrained to predict (DOLLAR's heterogeneous student: x0); such a student loads in no stock pipeline and is not exported.
     """
 
     optim: Optim | None = None
@@ -60,10 +63,19 @@ class RoleConfig:
     scale: float = 1.0
     head: bool = False
     ema: float | None = None
+    reads: Parameterisation | None = None
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema: {self.ema} is not allowed; a decay lies in [0, 1), or None for no average")
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """A latent reward model: its shape and its optimiser."""
+
+    shape: ScorerShape = ScorerShape()
+    optim: Optim = Optim(1e-3, betas=(0.9, 0.999))
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,7 @@ class Stage:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. `levels` are those of the exported student; `sampler` is few-step, or ode for a recipe that leaves the student a many-step
-    model, sampled with `guidance` as its teacher is."""
+    model, sampled with `guidance` as its teacher is. `scorer`: its latent reward model, if it has one."""
 
     name: str
     levels: tuple[float, ...]
@@ -173,12 +185,17 @@ class Recipe:
     stages: tuple[Stage, ...]
     guidance: float = 1.0
     sampler: Literal["few-step", "ode"] = "few-step"
+    scorer: ScorerConfig | None = None
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"recipe {self.name!r}: two stages share a name in {names}; references, checkpoints and the log tell them apart by it")
+        if "scorer" in self.needs and self.scorer is None:
+            raise ValueError(f"recipe {self.name!r}: a stage asks for a latent reward model and scorer is None; give the recipe scorer=ScorerConfig()")
+        if "average" in self.needs and self.roles["student"].ema is None:
+            raise ValueError(f"ema: None is not allowed for {self.name!r}: its consistency target is the student's average; give a decay below 1, for example .95")
         if not any(stage.steps for stage in self.stages):
             raise ValueError(f"recipe {self.name!r}: no stage has steps; give at least one of them a positive number")
 

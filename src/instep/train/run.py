@@ -62,13 +62,14 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, roles and recipe; `student` is the exported pipeline's folder. `stopped`: if it stopped itself, where and why."""
+    """A finished run: its folder, roles and recipe; `student` is the exported pipeline's folder, None of a student that no stock pipeline samples.
+    `stopped`: if it stopped itself, where and why."""
 
     out: Path
     recipe: Recipe
     family: Family
     state: TrainState
-    student: Path
+    student: Path | None
     stopped: stop.Stopped | None = None
 
 
@@ -123,6 +124,9 @@ def train(
         loop = Loop(recipe, family, out, options, state, source, probe, tracker)
         loop.restore(start_from)
         loop.run()
+        if recipe.roles["student"].reads is not None:
+            print(f"not exported: the student predicts {recipe.roles['student'].reads}, which no stock pipeline of {family.name} samples; it stays in {out}")
+            return Run(out, recipe, family, state, None, loop.stopped)
         with averaged(state.trained["student"]):
             export_role(
                 state.roles["student"], family, recipe.sampling, out / "student", recipe=recipe.name, seed=options.seed,
@@ -292,7 +296,7 @@ class Loop:
             self.out / "checkpoints",
             state.step,
             {
-                "roles": {name: state.roles[name].state() for name in state.trained},
+                "roles": {name: state.owner(name).state() for name in state.trained},
                 "optim": {name: checkpoint.optimizer_state(trained.optimizer) for name, trained in state.trained.items()},
                 "ema": {name: trained.ema for name, trained in state.trained.items() if trained.ema is not None},
                 "steps": {name: trained.steps for name, trained in state.trained.items()},
@@ -330,11 +334,15 @@ class Loop:
                 p.copy_(saved["reference"][str(i)])
 
     def _load_roles(self, saved: dict[str, Any]) -> None:
-        missing = [name for name in self.state.trained if name not in saved["roles"]]
+        # a run that goes on from one without a latent reward model begins with a new one
+        new = {"scorer"} - saved["roles"].keys()
+        missing = [name for name in self.state.trained if name not in saved["roles"] and name not in new]
         if missing:
             raise ValueError(f"start_from: that run has no role {missing[0]!r}, which this recipe trains; start from a run of a recipe that does, or from none")
         for name, trained in self.state.trained.items():
-            self.state.roles[name].load_state(saved["roles"][name])
+            if name in new:
+                continue
+            self.state.owner(name).load_state(saved["roles"][name])
             checkpoint.load_optimizer_state(trained.optimizer, saved["optim"][name])
             trained.steps = int(saved["steps"][name])
             if trained.ema is not None:

@@ -28,9 +28,9 @@ def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -
         exits = len(recipe.levels) if config.exits else None
         if config.lora is not None:
             shared.add_adapter(name, config.lora)
-            made[name] = Role(name, shared, adapter=name, scale=config.scale, exits=exits, head=config.head)
+            made[name] = Role(name, shared, adapter=name, scale=config.scale, exits=exits, head=config.head, reads=config.reads)
         else:
-            made[name] = Role(name, copies.get(name, shared), exits=exits, head=config.head)
+            made[name] = Role(name, copies.get(name, shared), exits=exits, head=config.head, reads=config.reads)
     return made
 
 
@@ -42,15 +42,20 @@ def make_state(
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
         roles = make_roles(recipe, family, checkpointing=checkpointing)
+        scorer = recipe.scorer and recipe.scorer.shape.build(family.latent_shape, family.null(1))
     trained = {
         name: Trained(roles[name].named_parameters(), config.optim, config.ema)
         for name, config in recipe.roles.items()
         if config.optim is not None
     }
     device = next(family.pretrained.parameters()).device
+    if scorer is not None and recipe.scorer is not None:
+        trained["scorer"] = Trained(dict(scorer.to(device).named_parameters()), recipe.scorer.optim)
     rng = torch.Generator(device).manual_seed(seed)
-    reference = tuple(roles["reference"].named_parameters().values()) if "reference" in roles else ()
-    return TrainState(roles, trained, family.path, family.latent_shape, rng, score, slope, weights=weights, reference=reference)
+    reference, average = (tuple(roles[name].named_parameters().values()) if name in roles else () for name in ("reference", "average"))
+    return TrainState(
+        roles, trained, family.path, family.latent_shape, rng, score, slope, weights=weights, reference=reference, average=average, scorer=scorer
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from instep.advantage import constant_groups, group_variance, several_advantages
 from instep.paths import Path
 from instep.prediction import Denoiser, GuidedDenoiser
+from instep.rewards.latent import LatentScorer
 from instep.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
 from instep.terms import Batch, Critic, Force, View
 from instep.train.recipe import Optim, Stage
@@ -63,7 +64,8 @@ class TrainState:
 
     Several rewards give [B, R] and count with `weights`. `reward_variance` is the running mean of each one's variance within groups: the scale of
     advantages where a stage shares one. `reference` are the parameters of the role of that name, in the student's order, and `anchored` the
-    stage at whose beginning they were taken from the student.
+    stage at whose beginning they were taken from the student. `average` are those of the role of that name, which is kept at the student's running
+    average; `scorer` is the latent reward model.
     """
 
     roles: Mapping[str, Denoiser]
@@ -78,6 +80,12 @@ class TrainState:
     weights: tuple[float, ...] = (1.0,)
     reference: Sequence[nn.Parameter] = ()
     anchored: str | None = None
+    average: Sequence[nn.Parameter] = ()
+    scorer: LatentScorer | None = None
+
+    def owner(self, name: str) -> Any:
+        """Whose parameters `trained[name]` are: a role, or the latent reward model; both have `state` and `load_state`."""
+        return self.scorer if name == "scorer" else self.roles[name]
 
 
 def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float) -> dict[str, Any]:
@@ -88,18 +96,21 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     """
     log = Scalars()
     anchor(state, stage)
+    follow(state, stage)
     views: list[View] = []
     for epoch in range(stage.inner_epochs):
         for i, batch in enumerate(batches):
             if epoch == 0:
-                view = View(state.roles, state.path, batch, progress, state.rng, reward=state.slope, weights=state.weights)
+                view = View(state.roles, state.path, batch, progress, state.rng, reward=state.slope, weights=state.weights, scorer=state.scorer)
                 view = view.with_rollout(score(state, stage, view, collect(state, stage, view, with_graph=True), log))
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
             else:
                 view = replace(views[i], rollout=relive(state, stage, views[i].rollout), epoch=epoch)
             backward(stage, view, 1 / len(batches), log)
-        advance(state, "student", progress, log)
+        if stage.terms:
+            advance(state, "student", progress, log)
     for critic in stage.critics:
+        views = [critic.prepare(view, state.score, log.add) for view in views]
         for _ in range(critic.updates):
             for view in views:
                 seen = view if critic.reuse else again(state, stage, view, critic, log)
@@ -118,6 +129,14 @@ def anchor(state: TrainState, stage: Stage) -> None:
         for mine, theirs in zip(state.reference, state.trained["student"].parameters.values(), strict=True):
             mine.copy_(theirs)
         state.anchored = stage.name
+
+
+@torch.no_grad()
+def follow(state: TrainState, stage: Stage) -> None:
+    """The role `average` becomes the student's running average, where the stage asks for one."""
+    mean = state.trained["student"].ema
+    if "average" in stage.needs and mean is not None:
+        torch._foreach_copy_(list(state.average), list(mean.values()))
 
 
 def again(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:

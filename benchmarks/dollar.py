@@ -1,0 +1,86 @@
+"""DOLLAR's comparisons on the embedded default: distillation, consistency, and a latent copy of a reward that has no gradient.
+
+    python benchmarks/dollar.py --seeds 0 1 2 --runs runs/benchmark     # hours of CPU time, resumes
+    make results
+
+The reward is a number and nothing else: the training judge's probability of the prompt, as a black box. Students of 2 steps go on from the same
+distilled one, `dmd2-2` (variational score distillation is DMD2 without a discriminator), for as many iterations as its control, `distil-only` of
+benchmarks/reinforce.py. Students of 1 and 4 steps go on from theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from moving_digits import CELLS as DISTILLED
+from moving_digits import FEW, MORE, RESULTS, TWO, Cell, run_cell
+
+from instep.embedded import MovingDigits
+from instep.recipes.common import Common
+from instep.recipes.dmdr import dmdr
+from instep.recipes.dollar import dollar
+from instep.rewards.base import FunctionReward
+
+OWN = RESULTS / "dollar"
+FIT = 200  # iterations in which the latent reward model learns before it is followed
+WEIGHT = 0.1  # of its gradient, in deviations of the reward
+
+
+def probability(digits: MovingDigits) -> FunctionReward:
+    """What the training judge gives the prompt, 0 to 1; no gradient."""
+    judge = digits.reward
+    return FunctionReward(lambda media, prompts: judge.score(media, prompts).exp(), name="probability")
+
+
+def on(steps: int) -> dict[str, Cell]:
+    """The comparison for students of `steps` steps."""
+    common, start, name = Common(steps=steps), f"dmd2-{steps}", "" if steps == 2 else f"{steps}-"
+    add = lambda recipe, what, begin=start, **more: Cell(recipe, begin, what, probability, 20, **more)  # noqa: E731
+    return {
+        f"{name}vsd": add(lambda: dollar(common, cd=0, weight=0, iterations=MORE), "VSD (control)"),
+        f"{name}vsd-cd": add(lambda: dollar(common, weight=0, iterations=MORE), "VSD + CD, m = 5"),
+        f"{name}fit": add(lambda: dollar(common, fit=FIT, iterations=0), "the start with a latent reward model fitted on it"),
+        f"{name}vsd-lrm": add(lambda: dollar(common, fit=0, cd=0, weight=WEIGHT, iterations=MORE), "VSD + LRM", f"{name}fit"),
+        f"{name}dollar": add(lambda: dollar(common, fit=0, weight=WEIGHT, iterations=MORE), "VSD + CD + LRM", f"{name}fit"),
+    }
+
+
+CELLS = {
+    **on(2),
+    "vsd-cd-1": Cell(lambda: dollar(TWO, weight=0, cd_steps=1, iterations=MORE), "dmd2-2", "VSD + CD, m = 1", probability, 20),
+    "vsd-cd-huber": Cell(lambda: dollar(TWO, weight=0, distance="huber", iterations=MORE), "dmd2-2", "VSD + CD, m = 5, Huber", probability, 20),
+    "vsd-cd-average": Cell(lambda: dollar(TWO, weight=0, target="average", iterations=MORE), "dmd2-2", "VSD + CD, m = 5, target the average", probability, 20),
+    "vsd-ddpo": Cell(lambda: dmdr(TWO, warm=0, iterations=MORE, rl="ddpo", weight=1.0), "dmd2-2", "VSD + DDPO", probability, 20),
+    "cd": Cell(lambda: dollar(TWO, matching=0, weight=0, cd=1.0, iterations=FEW), None, "CD alone from the teacher, m = 5", probability, 20),
+    "cd-same": Cell(lambda: dollar(TWO, weight=0, iterations=FEW), None, "VSD + CD from the teacher, velocity as the teacher's", probability, 20),
+    "cd-x0": Cell(lambda: dollar(TWO, weight=0, iterations=FEW, predicts="x0"), None, "VSD + CD from the teacher, x0 instead", probability, 20),
+    "vsd-lrm-0.3": Cell(lambda: dollar(TWO, fit=0, cd=0, weight=0.3, iterations=MORE), "fit", "VSD + LRM, weight .3", probability, 20),
+    "lrm-alone": Cell(lambda: dollar(TWO, fit=0, cd=0, matching=0, weight=WEIGHT, iterations=MORE), "fit", "LRM alone after distillation", probability, 20),
+    **on(1),
+    **on(4),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.cells:
+        for seed in args.seeds:
+            start = CELLS[name].start
+            if start in DISTILLED:
+                run_cell(start, seed, args.runs, DISTILLED)
+            elif start:
+                if CELLS[start].start in DISTILLED:
+                    run_cell(str(CELLS[start].start), seed, args.runs, DISTILLED)
+                run_cell(start, seed, args.runs, CELLS, OWN)
+            run_cell(name, seed, args.runs, CELLS, OWN)
+
+
+if __name__ == "__main__":
+    main()

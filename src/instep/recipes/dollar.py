@@ -1,0 +1,74 @@
+"""DOLLAR: variational score distillation, consistency distillation and a latent reward model in one loss (Ding et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from instep.forces.latent import LatentFit, LatentGradient
+from instep.objectives.consistency import Consistency, Distance, Target
+from instep.recipes.common import Common
+from instep.rewards.latent import Frames, Kind, ScorerShape
+from instep.terms import Critic, Term
+from instep.train.recipe import Optim, Recipe, ScorerConfig
+
+Heterogeneous = Literal["same", "x0"]
+
+
+def dollar(
+    common: Common = Common(),
+    *,
+    distil: int = 0,
+    fit: int = 40,
+    iterations: int = 100,
+    matching: float = 1.0,
+    cd: float = 0.5,
+    cd_steps: int = 5,
+    cd_guidance: float | None = None,
+    distance: Distance = "mse",
+    target: Target = "student",
+    weight: float = 1.0,
+    kind: Kind = "text-video",
+    frames: Frames = "volume",
+    scorer: Optim = Optim(1e-3, betas=(0.9, 0.999)),
+    scorer_updates: int = 4,
+    predicts: Heterogeneous = "same",
+) -> Recipe:
+    """Distil, stay on the teacher's trajectories, and climb a latent copy of any reward, also one without a gradient: DOLLAR.
+
+    Args:
+        common: options of every recipe.
+        distil: student updates of matching alone before; 0 leaves the stage out.
+        fit: iterations in which only the latent reward model learns, on the student's samples and real ones; 0 trains both at once from the start.
+        iterations: student updates.
+        matching: weight of distribution matching (VSD); 0 leaves consistency distillation alone, which blurs.
+        cd: weight of consistency distillation (the paper: .5); 0 leaves it out.
+        cd_steps: steps of the teacher between its two ends (the paper: 5 is better than 1).
+        cd_guidance: guidance of these steps; that of matching if it is not given (the paper: 8.5, and 4.5 for matching).
+        distance: of consistency distillation: mse, or huber.
+        target: whose consistency function is aimed at: the student's own without gradient, its average, or the teacher's.
+        weight: weight of the latent reward's gradient, in deviations of the reward; 0 leaves the latent reward model out.
+        kind: what the latent reward model reads: text-video, video, text-image or image.
+        frames: whether it reads a video as a volume, or frame by frame with the average taken.
+        scorer: AdamW of the latent reward model.
+        scorer_updates: its updates an iteration.
+        predicts: what the student's network predicts: the same as the teacher's, or x0 (a comparison of the paper's; such a student is not exported).
+    """
+    if not (matching or cd or weight):
+        raise ValueError("matching, cd, weight: all three are 0, so nothing would be trained; give one of them a positive weight")
+    terms: list[Term] = [common.matching(matching)] if matching else []
+    critics: list[Critic] = [common.critic()] if matching else []
+    if cd:
+        guided = common.guidance if cd_guidance is None else cd_guidance
+        terms.append(Consistency(weight=cd, steps=cd_steps, shift=common.shift, guidance=guided, distance=distance, target=target))
+    learner = LatentFit(updates=scorer_updates, others=kind.startswith("text"))
+    if weight:
+        terms.append(LatentGradient(weight=weight))
+        critics.append(learner)
+    main = common.stage("dollar", iterations, tuple(terms), tuple(critics))
+    if not (matching or weight):
+        main = replace(main, collect=None)  # consistency distillation starts from real samples: no rollout is needed
+    return common.recipe(
+        "dollar", common.distil(distil), *([common.stage("fit", fit, (), (learner,))] if weight else []), main,
+        scorer=ScorerConfig(ScorerShape(kind, frames), scorer) if weight else None, reads=None if predicts == "same" else predicts,
+    )  # fmt: skip

@@ -1,0 +1,138 @@
+"""DOLLAR's latent reward model: a small network that imitates any reward of the decoded sample, on the latent (Section 3.4, Tables 11 to 13).
+
+It needs neither decoder nor reward model in a gradient, and the reward itself may be anything: a file's size, a command, a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from instep.prediction import Condition
+
+Kind = Literal["image", "text-image", "video", "text-video"]
+Frames = Literal["average", "volume"]
+WIDTH = 128
+# batches of labels from which the reward's mean and deviation are taken
+SETTLE = 8
+
+
+class LatentScorer(nn.Module):
+    """Base: `rate(x, cond)` of latents [B, ...] is [B], the reward in deviations from its mean; both are taken from the first labels.
+
+    Standardised because rewards come in any unit: a file's size in kilobytes and a log-probability then weigh alike as forces.
+    """
+
+    mean: Tensor
+    std: Tensor
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("mean", 0.0), ("std", 1.0), ("seen", 0.0)):
+            self.register_buffer(name, torch.tensor(value))
+
+    def rate(self, x: Tensor, cond: Condition) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, cond: Condition) -> Tensor:
+        """The reward as predicted, in its own unit, [B]."""
+        return self.mean + self.std * self.rate(x, cond)
+
+    def standard(self, reward: Tensor) -> Tensor:
+        """Rewards [B] in deviations from the mean."""
+        return (reward - self.mean) / self.std
+
+    @torch.no_grad()
+    def settle(self, reward: Tensor) -> None:
+        """Takes mean and deviation from rewards [B], averaged over the first batches; later ones change nothing."""
+        if self.seen >= SETTLE:
+            return
+        mean, square = reward.mean(), reward.var(unbiased=False)
+        first = self.seen == 0
+        share = 1 / (self.seen + 1)
+        self.std.copy_(torch.where(first, square, torch.lerp(self.std.square(), square, share)).clamp(min=1e-12).sqrt())
+        self.mean.lerp_(mean, share)
+        self.seen.add_(1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters, mean and deviation."""
+        return {key: value.detach() for key, value in self.state_dict().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse; ValueError if the model was of another kind or size."""
+        own = self.state_dict()
+        wrong = [key for key in own.keys() | state.keys() if key not in own or key not in state or own[key].shape != state[key].shape]
+        if wrong:
+            raise ValueError(f"scorer: {sorted(wrong)[0]} of the saved latent reward model does not fit this one; start from a run with the same --kind")
+        self.load_state_dict({key: state[key] for key in own})
+
+
+class ConvScorer(LatentScorer):
+    """Tables 12 and 13: two strided convolutions with group norm, pooling, one more layer; with text, attention of the pooled features over its tokens.
+
+    A latent [B, C, H, W], or [B, C, F, H, W] frame by frame with the mean taken over frames; `volume` reads frames together with 3-D
+    convolutions. Deviations from Table 13: the text keeps its tokens and the image features are added to what was attended to, with SiLU before
+    the last layer. As printed, one pooled token gives a softmax of 1, and the image would drop out of the score.
+    """
+
+    def __init__(self, channels: int, *, text_width: int | None = None, volume: bool = False, patch: int = 4) -> None:
+        super().__init__()
+        self.volume = volume
+        conv, pool = (nn.Conv3d, nn.AdaptiveAvgPool3d) if volume else (nn.Conv2d, nn.AdaptiveAvgPool2d)
+        first = ((3, 4, 4), (1, patch, patch)) if volume else (4, patch)
+        self.features = nn.Sequential(
+            conv(channels, WIDTH, *first, padding=1), nn.GroupNorm(32, WIDTH), nn.SiLU(),
+            conv(WIDTH, WIDTH, 3, 2, padding=1), nn.GroupNorm(32, WIDTH), nn.SiLU(),
+            pool(1), conv(WIDTH, WIDTH, 1), nn.Flatten(),
+        )  # fmt: skip
+        self.text = None if text_width is None else nn.Sequential(nn.Linear(text_width, WIDTH, bias=False), nn.LayerNorm(WIDTH))
+        if text_width is not None:
+            self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, 1)
+
+    def rate(self, x: Tensor, cond: Condition) -> Tensor:
+        frames = 1
+        if x.ndim == 5 and not self.volume:
+            frames, x = x.shape[2], x.movedim(2, 1).flatten(0, 1)
+        h = self.features(x.float())
+        if self.text is not None:
+            tokens, there = cond.tokens()
+            h = nn.functional.silu(h + self._attend(h, tokens.repeat_interleave(frames, 0), there.repeat_interleave(frames, 0)))
+        return self.out(h).reshape(-1, frames).mean(1)
+
+    def _attend(self, h: Tensor, tokens: Tensor, there: Tensor) -> Tensor:
+        """Softmax(Q(e_x) K(e_c)^T) V(e_c) over the tokens [B, L, D] that are `there` [B, L] (Table 11)."""
+        assert self.text is not None
+        text = self.text(tokens.float())
+        logits = torch.einsum("bd,bld->bl", self.query(h), self.key(text)) / WIDTH**0.5
+        weights = logits.masked_fill(~there, -torch.inf).softmax(1)
+        return torch.einsum("bl,bld->bd", weights, self.value(text))
+
+
+@dataclass(frozen=True)
+class ScorerShape:
+    """Which latent reward model: its kind (Table 11), whether frames are rated one by one or as a volume, and the size of its first step."""
+
+    kind: Kind = "text-video"
+    frames: Frames = "volume"
+    patch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.patch is not None and self.patch < 1:
+            raise ValueError(f"patch: {self.patch} is not allowed; 1 or more (the paper's first layer strides by 4), or none to choose by the latent's size")
+
+    def build(self, latent_shape: tuple[int, ...], cond: Condition) -> ConvScorer:
+        """The network for latents of `latent_shape` and prompts encoded like `cond`; ValueError for a kind that does not fit them."""
+        video = len(latent_shape) == 4
+        if self.kind.endswith("video") != video:
+            raise ValueError(f"kind: {self.kind!r} does not fit this model, whose latents are {'videos' if video else 'images'} {latent_shape}; "
+                             f"use {'text-video or video' if video else 'text-image or image'}")  # fmt: skip
+        width = cond.tokens()[0].shape[-1] if self.kind.startswith("text") else None
+        # the paper's stride of 4 leaves 6 x 10 of its latents; of a small one it would leave nothing
+        patch = self.patch or (4 if min(latent_shape[-2:]) >= 16 else 2)
+        return ConvScorer(latent_shape[0], text_width=width, volume=video and self.frames == "volume", patch=patch)
