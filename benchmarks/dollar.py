@@ -4,8 +4,8 @@
     make results
 
 The reward is a number and nothing else: the training judge's probability of the prompt, as a black box. Students of 2 steps go on from the same
-distilled one, `dmd2-2` (variational score distillation is DMD2 without a discriminator), for as many iterations as its control, `distil-only` of
-benchmarks/reinforce.py. Students of 1 and 4 steps go on from theirs.
+distilled one, `dmd2-2` (variational score distillation is DMD2 without a discriminator), for as many iterations as their control, which is there
+already: `distil-only` of benchmarks/reinforce.py, for 1 step `one-distil-only`, for 4 steps `dmd2-4-more` of benchmarks/moving_digits.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def on(steps: int) -> dict[str, Cell]:
     common, start, name = Common(steps=steps), f"dmd2-{steps}", "" if steps == 2 else f"{steps}-"
     add = lambda recipe, what, begin=start, **more: Cell(recipe, begin, what, probability, 20, **more)  # noqa: E731
     return {
-        f"{name}vsd": add(lambda: dollar(common, cd=0, weight=0, iterations=MORE), "VSD (control)"),
         f"{name}vsd-cd": add(lambda: dollar(common, weight=0, iterations=MORE), "VSD + CD, m = 5"),
         f"{name}fit": add(lambda: dollar(common, fit=FIT, iterations=0), "the start with a latent reward model fitted on it"),
         f"{name}vsd-lrm": add(lambda: dollar(common, fit=0, cd=0, weight=WEIGHT, iterations=MORE), "VSD + LRM", f"{name}fit"),
