@@ -67,6 +67,15 @@ EXPERIMENTS = {
     "sweep-guidance": Experiment(("amd:guidance=1", "amd:guidance=2", "amd:guidance=3.5", "dmd2:guidance=2", "dmd2:guidance=3.5"), world(reward="half")),
     "sweep-tilt": Experiment(("amd:tilt=0.5", "amd:tilt=2", "amd:tilt=4"), world(reward="half", guidance=1.5)),
     "two-stage": Experiment(("dmd2", "amd:distil=1000", "refl:distil=1000,weight=0.1", "dm-align-group:weight=0.05,spread=group"), world(reward="half")),
+    "consistency": Experiment(
+        ("dmd2", "dollar:weight=0,matching=0,cd=1", "dollar:weight=0,cd_steps=1", "dollar:weight=0", "dollar:weight=0,cd=2", "dollar:weight=0,predicts=x0"), world()
+    ),
+    "consistency-four": Experiment(("dmd2", "dollar:weight=0,matching=0,cd=1", "dollar:weight=0,cd_steps=1", "dollar:weight=0"), world(steps=4)),
+    "consistency-far": Experiment(("dmd2", "dollar:weight=0,cd_steps=1", "dollar:weight=0"), world(start="far"), 15),
+    "latent": Experiment(
+        ("dmd2", "refl:weight=0.1", *(f"dollar:kind=image,{part}" for part in ("cd=0,weight=0.1", "cd=0,weight=0.3", "weight=0.1", "fit=0,cd=0,weight=0.1"))),
+        world(reward="half"), 10,
+    ),
     "particles": Experiment(
         ("dmd2", "amd:tilt=0", "amd:sensitivity=0", "amd", "naive-adaptive", "refl:weight=0.1"), world(reward="half", student="particles", iterations=800)
     ),

@@ -17,7 +17,7 @@ from instep.lab.world import World
 from instep.matching.critic import Score
 from instep.matching.force import DistributionMatching
 from instep.models.mixture import labels
-from instep.models.small import ExactFake, Particles, VelocityMLP
+from instep.models.small import ExactFake, Particles, ScoreMLP, VelocityMLP
 from instep.recipes.common import Common
 from instep.rollout import Point, Rollout
 from instep.terms import Batch, View
@@ -73,7 +73,8 @@ def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, 
     classes, width = world.mixture.label_count, start.layers[0].weight.shape[2]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        student = VelocityMLP(world.path, members=world.members, classes=classes, width=width)
+        reads = recipe.roles["student"].reads or "velocity"
+        student = VelocityMLP(world.path, members=world.members, classes=classes, width=width, reads=reads)
         fake = VelocityMLP(world.path, members=world.members, classes=classes, width=width, exits=len(recipe.levels) if config.exits else 0, head=config.head)
         roles = {"student": student, "fake": fake, "teacher": world.teacher}
         if learned_teacher is not None or recipe.roles["teacher"].lora is not None:
@@ -83,15 +84,18 @@ def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, 
                 scale=recipe.roles["teacher"].scale,
             )  # fmt: skip
             _copy(learned_teacher or start, roles["teacher"])
+        scorer = ScoreMLP(members=world.members, classes=classes, width=width) if recipe.scorer else None
     _copy(start, student)
     _copy(start, fake)
-    reference = ()
-    if "reference" in recipe.roles:
-        roles["reference"] = deepcopy(student)
-        reference = tuple(roles["reference"].parameters())
+    copies = {name: deepcopy(student) for name in ("reference", "average") if name in recipe.roles}
+    roles |= copies
+    reference, average = (tuple(copies[name].parameters()) if name in copies else () for name in ("reference", "average"))
     trained = {name: Trained(roles[name].trainable(), config.optim, config.ema) for name, config in recipe.roles.items() if config.optim is not None}
+    if scorer is not None and recipe.scorer is not None:
+        trained["scorer"] = Trained(dict(scorer.named_parameters()), recipe.scorer.optim)
     score = None if world.reward == "none" else world.score
-    return TrainState(roles, trained, world.path, (2,), torch.Generator().manual_seed(seed), score, score, reference=reference)
+    rng = torch.Generator().manual_seed(seed)
+    return TrainState(roles, trained, world.path, (2,), rng, score, score, reference=reference, average=average, scorer=scorer)
 
 
 @torch.no_grad()

@@ -11,21 +11,23 @@ from torch import Tensor, nn
 
 from instep.models.mixture import LabelCondition
 from instep.paths import Path, broadcast
-from instep.prediction import Condition, Denoiser, Prediction, read, velocity_of_x0
+from instep.prediction import Condition, Denoiser, Parameterisation, Prediction, read, velocity_of_x0
+from instep.rewards.latent import LatentScorer
 
 
 class VelocityMLP(nn.Module):
     """A small velocity network, three layers of `width`: inputs x, t, four Fourier pairs of t, a one-hot class and a one-hot exit.
 
     `members` networks that share nothing run as one batch: a row goes to the one that `cond.member` names. `rank` gives every layer a low-rank
-    adapter (zero at first), which counts with `scale`; `head` a discriminator head on the last hidden layer, whose first logit is zero.
+    adapter (zero at first), which counts with `scale`; `head` a discriminator head on the last hidden layer, whose first logit is zero. `reads`: what its output is taken for.
     """
 
     def __init__(
         self, path: Path, *, members: int = 1, classes: int = 2, exits: int = 0, width: int = 64, dim: int = 2, rank: int = 0,
-        head: bool = False, scale: float = 1.0,
+        head: bool = False, scale: float = 1.0, reads: Parameterisation = "velocity",
     ) -> None:  # fmt: skip
         super().__init__()
+        self.reads: Parameterisation = reads
         self.path, self.members, self.classes, self.exits, self.rank, self.scale = path, members, classes, exits, rank, scale
         sizes = [dim + 1 + 8 + classes + exits, width, width, width, dim]
         self.layers = nn.ModuleList(Layer(members, *pair, rank) for pair in zip(sizes, sizes[1:], strict=False))
@@ -45,7 +47,7 @@ class VelocityMLP(nn.Module):
         h = seats.down(torch.cat(parts, 1).to(x_t))
         for layer in self.layers[:-1]:
             h = nn.functional.silu(layer(h, scale))
-        answer = read("velocity", seats.up(self.layers[-1](h, scale)), self.path, x_t, t)
+        answer = read(self.reads, seats.up(self.layers[-1](h, scale)), self.path, x_t, t)
         if self.head is None:
             return answer
         hidden, out = self.head
@@ -61,6 +63,24 @@ class VelocityMLP(nn.Module):
         """Its adapters if it has any, else everything."""
         named = dict(self.named_parameters())
         return {k: p for k, p in named.items() if ".adapter_" in k} if self.rank else named
+
+
+class ScoreMLP(LatentScorer):
+    """The laboratory's latent reward model: three layers of `width` on x and a one-hot class, `members` side by side as in `VelocityMLP`."""
+
+    def __init__(self, *, members: int = 1, classes: int = 2, width: int = 64, dim: int = 2) -> None:
+        super().__init__()
+        self.members, self.classes = members, classes
+        sizes = [dim + classes, width, width, 1]
+        self.layers = nn.ModuleList(Layer(members, *pair) for pair in zip(sizes, sizes[1:], strict=False))
+
+    def rate(self, x: Tensor, cond: Condition) -> Tensor:
+        assert isinstance(cond, LabelCondition)
+        seats = Seats.of(cond.member, self.members, len(x))
+        h = seats.down(torch.cat([x, _one_hot(cond.label, self.classes).to(x)], 1))
+        for layer in self.layers[:-1]:
+            h = nn.functional.silu(layer(h))
+        return seats.up(self.layers[-1](h)).squeeze(1)
 
 
 class Layer(nn.Module):
