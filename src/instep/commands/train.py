@@ -70,7 +70,7 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     """The model and what the recipe needs with it; errors here come before any training."""
     from instep.data.prompts import load_prompts
 
-    reward = load_reward(args.reward) if args.reward else None
+    reward = load_reward(args.reward) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     if args.model == MOVING_DIGITS:
         from instep.embedded import moving_digits

@@ -67,7 +67,9 @@ class CommandReward:
                         continue
                     times = "" if not retries else f", {retries + 1} times"
                     if isinstance(failure, _TooSlow):
-                        raise RewardError(f"reward {self.name!r}: {failure}{times}, on {span(samples)}; give it more time (timeout) or smaller batches") from None
+                        raise RewardError(
+                            f"reward {self.name!r}: {failure}{times}, on {span(samples)}; give it more time (timeout) or smaller batches"
+                        ) from None
                     raise BatchFailed(f"{failure}{times}") from None
         raise AssertionError("unreachable")
 
@@ -98,7 +100,7 @@ class CommandReward:
             return [line.strip() for line in out.splitlines() if line.strip()]
         try:
             return list(json.loads(out))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BatchFailed(f"the command printed {tail(out, 1, 80)!r}, which begins like a JSON list and is none ({error})") from None
 
 

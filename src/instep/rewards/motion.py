@@ -3,8 +3,8 @@
 VBench (Huang et al. 2024) runs RAFT between frames, averages the largest 5 % of the flow's magnitudes, and says for each video whether enough frames
 pass a threshold. This takes the same 5 % of a much coarser flow, and keeps the number instead of the yes or no. It is not VBench's score and is
 not to be reported as one: it sees no thin or fast things, does not follow what turns or grows, and has no threshold.
-Where VBench takes all that changes for motion, flicker and flowing noise too (which is how the reward is hacked: DOLLAR, Section 4.5, Fig. 9), here a
-block's motion counts as far as it explains the change. That makes hacking harder and not impossible.
+Like VBench's it takes flicker and flowing noise for motion, which is how such a reward is hacked (DOLLAR, Section 4.5, Fig. 9): pure noise scores like a
+shift of 4 pixels of 48 a frame, a flicker of a fifth of the brightness like one of 5, of a tenth like one of .4.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def block_motion(first: Tensor, second: Tensor) -> Tensor:
     """Displacement [N, blocks, 2] in pixels (x, then y) of 8 x 8 blocks of grey frames [N, H, W] in [0, 1], times the share of change that it explains.
 
     Whole pixels by exhaustive search (least squared difference, the shorter of equals), then one Lucas-Kanade step for the fraction. The share is
-    1 - (what differs after the motion) / (what differs without): 1 for a thing that shifts, small for flicker and noise.
+    1 - (what differs after the motion) / (what differs without): 1 for a thing that shifts; part of noise and
+    of flicker is explained by chance.
     """
     n, h, w = first.shape
     margin = REACH + 1

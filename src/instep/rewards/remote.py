@@ -138,7 +138,9 @@ class HttpReward:
         status = f"status {error.code} ({http.client.responses.get(error.code, 'unknown')})"
         if 300 <= error.code < 400:
             where = error.headers.get("Location", "nowhere")
-            return RewardError(f"reward {self.name!r}: the server answered {status} to {where!r}, and no redirect is followed; give that address if it is right")
+            return RewardError(
+                f"reward {self.name!r}: the server answered {status} to {where!r}, and no redirect is followed; give that address if it is right"
+            )
         try:
             said = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
@@ -156,8 +158,10 @@ class HttpReward:
     def _scores(self, answer: bytes) -> list[object]:
         try:
             found = json.loads(answer)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise BatchFailed(f'the server answered {tail(answer.decode("utf-8", "replace"), 1, 80)!r}, which is no JSON; it answers {{"scores": [...]}}') from None
+        except (ValueError, RecursionError):
+            raise BatchFailed(
+                f'the server answered {tail(answer.decode("utf-8", "replace"), 1, 80)!r}, which is no JSON; it answers {{"scores": [...]}}'
+            ) from None
         if not isinstance(found, dict) or not isinstance(found.get("scores"), list):
             raise BatchFailed(f'the server answered {tail(json.dumps(found), 1, 80)!r} without a list of scores; it answers {{"scores": [...]}}')
         return list(found["scores"])
