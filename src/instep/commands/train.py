@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from instep.commands import default_threads
+from instep.commands.rewards import load_function, load_reward
 from instep.models import DIGITS, MOVING_DIGITS, VideoSize, load
 from instep.models.base import Family
 from instep.rewards.base import Reward
-from instep.rewards.several import several
 from instep.train.probe import Monitor, few_of
 from instep.train.recipe import Recipe
 from instep.train.run import Interrupted, Run, RunOptions, final_samples, train
@@ -71,7 +70,7 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     """The model and what the recipe needs with it; errors here come before any training."""
     from instep.data.prompts import load_prompts
 
-    reward = load_reward(args.reward) if args.reward else None
+    reward = load_reward(args.reward) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     if args.model == MOVING_DIGITS:
         from instep.embedded import moving_digits
@@ -89,32 +88,6 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     family = load(args.model, VideoSize(*args.size) if args.size else None)
     return Setting(family, prompts, reward, None, None)
-
-
-def load_reward(text: str) -> Reward | Callable[..., Any]:
-    """`module:function`, or several with weights: `module:a,0.5*module:b`."""
-    parts: list[tuple[Any, float]] = []
-    for part in text.split(","):
-        weight, star, name = part.strip().rpartition("*")
-        try:
-            value = float(weight) if star else 1.0
-        except ValueError:
-            raise ValueError(f"reward: the weight {weight!r} of {name!r} is not a number; write for example module:a,0.5*module:b") from None
-        parts.append((load_function(name, "reward"), value))
-    return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else several(*parts)
-
-
-def load_function(name: str, option: str) -> Callable[..., Any]:
-    """`module:function` (the working directory is searched too) as the function itself; `option` is what it was given for."""
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"{option}: {name!r} is not of the form module:function, for example my_functions:brightness")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{option}: {name!r} cannot be imported ({error}); the module lies in the working directory or is installed") from error
 
 
 def finish(run: Run, setting: Setting, evaluate: bool) -> None:

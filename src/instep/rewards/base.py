@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 
+class RewardError(ValueError):
+    """What a reward says when its own message already names the reward, the sample and the fix: it is passed on as it is."""
+
+
 @runtime_checkable
 class Reward(Protocol):
-    """Scores media [B, 3, F, H, W] in [0, 1] for B prompts: [B], higher is better."""
+    """Scores media [B, 3, F, H, W] in [0, 1] for B prompts: [B], higher is better.
+
+    `name` is also the reward's fingerprint: a run goes on only with a reward of the same name. It says every setting that changes a score, and
+    nothing that differs between processes (no object id, no token).
+    """
 
     name: str
     differentiable: bool
@@ -47,6 +55,8 @@ def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[str]) -> Ten
     """Scores [B], or a ValueError that names the reward and the first sample that it failed on."""
     try:
         scores = reward.score(media, prompts)
+    except RewardError:
+        raise
     except Exception as error:
         raise ValueError(
             f"reward {reward.name!r} raised {type(error).__name__}: {error}. It was given media {tuple(media.shape)} in [0, 1] and "
