@@ -11,7 +11,7 @@ import torch
 from test_run import rows
 from tiny import tiny_cogvideox_pipeline
 
-from instep.export import export_student, few_step_scheduler, verify_export
+from instep.export import export_many_step, export_student, few_step_scheduler, verify_export
 from instep.export.card import ExportInfo
 from instep.export.scheduler_vp import float32_betas
 from instep.levels import few_step_levels
@@ -23,7 +23,7 @@ from instep.prediction import eps_of_x0, read, score_of_x0, velocity_of_x0
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.roles import Backbone, Role
-from instep.rollout import sample_few_step, sample_ode
+from instep.rollout import Sampling, sample_few_step, sample_ode
 from instep.train.run import RunOptions, train
 from instep.transitions import CPS, Deterministic, Renoise
 
@@ -68,6 +68,13 @@ def test_the_paths_table_is_the_schedulers(options):
     assert torch.equal(training_step(path, t.float()), torch.arange(1000.0))
     assert path.a(torch.ones(1)).item() == (0.0 if stock.config.rescale_betas_zero_snr else pytest.approx(stock.alphas_cumprod[-1].item() ** 0.5))
     assert path.alpha_bar(torch.zeros(1)).item() == 1
+
+
+def test_the_5b_models_scheduler_gives_the_same_table():
+    from diffusers import CogVideoXDPMScheduler
+
+    config = tiny_cogvideox_pipeline().scheduler.config
+    assert noise_path(CogVideoXDPMScheduler.from_config(config)) == noise_path(tiny_cogvideox_pipeline().scheduler)
 
 
 def test_training_steps_of_the_papers_levels():
@@ -327,6 +334,17 @@ def test_the_card_says_how_to_run_it(tmp_path):
     code = text.split("```python\n")[1].split("```")[0].replace('"."', repr(str(report.folder))).replace('"video.gif"', repr(str(tmp_path / "video.gif")))
     exec(compile(code, "card", "exec"), {})
     assert (tmp_path / "video.gif").stat().st_size > 100
+
+
+def test_a_many_step_export_keeps_the_pipelines_scheduler(tmp_path):
+    from diffusers import CogVideoXPipeline
+
+    fam = family()
+    report = export_many_step(fam.pipeline(fam.new_backbone()), Sampling(few_step_levels(10), "ode", 6.0), tmp_path / "student", INFO)
+    pipe = CogVideoXPipeline.from_pretrained(report.folder, local_files_only=True)
+    assert type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler" and pipe.scheduler.config == fam.pipe.scheduler.config
+    assert "guidance_scale=6" in (report.folder / "README.md").read_text()
+    assert load(str(report.folder)).path == fam.path, "and serves as a teacher again"
 
 
 # ------------------------------------------------------------------------------------------------------------- training
