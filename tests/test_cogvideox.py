@@ -342,7 +342,7 @@ def test_a_many_step_export_keeps_the_pipelines_scheduler(tmp_path):
     fam = family()
     report = export_many_step(fam.pipeline(fam.new_backbone()), Sampling(few_step_levels(10), "ode", 6.0), tmp_path / "student", INFO)
     pipe = CogVideoXPipeline.from_pretrained(report.folder, local_files_only=True)
-    assert type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler" and pipe.scheduler.config == fam.pipe.scheduler.config
+    assert type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler" and pipe.scheduler.config.timestep_spacing == "trailing"
     assert "guidance_scale=6" in (report.folder / "README.md").read_text()
     assert load(str(report.folder)).path == fam.path, "and serves as a teacher again"
 

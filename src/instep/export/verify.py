@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from instep import paths
 from instep.models import VideoSize
 from instep.models.stock import stock
-from instep.paths import Path
 from instep.prediction import Condition, Denoiser, Prediction, read
 from instep.quiet import quiet
 from instep.rollout import sample_few_step
@@ -27,7 +27,7 @@ def smallest_size(pipe: Any) -> VideoSize:
 
 @torch.no_grad()
 def sample_as_stock(
-    denoiser: Denoiser, cond: Condition, shape: Sequence[int], levels: Sequence[float], path: Path, rng: torch.Generator, axes: Sequence[int]
+    denoiser: Denoiser, cond: Condition, shape: Sequence[int], levels: Sequence[float], path: paths.Path, rng: torch.Generator, axes: tuple[int, ...]
 ) -> Tensor:
     """`sample_few_step` of len(cond) samples of `shape` with its noise drawn, and its result given, in a pipeline's order of axes (`Stock.axes`)."""
     back = [axes.index(i) for i in range(len(axes))]
@@ -55,7 +55,7 @@ def our_sampler(pipe: Any, transformer: nn.Module, levels: Sequence[float], size
 
 
 def verify_export(
-    folder: File,
+    folder: Path,
     ours: Sampler | Sequence[float],
     *,
     prompts: Sequence[str] = ("a seven moving left slowly", "a digit"),
@@ -98,7 +98,7 @@ def verify_export(
     return float((theirs.float() - own.float()).abs().max())
 
 
-def _steps_of(folder: File) -> int:
+def _steps_of(folder: Path) -> int:
     import json
 
     record = folder / "instep_export.json"

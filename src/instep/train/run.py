@@ -160,9 +160,10 @@ def export_role(
         pipe = family.pipe if lora is not None else family.pipeline(module)
         return export_many_step(pipe, sampling, to, info, lora=lora, adapter=student.adapter or "", dtype=dtype)
 
+    axes = tuple(range(1 + len(family.latent_shape))) if family.pipe is None else stock(family.pipe).axes
+
     def ours(names: Sequence[str], rng: torch.Generator) -> Tensor:
-        axes = range(1 + len(family.latent_shape)) if family.pipe is None else stock(family.pipe).axes
-        return sample_as_stock(student, family.encode(names), family.latent_shape, sampling.levels, family.path, rng, tuple(axes))
+        return sample_as_stock(student, family.encode(names), family.latent_shape, sampling.levels, family.path, rng, axes)
 
     if family.pipe is None:
         plain = module if student.adapter is None else merge_lora(module, student.adapter)
