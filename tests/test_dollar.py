@@ -31,7 +31,7 @@ GRIDS = ((0.5, 0.48), (0.75, 0.25), (0.999, 0.5), (0.3, 0.001))
 def test_ddpm_step_is_the_exact_posterior(path, pair):
     """x_s given x_t and x0, from Bayes' rule on the two Gaussians q(x_s | x0) and q(x_t | x_s), also on skipped grids."""
     t, s = (torch.tensor([v], dtype=F64) for v in pair)
-    a, b, a2, b2 = path.a(t), path.b(t), path.a(s), path.b(s)
+    a, a2, b, b2 = path.a(t), path.a(s), path.b(t), path.b(s)
     x0, x_t = torch.randn(1, 5, dtype=F64), torch.randn(1, 5, dtype=F64)
     ratio = a / a2
     noise = b**2 - ratio**2 * b2**2
@@ -58,7 +58,7 @@ def test_eq_5_printed_adds_noise_that_it_does_not_take_away():
     """With its own sigma, Eq. 5's variance as derived stays 1 - abar'; as printed (x_t's coefficient without sigma) it is too large."""
     path = VariancePreserving.linear()
     t, s = torch.tensor([0.5], dtype=F64), torch.tensor([0.25], dtype=F64)
-    b, b2 = path.b(t), path.b(s)
+    b2 = path.b(s)
     _, std = Posterior().gaussian(path, torch.zeros(1, 1, dtype=F64), torch.zeros(1, 1, dtype=F64), t, s)
     derived = (b2**2 - std**2) + std**2  # of x_s given x0, where x_t = a x0 + b eps
     # printed: (b2 / b) x_t - sqrt(b2^2 - std^2) (a / b) x0 + ... leaves b2^2 + std^2 of noise
@@ -105,6 +105,41 @@ def test_conjugate_velocity(path):
         assert torch.allclose((x_t + rest * (x0 - eps)) / (root + rest), x0)
         # and the standard velocity of the same sample, a eps - b x0 (Eq. 3)
         assert torch.allclose(read("v_prediction", root * eps - rest * x0, path, x_t, t).x0, x0)
+
+
+def test_a_variance_preserving_model_is_a_flow_at_other_levels():
+    """Re-noising and deterministic steps of x_t, divided by a + b, are those of the flow at level b / (a + b), with the same network: so the whole sampler is."""
+    path, flow = VariancePreserving.cosine(), RectifiedFlow()
+
+    class Network:
+        def __call__(self, y, level, cond):
+            v = torch.sin(3 * y) + level[:, None]
+            return Prediction(x0_of_velocity(flow, y, level, v), v)
+
+    class Conjugate:
+        """The same network on the variance-preserving path."""
+
+        def __call__(self, x_t, t, cond):
+            a, b = path.a(t), path.b(t)
+            v = Network()(x_t / (a + b)[:, None], b / (a + b), cond).v
+            return Prediction(x0_of_velocity(path, x_t, t, v), v)
+
+    def conjugate(t: float) -> float:
+        a, b = (float(f(torch.tensor([t], dtype=F64))) for f in (path.a, path.b))
+        return b / (a + b)
+
+    noise, steps = torch.randn(5, 3, dtype=F64), (0.9, 0.6, 0.3)
+    first = torch.full((5,), steps[0], dtype=F64)
+    wide = (path.a(first) + path.b(first))[:, None]
+    for rule in (Deterministic(), Renoise()):
+        x, y = noise, noise / wide
+        for t, s in zip(steps, (*steps[1:], 0.1), strict=True):
+            fresh = torch.randn(5, 3, dtype=F64)
+            t, s, u, r = (torch.full((5,), v, dtype=F64) for v in (t, s, conjugate(t), conjugate(s)))
+            x0, y0 = Conjugate()(x, t, None).x0, Network()(y, u, None).x0
+            assert torch.allclose(x0, y0)
+            x, y = rule.step(path, x0, x, fresh, t, s), rule.step(flow, y0, y, fresh, u, r)
+            assert torch.allclose(x / (path.a(s) + path.b(s))[:, None], y)
 
 
 def test_consistency_function_is_the_identity_at_zero():

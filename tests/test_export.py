@@ -13,13 +13,13 @@ from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 from instep.export import (
     ExportInfo,
     export_student,
-    few_step_scheduler,
     lora_state_dict,
     merge_lora,
     save_lora,
     verify_export,
 )
 from instep.export.comfyui import comfyui_levels, comfyui_shift, comfyui_state_dict
+from instep.export.scheduler import flow_scheduler
 from instep.export.verify import our_sampler
 from instep.levels import few_step_levels
 from instep.models import VideoSize
@@ -106,7 +106,7 @@ def test_scheduler_gives_our_levels_after_saving_and_loading(n, shift, tmp_path)
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     levels = few_step_levels(n, shift)
-    few_step_scheduler(levels).save_pretrained(tmp_path)
+    flow_scheduler(levels).save_pretrained(tmp_path)
     loaded = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
     loaded.set_timesteps(n)
     assert (loaded.sigmas - torch.tensor([*levels, 0.0])).abs().max() < 1e-6
@@ -116,14 +116,14 @@ def test_scheduler_gives_our_levels_after_saving_and_loading(n, shift, tmp_path)
 
 def test_scheduler_known_solutions():
     for shift, solved, terminal in ((5.0, 2.509456, 0.625), (3.0, 2.004020, 0.5), (8.0, 2.925446, 0.727273)):
-        config = few_step_scheduler(few_step_levels(4, shift)).config
+        config = flow_scheduler(few_step_levels(4, shift)).config
         assert config.shift == pytest.approx(solved, abs=1e-4)
         assert config.shift_terminal == pytest.approx(terminal, abs=1e-6)
 
 
 def test_scheduler_takes_any_three_levels():
-    assert len(few_step_scheduler((1.0, 0.9, 0.25)).sigmas) == 4
-    assert len(few_step_scheduler((1.0, 0.4, 0.2)).sigmas) == 4
+    assert len(flow_scheduler((1.0, 0.9, 0.25)).sigmas) == 4
+    assert len(flow_scheduler((1.0, 0.4, 0.2)).sigmas) == 4
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_scheduler_takes_any_three_levels():
 )
 def test_scheduler_refuses_what_it_cannot_give(levels):
     with pytest.raises(ValueError, match="levels"):
-        few_step_scheduler(levels)
+        flow_scheduler(levels)
 
 
 def test_comfyui_levels_equal_ours_for_the_right_shift():

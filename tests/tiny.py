@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import WanPipeline
+    from diffusers import CogVideoXPipeline, WanPipeline
     from transformers import PreTrainedTokenizerFast
 
 # 9 frames of 48 x 48 are latents [B, 16, 3, 6, 6], 27 tokens
@@ -74,3 +74,36 @@ def tiny_wan_pipeline(seed: int = 0, layers: int = 2) -> WanPipeline:
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
+
+
+def tiny_cogvideox_pipeline(seed: int = 0, *, rotary: bool = False, layers: int = 2) -> CogVideoXPipeline:
+    """Transformer of 2 layers and width 32, VAE (8x in space, 4x in time), T5 of width 16, the scheduler of CogVideoX-2b; eval, float32.
+
+    `rotary`: positions as in the 5B model instead of the 2B one's. 9 frames of 32 x 32, its own size, are latents [B, 4, 3, 4, 4], 12 tokens beside
+    226 of text. The same seed gives the same weights; the global random state is left as it was.
+    """
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer = byte_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=24, text_embed_dim=16, num_layers=layers,
+            sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=226, use_rotary_positional_embeddings=rotary,
+        )  # fmt: skip
+        vae = AutoencoderKLCogVideoX(
+            block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
+            sample_height=32, sample_width=32, scaling_factor=0.7,
+        )  # fmt: skip
+        text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    # a few tokens among 226 of padding say little to random weights: louder values let two prompts differ visibly
+    with torch.no_grad():
+        transformer.patch_embed.text_proj.weight.mul_(4)
+        for block in transformer.transformer_blocks:
+            block.attn1.to_v.weight.mul_(16)
+    scheduler = CogVideoXDDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0,
+        timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
+    )  # fmt: skip
+    return CogVideoXPipeline(tokenizer=tokenizer, text_encoder=text_encoder.eval(), vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler)

@@ -65,6 +65,10 @@ def network(args: PlanArgs) -> Workload:
         if not file.is_file():
             raise ValueError(f"model: {args.model!r} is not known ({file} is missing); allowed: {MOVING_DIGITS}, 1.3B, 14B, or a Wan pipeline folder")
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if (kind := config.get("_class_name", "WanTransformer3DModel")) != "WanTransformer3DModel":
+            raise ValueError(
+                f"model: {args.model} is a {kind}, whose passes and memory were not counted yet; allowed: {MOVING_DIGITS}, 1.3B, 14B, or a Wan pipeline folder"
+            )
         module = wan_module({k: v for k, v in config.items() if not k.startswith("_")})
     wide = 4 if args.float32 or args.device == "cpu" else 2
     return replace(wan_workload(module, size), bytes_per_parameter=wide, checkpointing=args.checkpointing, gpus=args.gpus)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
 from instep.commands import default_threads
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, VideoSize, bundled
+from instep.models.stock import stock
 from instep.quiet import quiet
 
 
@@ -28,7 +29,7 @@ class SampleArgs:
     guidance: float | None = None
     """Classifier-free guidance; default 1 (none) for a student, 3 for a pipeline."""
     seed: int = 0
-    """Seed of torch's global generator, which Wan pipelines re-noise from."""
+    """Seed of torch's global generator, which pipelines re-noise from."""
     copies: int = 4
     """Samples a prompt."""
     out: Path = Path("samples.webp")
@@ -53,10 +54,10 @@ def sample_command(args: SampleArgs) -> int:
         )
     if args.out.exists():
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
-    size = VideoSize(*args.size) if args.size else size_of(args.dir, record)
     torch.set_num_threads(default_threads())
     with quiet():
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    size = VideoSize(*args.size) if args.size else size_of(args.dir, record, pipe)
     torch.manual_seed(args.seed)
     names = [prompt for prompt in args.prompts for _ in range(args.copies)]
     videos = pipe(
@@ -82,7 +83,8 @@ def find_pipeline(name: str) -> tuple[Path, dict | None]:
     return folder, json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
 
 
-def size_of(name: str, record: dict | None) -> VideoSize:
+def size_of(name: str, record: dict | None, pipe: Any) -> VideoSize:
+    """What a student was trained at, and what a pipeline draws unless told otherwise."""
     if record is not None:
         return VideoSize(**record["info"]["size"])
-    return MOVING_DIGITS_SIZE if name == MOVING_DIGITS else VideoSize()
+    return MOVING_DIGITS_SIZE if name == MOVING_DIGITS else stock(pipe).size

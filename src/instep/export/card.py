@@ -32,15 +32,23 @@ class ExportInfo:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the export found out about itself; differences are the largest of final latents, in float32."""
+    """What the export found out about itself; differences are the largest of final latents, in float32.
+
+    comfyui_shift, comfyui_difference: None where no workflow is made for the family. usual: steps and guidance that the pipeline's call takes unless
+    told otherwise. passes_generator: whether it hands `generator=` on to the scheduler.
+    """
 
     sampler_difference: float
     student_difference: float
-    comfyui_shift: float
-    comfyui_difference: float
+    comfyui_shift: float | None
+    comfyui_difference: float | None
     comfyui_obstacle: str | None
     lora: bool
     dtype: str
+    pipeline: str = "WanPipeline"
+    scheduler: str = "FlowMatchEulerDiscreteScheduler"
+    usual: tuple[int, float] = (50, 5.0)
+    passes_generator: bool = False
 
 
 # above this a level is visibly another one: ComfyUI's rounding to thousandths stays below
@@ -89,8 +97,8 @@ def _head(info: ExportInfo, n: int, measured: Measured) -> str:
     )
     if measured.lora:
         text += (
-            "\n`lora.safetensors` is the same student as a LoRA on the base model (strength 1; diffusers and ComfyUI"
-            " read it).\n"
+            "\n`lora.safetensors` is the same student as a LoRA on the base model (strength 1; diffusers"
+            f"{' and ComfyUI read' if measured.comfyui_difference is not None else ' reads'} it).\n"
         )
     return text
 
@@ -119,6 +127,21 @@ def _front_matter(info: ExportInfo, measured: Measured) -> str:
 
 def _usage(info: ExportInfo, levels: Sequence[float], measured: Measured) -> str:
     n, size = len(levels), info.size
+    steps, guidance = measured.usual
+    if measured.passes_generator:
+        seeding, argument = "", "generator=torch.Generator().manual_seed(0), "
+        repeat = "- `generator=` makes a sample repeatable: the pipeline hands it on to `scheduler.step`, which draws the noise of every later step."
+    else:
+        seeding, argument = "torch.manual_seed(0)  # and not generator=: see below\n", ""
+        repeat = (
+            "- `torch.manual_seed(...)` makes a sample repeatable. A `generator=` alone does not: Wan pipelines do not pass it on\n"
+            "  to `scheduler.step`, which draws the noise of every later step."
+        )
+    if measured.scheduler == "LCMScheduler":
+        repeat += (
+            f"\n- The scheduler is a stock `LCMScheduler` with this model's own table of noise levels. For {n} step{'s' if n > 1 else ''} it predicts the clean"
+            " video and noises\n  it anew; its boundary condition is scaled away."
+        )
     return f"""## Use
 
 ```python
@@ -128,19 +151,17 @@ from diffusers.utils import export_to_gif
 
 # "." is this folder; a hub id works as well
 pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.{measured.dtype})
-torch.manual_seed(0)  # and not generator=: see below
-video = pipe(
+{seeding}video = pipe(
     {json.dumps(info.example_prompt)},
     height={size.height}, width={size.width}, num_frames={size.frames},
-    num_inference_steps={n}, guidance_scale=1.0, output_type="pil",
+    num_inference_steps={n}, guidance_scale=1.0, {argument}output_type="pil",
 ).frames[0]
 export_to_gif(video, "video.gif", fps=8)
 ```
 
-- `num_inference_steps={n}` and `guidance_scale=1.0` must be given: the pipeline's own defaults are 50 and 5. The
+- `num_inference_steps={n}` and `guidance_scale=1.0` must be given: the pipeline's own defaults are {steps} and {guidance:g}. The
   scheduler in this folder yields the student's levels for {n} step{"s" if n > 1 else ""} and for no other number.
-- `torch.manual_seed(...)` makes a sample repeatable. A `generator=` alone does not: Wan pipelines do not pass it on
-  to `scheduler.step`, which draws the noise of every later step.
+{repeat}
 """
 
 
@@ -166,6 +187,8 @@ def _measured(info: ExportInfo, measured: Measured) -> str:
 def _comfyui(levels: Sequence[float], measured: Measured) -> str:
     n = len(levels)
     text = "## ComfyUI\n\n"
+    if measured.comfyui_difference is None or measured.comfyui_shift is None:
+        return text + f"No workflow is included: they are made for Wan models, and this is a {measured.pipeline}.\n"
     if measured.comfyui_obstacle:
         return (
             text

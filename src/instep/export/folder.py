@@ -23,6 +23,7 @@ from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler, our_sampler, smallest_size, verify_export
 from instep.files import no_room, unwritten
+from instep.models.stock import stock
 from instep.quiet import quiet
 from instep.rollout import Sampling
 
@@ -39,7 +40,8 @@ class ExportReport:
 
     sampler_difference: stock diffusers against our sampler, both on the exported weights. student_difference: stock
     diffusers on the exported weights against our sampler on the student in memory: sampler, merge and rounding to
-    `dtype` together. comfyui_difference: of ComfyUI's levels from ours; None for exports that are no pipeline.
+    `dtype` together. comfyui_difference: of ComfyUI's levels from ours; None where none is made for it: exports that are no
+    pipeline, other families than Wan.
     """
 
     folder: Path
@@ -63,10 +65,10 @@ def export_student(
     ours: Sampler | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA file and ComfyUI workflow,
+    """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA file and (Wan) ComfyUI workflow,
     and checks it (on the student's device).
 
-    pipeline: a WanPipeline around the student (its other parts are saved too; nothing in it is changed). lora: the
+    pipeline: one that `models/stock.py` knows, around the student (its other parts are saved too; nothing in it is changed). lora: the
     module that carries the PEFT adapter `adapter`; then the folder's transformer is that module with the adapter
     merged. dtype: float16, float32 or None to keep. ours: the training-side sampler to compare with, at info.size
     (None: our sampler around the weights in memory, at a small size). The folder appears at once, complete, or not at
@@ -82,7 +84,8 @@ def export_student(
             " expert's pipeline alone"
         )
     _check_target(out, overwrite)
-    scheduler = few_step_scheduler(levels)
+    how = stock(pipeline)
+    scheduler = few_step_scheduler(how.path, levels, how.parameterisation)
     student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=scheduler, dtype=dtype)
     with at_once(out) as temporary:
@@ -97,15 +100,20 @@ def export_student(
         device, prompts = next((pipeline.transformer if lora is None else lora).parameters()).device, (info.example_prompt, "")
         with nullcontext() if lora is None else adapter_active(lora, adapter):
             student_difference = verify_export(temporary, in_memory, prompts=prompts, size=size, device=device)
-        shift, off = comfyui_shift(levels)
+        is_wan = type(exported.transformer).__name__ == "WanTransformer3DModel"
+        shift, off = comfyui_shift(levels) if is_wan else (None, None)
+        defaults = inspect.signature(type(pipeline).__call__).parameters
         measured = Measured(
             sampler_difference=verify_export(temporary, levels, prompts=prompts, size=size, device=device),
             student_difference=student_difference,
-            comfyui_shift=shift, comfyui_difference=off, comfyui_obstacle=runs_in_comfyui(pipeline),
+            comfyui_shift=shift, comfyui_difference=off, comfyui_obstacle=runs_in_comfyui(pipeline) if is_wan else None,
             lora=lora is not None,
             dtype=str(exported.transformer.proj_out.weight.dtype).removeprefix("torch."),
+            pipeline=type(pipeline).__name__, scheduler=type(scheduler).__name__,
+            usual=(defaults["num_inference_steps"].default, defaults["guidance_scale"].default), passes_generator=how.passes_generator,
         )  # fmt: skip
-        _write_comfyui(temporary, exported.transformer, levels, info, measured)
+        if is_wan:
+            _write_comfyui(temporary, exported.transformer, levels, info, measured)
         (temporary / "README.md").write_text(model_card(info, levels, measured))
         size_bytes = _sync(temporary)
     return ExportReport(
@@ -216,7 +224,7 @@ def _write_comfyui(
 
     if not measured.lora and measured.comfyui_obstacle is None:
         save_file(comfyui_state_dict(transformer), folder / COMFYUI_MODEL, metadata={"format": "pt"})
-    if measured.comfyui_difference > LEVELS_EQUAL:
+    if measured.comfyui_difference is None or measured.comfyui_difference > LEVELS_EQUAL:
         return
     model = f"{info.base_model.rpartition('/')[2]}.safetensors" if measured.lora else COMFYUI_MODEL
     graph = comfyui_workflow(

@@ -64,12 +64,13 @@ def lora_state_dict(module: nn.Module, adapter: str = "student") -> dict[str, Te
     """`diffusion_model.blocks.0.self_attn.q.lora_A.weight` ... with alpha / r folded into B, so strength 1 is exact
     everywhere.
 
-    These names are the ones ComfyUI maps onto Wan and diffusers converts by itself. Raises ValueError if the adapter is
+    These names are the ones ComfyUI maps onto Wan and diffusers converts by itself; of other transformers they are diffusers' own,
+    `transformer.transformer_blocks.0.attn1.to_q.lora_A.weight`. Raises ValueError if the adapter is
     not there, is not plain LoRA, or touches a module that has no name in ComfyUI's Wan.
     """
-    state = {}
+    state, is_wan = {}, type(module).__name__ == "WanTransformer3DModel"
     for name, layer, scale in _layers(module, adapter):
-        key = f"diffusion_model.{comfyui_module(name)}"
+        key = f"diffusion_model.{comfyui_module(name)}" if is_wan else f"transformer.{name}"
         state[f"{key}.lora_A.weight"] = layer.lora_A[adapter].weight.detach().clone().cpu().contiguous()
         state[f"{key}.lora_B.weight"] = (layer.lora_B[adapter].weight.detach() * scale).cpu().contiguous()
     return state

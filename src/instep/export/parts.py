@@ -59,7 +59,7 @@ def export_parts(
     if dtype not in (torch.float16, torch.float32, None):
         raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
     _check_target(out, overwrite)
-    scheduler, exported = few_step_scheduler(levels), _plain(student, dtype)
+    scheduler, exported = few_step_scheduler(family.path, levels, family.parameterisation), _plain(student, dtype)
     with at_once(out) as temporary:
         exported.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")

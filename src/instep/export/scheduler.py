@@ -9,16 +9,36 @@ import torch
 from torch import Tensor
 
 from instep.levels import check_levels
+from instep.paths import Path, RectifiedFlow, VariancePreserving
+from instep.prediction import Parameterisation
 
 if TYPE_CHECKING:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 # in a student's own arithmetic (float32) levels nearer than this are the same level
 TOLERANCE = 1e-6
 NUDGES = 40
 
 
-def few_step_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
+def few_step_scheduler(path: Path, levels: Sequence[float], parameterisation: Parameterisation) -> FlowMatchEulerDiscreteScheduler | LCMScheduler:
+    """The stock scheduler that predicts x0 at `levels` of `path` and re-noises between them, for `set_timesteps(len(levels))`.
+
+    FlowMatchEulerDiscreteScheduler on the rectified flow, LCMScheduler on a variance-preserving path. Raises ValueError for a list that the class
+    cannot produce, and for a network that it cannot read.
+    """
+    if isinstance(path, RectifiedFlow) and parameterisation == "velocity":
+        return flow_scheduler(levels)
+    if isinstance(path, VariancePreserving):
+        from instep.export.scheduler_vp import vp_scheduler
+
+        return vp_scheduler(path, levels, parameterisation)
+    raise ValueError(
+        f"parameterisation: no stock scheduler re-noises for {parameterisation!r} on {type(path).__name__}; allowed: velocity on RectifiedFlow, eps, x0 and "
+        "v_prediction on VariancePreserving"
+    )
+
+
+def flow_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler whose `set_timesteps(len(levels))` gives exactly `levels`, and which re-noises between them.
 
     levels: 1 = t_1 > ... > t_n > 0. Uniform-then-shifted lists fit, so does a list of up to 3 levels (unless the second

@@ -3,54 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from instep import paths
 from instep.models import VideoSize
-from instep.paths import RectifiedFlow
-from instep.prediction import Condition, Prediction, read
+from instep.models.stock import stock
+from instep.prediction import Condition, Denoiser, Prediction, read
 from instep.quiet import quiet
 from instep.rollout import sample_few_step
 
-# (prompts, generator) -> final latents [B, C, F, H, W]; draws x at t_1 first, then one noise a step, all from generator
+# (prompts, generator) -> final latents in the pipeline's own order of axes; draws x at t_1 first, then one noise a step, in that order, all from generator
 Sampler = Callable[[Sequence[str], torch.Generator], Tensor]
 
 
 def smallest_size(pipe: Any) -> VideoSize:
     """A few tokens' worth of video: the identity of two samplers does not depend on the size, its price does."""
-    side = 3 * pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]
-    return VideoSize(side, side, 2 * pipe.vae_scale_factor_temporal + 1)
+    return stock(pipe).smallest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Text(Condition):
-    text: Tensor
+@torch.no_grad()
+def sample_as_stock(
+    denoiser: Denoiser, cond: Condition, shape: Sequence[int], levels: Sequence[float], path: paths.Path, rng: torch.Generator, axes: tuple[int, ...]
+) -> Tensor:
+    """`sample_few_step` of len(cond) samples of `shape` with its noise drawn, and its result given, in a pipeline's order of axes (`Stock.axes`)."""
+    back = [axes.index(i) for i in range(len(axes))]
+
+    def turned(x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        answer = denoiser(x_t.permute(back), t, cond)
+        return Prediction(answer.x0.permute(axes), answer.v.permute(axes))
+
+    whole = (len(cond), *shape)
+    noise = torch.randn([whole[i] for i in axes], generator=rng, device=rng.device)
+    return sample_few_step(turned, cond, noise, levels, path, rng)
 
 
 def our_sampler(pipe: Any, transformer: nn.Module, levels: Sequence[float], size: VideoSize) -> Sampler:
     """`instep.rollout.sample_few_step` around `transformer`, with the pipeline's text encoding and latent shape."""
-    spatial, temporal = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
-    shape = (
-        transformer.config.in_channels,
-        (size.frames - 1) // temporal + 1,
-        size.height // spatial,
-        size.width // spatial,
-    )
-    path = RectifiedFlow()
+    how = stock(pipe)
 
     def denoise(x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        assert isinstance(cond, _Text)
-        return read("velocity", transformer(x_t, t * 1000, cond.text, return_dict=False)[0], path, x_t, t)
+        return read(how.parameterisation, how.forward(transformer, x_t, t, cond), how.path, x_t, t)
 
-    @torch.no_grad()
     def sample(prompts: Sequence[str], rng: torch.Generator) -> Tensor:
-        text, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=512)
-        noise = torch.randn(len(prompts), *shape, generator=rng, device=rng.device)
-        return sample_few_step(denoise, _Text(text=text.to(noise)), noise, levels, path, rng)
+        return sample_as_stock(denoise, how.encode(prompts).to(rng.device), how.latent_shape(size), levels, how.path, rng, how.axes)
 
     return sample
 
@@ -85,18 +84,18 @@ def verify_export(
     rng = torch.cuda.default_generators[index] if on_gpu else torch.default_generator
     with torch.random.fork_rng(devices=[index] if on_gpu else []):
         torch.manual_seed(seed)
-        stock = pipe(
+        theirs = pipe(
             list(prompts), height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps,
             guidance_scale=1.0, output_type="latent",
         ).frames  # fmt: skip
         torch.manual_seed(seed)
         own = sampler(prompts, rng)
-    if own.shape != stock.shape:
+    if own.shape != theirs.shape:
         raise ValueError(
-            f"ours: latents {list(own.shape)} do not fit the pipeline's {list(stock.shape)}; verify at the size the"
+            f"ours: latents {list(own.shape)} do not fit the pipeline's {list(theirs.shape)}; verify at the size the"
             " sampler draws: size="
         )
-    return float((stock.float() - own.float()).abs().max())
+    return float((theirs.float() - own.float()).abs().max())
 
 
 def _steps_of(folder: Path) -> int:

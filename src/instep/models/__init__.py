@@ -71,7 +71,11 @@ def load(model: str, size: VideoSize | None = None) -> Family:
 
         chosen = size or (MOVING_DIGITS_SIZE if model == MOVING_DIGITS else VideoSize())
         return WanFamily.load(folder, chosen, name=_name(model, folder))
-    raise ValueError(f"model: {folder} holds a {kind}, which no family knows yet; allowed: WanPipeline")
+    if kind == "CogVideoXPipeline":
+        from instep.models.cogvideox import CogVideoXFamily
+
+        return CogVideoXFamily.load(folder, size, name=_name(model, folder))
+    raise ValueError(f"model: {folder} holds a {kind}, which no family knows yet; allowed: WanPipeline, CogVideoXPipeline")
 
 
 def _name(model: str, folder: Path) -> str:

@@ -19,7 +19,8 @@ class VelocityMLP(nn.Module):
     """A small velocity network, three layers of `width`: inputs x, t, four Fourier pairs of t, a one-hot class and a one-hot exit.
 
     `members` networks that share nothing run as one batch: a row goes to the one that `cond.member` names. `rank` gives every layer a low-rank
-    adapter (zero at first), which counts with `scale`; `head` a discriminator head on the last hidden layer, whose first logit is zero. `reads`: what its output is taken for.
+    adapter (zero at first), which counts with `scale`; `head` a discriminator head on the last hidden layer, whose first logit is zero.
+    `reads`: what its output is taken for.
     """
 
     def __init__(

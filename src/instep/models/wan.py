@@ -168,3 +168,40 @@ class WanFamily:
         for block in plain.blocks:
             block.attn2.set_processor(WanAttnProcessor())
         return WanPipeline(**{**self.pipe.components, "transformer": plain})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text(Condition):
+    """Text embeddings [B, 512, D] with the stock padding."""
+
+    text: Tensor
+
+
+class WanStock:
+    """A `WanPipeline` as `models/stock.py` asks for it."""
+
+    path = RectifiedFlow()
+    parameterisation = "velocity"
+    axes = (0, 1, 2, 3, 4)
+    passes_generator = False
+    size = VideoSize()
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def latent_shape(self, size: VideoSize) -> tuple[int, ...]:
+        spatial, temporal = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
+        return (self.pipe.transformer.config.in_channels, (size.frames - 1) // temporal + 1, size.height // spatial, size.width // spatial)
+
+    def smallest(self) -> VideoSize:
+        side = 3 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size[1]
+        return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        text, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
+        return _Text(text=text)
+
+    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        assert isinstance(cond, _Text)
+        return module(x_t, t * 1000, cond.text.to(x_t), return_dict=False)[0]

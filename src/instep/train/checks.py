@@ -77,6 +77,14 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
         raise ValueError(
             f"model: {family.name} has no stock pipeline, and {recipe.name} leaves a many-step model, which is exported as one; choose a recipe that distils"
         )
+    if recipe.sampler == "few-step":
+        from instep.export.scheduler import few_step_scheduler
+        from instep.models.stock import stock
+
+        # a student of a pipeline that is not known, or whose levels no stock scheduler gives, could not be exported once it is trained
+        if family.pipe is not None:
+            stock(family.pipe)
+        few_step_scheduler(family.path, recipe.levels, family.parameterisation)
     for stage in recipe.stages:
         if not stage.steps:
             continue

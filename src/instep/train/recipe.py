@@ -195,7 +195,7 @@ class Recipe:
         if "scorer" in self.needs and self.scorer is None:
             raise ValueError(f"recipe {self.name!r}: a stage asks for a latent reward model and scorer is None; give the recipe scorer=ScorerConfig()")
         if "average" in self.needs and self.roles["student"].ema is None:
-            raise ValueError(f"ema: None is not allowed for {self.name!r}: its consistency target is the student's average; give a decay below 1, for example .95")
+            raise ValueError(f"ema: None is not allowed for {self.name!r}: it aims at the student's average; give a decay below 1, for example .95")
         if not any(stage.steps for stage in self.stages):
             raise ValueError(f"recipe {self.name!r}: no stage has steps; give at least one of them a positive number")
 

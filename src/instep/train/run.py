@@ -18,7 +18,7 @@ from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, as_reward
 from instep.roles import Role
-from instep.rollout import Sampling, sample_few_step
+from instep.rollout import Sampling
 from instep.train import checkpoint, stop
 from instep.train.cache import teacher_samples
 from instep.train.checks import check_inputs, claim, scorer, slope, weights_of
@@ -151,6 +151,8 @@ def export_role(
     """A student role as a stock pipeline folder (or its parts, where there is no stock pipeline), checked there against the sampler that trained it;
     a many-step student keeps its model's scheduler."""
     from instep.export import ExportInfo, export_many_step, export_parts, export_student, merge_lora  # diffusers' exporters are slow to import
+    from instep.export.verify import sample_as_stock
+    from instep.models.stock import stock
 
     info = ExportInfo(
         recipe=recipe, base_model=family.name, seed=seed, command=command, instep_version=__version__, training_prompts=prompts,
@@ -162,10 +164,10 @@ def export_role(
         pipe = family.pipe if lora is not None else family.pipeline(module)
         return export_many_step(pipe, sampling, to, info, lora=lora, adapter=student.adapter or "", dtype=dtype)
 
-    @torch.no_grad()
+    axes = tuple(range(1 + len(family.latent_shape))) if family.pipe is None else stock(family.pipe).axes
+
     def ours(names: Sequence[str], rng: torch.Generator) -> Tensor:
-        noise = torch.randn(len(names), *family.latent_shape, generator=rng, device=rng.device)
-        return sample_few_step(student, family.encode(names), noise, sampling.levels, family.path, rng)
+        return sample_as_stock(student, family.encode(names), family.latent_shape, sampling.levels, family.path, rng, axes)
 
     if family.pipe is None:
         plain = module if student.adapter is None else merge_lora(module, student.adapter)

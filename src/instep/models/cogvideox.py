@@ -1,0 +1,249 @@
+"""CogVideoX text-to-video (2B and 5B, version 1.0) through diffusers' own modules: v-prediction on a variance-preserving path."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from instep.models import VideoSize
+from instep.paths import VariancePreserving
+from instep.prediction import Condition
+from instep.quiet import quiet
+
+# what CogVideoXPipeline pads every prompt to; the padding is attended to, there is no mask
+STOCK_TEXT_LENGTH = 226
+# ours [B, C, F, H, W] in the order of the pipeline's latents, [B, F, C, H, W]; its own inverse
+AXES = (0, 2, 1, 3, 4)
+# of full-size models a prompt's embeddings are 4 MB, padding included
+KEPT_TEXTS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class CogVideoXCondition(Condition):
+    """Text embeddings [B, 226, D] with the stock padding."""
+
+    text: Tensor
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """All of them, padding included, as the transformer sees them."""
+        return self.text, torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
+
+
+def noise_path(scheduler: Any) -> VariancePreserving:
+    """The path whose alpha-bar is the scheduler's `alphas_cumprod` (SNR shift and zero-SNR rescaling are in it).
+
+    ValueError if the scheduler reads its model's output as something else than v_prediction.
+    """
+    kind = scheduler.config.get("prediction_type")
+    if kind != "v_prediction":
+        raise ValueError(f"prediction_type: the scheduler's is {kind!r}; CogVideoX predicts v, allowed: 'v_prediction'; copy the model's own scheduler folder")
+    return VariancePreserving(alpha_bars=tuple(scheduler.alphas_cumprod.double().tolist()))
+
+
+def training_step(path: VariancePreserving, t: Tensor) -> Tensor:
+    """Levels [B] in [0, 1] as the timesteps the network knows, k / N as k - 1; between them fractions, below 1 / N still 0.
+
+    A level of the table in float32 misses k by up to 6e-5, which is rounded away.
+    """
+    position = t.double() * path.steps
+    whole = position.round()
+    position = torch.where((position - whole).abs() < 1e-3, whole, position)
+    return (position - 1).clamp(min=0).float()
+
+
+def check_pipeline(pipe: Any) -> None:
+    """ValueError for relatives of CogVideoX 1.0 text-to-video that this family cannot run."""
+    config = pipe.transformer.config
+    if config.patch_size_t is not None:
+        raise ValueError(
+            f"patch_size_t: {config.patch_size_t} (CogVideoX 1.5, patches over time) is not supported yet; allowed: None, as in CogVideoX-2b and CogVideoX-5b"
+        )
+    if config.in_channels != config.out_channels or config.ofs_embed_dim:
+        raise ValueError(
+            f"in_channels: {config.in_channels} for {config.out_channels} output channels looks like an image-to-video or control model; allowed: text-to-video"
+        )
+    if config.max_text_seq_length != STOCK_TEXT_LENGTH:
+        raise ValueError(
+            f"max_text_seq_length: {config.max_text_seq_length} is not allowed; CogVideoXPipeline pads prompts to {STOCK_TEXT_LENGTH} unless it is told "
+            "otherwise at every call, so a student trained at another length would be sampled wrongly"
+        )
+
+
+def check_size(pipe: Any, size: VideoSize) -> None:
+    """ValueError for a size that the model cannot draw."""
+    spatial, temporal, config = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal, pipe.transformer.config
+    unit = spatial * config.patch_size
+    # an even number of latent frames decodes to 4 more frames than went in: the VAE works on pairs of them after the first
+    if size.height % unit or size.width % unit or (size.frames - 1) % (2 * temporal):
+        raise ValueError(
+            f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; height and width are multiples of "
+            f"{unit}, frames are {2 * temporal} k + 1"
+        )
+    if config.use_learned_positional_embeddings and size != native_size(pipe):
+        raise ValueError(f"size: {size} is not allowed; this model's positions are learned for {native_size(pipe)} alone")
+
+
+def native_size(pipe: Any) -> VideoSize:
+    """What the pipeline draws unless told otherwise, 480 x 720 and 49 frames for the published ones."""
+    config, spatial = pipe.transformer.config, pipe.vae_scale_factor_spatial
+    return VideoSize(config.sample_height * spatial, config.sample_width * spatial, config.sample_frames)
+
+
+def latent_shape(pipe: Any, size: VideoSize) -> tuple[int, ...]:
+    """[C, F, H, W] of one sample."""
+    spatial, frames = pipe.vae_scale_factor_spatial, (size.frames - 1) // pipe.vae_scale_factor_temporal + 1
+    return (pipe.transformer.config.in_channels, frames, size.height // spatial, size.width // spatial)
+
+
+def call(pipe: Any, path: VariancePreserving, module: nn.Module, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """v [B, C, F, H, W] of `module` as the pipeline calls its transformer; x_t [B, C, F, H, W], t [B] in [0, 1], text [B, 226, D]."""
+    dtype, (height, width) = next(module.parameters()).dtype, x_t.shape[-2:]
+    rotary = None
+    if module.config.use_rotary_positional_embeddings:
+        spatial = pipe.vae_scale_factor_spatial
+        rotary = pipe._prepare_rotary_positional_embeddings(height * spatial, width * spatial, x_t.shape[2], x_t.device)
+    seen = x_t.to(dtype).permute(AXES)
+    # contiguous, as the tensors that the pipeline draws are
+    v = module(seen.contiguous(), text.to(dtype), training_step(path, t), image_rotary_emb=rotary, return_dict=False)[0]
+    return v.permute(AXES)
+
+
+def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+    block.tokens(output[0])
+
+
+class CogVideoXFamily:
+    """A `CogVideoXPipeline` seen as a family (see `models/base.py`); latents are scaled as the transformer sees them, [B, C, F, H, W].
+
+    Its levels are the training steps of the pipeline's own scheduler, t = k / N for step k - 1: 1, .75, .5, .25 are the steps 999, 749, 499, 249. No
+    timestep shift is added to them (`shift` 1): a shift of the signal-to-noise ratio is in the scheduler's table already.
+    """
+
+    parameterisation = "v_prediction"
+    shift = 1.0
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    def __init__(self, pipe: Any, size: VideoSize | None = None, name: str = "cogvideox", source: str = "") -> None:
+        """`size` None: the model's own. `source` is where the pipeline was loaded from, for the run's record. ValueError for a size or a variant of
+        the model that does not fit, naming it.
+        """
+        check_pipeline(pipe)
+        self.size = size or native_size(pipe)
+        check_size(pipe, self.size)
+        self.pipe, self.name, self.source, self.path = pipe, name, source, noise_path(pipe.scheduler)
+        self.latent_shape = latent_shape(pipe, self.size)
+        self._texts: dict[str, Tensor] = {}
+        for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+            part.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, folder: Path, size: VideoSize | None = None, name: str = "cogvideox") -> Self:
+        """From a diffusers folder, in float32, offline; safetensors only."""
+        with quiet():
+            from diffusers import CogVideoXPipeline
+
+            pipe = CogVideoXPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        return cls(pipe, size, name, str(folder))
+
+    @property
+    def pretrained(self) -> nn.Module:
+        return self.pipe.transformer
+
+    def new_backbone(self) -> nn.Module:
+        return copy.deepcopy(self.pipe.transformer).eval()
+
+    @torch.no_grad()
+    def _text(self, prompts: Sequence[str]) -> list[Tensor]:
+        wanted = list(dict.fromkeys(prompts))
+        texts = {p: self._texts[p] for p in wanted if p in self._texts}
+        new = [p for p in wanted if p not in texts]
+        for start in range(0, len(new), 16):
+            part = new[start : start + 16]
+            rows, _ = self.pipe.encode_prompt(part, do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
+            texts |= dict(zip(part, rows.float(), strict=True))
+        kept = self._texts | texts
+        # the oldest are forgotten
+        self._texts = {p: kept[p] for p in list(kept)[-KEPT_TEXTS:]}
+        return [texts[p] for p in prompts]
+
+    def encode(self, prompts: Sequence[str]) -> CogVideoXCondition:
+        return CogVideoXCondition(text=torch.stack(self._text(prompts)).to(self.pipe.transformer.device))
+
+    def null(self, n: int) -> CogVideoXCondition:
+        return self.encode([""] * n)
+
+    def decode(self, x: Tensor) -> Tensor:
+        # AutoencoderKLCogVideoX does not clamp; the pipeline does so afterwards
+        return self.pipe.vae.decode(x / self.pipe.vae.config.scaling_factor).sample / 2 + 0.5
+
+    def encode_media(self, media: Tensor) -> Tensor:
+        """Media [B, 3, F, H, W] in [0, 1] to latents [B, C, f, h, w]: the posterior's mean."""
+        return self.pipe.vae.encode(media * 2 - 1).latent_dist.mode() * self.pipe.vae.config.scaling_factor
+
+    def prepare(self, module: nn.Module, current: Callable[[], Condition | None]) -> None:
+        """Nothing: text and its padding are arguments of the network's own forward."""
+
+    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        assert isinstance(cond, CogVideoXCondition)
+        return call(self.pipe, self.path, module, x_t, t, cond.text)
+
+    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
+        return [module.time_embedding]
+
+    def time_width(self, module: nn.Module) -> int:
+        return module.config.time_embed_dim
+
+    def feature_block(self, module: nn.Module) -> nn.Module:
+        """At two thirds of the depth, as for Wan. A block returns video and text tokens; an identity beside it is shown the video's."""
+        blocks = module.transformer_blocks
+        block = blocks[(2 * len(blocks) - 1) // 3]
+        # a copy of a module brings its hook along, and one is enough
+        if not hasattr(block, "tokens"):
+            block.tokens = nn.Identity()
+            block.register_forward_hook(_show_tokens)
+        return block.tokens
+
+    def feature_width(self, module: nn.Module) -> int:
+        return module.config.num_attention_heads * module.config.attention_head_dim
+
+    def pipeline(self, module: nn.Module) -> Any:
+        """A stock CogVideoXPipeline around a copy of `module`."""
+        from diffusers import CogVideoXPipeline
+
+        return CogVideoXPipeline(**{**self.pipe.components, "transformer": copy.deepcopy(module)})
+
+
+class CogVideoXStock:
+    """A `CogVideoXPipeline` as `models/stock.py` asks for it."""
+
+    parameterisation = "v_prediction"
+    axes = AXES
+    passes_generator = True
+
+    def __init__(self, pipe: Any) -> None:
+        check_pipeline(pipe)
+        self.pipe, self.path, self.size = pipe, noise_path(pipe.scheduler), native_size(pipe)
+
+    def latent_shape(self, size: VideoSize) -> tuple[int, ...]:
+        return latent_shape(self.pipe, size)
+
+    def smallest(self) -> VideoSize:
+        if self.pipe.transformer.config.use_learned_positional_embeddings:
+            return self.size
+        side = 2 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size
+        return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        text, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        return CogVideoXCondition(text=text)
+
+    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        assert isinstance(cond, CogVideoXCondition)
+        return call(self.pipe, self.path, module, x_t, t, cond.text)
