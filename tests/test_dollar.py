@@ -108,7 +108,7 @@ def test_conjugate_velocity(path):
 
 
 def test_a_variance_preserving_model_is_a_flow_at_other_levels():
-    """Re-noising and deterministic steps of x_t, divided by a + b, are those of the flow at level b / (a + b), with the same network: so the whole sampler is."""
+    """Re-noising and deterministic steps of x_t, divided by a + b, are those of the flow at level b / (a + b), with the same network."""
     path, flow = VariancePreserving.cosine(), RectifiedFlow()
 
     class Network:

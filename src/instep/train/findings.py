@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import median
 from typing import Any, Literal
 
@@ -155,19 +156,22 @@ def _exploded(seen: History) -> Said:
 
 
 def _stuck(seen: History) -> Said:
-    """After a third of the run the samples are those of step 0, in every figure of the probe.
+    """After a third of the student's training the samples are those of step 0, in every figure of the probe.
 
     Forces say nothing of it: a matching force is as large in a run that goes on from a good student, and learns, as in one that stands still.
     """
     if not seen.recipe or len(seen.probes) < 2 or seen.probes[0]["step"] > 0 or len(seen.rows) <= WINDOW:
         return
-    first, now, total = seen.probes[0], seen.probes[-1], seen.recipe.steps
+    first, now = seen.probes[0], seen.probes[-1]
+    # stages before in which only a critic learns leave the student as it is
+    idle = sum(stage.steps for stage in takewhile(lambda stage: not stage.terms, seen.recipe.stages))
+    done, total = now["step"] - idle, seen.recipe.steps - idle
     # shares of right samples and modes move in leaps: one sample of 48 is more than STUCK
     keys = [key for key in first if key.startswith("probe/") and not key.endswith("_teacher") and key not in ("probe/monitor_both", "probe/modes")]
     pairs = [(number(first, key), number(now, key), number(now, f"{key}_teacher")) for key in keys]
     moved = [abs(b - a) / (max(abs(a), abs(teacher or 0.0)) or 1.0) for a, b, teacher in pairs if a is not None and b is not None]
-    if 3 * now["step"] >= total and len(moved) == len(pairs) > 0 and max(moved) < STUCK:
-        text = f"nothing learned: at step {now['step']} of {total} every figure of the probe is within {STUCK:.0%} of where it began"
+    if done > 0 and 3 * done >= total and len(moved) == len(pairs) > 0 and max(moved) < STUCK:
+        text = f"nothing learned: at step {now['step']} of {seen.recipe.steps} every figure of the probe is within {STUCK:.0%} of where it began"
         yield "warn", "stuck", f"{text}; raise the student's learning rate, shorten its warm-up, or look whether a force reaches it"
 
 
@@ -220,7 +224,7 @@ def _rewarded(seen: History) -> bool:
     """Whether a reward trains in this stage: only then can it be hacked."""
     stage = _stage(seen)
     if stage is not None:
-        return bool(stage.needs & {"reward", "gradient"})
+        return any(term.needs & {"reward", "gradient", "scorer"} for term in stage.terms) or "reward" in stage.needs
     return any("reward/train" in row or "force/reward/norm" in row for row in seen.stage)
 
 
