@@ -43,6 +43,12 @@ class Preference:
     left: Interval | None  # how often the left side was chosen among answers other than equal: far from 0.5 is a habit, not a judgement
     kappa: float | None
 
+    @property
+    def net(self) -> Interval:
+        """(wins - losses) / answers, in [-1, 1]: twice the win rate less one, and so is its interval."""
+        ends = (None if end is None else 2 * end - 1 for end in (self.win_rate.low, self.win_rate.high))
+        return Interval(2 * self.win_rate.value - 1, *ends, self.win_rate.n)
+
 
 @dataclass(frozen=True)
 class Score:

@@ -126,14 +126,14 @@ class Store:
                 if hashlib.file_digest(file, "sha256").hexdigest() != media.digest:
                     raise ValueError(f"store: {media.path} is no longer what was judged in {self.path}; put it back, or begin a new store with --out")
 
-    def check_same(self, matched: Matched, mode: Mode, questions: Sequence[Question]) -> None:
-        """ValueError unless the store was made for just these samples, this mode and these questions."""
+    def check_same(self, matched: Matched | None, mode: Mode, questions: Sequence[Question]) -> None:
+        """ValueError unless the store was made for just these samples (None: whatever they are), this mode and these questions."""
         if mode != self.mode:
             raise ValueError(f"mode: {mode!r} does not fit {self.path}, which was begun with {self.mode!r}; choose another file with --out")
         if tuple(questions) != self.questions:
             asked = ", ".join(question.key for question in self.questions)
             raise ValueError(f"questions: {self.path} was begun with {asked}; ask the same, or choose another file with --out")
-        if fingerprint(matched) != self.fingerprint:
+        if matched is not None and fingerprint(matched) != self.fingerprint:
             a, b = self.runs
             raise ValueError(f"out: {self.path} was begun for other samples (of {a!r} and {b!r}, in this order); choose another file with --out")
 
@@ -253,7 +253,7 @@ class Store:
 def create(path: Path, matched: Matched, mode: Mode, questions: Sequence[Question], seed: int) -> Store:
     """A new store for matched samples; media that are not files yet are written to the folder `<name>-media` beside it. Whole or not at all."""
     path = path.resolve()
-    if path.exists() and path.stat().st_size and not _unfinished(path):
+    if not is_new(path):
         raise ValueError(f"out: {path} exists; choose another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.parent / f"{path.stem}-media"
@@ -316,7 +316,10 @@ def _told(value: str, swapped: bool) -> str:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    try:
+        db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise ValueError(f"store: {path} cannot be opened ({error}); choose another file with --out") from error
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")  # an answer that was acknowledged outlives the machine's power too
@@ -338,8 +341,10 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("COMMIT")
 
 
-def _unfinished(path: Path) -> bool:
-    """A database without a single table: its creation was interrupted."""
+def is_new(path: Path) -> bool:
+    """Nothing is there yet, or a database without a single table, whose creation was interrupted."""
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return True
     db = _connect(path)
     try:
         return db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
