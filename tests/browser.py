@@ -124,8 +124,8 @@ class Tab:
 
     def tap(self, selector: str) -> None:
         """A click in the middle of an element, as a person would: what covers it gets it."""
-        self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        box = self.run(f"(() => {{const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]}})()")
+        found = f"const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();"
+        box = self.run(f"(() => {{{found} return [b.x + b.width / 2, b.y + b.height / 2]}})()")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 

@@ -98,7 +98,7 @@ def print_results(found) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from instep.judge.figure import interval_text, kappa_text, label
+    from instep.judge.figure import FEW, interval_text, kappa_text
 
     console = Console(width=None if Console().is_terminal else 150)
     console.print(f"A: {found.runs[0]}    B: {found.runs[1]}", highlight=False, markup=False)
@@ -107,12 +107,12 @@ def print_results(found) -> None:
         for p in found.preferences:
             items = " : ".join(str(round(x.value * x.n)) for x in (p.good, p.same, p.bad))
             rates = [interval_text(x, "percent") for x in (p.win, p.tie, p.loss, p.win_rate)]
-            table.add_row(label(p.question), *rates, items, str(p.win.n), kappa_text(p.kappa), interval_text(p.left, "percent"))
+            table.add_row(found.label(p.question), *rates, items, str(p.win.n), kappa_text(p.kappa), interval_text(p.left, "percent"))
         console.print(table)
     if found.scores:
         table = Table("question", "A", "B", "A - B", "kappa")
         for s in (*found.scores, *([found.overall] if found.overall else [])):
-            name = "Overall (sum)" if s is found.overall else label(s.question)
+            name = "Overall (sum)" if s is found.overall else found.label(s.question)
             table.add_row(name, interval_text(s.a, "plain"), interval_text(s.b, "plain"), interval_text(s.difference, "signed"), kappa_text(s.kappa))
         console.print(table)
     if found.distortion:
@@ -122,6 +122,8 @@ def print_results(found) -> None:
         console.print(table)
     if not (found.preferences or found.scores or found.distortion):
         console.print("nobody has judged anything yet")
+    elif found.prompts < FEW:
+        console.print(f"{found.prompts} prompts are few: below about {FEW} the bootstrap's intervals are too narrow", highlight=False)
     who = ", ".join(f"{name} {done} of {total}" for name, done, total in found.progress) or "none"
     console.print(f"annotators (items judged): {who}", highlight=False, markup=False)
     console.print("95% intervals; rates: Wilson, win rate and scores: bootstrap over prompts; items by majority", highlight=False)

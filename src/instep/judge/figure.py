@@ -6,16 +6,10 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Literal
 
-from instep.judge.questions import ASKED
 from instep.judge.results import Distortion, Interval, Results, Score
 
-WIDTH, LABELS, RIGHT, ROW, TOP = 760, 190, 96, 40, 14
-LABEL = {question.key: question.label for questions in ASKED.values() for question in questions} | {"overall score": "Overall score"}
-
-
-def label(key: str) -> str:
-    """A question's words for tables and figures."""
-    return LABEL.get(key, key.replace("_", " ").capitalize())
+WIDTH, LEFT, RIGHT, ROW, TOP = 520, 8, 64, 54, 6  # narrow: the letters stay legible on a phone
+FEW = 20
 
 
 def results_page(results: Results) -> str:
@@ -23,13 +17,14 @@ def results_page(results: Results) -> str:
     a, b = (escape(name) for name in results.runs)
     done = "".join(f"<tr><th>{escape(name)}</th><td>{n} of {total}</td></tr>" for name, n, total in results.progress)
     body = _pairs(results) if results.mode == "pairs" else _scores(results)
+    few = f'<p class="note">{results.prompts} prompts are few: below about {FEW} the bootstrap\'s intervals are too narrow.</p>'
     nobody = "<p>Nobody has judged anything yet.</p>"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>Results of judging</title>'
         '<link rel="stylesheet" href="/style.css"></head><body><main class="wide"><h1>Results of judging</h1>'
         f'<ul class="runs"><li><i class="key a"></i>A: {a}</li><li><i class="key b"></i>B: {b}</li></ul>'
-        f"{body or nobody}<h2>Who judged</h2>"
+        f"{body or nobody}{few if body and results.prompts < FEW else ''}<h2>Who judged</h2>"
         f'<div class="scroll"><table><thead><tr><th>annotator</th><th>items judged</th></tr></thead><tbody>{done}</tbody></table></div>'
         '<p class="note">Those who judge must not see this page before they are done: it names the runs. Reload it for newer answers.</p></main></body></html>'
     )
@@ -38,14 +33,14 @@ def results_page(results: Results) -> str:
 def _pairs(results: Results) -> str:
     if not results.preferences:
         return ""
-    rows = [(label(p.question), [(p.win_rate, "a")]) for p in results.preferences]
+    rows = [(results.label(p.question), [(p.win_rate, "a")]) for p in results.preferences]
     figure = forest(rows, (0.0, 1.0), _percent, even=0.5, ends=("B is better", "A is better"))
     cells, items = [], []
     for p in results.preferences:
         left = _rate(p.left) if p.left else "-"
-        cells.append([label(p.question), *map(_rate, (p.win, p.tie, p.loss)), _of(p.win_rate, _percent), str(p.win.n), kappa_text(p.kappa), left])
+        cells.append([results.label(p.question), *map(_rate, (p.win, p.tie, p.loss)), _of(p.win_rate, _percent), str(p.win.n), kappa_text(p.kappa), left])
         counts = [f"{round(x.value * x.n)}<small>{_words(x, _percent)}</small>" for x in (p.good, p.same, p.bad)]
-        items.append([label(p.question), *counts, _of(p.net, _signed)])
+        items.append([results.label(p.question), *counts, _of(p.net, _signed)])
     return (
         f"<h2>How often A wins (ties as half), 95% interval</h2>{figure}"
         '<p class="note">The bar is the percentile interval of a bootstrap that draws whole prompts. Where it crosses the dashed line, these '
@@ -63,10 +58,10 @@ def _scores(results: Results) -> str:
         return ""
     out = ""
     if results.scores:
-        rows = [(label(s.question), [(x, side) for x, side in ((s.a, "a"), (s.b, "b")) if x]) for s in results.scores]
+        rows = [(results.label(s.question), [(x, side) for x, side in ((s.a, "a"), (s.b, "b")) if x]) for s in results.scores]
         out += f"<h2>Mean opinion scores, 0 to 2, 95% interval</h2>{forest(rows, (0.0, 2.0), _plain, ends=('poor', 'good'))}"
         scores: list[Score] = [*results.scores, *([results.overall] if results.overall else [])]
-        names = [label(s.question) for s in results.scores] + ["Overall (sum)"]
+        names = [results.label(s.question) for s in results.scores] + ["Overall (sum)"]
         cells = [
             [name, *(_of(x, _plain) if x else "-" for x in (s.a, s.b)), _of(s.difference, _difference) if s.difference else "-", kappa_text(s.kappa)]
             for name, s in zip(names, scores, strict=False)
@@ -86,17 +81,21 @@ def forest(
 ) -> str:  # fmt: skip
     """Rows of intervals (side "a" a dot, "b" a square) on one axis from bounds[0] to bounds[1]; `even` is a dashed line, `ends` says what they mean."""
     low, high = bounds
-    x = lambda value: LABELS + (value - low) / (high - low) * (WIDTH - LABELS - RIGHT)  # noqa: E731
+
+    def x(value: float) -> float:
+        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+
     bottom = TOP + ROW * len(rows)
     parts = []
     for i in range(5):
         value = low + (high - low) * i / 4
         kind = "even" if value == even else "grid"
-        parts.append(f'<line class="{kind}" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x(value):.1f}" y="{bottom + 18}" text-anchor="middle">{shown(value)}</text>')
+        parts.append(f'<line class="{kind}" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP + 24}" y2="{bottom}"/>')
+        anchor = "start" if i == 0 else "middle"
+        parts.append(f'<text class="tick" x="{x(value):.1f}" y="{bottom + 18}" text-anchor="{anchor}">{shown(value)}</text>')
     for i, (name, marks) in enumerate(rows):
-        middle = TOP + ROW * (i + 0.5)
-        parts.append(f'<text x="0" y="{middle + 4:.1f}">{escape(name)}</text>')
+        middle = TOP + ROW * i + 36
+        parts.append(f'<text class="name" x="{LEFT}" y="{TOP + ROW * i + 16}">{escape(name)}</text>')
         for j, (interval, side) in enumerate(marks):
             y = middle + (j - (len(marks) - 1) / 2) * 14
             at = x(interval.value)

@@ -77,10 +77,15 @@ class Results:
     runs: tuple[str, str]
     mode: str
     progress: tuple[tuple[str, int, int], ...]
+    prompts: int  # of which there are answers
+    labels: tuple[tuple[str, str], ...]  # the questions' keys and words
     preferences: tuple[Preference, ...] = ()
     scores: tuple[Score, ...] = ()
     overall: Score | None = None
     distortion: Distortion | None = None
+
+    def label(self, key: str) -> str:
+        return dict(self.labels).get(key, key)
 
 
 def results(store: Store, seed: int = 0) -> Results:
@@ -89,15 +94,15 @@ def results(store: Store, seed: int = 0) -> Results:
     by_question: dict[str, list[Vote]] = {question.key: [] for question in store.questions}
     for vote in votes:
         by_question[vote.question].append(vote)
-    progress = tuple(store.progress())
+    head = (store.runs, store.mode, tuple(store.progress()), len({vote.prompt for vote in votes}), tuple((q.key, q.label) for q in store.questions))
     if store.mode == "pairs":
         told = tuple(preference(question, rows, seed) for question, rows in by_question.items() if rows)
-        return Results(store.runs, store.mode, progress, preferences=told)
+        return Results(*head, preferences=told)
     scored = {question: rows for question, rows in by_question.items() if question != DISTORTED and rows}
     scores = tuple(score(question, rows, seed) for question, rows in scored.items())
     overall = total(list(scored.values()), seed) if len(scored) > 1 else None
     seen = by_question.get(DISTORTED)
-    return Results(store.runs, store.mode, progress, scores=scores, overall=overall, distortion=distortion(seen) if seen else None)
+    return Results(*head, scores=scores, overall=overall, distortion=distortion(seen) if seen else None)
 
 
 def preference(question: str, votes: Sequence[Vote], seed: int = 0) -> Preference:

@@ -164,6 +164,7 @@ def listen(port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((HOST, port))
+        bound.listen(128)  # the link works from the moment it is printed
     except OSError as error:
         bound.close()
         raise ValueError(f"port: {port} cannot be had ({error.strerror}); stop what uses it, or choose another with --port") from error
