@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from judging import pictures
 
+from instep.cli import main
 from instep.data.pairs import PreferencePair, read_pairs, write_pairs
+from instep.judge.pairs import pairs_of
+from instep.judge.questions import choose
+from instep.judge.samples import match
+from instep.judge.store import create
 
 
 @pytest.fixture
@@ -107,3 +114,86 @@ def test_without_pyarrow_the_answer_is_the_command_to_run(media, monkeypatch):
 def test_pairs_need_no_torch():
     code = "import sys, instep.data.pairs, instep.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def foreign(path: Path, rows: list[dict]) -> Path:
+    if path.suffix == ".parquet":
+        arrow = pytest.importorskip("pyarrow")
+        arrow.parquet.write_table(arrow.Table.from_pylist(rows), path)
+        return path
+    return write_rows(path, *rows)
+
+
+@pytest.mark.parametrize("name", ["set.jsonl", "set.parquet"])
+def test_a_set_with_other_columns_comes_in(media, name, capsys):
+    pytest.importorskip("pyarrow")
+    rows = [{"caption": "a hen", "win": "a.webp", "lose": "b.webp", "extra": 1}, {"caption": "a cat", "win": "b.webp", "lose": "a.webp", "extra": 2}]
+    set_ = foreign(media / name, rows)
+    columns = ["--prompt-column", "caption", "--chosen-column", "win", "--rejected-column", "lose"]
+    assert main(["pairs", "import", str(set_), str(media / "out.parquet"), *columns]) == 0
+    assert "2 pairs, 0 of them ties" in capsys.readouterr().out
+    a, b = media / "a.webp", media / "b.webp"
+    assert read_pairs(media / "out.parquet") == [PreferencePair("a hen", a, b), PreferencePair("a cat", b, a)]
+    assert main(["pairs", "import", str(set_), str(media / "other.jsonl"), *columns[2:]]) == 2
+    assert "prompt: there is no such column; there are caption, win, lose, extra" in capsys.readouterr().err
+
+
+def test_pictures_inside_a_table_and_labels(media, capsys):
+    png, jpg = b"\x89PNG\r\n\x1a\n one", b"\xff\xd8\xff two"
+    rows = [{"caption": "p", "jpg_0": png, "jpg_1": jpg, "label_0": label} for label in (1.0, 0.0, 0.5)]
+    set_ = foreign(media / "set.parquet", rows)
+    columns = ["--prompt-column", "caption", "--first-column", "jpg_0", "--second-column", "jpg_1", "--label-column", "label_0"]
+    assert main(["pairs", "import", str(set_), str(media / "out.jsonl"), *columns]) == 0
+    pairs = read_pairs(media / "out.jsonl")
+    assert [(p.chosen.read_bytes(), p.rejected.read_bytes(), p.tie) for p in pairs] == [(png, jpg, False), (jpg, png, False), (png, jpg, True)]
+    assert {p.chosen.suffix for p in pairs} == {".png", ".jpg"} and pairs[0].chosen.parent == media / "out-media"
+    nested = foreign(media / "nested.parquet", [{"prompt": "p", "chosen": {"bytes": png, "path": None}, "rejected": {"bytes": None, "path": "a.webp"}}])
+    assert main(["pairs", "import", str(nested), str(media / "n.jsonl")]) == 0
+    assert read_pairs(media / "n.jsonl")[0].rejected == media / "a.webp"
+    capsys.readouterr()
+    for change, said in (
+        ({"label_0": 0.3}, "row 1: label_0: 0.3 is not allowed; allowed: 1, 0, 0.5 (first, second, tie)"),
+        ({"jpg_0": b"MZ a program"}, "row 1: jpg_0: b'MZ a program'... is not allowed; it is a JPEG, PNG, GIF, WebP, MP4 or WebM file"),
+        ({"caption": " "}, "row 1: caption: ' ' is not allowed"),
+    ):
+        bad = foreign(media / "bad.parquet", [rows[0] | change])
+        assert main(["pairs", "import", str(bad), str(media / "bad.jsonl"), *columns]) == 2
+        assert said in capsys.readouterr().err and not (media / "bad.jsonl").exists()
+    assert main(["pairs", "import", str(set_), str(media / "x.jsonl"), "--first-column", "jpg_0"]) == 2
+    assert "first-column, second-column and label-column go together" in capsys.readouterr().err
+
+
+def test_media_that_are_not_here(media, capsys):
+    for value, said in (("https://example.org/a.png", "fetch the file and give its path"), ("gone.webp", "it is a file that exists"), (3, "it is a path, or")):
+        bad = write_rows(media / "bad.jsonl", {"prompt": "p", "chosen": value, "rejected": "b.webp"})
+        assert main(["pairs", "import", str(bad), str(media / "out.jsonl")]) == 2
+        assert "row 1: chosen: " in (err := capsys.readouterr().err) and said in err
+    (media / "root").mkdir()
+    (media / "root" / "c.webp").write_bytes(b"x")
+    good = write_rows(media / "good.jsonl", {"prompt": "p", "chosen": "c.webp", "rejected": str(media / "b.webp")})
+    assert main(["pairs", "import", str(good), str(media / "out.jsonl"), "--media", str(media / "root"), "--question", "motion"]) == 0
+    assert read_pairs(media / "out.jsonl")[0] == PreferencePair("p", media / "root" / "c.webp", media / "b.webp", "motion")
+
+
+def test_what_people_preferred_becomes_pairs(tmp_path):
+    matched = match(str(pictures(tmp_path / "ours", "red")), str(pictures(tmp_path / "theirs", "blue")))
+    store = create(tmp_path / "j.sqlite", matched, "pairs", choose("pairs", ("overall", "motion")), 0)
+    with pytest.raises(ValueError, match="has no answers to make pairs of"):
+        pairs_of(store)
+    for name, better in (("Ana", 0), ("Bo", 0), ("Cy", 1)):
+        store.join(name)
+        while (item := store.state(name).item) is not None:
+            side = "left" if item.left.run == better else "right"
+            store.answer(name, item.id, f"{name}{item.id}", {"overall": side, "motion": side if name == "Bo" else "equal"})
+    assert store.undo("Cy", "undo")
+    told = pairs_of(store, ("overall",))
+    assert Counter(pair.votes for pair in told) == {(2, 1, 0): 5, (2, 0, 0): 1} and all(pair.chosen.parent.name == "ours" for pair in told)
+    assert Counter(pair.votes for pair in pairs_of(store, ("motion",))) == {(1, 0, 2): 5, (1, 0, 1): 1}
+    each = pairs_of(store, ("motion",), each=True)
+    assert Counter((pair.annotators, pair.tie) for pair in each) == {(("Ana",), True): 6, (("Bo",), False): 6, (("Cy",), True): 5}
+    assert len(pairs_of(store, each=True, ties=False)) == 17 + 6
+    store.close()
+    scored = create(tmp_path / "s.sqlite", matched, "score", choose("score", ()), 0)
+    with pytest.raises(ValueError, match="holds scores of single samples; pairs come from --mode pairs"):
+        pairs_of(scored)
+    scored.close()

@@ -21,8 +21,7 @@ def pairs_of(store: Store, questions: Sequence[str] = (), *, each: bool = False,
     groups: dict[tuple[object, ...], list[Vote]] = {}
     for vote in store.votes():
         if vote.question in wanted:
-            key = (vote.question, vote.item, vote.annotator if each else None)
-            groups.setdefault(key, []).append(vote)
+            groups.setdefault((vote.question, vote.item, vote.annotator if each else None), []).append(vote)
     media, found = store.items(), []
     for votes in groups.values():
         counts = Counter(vote.value for vote in votes)

@@ -46,8 +46,8 @@ class Preference:
     @property
     def net(self) -> Interval:
         """(wins - losses) / answers, in [-1, 1]: twice the win rate less one, and so is its interval."""
-        ends = (None if end is None else 2 * end - 1 for end in (self.win_rate.low, self.win_rate.high))
-        return Interval(2 * self.win_rate.value - 1, *ends, self.win_rate.n)
+        low, high = (None if end is None else 2 * end - 1 for end in (self.win_rate.low, self.win_rate.high))
+        return Interval(2 * self.win_rate.value - 1, low, high, self.win_rate.n)
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,10 @@ def preference(question: str, votes: Sequence[Vote], seed: int = 0) -> Preferenc
     majority = Counter("a" if c["a"] > c["b"] else "b" if c["b"] > c["a"] else "equal" for c in items.values())
     sided = [(vote.value == "b") == vote.swapped for vote in votes if vote.value != "equal"]  # whether left was chosen
     worth = {"a": 1.0, "equal": 0.5, "b": 0.0}
+    win, tie, loss = (wilson(counts[outcome], n) for outcome in OUTCOMES)
+    good, same, bad = (wilson(majority[outcome], len(items)) for outcome in OUTCOMES)
     return Preference(
-        question, *(wilson(counts[outcome], n) for outcome in OUTCOMES), *(wilson(majority[outcome], len(items)) for outcome in OUTCOMES),
+        question, win, tie, loss, good, same, bad,
         win_rate=mean([(vote.prompt, worth[vote.value]) for vote in votes], seed), left=wilson(sum(sided), len(sided)) if sided else None,
         kappa=kappa_of(votes, OUTCOMES),
     )  # fmt: skip
@@ -192,9 +194,11 @@ def _both(questions: Sequence[Sequence[Vote]], seed: int) -> tuple[Interval | No
 
     def interval(statistic: Statistic, answers: int) -> Interval:
         value = float(statistic(sums.sum(0, keepdims=True), counts.sum(0, keepdims=True))[0])
-        return Interval(value, *_percentiles(sums, counts, statistic, seed), answers)
+        low, high = _percentiles(sums, counts, statistic, seed)
+        return Interval(value, low, high, answers)
 
-    a, b = (interval(lambda s, c, run=run: part(run, s, c), n[run]) if there[run] else None for run in (0, 1))
+    a = interval(lambda s, c: part(0, s, c), n[0]) if there[0] else None
+    b = interval(lambda s, c: part(1, s, c), n[1]) if there[1] else None
     return a, b, interval(lambda s, c: part(0, s, c) - part(1, s, c), sum(n)) if all(there) else None
 
 

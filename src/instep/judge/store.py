@@ -221,8 +221,11 @@ class Store:
                 "JOIN annotator n ON n.id = j.annotator JOIN item i ON i.id = j.item JOIN media m ON m.id = i.a "
                 "JOIN assignment s ON s.annotator = j.annotator AND s.item = j.item WHERE j.undone IS NULL ORDER BY n.id, j.id, w.rowid"
             ).fetchall()
-        pairs = self.mode == "pairs"
-        return [Vote(*row[:5], _told(row[5], bool(row[7])) if pairs else row[5], None if pairs else row[6], bool(row[7])) for row in rows]
+        pairs, votes = self.mode == "pairs", []
+        for name, item, prompt, seed, question, value, run, swapped in rows:
+            told = _told(value, bool(swapped)) if pairs else value
+            votes.append(Vote(name, item, prompt, seed, question, told, None if pairs else run, bool(swapped)))
+        return votes
 
     def items(self) -> dict[str, tuple[Media, Media | None]]:
         """The media of each item: A's and B's, or one alone."""
