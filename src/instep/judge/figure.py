@@ -8,7 +8,7 @@ from typing import Literal
 
 from instep.judge.results import Distortion, Interval, Results, Score
 
-WIDTH, LEFT, RIGHT, ROW, TOP = 520, 8, 64, 54, 6  # narrow: the letters stay legible on a phone
+WIDTH, LEFT, RIGHT, TOP = 520, 8, 64, 6  # narrow: the letters stay legible on a phone
 FEW = 20
 
 
@@ -85,7 +85,8 @@ def forest(
     def x(value: float) -> float:
         return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
 
-    bottom = TOP + ROW * len(rows)
+    tall = 62 if any(len(marks) > 1 for _, marks in rows) else 52
+    bottom = TOP + tall * len(rows)
     parts = []
     for i in range(5):
         value = low + (high - low) * i / 4
@@ -94,8 +95,8 @@ def forest(
         anchor = "start" if i == 0 else "middle"
         parts.append(f'<text class="tick" x="{x(value):.1f}" y="{bottom + 18}" text-anchor="{anchor}">{shown(value)}</text>')
     for i, (name, marks) in enumerate(rows):
-        middle = TOP + ROW * i + 36
-        parts.append(f'<text class="name" x="{LEFT}" y="{TOP + ROW * i + 16}">{escape(name)}</text>')
+        middle = TOP + tall * i + (38 if tall > 52 else 33)
+        parts.append(f'<text class="name" x="{LEFT}" y="{TOP + tall * i + 16}">{escape(name)}</text>')
         for j, (interval, side) in enumerate(marks):
             y = middle + (j - (len(marks) - 1) / 2) * 14
             at = x(interval.value)

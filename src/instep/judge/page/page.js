@@ -119,11 +119,12 @@ function questions() {
   mark();
 }
 
-function mark() {
+function mark(moved) {
   const rows = [...$("questions").children];
   rows.forEach((row, i) => {
     const { key } = state.questions[i];
     row.classList.toggle("active", i === active);
+    if (i === active && moved) row.scrollIntoView({ block: "nearest" });
     row.querySelectorAll("button").forEach((button) => button.setAttribute("aria-pressed", String(answers[key] === button.dataset.value)));
   });
   $("next").disabled = !state.questions.every((question) => question.key in answers);
@@ -134,7 +135,7 @@ function choose(i, value) {
   answers[state.questions[i].key] = value;
   kept.set("draft", { item: state.item.id, answers });
   active = Math.min(i + 1, state.questions.length - 1);
-  mark();
+  mark(true);
 }
 
 const submit = () => { if (!$("next").disabled && !$("judge").hidden) send("/api/answer", { name, request: unique(), item: state.item.id, answers }); };
@@ -256,7 +257,7 @@ document.addEventListener("keydown", (event) => {
   const pressed = event.key.toLowerCase();
   const does = { u: undo, backspace: undo };
   if (!$("judge").hidden && state.item) {
-    Object.assign(does, { enter: submit, r: () => player.restart(), " ": () => player.play(!player.playing), arrowup: () => { active = Math.max(0, active - 1); mark(); } });
+    Object.assign(does, { enter: submit, r: () => player.restart(), " ": () => player.play(!player.playing), arrowup: () => { active = Math.max(0, active - 1); mark(true); } });
     const keys = state.mode === "pairs" ? { arrowleft: "left", arrowright: "right", arrowdown: "equal" } : { 0: "0", 1: "1", 2: "2", y: "yes", n: "no" };
     for (const [key, value] of Object.entries(keys)) does[key] = () => choose(active, value);
   }
