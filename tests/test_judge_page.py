@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import io
@@ -441,3 +442,54 @@ def test_two_people_judge_in_a_browser(server, tmp_path):
     assert given == {("Ana", q): 6 for q in LEFT} | {("Bo", q): 2 for q in LEFT}
     assert store._db.execute("SELECT count(*) FROM judgement").fetchone() == (9,), "the undone one is still there"
     store.close()
+
+
+RECORD = """(async () => {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 64;
+  const pen = canvas.getContext("2d"), recorder = new MediaRecorder(canvas.captureStream(20), { mimeType: "video/webm" }), parts = [];
+  recorder.ondataavailable = (event) => parts.push(event.data);
+  recorder.start();
+  for (let i = 0; i < 12; i++) {
+    pen.fillStyle = i % 2 ? "COLOUR" : "white";
+    pen.fillRect(0, 0, 64, 64);
+    await new Promise((done) => setTimeout(done, 50));
+  }
+  await new Promise((done) => { recorder.onstop = done; recorder.stop(); });
+  const bytes = new Uint8Array(await new Blob(parts).arrayBuffer());
+  return btoa(String.fromCharCode(...bytes));
+})()"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: the page itself is not tried")
+def test_videos_play_stop_and_restart_together(tmp_path):
+    from browser import Browser
+
+    browser = Browser(str(CHROMIUM), tmp_path / "profile")
+    server = None
+    try:
+        camera = browser.tab("data:text/html,<p>camera")
+        for name, colour in (("one", "red"), ("two", "blue")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "v.webm").write_bytes(base64.b64decode(camera.run(RECORD.replace("COLOUR", colour))))
+            (tmp_path / name / "samples.jsonl").write_text('{"file": "v.webm", "prompt": "a flicker", "seed": 1}\n')
+        server = Server(tmp_path / "one", tmp_path / "two", "--out", tmp_path / "v.sqlite")
+        tab = browser.tab(server.judge)
+        tab.until("!document.getElementById('start').hidden")
+        tab.tap("#name")
+        tab.type("Ana")
+        tab.key("Enter")
+        tab.until("player && player.videos.length === 2 && !document.getElementById('stage').classList.contains('loading')")
+        tab.until("player.videos.every((video) => video.currentTime > 0.05)")
+        tab.key(" ")
+        assert tab.run("player.videos.every((video) => video.paused && !video.error)")
+        tab.tap("#restart")
+        tab.until("player.videos.every((video) => !video.paused)")
+        # at the end of the longer one both begin again
+        tab.run("player.restart = ((old) => () => { window.again = (window.again || 0) + 1; old.call(player); })(player.restart)")
+        tab.until("window.again >= 2")
+        assert not browser.problems()
+    finally:
+        browser.close()
+        if server:
+            server.kill()
