@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -351,6 +352,34 @@ def test_the_command_line(tmp_path, folders, capsys):
         assert pair.chosen.stem.split("-")[1:] == [str(PROMPTS.index(pair.prompt)), str(pair.seed)]
     assert "exists; choose another name" in said("pairs", "export", store, pairs)
     assert "was not asked" in said("pairs", "export", store, tmp_path / "x.jsonl", "--questions", "beauty")
+
+
+def test_hostile_text_stays_text(tmp_path):
+    """Prompts, names and folders are words, on both pages."""
+    bad = "<script>alert(1)</script>"
+    a, b = pictures(tmp_path / "<img src=x>", "red", prompts=(bad,)), pictures(tmp_path / "b", "blue", prompts=(bad,))
+    server = Server(a, b, "--out", tmp_path / "j.sqlite")
+    try:
+        judge(server, "<b onload=x>", 2)
+        status, headers, page = server.ask(server.results.split(str(server.port), 1)[1])
+        assert status == 200 and b"<script" not in page and b"<img" not in page and b"<b " not in page and b"&lt;b onload=x&gt;" in page
+        assert headers["content-security-policy"].startswith("default-src 'none'")
+        script = (Path(main.__code__.co_filename).parent / "judge" / "page" / "page.js").read_text(encoding="utf-8")
+        assert "innerHTML" not in script and "insertAdjacent" not in script and "eval" not in script
+    finally:
+        server.kill()
+
+
+def test_a_store_that_cannot_be_written_full_or_not_keeps_the_answer_waiting(server, tmp_path):
+    state = judge(server, "Ana", 0)
+    holder = sqlite3.connect(tmp_path / "judge.sqlite", isolation_level=None)
+    holder.execute("ALTER TABLE answer RENAME TO away")
+    body = {"name": "Ana", "item": state["item"]["id"], "request": "request-1", "answers": LEFT}
+    status, _, data = server.ask("/api/answer", body, cookie=server.cookie())
+    assert status == 503 and b"nothing was kept" in data
+    holder.execute("ALTER TABLE away RENAME TO answer")
+    holder.close()
+    assert server.told("/api/answer", body)["done"] == 1
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: the page itself is not tried")

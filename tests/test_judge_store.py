@@ -167,6 +167,32 @@ def test_a_kill_loses_nothing_that_was_acknowledged_and_leaves_nothing_half(stor
         again.close()
 
 
+SUICIDE = """
+import os, signal, sys
+from pathlib import Path
+from instep.judge.store import Store
+store, seen = Store(Path(sys.argv[1])), []
+store.join("Ana")
+def look(statement):
+    seen.extend([1] if statement.startswith("INSERT INTO answer") else [])
+    if len(seen) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+store._db.set_trace_callback(look)
+store.answer("Ana", store.state("Ana").item.id, "r", {"visual_quality": "left", "text_alignment": "right", "motion": "equal", "overall": "left"})
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
+def test_a_kill_in_the_middle_of_an_answer_leaves_none_of_it(store):
+    assert subprocess.run([sys.executable, "-c", SUICIDE, str(store.path)], timeout=60).returncode == -signal.SIGKILL
+    again = Store(store.path)
+    assert again.votes() == [] and again.state("Ana").done == 0
+    assert again._db.execute("SELECT count(*) FROM judgement").fetchone() == again._db.execute("SELECT count(*) FROM answer").fetchone() == (0,)
+    again.answer("Ana", again.state("Ana").item.id, "r", ALL)
+    assert again.state("Ana").done == 1
+    again.close()
+
+
 def test_durable(store):
     assert store._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert store._db.execute("PRAGMA synchronous").fetchone() == (2,), "FULL"
@@ -298,3 +324,18 @@ def test_questions():
             choose("pairs", (wanted,))
     with pytest.raises(ValueError, match="given twice"):
         choose("pairs", ("motion", "motion"))
+
+
+def test_samples_written_one_by_one_belong_together(tmp_path):
+    """What `instep sample --each` writes is what `instep judge` reads."""
+    import torch
+
+    from instep.commands.sample import save_each
+
+    videos = torch.randint(0, 255, (4, 5, 16, 16, 3), dtype=torch.uint8)
+    for name, of in (("a", videos), ("b", 255 - videos)):
+        save_each(tmp_path / name, of, ["p", "p", "q", "q"], copies=2, seed=7)
+    matched = match(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert [first.key for first, _ in matched.pairs] == [("p", 7, 0), ("p", 8, 0), ("q", 7, 0), ("q", 8, 0)]
+    read, _ = frames.read(matched.pairs[2][1].path)
+    assert np.array_equal(np.stack([np.asarray(frame) for frame in read]), 255 - videos[2].numpy())

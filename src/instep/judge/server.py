@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sqlite3
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,6 +71,10 @@ def create_app(store: Store) -> FastAPI:
     @app.exception_handler(ValueError)
     def wrong(request: Request, error: ValueError) -> Response:
         return _error(422, str(error).encode("ascii", "replace").decode())
+
+    @app.exception_handler(sqlite3.OperationalError)
+    def unwritten(request: Request, error: sqlite3.OperationalError) -> Response:
+        return _error(503, f"store: nothing was kept ({error}); the page sends it again")  # a full disk, a lock: the page repeats what gets a 5xx
 
     @app.get("/")
     def page() -> Response:
