@@ -281,6 +281,8 @@ def create(path: Path, matched: Matched, mode: Mode, questions: Sequence[Questio
             db.executemany("INSERT INTO media VALUES (?, ?, ?, ?, ?, ?)", media)
             db.executemany("INSERT INTO item VALUES (?, ?, ?, ?, ?, ?)", items)
             db.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
+    except sqlite3.Error as error:  # another process was quicker, or the disk is full
+        raise ValueError(f"out: {path} was not written ({error}); repeat the same command") from error
     finally:
         db.close()
     return Store(path)
