@@ -79,7 +79,8 @@ def test_consistency_alone_and_a_student_that_predicts_x0(tmp_path, capsys):
     alone = dollar(SHORT, matching=0, weight=0, cd=1.0, iterations=1, cd_steps=2)
     run = train(alone, family(), out=tmp_path / "cd", prompts=PROMPTS, options=RunOptions(teacher_samples=4), real=real())
     assert run.student is not None and "force/dm/norm" not in rows(run.out)[-1]
-    other = train(dollar(SHORT, weight=0, iterations=1, cd_steps=1, predicts="x0"), family(), out=tmp_path / "x0", prompts=PROMPTS, real=real(), options=OPTIONS)
+    direct = dollar(SHORT, weight=0, iterations=1, cd_steps=1, predicts="x0")
+    other = train(direct, family(), out=tmp_path / "x0", prompts=PROMPTS, real=real(), options=OPTIONS)
     assert other.student is None and "not exported: the student predicts x0" in capsys.readouterr().out and not (other.out / "student").exists()
     assert other.state.roles["student"].reads == "x0" and other.state.roles["fake"].reads == "velocity"
 

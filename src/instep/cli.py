@@ -24,6 +24,8 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep export DIR --to D   the student as a stock diffusers folder
   instep recipes             what can be trained
   instep plan RECIPE         memory and time, before anything runs
+  instep judge A B           a local page on which people compare or score samples of two models, blind
+  instep pairs export|import what people preferred as training pairs; public preference sets in the same form
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, moving picture
   instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, or digits (class-conditional images)
 
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     commands = {
         "train": _train, "sample": _sample, "eval": _eval, "report": _report, "export": _export, "recipes": _recipes, "plan": _plan,
-        "pretrain": _pretrain, "lab": _lab,
+        "pretrain": _pretrain, "lab": _lab, "judge": _judge, "pairs": _pairs,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
@@ -270,6 +272,26 @@ def _lab(args: Sequence[str]) -> int:
 
     options = _parse(LabArgs, args[count:], "lab RECIPE...", "Recipes side by side in the exact laboratory; RECIPE or RECIPE:key=value,key=value.")
     return lab_command(args[:count], options)
+
+
+def _judge(args: Sequence[str]) -> int:
+    from instep.commands.judge import JudgeArgs, judge_command
+
+    return judge_command(_parse(JudgeArgs, args, "judge"))
+
+
+def _pairs(args: Sequence[str]) -> int:
+    from instep.commands.pairs import USAGE as WHAT
+    from instep.commands.pairs import ExportPairsArgs, ImportPairsArgs, export_pairs_command, import_pairs_command
+
+    if args and args[0] in ("-h", "--help"):
+        print(WHAT)
+        return 0
+    if args and args[0] == "export":
+        return export_pairs_command(_parse(ExportPairsArgs, args[1:], "pairs export"))
+    if args and args[0] == "import":
+        return import_pairs_command(_parse(ImportPairsArgs, args[1:], "pairs import"))
+    raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import (see instep pairs --help)")
 
 
 def _plan(args: Sequence[str]) -> int:

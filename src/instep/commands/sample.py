@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import Tensor
 
 from instep.commands import default_threads
+from instep.evaluate.video import save_animation, tile
+from instep.files import write_json
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, VideoSize, bundled
 from instep.models.stock import stock
 from instep.quiet import quiet
@@ -32,6 +36,9 @@ class SampleArgs:
     """Seed of torch's global generator, which pipelines re-noise from."""
     copies: int = 4
     """Samples a prompt."""
+    each: Path | None = None
+    """A new folder that gets every sample as a file of its own and a samples.json, for `instep judge`: the same prompts, copies and seed through two
+    models make samples that belong together."""
     out: Path = Path("samples.webp")
     """Animated picture: a row a prompt, a column a sample."""
     size: tuple[int, int, int] | None = None
@@ -42,8 +49,6 @@ def sample_command(args: SampleArgs) -> int:
     """Samples with stock diffusers and writes one animated picture."""
     from diffusers import DiffusionPipeline
 
-    from instep.evaluate.video import save_animation, tile
-
     folder, record = find_pipeline(args.dir)
     steps = args.steps or (len(record["levels"]) if record else 50)
     usual = record.get("guidance", 1.0) if record else 3.0
@@ -52,6 +57,8 @@ def sample_command(args: SampleArgs) -> int:
         raise ValueError(
             f"steps: {steps} does not fit {folder}; its scheduler is solved for exactly {len(record['levels'])}, train another student for {steps}"
         )
+    if args.each is not None and args.each.exists():
+        raise ValueError(f"each: {args.each} exists; choose another folder, nothing is overwritten unasked")
     if args.out.exists():
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
     torch.set_num_threads(default_threads())
@@ -63,11 +70,23 @@ def sample_command(args: SampleArgs) -> int:
     videos = pipe(
         names, height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps, guidance_scale=guidance, output_type="pt"
     ).frames
-    save_animation(args.out, tile((videos.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8), columns=args.copies))
+    shown = (videos.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8)
+    save_animation(args.out, tile(shown, columns=args.copies))
+    if args.each is not None:
+        save_each(args.each, shown, names, args.copies, args.seed)
+        print(f"wrote {len(shown)} samples and samples.json to {args.each}")
     for i, prompt in enumerate(args.prompts):
         print(f"row {i + 1}: {prompt}")
     print(f"wrote {args.out} ({steps} steps, guidance {guidance:g}, seed {args.seed})")
     return 0
+
+
+def save_each(folder: Path, videos: Tensor, prompts: Sequence[str], copies: int, seed: int) -> None:
+    """Videos uint8 [N, F, H, W, 3] as files, and the manifest that `instep judge` reads. Copies of a prompt count their seeds on from `seed`."""
+    rows = [{"file": f"{i:04d}.webp", "prompt": prompt, "seed": seed + i % copies} for i, prompt in enumerate(prompts)]
+    for row, video in zip(rows, videos, strict=True):
+        save_animation(folder / str(row["file"]), video)
+    write_json(folder / "samples.json", rows)
 
 
 def find_pipeline(name: str) -> tuple[Path, dict | None]:
