@@ -21,7 +21,9 @@ from instep.embedded import MovingDigits
 from instep.recipes.common import Common
 from instep.recipes.dmdr import dmdr
 from instep.recipes.dollar import dollar
-from instep.rewards.base import FunctionReward
+from instep.rewards.base import FunctionReward, Reward
+from instep.rewards.jpeg import JPEG
+from instep.rewards.motion import DynamicDegree
 
 OWN = RESULTS / "dollar"
 FIT = 200  # iterations in which the latent reward model learns before it is followed
@@ -46,6 +48,12 @@ def on(steps: int) -> dict[str, Cell]:
     }
 
 
+def blind(reward: Reward, what: str, **options) -> Cell:
+    """A reward that knows nothing of prompts, with a latent copy that does not either, fitted for 40 iterations and then followed."""
+    recipe = lambda: dollar(TWO, fit=40, cd=0, kind="video", weight=0.3, iterations=MORE, **options)  # noqa: E731
+    return Cell(recipe, "dmd2-2", what, lambda digits: reward, 10)
+
+
 CELLS = {
     **on(2),
     "vsd-cd-1": Cell(lambda: dollar(TWO, weight=0, cd_steps=1, iterations=MORE), "dmd2-2", "VSD + CD, m = 1", probability, 20),
@@ -57,6 +65,11 @@ CELLS = {
     "cd-x0": Cell(lambda: dollar(TWO, weight=0, iterations=FEW, predicts="x0"), None, "VSD + CD from the teacher, x0 instead", probability, 20),
     "vsd-lrm-0.3": Cell(lambda: dollar(TWO, fit=0, cd=0, weight=0.3, iterations=MORE), "fit", "VSD + LRM, weight .3", probability, 20),
     "lrm-alone": Cell(lambda: dollar(TWO, fit=0, cd=0, matching=0, weight=WEIGHT, iterations=MORE), "fit", "LRM alone after distillation", probability, 20),
+    "jpeg": blind(JPEG(), "compressible JPEG, VSD + LRM"),
+    "jpeg-3": blind(JPEG(frames=3), "compressible JPEG of 3 frames of 9, VSD + LRM"),
+    "jpeg-frames": blind(JPEG(), "compressible JPEG, LRM frame by frame", frames="average"),
+    "dynamic": blind(DynamicDegree(), "dynamic degree, VSD + LRM"),
+    "dynamic-alone": blind(DynamicDegree(), "dynamic degree, LRM alone", matching=0),
     **on(1),
     **on(4),
 }  # fmt: skip
