@@ -218,8 +218,29 @@ def test_workload_of_a_recipe():
     align = recipe_workload(joint, joint.stages[1], base)
     assert align.needs_final and align.final_live == ("final" in joint.stages[1].live) and not align.trajectory
     assert (align.roles, align.lora_rank, align.ema) == ("lora", 16, False)
-    with pytest.raises(ValueError, match="no distribution matching"):
-        recipe_workload(joint, replace(joint.stages[0], terms=()), base)
+
+
+def test_every_kind_of_stage_is_counted():
+    """A policy gradient predicts each stochastic step again, guided as the rollout was; a stage that only fits rolls out to the exits."""
+    from instep.recipes.common import Common
+    from instep.recipes.dmdr import dmdr
+    from instep.recipes.dollar import dollar
+    from instep.recipes.many_step import ManySteps, dance_grpo, flow_grpo
+
+    base = wan_workload(wan_module(MID), SIZE)
+
+    def counted(recipe, stage=-1):
+        plain, graph = passes(recipe_workload(recipe, recipe.stages[stage], base))
+        return {item.name: item.value for item in plain}, {item.name: item.value for item in graph}
+
+    assert counted(flow_grpo(ManySteps(steps=10, guidance=3.0), kl=0.01)) == ({"rollout": 20, "other terms": 18}, {"other terms": 18}), "and its KL penalty's reference"
+    plain, graph = counted(dance_grpo(ManySteps(steps=11, guidance=1.0)))
+    assert plain == {"rollout": 11} and graph == {"other terms": 6}, "six of ten transitions"
+    assert counted(dmdr(Common(steps=4), warm=0, rl="ddpo"))[1] == {"student": 1, "other terms": 2, "critic": 5}
+    fit, last = (counted(dollar(Common(steps=2, guidance=3.0), cd_steps=5), stage) for stage in (0, 1))
+    assert fit == ({"rollout": 1.5}, {})
+    assert last == ({"rollout": 0.5, "fake": 1, "teacher": 2, "other terms": 11}, {"student": 1, "other terms": 1, "critic": 5})
+    assert counted(dollar(matching=0, weight=0)) == ({"other terms": 11}, {"other terms": 1})
 
 
 def test_throughput_is_measured():

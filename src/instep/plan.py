@@ -103,21 +103,26 @@ def passes(w: Workload) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     if w.trajectory:
         # every step carries the graph; the exit is predicted once more from a detached input, unless it is the first
         graph = q + 1 - 1 / q
-    rest = max(0.0, q - graph) if w.needs_final else (q - 1) / 2
-    plain = [
-        Item("rollout", rest, "to the end of the levels" if w.needs_final else "up to the exit, on average"),
-        Item("fake", 1, "score of the sample"),
-        Item(
-            "teacher", 1 if w.guidance == 1 else 2, "no guidance" if w.guidance == 1 else "with and without the prompt"
-        ),
-    ]
+    if not w.supervised:
+        graph = 0.0
+    rest = max(0.0, q - graph) if w.needs_final else (q - 1) / 2 + (0 if w.supervised else 1)
+    plain = []
+    if w.rolls:
+        how = "to the end of the levels" if w.needs_final else "up to the exit, on average"
+        plain.append(Item("rollout", rest * w.rollout_passes, how + (", guided" if w.rollout_passes > 1 else "")))
+    if w.matching:
+        plain.append(Item("fake", 1, "score of the sample"))
+        why = "no guidance" if w.guidance == 1 else "with and without the prompt"
+        plain.append(Item("teacher", 1 if w.guidance == 1 else 2, why))
     if w.other_plain:
-        plain.append(Item("other forces", w.other_plain, "beside matching"))
+        plain.append(Item("other terms", w.other_plain, "without a graph"))
     if not w.reuse:
         plain.append(Item("rollouts for critics", n * (q + 1) / 2, f"{n} fresh ones"))
-    trained = [Item("student", graph, "supervised step"), Item("critic", n * w.critic_passes, f"{n} updates")]
+    trained = [Item("student", graph, "supervised step")] if w.supervised else []
     if w.other_graph:
-        trained.insert(1, Item("other terms", w.other_graph, "beside matching"))
+        trained.append(Item("other terms", w.other_graph, "with a forward of their own"))
+    if n * w.critic_passes:
+        trained.append(Item("critic", n * w.critic_passes, f"{n} updates"))
     return tuple(plain), tuple(trained)
 
 

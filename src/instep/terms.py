@@ -115,8 +115,11 @@ class Term:
     def needs(self) -> frozenset[Need]:
         return NOTHING
 
-    def passes(self, group: int) -> tuple[float, float]:
-        """Network evaluations a sample in groups of `group`, without a graph and with one, for `instep plan`; a reward's own are not counted."""
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        """Network evaluations a sample in groups of `group`, without a graph and with one, for `instep plan`; a reward's own are not counted.
+
+        `transitions`: stochastic steps of the rollout, which a policy gradient predicts again.
+        """
         return 0.0, 0.0
 
 

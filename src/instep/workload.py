@@ -20,7 +20,7 @@ WAN_14B: Mapping[str, Any] = {"num_attention_heads": 40, "attention_head_dim": 1
 
 @dataclass(frozen=True)
 class Workload:
-    """One iteration of distribution matching on one GPU.
+    """One iteration on one GPU.
 
     params: of one network. tokens: video tokens a sample; text_tokens: text tokens a sample. batch: samples in one
     micro-batch on one GPU, accumulate: micro-batches an iteration. levels: steps of the student. reuse: critics train
@@ -28,6 +28,8 @@ class Workload:
     rollout; final_live: and a force acts there, on the student's last step; trajectory: on all of its steps. guidance:
     of the teacher, 1 means one pass instead of two. other_plain, other_graph: evaluations a sample of forces and
     objectives beside matching's own, without and with a graph; critic_passes: those of one critic update on average.
+    matching: whether there is distribution matching; rolls: whether samples are rolled out; supervised: whether a step of
+    the rollout carries the graph; rollout_passes: evaluations a step of it (2 with guidance).
     roles: three full copies (student, fake, teacher), or two adapters on one frozen network. gpus: over how many the
     states are sharded (fully sharded data parallel). ema: an averaged copy of what the student trains.
     """
@@ -56,6 +58,10 @@ class Workload:
     other_plain: float = 0.0
     other_graph: float = 0.0
     critic_passes: float = 1.0
+    matching: bool = True
+    rolls: bool = True
+    supervised: bool = True
+    rollout_passes: int = 1
 
     def __post_init__(self) -> None:
         if self.roles not in ("copies", "lora"):
@@ -117,28 +123,27 @@ def wan_workload(module: Any, size: VideoSize, *, spatial: int = 8, temporal: in
 
 def recipe_workload(recipe: Recipe, stage: Stage, base: Workload) -> Workload:
     """`base` (the network and the video size, see `wan_workload`) with what `stage` of `recipe` does an iteration.
-
-    Raises ValueError for a stage without distribution matching: its passes are not counted here.
     """
     from instep.matching.force import DistributionMatching
 
     matching = [force for force in stage.forces if isinstance(force, DistributionMatching)]
-    if not matching or stage.collect is None:
-        raise ValueError(
-            f"stage: {stage.name!r} has no distribution matching; allowed: stages that distil; plan another stage of "
-            f"{recipe.name}"
-        )
-    lora = recipe.roles["student"].lora
-    standard = DistributionMatching(guidance=matching[0].guidance).passes(stage.group)[0]
-    plain, graph = (sum(term.passes(stage.group)[i] for term in stage.terms) for i in (0, 1))
-    updates = sum(critic.updates for critic in stage.critics)
+    lora, collect = recipe.roles["student"].lora, stage.collect
+    guidance = matching[0].guidance if matching else 1.0
+    standard = DistributionMatching(guidance=guidance).passes(stage.group)[0] if matching else 0.0
+    levels = len(collect.levels) if collect else 1
+    guided = 2 if collect and collect.guidance != 1 else 1
+    plain = graph = 0.0
+    for term in stage.terms:
+        more = stage.inner_epochs * (guided if "trajectory" in term.needs else 1)
+        plain, graph = (x + more * y for x, y in zip((plain, graph), term.passes(stage.group, levels - 1), strict=True))
+    updates = sum(critic.updates for critic in stage.critics if critic.passes)
     critics = sum(critic.updates * critic.passes for critic in stage.critics)
     final_live = "final" in stage.live
     return replace(
-        base, batch=stage.batch, accumulate=stage.accumulate, levels=len(stage.collect.levels),
-        guidance=matching[0].guidance, critic_updates=updates,
+        base, batch=stage.batch, accumulate=stage.accumulate, levels=levels, guidance=guidance, critic_updates=updates,
         reuse=all(critic.reuse for critic in stage.critics), needs_final=stage.to_the_end, final_live=final_live,
-        trajectory=final_live and stage.collect.through == "trajectory", roles="copies" if lora is None else "lora",
+        trajectory=final_live and collect is not None and collect.through == "trajectory", roles="copies" if lora is None else "lora",
         lora_rank=base.lora_rank if lora is None else lora.rank, ema=recipe.roles["student"].ema is not None,
         other_plain=plain - standard, other_graph=graph, critic_passes=critics / updates if updates else 1.0,
+        matching=bool(matching), rolls=collect is not None, supervised=bool(stage.live), rollout_passes=guided,
     )  # fmt: skip

@@ -60,7 +60,7 @@ class Pair(Force):
     def needs(self) -> frozenset[Need]:
         return frozenset({"preferred"})
 
-    def passes(self, group: int) -> tuple[float, float]:
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
         return 2.0, 0.0
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class Group(Force):
     def needs(self) -> frozenset[Need]:
         return frozenset({"reward"})
 
-    def passes(self, group: int) -> tuple[float, float]:
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
         return 1.0 + 1.0 / group, 0.0
 
     @torch.no_grad()

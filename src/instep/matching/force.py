@@ -62,7 +62,7 @@ class DistributionMatching(Force):
     def needs(self) -> frozenset[Need]:
         return frozenset({"reward"}) if self.operator.needs_advantage else NOTHING
 
-    def passes(self, group: int) -> tuple[float, float]:
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
         teacher = 1.0 if self.guidance == 1 else 2.0 if self.ca_levels is None else 3.0
         return teacher + 1.0, 0.0
 

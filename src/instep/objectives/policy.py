@@ -39,8 +39,8 @@ class _Policy(Objective):
     def needs(self) -> frozenset[Need]:
         return frozenset({"reward", "trajectory"})
 
-    def passes(self, group: int) -> tuple[float, float]:
-        return 0.0, 1.0
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        return 0.0, float(max(1, round(self.fraction * transitions)))
 
     def steps(self, view: View, path: Trajectory) -> Sequence[int]:
         """Which transitions are trained on."""
@@ -94,8 +94,9 @@ class GRPO(_Policy):
     def needs(self) -> frozenset[Need]:
         return super().needs | {"reference"} if self.kl else super().needs
 
-    def passes(self, group: int) -> tuple[float, float]:
-        return (1.0 if self.kl else 0.0), 1.0
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        n = super().passes(group, transitions)[1]
+        return (n if self.kl else 0.0), n
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         path, advantage = self.parts(view)
@@ -138,6 +139,9 @@ class DDPO(_Policy):
         super().__post_init__()
         if self.truncate < 1:
             raise ValueError(f"truncate: {self.truncate} is not allowed; 1 or more transitions")
+
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        return 0.0, min(super().passes(group, transitions)[1], self.truncate)
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         path, advantage = self.parts(view)

@@ -39,7 +39,7 @@ class OnlineDPO(Objective):
     def needs(self) -> frozenset[Need]:
         return frozenset({"reward", "reference"})
 
-    def passes(self, group: int) -> tuple[float, float]:
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
         return 2 / group, 2 / group
 
     def __call__(self, view: View) -> Iterator[Tensor]:

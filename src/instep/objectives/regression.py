@@ -26,7 +26,7 @@ class Regression(Objective):
     def needs(self) -> frozenset[Need]:
         return frozenset({"stored"})
 
-    def passes(self, group: int) -> tuple[float, float]:
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
         return 0.0, 1.0
 
     def __call__(self, view: View) -> Iterator[Tensor]:
@@ -51,7 +51,7 @@ class Denoising(Objective):
     def needs(self) -> frozenset[Need]:
         return frozenset({"real"})
 
-    def passes(self, group: int) -> tuple[float, float]:
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
         return 0.0, 1.0
 
     def __call__(self, view: View) -> Iterator[Tensor]:
