@@ -11,19 +11,26 @@ already: `distil-only` of benchmarks/reinforce.py, for 1 step `one-distil-only`,
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from moving_digits import CELLS as DISTILLED
 from moving_digits import FEW, MORE, RESULTS, TWO, Cell, run_cell
 
-from instep.embedded import MovingDigits
+from instep.commands.evaluate import drawn
+from instep.commands.export import read_run, sampling_of, student_of
+from instep.embedded import MovingDigits, moving_digits
+from instep.evaluate import metrics
+from instep.evaluate.compare import evaluation_set, generate_all
+from instep.files import write_json
 from instep.recipes.common import Common
 from instep.recipes.dmdr import dmdr
 from instep.recipes.dollar import dollar
 from instep.rewards.base import FunctionReward, Reward
 from instep.rewards.jpeg import JPEG
 from instep.rewards.motion import DynamicDegree
+from instep.train.log import read_rows
 
 OWN = RESULTS / "dollar"
 FIT = 200  # iterations in which the latent reward model learns before it is followed
@@ -75,13 +82,47 @@ CELLS = {
 }  # fmt: skip
 
 
+KEYFRAMES = (0, 4, 8)  # DOLLAR's Eq. 17 takes frames that are evenly spaced
+
+
+def look(name: str, seed: int, runs: Path) -> None:
+    """What the protocol does not say of a finished run's student, on its open prompts: Vendi of pixels (Eq. 17), JPEG size, dynamic degree; and how well the
+    latent reward model predicted, from the log."""
+    file, folder = OWN / "look" / f"{name}-{seed}.json", runs / f"{name}-{seed}"
+    if file.is_file() or not (folder / "recipe.json").is_file():
+        return
+    record = read_run(folder)
+    family, chosen = moving_digits().family, evaluation_set("full")
+    raw, _ = generate_all(drawn(student_of(folder, record, family), family, sampling_of(record)), chosen.open, chosen.seed, name)
+    media, rank = raw.clamp(0, 1), {prompt: i for i, prompt in enumerate(dict.fromkeys(chosen.open))}
+    group = torch.tensor([rank[prompt] for prompt in chosen.open])
+    pixels = [metrics.vendi_by_group(media[:, 0, k].flatten(1), group) for k in KEYFRAMES]
+    # the frames of a video are not independent: the error is not divided by their number
+    values = {"vendi_pixels": metrics.Value(sum(v.value for v in pixels) / len(pixels), max(v.se for v in pixels))}
+    for key, reward in (("kilobytes", JPEG("large")), ("dynamic_degree", DynamicDegree())):
+        values[key] = metrics.of_mean(torch.cat([reward.score(part, ()) for part in media.split(64)]), group)
+    rows = [row for row in read_rows(folder / "log.jsonl") if "scorer/correlation" in row]
+    part = max(1, len(rows) // 5)
+    scorer = [
+        {"step": some[-1]["step"]} | {key: sum(row[f"scorer/{key}"] for row in some) / len(some) for key in ("correlation", "error")}
+        for some in (rows[i : i + part] for i in range(0, len(rows), part))
+    ]
+    write_json(file, {"values": {key: asdict(value) for key, value in values.items()}, "scorer": scorer})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--look", action="store_true", help="of finished runs, what the protocol does not say: Vendi of pixels, JPEG size, dynamic degree")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.look:
+        for name in ("distil-only", "one-distil-only", "dmd2-4-more", "dmd2-1", "dmd2-2", "dmd2-4", *args.cells):
+            for seed in args.seeds:
+                look(name, seed, args.runs)
+        return
     for name in args.cells:
         for seed in args.seeds:
             start = CELLS[name].start

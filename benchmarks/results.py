@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import claims
+import results_dollar
 import results_reinforce
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
 from results_class import class_lines
@@ -214,6 +215,19 @@ def main() -> None:
         "What an iteration costs (`python benchmarks/rl_cost.py`):",
         "",
         *plain("rl_cost"),
+        "",
+        "## Consistency, score distillation and a latent reward model (DOLLAR)",
+        "",
+        "`python benchmarks/dollar.py`, then with `--look`. Students of 2 steps unless a row says otherwise; every cell goes on for "
+        f"{MORE} iterations from the same distilled student, as its control does (VSD is DMD2 without a discriminator). The reward is the training judge's "
+        "probability of the prompt, used as a black box: a number without a gradient. Vendi of pixels is the paper's Eq. 17. Where a row has fewer than "
+        "three seeds its verdict is provisional.",
+        "",
+        *results_dollar.lines(),
+        "",
+        "What a gradient of the reward costs (`python benchmarks/latent_cost.py`; the paper's Table 1):",
+        "",
+        *plain("latent_cost"),
         "",
         *class_lines(),
         "## The exact laboratory",

@@ -74,9 +74,9 @@ def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: boo
     if config["lora"] is not None:
         backbone = Backbone(family, family.pretrained)
         backbone.add_adapter("student", LoRA(config["lora"]["rank"], config["lora"]["alpha"]))
-        role = Role("student", backbone, adapter="student")
+        role = Role("student", backbone, adapter="student", reads=config.get("reads"))
     else:
-        role = Role("student", Backbone(family, family.new_backbone()))
+        role = Role("student", Backbone(family, family.new_backbone()), reads=config.get("reads"))
     averaged = None if raw else saved["ema"].get("student")
     role.load_state(averaged or saved["roles"]["student"])
     return role

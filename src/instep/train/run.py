@@ -150,6 +150,8 @@ def export_role(
 ) -> ExportReport:
     """A student role as a stock pipeline folder (or its parts, where there is no stock pipeline), checked there against the sampler that trained it;
     a many-step student keeps its model's scheduler."""
+    if student.reads != family.parameterisation:
+        raise ValueError(f"student: it predicts {student.reads}, and a stock pipeline of {family.name} reads {family.parameterisation}; it cannot be exported")
     from instep.export import ExportInfo, export_many_step, export_parts, export_student, merge_lora  # diffusers' exporters are slow to import
     from instep.export.verify import sample_as_stock
     from instep.models.stock import stock

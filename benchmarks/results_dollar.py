@@ -1,0 +1,236 @@
+"""The section of docs/results.md on DOLLAR: the table of benchmarks/dollar.py, and what the paper claims beside what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dollar import CELLS, OWN
+from moving_digits import RESULTS
+from results_reinforce import OWN as REINFORCE
+from results_reinforce import word
+
+from instep.evaluate.compare import Row, better, combined, difference
+from instep.evaluate.metrics import Value
+
+COLUMNS = {
+    "train_both": "right, training judge", "heldout_both": "right, held-out judge", "heldout_both_open": "right, open prompts", "fd": "FD",
+    "fd_open": "FD open", "vendi": "Vendi, features", "vendi_pixels": "Vendi, pixels", "modes_motion": "motions of 9", "modes_digit": "digits of 10",
+    "ink": "ink",
+}  # fmt: skip
+# rows that other benchmarks measured: variational score distillation alone, and where it starts
+ELSEWHERE: dict[str, tuple[Path, str, str]] = {
+    "vsd": (REINFORCE, "distil-only", "VSD (control), as many iterations"),
+    "1-vsd": (REINFORCE, "one-distil-only", "1 step, VSD (control)"),
+    "4-vsd": (RESULTS, "dmd2-4-more", "4 steps, VSD (control)"),
+    "dmd2-1": (RESULTS, "dmd2-1", "1 step, VSD"),
+    "dmd2-2": (RESULTS, "dmd2-2", "2 steps, VSD"),
+    "dmd2-4": (RESULTS, "dmd2-4", "4 steps, VSD"),
+}
+
+
+def records(name: str) -> list[dict]:
+    folder, stem, _ = ELSEWHERE.get(name, (OWN, name, ""))
+    return [json.loads(file.read_text()) for file in sorted(folder.glob(f"{stem}-[0-9].json"))]
+
+
+def looked(name: str) -> list[dict[str, dict[str, float]]]:
+    """What `--look` measured of a cell's students beside the protocol, seed by seed."""
+    return [json.loads(file.read_text()) for file in sorted((OWN / "look").glob(f"{ELSEWHERE.get(name, (0, name, 0))[1]}-[0-9].json"))]
+
+
+def cell(name: str) -> Row | None:
+    rows = [Row.of_json(record["row"]) for record in records(name)]
+    more = looked(name)
+    if rows and len(more) == len(rows):
+        rows = [replace(r, values=r.values | {k: Value(**v) for k, v in m["values"].items()}) for r, m in zip(rows, more, strict=True)]
+    return combined(rows) if rows else None
+
+
+def need(*names: str) -> list[Row]:
+    """The rows of cells; KeyError if one was not measured."""
+    found = [cell(name) for name in names]
+    for name, row in zip(names, found, strict=True):
+        if row is None:
+            raise KeyError(name)
+    return [row for row in found if row]
+
+
+def figure(value: Value) -> str:
+    return f"{value.value:.{3 if abs(value.value) < 1 else 2}f} ± {value.se:.3f}"
+
+
+def table() -> list[str]:
+    lines = ["| | NFE | seeds | " + " | ".join(COLUMNS.values()) + " | hacking flag at step |", "|---" * (len(COLUMNS) + 4) + "|"]
+    teacher = json.loads((RESULTS / "teacher-50-3.json").read_text())["row"] if (RESULTS / "teacher-50-3.json").is_file() else None
+    named = [("teacher", "teacher, 50 steps")] if teacher else []
+    named += [(name, what) for name, (_, _, what) in ELSEWHERE.items()] + [(name, f"{c.what} (`{name}`)") for name, c in CELLS.items()]
+    for name, what in named:
+        row = Row.of_json(teacher) if name == "teacher" else cell(name)
+        if row:
+            flags = [record.get("hacking") for record in records(name)]
+            flag = "-" if not any(flags) else ", ".join("no" if step is None else str(step) for step in flags)
+            cells = [figure(row.values[k]) if k in row.values else "-" for k in COLUMNS]
+            lines.append(f"| {what} | {row.nfe} | {max(1, len(records(name)))} | " + " | ".join(cells) + f" | {flag} |")
+    return lines
+
+
+def said(row: Row, other: Row, *keys: str) -> str:
+    parts = []
+    for key in keys:
+        if key in row.values and key in other.values:
+            d = difference(row, other, key)
+            parts.append(f"{COLUMNS.get(key, key)} {d.value:+.3f} ± {d.se:.3f}")
+    return ", ".join(parts)
+
+
+def seeds(*names: str) -> str:
+    return f"{min(len(records(name)) for name in names)} seed(s)"
+
+
+def above(row: Row, other: Row, key: str) -> bool:
+    return key in row.values and key in other.values and difference(row, other, key).value > 2 * difference(row, other, key).se
+
+
+def asked() -> tuple[str, str]:
+    whole, vsd = need("dollar", "vsd")
+    good = [above(whole, vsd, key) for key in ("heldout_both", "vendi")]
+    return word(all(good), any(good)), f"{said(whole, vsd, 'heldout_both', 'vendi', 'vendi_pixels', 'fd')} ({seeds('dollar')})"
+
+
+def asked_elsewhere() -> tuple[str, str]:
+    found, words = [], []
+    for steps in ("1", "4"):
+        if (row := cell(f"{steps}-dollar")) and (vsd := cell(f"{steps}-vsd")):
+            words.append([above(row, vsd, key) for key in ("heldout_both", "vendi")])
+            found.append(f"{steps} step(s): {said(row, vsd, 'heldout_both', 'vendi', 'vendi_pixels', 'fd')} ({seeds(f'{steps}-dollar')})")
+    if not found:
+        raise KeyError("1-dollar")
+    return word(all(all(w) for w in words), any(any(w) for w in words)), "; ".join(found)
+
+
+def more_diverse() -> tuple[str, str]:
+    both, vsd = need("vsd-cd", "vsd")
+    good = [above(both, vsd, key) for key in ("vendi", "vendi_pixels")]
+    return word(any(good)), f"{said(both, vsd, 'vendi', 'vendi_pixels', 'modes_motion', 'modes_digit', 'heldout_both', 'fd')} ({seeds('vsd-cd')})"
+
+
+def smooth() -> tuple[str, str]:
+    alone, vsd = need("cd", "dmd2-2")
+    text = f"CD alone against VSD, as many iterations from the teacher: {said(alone, vsd, 'heldout_both', 'fd', 'vendi', 'ink')} ({seeds('cd')})"
+    return word(better(vsd, alone, "fd")), text
+
+
+def five_steps() -> tuple[str, str]:
+    five, one = need("vsd-cd", "vsd-cd-1")
+    text = f"m = 5 against m = 1: {said(five, one, 'heldout_both', 'fd', 'vendi')} ({seeds('vsd-cd-1')})"
+    return word(better(five, one, "fd") or better(five, one, "heldout_both")), text
+
+
+def latent_against_score_function() -> tuple[str, str]:
+    latent, score, vsd = need("vsd-lrm", "vsd-ddpo", "vsd")
+    gains = [f"{name}: {said(row, vsd, 'train_both', 'heldout_both', 'fd', 'vendi')}" for name, row in (("LRM", latent), ("DDPO", score))]
+    return word(above(latent, vsd, "train_both") and above(latent, score, "train_both")), f"against VSD, {'; '.join(gains)} ({seeds('vsd-lrm')})"
+
+
+def same_parameterisation() -> tuple[str, str]:
+    same, x0 = need("cd-same", "cd-x0")
+    return word(better(same, x0, "fd")), f"velocity against x0, from the teacher: {said(same, x0, 'heldout_both', 'fd', 'vendi')} ({seeds('cd-x0')})"
+
+
+def every_step_count() -> tuple[str, str]:
+    one, two, four = need("dmd2-1", "dmd2-2", "dmd2-4")
+    teacher = Row.of_json(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"])
+    names = ((teacher, "teacher"), (one, "1"), (two, "2"), (four, "4"))
+    text = ", ".join(f"{name} {row.values['heldout_both'].value:.3f} (FD {row.values['fd'].value:.1f})" for row, name in names)
+    return word(all(not better(teacher, row, "heldout_both") for row in (one, two, four)), not better(teacher, four, "heldout_both")), f"held-out: {text}"
+
+
+def quicker() -> tuple[str, str]:
+    teacher = Row.of_json(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"]).values["seconds"].value
+    times = {name: teacher / row.values["seconds"].value for name in ("dmd2-4", "dmd2-2", "dmd2-1") if (row := cell(name))}
+    text = ", ".join(f"{name[-1]} step(s) {t:.1f} times" for name, t in times.items())
+    return word(min(times.values()) > 7, min(times.values()) > 3), f"CPU seconds a video, decoding included, against the teacher's {teacher:.2f}: {text}"
+
+
+def longer_prompts() -> tuple[str, str]:
+    teacher = Row.of_json(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"])
+    rows = [("teacher", teacher)] + [(name, row) for name in ("dmd2-1", "dmd2-4", "vsd-cd-1", "vsd-lrm") if (row := cell(name))]
+    gains = [(name, row.values["heldout_both"].value - row.values["heldout_both_open"].value) for name, row in rows]
+    return word(all(d > 0 for _, d in gains), any(d > 0 for _, d in gains)), "prompts that say all against open ones, held-out: " + ", ".join(
+        f"{name} {d:+.3f}" for name, d in gains
+    )
+
+
+def frames() -> tuple[str, str]:
+    every, some, vsd = need("jpeg", "jpeg-3", "vsd")
+    if "kilobytes" not in every.values or "kilobytes" not in vsd.values:
+        raise KeyError("look")
+    text = ", ".join(f"{name} {figure(row.values['kilobytes'])}" for name, row in (("VSD", vsd), ("all 9", every), ("3 of 9", some)))
+    return word(some.values["kilobytes"].value < vsd.values["kilobytes"].value), f"kilobytes a frame (all frames): {text} ({seeds('jpeg-3')})"
+
+
+def any_reward() -> tuple[str, str]:
+    every, vsd = need("jpeg", "vsd")
+    if "kilobytes" not in every.values or "kilobytes" not in vsd.values:
+        raise KeyError("look")
+    d = difference(every, vsd, "kilobytes")
+    return word(d.value < -2 * d.se), f"kilobytes a frame {d.value:+.3f} ± {d.se:.3f} of {vsd.values['kilobytes'].value:.3f} ({seeds('jpeg')})"
+
+
+def overoptimised() -> tuple[str, str]:
+    held, alone, vsd = need("dynamic", "dynamic-alone", "vsd")
+    parts = []
+    for name, row in (("with VSD", held), ("LRM alone", alone)):
+        steps = [record.get("hacking") for record in records("dynamic" if row is held else "dynamic-alone")]
+        flags = ", ".join("no" if step is None else str(step) for step in steps)
+        parts.append(f"{name}: {said(row, vsd, 'dynamic_degree', 'heldout_both', 'fd')}, flag at step {flags}")
+    rose = above(alone, vsd, "dynamic_degree") and better(vsd, alone, "fd")
+    return word(rose and better(held, alone, "fd"), rose), "; ".join(parts) + f" ({seeds('dynamic', 'dynamic-alone')})"
+
+
+CLAIMS: Sequence[tuple[str, Callable[[], tuple[str, str]]]] = (
+    ("VSD + CD + LRM above VSD on held-out alignment and on Vendi (asked; Table 3)", asked),
+    ("The same at 1 and 4 steps", asked_elsewhere),
+    ("CD beside VSD makes samples more diverse (Table 3)", more_diverse),
+    ("CD alone is smooth and less faithful (Section 3.5, Fig. 24)", smooth),
+    ("Five steps of the teacher are better than one (Table 7)", five_steps),
+    ("The latent reward model lifts a black-box reward, further than DDPO (Table 5)", latent_against_score_function),
+    ("A student that predicts what its teacher does is better (Table 8)", same_parameterisation),
+    ("Students of 1, 2 and 4 steps are as good as the teacher (Table 6)", every_step_count),
+    ("A student is 7 to 13 times quicker than the teacher, all included (Table 4: to 7.5 to 13 % of its time)", quicker),
+    ("Longer prompts are followed better (Table 9)", longer_prompts),
+    ("A reward without a gradient, the size of a JPEG, is climbed (Section 3.4)", any_reward),
+    ("A reward of sampled frames serves for all (Table 10)", frames),
+    ("Dynamic degree is over-optimised, noticed, and held back by matching (Fig. 9; asked)", overoptimised),
+)
+
+
+def lines() -> list[str]:
+    found = ["| claim | here | figures |", "|---|---|---|"]
+    for text, judge in CLAIMS:
+        try:
+            verdict, figures = judge()
+        except KeyError:
+            verdict, figures = "not measured", ""
+        found.append(f"| {text} | {verdict} | {figures} |")
+    return [*found, "", *table(), "", *fit_lines()]
+
+
+def fit_lines() -> list[str]:
+    """How well the latent reward model predicts samples that it has not seen, while it learns (Fig. 10)."""
+    rows = []
+    for name in ("fit", "jpeg", "jpeg-frames", "dynamic"):
+        curves = [m["scorer"] for m in looked(name) if m.get("scorer")]
+        if curves:
+            n = len(curves[0])
+            at = [sum(c[i]["correlation"] for c in curves) / len(curves) for i in range(n)]
+            error = [sum(c[i]["error"] for c in curves) / len(curves) for i in range(n)]
+            steps = ", ".join(f"{c['step']}: {a:.2f}" for c, a in zip(curves[0], at, strict=True))
+            rows.append(f"| `{name}` | {steps} | {error[0]:.2f} to {error[-1]:.2f} |")
+    if not rows:
+        return ["not measured"]
+    return ["Correlation with the reward on generated samples it has not learned from yet, by iteration, and squared error in variances of the reward, "
+            "first and last:", "", "| reward | correlation | error |", "|---|---|---|", *rows]  # fmt: skip
