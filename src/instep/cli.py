@@ -45,6 +45,9 @@ class TrainArgs:
     reward: str | None = None
     """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); several with weights as module:a,0.5*module:b, each
     normalised before it is weighed; default: the bundled model's training judge."""
+    pairs: Path | None = None
+    """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
+    real ones. Default: the bundled model's own."""
     tracker: str | None = None
     """Another tracker beside log.jsonl and TensorBoard, as module:function, called with (step, scalars) for every row."""
     seed: int = 0

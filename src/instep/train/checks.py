@@ -20,7 +20,7 @@ from instep.rewards.base import Reward, checked_scores
 from instep.rewards.several import Several
 from instep.train import lock
 from instep.train.recipe import Recipe, describe
-from instep.train.source import RealSamples
+from instep.train.source import PairSamples, RealSamples
 
 if TYPE_CHECKING:
     from instep.train.run import RunOptions
@@ -69,7 +69,9 @@ def _media(family: Family, reward: Reward, x: Tensor, *, clamp: bool = False) ->
     return family.decode(x).clamp(0, 1) if clamp else family.decode(x)
 
 
-def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: RealSamples | None, prompts: Sequence[str]) -> None:
+def check_inputs(
+    recipe: Recipe, family: Family, reward: Reward | None, real: RealSamples | None, prompts: Sequence[str], pairs: PairSamples | None = None
+) -> None:
     """Everything that would otherwise fail after minutes: missing parts, and a reward that does not work on one small batch."""
     if not prompts:
         raise ValueError("prompts: the list is empty; give at least one prompt")
@@ -82,6 +84,15 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
             continue
         if "preferred" in stage.needs and real is None:
             raise ValueError(f"real: stage {stage.name!r} of {recipe.name} needs preferred samples; pass real=RealSamples(prompts, latents)")
+        if "pairs" in stage.needs and pairs is None:
+            raise ValueError(
+                f"pairs: stage {stage.name!r} of {recipe.name} needs labelled pairs; pass pairs=PairSamples(prompts, chosen, rejected), --pairs FILE on the "
+                "command line, or give the stage 0 steps"
+            )
+        for term in stage.terms:
+            if term.skips:
+                with family.skip(family.pretrained, term.skips):  # refuses what is no block
+                    pass
         if "gradient" in stage.needs and (reward is None or not reward.differentiable):
             raise ValueError(
                 f"reward: stage {stage.name!r} of {recipe.name} climbs its gradient and "
@@ -94,6 +105,10 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
         raise ValueError(
             f"real: latents of shape {tuple(real.latents.shape[1:])} do not fit the model's {family.latent_shape}; encode them "
             "with family.encode_media"
+        )
+    if pairs is not None and tuple(pairs.chosen.shape[1:]) != family.latent_shape:
+        raise ValueError(
+            f"pairs: latents of shape {tuple(pairs.chosen.shape[1:])} do not fit the model's {family.latent_shape}; encode them with family.encode_media"
         )
     if reward is not None:
         pair = [prompts[0], prompts[-1]]
@@ -129,7 +144,7 @@ def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequ
 
 def claim(
     out: Path, recipe: Recipe, family: Family, options: RunOptions, prompts: Sequence[str], start_from: Path | str | None, command: str,
-    *, reward: Reward | None = None, real: RealSamples | None = None,
+    *, reward: Reward | None = None, real: RealSamples | None = None, pairs: PairSamples | None = None,
 ) -> None:  # fmt: skip
     """Writes recipe.json, or makes sure that the folder holds this very run."""
     identity = {
@@ -140,7 +155,8 @@ def claim(
         "levels": list(recipe.levels),
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
         "reward": reward and reward.name,
-        "real": real and hashlib.sha256("\n".join(real.prompts).encode() + real.latents.detach().float().cpu().numpy().tobytes()).hexdigest()[:16],
+        "real": real and _digest(real.prompts, real.latents),
+        "pairs": pairs and _digest(pairs.prompts, pairs.chosen, pairs.rejected),
         "start_from": str(Path(start_from).resolve()) if start_from else None,
         "config": json.loads(json.dumps(describe(recipe))),
     }
@@ -174,6 +190,11 @@ def claim(
             "example_prompt": prompts[0],
         }
         write_json(file, {**about, **identity})
+
+
+def _digest(prompts: Sequence[str], *latents: Tensor) -> str:
+    """Of samples and their prompts."""
+    return hashlib.sha256("\n".join(prompts).encode() + b"".join(x.detach().float().cpu().numpy().tobytes() for x in latents)).hexdigest()[:16]
 
 
 def weights_fingerprint(family: Family) -> str:
