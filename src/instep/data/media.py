@@ -78,7 +78,7 @@ def fitted(media: Tensor, size: VideoSize, name: str) -> Tensor:
     if frames < size.frames:
         raise ValueError(f"media: {name} has {frames} frames and the model takes {size.frames}; give longer videos, or train at --size HEIGHT WIDTH {frames}")
     if abs(height / width * size.width / size.height - 1) > ASPECT:
-        raise ValueError(f"media: {name} is {height} x {width}, which is of another shape than {size.height} x {size.width}; crop it, or train at another --size")
+        raise ValueError(f"media: {name} is {height} x {width}, not of the shape of {size.height} x {size.width}; crop it, or train at another --size")
     first = media[:, : size.frames]
     if (height, width) == (size.height, size.width):
         return first

@@ -75,7 +75,7 @@ def apo(
     def prefer(pairs: Source) -> Preference:
         return Preference(beta=beta, levels=levels, pairs=pairs, positive=positive)
 
-    distilled = ()
+    distilled: tuple[Stage, ...] = ()
     if absorb:
         target = GuidanceDistillation(guidance=common.guidance, strength=skip, blocks=skip_blocks, levels=Uniform(low=0.001, high=1.0, shift=common.shift))
         distilled = (stage("absorb", absorb, target, guided=False),)

@@ -17,6 +17,7 @@ from instep import __version__
 from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, checked_scores
+from instep.rewards.ranker import relative
 from instep.rewards.several import Several
 from instep.train import lock
 from instep.train.recipe import Recipe, describe
@@ -37,12 +38,22 @@ def scorer(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[
     @torch.no_grad()
     def score(x: Tensor, prompts: Sequence[str]) -> Tensor:
         parts = []
-        for start in range(0, len(x), DECODE_BATCH):
-            rows = slice(start, start + DECODE_BATCH)
+        for rows in chunks(prompts, whole=relative(reward)):
             parts.append(_scores(reward, _media(family, reward, x[rows], clamp=True), prompts[rows]))
         return torch.cat(parts)
 
     return score
+
+
+def chunks(prompts: Sequence[str], *, whole: bool) -> list[slice]:
+    """Rows that are decoded together: `DECODE_BATCH` at a time, or with `whole` as many more as keep neighbours of one prompt together."""
+    ends, n = [0], len(prompts)
+    while ends[-1] < n:
+        end = min(n, ends[-1] + DECODE_BATCH)
+        while whole and end < n and prompts[end] == prompts[end - 1]:
+            end += 1
+        ends.append(end)
+    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def slope(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
@@ -111,7 +122,8 @@ def check_inputs(
             f"pairs: latents of shape {tuple(pairs.chosen.shape[1:])} do not fit the model's {family.latent_shape}; encode them with family.encode_media"
         )
     if reward is not None:
-        pair = [prompts[0], prompts[-1]]
+        # one that compares is given something to compare
+        pair = [prompts[0], prompts[0] if relative(reward) else prompts[-1]]
         trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
         trial = trial.to(next(family.pretrained.parameters()).device)
         with torch.no_grad():

@@ -17,6 +17,7 @@ from instep import __version__
 from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, as_reward
+from instep.rewards.ranker import relative
 from instep.roles import Role
 from instep.rollout import Sampling, sample_few_step
 from instep.train import checkpoint, stop
@@ -123,7 +124,7 @@ def train(
         elif real is not None and recipe.needs & {"real", "preferred"}:
             print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
         source = Source(family, prompts, real, options.seed, stored, pairs)
-        probe = Probe(family, few_of(prompts, 12), reward=scored, monitor=monitor)
+        probe = Probe(family, few_of(prompts, 12), reward=None if scored is None or relative(scored) else scored, monitor=monitor)
         loop = Loop(recipe, family, out, options, state, source, probe, tracker)
         loop.restore(start_from)
         loop.run()
