@@ -225,3 +225,18 @@ def test_the_exact_teachers_guided_prediction_is_what_the_objective_asks_for():
     batch = replace(seen.batch, prompts=names, cond=labels(names), null=labels([""] * 16), real=real)
     (loss,) = list(GuidanceDistillation(guidance=1.7, levels=Uniform())(replace(seen, batch=batch, rollout=None)))
     assert float(loss) < 1e-10
+
+
+def test_a_class_conditional_transformer_without_a_block():
+    from test_dit import WORDS, tiny_dit
+
+    from instep.models.dit import DiTFamily
+
+    fam = DiTFamily(tiny_dit(), WORDS)
+    role, n = Role("teacher", Backbone(fam, fam.pretrained)), len(fam.pretrained.transformer_blocks)
+    x, t, cond = torch.randn(2, *fam.latent_shape), torch.tensor([0.9, 0.4]), fam.encode(WORDS[:2])
+    shorter = copy.deepcopy(fam.pretrained)
+    del shorter.transformer_blocks[n - 1]
+    with torch.no_grad():
+        torch.testing.assert_close(role.skipping((n - 1,))(x, t, cond).v, Role("short", Backbone(fam, shorter))(x, t, cond).v)
+        assert not torch.allclose(role(x, t, cond).v, role.skipping((n - 1,))(x, t, cond).v)
