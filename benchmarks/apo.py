@@ -64,8 +64,10 @@ CELLS = {
     "dpo-online": Cell({"online": EVALUATIONS, "uniform": 1}, "Diffusion-DPO on pairs of the model's own"),
     "apo-online": Cell({"online": EVALUATIONS // 5}, "Diffusion-APO on pairs of the model's own"),
     "apo-half": Cell({"half_online": EVALUATIONS // 5}, "Diffusion-APO, a labelled sample against one of the model's own"),
-    "dpo-fast": Cell({"offline": EVALUATIONS, "uniform": 1, "beta": 5.0}, "Diffusion-DPO, larger beta"),
-    "apo-slow": Cell(window(beta=0.5), "Diffusion-APO, smaller beta"),
+    "dpo-beta-5": Cell({"offline": EVALUATIONS, "uniform": 1, "beta": 5.0}, "Diffusion-DPO, beta 5"),
+    "dpo-beta-20": Cell({"offline": EVALUATIONS, "uniform": 1, "beta": 20.0}, "Diffusion-DPO, beta 20"),
+    "dpo-fewer": Cell({"offline": EVALUATIONS // 5, "uniform": 1}, "Diffusion-DPO, as many updates as APO and a fifth of the levels"),
+    "apo-beta-0.5": Cell(window(beta=0.5), "Diffusion-APO, beta .5"),
 }  # fmt: skip
 SEQUENCE = {"online": 30, "half_online": 30, "offline": 30, "absorb": ABSORB, "aware": 20}
 BETA = 2.0

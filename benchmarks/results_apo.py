@@ -52,10 +52,11 @@ def lines() -> list[str]:
     return [
         "## Diffusion-APO in the laboratory",
         "",
-        f"`python benchmarks/apo.py`: a learned many-step model of the ring, sampled in 10 steps with guidance 1.5; half of the modes are the chosen ones. "
-        f"Every cell spends {EVALUATIONS} levels on labelled pairs (or the model's own): one an update (DPO), or five ({EVALUATIONS // 5} updates), beta {BETA:g} "
-        f"unless it says otherwise; then {ABSORB} updates of guidance distillation, after which it is sampled without guidance. {begins}Win rate: share of the same "
-        "noises that score more than .1 higher than at the start, alike ones as half, so it can reach .75 where nothing gets worse.",
+        "`python benchmarks/apo.py`: a learned many-step model of the ring, sampled in 10 steps with guidance 1.5; half of the modes are the chosen ones. "
+        f"Every cell spends {EVALUATIONS} levels on labelled pairs, or on the model's own, where it does not say otherwise: one an update (DPO), or five, in "
+        f"{EVALUATIONS // 5} updates; beta is {BETA:g}. Then come {ABSORB} updates of guidance distillation, after which it is sampled without guidance. "
+        f"{begins}Win rate: share of the same noises that score more than .1 higher than at the start, alike ones as half, so .75 is what a model "
+        "reaches that turns every rejected mode into a chosen one.",
         "",
         *cells(),
         "",
@@ -63,7 +64,8 @@ def lines() -> list[str]:
         "",
         *sequence("sequence", FIGURES),
         "",
-        "On the bundled model with the recipe's defaults (`python benchmarks/apo.py --bundled`), by the held-out judge on 98 prompts, the same noise throughout:",
+        "On the bundled model with the recipe's defaults (`python benchmarks/apo.py --bundled`), by the held-out judge on 98 prompts, the same noise "
+        "throughout:",
         "",
         *sequence("bundled", {"win": "win rate against the start", "score": "log p", "both": "right", "motion": "motion"}),
         "",
