@@ -14,7 +14,6 @@ import argparse
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import pstdev
 from typing import Any
 
 import torch
@@ -65,6 +64,7 @@ CELLS = {
     "apo-online": Cell({"online": EVALUATIONS // 5}, "Diffusion-APO on pairs of the model's own"),
     "apo-half": Cell({"half_online": EVALUATIONS // 5}, "Diffusion-APO, a labelled sample against one of the model's own"),
     "dpo-beta-5": Cell({"offline": EVALUATIONS, "uniform": 1, "beta": 5.0}, "Diffusion-DPO, beta 5"),
+    "dpo-beta-10": Cell({"offline": EVALUATIONS, "uniform": 1, "beta": 10.0}, "Diffusion-DPO, beta 10"),
     "dpo-beta-20": Cell({"offline": EVALUATIONS, "uniform": 1, "beta": 20.0}, "Diffusion-DPO, beta 20"),
     "dpo-fewer": Cell({"offline": EVALUATIONS // 5, "uniform": 1}, "Diffusion-DPO, as many updates as APO and a fifth of the levels"),
     "apo-beta-0.5": Cell(window(beta=0.5), "Diffusion-APO, beta .5"),
@@ -77,6 +77,12 @@ def win_rate(world: World, before: Tensor, after: Tensor) -> float:
     """Share of the same noises whose sample scores higher than before, ties as half."""
     a, b = (world.score(x.flatten(0, 1), [""] * len(x.flatten(0, 1))) for x in (after, before))
     return float(0.5 + 0.5 * ((a > b + MARGIN).float() - (a < b - MARGIN).float()).mean())
+
+
+def jump(losses: list[float]) -> float:
+    """Deviation of the logged loss from one update to the next: the root of half the mean squared difference, which a slow fall does not enter."""
+    squares = [(b - a) ** 2 for a, b in zip(losses, losses[1:], strict=False)]
+    return (sum(squares) / len(squares) / 2) ** 0.5 if squares else 0.0
 
 
 def stages(recipe: Recipe, state: TrainState, world: World) -> tuple[dict[str, Snapshot], dict[str, list[float]]]:
@@ -103,7 +109,7 @@ def run_lab(name: str, options: dict[str, Any], what: str, seed: int) -> None:
     start = snapshot(state, replace(recipe, stages=recipe.stages[:1]), world)
     after, losses = stages(recipe, state, world)
     rows = {
-        stage: {**seen.figures[0], "win": win_rate(world, start.samples, seen.samples), "loss_deviation": pstdev(losses[stage])}
+        stage: {**seen.figures[0], "win": win_rate(world, start.samples, seen.samples), "loss_jump": jump(losses[stage])}
         for stage, seen in after.items()
     }
     write_json(file, {"what": what, "seed": seed, "start": start.figures[0], "after": rows, "cpu_s": round(time.process_time() - began, 1)})

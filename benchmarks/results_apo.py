@@ -22,14 +22,14 @@ def said(values: list[float]) -> str:
 
 def cells() -> list[str]:
     heads = [f"{what}, {when}" for when in ("before", "after") for what in FIGURES.values()]
-    lines = [f"| | seeds | {' | '.join(heads)} | deviation of the loss |", "|---" * (len(heads) + 3) + "|"]
+    lines = [f"| | seeds | {' | '.join(heads)} | loss from update to update |", "|---" * (len(heads) + 3) + "|"]
     for name, cell in CELLS.items():
         kept = records(name)
         if not kept:
             continue
         first = next(iter(kept[0]["after"]))
         values = [said([record["after"][stage][key] for record in kept]) for stage in (first, "absorb") for key in FIGURES]
-        lines.append(f"| {name}: {cell.what} | {len(kept)} | {' | '.join(values)} | {said([record['after'][first]['loss_deviation'] for record in kept])} |")
+        lines.append(f"| {name}: {cell.what} | {len(kept)} | {' | '.join(values)} | {said([record['after'][first]['loss_jump'] for record in kept])} |")
     return lines
 
 
@@ -56,7 +56,8 @@ def lines() -> list[str]:
         f"Every cell spends {EVALUATIONS} levels on labelled pairs, or on the model's own, where it does not say otherwise: one an update (DPO), or five, in "
         f"{EVALUATIONS // 5} updates; beta is {BETA:g}. Then come {ABSORB} updates of guidance distillation, after which it is sampled without guidance. "
         f"{begins}Win rate: share of the same noises that score more than .1 higher than at the start, alike ones as half, so .75 is what a model "
-        "reaches that turns every rejected mode into a chosen one.",
+        "reaches that turns every rejected mode into a chosen one. ± is the deviation over seeds. The loss of a window is the mean of its levels, so its "
+        "jumps are smaller for that alone: compare cells of as many levels.",
         "",
         *cells(),
         "",

@@ -18,7 +18,7 @@ def apo(
     online: int = 20,
     half_online: int = 20,
     offline: int = 20,
-    absorb: int = 100,
+    absorb: int = 300,
     aware: int = 15,
     beta: float = 500.0,
     high: int = 4,
@@ -70,7 +70,7 @@ def apo(
         # a pair is two samples, wherever they come from
         batch = common.batch if group > 1 else max(1, common.batch // 2)
         rollout = FewStep(common.levels) if few_step else FewStep(common.levels, transition=Deterministic(), guidance=common.guidance)
-        return Stage(name, steps, batch, (term,), (), rollout if rolls else None, group=group, accumulate=common.accumulate, guided=guided)
+        return Stage(name, steps, batch, (term,), (), rollout if rolls else None, group=group, accumulate=common.accumulate, guided=guided, fresh=True)
 
     def prefer(pairs: Source) -> Preference:
         return Preference(beta=beta, levels=levels, pairs=pairs, positive=positive)

@@ -103,7 +103,8 @@ class Advantage:
 class Stage:
     """`steps` student steps of one kind. `batch` samples a micro-batch, in groups of `group` a prompt; `accumulate` micro-batches a step.
 
-    `guided`: a many-step student is sampled with the recipe's guidance in this stage; False where the network itself has learned it.
+    `guided`: a many-step student is sampled with the recipe's guidance in this stage; False where the network itself has learned it. `fresh`: where the
+    stage takes its reference, the student's optimiser forgets the stages before: gradients of another kind and size would set its step for long.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Stage:
     inner_epochs: int = 1
     advantage: Advantage = Advantage()
     guided: bool = True
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
