@@ -17,9 +17,11 @@ FOUND = (
     "nearly as much, and five levels drawn from all (no-window) do too: here it is where the window looks that keeps quality, not that it has "
     "five levels. As the paper says, high levels alone align least, and low ones alone cost quality. DPO can be held back by beta: at 20 it "
     "keeps its quality and aligns less than APO does at 2; between 10 and 20 it falls from one to the other. The five stages, each against a "
-    "reference of its own, turn every mode and keep most of the quality.",
-    "Not reproduced: random shift and offset make no difference beyond seeds, before or after guidance distillation, which costs nothing here; "
-    "an offset of .005 in level is little to a network of three layers.",
+    "reference of its own, take nine samples in ten to a chosen mode at little loss of quality. TV is that to the whole mixture, so turning "
+    "modes raises it.",
+    "Not reproduced: with a level of its own for every pair of a batch the loss is as steady without a window as with one. Random shift and "
+    "offset make no difference beyond seeds, before or after guidance distillation, which costs nothing here; an offset of .005 in level is "
+    "little to a network of three layers.",
 )
 
 
