@@ -86,4 +86,7 @@ def lines() -> list[str]:
         "",
         *sequence("bundled", {"win": "win rate against the start", "score": "log p", "both": "right", "motion": "motion"}),
         "",
+        "One seed, so provisional: the three stages before distillation win against the start, guidance distillation loses more than they won (300 updates "
+        "at 1e-4; a rate of 3e-4 came closer to the guided model), and 15 updates of preferences afterwards recover little of it.",
+        "",
     ]
