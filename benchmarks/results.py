@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import claims
+import results_apo
 import results_dollar
 import results_reinforce
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
@@ -229,6 +230,7 @@ def main() -> None:
         "",
         *plain("latent_cost"),
         "",
+        *results_apo.lines(),
         *class_lines(),
         "## The exact laboratory",
         "",

@@ -20,7 +20,7 @@ from instep.levels import OneOf
 from instep.matching.operator import AdvantageGuided, Displacements, MatchingOnly
 from instep.models.mixture import labels
 from instep.objectives.policy import GRPO
-from instep.objectives.preference import OnlineDPO, preference_loss
+from instep.objectives.preference import Preference, preference_loss
 from instep.objectives.regression import Denoising
 from instep.paths import RectifiedFlow, VariancePreserving
 from instep.prediction import GuidedDenoiser, Prediction, predict_guided, score_of_x0
@@ -143,7 +143,7 @@ def pairs_view(scale, reference, advantage):
 def test_dpo_is_log_two_at_the_reference_and_its_gradient_is_the_hand_derivation():
     scale = torch.tensor(0.4, dtype=F64, requires_grad=True)
     seen, x = pairs_view(scale, 0.4, [0.1, 1.0, -1.1, 0.0, 0.0, 0.0])
-    (loss,) = list(OnlineDPO(beta=5.0, levels=OneOf((1.0, 0.5)))(replace(seen, rng=torch.Generator().manual_seed(3))))
+    (loss,) = list(Preference(beta=5.0, levels=OneOf((1.0, 0.5)))(replace(seen, rng=torch.Generator().manual_seed(3))))
     assert float(loss.detach()) == pytest.approx(0.5 * math.log(2)), "one of the two groups makes a pair; equal rewards make none"
     (gradient,) = torch.autograd.grad(loss, scale)
     # by hand: the same draws, d error / d scale of v = (1 - s) x_t / t against eps - x0
@@ -235,7 +235,7 @@ def test_the_reference_is_the_student_at_the_beginning_of_its_stage():
 
     state.roles = {**state.roles, "reference": copy.deepcopy(state.roles["student"])}
     state.reference = tuple(state.roles["reference"].parameters())
-    stage = Stage("rl", 3, 32, (OnlineDPO(levels=OneOf(LEVELS)),), (), FewStep(LEVELS), group=8)
+    stage = Stage("rl", 3, 32, (Preference(levels=OneOf(LEVELS)),), (), FewStep(LEVELS), group=8)
     start = [p.detach().clone() for p in state.trained["student"].parameters.values()]
     first = iteration(state, stage, [batch_of(prompts(4, state.rng))], 0.0)
     assert first["objective/dpo"] == pytest.approx(math.log(2), abs=1e-6)
@@ -350,7 +350,7 @@ def test_the_weight_of_a_single_reward_counts_everywhere():
     torch.testing.assert_close(balanced(g, (-0.5,)), -0.5 * g[0])
     state = mlp_state(score=lambda x, names: x[:, 0])
     state.weights = (-2.0,)
-    stage = Stage("rl", 1, 16, (OnlineDPO(levels=OneOf(LEVELS)),), (), FewStep(LEVELS), group=4)
+    stage = Stage("rl", 1, 16, (Preference(levels=OneOf(LEVELS)),), (), FewStep(LEVELS), group=4)
     from instep.terms import View
     from instep.train.step import Scalars, collect, score
 

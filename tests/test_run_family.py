@@ -20,7 +20,7 @@ from instep.train.run import RunOptions, train
 SHORT = Common(steps=2, batch=4, critic_updates=1)
 FEW = RunOptions(save_every=1, probe_every=50, teacher_samples=4)
 REWARD = FunctionReward(brightness, differentiable=True)
-MATCHING = sorted(set(NAMES) - {"dm-align-pair", "dm-align-group", "flow-grpo", "dance-grpo", "flow-dpo"})
+MATCHING = sorted(set(NAMES) - {"dm-align-pair", "dm-align-group", "flow-grpo", "dance-grpo", "flow-dpo", "apo"})
 
 
 @pytest.fixture(autouse=True)

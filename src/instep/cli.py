@@ -50,6 +50,9 @@ class TrainArgs:
     before it: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score", "frames=4 compressible" (only
     4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each normalised before it is
     weighed; a command's commas between quotes. Default: the bundled model's training judge. Protocols: docs/rewards.md."""
+    pairs: Path | None = None
+    """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
+    real ones. Default: the bundled model's own."""
     tracker: str | None = None
     """Another tracker beside log.jsonl and TensorBoard, as module:function, called with (step, scalars) for every row."""
     seed: int = 0

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from instep.data import digits
+from instep.data.media import slow_motion
 from instep.models import DIGITS, MOVING_DIGITS, load
 from instep.models.dit import DiTFamily
 from instep.models.wan import WanFamily
 from instep.rewards.class_judges import ClassJudge, Scale, load_class_judge
 from instep.rewards.judges import Judge, load_judge
-from instep.train.source import RealSamples
+from instep.train.source import PairSamples, RealSamples
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,41 @@ class MovingDigits:
         return RealSamples(names, latents)
 
 
+    def pairs(self, n: int = 512, seed: int = 78) -> PairSamples:
+        """Labelled pairs for prompts that say something: a real video of the prompt, and one of another digit, of another motion, or slowed down.
+
+        What is wrong is drawn among what the prompt says; a copy in slow motion is drawn as often where the video moves (Diffusion-APO C.1: the same
+        pictures, so that what is learned is motion).
+        """
+        rng = torch.Generator().manual_seed(seed)
+        said = [spec for spec in map(digits.parse, self.prompts) if spec.digit is not None or spec.direction is not None]
+        specs = [said[i] for i in torch.randint(len(said), (n,), generator=rng).tolist()]
+        scans, shown, motions = digits.draw("train", specs, rng)
+        paths = digits.random_paths(motions, rng)
+        good = digits.place(scans, *paths)[:, None].expand(-1, 3, -1, -1, -1)
+        wrong = [_wrong(spec, int(motion), rng) for spec, motion in zip(specs, motions, strict=True)]
+        bad = digits.render("train", [spec if other is None else other for spec, other in zip(specs, wrong, strict=True)], seed + 1)
+        slowed = torch.tensor([other is None for other in wrong])
+        bad[slowed] = slow_motion(good[slowed])
+        with torch.no_grad():
+            chosen, rejected = (torch.cat([self.family.encode_media(part) for part in media.split(32)]) for media in (good, bad))
+        return PairSamples(tuple(map(digits.describe, specs)), chosen, rejected)
+
+
+def _wrong(spec: digits.PromptSpec, motion: int, rng: torch.Generator) -> digits.PromptSpec | None:
+    """What a rejected video shows of a prompt whose chosen one has motion `motion`: another digit, another motion, or None: the same in slow motion."""
+    kinds = [kind for kind, fits in (("digit", spec.digit is not None), ("motion", spec.direction is not None), ("slow", motion > 0)) if fits]
+    u, v = torch.rand(2, generator=rng).tolist()
+    kind = kinds[int(u * len(kinds))]
+    if kind == "slow":
+        return None
+    if kind == "digit":
+        assert spec.digit is not None
+        return replace(spec, digit=(spec.digit + 1 + int(v * 9)) % 10)
+    others = [i for i in range(len(digits.MOTIONS)) if i not in digits.motions_allowed(spec)]
+    return digits.motion_spec(spec.digit, others[int(v * len(others))])
+
+
 def moving_digits() -> MovingDigits:
     """Loads the bundled pipeline and judges; half a second."""
     family = load(MOVING_DIGITS)
@@ -80,6 +116,14 @@ class ClassDigits:
         """The 800 scans of the training split, each with its class."""
         scans, classes = digits.scans_of("train")
         return RealSamples(tuple(str(int(c)) for c in classes), scans[:, None] * 2 - 1)
+
+    def pairs(self, seed: int = 78) -> PairSamples:
+        """Each scan of the training split, preferred to one of another class under its own class."""
+        scans, classes = digits.scans_of("train")
+        rng = torch.Generator().manual_seed(seed)
+        others = [(classes != c).nonzero()[:, 0] for c in range(10)]
+        wrong = torch.stack([others[int(c)][torch.randint(len(others[int(c)]), (), generator=rng)] for c in classes])
+        return PairSamples(tuple(str(int(c)) for c in classes), scans[:, None] * 2 - 1, scans[wrong][:, None] * 2 - 1)
 
 
 def class_digits(scale: Scale = "log") -> ClassDigits:

@@ -40,6 +40,11 @@ class LevelSampler:
         """`progress` in [0, 1] is the fraction of the stage done; `t_exit` [n] the level each sample was predicted at."""
         raise NotImplementedError
 
+    @property
+    def window(self) -> tuple[LevelSampler, ...]:
+        """The samplers whose gradients one update of a preference sums: itself alone, unless it is a window (`levels_apo.HighLow`)."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class Uniform(LevelSampler):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol, Self, runtime_checkable
 
@@ -94,6 +95,20 @@ def at_scale(denoiser: Denoiser, scale: float) -> Denoiser:
     return denoiser.scaled(scale)
 
 
+@runtime_checkable
+class Skippable(Protocol):
+    """A denoiser that can run without some of its network's blocks."""
+
+    def skipping(self, blocks: Sequence[int]) -> Denoiser: ...
+
+
+def skipping(denoiser: Denoiser, blocks: Sequence[int]) -> Denoiser:
+    """The denoiser with the blocks of these numbers (0-based) passing on what they are given; ValueError if it has none to skip."""
+    if not isinstance(denoiser, Skippable):
+        raise ValueError(f"skip: {type(denoiser).__name__} has no blocks to leave out; use a network, or skip-layer guidance of strength 0")
+    return denoiser.skipping(blocks)
+
+
 def velocity_of_x0(path: Path, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
     """Conjugate velocity eps - x0 that belongs to an x0 prediction; t > 0."""
     return (x_t - broadcast(path.a(t), x_t) * x0) / broadcast(path.b(t), x_t) - x0
@@ -149,6 +164,15 @@ class Guided:
 def guide(cond: Tensor, uncond: Tensor, w: float) -> Tensor:
     """Classifier-free guidance u + w (c - u); w = 1 means none (Ho and Salimans 2022)."""
     return uncond + w * (cond - uncond)
+
+
+def guide_and_skip(cond: Tensor, uncond: Tensor, skipped: Tensor, w: float, strength: float) -> Tensor:
+    """Classifier-free and skip-layer guidance together, u + w (c - u) + strength (c - skipped) (Diffusion-APO Eq. 3; STG, Hyung et al. 2025).
+
+    The paper's omega is w - 1, its lambda `strength`; it prints the skipped prediction's term alone, which is read as STG's own difference.
+    Linear, so it holds for x0, velocity and noise alike.
+    """
+    return guide(cond, uncond, w) + strength * (cond - skipped)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ for by the same `Call`, and not asked for again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
@@ -39,13 +39,17 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Call:
-    """What a forward depends on besides its arguments. The output of the family's feature block is put into `features`, if given."""
+    """What a forward depends on besides its arguments. The output of the family's feature block is put into `features`, if given.
+
+    Blocks whose numbers are in `skips` pass on what they are given.
+    """
 
     adapter: str | None
     scale: float
     cond: Condition
     exits: nn.Embedding | None
     features: list[Tensor] | None = None
+    skips: tuple[int, ...] = ()
 
 
 class Running:
@@ -53,13 +57,17 @@ class Running:
 
     def __init__(self, backbone: Backbone, call: Call) -> None:
         self.backbone, self.call = backbone, call
-        self._before: list[Call | None] = []
+        self._before: list[tuple[Call | None, AbstractContextManager[None]]] = []
 
     def __enter__(self) -> None:
-        self._before.append(self.backbone.switch(self.call))
+        skipped = self.backbone.family.skip(self.backbone.module, self.call.skips) if self.call.skips else nullcontext()
+        skipped.__enter__()
+        self._before.append((self.backbone.switch(self.call), skipped))
 
     def __exit__(self, *error: object) -> None:
-        self.backbone.switch(self._before.pop())
+        before, skipped = self._before.pop()
+        self.backbone.switch(before)
+        skipped.__exit__(None, None, None)
 
 
 class Head(nn.Module):
@@ -189,6 +197,7 @@ class Role:
     ) -> None:
         self.name, self.backbone, self.adapter, self.scale = name, backbone, adapter, scale
         self.reads = reads or backbone.family.parameterisation
+        self.skips: tuple[int, ...] = ()
         self.exits: nn.Embedding | None = None
         self.head: Head | None = None
         device = next(backbone.module.parameters()).device
@@ -203,7 +212,7 @@ class Role:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         family, module = self.backbone.family, self.backbone.module
         features: list[Tensor] | None = None if self.head is None else []
-        with self.backbone.running(Call(self.adapter, self.scale, cond, self.exits, features)):
+        with self.backbone.running(Call(self.adapter, self.scale, cond, self.exits, features, self.skips)):
             raw = family.forward(module, x_t, t, cond)
         answer = read(self.reads, raw, family.path, x_t, t)
         if self.head is None or features is None:
@@ -217,6 +226,12 @@ class Role:
             raise ValueError(f"role {self.name!r} has no adapter to scale; give it a LoRA")
         other = copy(self)
         other.scale = scale
+        return other
+
+    def skipping(self, blocks: Sequence[int]) -> Role:
+        """The same role without the blocks of these numbers: each passes on what it is given."""
+        other = copy(self)
+        other.skips = tuple(blocks)
         return other
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

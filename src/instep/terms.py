@@ -20,9 +20,9 @@ from instep.rollout import Rollout, Where
 
 # what a term or a critic may ask of its stage: the reward of final samples, a reward with a gradient, real samples of the batch's
 # prompts, real ones that people prefer, stored outputs of the teacher with the noise they came from, the trajectory of the rollout, the
-# student as it was when the stage began, the student's running average, the latent reward model, rewards of the
-# samples it learns from
-Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory", "reference", "average", "scorer", "labels"]
+# student as it was when the stage began, the end of the student's rollout, labelled pairs of samples, the student's running average, the latent
+# reward model, rewards of the samples it learns from
+Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory", "reference", "final", "pairs", "average", "scorer", "labels"]
 NOTHING: frozenset[Need] = frozenset()
 
 
@@ -114,6 +114,11 @@ class Term:
     @property
     def needs(self) -> frozenset[Need]:
         return NOTHING
+
+    @property
+    def skips(self) -> tuple[int, ...]:
+        """Blocks of the network that it runs a role without."""
+        return ()
 
     def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
         """Network evaluations a sample in groups of `group`, without a graph and with one, for `instep plan`; a reward's own are not counted.

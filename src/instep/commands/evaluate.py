@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor
 
 from instep.commands import default_threads
-from instep.commands.export import read_run, sampling_of, student_of
+from instep.commands.export import newest_step, read_run, sampling_of, student_of
 from instep.evaluate.compare import EvalSet, Generate, Row, evaluate, evaluation_set, floor_row
 from instep.files import write_json
 from instep.models import MOVING_DIGITS, bundled, load
@@ -93,7 +93,7 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
         raise ValueError(f"dir: {folder} was trained on {record['model']!r}; these judges know {MOVING_DIGITS} alone")
     # a student with an adapter puts it into its family's network: the teacher's rows are those of a network of their own
     family, plain, judges, chosen = load(MOVING_DIGITS), load(MOVING_DIGITS), judges_of(), evaluation_set(protocol, seed)
-    sampling, guidance = sampling_of(record), float(record["config"]["guidance"])
+    sampling, guidance = sampling_of(record, newest_step(folder)), float(record["config"]["guidance"])
     levels = sampling.levels
     student = student_of(folder, record, family)
     name = f"student ({record['recipe']})"
@@ -101,8 +101,9 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     q, before = len(levels), []
     for stage, step in stage_ends(record)[:-1]:
         if checkpoint.at(folder / "checkpoints", step) is not None:
-            earlier = drawn(student_of(folder, record, other := load(MOVING_DIGITS), step=step), other, sampling)
-            before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, judges, steps=q, guidance=sampling.guidance))
+            then = sampling_of(record, step)
+            earlier = drawn(student_of(folder, record, other := load(MOVING_DIGITS), step=step), other, then)
+            before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, judges, steps=q, guidance=then.guidance))
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
     decoded = floor_row(chosen, judges, through=lambda media: family.decode(family.encode_media(media)))
     rows = [row, *before, decoded, *(baseline(plain, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]

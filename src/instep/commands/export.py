@@ -39,11 +39,11 @@ def export_command(args: ExportArgs) -> int:
     record = read_run(args.dir)
     bundled = record["model"] in BUNDLED
     family = load(args.model or (record["model"] if bundled else record["model_path"]), VideoSize(**record["size"]))
-    student = student_of(args.dir, record, family, raw=args.raw)
-    report = export_role(student, family, sampling_of(record), args.to, recipe=record["recipe"], seed=record["seed"],
+    student, sampling = student_of(args.dir, record, family, raw=args.raw), sampling_of(record, newest_step(args.dir))
+    report = export_role(student, family, sampling, args.to, recipe=record["recipe"], seed=record["seed"],
                          prompts=record["prompt_count"], example=record["example_prompt"], command=record["command"],
                          dtype=getattr(torch, args.dtype))  # fmt: skip
-    off = f"; stock diffusers differs from our sampler by {report.sampler_difference:.1e}" if sampling_of(record).kind == "few-step" else ""
+    off = f"; stock diffusers differs from our sampler by {report.sampler_difference:.1e}" if sampling.kind == "few-step" else ""
     print(f"wrote {report.folder} ({report.size_bytes / 1e6:.1f} MB){off}")
     return 0
 
@@ -56,11 +56,25 @@ def read_run(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def sampling_of(record: dict[str, Any]) -> Sampling:
-    """How the student of a run is sampled, from its recipe.json."""
-    if record["config"].get("sampler", "few-step") == "few-step":
+def sampling_of(record: dict[str, Any], step: int | None = None) -> Sampling:
+    """How the student of a run is sampled at a step (None: at its end), from its recipe.json; see `Recipe.sampling_at`."""
+    config = record["config"]
+    if config.get("sampler", "few-step") == "few-step":
         return Sampling(tuple(record["levels"]))
-    return Sampling(tuple(record["levels"]), "ode", float(record["config"]["guidance"]))
+    left, stages = step, [stage for stage in config["stages"] if stage["steps"]]
+    here = stages[-1]
+    for stage in stages if left is not None else ():
+        if left <= stage["steps"]:
+            here = stage
+            break
+        left -= stage["steps"]
+    return Sampling(tuple(record["levels"]), "ode", float(config["guidance"]) if here.get("guided", True) else 1.0)
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of a run's newest checkpoint."""
+    newest = checkpoint.latest(folder / "checkpoints")
+    return None if newest is None else checkpoint.step_of(newest)
 
 
 def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: bool = False, step: int | None = None) -> Role:

@@ -71,7 +71,7 @@ def lab_command(specs: Sequence[str], options: LabArgs) -> int:
     for spec, recipe in recipes.items():
         if recipe.needs & {"reward", "gradient"} and options.reward == "none":
             raise ValueError(f"reward: {spec} needs one; add --reward half (or right, on-mode)")
-        if "preferred" in recipe.needs and world.rewarded is None:
+        if recipe.needs & {"preferred", "pairs"} and world.rewarded is None:
             raise ValueError(f"reward: {spec} needs samples that are preferred; add --reward half (or right)")
     if options.pictures and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("pictures: matplotlib is not installed; pip install 'instep[lab]', or leave the pictures out with --no-pictures")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -18,10 +18,12 @@ from instep.rewards.base import Reward
 from instep.train.probe import Monitor, few_of
 from instep.train.recipe import Recipe
 from instep.train.run import Interrupted, Run, RunOptions, final_samples, train
-from instep.train.source import RealSamples
+from instep.train.source import PairSamples, RealSamples
 
 if TYPE_CHECKING:
     from instep.cli import TrainArgs
+    from instep.data.media import LabelledPair
+    from instep.models.base import Encodes
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Setting:
     reward: Reward | Callable[..., Any] | None
     monitor: Monitor | None
     real: RealSamples | None
+    pairs: PairSamples | None = None
 
 
 def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
@@ -54,6 +57,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
             reward=setting.reward,
             monitor=setting.monitor,
             real=setting.real,
+            pairs=setting.pairs,
             start_from=args.start_from,
             options=options,
             tracker=tracker,
@@ -72,22 +76,44 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
 
     reward = load_reward(args.reward) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
+    told = load_pairs(args.pairs) if args.pairs else None
     if args.model == MOVING_DIGITS:
         from instep.embedded import moving_digits
 
         digits = moving_digits()
-        real = digits.real() if recipe.needs & {"real", "preferred"} else None
-        return Setting(digits.family, prompts or digits.prompts, reward or digits.reward, digits.monitor, real)
+        # a user's own pairs bring their chosen samples with them
+        real = digits.real() if recipe.needs & {"real", "preferred"} and told is None else None
+        pairs = paired(told, digits.family) or (digits.pairs() if "pairs" in recipe.needs else None)
+        return Setting(digits.family, prompts or digits.prompts, reward or digits.reward, digits.monitor, real, pairs)
     if args.model == DIGITS:
         from instep.embedded import class_digits
 
         images = class_digits()
-        real = images.real() if recipe.needs & {"real", "preferred"} else None
-        return Setting(images.family, prompts or images.prompts, reward or images.reward, images.monitor, real)
+        real = images.real() if recipe.needs & {"real", "preferred"} and told is None else None
+        pairs = paired(told, images.family) or (images.pairs() if "pairs" in recipe.needs else None)
+        return Setting(images.family, prompts or images.prompts, reward or images.reward, images.monitor, real, pairs)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     family = load(args.model, VideoSize(*args.size) if args.size else None)
-    return Setting(family, prompts, reward, None, None)
+    return Setting(family, prompts, reward, None, None, paired(told, family))
+
+
+def load_pairs(path: Path) -> Sequence[LabelledPair]:
+    """The pairs of a file, checked, their media not yet read."""
+    from instep.data.pairs import read_pairs
+
+    return read_pairs(path)
+
+
+def paired(told: Sequence[LabelledPair] | None, family: Family) -> PairSamples | None:
+    """Labelled media as latents of the family."""
+    if told is None:
+        return None
+    from instep.data.media import pair_samples
+
+    if not hasattr(family, "encode_media"):
+        raise ValueError(f"pairs: {family.name} cannot encode media; pass pairs=PairSamples(prompts, chosen, rejected) of latents to train() in Python")
+    return pair_samples(told, cast("Encodes", family))
 
 
 def finish(run: Run, setting: Setting, evaluate: bool) -> None:

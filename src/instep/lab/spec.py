@@ -53,7 +53,8 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
     if first is not None:
         before = mine.setdefault(first, round(iterations * FIRST_STAGE[first]) if own[first].default else 0)
         mine.setdefault("iterations", iterations - before)
-    mine.setdefault("iterations", iterations)
+    if "iterations" in own:
+        mine.setdefault("iterations", iterations)
     return function(common, **mine)
 
 

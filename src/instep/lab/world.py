@@ -14,7 +14,7 @@ from instep.models.small import VelocityMLP
 from instep.paths import Path, RectifiedFlow, VariancePreserving
 from instep.rewards.base import FunctionReward, checked_scores
 from instep.rollout import sample_ode
-from instep.terms import Batch, Stored
+from instep.terms import Batch, Pairs, Stored
 from instep.train.recipe import Stage
 
 GEOMETRIES: dict[str, Callable[[], Mixture]] = {
@@ -93,12 +93,17 @@ class World:
         names = self.draw(n, rng)
         cond, null = labels(names, member), labels([""] * n, member)
         real = self.mixture.sample(cond.label, rng, self.rewarded if "preferred" in stage.needs else None) if stage.needs & {"real", "preferred"} else None
+        pairs = None
+        if "pairs" in stage.needs:
+            if self.rewarded is None:
+                raise ValueError(f"reward: stage {stage.name!r} needs labelled pairs; they come from --reward half (or right), whose modes are the chosen ones")
+            pairs = Pairs(self.mixture.sample(cond.label, rng, self.rewarded), self.mixture.sample(cond.label, rng, ~self.rewarded))
         stored = None
         if "stored" in stage.needs:
             noise = torch.randn(n, 2, generator=rng)
             x0 = sample_ode(self.teacher, cond, null, noise, steps=ODE_STEPS, path=self.path, guidance=guidance)
             stored = Stored(cond, noise, x0)
-        return Batch(names, cond, null, real, stored=stored)
+        return Batch(names, cond, null, real, pairs, stored)
 
     def member(self, n: int) -> Tensor:
         """Which member each of n rows belongs to: blocks of n / members."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -76,6 +77,48 @@ class Family(Protocol):
         """Width of those tokens."""
         ...
 
+    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        """A context in which the blocks of these numbers (0-based) pass on what they are given (skip-layer guidance); `skipped` is one.
+
+        ValueError for a number that is no block's.
+        """
+        ...
+
     def pipeline(self, module: nn.Module) -> Any:
         """A diffusers pipeline around `module` as its denoiser."""
         ...
+
+
+class Encodes(Family, Protocol):
+    """A family that also turns media into latents: what training on people's own videos needs."""
+
+    def encode_media(self, media: Tensor) -> Tensor:
+        """Media [B, 3, (F,) H, W] in [0, 1] to latents [B, C, (F,) H, W]."""
+        ...
+
+
+@contextmanager
+def skipped(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[None]:
+    """Inside, `blocks[i].forward` returns its first argument for every i in `numbers`; ValueError for a number out of range."""
+    chosen = block_numbers(numbers, len(blocks))
+    for i in chosen:
+        blocks[i].forward = _identity  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for i in chosen:
+            del blocks[i].forward
+
+
+def _identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+def block_numbers(numbers: Sequence[int], count: int) -> tuple[int, ...]:
+    """The numbers, each once; ValueError unless all are blocks of a network that has `count` of them and one is left."""
+    wrong = [i for i in numbers if not 0 <= i < count]
+    chosen = tuple(dict.fromkeys(numbers))
+    if wrong or len(chosen) == count:
+        what = f"block {wrong[0]}" if wrong else "skipping every block"
+        raise ValueError(f"skip_blocks: {what} is not allowed; this network has {count} blocks, 0 to {count - 1}, of which at least one stays")
+    return chosen

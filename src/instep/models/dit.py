@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.models import VideoSize
+from instep.models.base import skipped
 from instep.paths import RectifiedFlow
 from instep.prediction import Condition
 
@@ -130,6 +132,9 @@ class DiTFamily:
 
     def feature_width(self, module: nn.Module) -> int:
         return self.time_width(module)
+
+    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        return skipped(module.transformer_blocks, blocks)
 
     def pipeline(self, module: nn.Module) -> Any:
         """ValueError: there is no stock pipeline that samples this model; see the class."""

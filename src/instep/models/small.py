@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from instep.models.base import block_numbers
 from instep.models.mixture import LabelCondition
 from instep.paths import Path, broadcast
 from instep.prediction import Condition, Denoiser, Parameterisation, Prediction, read, velocity_of_x0
@@ -37,7 +38,7 @@ class VelocityMLP(nn.Module):
             nn.init.zeros_(self.head[1].weight)
             nn.init.zeros_(self.head[1].bias)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition, scale: float | None = None) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition, scale: float | None = None, skips: tuple[int, ...] = ()) -> Prediction:
         assert isinstance(cond, LabelCondition)
         angle = math.pi * t[:, None] * torch.arange(1, 5, device=t.device)
         parts = [x_t, t[:, None], angle.sin(), angle.cos(), _one_hot(cond.label, self.classes)]
@@ -46,8 +47,8 @@ class VelocityMLP(nn.Module):
         scale = self.scale if scale is None else scale
         seats = Seats.of(cond.member, self.members, len(x_t))
         h = seats.down(torch.cat(parts, 1).to(x_t))
-        for layer in self.layers[:-1]:
-            h = nn.functional.silu(layer(h, scale))
+        for i, layer in enumerate(self.layers[:-1]):
+            h = h if i - 1 in skips else nn.functional.silu(layer(h, scale))
         answer = read(self.reads, seats.up(self.layers[-1](h, scale)), self.path, x_t, t)
         if self.head is None:
             return answer
@@ -59,6 +60,11 @@ class VelocityMLP(nn.Module):
         if not self.rank:
             raise ValueError("role: this network has no adapter to scale; give it a rank")
         return lambda x_t, t, cond: self(x_t, t, cond, scale)
+
+    def skipping(self, blocks: Sequence[int]) -> Denoiser:
+        """The same network without the hidden layers of these numbers; those that keep the width count, from 0."""
+        chosen = block_numbers(blocks, len(self.layers) - 2)
+        return lambda x_t, t, cond: self(x_t, t, cond, None, chosen)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Its adapters if it has any, else everything."""

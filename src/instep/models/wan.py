@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from instep.models import VideoSize
+from instep.models.base import skipped
 from instep.models.wan_vae import decode_latents, encode_latents
 from instep.paths import RectifiedFlow
 from instep.prediction import Condition
@@ -159,6 +161,9 @@ class WanFamily:
 
     def feature_width(self, module: nn.Module) -> int:
         return self.time_width(module)
+
+    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        return skipped(module.blocks, blocks)
 
     def pipeline(self, module: nn.Module) -> Any:
         """A stock WanPipeline around `module`, whose attention processors are the stock ones again."""

@@ -24,6 +24,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "flow-grpo": ("instep.recipes.many_step", "flow_grpo"),
     "dance-grpo": ("instep.recipes.many_step", "dance_grpo"),
     "flow-dpo": ("instep.recipes.many_step", "flow_dpo"),
+    "apo": ("instep.recipes.apo", "apo"),
     "naive-adaptive": ("instep.recipes.amd", "naive_adaptive"),
 }
 

@@ -12,7 +12,7 @@ from instep.matching.critic import Score
 from instep.matching.operator import AdvantageGuided, MatchingOnly, Operator, RewardTilted
 from instep.matching.teacher import Annealed
 from instep.objectives.policy import DDPO, GRPO
-from instep.objectives.preference import OnlineDPO
+from instep.objectives.preference import Preference
 from instep.recipes.common import Common
 from instep.roles import LoRA
 from instep.terms import Critic, Term
@@ -30,7 +30,7 @@ def reinforce(common: Common, name: str, steps: int, kind: Branch, weight: float
         raise ValueError(f"inner_epochs: {inner_epochs} is not allowed with ddpo, which has no ratio to the student that rolled out; use 1, or grpo")
     branches: dict[Branch, Term] = {
         "refl": RewardGradient(weight=weight), "grpo": GRPO(weight=weight, clip=clip, kl=kl), "ddpo": DDPO(weight=weight),
-        "dpo": OnlineDPO(weight=weight, beta=beta, levels=OneOf(common.levels)),
+        "dpo": Preference(weight=weight, beta=beta, levels=OneOf(common.levels)),
     }  # fmt: skip
     terms = (*beside, branches[kind])
     parts: tuple[Term | Critic, ...] = (*terms, *critics)

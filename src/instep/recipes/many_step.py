@@ -11,7 +11,7 @@ from typing import Literal
 
 from instep.levels import Uniform, few_step_levels
 from instep.objectives.policy import GRPO
-from instep.objectives.preference import OnlineDPO
+from instep.objectives.preference import Preference
 from instep.recipes.common import adapter, with_copies
 from instep.terms import Term
 from instep.train.recipe import FewStep, Optim, Recipe, RoleConfig, Stage
@@ -54,8 +54,13 @@ class ManySteps:
         """One stage of one objective on the model's own rollouts."""
         collect = FewStep(self.levels, transition=transition, guidance=self.guidance)
         stage = Stage("reinforce", iterations, self.batch, (term,), (), collect, group=group, accumulate=self.accumulate, inner_epochs=inner_epochs)
+        return self.stages(name, stage)
+
+    def stages(self, name: str, *stages: Stage, sampler: Literal["few-step", "ode"] = "ode") -> Recipe:
+        """A recipe of these stages; those without steps are left out."""
+        stages = tuple(stage for stage in stages if stage.steps) or stages
         roles = {"student": RoleConfig(self.student, adapter(self.lora_rank), ema=self.ema), "teacher": RoleConfig()}
-        return Recipe(name, self.levels, with_copies(roles, (stage,)), (stage,), self.guidance, sampler="ode")
+        return Recipe(name, self.levels, with_copies(roles, stages), stages, self.guidance, sampler=sampler)
 
 
 def stochastic(kind: Kind, noise: float) -> Transition:
@@ -125,4 +130,4 @@ def flow_dpo(common: ManySteps = ManySteps(), *, iterations: int = 60, group: in
         group: samples a prompt; the best is preferred to the worst.
         beta: temperature.
     """
-    return common.recipe("flow-dpo", iterations, group, OnlineDPO(beta=beta, levels=Uniform(shift=common.shift)), Deterministic())
+    return common.recipe("flow-dpo", iterations, group, Preference(beta=beta, levels=Uniform(shift=common.shift)), Deterministic())

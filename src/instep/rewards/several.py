@@ -50,6 +50,11 @@ class Several:
         return each @ each.new_tensor(self.weights)
 
 
+def parts_of(reward: Reward) -> tuple[Reward, ...]:
+    """Of several rewards each, else the one."""
+    return reward.parts if isinstance(reward, Several) else (reward,)
+
+
 def several(*rewards: tuple[Reward | Callable[[Tensor, Sequence[str]], Any], float]) -> Several:
     """Rewards (or plain functions) with their weights: several((pickscore, 1.0), (brightness, 0.5))."""
     return Several(tuple(as_reward(reward) for reward, _ in rewards), tuple(float(weight) for _, weight in rewards))

@@ -17,10 +17,11 @@ from instep import __version__
 from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, checked_scores
+from instep.rewards.ranker import relative
 from instep.rewards.several import Several
 from instep.train import lock
 from instep.train.recipe import Recipe, describe
-from instep.train.source import RealSamples
+from instep.train.source import PairSamples, RealSamples
 
 if TYPE_CHECKING:
     from instep.train.run import RunOptions
@@ -37,12 +38,22 @@ def scorer(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[
     @torch.no_grad()
     def score(x: Tensor, prompts: Sequence[str]) -> Tensor:
         parts = []
-        for start in range(0, len(x), DECODE_BATCH):
-            rows = slice(start, start + DECODE_BATCH)
+        for rows in chunks(prompts, whole=relative(reward)):
             parts.append(_scores(reward, _media(family, reward, x[rows], clamp=True), prompts[rows]))
         return torch.cat(parts)
 
     return score
+
+
+def chunks(prompts: Sequence[str], *, whole: bool) -> list[slice]:
+    """Rows that are decoded together: `DECODE_BATCH` at a time, or with `whole` as many more as keep neighbours of one prompt together."""
+    ends, n = [0], len(prompts)
+    while ends[-1] < n:
+        end = min(n, ends[-1] + DECODE_BATCH)
+        while whole and end < n and prompts[end] == prompts[end - 1]:
+            end += 1
+        ends.append(end)
+    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def slope(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
@@ -69,7 +80,9 @@ def _media(family: Family, reward: Reward, x: Tensor, *, clamp: bool = False) ->
     return family.decode(x).clamp(0, 1) if clamp else family.decode(x)
 
 
-def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: RealSamples | None, prompts: Sequence[str]) -> None:
+def check_inputs(
+    recipe: Recipe, family: Family, reward: Reward | None, real: RealSamples | None, prompts: Sequence[str], pairs: PairSamples | None = None
+) -> None:
     """Everything that would otherwise fail after minutes: missing parts, and a reward that does not work on one small batch."""
     if not prompts:
         raise ValueError("prompts: the list is empty; give at least one prompt")
@@ -90,6 +103,15 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
             continue
         if "preferred" in stage.needs and real is None:
             raise ValueError(f"real: stage {stage.name!r} of {recipe.name} needs preferred samples; pass real=RealSamples(prompts, latents)")
+        if "pairs" in stage.needs and pairs is None:
+            raise ValueError(
+                f"pairs: stage {stage.name!r} of {recipe.name} needs labelled pairs; pass pairs=PairSamples(prompts, chosen, rejected), --pairs FILE on the "
+                "command line, or give the stage 0 steps"
+            )
+        for term in stage.terms:
+            if term.skips:
+                with family.skip(family.pretrained, term.skips):  # refuses what is no block
+                    pass
         if "gradient" in stage.needs and (reward is None or not reward.differentiable):
             raise ValueError(
                 f"reward: stage {stage.name!r} of {recipe.name} climbs its gradient and "
@@ -103,8 +125,13 @@ def check_inputs(recipe: Recipe, family: Family, reward: Reward | None, real: Re
             f"real: latents of shape {tuple(real.latents.shape[1:])} do not fit the model's {family.latent_shape}; encode them "
             "with family.encode_media"
         )
+    if pairs is not None and tuple(pairs.chosen.shape[1:]) != family.latent_shape:
+        raise ValueError(
+            f"pairs: latents of shape {tuple(pairs.chosen.shape[1:])} do not fit the model's {family.latent_shape}; encode them with family.encode_media"
+        )
     if reward is not None:
-        pair = [prompts[0], prompts[-1]]
+        # one that compares is given something to compare
+        pair = [prompts[0], prompts[0] if relative(reward) else prompts[-1]]
         trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
         trial = trial.to(next(family.pretrained.parameters()).device)
         with torch.no_grad():
@@ -137,7 +164,7 @@ def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequ
 
 def claim(
     out: Path, recipe: Recipe, family: Family, options: RunOptions, prompts: Sequence[str], start_from: Path | str | None, command: str,
-    *, reward: Reward | None = None, real: RealSamples | None = None,
+    *, reward: Reward | None = None, real: RealSamples | None = None, pairs: PairSamples | None = None,
 ) -> None:  # fmt: skip
     """Writes recipe.json, or makes sure that the folder holds this very run."""
     identity = {
@@ -148,7 +175,8 @@ def claim(
         "levels": list(recipe.levels),
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
         "reward": reward and reward.name,
-        "real": real and hashlib.sha256("\n".join(real.prompts).encode() + real.latents.detach().float().cpu().numpy().tobytes()).hexdigest()[:16],
+        "real": real and _digest(real.prompts, real.latents),
+        "pairs": pairs and _digest(pairs.prompts, pairs.chosen, pairs.rejected),
         "start_from": str(Path(start_from).resolve()) if start_from else None,
         "config": json.loads(json.dumps(describe(recipe))),
     }
@@ -182,6 +210,11 @@ def claim(
             "example_prompt": prompts[0],
         }
         write_json(file, {**about, **identity})
+
+
+def _digest(prompts: Sequence[str], *latents: Tensor) -> str:
+    """Of samples and their prompts."""
+    return hashlib.sha256("\n".join(prompts).encode() + b"".join(x.detach().float().cpu().numpy().tobytes() for x in latents)).hexdigest()[:16]
 
 
 def weights_fingerprint(family: Family) -> str:

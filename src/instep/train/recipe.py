@@ -113,7 +113,11 @@ class Advantage:
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` student steps of one kind. `batch` samples a micro-batch, in groups of `group` a prompt; `accumulate` micro-batches a step."""
+    """`steps` student steps of one kind. `batch` samples a micro-batch, in groups of `group` a prompt; `accumulate` micro-batches a step.
+
+    `guided`: a many-step student is sampled with the recipe's guidance in this stage; False where the network itself has learned it. `fresh`: where the
+    stage takes its reference, the student's optimiser forgets the stages before: gradients of another kind and size would set its step for long.
+    """
 
     name: str
     steps: int
@@ -125,6 +129,8 @@ class Stage:
     accumulate: int = 1
     inner_epochs: int = 1
     advantage: Advantage = Advantage()
+    guided: bool = True
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
@@ -148,6 +154,8 @@ class Stage:
             )
         if any(isinstance(term, Force) for term in self.terms) and self.collect is None:
             raise ValueError(f"stage {self.name!r}: it has forces but collect is None; forces act on rolled-out samples")
+        if "final" in self.needs and self.collect is None:
+            raise ValueError(f"stage {self.name!r}: it compares with samples of the student but collect is None; say how to roll out")
 
     @property
     def forces(self) -> tuple[Force, ...]:
@@ -171,7 +179,7 @@ class Stage:
     @property
     def to_the_end(self) -> bool:
         """Whether the rollout is completed past the exits: where something acts on, or is measured on, the final sample."""
-        return bool(self.needs & {"reward", "trajectory"}) or "final" in self.live
+        return bool(self.needs & {"reward", "trajectory", "final"}) or "final" in self.live
 
 
 @dataclass(frozen=True)
@@ -201,8 +209,13 @@ class Recipe:
 
     @property
     def sampling(self) -> Sampling:
-        """How its student is sampled."""
-        return Sampling(self.levels, self.sampler, self.guidance if self.sampler == "ode" else 1.0)
+        """How its student is sampled in the end."""
+        return self.sampling_at(self.steps)
+
+    def sampling_at(self, step: int) -> Sampling:
+        """How the student of the run's step is sampled: without guidance from the stage on that puts it into the network."""
+        stage, _ = self.at(max(0, min(step, self.steps) - 1))
+        return Sampling(self.levels, self.sampler, self.guidance if self.sampler == "ode" and stage.guided else 1.0)
 
     @property
     def steps(self) -> int:

@@ -17,6 +17,7 @@ from instep import __version__
 from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, as_reward
+from instep.rewards.ranker import relative
 from instep.roles import Role
 from instep.rollout import Sampling
 from instep.train import checkpoint, stop
@@ -28,7 +29,7 @@ from instep.train.log import RunLog, Tracker
 from instep.train.probe import Monitor, Probe, few_of
 from instep.train.recipe import Recipe
 from instep.train.setup import averaged, make_state
-from instep.train.source import RealSamples, Source
+from instep.train.source import PairSamples, RealSamples, Source
 from instep.train.step import TrainState, iteration
 from instep.train.views import matching_views, samples, save_samples, save_views
 
@@ -86,6 +87,7 @@ def train(
     reward: Reward | Callable[[Tensor, Sequence[str]], Any] | None = None,
     monitor: Monitor | None = None,
     real: RealSamples | None = None,
+    pairs: PairSamples | None = None,
     start_from: Path | str | None = None,
     options: RunOptions | None = None,
     tracker: Tracker | None = None,
@@ -95,6 +97,7 @@ def train(
 
     `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
     pair recipes; where a discriminator has none, samples of the teacher serve, made once and kept with the run);
+    `pairs` are labelled ones, whose chosen samples serve as real and preferred ones where there are no others;
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
     log.jsonl and TensorBoard. Raises ValueError before training if something does not fit or another process is at work in
     `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself (`stop_on`) ends normally, with the
@@ -102,9 +105,11 @@ def train(
     """
     out, options = Path(out), options or RunOptions()
     scored = as_reward(reward) if reward is not None else None
-    check_inputs(recipe, family, scored, real, prompts)
+    if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
+        real = pairs.preferred
+    check_inputs(recipe, family, scored, real, prompts, pairs)
     with held(out):
-        claim(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real)
+        claim(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs)
         state = make_state(
             recipe, family, options.seed, scorer(family, scored), slope(family, scored), checkpointing=options.checkpointing, weights=weights_of(scored)
         )
@@ -119,8 +124,8 @@ def train(
                 print(f"no real samples were given: {len(stored.prompts)} samples of the teacher serve as real, so what it gets wrong passes for real")
         elif real is not None and recipe.needs & {"real", "preferred"}:
             print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
-        source = Source(family, prompts, real, options.seed, stored)
-        probe = Probe(family, few_of(prompts, 12), reward=scored, monitor=monitor)
+        source = Source(family, prompts, real, options.seed, stored, pairs)
+        probe = Probe(family, few_of(prompts, 12), reward=None if scored is None or relative(scored) else scored, monitor=monitor)
         loop = Loop(recipe, family, out, options, state, source, probe, tracker)
         loop.restore(start_from)
         loop.run()
@@ -129,7 +134,7 @@ def train(
             return Run(out, recipe, family, state, None, loop.stopped)
         with averaged(state.trained["student"]):
             export_role(
-                state.roles["student"], family, recipe.sampling, out / "student", recipe=recipe.name, seed=options.seed,
+                state.roles["student"], family, recipe.sampling_at(state.step), out / "student", recipe=recipe.name, seed=options.seed,
                 prompts=len(set(prompts)), example=prompts[0], command=command,
             )  # fmt: skip
         return Run(out, recipe, family, state, out / "student", loop.stopped)
@@ -265,7 +270,7 @@ class Loop:
             self.reference = self._teacher_figures()
         stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
         with averaged(self.state.trained["student"]):
-            figures, _ = self.probe.student(self.state.roles["student"], self.recipe.sampling)
+            figures, _ = self.probe.student(self.state.roles["student"], self.recipe.sampling_at(self.state.step))
             if self.state.step in (0, *self.recipe.stage_ends()):
                 prompts = few_of(self.probe.prompts, 6)
                 views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)

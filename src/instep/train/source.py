@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from instep.models.base import Family
-from instep.terms import Batch, Stored
+from instep.terms import Batch, Pairs, Stored
 from instep.train.recipe import Stage
 
 if TYPE_CHECKING:
@@ -27,6 +27,27 @@ class RealSamples:
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.latents) or not self.prompts:
             raise ValueError(f"real: {len(self.prompts)} prompts for {len(self.latents)} samples; give one prompt a sample, at least one")
+
+
+@dataclass(frozen=True)
+class PairSamples:
+    """Labelled preferences: of each prompt a chosen and a rejected sample, latents [N, C, (F,) H, W]."""
+
+    prompts: tuple[str, ...]
+    chosen: Tensor
+    rejected: Tensor
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(self.prompts) != len(self.chosen) or self.chosen.shape != self.rejected.shape:
+            raise ValueError(
+                f"pairs: {len(self.prompts)} prompts, chosen samples {tuple(self.chosen.shape)} and rejected ones {tuple(self.rejected.shape)}; give one of "
+                "each a prompt, of one shape, at least one pair"
+            )
+
+    @property
+    def preferred(self) -> RealSamples:
+        """The chosen ones alone."""
+        return RealSamples(self.prompts, self.chosen)
 
 
 class Order:
@@ -49,35 +70,44 @@ class Order:
 
 
 class Source:
-    """Batches for any stage: prompts alone, or real samples with theirs; and stored outputs of the teacher where a stage asks for them."""
+    """Batches for any stage: prompts alone, real samples or labelled pairs with theirs; and stored outputs of the teacher where a stage asks for them."""
 
     def __init__(
-        self, family: Family, prompts: Sequence[str], real: RealSamples | None, seed: int, stored: TeacherSamples | None = None
-    ) -> None:
+        self, family: Family, prompts: Sequence[str], real: RealSamples | None, seed: int, stored: TeacherSamples | None = None,
+        pairs: PairSamples | None = None,
+    ) -> None:  # fmt: skip
         if not prompts:
             raise ValueError("prompts: the list is empty; give at least one prompt")
-        self.family, self.prompts, self.real, self.stored = family, tuple(prompts), real, stored
+        self.family, self.prompts, self.real, self.stored, self.pairs = family, tuple(prompts), real, stored, pairs
         self.device = next(family.pretrained.parameters()).device
         self._orders = {"prompts": Order(len(self.prompts), seed)}
         if real is not None:
             self._orders["real"] = Order(len(real.prompts), seed + 1)
         if stored is not None:
             self._orders["stored"] = Order(len(stored.prompts), seed + 2)
+        if pairs is not None:
+            self._orders["pairs"] = Order(len(pairs.prompts), seed + 3)
 
     def next(self, stage: Stage) -> list[Batch]:
         """The micro-batches of one iteration."""
         return [self._one(stage) for _ in range(stage.accumulate)]
 
     def _one(self, stage: Stage) -> Batch:
-        n, latents = stage.batch // stage.group, None
-        if stage.needs & {"real", "preferred"}:
+        n, latents, pairs = stage.batch // stage.group, None, None
+        if "pairs" in stage.needs:
+            assert self.pairs is not None
+            rows = self._orders["pairs"].next(n)
+            names = tuple(self.pairs.prompts[i] for i in rows)
+            pairs = Pairs(*(x[rows].to(self.device) for x in (self.pairs.chosen, self.pairs.rejected)))
+            latents = pairs.chosen if stage.needs & {"real", "preferred"} else None
+        elif stage.needs & {"real", "preferred"}:
             assert self.real is not None
             rows = self._orders["real"].next(n)
             names = tuple(self.real.prompts[i] for i in rows)
             latents = self.real.latents[rows].to(self.device)
         else:
             names = tuple(self.prompts[i] for i in self._orders["prompts"].next(n))
-        return Batch(names, self.family.encode(names), self.family.null(n), latents, stored=self._stored(n) if "stored" in stage.needs else None)
+        return Batch(names, self.family.encode(names), self.family.null(n), latents, pairs, stored=self._stored(n) if "stored" in stage.needs else None)
 
     def _stored(self, n: int) -> Stored:
         assert self.stored is not None

@@ -129,6 +129,8 @@ def anchor(state: TrainState, stage: Stage) -> None:
         for mine, theirs in zip(state.reference, state.trained["student"].parameters.values(), strict=True):
             mine.copy_(theirs)
         state.anchored = stage.name
+        if stage.fresh:
+            state.trained["student"].optimizer.state.clear()
 
 
 @torch.no_grad()

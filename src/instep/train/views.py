@@ -69,7 +69,7 @@ def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence
 
     rng = torch.Generator(device).manual_seed(seed + 1)
     q = len(recipe.levels)
-    student = recipe.sampling(state.roles["student"], cond, null, noise, family.path, rng)
+    student = recipe.sampling_at(state.step)(state.roles["student"], cond, null, noise, family.path, rng)
     return {
         f"teacher_{teacher_steps}": teacher(teacher_steps, recipe.guidance),
         f"naive_{q}": teacher(q, 1.0),

@@ -44,7 +44,8 @@ def what_was_done(run: RunRecord) -> str:
     config = recipe.get("config") or {}
     stages = [f"{s.get('name')} ({plural(int(s.get('steps', 0)), 'iteration')})" for s in config.get("stages") or []]
     many = config.get("sampler") == "ode"
-    evaluations = len(levels) * (2 if many and config.get("guidance") != 1 else 1)
+    guided = config.get("guidance") != 1 and all(stage.get("guided", True) for stage in config.get("stages") or [])
+    evaluations = len(levels) * (2 if many and guided else 1)
     sentences = [
         f"<b>{escape(str(recipe.get('recipe')))}</b> "
         + (f"aligned <b>{escape(str(recipe.get('model')))}</b>, which stays a many-step model and here takes " if many else

@@ -1,0 +1,117 @@
+"""Media files as tensors: pictures and animations through Pillow, videos through imageio where a codec is installed; and slowed copies of videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instep.models import VideoSize
+from instep.models.base import Encodes
+from instep.train.source import PairSamples
+
+PICTURES = (".webp", ".gif", ".png", ".jpg", ".jpeg")
+VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv")
+# how far the shape of a file may be from the model's, relative
+ASPECT = 0.02
+
+
+class LabelledPair(Protocol):
+    """Two media files of one prompt, of which people preferred one; a tie says nothing. `data.pairs.PreferencePair` is one."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def chosen(self) -> Path: ...
+
+    @property
+    def rejected(self) -> Path: ...
+
+    @property
+    def tie(self) -> bool: ...
+
+
+def read_media(path: Path) -> Tensor:
+    """All frames of a picture, an animation or a video: [3, F, H, W] in [0, 1]. ValueError for what cannot be read, with what to do."""
+    suffix = path.suffix.lower()
+    if suffix in PICTURES:
+        frames = _pictures(path)
+    elif suffix in VIDEOS:
+        frames = _video(path)
+    else:
+        raise ValueError(f"media: {path.name!r} ends in {path.suffix!r}; allowed: {', '.join((*PICTURES, *VIDEOS))}")
+    return frames.permute(3, 0, 1, 2).float() / 255
+
+
+def _pictures(path: Path) -> Tensor:
+    """Frames uint8 [F, H, W, 3]."""
+    import numpy as np
+    from PIL import Image, ImageSequence
+
+    try:
+        with Image.open(path) as image:
+            return torch.stack([torch.from_numpy(np.array(frame.convert("RGB"))) for frame in ImageSequence.Iterator(image)])
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"media: {path} cannot be read as a picture ({error}); make it again") from error
+
+
+def _video(path: Path) -> Tensor:
+    try:
+        import imageio.v3
+
+        return torch.from_numpy(imageio.v3.imread(path))[..., :3]
+    except Exception as error:
+        raise ValueError(
+            f"media: {path} cannot be read as a video ({type(error).__name__}); install a codec (pip install 'imageio[pyav]'), or save it as an animated "
+            ".webp, which needs none"
+        ) from error
+
+
+def fitted(media: Tensor, size: VideoSize, name: str) -> Tensor:
+    """Media [3, F, H, W] as the model takes them: its first frames, reduced or enlarged to its size. ValueError, naming `name`, if they do not fit."""
+    frames, height, width = media.shape[1:]
+    if frames < size.frames:
+        raise ValueError(f"media: {name} has {frames} frames and the model takes {size.frames}; give longer videos, or train at --size HEIGHT WIDTH {frames}")
+    if abs(height / width * size.width / size.height - 1) > ASPECT:
+        raise ValueError(f"media: {name} is {height} x {width}, not of the shape of {size.height} x {size.width}; crop it, or train at another --size")
+    first = media[:, : size.frames]
+    if (height, width) == (size.height, size.width):
+        return first
+    smaller = height >= size.height
+    return F.interpolate(
+        first.transpose(0, 1), (size.height, size.width), mode="area" if smaller else "bilinear", align_corners=None if smaller else False
+    ).transpose(0, 1).clamp(0, 1)  # fmt: skip
+
+
+@torch.no_grad()
+def pair_samples(pairs: Sequence[LabelledPair], family: Encodes) -> PairSamples:
+    """Labelled files as latents of `family`, one pair at a time; ties are left out. ValueError if none is left, or a file does not fit."""
+    told = [pair for pair in pairs if not pair.tie]
+    if not told:
+        raise ValueError(f"pairs: all {len(pairs)} of them are ties, which say nothing; give at least one with a preferred sample")
+    device = next(family.pretrained.parameters()).device
+
+    def latent(path: Path) -> Tensor:
+        media = fitted(read_media(path), family.size, str(path)).to(device)
+        return family.encode_media(media[None] if family.size.frames > 1 else media[None, :, 0])[0].cpu()
+
+    chosen, rejected = (torch.stack([latent(path) for path in paths]) for paths in ([p.chosen for p in told], [p.rejected for p in told]))
+    return PairSamples(tuple(pair.prompt for pair in told), chosen, rejected)
+
+
+def slow_motion(media: Tensor, factor: float = 2.0) -> Tensor:
+    """The first F / factor frames of videos [B, 3, F, H, W], spread over all F by blending neighbours: negatives that keep every frame's quality.
+
+    Without them a ranker, or a preference, rewards videos that hardly move (Diffusion-APO C.1, which drops frames and interpolates).
+    """
+    if not factor > 1:
+        raise ValueError(f"factor: {factor} is not allowed; it slows by more than 1")
+    frames = media.shape[2]
+    at = torch.arange(frames, device=media.device) / factor
+    low = at.floor().long()
+    return torch.lerp(media[:, :, low], media[:, :, (low + 1).clamp(max=frames - 1)], (at - low).to(media)[None, None, :, None, None])

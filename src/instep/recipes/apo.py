@@ -1,0 +1,90 @@
+"""Diffusion-APO: preferences at the levels that sampling visits, over five stages (Zhu et al. 2026, Section 3.3)."""
+
+from __future__ import annotations
+
+from instep.levels import LevelSampler, OneOf, Uniform
+from instep.levels_apo import SHIFTS, HighLow, Repeated
+from instep.objectives.guidance import GuidanceDistillation
+from instep.objectives.preference import Preference, Source
+from instep.recipes.many_step import ManySteps
+from instep.terms import Objective
+from instep.train.recipe import FewStep, Recipe, Stage
+from instep.transitions import Deterministic
+
+
+def apo(
+    common: ManySteps = ManySteps(),
+    *,
+    online: int = 20,
+    half_online: int = 20,
+    offline: int = 20,
+    absorb: int = 300,
+    aware: int = 15,
+    beta: float = 500.0,
+    high: int = 4,
+    low: int = 1,
+    random_shift: bool = True,
+    offset: float = 5.0,
+    uniform: int = 0,
+    positive: float = 0.6,
+    skip: float = 0.0,
+    skip_blocks: tuple[int, ...] = (),
+    few_step: bool = False,
+) -> Recipe:
+    """Align a model with preferences at the levels its sampler visits, in five stages: Diffusion-APO; no distillation of steps.
+
+    Each stage compares with the model as it was when the stage began, and 0 steps leave a stage out. The many-step model is the student: it is
+    sampled with guidance until the fourth stage has put the guidance into its weights, from there on without. Labelled pairs come from --pairs; the
+    bundled models have their own.
+
+    Args:
+        common: options of recipes that train the many-step model.
+        online: updates on pairs of the model's own samples, ranked by the reward.
+        half_online: updates on a labelled sample against one of the model's own.
+        offline: updates on labelled pairs.
+        absorb: updates of guidance distillation: one pass learns what guidance made of two (with skip-layer guidance, of three).
+        aware: updates on labelled pairs once more, of the model that needs no guidance.
+        beta: temperature.
+        high: levels of a window from [.8, 1]; gradients of a window are summed.
+        low: levels of a window from [0, .8).
+        random_shift: draw the timestep shift of the visited levels from 3, 4, 5, 6; else the model's own.
+        offset: deviation of the Gaussian offset from visited levels, in training steps of 1,000; 0 leaves it out.
+        uniform: that many levels drawn from all take the window's place: with 1 the baseline, Diffusion-DPO.
+        positive: share of labelled samples in the second stage that are chosen ones; 1 needs no rejected ones.
+        skip: strength of skip-layer guidance in the fourth stage.
+        skip_blocks: blocks of the network that its weaker pass leaves out, from 0.
+        few_step: the student is a few-step one (--start-from its run, with its --steps and --shift): sampled, and compared, at its own levels.
+    """
+    if few_step and absorb:
+        raise ValueError(f"absorb: {absorb} is not allowed with few_step; a few-step student has no guidance to distil, give it 0")
+    if aware and not (few_step or absorb) and online + half_online + offline:
+        raise ValueError(
+            f"aware: {aware} is not allowed here: that stage trains a model that needs no guidance, and with absorb 0 none has put it into the weights; give "
+            "absorb steps, or leave both out"
+        )
+    levels: LevelSampler = HighLow(common.steps, SHIFTS if random_shift else (common.shift,), offset, high, low)
+    if few_step or uniform:
+        levels = Repeated(OneOf(common.levels) if few_step else Uniform(low=0.001, high=1.0), max(uniform, 1))
+
+    def stage(name: str, steps: int, term: Objective, *, guided: bool = True, group: int = 1, rolls: bool = False) -> Stage:
+        # a pair is two samples, wherever they come from
+        batch = common.batch if group > 1 else max(1, common.batch // 2)
+        rollout = FewStep(common.levels) if few_step else FewStep(common.levels, transition=Deterministic(), guidance=common.guidance)
+        return Stage(name, steps, batch, (term,), (), rollout if rolls else None, group=group, accumulate=common.accumulate, guided=guided, fresh=True)
+
+    def prefer(pairs: Source) -> Preference:
+        return Preference(beta=beta, levels=levels, pairs=pairs, positive=positive)
+
+    distilled: tuple[Stage, ...] = ()
+    if absorb:
+        target = GuidanceDistillation(guidance=common.guidance, strength=skip, blocks=skip_blocks, levels=Uniform(low=0.001, high=1.0, shift=common.shift))
+        distilled = (stage("absorb", absorb, target, guided=False),)
+    return common.stages(
+        "apo",
+        stage("online", online, prefer("online"), group=2, rolls=True),
+        stage("half-online", half_online, prefer("half-online"), rolls=True),
+        stage("offline", offline, prefer("offline")),
+        *distilled,
+        stage("aware", aware, prefer("offline"), guided=False),
+        sampler="few-step" if few_step else "ode",
+    )

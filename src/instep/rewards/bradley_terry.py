@@ -1,0 +1,127 @@
+"""A reward learned from preferences: the Bradley-Terry model with ties of Rao and Kupper (1967), a small head on given features.
+
+    P(first wins) = sigma(d - eta),  P(second wins) = sigma(-d - eta),  P(tie) = (e^{2 eta} - 1) sigma(d - eta) sigma(-d - eta)
+
+with d the difference of the two rewards and eta = log theta >= 0 the width within which people see no difference; eta = 0 is Bradley-Terry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from instep.files import write_json, write_tensors
+
+
+def rao_kupper_log_prob(gap: Tensor, outcome: Tensor, eta: Tensor) -> Tensor:
+    """log probability [B] of outcomes (1: first, -1: second, 0: tie) for differences of rewards `gap` [B]; `eta` > 0."""
+    first, second = F.logsigmoid(gap - eta), F.logsigmoid(-gap - eta)
+    tie = torch.expm1(2 * eta).log() + first + second
+    return torch.where(outcome > 0, first, torch.where(outcome < 0, second, tie))
+
+
+class RewardHead(nn.Module):
+    """Features [B, D] to a reward [B]: linear, or with one hidden layer of `hidden`; features are standardised by the training set's moments."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int, hidden: int = 0) -> None:
+        super().__init__()
+        self.width, self.hidden = width, hidden
+        layers = [nn.Linear(width, 1)] if not hidden else [nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1)]
+        self.layers = nn.Sequential(*layers)
+        # eta = softplus(raw) starts at .31: about one tie in seven between equals
+        self.raw_eta = nn.Parameter(torch.tensor(-1.0))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers((features - self.mean) / self.std).squeeze(1)
+
+    @property
+    def eta(self) -> Tensor:
+        return F.softplus(self.raw_eta)
+
+    def save(self, folder: Path) -> None:
+        """reward_head.safetensors and reward_head.json in `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / "reward_head.safetensors", {key: value.detach() for key, value in self.state_dict().items()})
+        write_json(folder / "reward_head.json", {"width": self.width, "hidden": self.hidden})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        from safetensors.torch import load_file
+
+        head = cls(**json.loads((folder / "reward_head.json").read_text(encoding="utf-8")))
+        head.load_state_dict(load_file(folder / "reward_head.safetensors"))
+        return head.eval()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained head and what it does on pairs it has not seen: share of those with a preference that it orders right, and its mean log probability
+    of all (ties too). `pairs`: how many it was trained on, `heldout` how many it was measured on."""
+
+    head: RewardHead
+    accuracy: float
+    log_prob: float
+    pairs: int
+    heldout: int
+
+
+def fit(
+    first: Tensor, second: Tensor, outcome: Tensor, *, hidden: int = 0, steps: int = 300, lr: float = 1e-2, decay: float = 1e-2, heldout: float = 0.2,
+    seed: int = 0,
+) -> Fitted:  # fmt: skip
+    """A head trained by maximum likelihood on features [N, D] of pairs and their outcomes [N] (1: first preferred, -1: second, 0: tie).
+
+    A seeded part `heldout` of the pairs is kept for measuring. ValueError if there are too few pairs, or all are ties.
+    """
+    if first.shape != second.shape or first.ndim != 2 or len(outcome) != len(first):
+        raise ValueError(f"features: {tuple(first.shape)} and {tuple(second.shape)} for {len(outcome)} outcomes; give [N, D] of each and one outcome a pair")
+    if not bool(torch.isin(outcome.float(), torch.tensor([-1.0, 0.0, 1.0])).all()):
+        raise ValueError("outcome: it is 1 (the first is preferred), -1 (the second) or 0 (a tie)")
+    if not 0 < heldout < 1:
+        raise ValueError(f"heldout: {heldout} is not allowed; the part of the pairs that is kept for measuring, above 0 and below 1")
+    order = torch.randperm(len(outcome), generator=torch.Generator().manual_seed(seed))
+    kept, seen = order[: max(1, round(heldout * len(order)))], order[max(1, round(heldout * len(order))) :]
+    if not bool((outcome[kept] != 0).any()) or not bool((outcome[seen] != 0).any()):
+        raise ValueError(f"pairs: {len(outcome)} with {int((outcome != 0).sum())} preferences are too few to train and to measure on; give more")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = RewardHead(first.shape[1], hidden).to(first)
+    both = torch.cat([first[seen], second[seen]])
+    head.mean.copy_(both.mean(0))
+    head.std.copy_(both.std(0).clamp(min=1e-6))
+    optimizer = torch.optim.AdamW(head.parameters(), lr, weight_decay=decay)
+    for _ in range(steps):
+        loss = -rao_kupper_log_prob(head(first[seen]) - head(second[seen]), outcome[seen], head.eta).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    head.eval().requires_grad_(False)
+    gap, told = head(first[kept]) - head(second[kept]), outcome[kept] != 0
+    accuracy = float((gap[told].sign() == outcome[kept][told]).float().mean())
+    return Fitted(head, accuracy, float(rao_kupper_log_prob(gap, outcome[kept], head.eta).mean()), len(seen), len(kept))
+
+
+@dataclass(frozen=True)
+class LearnedReward:
+    """A trained head as a reward of media: `features` of media [B, 3, (F,) H, W] and their prompts -> [B, D]."""
+
+    head: RewardHead
+    features: Callable[..., Tensor]
+    name: str = "learned from preferences"
+    differentiable: bool = True
+    space: Literal["pixel", "latent"] = "pixel"
+
+    def score(self, media: Tensor, prompts: list[str]) -> Tensor:
+        return self.head(self.features(media, prompts))

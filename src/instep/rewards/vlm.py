@@ -1,0 +1,168 @@
+"""A vision-language model as a pairwise ranker of videos, through any OpenAI-compatible endpoint (Diffusion-APO, Appendix C).
+
+The model is shown both videos as frames, numbered, and answers with one of four labels: the first or the second is less distorted; or both alike, and
+the first or the second moves more. It is asked in both orders, and answers that disagree are a tie.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from instep.rewards.ranker import both_ways
+
+Domain = Literal["human", "other"]
+
+# the four options, worded as the appendix words them for each domain
+OPTIONS: dict[Domain, tuple[str, str, str, str]] = {
+    "human": (
+        "Video 1 has a lower degree of visual distortion.",
+        "Video 2 has a lower degree of visual distortion.",
+        "Both videos have similar degrees of distortion, but Video 1 features larger camera movement or richer human actions.",
+        "Both videos have similar degrees of distortion, but Video 2 features larger camera movement or richer human actions.",
+    ),
+    "other": (
+        "Video 1 has a lower degree of visual distortion/anomalies.",
+        "Video 2 has a lower degree of visual distortion/anomalies.",
+        "Both videos have similar degrees of distortion, but Video 1 features larger/better camera movement.",
+        "Both videos have similar degrees of distortion, but Video 2 features larger/better camera movement.",
+    ),
+}
+
+
+def instructions(domain: Domain) -> str:
+    """The appendix's prompt of a domain, with its four options at the end."""
+    if domain not in OPTIONS:
+        raise ValueError(f"domain: {domain!r} is not allowed; human (people are in it), or other")
+    text = (files("instep.rewards") / f"prompt_{domain}.txt").read_text(encoding="utf-8")
+    return text.rstrip() + "\n\n" + "\n".join(f"{i}. {option}" for i, option in enumerate(OPTIONS[domain], 1))
+
+
+def label_of(answer: str, domain: Domain) -> int:
+    """The label 1 to 4 of an answer that is exactly one of the options: its number, its sentence, or both; ValueError for anything else."""
+    text = " ".join(answer.split())
+    found = re.fullmatch(r"\(?([1-4])\)?[.):]?(?: (.*))?", text)
+    number, sentence = (int(found[1]), found[2]) if found else (None, text)
+    plain = [option.rstrip(".").lower() for option in OPTIONS[domain]]
+    if sentence:
+        said = plain.index(sentence.rstrip(".").lower()) + 1 if sentence.rstrip(".").lower() in plain else None
+        if said is None or number not in (None, said):
+            raise ValueError(f"{answer!r} is none of the four options")
+        return said
+    if number is None:
+        raise ValueError(f"{answer!r} is none of the four options")
+    return number
+
+
+class Endpoint(Protocol):
+    """A chat model: the parts of one message, as the OpenAI interface writes them, to the answer's text. OSError or ValueError where it fails."""
+
+    @property
+    def name(self) -> str: ...
+
+    def ask(self, content: Sequence[dict[str, Any]]) -> str: ...
+
+
+@dataclass(frozen=True)
+class OpenAIEndpoint:
+    """`base_url`/chat/completions of any server with that interface (vLLM, llama.cpp, Ollama, or a hosted one), at temperature 0."""
+
+    base_url: str
+    model: str
+    api_key: str | None = None
+    timeout: float = 120.0
+    max_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url: {self.base_url!r} is not allowed; it begins with http:// or https://, for example http://localhost:8000/v1")
+
+    def __repr__(self) -> str:
+        return f"OpenAIEndpoint({self.base_url!r}, {self.model!r})"  # never the key
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def ask(self, content: Sequence[dict[str, Any]]) -> str:
+        body = {"model": self.model, "messages": [{"role": "user", "content": list(content)}], "temperature": 0, "max_tokens": self.max_tokens}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {})
+        request = urllib.request.Request(self.base_url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                return str(json.load(reply)["choices"][0]["message"]["content"])
+        except urllib.error.HTTPError as error:
+            raise OSError(f"HTTP {error.code}: {error.read(300).decode(errors='replace')}") from error
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"the reply has no choices[0].message.content ({type(error).__name__})") from error
+
+
+@dataclass(frozen=True)
+class VisionLanguageRanker:
+    """Asks a vision-language model which of two videos is better, in both orders (`ranker.Ranked` makes a reward of it).
+
+    `domain`: the human-centric prompt or the other (the paper trains a ranker for each). `frames` pictures a video at most, evenly spaced (paper: 40).
+    `retries`: how often a failed call or an answer that is no option is asked again, after `wait` seconds; then a ValueError that names the sample.
+    """
+
+    endpoint: Endpoint
+    domain: Domain = "other"
+    frames: int = 40
+    retries: int = 2
+    wait: float = 1.0
+
+    def __post_init__(self) -> None:
+        instructions(self.domain)
+        if self.frames < 1 or self.retries < 0:
+            raise ValueError(f"frames, retries: {self.frames} and {self.retries} are not allowed; 1 or more frames, 0 or more retries")
+
+    @property
+    def name(self) -> str:
+        return f"{self.endpoint.name} ({self.domain})"
+
+    def compare(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
+        return both_ways(self._in_order, first, second, prompts)
+
+    def _in_order(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
+        labels = [self.label(a, b, f"pair {i}, prompt {prompts[i]!r}") for i, (a, b) in enumerate(zip(first, second, strict=True))]
+        return torch.tensor([1.0 if label in (1, 3) else -1.0 for label in labels])
+
+    def label(self, first: Tensor, second: Tensor, sample: str = "this pair") -> int:
+        """Label 1 to 4 of two videos [3, (F,) H, W] as they stand; ValueError, naming `sample`, where no attempt gave one."""
+        content = [*self._shown(1, first), *self._shown(2, second), {"type": "text", "text": instructions(self.domain)}]
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.wait)
+            try:
+                return label_of(self.endpoint.ask(content), self.domain)
+            except (OSError, ValueError) as error:
+                last = error
+        raise ValueError(f"ranker {self.name!r}: no label for {sample} after {self.retries + 1} attempts; the last: {last}") from last
+
+    def _shown(self, number: int, video: Tensor) -> list[dict[str, Any]]:
+        """A heading, which keeps the two apart, and the frames as PNG data."""
+        media = video if video.ndim == 4 else video[:, None]
+        picked = media[:, torch.linspace(0, media.shape[1] - 1, min(self.frames, media.shape[1])).round().long()]
+        pictures = (picked.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+        urls = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + _png(picture)}} for picture in pictures]
+        return [{"type": "text", "text": f"Video {number}:"}, *urls]
+
+
+def _png(picture: Tensor) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture.numpy()).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
