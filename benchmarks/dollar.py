@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from moving_digits import CELLS as DISTILLED
 from moving_digits import FEW, MORE, RESULTS, TWO, Cell, run_cell
+from torch import Tensor
 
 from instep.commands.evaluate import drawn
 from instep.commands.export import read_run, sampling_of, student_of
@@ -85,6 +86,16 @@ CELLS = {
 KEYFRAMES = (0, 4, 8)  # DOLLAR's Eq. 17 takes frames that are evenly spaced
 
 
+def within(features: Tensor, group: Tensor) -> Tensor:
+    """Features [N, D] in as many numbers as a group has members: the inner products inside each group are the same, which is all that a Vendi score reads."""
+    out = torch.zeros(len(features), int(group.bincount().max()), dtype=torch.float64)
+    for g in group.unique():
+        rows = (group == g).nonzero()[:, 0]
+        small = torch.linalg.qr(features[rows].double().T).R.T
+        out[rows, : small.shape[1]] = small
+    return out
+
+
 def look(name: str, seed: int, runs: Path) -> None:
     """What the protocol does not say of a finished run's student, on its open prompts: Vendi of pixels (Eq. 17), JPEG size, dynamic degree; and how well the
     latent reward model predicted, from the log."""
@@ -96,7 +107,7 @@ def look(name: str, seed: int, runs: Path) -> None:
     raw, _ = generate_all(drawn(student_of(folder, record, family), family, sampling_of(record)), chosen.open, chosen.seed, name)
     media, rank = raw.clamp(0, 1), {prompt: i for i, prompt in enumerate(dict.fromkeys(chosen.open))}
     group = torch.tensor([rank[prompt] for prompt in chosen.open])
-    pixels = [metrics.vendi_by_group(media[:, 0, k].flatten(1), group) for k in KEYFRAMES]
+    pixels = [metrics.vendi_by_group(within(media[:, 0, k].flatten(1), group), group) for k in KEYFRAMES]
     # the frames of a video are not independent: the error is not divided by their number
     values = {"vendi_pixels": metrics.Value(sum(v.value for v in pixels) / len(pixels), max(v.se for v in pixels))}
     for key, reward in (("kilobytes", JPEG("large")), ("dynamic_degree", DynamicDegree())):

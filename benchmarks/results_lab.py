@@ -85,6 +85,12 @@ SECTIONS = (
     Section("two-stage", "Two stages",
             "1,000 iterations of DMD, then each method for a further 500 (the paper's SiT protocol); DMD2 for all 1,500 is the control.",
             keys=REWARDED),
+    Section("consistency", "Consistency distillation beside matching, one step (DOLLAR)", "Of the teacher's own trajectories on exact real samples: alone, "
+            "beside matching with one and five steps, at a larger weight, and with a student whose network predicts x0."),
+    Section("consistency-four", "Consistency distillation beside matching, four steps", ""),
+    Section("latent", "A black-box reward through its latent copy (DOLLAR)",
+            "Half of each class's modes are rewarded; `dollar` gets the reward as a number alone and climbs its copy, fitted for 40 iterations before "
+            "(`fit=0`: together from the start). Weights are in deviations of the reward, ReFL's in its own unit.", keys=REWARDED),
     Section("particles", "Particles: fixed points", "Free points with the exact fake: where a method comes to rest. Theory for AMD's weight: .814.",
             keys=REWARDED, bars=(Bar("dmd2", "quality", low=0.95), Bar("amd:sensitivity=0", "share", 0.75, 0.87))),
 )  # fmt: skip

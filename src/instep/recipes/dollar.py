@@ -27,7 +27,7 @@ def dollar(
     cd_guidance: float | None = None,
     distance: Distance = "mse",
     target: Target = "student",
-    weight: float = 1.0,
+    weight: float = 0.1,
     kind: Kind = "text-video",
     frames: Frames = "volume",
     scorer: Optim = Optim(1e-3, betas=(0.9, 0.999)),
@@ -47,7 +47,8 @@ def dollar(
         cd_guidance: guidance of these steps; that of matching if it is not given (the paper: 8.5, and 4.5 for matching).
         distance: of consistency distillation: mse, or huber.
         target: whose consistency function is aimed at: the student's own without gradient, its average, or the teacher's.
-        weight: weight of the latent reward's gradient, in deviations of the reward; 0 leaves the latent reward model out.
+        weight: weight of the latent reward's gradient, in deviations of the reward (the paper's 1.0 counts in the reward's own unit, whose deviation there is
+            a few hundredths); 0 leaves the latent reward model out.
         kind: what the latent reward model reads: text-video, video, text-image or image.
         frames: whether it reads a video as a volume, or frame by frame with the average taken.
         scorer: AdamW of the latent reward model.
