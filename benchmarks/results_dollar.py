@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dollar import CELLS, OWN
+from dollar import CELLS, FIT, OWN
 from moving_digits import RESULTS
 from results_reinforce import OWN as REINFORCE
 from results_reinforce import word
@@ -91,7 +91,13 @@ def seeds(*names: str) -> str:
 
 
 def above(row: Row, other: Row, key: str) -> bool:
-    return key in row.values and key in other.values and difference(row, other, key).value > 2 * difference(row, other, key).se
+    """More by more than two standard errors; KeyError where it was not measured of both."""
+    d = difference(row, other, key)
+    return d.value > 2 * d.se
+
+
+def not_worse(row: Row, other: Row, *keys: str) -> bool:
+    return not any(better(other, row, key) for key in keys)
 
 
 def asked() -> tuple[str, str]:
@@ -114,7 +120,7 @@ def asked_elsewhere() -> tuple[str, str]:
 def more_diverse() -> tuple[str, str]:
     both, vsd = need("vsd-cd", "vsd")
     good = [above(both, vsd, key) for key in ("vendi", "vendi_pixels")]
-    return word(any(good)), f"{said(both, vsd, 'vendi', 'vendi_pixels', 'modes_motion', 'modes_digit', 'heldout_both', 'fd')} ({seeds('vsd-cd')})"
+    return word(all(good), any(good)), f"{said(both, vsd, 'vendi', 'vendi_pixels', 'modes_motion', 'modes_digit', 'heldout_both', 'fd')} ({seeds('vsd-cd')})"
 
 
 def smooth() -> tuple[str, str]:
@@ -126,18 +132,22 @@ def smooth() -> tuple[str, str]:
 def five_steps() -> tuple[str, str]:
     five, one = need("vsd-cd", "vsd-cd-1")
     text = f"m = 5 against m = 1: {said(five, one, 'heldout_both', 'fd', 'vendi')} ({seeds('vsd-cd-1')})"
-    return word(better(five, one, "fd") or better(five, one, "heldout_both")), text
+    some = [better(five, one, key) for key in ("fd", "heldout_both", "vendi")]
+    return word(any(some) and not_worse(five, one, "fd", "heldout_both", "vendi"), any(some)), text
 
 
 def latent_against_score_function() -> tuple[str, str]:
     latent, score, vsd = need("vsd-lrm", "vsd-ddpo", "vsd")
+    # what the comparison rests on: the copy was fitted before with rewards that the score function was not given
     gains = [f"{name}: {said(row, vsd, 'train_both', 'heldout_both', 'fd', 'vendi')}" for name, row in (("LRM", latent), ("DDPO", score))]
-    return word(above(latent, vsd, "train_both") and above(latent, score, "train_both")), f"against VSD, {'; '.join(gains)} ({seeds('vsd-lrm')})"
+    return word(above(latent, vsd, "train_both") and above(latent, score, "train_both")), (
+        f"against VSD, {'; '.join(gains)} ({seeds('vsd-lrm', 'vsd-ddpo')}); LRM after {FIT} iterations of fitting, DDPO on the one stochastic step of 2"
+    )
 
 
 def same_parameterisation() -> tuple[str, str]:
     same, x0 = need("cd-same", "cd-x0")
-    return word(better(same, x0, "fd")), f"velocity against x0, from the teacher: {said(same, x0, 'heldout_both', 'fd', 'vendi')} ({seeds('cd-x0')})"
+    return word(better(same, x0, "fd") and not_worse(same, x0, "heldout_both"), better(same, x0, "fd")), f"velocity against x0, from the teacher: {said(same, x0, 'heldout_both', 'fd', 'vendi')} ({seeds('cd-x0')})"
 
 
 def every_step_count() -> tuple[str, str]:
@@ -156,12 +166,12 @@ def quicker() -> tuple[str, str]:
 
 
 def longer_prompts() -> tuple[str, str]:
+    """Open prompts are judged by what they say alone, so their share of right samples is higher by construction: figures, no verdict."""
     teacher = Row.of_json(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"])
     rows = [("teacher", teacher)] + [(name, row) for name in ("dmd2-1", "dmd2-4", "vsd-cd-1", "vsd-lrm") if (row := cell(name))]
-    gains = [(name, row.values["heldout_both"].value - row.values["heldout_both_open"].value) for name, row in rows]
-    return word(all(d > 0 for _, d in gains), any(d > 0 for _, d in gains)), "prompts that say all against open ones, held-out: " + ", ".join(
-        f"{name} {d:+.3f}" for name, d in gains
-    )
+    gains = [f"{name} {row.values['heldout_both'].value:.3f} and {row.values['heldout_both_open'].value:.3f}" for name, row in rows]
+    text = "right by the held-out judge on prompts that say all, and on open ones, which are judged by less: "
+    return "cannot be compared here", text + ", ".join(gains)
 
 
 def frames() -> tuple[str, str]:
@@ -169,7 +179,9 @@ def frames() -> tuple[str, str]:
     if "kilobytes" not in every.values or "kilobytes" not in vsd.values:
         raise KeyError("look")
     text = ", ".join(f"{name} {figure(row.values['kilobytes'])}" for name, row in (("VSD", vsd), ("all 9", every), ("3 of 9", some)))
-    return word(some.values["kilobytes"].value < vsd.values["kilobytes"].value), f"kilobytes a frame (all frames): {text} ({seeds('jpeg-3')})"
+    saved = difference(some, vsd, "kilobytes")
+    less = difference(some, every, "kilobytes")
+    return word(saved.value < -2 * saved.se and less.value < 2 * less.se, saved.value < -2 * saved.se), f"kilobytes a frame (all frames): {text} ({seeds('jpeg-3')})"
 
 
 def any_reward() -> tuple[str, str]:
@@ -188,22 +200,23 @@ def overoptimised() -> tuple[str, str]:
         flags = ", ".join("no" if step is None else str(step) for step in steps)
         parts.append(f"{name}: {said(row, vsd, 'dynamic_degree', 'heldout_both', 'fd')}, flag at step {flags}")
     rose = above(alone, vsd, "dynamic_degree") and better(vsd, alone, "fd")
-    return word(rose and better(held, alone, "fd"), rose), "; ".join(parts) + f" ({seeds('dynamic', 'dynamic-alone')})"
+    noticed = all(record.get("hacking") is not None for record in records("dynamic-alone"))
+    return word(rose and noticed and better(held, alone, "fd"), rose), "; ".join(parts) + f" ({seeds('dynamic', 'dynamic-alone')})"
 
 
 CLAIMS: Sequence[tuple[str, Callable[[], tuple[str, str]]]] = (
     ("VSD + CD + LRM above VSD on held-out alignment and on Vendi (asked; Table 3)", asked),
     ("The same at 1 and 4 steps", asked_elsewhere),
     ("CD beside VSD makes samples more diverse (Table 3)", more_diverse),
-    ("CD alone is smooth and less faithful (Section 3.5, Fig. 24)", smooth),
+    ("CD alone is less faithful than VSD (Section 3.5, Fig. 24; smoothness was not measured)", smooth),
     ("Five steps of the teacher are better than one (Table 7)", five_steps),
     ("The latent reward model lifts a black-box reward, further than DDPO (Table 5)", latent_against_score_function),
     ("A student that predicts what its teacher does is better (Table 8)", same_parameterisation),
-    ("Students of 1, 2 and 4 steps are as good as the teacher (Table 6)", every_step_count),
+    ("Students of 1, 2 and 4 steps are not worse than the teacher (Table 6)", every_step_count),
     ("A student is 7 to 13 times quicker than the teacher, all included (Table 4: to 7.5 to 13 % of its time)", quicker),
     ("Longer prompts are followed better (Table 9)", longer_prompts),
     ("A reward without a gradient, the size of a JPEG, is climbed (Section 3.4)", any_reward),
-    ("A reward of sampled frames serves for all (Table 10)", frames),
+    ("A reward of sampled frames serves for all (our question; Table 10 varies frames for their memory)", frames),
     ("Dynamic degree is over-optimised, noticed, and held back by matching (Fig. 9; asked)", overoptimised),
 )
 
@@ -225,10 +238,10 @@ def fit_lines() -> list[str]:
     for name in ("fit", "jpeg", "jpeg-frames", "dynamic"):
         curves = [m["scorer"] for m in looked(name) if m.get("scorer")]
         if curves:
-            n = len(curves[0])
+            n = min(len(curve) for curve in curves)
             at = [sum(c[i]["correlation"] for c in curves) / len(curves) for i in range(n)]
             error = [sum(c[i]["error"] for c in curves) / len(curves) for i in range(n)]
-            steps = ", ".join(f"{c['step']}: {a:.2f}" for c, a in zip(curves[0], at, strict=True))
+            steps = ", ".join(f"{c['step']}: {a:.2f}" for c, a in zip(curves[0], at, strict=False))
             rows.append(f"| `{name}` | {steps} | {error[0]:.2f} to {error[-1]:.2f} |")
     if not rows:
         return ["not measured"]

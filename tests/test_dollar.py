@@ -58,11 +58,13 @@ def test_eq_5_printed_adds_noise_that_it_does_not_take_away():
     """With its own sigma, Eq. 5's variance as derived stays 1 - abar'; as printed (x_t's coefficient without sigma) it is too large."""
     path = VariancePreserving.linear()
     t, s = torch.tensor([0.5], dtype=F64), torch.tensor([0.25], dtype=F64)
-    b2 = path.b(s)
-    _, std = Posterior().gaussian(path, torch.zeros(1, 1, dtype=F64), torch.zeros(1, 1, dtype=F64), t, s)
-    derived = (b2**2 - std**2) + std**2  # of x_s given x0, where x_t = a x0 + b eps
-    # printed: (b2 / b) x_t - sqrt(b2^2 - std^2) (a / b) x0 + ... leaves b2^2 + std^2 of noise
-    assert torch.allclose(derived, b2**2) and float((b2**2 + std**2) / b2**2) > 1.3
+    zero, one = torch.zeros(1, 1, dtype=F64), torch.ones(1, 1, dtype=F64)
+    (without, std), (with_x, _) = (Posterior().gaussian(path, zero, x_t, t, s) for x_t in (zero, one))
+    coefficient, b, b2 = (with_x - without)[0], path.b(t), path.b(s)
+    # of x_s given x0, where x_t = a x0 + b eps: what the mean keeps of eps, and the fresh noise
+    assert torch.allclose((coefficient * b).square() + std.square(), b2.square())
+    printed = b2 / b
+    assert float(((printed * b).square() + std.square()) / b2.square()) > 1.3 and float(coefficient) < 0.9 * float(printed)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -268,12 +270,12 @@ def test_parameters_are_those_of_the_papers_tables():
     assert count(ConvScorer(12)) == 189_441, "Table 12, group norms among them"
     # Table 13's sum leaves them out; its text layer of 524,544 is 4096 x 128 and a layer norm
     assert count(ConvScorer(12, text_width=4096)) == 763_009 + norms
-    assert ConvScorer(12)(torch.randn(2, 12, 24, 40), Condition()).shape == (2,)
+    assert ConvScorer(12).rate(torch.randn(2, 12, 24, 40), Condition()).shape == (2,)
     shapes = []
     net = ConvScorer(12)
     for layer in (0, 3):
         net.features[layer].register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape[1:])))
-    net(torch.randn(1, 12, 24, 40), Condition())
+    net.rate(torch.randn(1, 12, 24, 40), Condition())
     assert shapes == [(128, 6, 10), (128, 3, 5)], "Table 12's column of output shapes"
 
 
@@ -320,18 +322,42 @@ def test_mean_and_deviation_settle_and_are_part_of_the_state():
     torch.manual_seed(0)
     net = ConvScorer(4)
     rng = torch.Generator().manual_seed(0)
-    for _ in range(SETTLE):
-        net.settle(5 + 3 * torch.randn(64, generator=rng))
-    assert float(net.mean) == pytest.approx(5, abs=0.4) and float(net.std) == pytest.approx(3, abs=0.3)
-    before = net.state()["mean"].clone()
+    seen = 1e6 + 3 * torch.randn(SETTLE, generator=rng)
+    for part in seen.split(7):
+        net.settle(part)
+    assert float(net.mean) == pytest.approx(float(seen.double().mean()), abs=1e-6)
+    assert float(net.std) == pytest.approx(float(seen.double().std(correction=0)), rel=1e-4), "a deviation of 3 on a mean of a million"
+    before = net.mean.clone()
     net.settle(torch.full((64,), 100.0))
     assert torch.equal(net.mean, before), "settled"
     other = ConvScorer(4)
     other.load_state(net.state())
     x = torch.randn(2, 4, 16, 16)
-    assert torch.equal(other(x, Condition()), net(x, Condition())) and torch.allclose(net.standard(net(x, Condition())), net.rate(x, Condition()), atol=1e-5)
+    assert torch.equal(other.rate(x, Condition()), net.rate(x, Condition())) and torch.equal(other.standard(seen), net.standard(seen))
     with pytest.raises(ValueError, match="does not fit this one"):
         ConvScorer(5).load_state(net.state())
+
+
+def test_a_reward_that_begins_without_spread_is_waited_for():
+    """A sparse reward: all labels 0 at first. Their deviation is not taken for that of the reward."""
+    net = ConvScorer(4)
+    for _ in range(3):
+        net.settle(torch.zeros(SETTLE))
+    assert float(net.std) == 1 and net.standard(torch.tensor([1.0])).tolist() == [1.0]
+    net.settle(torch.ones(SETTLE))
+    assert float(net.mean) == 0.25 and float(net.std) == pytest.approx(3**0.5 / 4)
+    before = net.std.clone()
+    net.settle(torch.full((8,), 9.0))
+    assert torch.equal(net.std, before), "settled now"
+
+
+def test_several_rewards_are_standardised_apart():
+    net = ConvScorer(4, rewards=2)
+    each = torch.stack([torch.arange(SETTLE) / SETTLE, 1000.0 * (torch.arange(SETTLE) % 2)], 1)
+    net.settle(each)
+    standard = net.standard(each, (1.0, 0.5))
+    expected = (each - each.mean(0)) / each.std(0, correction=0) @ torch.tensor([1.0, 0.5])
+    assert torch.allclose(standard, expected, atol=1e-5), "the second's unit is a thousand times larger, its weight a half"
 
 
 class Quadratic(ConvScorer):
@@ -364,12 +390,34 @@ def test_labels_are_the_rewards_of_made_real_and_misnamed_samples():
     view = View({}, RectifiedFlow(), Batch(("a", "b", "c"), cond, cond, real), 0.0, torch.Generator(), rollout, scorer=ConvScorer(2, text_width=32))
     out = LatentFit(others=True).prepare(view, score, notes.__setitem__)
     assert asked == [["a", "b", "c", "b", "c", "a", "a", "b", "c"]]
-    assert out.labels.reward.tolist() == [0, 1, 2, 0, 1, 2, 10, 10, 10]
+    meant = torch.tensor([0.0, 1, 2, 0, 1, 2, 10, 10, 10])
+    assert torch.allclose(out.labels.aim, (meant - meant.mean()) / meant.std(correction=0))
     assert torch.equal(out.labels.cond.text[3], cond.text[1]) and torch.equal(out.labels.cond.text[6], cond.text[0])
     assert float(notes["reward/train"]) == 1 and set(notes) == {"reward/train", "scorer/error", "scorer/correlation"}
     loss = next(LatentFit().losses(out))
-    rate, standard = out.scorer.rate(out.labels.x, out.labels.cond), out.scorer.standard(out.labels.reward)
-    assert torch.allclose(loss, (rate - standard).square().mean())
+    assert torch.allclose(loss, (out.scorer.rate(out.labels.x, out.labels.cond) - out.labels.aim).square().mean())
+
+
+def test_others_are_other_prompts_in_groups_and_ensembles_and_a_lone_prompt_has_none():
+    asked = []
+
+    def score(x, prompts):
+        asked.append(list(prompts))
+        return torch.arange(len(x)).float()
+
+    x = torch.randn(4, 2, 16, 16)
+    cond = text(2).repeat(2)
+    made = Rollout(cond, 2, exit=Point(x, x, torch.ones(4), torch.zeros(4)))
+    view = View({}, RectifiedFlow(), Batch(("a", "b"), text(2), text(2)), 0.0, torch.Generator(), made, scorer=ConvScorer(2, text_width=32))
+    out = LatentFit(others=True, real=False).prepare(view, score, lambda name, value: None)
+    assert asked[-1] == ["a", "a", "b", "b", "b", "b", "a", "a"] and torch.equal(out.labels.cond.text[4], cond.text[2])
+    one = Rollout(text(1), 1, exit=Point(x[:1], x[:1], torch.ones(1), torch.zeros(1)))
+    alone = replace(view, batch=Batch(("a",), text(1), text(1)), rollout=one)
+    notes = {}
+    LatentFit(others=True, real=False).prepare(alone, score, notes.__setitem__)
+    assert asked[-1] == ["a"] and "scorer/correlation" not in notes
+    both = labels(["0", "1", "0", "1"], torch.tensor([0, 0, 1, 1]))
+    assert both.rolled(1).label.tolist() == [1, 0, 1, 0] and both.rolled(1).member.tolist() == [0, 0, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- recipe
@@ -387,6 +435,11 @@ def test_what_the_recipe_asks_for():
         dollar(Common(ema=None), target="average")
     with pytest.raises(ValueError, match="nothing would be trained"):
         dollar(matching=0, cd=0, weight=0)
+    with pytest.raises(ValueError, match="cd: -1 is not allowed"):
+        dollar(cd=-1)
+    with pytest.raises(ValueError, match="scorer_updates: 0"):
+        dollar(scorer_updates=0)
+    assert dollar(weight=0, scorer_updates=0).scorer is None and "fake" not in dollar(weight=0, matching=0).roles
     assert dollar(predicts="x0").roles["student"].reads == "x0"
 
 

@@ -15,6 +15,8 @@ from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dollar import dollar
 from instep.rewards.base import FunctionReward
+from instep.rewards.ranker import Ranked, RewardRanker
+from instep.rewards.several import several
 from instep.train import checkpoint
 from instep.train import run as module
 from instep.train.health import examine
@@ -69,10 +71,28 @@ def test_a_scorer_is_new_after_a_run_without_and_kept_after_one_with(tmp_path):
     assert all(torch.equal(p, plain.state.trained["student"].parameters[key]) for key, p in fitted.state.trained["student"].parameters.items())
     more = dollar(SHORT, fit=0, cd=0, iterations=1, scorer_updates=1)
     run = train(more, family(), out=tmp_path / "run", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS, start_from=fitted.out)
-    assert run.state.trained["scorer"].steps == 2 * 4 + 1 and float(run.state.scorer.seen) == 3
+    assert run.state.trained["scorer"].steps == 2 * 4 + 1 and float(run.state.scorer.seen) == 3 * 12
     with pytest.raises(ValueError, match="does not fit this one; start from a run with the same --kind"):
         train(dollar(SHORT, fit=0, kind="video", iterations=1), family(), out=tmp_path / "other", prompts=PROMPTS, reward=BLACK_BOX, real=real(),
               options=OPTIONS, start_from=fitted.out)  # fmt: skip
+
+
+def test_a_scorer_of_another_reward_is_not_taken_over(tmp_path, capsys):
+    fit = dollar(SHORT, fit=1, iterations=0)
+    first = train(fit, family(), out=tmp_path / "fit", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS)
+    other = FunctionReward(lambda media, prompts: 1000 * BLACK_BOX.function(media, prompts), name="thousandfold")
+    run = train(fit, family(), out=tmp_path / "run", prompts=PROMPTS, reward=other, real=real(), options=OPTIONS, start_from=first.out)
+    assert "was fitted to 'black box', not to 'thousandfold': a new one begins" in capsys.readouterr().out
+    assert float(run.state.scorer.seen) == 12 and float(run.state.scorer.mean) > 100
+
+
+def test_several_rewards_and_a_ranker(tmp_path):
+    both = several((BLACK_BOX, 1.0), (FunctionReward(lambda media, prompts: 1000 * media.std((1, 2, 3, 4)), name="contrast"), 0.5))
+    run = train(dollar(SHORT, fit=1, iterations=1, cd=0), family(), out=tmp_path / "both", prompts=PROMPTS, reward=both, real=real(), options=OPTIONS)
+    assert {"reward/train/0", "reward/train/1"} <= rows(run.out)[-1].keys() and run.state.scorer.mean.shape == (2,)
+    ranked = Ranked(RewardRanker(BLACK_BOX))
+    with pytest.raises(ValueError, match="compares samples with each other, and stage 'fit' asks for the score of each"):
+        train(dollar(SHORT), family(), out=tmp_path / "ranked", prompts=PROMPTS, reward=ranked, real=real(), options=OPTIONS)
 
 
 def test_consistency_alone_and_a_student_that_predicts_x0(tmp_path, capsys):
@@ -82,6 +102,9 @@ def test_consistency_alone_and_a_student_that_predicts_x0(tmp_path, capsys):
     direct = dollar(SHORT, weight=0, iterations=1, cd_steps=1, predicts="x0")
     other = train(direct, family(), out=tmp_path / "x0", prompts=PROMPTS, real=real(), options=OPTIONS)
     assert other.student is None and "not exported: the student predicts x0" in capsys.readouterr().out and not (other.out / "student").exists()
+    with pytest.raises(ValueError, match="start_from: that run's student predicts x0, this recipe's what its model does"):
+        train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "mixed", prompts=PROMPTS, options=OPTIONS, start_from=other.out)
+    assert "fake" not in run.state.roles
     assert other.state.roles["student"].reads == "x0" and other.state.roles["fake"].reads == "velocity"
 
 
@@ -99,6 +122,10 @@ def test_health_knows_the_stage_that_only_fits_and_a_reward_that_is_climbed_by_p
         row["stage"] = {"distil": "fit", "align": "dollar"}.get(row["stage"], row["stage"])
     still = [row for row in fitting if row["step"] <= 60]
     assert not [f.flag for f in examine(still, recipe) if f.flag == "stuck"], "nothing is to be learned yet"
+    far = history(60, 60, probes=lambda step: {"ink": 0.05, "diversity": 0.01, "motion": 0.001} if step <= 60 else {})
+    for row in far:
+        row["stage"] = {"distil": "fit", "align": "dollar"}.get(row["stage"], row["stage"])
+    assert not any(examine(far[: i + 1], recipe) for i in range(62)), "an untrained student that stands still is no finding"
     assert "stuck" in {f.flag for f in examine(fitting, recipe)}, "but sixty iterations later something should have been"
     hacked = history(60, 60, probes=lambda step: {"train_score": -0.5 + 0.02 * max(0, step - 60), "monitor_both": 0.9 - 0.005 * max(0, step - 60)})
     for row in hacked:

@@ -54,6 +54,10 @@ class Condition:
         both = {k: isinstance(a, Tensor) and isinstance(b, Tensor) for k, (a, b) in pairs.items()}
         return replace(self, **{k: self._join(k, a, b) if both[k] else None for k, (a, b) in pairs.items()})
 
+    def rolled(self, k: int) -> Self:
+        """Row i gets what row i + k has, the last k what the first have: each sample's condition from its neighbour's prompt."""
+        return self[(torch.arange(len(self)) + k) % len(self)]
+
     def tokens(self) -> tuple[Tensor, Tensor]:
         """What a text-conditioned reward model reads: tokens [B, L, D], and which of them are there [B, L]; ValueError where there are none."""
         raise ValueError(f"kind: {type(self).__name__} has no text tokens; use a reward model without text (image or video)")

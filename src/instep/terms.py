@@ -45,11 +45,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Labels:
-    """Latents x [N, ...] with their prompts' conditions and rewards [N]."""
+    """Latents x [N, ...] with their prompts' conditions, and what a latent reward model should say of them [N]."""
 
     x: Tensor
     cond: Condition
-    reward: Tensor
+    aim: Tensor
 
 
 @dataclass(frozen=True)

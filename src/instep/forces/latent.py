@@ -14,9 +14,10 @@ from instep.terms import Critic, Force, Labels, Need, View
 @dataclass(frozen=True, kw_only=True)
 class LatentFit(Critic):
     """Trains the latent reward model by regression on the reward of decoded samples: the student's at their exit (one-step predictions), and with
-    `real` real ones (Eq. 14). The reward is asked once for each sample, however many `updates` see its score.
+    `real` real ones (Eq. 14). The reward is asked once in an iteration, however many `updates` see its scores; `reward/train` in the log is that of
+    the exits, early ones among them.
 
-    With `others` the student's samples are rated once more, each under the next sample's prompt: where samples mostly are what their prompt says,
+    With `others` the student's samples are rated once more, each under the next prompt of the batch: where samples mostly are what their prompt says,
     nothing else shows a reward of text and video what the text is for. Not in the paper.
     """
 
@@ -24,6 +25,10 @@ class LatentFit(Critic):
     updates: int = 1
     real: bool = True
     others: bool = False
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"scorer_updates: {self.updates} is not allowed; 1 or more (the paper: 1), and weight 0 leaves the latent reward model out")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -38,32 +43,35 @@ class LatentFit(Critic):
         """The rewards. What the model says of the student's samples before it learns from them goes into the log: it has not seen them."""
         samples, batch, scorer = view.samples, view.batch, view.scorer
         assert score is not None and scorer is not None, "a latent reward model imitates a reward; the run must have one"
-        made, prompts = samples.point("exit").x.detach(), [prompt for prompt in batch.prompts for _ in range(samples.group)]
+        made, prompts, k = samples.point("exit").x.detach(), [prompt for prompt in batch.prompts for _ in range(samples.group)], samples.group
         x, cond, n = made, samples.cond, len(made)
-        if self.others:
-            x, cond, prompts = torch.cat([x, made]), cond.stack(cond[torch.arange(1, n + 1) % n]), [*prompts, *prompts[1:], prompts[0]]
+        if self.others and len(batch.prompts) > 1:
+            x, cond, prompts = torch.cat([x, made]), cond.stack(cond.rolled(k)), [*prompts, *prompts[k:], *prompts[:k]]
         if self.real and batch.real is not None:
-            x, cond, prompts = torch.cat([x, batch.real]), cond.stack(batch.cond), [*prompts, *batch.prompts]
-        each = score(x, prompts).to(x)
-        reward = each if each.ndim == 1 else each @ each.new_tensor(view.weights)
+            x, cond, prompts = torch.cat([x, batch.real.to(x)]), cond.stack(batch.cond), [*prompts, *batch.prompts]
+        reward = score(x, prompts).to(x)
         scorer.settle(reward)
-        said, meant = scorer.rate(made, samples.cond), scorer.standard(reward[:n])
-        note("reward/train", reward[:n].mean())
+        aim = scorer.standard(reward, view.weights)
+        note("reward/train", (reward[:n] if reward.ndim == 1 else reward[:n] @ reward.new_tensor(view.weights)).mean())
+        for i in range(reward.shape[1] if reward.ndim > 1 else 0):
+            note(f"reward/train/{i}", reward[:n, i].mean())
+        said, meant = scorer.rate(made, samples.cond), aim[:n]
         note("scorer/error", (said - meant).square().mean())
-        note("scorer/correlation", torch.corrcoef(torch.stack([said, meant]))[0, 1].nan_to_num())
-        return replace(view, labels=Labels(x, cond, reward))
+        if n > 1:
+            note("scorer/correlation", torch.corrcoef(torch.stack([said, meant]))[0, 1].nan_to_num())
+        return replace(view, labels=Labels(x, cond, aim))
 
     def losses(self, view: View) -> Iterator[Tensor]:
         labels, scorer = view.labels, view.scorer
         assert labels is not None and scorer is not None, "the latent reward model needs labelled samples"
-        yield (scorer.rate(labels.x, labels.cond) - scorer.standard(labels.reward)).square().mean()
+        yield (scorer.rate(labels.x, labels.cond) - labels.aim).square().mean()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentGradient(Force):
     """Gradient with respect to x of -mean R(x) / std(R), R the latent reward model (Eq. 15).
 
-    In deviations of the reward, so that a weight means the same for rewards of any unit; the paper's rewards all lie within 0 to 1.
+    In deviations of the reward, so that a weight means the same for rewards of any unit.
     """
 
     name: str = "latent"

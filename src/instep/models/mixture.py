@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ class LabelCondition(Condition):
 
     label: Tensor
     member: Tensor | None = None
+
+    def rolled(self, k: int) -> LabelCondition:
+        """Labels alone: a row stays with its member."""
+        return replace(self, label=self.label.roll(-k, 0))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from instep.levels import shift_level
-from instep.paths import broadcast
+from instep.paths import at_least_float32, broadcast
 from instep.prediction import Condition, Denoiser, predict_guided
 from instep.terms import Need, Objective, View
 from instep.transitions import Deterministic
@@ -50,7 +50,7 @@ def distance(x: Tensor, y: Tensor, kind: Distance) -> Tensor:
 class Consistency(Objective):
     """d(f(x_{n+m}, t_{n+m}), f'(x^_n, t_n)): the student says the same at both ends of m deterministic steps of the guided teacher.
 
-    x_{n+m} is a real sample, noised. `grid`: levels of the teacher's sampler between which t_n and t_{n+m} lie, shifted as that is. `target`: whose
+    x_{n+m} is a real sample, noised. `grid`: levels of the teacher's sampler between which t_n and t_{n+m} lie, with its timestep `shift`. `target`: whose
     consistency function f' is: the student's without gradient, its average (`Recipe` then has a role `average`), or the teacher's, as Eq. 6 prints
     it. `guidance` of the teacher: 1 + w of Eq. 9.
     """
@@ -79,7 +79,7 @@ class Consistency(Objective):
         assert real is not None, "consistency distillation needs real samples in the batch"
         rng = view.rng
         n = torch.randint(self.grid - self.steps + 1, (len(real),), generator=rng, device=rng.device)
-        levels = self.levels.to(real)
+        levels = self.levels.to(at_least_float32(real))
         x = start = view.path.renoise(real, view.randn_like(real), levels[n + self.steps])
         with torch.no_grad():
             for k in range(self.steps, 0, -1):

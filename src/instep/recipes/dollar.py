@@ -39,7 +39,8 @@ def dollar(
     Args:
         common: options of every recipe.
         distil: student updates of matching alone before; 0 leaves the stage out.
-        fit: iterations in which only the latent reward model learns, on the student's samples and real ones; 0 trains both at once from the start.
+        fit: iterations in which only the latent reward model learns, on the student's samples and real ones; 0 trains both at once from the start, as
+            the paper does.
         iterations: student updates.
         matching: weight of distribution matching (VSD); 0 leaves consistency distillation alone, which blurs.
         cd: weight of consistency distillation (the paper: .5); 0 leaves it out.
@@ -48,13 +49,16 @@ def dollar(
         distance: of consistency distillation: mse, or huber.
         target: whose consistency function is aimed at: the student's own without gradient, its average, or the teacher's.
         weight: weight of the latent reward's gradient, in deviations of the reward (the paper's 1.0 counts in the reward's own unit, whose deviation there is
-            a few hundredths); 0 leaves the latent reward model out.
+            .01 to .03); 0 leaves the latent reward model out.
         kind: what the latent reward model reads: text-video, video, text-image or image.
-        frames: whether it reads a video as a volume, or frame by frame with the average taken.
+        frames: whether it reads a video as a volume, or frame by frame with the average taken, as in the paper's experiments.
         scorer: AdamW of the latent reward model.
-        scorer_updates: its updates an iteration.
+        scorer_updates: its updates an iteration (the paper: 1).
         predicts: what the student's network predicts: the same as the teacher's, or x0 (a comparison of the paper's; such a student is not exported).
     """
+    for name, value in (("matching", matching), ("cd", cd), ("weight", weight)):
+        if value < 0:
+            raise ValueError(f"{name}: {value} is not allowed; a weight is 0 (leaves it out) or more")
     if not (matching or cd or weight):
         raise ValueError("matching, cd, weight: all three are 0, so nothing would be trained; give one of them a positive weight")
     terms: list[Term] = [common.matching(matching)] if matching else []
@@ -62,14 +66,17 @@ def dollar(
     if cd:
         guided = common.guidance if cd_guidance is None else cd_guidance
         terms.append(Consistency(weight=cd, steps=cd_steps, shift=common.shift, guidance=guided, distance=distance, target=target))
-    learner = LatentFit(updates=scorer_updates, others=kind.startswith("text"))
+    learners = (LatentFit(updates=scorer_updates, others=kind.startswith("text")),) if weight else ()
     if weight:
         terms.append(LatentGradient(weight=weight))
-        critics.append(learner)
+    critics += learners
     main = common.stage("dollar", iterations, tuple(terms), tuple(critics))
     if not (matching or weight):
         main = replace(main, collect=None)  # consistency distillation starts from real samples: no rollout is needed
-    return common.recipe(
-        "dollar", common.distil(distil), *([common.stage("fit", fit, (), (learner,))] if weight else []), main,
+    recipe = common.recipe(
+        "dollar", common.distil(distil), *([common.stage("fit", fit, (), learners)] if weight else []), main,
         scorer=ScorerConfig(ScorerShape(kind, frames), scorer) if weight else None, reads=None if predicts == "same" else predicts,
     )  # fmt: skip
+    if matching or distil:
+        return recipe
+    return replace(recipe, roles={name: role for name, role in recipe.roles.items() if name != "fake"})  # nothing asks for one

@@ -15,9 +15,9 @@ from instep.objectives.preference import Preference
 from instep.recipes.common import adapter, with_copies
 from instep.terms import Term
 from instep.train.recipe import FewStep, Optim, Recipe, RoleConfig, Stage
-from instep.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Transition
+from instep.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Posterior, Transition
 
-Kind = Literal["flow", "dance", "cps"]
+Kind = Literal["flow", "dance", "cps", "ddpm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class ManySteps:
 
 def stochastic(kind: Kind, noise: float) -> Transition:
     """The sampler that a policy gradient rolls out with."""
-    kinds: dict[Kind, type[FlowSDE] | type[DanceSDE] | type[CPS]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS}
+    kinds: dict[Kind, type[FlowSDE] | type[DanceSDE] | type[CPS] | type[Posterior]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS, "ddpm": Posterior}
     return kinds[kind](noise)
 
 
@@ -87,8 +87,9 @@ def flow_grpo(
         common: options of recipes that train the many-step model.
         iterations: updates.
         group: samples a prompt, compared with each other.
-        sde: how the sampler is made stochastic: flow (Flow-GRPO), dance (DanceGRPO; both on rectified flows), cps (as much noise as the path has; any path).
-        noise: its strength (flow: .7; dance: .3; cps: up to 1).
+        sde: how the sampler is made stochastic: flow (Flow-GRPO), dance (DanceGRPO; both on rectified flows), cps or ddpm (as much noise as the path has;
+            any path).
+        noise: its strength (flow: .7; dance: .3; cps, ddpm: up to 1, and on any path).
         clip: bound of the ratio.
         kl: weight of the penalty for leaving the pretrained model.
         fraction: part of the steps, drawn anew, that an update trains on.

@@ -5,7 +5,7 @@ It needs neither decoder nor reward model in a gradient, and the reward itself m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,47 +17,57 @@ from instep.prediction import Condition
 Kind = Literal["image", "text-image", "video", "text-video"]
 Frames = Literal["average", "volume"]
 WIDTH = 128
-# batches of labels from which the reward's mean and deviation are taken
-SETTLE = 8
+# labels from which the reward's mean and deviation are taken
+SETTLE = 512
 
 
 class LatentScorer(nn.Module):
     """Base: `rate(x, cond)` of latents [B, ...] is [B], the reward in deviations from its mean; both are taken from the first labels.
 
-    Standardised because rewards come in any unit: a file's size in kilobytes and a log-probability then weigh alike as forces.
+    Standardised because rewards come in any unit: a file's size in kilobytes and a log-probability then weigh alike as forces, and each of several
+    `rewards` as its weight says.
     """
 
-    mean: Tensor
-    std: Tensor
+    total: Tensor
+    square: Tensor
     seen: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, rewards: int = 1) -> None:
         super().__init__()
-        for name, value in (("mean", 0.0), ("std", 1.0), ("seen", 0.0)):
-            self.register_buffer(name, torch.tensor(value))
+        # sums over labels, in double: a mean of a million and a deviation of one must not drown in rounding
+        for name, size in (("total", rewards), ("square", rewards), ("seen", 1)):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
 
     def rate(self, x: Tensor, cond: Condition) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor, cond: Condition) -> Tensor:
-        """The reward as predicted, in its own unit, [B]."""
-        return self.mean + self.std * self.rate(x, cond)
+    @property
+    def mean(self) -> Tensor:
+        """Of each reward, [R]."""
+        return self.total / self.seen.clamp(min=1)
 
-    def standard(self, reward: Tensor) -> Tensor:
-        """Rewards [B] in deviations from the mean."""
-        return (reward - self.mean) / self.std
+    @property
+    def std(self) -> Tensor:
+        """Of each reward, [R]; 1 while all labels were alike."""
+        variance = self.square / self.seen.clamp(min=1) - self.mean.square()
+        rounding = 1e-12 * self.mean.square()
+        return torch.where(variance > rounding, variance.clamp(min=0).sqrt(), torch.ones_like(variance))
+
+    def standard(self, reward: Tensor, weights: Sequence[float] = (1.0,)) -> Tensor:
+        """Rewards [B] or [B, R], each in deviations from its mean, weighted and added: [B]."""
+        each = reward[:, None] if reward.ndim == 1 else reward
+        return (((each.double() - self.mean) / self.std) @ self.mean.new_tensor(weights)).to(reward)
 
     @torch.no_grad()
     def settle(self, reward: Tensor) -> None:
-        """Takes mean and deviation from rewards [B], averaged over the first batches; later ones change nothing."""
-        if self.seen >= SETTLE:
+        """Takes mean and deviation from rewards [B] or [B, R] until there are enough, and until they differ; later ones change nothing."""
+        varied = bool((self.square / self.seen.clamp(min=1) > self.mean.square() * (1 + 1e-12)).all())
+        if float(self.seen) >= SETTLE and varied:
             return
-        mean, square = reward.mean(), reward.var(unbiased=False)
-        first = self.seen == 0
-        share = 1 / (self.seen + 1)
-        self.std.copy_(torch.where(first, square, torch.lerp(self.std.square(), square, share)).clamp(min=1e-12).sqrt())
-        self.mean.lerp_(mean, share)
-        self.seen.add_(1)
+        each = (reward[:, None] if reward.ndim == 1 else reward).double()
+        self.total += each.sum(0)
+        self.square += each.square().sum(0)
+        self.seen += len(each)
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, mean and deviation."""
@@ -68,7 +78,9 @@ class LatentScorer(nn.Module):
         own = self.state_dict()
         wrong = [key for key in own.keys() | state.keys() if key not in own or key not in state or own[key].shape != state[key].shape]
         if wrong:
-            raise ValueError(f"scorer: {sorted(wrong)[0]} of the saved latent reward model does not fit this one; start from a run with the same --kind")
+            raise ValueError(
+                f"scorer: {sorted(wrong)[0]} of the saved latent reward model does not fit this one; start from a run with the same --kind and --frames"
+            )
         self.load_state_dict({key: state[key] for key in own})
 
 
@@ -76,12 +88,12 @@ class ConvScorer(LatentScorer):
     """Tables 12 and 13: two strided convolutions with group norm, pooling, one more layer; with text, attention of the pooled features over its tokens.
 
     A latent [B, C, H, W], or [B, C, F, H, W] frame by frame with the mean taken over frames; `volume` reads frames together with 3-D
-    convolutions. Deviations from Table 13: the text keeps its tokens and the image features are added to what was attended to, with SiLU before
-    the last layer. As printed, one pooled token gives a softmax of 1, and the image would drop out of the score.
+    convolutions (the paper's experiments take the mean over frames). Deviations from Table 13: the text keeps its tokens and the image features are added
+    to what was attended to, with SiLU before the last layer. As printed, one pooled token gives a softmax of 1, and the image would drop out of the score.
     """
 
-    def __init__(self, channels: int, *, text_width: int | None = None, volume: bool = False, patch: int = 4) -> None:
-        super().__init__()
+    def __init__(self, channels: int, *, text_width: int | None = None, volume: bool = False, patch: int = 4, rewards: int = 1) -> None:
+        super().__init__(rewards)
         self.volume = volume
         conv, pool = (nn.Conv3d, nn.AdaptiveAvgPool3d) if volume else (nn.Conv2d, nn.AdaptiveAvgPool2d)
         first = ((3, 4, 4), (1, patch, patch)) if volume else (4, patch)
@@ -106,7 +118,7 @@ class ConvScorer(LatentScorer):
         return self.out(h).reshape(-1, frames).mean(1)
 
     def _attend(self, h: Tensor, tokens: Tensor, there: Tensor) -> Tensor:
-        """Softmax(Q(e_x) K(e_c)^T) V(e_c) over the tokens [B, L, D] that are `there` [B, L] (Table 11)."""
+        """Softmax(Q(e_x) K(e_c)^T / sqrt(width)) V(e_c) over the tokens [B, L, D] that are `there` [B, L] (Table 11 has no scale)."""
         assert self.text is not None
         text = self.text(tokens.float())
         logits = torch.einsum("bd,bld->bl", self.query(h), self.key(text)) / WIDTH**0.5
@@ -126,8 +138,8 @@ class ScorerShape:
         if self.patch is not None and self.patch < 1:
             raise ValueError(f"patch: {self.patch} is not allowed; 1 or more (the paper's first layer strides by 4), or none to choose by the latent's size")
 
-    def build(self, latent_shape: tuple[int, ...], cond: Condition) -> ConvScorer:
-        """The network for latents of `latent_shape` and prompts encoded like `cond`; ValueError for a kind that does not fit them."""
+    def build(self, latent_shape: tuple[int, ...], cond: Condition, rewards: int = 1) -> ConvScorer:
+        """The network for latents of `latent_shape`, prompts encoded like `cond` and as many rewards; ValueError for a kind that does not fit them."""
         video = len(latent_shape) == 4
         if self.kind.endswith("video") != video:
             raise ValueError(f"kind: {self.kind!r} does not fit this model, whose latents are {'videos' if video else 'images'} {latent_shape}; "
@@ -135,4 +147,4 @@ class ScorerShape:
         width = cond.tokens()[0].shape[-1] if self.kind.startswith("text") else None
         # the paper's stride of 4 leaves 6 x 10 of its latents; of a small one it would leave nothing
         patch = self.patch or (4 if min(latent_shape[-2:]) >= 16 else 2)
-        return ConvScorer(latent_shape[0], text_width=width, volume=video and self.frames == "volume", patch=patch)
+        return ConvScorer(latent_shape[0], text_width=width, volume=video and self.frames == "volume", patch=patch, rewards=rewards)

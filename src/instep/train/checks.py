@@ -118,6 +118,8 @@ def check_inputs(
                 + ("none was given" if reward is None else f"{_blunt(reward).name!r} is not differentiable")
                 + "; give one that is (a Reward with differentiable = True), or choose a recipe that only asks for scores, like amd or dm-align-group"
             )
+        if "labels" in stage.needs and reward is not None and relative(reward):
+            raise ValueError(f"reward: {reward.name!r} compares samples with each other, and stage {stage.name!r} asks for the score of each; give it a reward")
         if stage.needs & {"reward", "labels"} and reward is None:
             raise ValueError(f"reward: stage {stage.name!r} of {recipe.name} needs one; pass reward=, for example a function (media, prompts) -> scores")
     if real is not None and tuple(real.latents.shape[1:]) != family.latent_shape:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from statistics import median
 from typing import Any, Literal
 
@@ -53,7 +52,8 @@ FARTHER = 1.25
 class History:
     """Rows up to now (oldest first), those of the present stage, the probes, and the probes of this stage with the one before it.
 
-    Without the `recipe` what depends on a run's length is not looked for.
+    Without the `recipe` what depends on a run's length is not looked for. Probes of stages in which only critics learn are left out: the student
+    stands still there.
     """
 
     rows: Sequence[Row]
@@ -65,7 +65,8 @@ class History:
     @classmethod
     def of(cls, rows: Sequence[Row], recipe: Recipe | None = None) -> History:
         stage = [row for row in rows if row.get("stage") == rows[-1].get("stage")]
-        seen = probes(rows)
+        idle = {s.name for s in recipe.stages if not s.terms} if recipe else set()
+        seen = [row for row in probes(rows) if row.get("stage") not in idle]
         before = [row for row in seen if row["step"] < stage[0]["step"]]
         return cls(rows, stage, seen, before[-1:] + [row for row in seen if row["step"] >= stage[0]["step"]], recipe)
 
@@ -163,9 +164,10 @@ def _stuck(seen: History) -> Said:
     if not seen.recipe or len(seen.probes) < 2 or seen.probes[0]["step"] > 0 or len(seen.rows) <= WINDOW:
         return
     first, now = seen.probes[0], seen.probes[-1]
-    # stages before in which only a critic learns leave the student as it is
-    idle = sum(stage.steps for stage in takewhile(lambda stage: not stage.terms, seen.recipe.stages))
-    done, total = now["step"] - idle, seen.recipe.steps - idle
+    # stages in which only a critic learns leave the student as it is
+    ends = zip(seen.recipe.stages, seen.recipe.stage_ends(), strict=True)
+    idle = [stage.steps for stage, end in ends if not stage.terms and end <= now["step"]]
+    done, total = now["step"] - sum(idle), sum(stage.steps for stage in seen.recipe.stages if stage.terms)
     # shares of right samples and modes move in leaps: one sample of 48 is more than STUCK
     keys = [key for key in first if key.startswith("probe/") and not key.endswith("_teacher") and key not in ("probe/monitor_both", "probe/modes")]
     pairs = [(number(first, key), number(now, key), number(now, f"{key}_teacher")) for key in keys]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -129,7 +130,7 @@ def train(
         loop = Loop(recipe, family, out, options, state, source, probe, tracker)
         loop.restore(start_from)
         loop.run()
-        if recipe.roles["student"].reads is not None:
+        if recipe.roles["student"].reads not in (None, family.parameterisation):
             print(f"not exported: the student predicts {recipe.roles['student'].reads}, which no stock pipeline of {family.name} samples; it stays in {out}")
             return Run(out, recipe, family, state, None, loop.stopped)
         with averaged(state.trained["student"]):
@@ -291,8 +292,6 @@ class Loop:
 
     def _teacher_figures(self) -> dict[str, float]:
         """The teacher's own figures on the probe's prompts: taken once and kept with the run."""
-        import json
-
         file = self.out / "teacher_probe.json"
         if not file.is_file():
             figures, _ = self.probe.teacher(self.state.roles["teacher"], self.recipe.guidance)
@@ -329,7 +328,19 @@ class Loop:
             other = checkpoint.latest(Path(start_from) / "checkpoints")
             if other is None:
                 raise ValueError(f"start_from: {start_from} holds no checkpoint; give the folder of a run that has at least one")
-            self._load_roles(checkpoint.load(other))
+            saved, record = checkpoint.load(other), json.loads((Path(start_from) / "recipe.json").read_text(encoding="utf-8"))
+            theirs, ours = record["config"]["roles"]["student"].get("reads"), self.recipe.roles["student"].reads
+            if theirs != ours:
+                raise ValueError(
+                    f"start_from: that run's student predicts {theirs or 'what its model does'}, this recipe's {ours or 'what its model does'}; start from one "
+                    "that predicts the same"
+                )
+            reward = self.probe.reward and self.probe.reward.name
+            if "scorer" in saved["roles"] and record["reward"] != reward:
+                del saved["roles"]["scorer"]
+                if self.state.scorer is not None:
+                    print(f"the latent reward model of {start_from} was fitted to {record['reward']!r}, not to {reward!r}: a new one begins")
+            self._load_roles(saved)
 
     def _load(self, saved: dict[str, Any]) -> None:
         self._load_roles(saved)

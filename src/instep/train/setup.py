@@ -42,7 +42,7 @@ def make_state(
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
         roles = make_roles(recipe, family, checkpointing=checkpointing)
-        scorer = recipe.scorer and recipe.scorer.shape.build(family.latent_shape, family.null(1))
+        scorer = recipe.scorer and recipe.scorer.shape.build(family.latent_shape, family.null(1), len(weights))
     trained = {
         name: Trained(roles[name].named_parameters(), config.optim, config.ema)
         for name, config in recipe.roles.items()
