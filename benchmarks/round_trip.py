@@ -1,6 +1,6 @@
 """From judged samples to a better model and back: samples -> the judging page -> pairs -> Diffusion-APO's offline stage -> win rate.
 
-    python benchmarks/round_trip.py --work runs/round-trip
+    python benchmarks/round_trip.py --work runs/round-trip      # some minutes; what is there is not repeated
 
 No person took part. A script stands in for one: it speaks to the server of `instep judge` over HTTP as the page does, sees what the page shows and nothing
 else, and prefers what the training judge scores higher for the prompt, or says equal within a margin. The held-out judge, which had no part in that,
@@ -17,7 +17,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from instep.data.digits import full_prompts, open_prompts
 from instep.data.media import repeats
 from instep.data.pairs import read_pairs, write_pairs
 from instep.files import write_json
+from instep.judge.store import Store
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, load
 from instep.rewards.judges import JudgeName, load_judge
 from instep.roles import Backbone, Role
@@ -46,8 +46,9 @@ MARGIN = 0.05
 # the model is sampled as it is judged and tuned: ten steps, no guidance (with it nearly all of its samples are right, and there is little to prefer)
 STEPS, GUIDANCE = 10, 1.0
 # updates: the recipe's default
-JUDGED, COPIES, UPDATES = 96, 2, 20
-NOISE = 4321
+JUDGED, COPIES, UPDATES = 96, 6, 20
+NOISE = 9876
+JUDGES: tuple[JudgeName, ...] = ("heldout", "monitor", "training")
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,13 @@ class Page:
         again = torch.tensor(repeats(shown["durations"], MOVING_DIGITS_SIZE.frames))
         return torch.stack(frames).repeat_interleave(again, 0)[: MOVING_DIGITS_SIZE.frames].permute(3, 0, 1, 2).float() / 255
 
-    def judge(self, name: str, prefers: Callable[[Seen], str]) -> Counter[str]:
-        """Answers every item of an annotator of that name; how often which side was chosen."""
-        state, said = self.ask("/api/join", {"name": name}), Counter[str]()
+    def judge(self, name: str, prefers: Callable[[Seen], str]) -> None:
+        """Answers every item of an annotator of that name."""
+        state = self.ask("/api/join", {"name": name})
         while (item := state["item"]) is not None:
             answer = prefers(Seen(item["prompt"], self.video(item["left"]), self.video(item["right"])))
-            said[answer] += 1
             answers = {question["key"]: answer for question in state["questions"]}
             state = self.ask("/api/answer", {"name": name, "item": item["id"], "request": str(uuid.uuid4()), "answers": answers})
-        return said
 
     def stop(self) -> None:
         self.process.terminate()
@@ -150,7 +149,7 @@ def samples(folder: Path, names: tuple[str, ...], tuned: bool) -> Tensor:
 
 
 def against(start: Tensor, tuned: Tensor, names: tuple[str, ...], judge: JudgeName) -> dict[str, float]:
-    """Win rate (ties half) over pairs of samples of the same noise; its standard error is over prompts, since samples of one are not independent."""
+    """Win rate (ties half) of `tuned` over pairs of samples of the same noise; its standard error is over prompts, whose samples are not independent."""
     judged = load_judge(judge)
     a, b = (judged.score(x, names) for x in (tuned, start))
     wins = (0.5 + 0.5 * (a - b).sign()).reshape(-1, COPIES).mean(1).double()
@@ -168,45 +167,50 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.work.mkdir(parents=True, exist_ok=False)
-    began = time.process_time()
+    args.work.mkdir(parents=True, exist_ok=True)
     # "a digit" asks for nothing that a judge could miss
     prompts = [name for name in dict.fromkeys(full_prompts() + open_prompts()) if name != "a digit"]
     random.Random(args.seed).shuffle(prompts)
     judged, others = prompts[: args.judged], prompts[args.judged :]
 
     for folder, seed in (("first", 11), ("second", 12)):
-        run("sample", MOVING_DIGITS, "--each", args.work / folder, "--out", args.work / f"{folder}.webp", "--steps", STEPS, "--guidance", GUIDANCE,
-            "--copies", 1, "--seed", seed, "--prompts", *judged)  # fmt: skip
+        if not (args.work / folder / "samples.json").is_file():
+            run("sample", MOVING_DIGITS, "--each", args.work / folder, "--out", args.work / f"{folder}.webp", "--steps", STEPS, "--guidance", GUIDANCE,
+                "--copies", 1, "--seed", seed, "--prompts", *judged)  # fmt: skip
     store, pairs = args.work / "judge.sqlite", args.work / "pairs.jsonl"
     page = Page(args.work / "first", args.work / "second", "--match", "prompt", "--questions", "overall", "--out", store)
     try:
-        said = page.judge("a script, no person", scripted)
+        page.judge("a script, no person", scripted)
     finally:
         page.stop()
-    run("pairs", "export", store, pairs, "--questions", "overall")
+    if not pairs.is_file():
+        run("pairs", "export", store, pairs, "--questions", "overall")
+    answers = Counter(vote.value for vote in Store(store).votes())
     told = sum(not pair.tie for pair in read_pairs(pairs))
     files = {"scripted": pairs, "half exchanged": args.work / "half.jsonl", "all exchanged": args.work / "all.jsonl"}
     for every, label in ((2, "half exchanged"), (1, "all exchanged")):
         exchanged(pairs, files[label], every)
 
-    names, found, start = tuple(name for name in others for _ in range(COPIES)), {}, None
+    names = tuple(name for name in others for _ in range(COPIES))
+    media = {}
     for label, file in files.items():
-        out = args.work / file.stem
-        tune(file, out, args.updates, args.seed)
-        start, tuned = samples(out, names, tuned=False) if start is None else start, samples(out, names, tuned=True)
-        found[label] = {judge: against(start, tuned, names, judge) for judge in ("heldout", "monitor", "training")}
-        for when, media in (("start", start), ("tuned", tuned)):
-            found[label][f"motion_{when}"] = float((media[:, :, 1:] - media[:, :, :-1]).abs().mean())
-        print(label, json.dumps(found[label]), flush=True)
+        tune(file, args.work / file.stem, args.updates, args.seed)
+        if not media:
+            media["start"] = samples(args.work / file.stem, names, tuned=False)
+        media[label] = samples(args.work / file.stem, names, tuned=True)
+    found = {label: {judge: against(media["start"], media[label], names, judge) for judge in JUDGES} for label in files}
+    # the same pairs and updates, and nothing but the labels between them
+    labels = {judge: against(media["half exchanged"], media["scripted"], names, judge) for judge in JUDGES}
+    motion = {label: float((x[:, :, 1:] - x[:, :, :-1]).abs().mean()) for label, x in media.items()}
     write_json(RESULTS, {
         "what": "judged by a script through the page's server, no person; exported, tuned by Diffusion-APO's offline stage, compared with the model "
         "before by the held-out judge, on other prompts and other noise; controls: the same pairs with chosen and rejected of half, or of all, exchanged",
-        "annotator": "a script", "prompts_judged": len(judged), "answers": dict(said), "pairs_told": told, "margin": MARGIN, "steps": STEPS,
-        "guidance": GUIDANCE,
-        "updates": args.updates, "prompts_compared": len(others), "copies": COPIES, "seed": args.seed, "after": found,
-        "cpu_s": round(time.process_time() - began, 1),
+        "annotator": "a script", "prompts_judged": len(judged), "answers": dict(answers), "pairs_told": told, "margin": MARGIN, "steps": STEPS,
+        "guidance": GUIDANCE, "updates": args.updates, "prompts_compared": len(others), "copies": COPIES, "seed": args.seed, "against_start": found,
+        "scripted_against_half_exchanged": labels, "motion": motion,
     })  # fmt: skip
+    for label, judges in (*found.items(), ("scripted against half exchanged", labels)):
+        print(f"{label}: " + ", ".join(f"{judge} {row['win']:.3f} ± {row['win_se']:.3f}" for judge, row in judges.items()), flush=True)
 
 
 if __name__ == "__main__":
