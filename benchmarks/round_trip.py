@@ -2,10 +2,10 @@
 
     python benchmarks/round_trip.py --work runs/round-trip      # some minutes; what is there is not repeated
 
-No person took part. A script stands in for one: it speaks to the server of `instep judge` over HTTP as the page does, sees what the page shows and nothing
-else, and prefers what the training judge scores higher for the prompt, or says equal within a margin. The held-out judge, which had no part in that,
-compares the tuned model with the one it began as, on other prompts and other noise. Two controls train on the same pairs: every other one exchanged, so
-that the labels say nothing, and all of them.
+No person took part. A script stands in for one: it speaks to the server of `instep judge` over HTTP as the page does, sees what the page shows and
+nothing else, and prefers what the training judge scores higher for the prompt, or says equal within a margin. The held-out judge, which had no part in
+that, compares the tuned model with the one it began as, on other prompts and other noise. Two controls train on the same pairs: every other one
+exchanged, so that the labels say nothing, and all of them.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def samples(folder: Path, names: tuple[str, ...], tuned: bool) -> Tensor:
 
 
 def against(start: Tensor, tuned: Tensor, names: tuple[str, ...], judge: JudgeName) -> dict[str, float]:
-    """Win rate (ties half) of `tuned` over pairs of samples of the same noise; its standard error is over prompts, whose samples are not independent."""
+    """Win rate (ties half) of `tuned`, sample by sample of the same noise; its standard error is over prompts, whose samples are not independent."""
     judged = load_judge(judge)
     a, b = (judged.score(x, names) for x in (tuned, start))
     wins = (0.5 + 0.5 * (a - b).sign()).reshape(-1, COPIES).mean(1).double()
@@ -204,7 +204,7 @@ def main() -> None:
     motion = {label: float((x[:, :, 1:] - x[:, :, :-1]).abs().mean()) for label, x in media.items()}
     write_json(RESULTS, {
         "what": "judged by a script through the page's server, no person; exported, tuned by Diffusion-APO's offline stage, compared with the model "
-        "before by the held-out judge, on other prompts and other noise; controls: the same pairs with chosen and rejected of half, or of all, exchanged",
+        "before by the held-out judge, on other prompts and other noise; controls: the same pairs with chosen and rejected of half, or all, exchanged",
         "annotator": "a script", "prompts_judged": len(judged), "answers": dict(answers), "pairs_told": told, "margin": MARGIN, "steps": STEPS,
         "guidance": GUIDANCE, "updates": args.updates, "prompts_compared": len(others), "copies": COPIES, "seed": args.seed, "against_start": found,
         "scripted_against_half_exchanged": labels, "motion": motion,
