@@ -222,6 +222,9 @@ def test_workload_of_a_recipe():
 
 def test_every_kind_of_stage_is_counted():
     """A policy gradient predicts each stochastic step again, guided as the rollout was; a stage that only fits rolls out to the exits."""
+    from instep.levels import Uniform
+    from instep.levels_apo import Repeated
+    from instep.recipes.apo import apo
     from instep.recipes.common import Common
     from instep.recipes.dmdr import dmdr
     from instep.recipes.dollar import dollar
@@ -242,6 +245,16 @@ def test_every_kind_of_stage_is_counted():
     assert fit == ({"rollout": 1.5}, {})
     assert last == ({"rollout": 0.5, "fake": 1, "teacher": 2, "other terms": 11}, {"student": 1, "other terms": 1, "critic": 5})
     assert counted(dollar(matching=0, weight=0)) == ({"other terms": 11}, {"other terms": 1})
+    # a pair is two samples at each of five levels, and the reference sees them too; ranked pairs are two of a rollout's samples
+    pipeline = apo(ManySteps(steps=10, guidance=3.0), skip=0.5, skip_blocks=(1,))
+    online, half, offline, absorb, aware = (counted(pipeline, stage) for stage in range(5))
+    assert online == ({"rollout": 20, "other terms": 5}, {"other terms": 5})
+    assert half == ({"rollout": 20, "other terms": 10}, {"other terms": 10})
+    assert offline == aware == ({"other terms": 10}, {"other terms": 10})
+    assert absorb == ({"other terms": 3}, {"other terms": 1}), "with the prompt, without it, without some blocks"
+    distil = pipeline.stages[3].terms[0]
+    assert replace(distil, levels=Repeated(Uniform(), 4)).passes(1) == (12, 4), "a window sums as many"
+    assert counted(apo(uniform=1))[1] == {"other terms": 2}
 
 
 def test_throughput_is_measured():

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from instep.judge.questions import Mode, choose
+from instep.judge.samples import Match
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class JudgeArgs:
 
     samples: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """A and B: runs, RUN:MODEL, or folders with webp, gif, png, mp4 or webm files and a samples.json, a list of {"file", "prompt", "seed"} (or
-    samples.jsonl, a row a line). They are matched by prompt and seed. None: the store that --out names."""
+    samples.jsonl, a row a line). They are matched by prompt and seed (see --match). None: the store that --out names."""
     out: Path = Path("judge.sqlite")
     """The store of the answers, an SQLite file. It belongs to these samples; others need another."""
     mode: Mode | None = None
@@ -34,6 +35,9 @@ class JudgeArgs:
     questions: tuple[str, ...] = ()
     """What is asked, default: all. pairs: visual_quality text_alignment motion overall; score: visual_plausibility human_plausibility subject_consistency
     motion_aesthetics instruction_following distorted. Your own: "hands=Which hands look right?"."""
+    match: Match = "seed"
+    """What samples of A and B have in common beside the prompt: seed, or prompt for nothing, the first of a prompt in A with the first in B (samples of
+    one model with two seeds)."""
     port: int = 8765
     """Port on 127.0.0.1; 0 takes any free one."""
     seed: int = 0
@@ -79,9 +83,10 @@ def open_store(args: JudgeArgs):
     new = is_new(args.out)
     if not args.samples and new:
         raise ValueError(f"samples: none were given and {args.out} does not exist; write `instep judge A B`, A and B being folders of samples")
-    matched = match(*args.samples) if args.samples else None
+    matched = match(args.samples[0], args.samples[1], args.match) if args.samples else None
     if matched is not None and any(matched.alone):
-        print(f"note: {matched.alone[0]} samples of A and {matched.alone[1]} of B have no partner of the same prompt and seed and are left out", flush=True)
+        shared = "prompt" if args.match == "prompt" else "prompt and seed"
+        print(f"note: {matched.alone[0]} samples of A and {matched.alone[1]} of B have no partner of the same {shared} and are left out", flush=True)
     if new:
         assert matched is not None
         mode: Mode = args.mode or "pairs"

@@ -16,6 +16,8 @@ from instep.train.source import PairSamples
 
 PICTURES = (".webp", ".gif", ".png", ".jpg", ".jpeg")
 VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv")
+# pictures that may be animations; their encoders keep frames that are alike and follow each other once, for as long as all of them last
+ANIMATED = (".webp", ".gif", ".png")
 # how far the shape of a file may be from the model's, relative
 ASPECT = 0.02
 
@@ -36,26 +38,56 @@ class LabelledPair(Protocol):
     def tie(self) -> bool: ...
 
 
-def read_media(path: Path) -> Tensor:
-    """All frames of a picture, an animation or a video: [3, F, H, W] in [0, 1]. ValueError for what cannot be read, with what to do."""
+def read_media(path: Path, frames: int | None = None) -> Tensor:
+    """All frames of a picture, an animation or a video: [3, F, H, W] in [0, 1]. ValueError for what cannot be read, with what to do.
+
+    `frames`, where a model takes so many: frames of an animation that last longer than others are repeated, until there are so many, and a picture that
+    might be an animation of equal frames is repeated that often. Without it every frame is there once, as it is stored.
+    """
     suffix = path.suffix.lower()
     if suffix in PICTURES:
-        frames = _pictures(path)
+        stored, durations = _pictures(path)
+        again = repeats(durations, frames) if frames is not None and suffix in ANIMATED else [1] * len(durations)
+        rows = torch.arange(len(stored)).repeat_interleave(torch.tensor(again))
+        found = stored[rows if frames is None else rows[: max(frames, len(stored))]]
     elif suffix in VIDEOS:
-        frames = _video(path)
+        found = _video(path)
     else:
         raise ValueError(f"media: {path.name!r} ends in {path.suffix!r}; allowed: {', '.join((*PICTURES, *VIDEOS))}")
-    return frames.permute(3, 0, 1, 2).float() / 255
+    return found.permute(3, 0, 1, 2).float() / 255
 
 
-def _pictures(path: Path) -> Tensor:
-    """Frames uint8 [F, H, W, 3]."""
+def repeats(durations: Sequence[float], frames: int) -> list[int]:
+    """How many frames each stored one stands for, from its duration: in units of the shortest.
+
+    Where these are fewer than `frames`, which happens when every frame was kept once for several, in units that make it `frames` in all, if every duration
+    is then close to a whole number of them. Once each where a duration is not known.
+    """
+    if len(durations) == 1:
+        return [max(1, frames)]
+    if min(durations) <= 0:
+        return [1] * len(durations)
+    # more are of no use, and a file may claim any duration
+    counts = [min(max(1, frames), round(duration / min(durations))) for duration in durations]
+    if sum(counts) < frames:
+        parts = [duration * frames / sum(durations) for duration in durations]
+        if all(round(part) >= 1 and abs(part - round(part)) < 0.1 for part in parts):
+            counts = [round(part) for part in parts]
+    return counts
+
+
+def _pictures(path: Path) -> tuple[Tensor, list[float]]:
+    """Frames uint8 [F, H, W, 3], and milliseconds each (0: not said)."""
     import numpy as np
     from PIL import Image, ImageSequence
 
+    frames, durations = [], []
     try:
         with Image.open(path) as image:
-            return torch.stack([torch.from_numpy(np.array(frame.convert("RGB"))) for frame in ImageSequence.Iterator(image)])
+            for frame in ImageSequence.Iterator(image):
+                frames.append(torch.from_numpy(np.array(frame.convert("RGB"))))
+                durations.append(float(frame.info.get("duration") or 0))  # a WebP's is known once its frame is decoded
+            return torch.stack(frames), durations
     except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"media: {path} cannot be read as a picture ({error}); make it again") from error
 
@@ -90,17 +122,24 @@ def fitted(media: Tensor, size: VideoSize, name: str) -> Tensor:
 
 @torch.no_grad()
 def pair_samples(pairs: Sequence[LabelledPair], family: Encodes) -> PairSamples:
-    """Labelled files as latents of `family`, one pair at a time; ties are left out. ValueError if none is left, or a file does not fit."""
+    """Labelled files as latents of `family`, one pair at a time; ties are left out.
+
+    ValueError if none is left, a file does not fit, or all are pictures and the model makes videos.
+    """
     told = [pair for pair in pairs if not pair.tie]
     if not told:
         raise ValueError(f"pairs: all {len(pairs)} of them are ties, which say nothing; give at least one with a preferred sample")
-    device = next(family.pretrained.parameters()).device
+    device, moves = next(family.pretrained.parameters()).device, False
 
     def latent(path: Path) -> Tensor:
-        media = fitted(read_media(path), family.size, str(path)).to(device)
+        nonlocal moves
+        media = fitted(read_media(path, family.size.frames), family.size, str(path)).to(device)
+        moves = moves or bool((media != media[:, :1]).any())
         return family.encode_media(media[None] if family.size.frames > 1 else media[None, :, 0])[0].cpu()
 
     chosen, rejected = (torch.stack([latent(path) for path in paths]) for paths in ([p.chosen for p in told], [p.rejected for p in told]))
+    if family.size.frames > 1 and not moves:
+        raise ValueError(f"pairs: no sample of {len(told)} pairs moves, and the model makes videos of {family.size.frames} frames; give videos, not pictures")
     return PairSamples(tuple(pair.prompt for pair in told), chosen, rejected)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 PICTURES = (".webp", ".gif", ".png")
 VIDEOS = {".mp4": "video/mp4", ".webm": "video/webm"}
 MANIFESTS = ("samples.json", "samples.jsonl")
 SHEET_PIXELS = 16_000_000  # of all frames of a picture together: what phones decode in one piece
+Match = Literal["seed", "prompt"]
 FRAME_MS = 125  # of samples of a run: 8 frames a second, as in the report
 
 
@@ -54,7 +56,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Matched:
-    """Samples of A and B of the same prompt and seed, in A's order, and how many found no partner."""
+    """Samples of A and B that belong together, in A's order, and how many found no partner."""
 
     a: Samples
     b: Samples
@@ -62,19 +64,20 @@ class Matched:
     alone: tuple[int, int]
 
 
-def match(a: str, b: str) -> Matched:
-    """The samples of two folders paired by (prompt, seed); ValueError if there are none."""
+def match(a: str, b: str, by: Match = "seed") -> Matched:
+    """The samples of two folders paired by (prompt, seed), or by "prompt" alone, in the order of each folder; ValueError if there are none."""
     first, second = read_samples(a), read_samples(b)
     if first.source == second.source:
         raise ValueError(f"b: {b} holds the same samples as {a}; give two models, of one run as {a} and {a}:teacher_50")
     if first.name == second.name:
         first, second = Samples(a, first.source, first.samples), Samples(b, second.source, second.samples)
-    others = {sample.key: sample for sample in second.samples}
-    pairs = tuple((sample, others[sample.key]) for sample in first.samples if sample.key in others)
+    others = dict(zip(_keys(second, by), second.samples, strict=True))
+    pairs = tuple((sample, others[key]) for key, sample in zip(_keys(first, by), first.samples, strict=True) if key in others)
     if not pairs:
+        shared = "prompt" if by == "prompt" else "prompt and seed"
         raise ValueError(
-            f"b: no sample of {b} has the prompt and seed of one of {a} ({_example(first)} against {_example(second)}); "
-            "sample both with the same prompts and seed"
+            f"b: no sample of {b} has the {shared} of one of {a} ({_example(first)} against {_example(second)}); sample both with the same "
+            + ("prompts" if by == "prompt" else "prompts and seed, or match them by the prompt alone (--match prompt)")
         )
     return Matched(first, second, pairs, (len(first.samples) - len(pairs), len(second.samples) - len(pairs)))
 
@@ -101,6 +104,18 @@ def read_samples(where: str) -> Samples:
     if model:
         raise ValueError(f"samples: {where!r} asks for model {model!r}, but {manifest} lists files of one model; leave :{model} out")
     return Samples(_name(folder), str(folder.resolve()), tuple(_of_files(folder, manifest, rows)))
+
+
+def _keys(samples: Samples, by: Match) -> list[tuple[Any, ...]]:
+    """What a sample's partner has in common with it, each once: prompt, seed and copy, or the prompt and the how-manieth of it this is."""
+    if by == "seed":
+        return [sample.key for sample in samples.samples]
+    seen: Counter[str] = Counter()
+    keys: list[tuple[Any, ...]] = []
+    for sample in samples.samples:
+        keys.append((sample.prompt, seen[sample.prompt]))
+        seen[sample.prompt] += 1
+    return keys
 
 
 def _of_run(folder: Path, manifest: Path, record: dict[str, Any], model: str) -> Samples:

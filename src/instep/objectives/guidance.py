@@ -47,7 +47,8 @@ class GuidanceDistillation(Objective):
         return self.blocks if self.strength else ()
 
     def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        return (2.0 if self.guidance != 1 else 1.0) + (1.0 if self.strength else 0.0), 1.0
+        each = len(self.levels.window) / group  # a real sample a prompt
+        return ((2.0 if self.guidance != 1 else 1.0) + (1.0 if self.strength else 0.0)) * each, each
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         real = view.batch.real
