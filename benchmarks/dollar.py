@@ -56,9 +56,9 @@ def on(steps: int) -> dict[str, Cell]:
     }
 
 
-def blind(reward: Reward, what: str, **options) -> Cell:
+def blind(reward: Reward, what: str, weight: float = 0.3, **options) -> Cell:
     """A reward that knows nothing of prompts, with a latent copy that does not either, fitted for 40 iterations and then followed."""
-    recipe = lambda: dollar(TWO, fit=40, cd=0, kind="video", weight=0.3, iterations=MORE, **options)  # noqa: E731
+    recipe = lambda: dollar(TWO, fit=40, cd=0, kind="video", weight=weight, iterations=MORE, **options)  # noqa: E731
     return Cell(recipe, "dmd2-2", what, lambda digits: reward, 10)
 
 
@@ -76,8 +76,9 @@ CELLS = {
     "jpeg": blind(JPEG(), "compressible JPEG, VSD + LRM"),
     "jpeg-3": blind(JPEG(frames=3), "compressible JPEG of 3 frames of 9, VSD + LRM"),
     "jpeg-frames": blind(JPEG(), "compressible JPEG, LRM frame by frame", frames="average"),
-    "dynamic": blind(DynamicDegree(), "dynamic degree, VSD + LRM"),
-    "dynamic-alone": blind(DynamicDegree(), "dynamic degree, LRM alone", matching=0),
+    "dynamic": blind(DynamicDegree(), "dynamic degree, VSD + LRM, weight .3"),
+    "dynamic-0.03": blind(DynamicDegree(), "dynamic degree, VSD + LRM, weight .03", 0.03),
+    "dynamic-alone": blind(DynamicDegree(), "dynamic degree, LRM alone, weight .3", matching=0),
     **on(1),
     **on(4),
 }  # fmt: skip
@@ -130,7 +131,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.look:
-        for name in ("distil-only", "one-distil-only", "dmd2-4-more", "dmd2-1", "dmd2-2", "dmd2-4", *args.cells):
+        controls = {"1-": "one-distil-only", "4-": "dmd2-4-more"}
+        for name in dict.fromkeys([*(controls.get(name[:2], "distil-only") for name in args.cells), *args.cells]):
             for seed in args.seeds:
                 look(name, seed, args.runs)
         return

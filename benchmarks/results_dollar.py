@@ -147,7 +147,8 @@ def latent_against_score_function() -> tuple[str, str]:
 
 def same_parameterisation() -> tuple[str, str]:
     same, x0 = need("cd-same", "cd-x0")
-    return word(better(same, x0, "fd") and not_worse(same, x0, "heldout_both"), better(same, x0, "fd")), f"velocity against x0, from the teacher: {said(same, x0, 'heldout_both', 'fd', 'vendi')} ({seeds('cd-x0')})"
+    text = f"velocity against x0, from the teacher: {said(same, x0, 'heldout_both', 'fd', 'vendi')} ({seeds('cd-x0')})"
+    return word(better(same, x0, "fd") and not_worse(same, x0, "heldout_both"), better(same, x0, "fd")), text
 
 
 def every_step_count() -> tuple[str, str]:
@@ -181,7 +182,8 @@ def frames() -> tuple[str, str]:
     text = ", ".join(f"{name} {figure(row.values['kilobytes'])}" for name, row in (("VSD", vsd), ("all 9", every), ("3 of 9", some)))
     saved = difference(some, vsd, "kilobytes")
     less = difference(some, every, "kilobytes")
-    return word(saved.value < -2 * saved.se and less.value < 2 * less.se, saved.value < -2 * saved.se), f"kilobytes a frame (all frames): {text} ({seeds('jpeg-3')})"
+    climbed = saved.value < -2 * saved.se
+    return word(climbed and less.value < 2 * less.se, climbed), f"kilobytes a frame (all frames): {text} ({seeds('jpeg-3')})"
 
 
 def any_reward() -> tuple[str, str]:
@@ -195,13 +197,18 @@ def any_reward() -> tuple[str, str]:
 def overoptimised() -> tuple[str, str]:
     held, alone, vsd = need("dynamic", "dynamic-alone", "vsd")
     parts = []
-    for name, row in (("with VSD", held), ("LRM alone", alone)):
-        steps = [record.get("hacking") for record in records("dynamic" if row is held else "dynamic-alone")]
+    shown = {"dynamic": "with VSD, weight .3", "dynamic-alone": "LRM alone, weight .3", "dynamic-0.03": "with VSD, weight .03"}
+    for key, name in shown.items():
+        row, steps = cell(key), [record.get("hacking") for record in records(key)]
+        if row is None:
+            continue
         flags = ", ".join("no" if step is None else str(step) for step in steps)
         parts.append(f"{name}: {said(row, vsd, 'dynamic_degree', 'heldout_both', 'fd')}, flag at step {flags}")
     rose = above(alone, vsd, "dynamic_degree") and better(vsd, alone, "fd")
     noticed = all(record.get("hacking") is not None for record in records("dynamic-alone"))
-    return word(rose and noticed and better(held, alone, "fd"), rose), "; ".join(parts) + f" ({seeds('dynamic', 'dynamic-alone')})"
+    light = records("dynamic-0.03")
+    contained = bool(light) and all(record["hacking"] is None for record in light) and better(need("dynamic-0.03")[0], held, "fd")
+    return word(rose and noticed and contained, rose), "; ".join(parts) + f" ({seeds('dynamic', 'dynamic-alone')})"
 
 
 CLAIMS: Sequence[tuple[str, Callable[[], tuple[str, str]]]] = (
