@@ -31,6 +31,8 @@ def few_teacher_steps(monkeypatch):
 def recipe_of(name, iterations=2):
     if name == "dmdr":
         return find(name)(SHORT, warm=1, iterations=iterations - 1, group=2)
+    if name == "dollar":
+        return find(name)(SHORT, fit=1, iterations=iterations - 1, cd_steps=1)
     if name == "sft-after":
         return find(name)(SHORT, distil=1, iterations=iterations - 1)
     if name == "rl-after":
@@ -45,7 +47,7 @@ def test_every_recipe_runs_on_a_wan_pipeline(tmp_path, name):
     last = rows(run.out)[-1]
     assert last["step"] == 2 and all(value == value for value in last.values() if isinstance(value, float)), "finite figures"
     assert (run.student / "model_index.json").is_file()
-    assert (run.out / "teacher_samples.safetensors").is_file() == (name in ("dmd", "sft-after")), "only what is needed is made"
+    assert (run.out / "teacher_samples.safetensors").is_file() == (name in ("dmd", "dollar", "sft-after")), "only what is needed is made"
 
 
 def test_a_discriminator_without_real_samples_takes_the_teachers(tmp_path):
