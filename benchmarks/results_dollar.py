@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dollar import CELLS, FIT, OWN
 from moving_digits import RESULTS
 from results_reinforce import OWN as REINFORCE
-from results_reinforce import word
+from verdicts import Claim, differences, judged, measured, word
 
 from instep.evaluate.compare import Row, better, combined, difference
 from instep.evaluate.metrics import Value
@@ -50,12 +50,7 @@ def cell(name: str) -> Row | None:
 
 
 def need(*names: str) -> list[Row]:
-    """The rows of cells; KeyError if one was not measured."""
-    found = [cell(name) for name in names]
-    for name, row in zip(names, found, strict=True):
-        if row is None:
-            raise KeyError(name)
-    return [row for row in found if row]
+    return measured(names, cell)
 
 
 def figure(value: Value) -> str:
@@ -78,12 +73,8 @@ def table() -> list[str]:
 
 
 def said(row: Row, other: Row, *keys: str) -> str:
-    parts = []
-    for key in keys:
-        if key in row.values and key in other.values:
-            d = difference(row, other, key)
-            parts.append(f"{COLUMNS.get(key, key)} {d.value:+.3f} ± {d.se:.3f}")
-    return ", ".join(parts)
+    """Of the figures that both have."""
+    return differences(row, other, [key for key in keys if key in row.values and key in other.values], COLUMNS)
 
 
 def seeds(*names: str) -> str:
@@ -177,8 +168,6 @@ def longer_prompts() -> tuple[str, str]:
 
 def frames() -> tuple[str, str]:
     every, some, vsd = need("jpeg", "jpeg-3", "vsd")
-    if "kilobytes" not in every.values or "kilobytes" not in vsd.values:
-        raise KeyError("look")
     text = ", ".join(f"{name} {figure(row.values['kilobytes'])}" for name, row in (("VSD", vsd), ("all 9", every), ("3 of 9", some)))
     saved = difference(some, vsd, "kilobytes")
     less = difference(some, every, "kilobytes")
@@ -188,8 +177,6 @@ def frames() -> tuple[str, str]:
 
 def any_reward() -> tuple[str, str]:
     every, vsd = need("jpeg", "vsd")
-    if "kilobytes" not in every.values or "kilobytes" not in vsd.values:
-        raise KeyError("look")
     d = difference(every, vsd, "kilobytes")
     return word(d.value < -2 * d.se), f"kilobytes a frame {d.value:+.3f} ± {d.se:.3f} of {vsd.values['kilobytes'].value:.3f} ({seeds('jpeg')})"
 
@@ -211,7 +198,7 @@ def overoptimised() -> tuple[str, str]:
     return word(rose and noticed and contained, rose), "; ".join(parts) + f" ({seeds('dynamic', 'dynamic-alone')})"
 
 
-CLAIMS: Sequence[tuple[str, Callable[[], tuple[str, str]]]] = (
+CLAIMS: Sequence[Claim] = (
     ("VSD + CD + LRM above VSD on held-out alignment and on Vendi (asked; Table 3)", asked),
     ("The same at 1 and 4 steps", asked_elsewhere),
     ("CD beside VSD makes samples more diverse (Table 3)", more_diverse),
@@ -229,14 +216,7 @@ CLAIMS: Sequence[tuple[str, Callable[[], tuple[str, str]]]] = (
 
 
 def lines() -> list[str]:
-    found = ["| claim | here | figures |", "|---|---|---|"]
-    for text, judge in CLAIMS:
-        try:
-            verdict, figures = judge()
-        except KeyError:
-            verdict, figures = "not measured", ""
-        found.append(f"| {text} | {verdict} | {figures} |")
-    return [*found, "", *table(), "", *fit_lines()]
+    return [*judged(CLAIMS), "", *table(), "", *fit_lines()]
 
 
 def fit_lines() -> list[str]:

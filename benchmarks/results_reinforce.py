@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from reinforce import CELLS, OWN
+from verdicts import Claim, differences, judged, measured, word
 
 from instep.evaluate.compare import Row, better, combined, difference
 
@@ -51,24 +52,11 @@ def modes(row: Row, control: Row) -> float:
 
 
 def said(row: Row, other: Row, *keys: str) -> str:
-    parts = []
-    for key in keys:
-        d = difference(row, other, key)
-        parts.append(f"{COLUMNS.get(key, key)} {d.value:+.3f} ± {d.se:.3f}")
-    return ", ".join(parts)
+    return differences(row, other, keys, COLUMNS)
 
 
 def need(*names: str) -> list[Row]:
-    """The rows of cells; KeyError if one was not measured."""
-    found = [cell(name) for name in names]
-    for name, row in zip(names, found, strict=True):
-        if row is None:
-            raise KeyError(name)
-    return [row for row in found if row]
-
-
-def word(yes: bool, partly: bool = False) -> str:
-    return "reproduced" if yes else "partly" if partly else "not reproduced"
+    return measured(names, cell)
 
 
 def alone_hacks() -> tuple[str, str]:
@@ -176,7 +164,7 @@ def dynamics() -> tuple[str, str]:
     return word(all(quicker), any(quicker)), f"iterations to a quality of {REACHED} from a far start: " + "; ".join(figures)
 
 
-CLAIMS: Sequence[tuple[str, Callable[[], tuple[str, str]]]] = (
+CLAIMS: Sequence[Claim] = (
     ("Reinforcement learning alone on the distilled student reaches the highest reward, by hacking it (Fig. 4)", alone_hacks),
     ("Joint training beats its distillation control on the held-out judge, at 95 % of its modes (Fig. 4; asked here)", joint_wins),
     ("The hacking flag is raised alone, not in joint training or distillation (asked here)", flag),
@@ -191,11 +179,4 @@ CLAIMS: Sequence[tuple[str, Callable[[], tuple[str, str]]]] = (
 
 
 def lines() -> list[str]:
-    found = ["| claim | here | figures |", "|---|---|---|"]
-    for text, judge in CLAIMS:
-        try:
-            verdict, figures = judge()
-        except KeyError:
-            verdict, figures = "not measured", ""
-        found.append(f"| {text} | {verdict} | {figures} |")
-    return [*found, "", *table()]
+    return [*judged(CLAIMS), "", *table()]

@@ -80,8 +80,7 @@ class WanFamily:
                 f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; height and width are multiples of "
                 f"{2 * spatial}, frames are {temporal} k + 1"
             )
-        frames = (size.frames - 1) // temporal + 1
-        self.latent_shape = (pipe.transformer.config.in_channels, frames, size.height // spatial, size.width // spatial)
+        self.latent_shape = WanStock(pipe).latent_shape(size)
         self._texts: dict[str, Tensor] = {}
         for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
             part.eval().requires_grad_(False)

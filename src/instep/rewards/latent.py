@@ -47,11 +47,15 @@ class LatentScorer(nn.Module):
         return self.total / self.seen.clamp(min=1)
 
     @property
+    def variance(self) -> Tensor:
+        """Of each reward, [R]; 0 while all labels were alike but for rounding."""
+        variance = self.square / self.seen.clamp(min=1) - self.mean.square()
+        return torch.where(variance > 1e-12 * self.mean.square(), variance, torch.zeros_like(variance))
+
+    @property
     def std(self) -> Tensor:
         """Of each reward, [R]; 1 while all labels were alike."""
-        variance = self.square / self.seen.clamp(min=1) - self.mean.square()
-        rounding = 1e-12 * self.mean.square()
-        return torch.where(variance > rounding, variance.clamp(min=0).sqrt(), torch.ones_like(variance))
+        return torch.where(self.variance > 0, self.variance.sqrt(), torch.ones_like(self.variance))
 
     def standard(self, reward: Tensor, weights: Sequence[float] = (1.0,)) -> Tensor:
         """Rewards [B] or [B, R], each in deviations from its mean, weighted and added: [B]."""
@@ -61,8 +65,7 @@ class LatentScorer(nn.Module):
     @torch.no_grad()
     def settle(self, reward: Tensor) -> None:
         """Takes mean and deviation from rewards [B] or [B, R] until there are enough, and until they differ; later ones change nothing."""
-        varied = bool((self.square / self.seen.clamp(min=1) > self.mean.square() * (1 + 1e-12)).all())
-        if float(self.seen) >= SETTLE and varied:
+        if float(self.seen) >= SETTLE and bool((self.variance > 0).all()):
             return
         each = (reward[:, None] if reward.ndim == 1 else reward).double()
         self.total += each.sum(0)

@@ -1,0 +1,43 @@
+"""What the sections of docs/results.md share: claims beside what was found, and how a difference is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from instep.evaluate.compare import Row, difference
+
+Claim = tuple[str, Callable[[], tuple[str, str]]]
+
+
+def word(yes: bool, partly: bool = False) -> str:
+    return "reproduced" if yes else "partly" if partly else "not reproduced"
+
+
+def judged(claims: Sequence[Claim]) -> list[str]:
+    """The table of claims: each one's verdict and figures; "not measured" where its judge misses a row or a figure (KeyError)."""
+    lines = ["| claim | here | figures |", "|---|---|---|"]
+    for text, judge in claims:
+        try:
+            verdict, figures = judge()
+        except KeyError:
+            verdict, figures = "not measured", ""
+        lines.append(f"| {text} | {verdict} | {figures} |")
+    return lines
+
+
+def measured(names: Sequence[str], cell: Callable[[str], Row | None]) -> list[Row]:
+    """The rows of cells; KeyError if one was not measured."""
+    found = [cell(name) for name in names]
+    for name, row in zip(names, found, strict=True):
+        if row is None:
+            raise KeyError(name)
+    return [row for row in found if row]
+
+
+def differences(row: Row, other: Row, keys: Iterable[str], columns: Mapping[str, str]) -> str:
+    """row - other with its error, figure by figure."""
+    parts = []
+    for key in keys:
+        d = difference(row, other, key)
+        parts.append(f"{columns.get(key, key)} {d.value:+.3f} ± {d.se:.3f}")
+    return ", ".join(parts)
