@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_health import history
-from test_run import PROMPTS, family, rows, same
+from test_run import PROMPTS, family, interrupted_before, rows, same
 
 from instep.lab.run import common, ensemble_state
 from instep.lab.run import train as train_lab
@@ -18,7 +18,6 @@ from instep.rewards.base import FunctionReward
 from instep.rewards.ranker import Ranked, RewardRanker
 from instep.rewards.several import several
 from instep.train import checkpoint
-from instep.train import run as module
 from instep.train.health import examine
 from instep.train.run import RunOptions, train
 from instep.train.source import RealSamples
@@ -35,7 +34,7 @@ def real(n: int = 8) -> RealSamples:
 
 
 @pytest.mark.parametrize("lora", [None, 4])
-def test_a_run_with_a_scorer_and_an_average_resumes_to_the_same_weights(tmp_path, lora, monkeypatch):
+def test_a_run_with_a_scorer_and_an_average_resumes_to_the_same_weights(tmp_path, lora):
     recipe = dollar(Common(steps=2, batch=4, critic_updates=1, lora_rank=lora), fit=1, iterations=3, target="average", cd_steps=2, scorer_updates=2)
     whole = train(recipe, family(), out=tmp_path / "whole", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS)
     last = rows(whole.out)[-1]
@@ -44,17 +43,8 @@ def test_a_run_with_a_scorer_and_an_average_resumes_to_the_same_weights(tmp_path
     assert all(torch.equal(p, first["ema"]["student"][key]) for key, p in first["roles"]["student"].items()), "fitting leaves the student as it is"
     moved = {name: any(not torch.equal(p, first["roles"][name][key]) for key, p in second["roles"][name].items()) for name in ("student", "fake", "scorer")}
     assert all(moved.values()), "and then all three are trained"
-    real_iteration = module.iteration
-
-    def stops(state, *args):
-        if state.step == 2:
-            raise KeyboardInterrupt
-        return real_iteration(state, *args)
-
-    monkeypatch.setattr(module, "iteration", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_before(2):
         train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS)
-    monkeypatch.setattr(module, "iteration", real_iteration)
     again = train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS)
     same(whole.out, again.out)
     scorers = [checkpoint.load(checkpoint.latest(out / "checkpoints"))["roles"]["scorer"] for out in (whole.out, again.out)]

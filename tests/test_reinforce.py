@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_forces import F64, view
-from test_run import PROMPTS, brightness, family, rows, same
+from test_run import PROMPTS, brightness, family, interrupted_before, rows, same
 from test_skeletons import batch_of, mlp_state, prompts
 
 from instep.advantage import group_advantage, several_advantages
@@ -31,7 +31,6 @@ from instep.recipes.dmdr import dmdr
 from instep.rewards.base import FunctionReward
 from instep.rewards.several import several
 from instep.rollout import Point, Rollout, Trajectory
-from instep.train import run as module
 from instep.train.recipe import FewStep, Stage
 from instep.train.run import RunOptions, train
 from instep.train.step import iteration
@@ -248,23 +247,14 @@ def test_the_reference_is_the_student_at_the_beginning_of_its_stage():
 
 
 @pytest.mark.parametrize("lora", [None, 4])
-def test_a_run_with_a_reference_resumes_to_the_same_weights(tmp_path, lora, monkeypatch):
+def test_a_run_with_a_reference_resumes_to_the_same_weights(tmp_path, lora):
     recipe = dmdr(Common(steps=2, batch=4, critic_updates=1, lora_rank=lora), warm=1, iterations=3, group=2, tilt="none", dyna_dg=0.0, rl="dpo")
     options = RunOptions(save_every=1, probe_every=50)
     both = several((brightness, 1.0), (FunctionReward(lambda media, prompts: media.std((1, 2, 3, 4)), name="contrast"), 0.5))
     whole = train(recipe, family(), out=tmp_path / "whole", prompts=PROMPTS, reward=both, options=options)
     assert {"objective/dpo", "reward/train/0", "reward/train/1"} <= rows(whole.out)[-1].keys()
-    real_iteration = module.iteration
-
-    def stops(state, *args):
-        if state.step == 3:
-            raise KeyboardInterrupt
-        return real_iteration(state, *args)
-
-    monkeypatch.setattr(module, "iteration", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_before(3):
         train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, reward=both, options=options)
-    monkeypatch.setattr(module, "iteration", real_iteration)
     same(whole.out, train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, reward=both, options=options).out)
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,23 @@ def same(a: Path, b: Path) -> None:
     assert [{k: v for k, v in r.items() if k not in timing} for r in rows(a)] == [
         {k: v for k, v in r.items() if k not in timing} for r in rows(b)
     ]
+
+
+@contextmanager
+def interrupted_before(step: int):
+    """A run inside is interrupted before its iteration `step`, and has to be."""
+    from instep.train import run as module
+
+    real = module.iteration
+
+    def stops(state, *args):
+        if state.step == step:
+            raise KeyboardInterrupt
+        return real(state, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "iteration", stops)
+        yield
 
 
 @pytest.fixture(scope="module")

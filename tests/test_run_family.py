@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_run import PROMPTS, brightness, family, rows, same
+from test_run import PROMPTS, brightness, family, interrupted_before, rows, same
 
 from instep.recipes import NAMES, find
 from instep.recipes.common import Common
@@ -59,19 +59,10 @@ def test_a_discriminator_without_real_samples_takes_the_teachers(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", [dmd2(SHORT, iterations=3, gan=0.01), dmd(SHORT, iterations=3), magic(SHORT, iterations=3)])
-def test_heads_adapters_and_stored_pairs_resume_to_the_same_weights(tmp_path, recipe, monkeypatch):
+def test_heads_adapters_and_stored_pairs_resume_to_the_same_weights(tmp_path, recipe):
     whole = train(recipe, family(), out=tmp_path / "whole", prompts=PROMPTS, options=FEW).out
-    real_iteration = module.iteration
-
-    def stops(state, *args):
-        if state.step == 2:
-            raise KeyboardInterrupt
-        return real_iteration(state, *args)
-
-    monkeypatch.setattr(module, "iteration", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_before(2):
         train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, options=FEW)
-    monkeypatch.setattr(module, "iteration", real_iteration)
     same(whole, train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, options=FEW).out)
 
 
