@@ -1,11 +1,10 @@
-"""Diffusion-APO's claims, three seeds a cell in the exact laboratory, and the five stages in sequence on the bundled model.
+"""Diffusion-APO's claims, three seeds a cell in the exact laboratory (on the bundled model: apo_bundled.py).
 
     python benchmarks/apo.py                       # the laboratory: some minutes of CPU time; what is there is not repeated
     python benchmarks/apo.py --only sequence --seeds 0
-    python benchmarks/apo.py --bundled --seeds 0   # the bundled model
 
 Every cell starts from the same many-step network and is kept as benchmarks/results/apo/NAME-SEED.json: win rate against the start on the same noise, and
-the laboratory's figures, before and after guidance distillation; on the bundled model win rate and figures by the held-out judge after every stage.
+the laboratory's figures, before and after guidance distillation.
 """
 
 from __future__ import annotations
@@ -126,71 +125,14 @@ def start_of(world: World, seed: int) -> VelocityMLP:
     return KEPT[seed]
 
 
-def run_bundled(seed: int, runs: Path, guidance: float = 3.0) -> None:
-    """The five stages on moving digits: the held-out judge's win rate against the start, and its share of right samples, after every stage."""
-    from instep.commands.evaluate import noise_for
-    from instep.commands.export import read_run, sampling_of, student_of
-    from instep.embedded import moving_digits
-    from instep.models import MOVING_DIGITS, load
-    from instep.rewards.judges import load_judge
-    from instep.train.run import RunOptions, train
-
-    file, out = RESULTS / f"bundled-{seed}.json", runs / f"apo-{seed}"
-    if file.is_file():
-        return
-    digits, began = moving_digits(), time.process_time()
-    recipe = apo(ManySteps(guidance=guidance))
-    train(
-        recipe, digits.family, out=out, prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor, pairs=digits.pairs(), real=digits.real(),
-        options=RunOptions(seed=seed, save_every=20, probe_every=60),
-    )  # fmt: skip
-    cpu, judge, record = time.process_time() - began, load_judge("heldout"), read_run(out)
-    names = tuple(digits.prompts[i] for i in range(0, 195, 2))
-
-    def media(step: int | None) -> Tensor:
-        family = load(MOVING_DIGITS)
-        noise, rng = noise_for(family, names, 4321)
-        role = student_of(out, record, family, step=step) if step else plain(family)
-        with torch.no_grad():
-            parts = []
-            for rows in torch.arange(len(names)).split(33):
-                part = [names[i] for i in rows]
-                x = sampling_of(record, step or 0)(role, family.encode(part), family.null(len(part)), noise[rows], family.path, rng)
-                parts.append(family.decode(x).clamp(0, 1))
-        return torch.cat(parts)
-
-    def plain(family):
-        from instep.roles import Backbone, Role
-
-        return Role("teacher", Backbone(family, family.pretrained))
-
-    rows, first = {}, judge.score(start := media(None), names)
-    for stage, end in (("start", None), *((s.name, end) for s, end in zip(recipe.stages, recipe.stage_ends(), strict=True))):
-        seen = start if end is None else media(end)
-        score = judge.score(seen, names)
-        rows[stage] = {
-            "win": float(0.5 + 0.5 * (score - first).sign().mean()),
-            "score": float(score.mean()),
-            "both": float(judge.correct(seen, names).both.float().mean()),
-            "motion": float((seen[:, :, 1:] - seen[:, :, :-1]).abs().mean()),
-        }
-    write_json(file, {"what": "five stages on the bundled model, held-out judge", "seed": seed, "after": rows, "cpu_s": round(cpu, 1)})
-    print(f"bundled seed {seed}: " + ", ".join(f"{k} win {v['win']:.3f} both {v['both']:.3f}" for k, v in rows.items()), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=[*CELLS, "sequence"], choices=[*CELLS, "sequence"])
-    parser.add_argument("--bundled", action="store_true", help="the five stages on the bundled model instead of the laboratory")
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        if args.bundled:
-            run_bundled(seed, args.runs)
-            continue
         for name in args.only:
             cell = Cell(SEQUENCE, "the five stages in sequence") if name == "sequence" else CELLS[name]
             run_lab(name, cell.options, cell.what, seed)

@@ -1,0 +1,182 @@
+"""Diffusion-APO on the bundled model: what each way of drawing levels wins at equal cost, and the five stages in sequence, by the held-out judge.
+
+    python benchmarks/apo_bundled.py --runs runs/benchmark      # an hour of CPU time, resumes; then make results
+    python benchmarks/apo_bundled.py --speed                    # seconds of a guided step and of a distilled one
+
+A cell is the offline stage alone on the bundled model's labelled pairs; some are followed by guidance distillation, as the paper's ablation is. Win rates
+are against the model that the run began as, on the same noise: a share of samples that score higher by the held-out judge, ± over prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from apo import NONE, jump
+from torch import Tensor
+
+from instep.commands.evaluate import noise_for
+from instep.commands.export import read_run, sampling_of, student_of
+from instep.embedded import moving_digits
+from instep.files import write_json
+from instep.models import MOVING_DIGITS, load
+from instep.prediction import Denoiser, guide_and_skip, skipping
+from instep.recipes.apo import apo
+from instep.recipes.many_step import ManySteps
+from instep.rewards.judges import load_judge
+from instep.roles import Backbone, Role
+from instep.rollout import Sampling
+from instep.train.log import read_rows
+from instep.train.run import RunOptions, train
+
+RESULTS = Path(__file__).parent / "results" / "apo_bundled"
+COMMON = ManySteps()
+UPDATES = 20  # of the offline stage, five levels each
+COPIES = 3  # noises a prompt
+NOISE = 4321
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Options of the recipe, and what it shows."""
+
+    what: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def window(what: str, absorb: int = 0, **changed: Any) -> Cell:
+    return Cell(what, {**NONE, "offline": UPDATES, "absorb": absorb, **changed})
+
+
+ABSORB = 300
+CELLS = {
+    "dpo": window("Diffusion-DPO: one level of all an update", ABSORB, offline=5 * UPDATES, uniform=1),
+    "no-window": window("five levels of all an update", uniform=5),
+    "apo": window("Diffusion-APO: a window of four high levels and a low one, near the sampler's", ABSORB),
+    "no-shift": window("without the random shift", random_shift=False),
+    "no-offset": window("without the random offset", offset=0.0),
+    "neither": window("without random shift and offset", ABSORB, random_shift=False, offset=0.0),
+    "high-only": window("five high levels", high=5, low=0),
+    "low-only": window("five low levels", high=0, low=5),
+    "distilled": Cell("guidance distillation alone", {**NONE, "absorb": ABSORB}),
+    "sequence": Cell("the five stages, with the recipe's defaults"),
+}
+
+
+@cache
+def prompts() -> tuple[str, ...]:
+    """Every second prompt of training; each COPIES times in a row."""
+    return tuple(name for name in moving_digits().prompts[::2] for _ in range(COPIES))
+
+
+@torch.no_grad()
+def media(role: Denoiser, sampling: Sampling) -> Tensor:
+    """Samples [B, 3, F, H, W] of the prompts, always from the same noise."""
+    family, names = moving_digits().family, prompts()
+    noise, rng = noise_for(family, names, NOISE)
+    parts = []
+    for rows in torch.arange(len(names)).split(33):
+        part = [names[i] for i in rows]
+        x = sampling(role, family.encode(part), family.null(len(part)), noise[rows], family.path, rng)
+        parts.append(family.decode(x).clamp(0, 1))
+    return torch.cat(parts)
+
+
+@cache
+def start() -> Tensor:
+    """Samples of the bundled model itself."""
+    family = load(MOVING_DIGITS)
+    return media(Role("teacher", Backbone(family, family.pretrained)), Sampling(COMMON.levels, "ode", COMMON.guidance))
+
+
+def figures(seen: Tensor) -> dict[str, float]:
+    """Against the start, by the held-out judge; the standard error is over prompts, whose samples are not independent."""
+    judge, names = load_judge("heldout"), prompts()
+    score = judge.score(seen, names)
+    wins = (0.5 + 0.5 * (score - judge.score(start(), names)).sign()).reshape(-1, COPIES).mean(1).double()
+    return {
+        "win": float(wins.mean()), "win_se": float(wins.std() / len(wins) ** 0.5), "score": float(score.mean()),
+        "right": float(judge.correct(seen, names).both.float().mean()), "motion": float((seen[:, :, 1:] - seen[:, :, :-1]).abs().mean()),
+        "change": float((seen - start()).square().mean().sqrt()),
+    }  # fmt: skip
+
+
+def run_cell(name: str, seed: int, runs: Path) -> None:
+    """One cell and seed, kept as NAME-SEED.json."""
+    file, out, cell = RESULTS / f"{name}-{seed}.json", runs / f"apo-{name}-{seed}", CELLS[name]
+    if file.is_file():
+        return
+    digits, recipe, began = moving_digits(), apo(COMMON, **cell.options), time.process_time()
+    ends = {end: stage.name for stage, end in zip(recipe.stages, recipe.stage_ends(), strict=True)}
+    train(
+        recipe, digits.family, out=out, prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor, pairs=digits.pairs(), real=digits.real(),
+        options=RunOptions(seed=seed, save_every=20, probe_every=100),
+    )  # fmt: skip
+    cpu, record = time.process_time() - began, read_run(out)
+    after: dict[str, dict[str, float]] = {"start": figures(start())}
+    for end, stage in ends.items():
+        role = student_of(out, record, load(MOVING_DIGITS), step=end)
+        after[stage] = figures(media(role, sampling_of(record, end)))
+    first = next(iter(ends))
+    losses = [row["objective/dpo"] for row in read_rows(out / "log.jsonl") if "objective/dpo" in row and row["step"] <= first]
+    write_json(file, {"what": cell.what, "seed": seed, "after": after, "loss_jump": jump(losses), "cpu_s": round(cpu, 1)})
+    print(f"{name} seed {seed}: " + ", ".join(f"{k} win {v['win']:.3f} right {v['right']:.3f}" for k, v in after.items()), flush=True)
+
+
+def speed(pairs: int = 15) -> None:
+    """CPU seconds of a sampling step of 16 videos, interleaved: guided by text and by a pass without a block, guided by text, and distilled."""
+    family = load(MOVING_DIGITS)
+    role = Role("teacher", Backbone(family, family.pretrained))
+    names = prompts()[:16]
+    cond, null = family.encode(names), family.null(len(names))
+    noise, _ = noise_for(family, names, NOISE)
+    t = torch.full((len(names),), 0.5)
+
+    def by_text() -> tuple[Tensor, Tensor]:
+        return role(torch.cat([noise, noise]), torch.cat([t, t]), cond.stack(null)).v.chunk(2)
+
+    def by_both() -> Tensor:
+        c, u = by_text()
+        return guide_and_skip(c, u, skipping(role, (1,))(noise, t, cond).v, COMMON.guidance, 0.5)
+
+    ways: dict[str, Callable[[], object]] = {"distilled": lambda: role(noise, t, cond).v, "text": by_text, "text and skip-layer": by_both}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.no_grad():
+        for i in range(pairs + 1):
+            for name, step in ways.items():
+                began = time.process_time()
+                step()
+                if i:  # the first round warms up
+                    seconds[name].append(time.process_time() - began)
+    one = median(seconds["distilled"])
+    kept = {name: {"cpu_ms": 1000 * median(each), "times": median(each) / one} for name, each in seconds.items()}
+    write_json(RESULTS / "speed.json", kept)
+    print(kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--speed", action="store_true", help="only the cost of a guided and of a distilled step")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if args.speed:
+        speed()
+        return
+    for name in args.cells:
+        for seed in args.seeds:
+            run_cell(name, seed, args.runs)
+
+
+if __name__ == "__main__":
+    main()
