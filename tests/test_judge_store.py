@@ -19,9 +19,10 @@ from PIL import Image
 
 from instep.files import write_json
 from instep.judge import frames
+from instep.judge.create import create
 from instep.judge.questions import choose
 from instep.judge.samples import match, read_samples
-from instep.judge.store import Conflict, Store, create
+from instep.judge.store import Conflict, Store
 
 ALL = {"visual_quality": "left", "text_alignment": "right", "motion": "equal", "overall": "left"}
 

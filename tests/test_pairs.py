@@ -13,10 +13,10 @@ from judging import pictures
 
 from instep.cli import main
 from instep.data.pairs import PreferencePair, read_pairs, write_pairs
+from instep.judge.create import create
 from instep.judge.pairs import pairs_of
 from instep.judge.questions import choose
 from instep.judge.samples import match
-from instep.judge.store import create
 
 
 @pytest.fixture

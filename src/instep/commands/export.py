@@ -82,6 +82,9 @@ def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: boo
     checkpoints = folder / "checkpoints"
     newest = checkpoint.latest(checkpoints) if step is None else checkpoint.at(checkpoints, step)
     if newest is None:
+        kept = ", ".join(str(checkpoint.step_of(path)) for path in checkpoint.every(checkpoints))
+        if step is not None and kept:
+            raise ValueError(f"step: {folder} has no whole checkpoint of step {step}; it has {kept}")
         raise ValueError(f"dir: {folder} holds no checkpoint yet; let the run reach its first one")
     saved = checkpoint.load(newest)
     config = record["config"]["roles"]["student"]

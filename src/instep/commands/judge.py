@@ -77,8 +77,10 @@ def judge_command(args: JudgeArgs) -> int:
 
 def open_store(args: JudgeArgs):
     """The store of `out`, new if there is none; ValueError if it is for other samples, another mode or other questions than are asked for."""
+    from instep.judge.create import create
+    from instep.judge.database import is_new
     from instep.judge.samples import match
-    from instep.judge.store import Store, create, is_new
+    from instep.judge.store import Store
 
     new = is_new(args.out)
     if not args.samples and new:

@@ -63,6 +63,12 @@ class Matched:
     pairs: tuple[tuple[Sample, Sample], ...]
     alone: tuple[int, int]
 
+    @property
+    def fingerprint(self) -> str:
+        """Of which samples are compared: prompts, seeds and contents, A and B apart."""
+        rows = sorted((*first.key, first.digest, second.digest) for first, second in self.pairs)
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
 
 def match(a: str, b: str, by: Match = "seed") -> Matched:
     """The samples of two folders paired by (prompt, seed), or by "prompt" alone, in the order of each folder; ValueError if there are none."""

@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 import random
 import re
-import secrets
 import sqlite3
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instep.files import write_bytes
-from instep.judge.frames import inspect
+from instep.judge.database import FORMAT, connect, now, transaction
 from instep.judge.questions import Mode, Question
-from instep.judge.samples import Clip, Matched, Sample
+from instep.judge.samples import Clip, Matched
 
-FORMAT = 1
 LONGEST_NAME, MOST_ANNOTATORS = 40, 1000
-TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE media (id TEXT PRIMARY KEY, run INTEGER NOT NULL, path TEXT NOT NULL, inside INTEGER NOT NULL, digest TEXT NOT NULL, clip TEXT NOT NULL);
-CREATE TABLE item (id TEXT PRIMARY KEY, prompt TEXT NOT NULL, seed INTEGER NOT NULL, copy INTEGER NOT NULL,
-  a TEXT NOT NULL REFERENCES media, b TEXT REFERENCES media);
-CREATE TABLE annotator (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, name TEXT NOT NULL, joined TEXT NOT NULL);
-CREATE TABLE assignment (annotator INTEGER NOT NULL REFERENCES annotator, item TEXT NOT NULL REFERENCES item, position INTEGER NOT NULL,
-  swapped INTEGER NOT NULL, PRIMARY KEY (annotator, item), UNIQUE (annotator, position));
-CREATE TABLE judgement (id INTEGER PRIMARY KEY, annotator INTEGER NOT NULL, item TEXT NOT NULL, request TEXT NOT NULL UNIQUE, at TEXT NOT NULL,
-  undone TEXT, undo_request TEXT UNIQUE, FOREIGN KEY (annotator, item) REFERENCES assignment);
-CREATE UNIQUE INDEX standing ON judgement (annotator, item) WHERE undone IS NULL;
-CREATE TABLE answer (judgement INTEGER NOT NULL REFERENCES judgement, question TEXT NOT NULL, value TEXT NOT NULL, PRIMARY KEY (judgement, question));
-"""
 
 
 class Conflict(ValueError):
@@ -96,7 +79,7 @@ class Store:
         if not path.is_file():
             raise ValueError(f"store: {path} does not exist; `instep judge A B --out {path}` makes it")
         self.path, self._lock = path.resolve(), threading.RLock()
-        self._db = _connect(path)
+        self._db = connect(path)
         try:
             meta = dict(self._db.execute("SELECT key, value FROM meta"))
             if meta.get("format") != str(FORMAT):
@@ -133,7 +116,7 @@ class Store:
         if tuple(questions) != self.questions:
             asked = ", ".join(question.key for question in self.questions)
             raise ValueError(f"questions: {self.path} was begun with {asked}; ask the same, or choose another file with --out")
-        if matched is not None and fingerprint(matched) != self.fingerprint:
+        if matched is not None and matched.fingerprint != self.fingerprint:
             a, b = self.runs
             raise ValueError(f"out: {self.path} was begun for other samples (of {a!r} and {b!r}, in this order); choose another file with --out")
 
@@ -151,7 +134,7 @@ class Store:
             order = rng.sample(items, len(items))
             sides = [i % 2 for i in range(len(items))] if self.mode == "pairs" else [0] * len(items)
             rng.shuffle(sides)  # as often left as right, so that a habit of one side cancels
-            who = self._db.execute("INSERT INTO annotator (key, name, joined) VALUES (?, ?, ?)", (key, name, _now())).lastrowid
+            who = self._db.execute("INSERT INTO annotator (key, name, joined) VALUES (?, ?, ?)", (key, name, now())).lastrowid
             rows = [(who, item, i, side) for i, (item, side) in enumerate(zip(order, sides, strict=True))]
             self._db.executemany("INSERT INTO assignment VALUES (?, ?, ?, ?)", rows)
         return name
@@ -197,7 +180,7 @@ class Store:
                 if (same[1], same[2], kept) != (who, item, dict(answers)):
                     raise Conflict("answers: another answer to this item stands already; undo it first")
                 return
-            row = (who, item, request, _now())
+            row = (who, item, request, now())
             judgement = self._db.execute("INSERT INTO judgement (annotator, item, request, at) VALUES (?, ?, ?, ?)", row).lastrowid
             self._db.executemany("INSERT INTO answer VALUES (?, ?, ?)", [(judgement, question, value) for question, value in answers.items()])
 
@@ -210,7 +193,7 @@ class Store:
             last = self._db.execute("SELECT max(id) FROM judgement WHERE annotator = ? AND undone IS NULL", (who,)).fetchone()[0]
             if last is None:
                 return False
-            self._db.execute("UPDATE judgement SET undone = ?, undo_request = ? WHERE id = ?", (_now(), request, last))
+            self._db.execute("UPDATE judgement SET undone = ?, undo_request = ? WHERE id = ?", (now(), request, last))
             return True
 
     def votes(self) -> list[Vote]:
@@ -249,49 +232,8 @@ class Store:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._lock, _transaction(self._db):
+        with self._lock, transaction(self._db):
             yield
-
-
-def create(path: Path, matched: Matched, mode: Mode, questions: Sequence[Question], seed: int) -> Store:
-    """A new store for matched samples; media that are not files yet are written to the folder `<name>-media` beside it. Whole or not at all."""
-    path = path.resolve()
-    if not is_new(path):
-        raise ValueError(f"out: {path} exists; choose another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent / f"{path.stem}-media"
-    media, items = [], []
-    for first, second in matched.pairs:
-        kept = [_keep(sample, run, folder, path.parent) for run, sample in enumerate((first, second))]
-        media += kept
-        key = (first.prompt, first.seed, first.copy)
-        shown: list[tuple[str, str | None]] = [(kept[0][0], kept[1][0])] if mode == "pairs" else [(row[0], None) for row in kept]
-        items += [(secrets.token_hex(8), *key, a, b) for a, b in shown]
-    secrets.SystemRandom().shuffle(media)  # not even their order tells the runs apart
-    meta = {
-        "format": str(FORMAT), "mode": mode, "questions": json.dumps([asdict(question) for question in questions], ensure_ascii=False),
-        "runs": json.dumps([matched.a.name, matched.b.name]), "sources": json.dumps([matched.a.source, matched.b.source]),
-        "fingerprint": fingerprint(matched), "seed": str(seed), "created": _now(),
-    }  # fmt: skip
-    db = _connect(path)
-    try:
-        with _transaction(db):
-            for statement in TABLES.split(";"):
-                db.execute(statement)
-            db.executemany("INSERT INTO media VALUES (?, ?, ?, ?, ?, ?)", media)
-            db.executemany("INSERT INTO item VALUES (?, ?, ?, ?, ?, ?)", items)
-            db.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
-    except sqlite3.Error as error:  # another process was quicker, or the disk is full
-        raise ValueError(f"out: {path} was not written ({error}); repeat the same command") from error
-    finally:
-        db.close()
-    return Store(path)
-
-
-def fingerprint(matched: Matched) -> str:
-    """Of which samples are compared: prompts, seeds and contents, A and B apart."""
-    rows = sorted((*first.key, first.digest, second.digest) for first, second in matched.pairs)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def clean_name(name: str) -> tuple[str, str]:
@@ -302,63 +244,9 @@ def clean_name(name: str) -> tuple[str, str]:
     return text, unicodedata.normalize("NFKC", text).casefold()
 
 
-def _keep(sample: Sample, run: int, folder: Path, base: Path) -> tuple[str, int, str, int, str, str]:
-    """A row of the media table; the file is written where there is none yet."""
-    id_, path, digest = secrets.token_hex(8), sample.path, sample.digest
-    if path is None:
-        assert sample.encode is not None
-        data = sample.encode()
-        path, digest = folder / f"{id_}.webp", hashlib.sha256(data).hexdigest()
-        write_bytes(path, data)
-    inside = path.is_relative_to(base)
-    clip = json.dumps(asdict(inspect(path)))
-    return id_, run, path.relative_to(base).as_posix() if inside else str(path.resolve()), int(inside), digest, clip
-
-
 def _told(value: str, swapped: bool) -> str:
     """left, right or equal as a, b or equal."""
     return "equal" if value == "equal" else "b" if (value == "left") == swapped else "a"
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-    except sqlite3.Error as error:
-        raise ValueError(f"store: {path} cannot be opened ({error}); choose another file with --out") from error
-    try:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")  # an answer that was acknowledged outlives the machine's power too
-        db.execute("PRAGMA foreign_keys = ON")
-    except sqlite3.DatabaseError as error:
-        db.close()
-        raise ValueError(f"store: {path} is not a store of judgements ({error}); choose another file with --out") from error
-    return db
-
-
-@contextlib.contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
-
-
-def is_new(path: Path) -> bool:
-    """Nothing is there yet, or a database without a single table, whose creation was interrupted."""
-    if not path.exists() or (path.is_file() and not path.stat().st_size):
-        return True
-    db = _connect(path)
-    try:
-        return db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-    finally:
-        db.close()
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _keys(value: Mapping[str, Any]) -> str:
