@@ -34,8 +34,8 @@ from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
 from instep.recipes.refl import refl
 from instep.rewards.base import Reward
-from instep.train.findings import number, probes
 from instep.train.health import examine
+from instep.train.history import number, probes
 from instep.train.log import read_rows
 from instep.train.recipe import Recipe
 from instep.train.run import RunOptions, train

@@ -5,16 +5,14 @@ They may look at the training reward and at the *monitor* judge; a held-out judg
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 from instep.terms import Force
-from instep.train.recipe import Recipe, Stage
+from instep.train.history import History, Row, mean, number
+from instep.train.recipe import Stage
 
-Row = Mapping[str, Any]
 Level = Literal["ok", "warn", "alarm"]
 Said = Iterator[tuple[Level, str, str]]
 
@@ -46,46 +44,6 @@ FEWER = 0.85
 ALIKE, LEANER = 0.92, 1.0
 # matching force over that of the stage's first ten iterations: 41 runs on the bundled model stay below 1.08
 FARTHER = 1.25
-
-
-@dataclass(frozen=True)
-class History:
-    """Rows up to now (oldest first), those of the present stage, the probes, and the probes of this stage with the one before it.
-
-    Without the `recipe` what depends on a run's length is not looked for. Probes of stages in which only critics learn are left out: the student
-    stands still there.
-    """
-
-    rows: Sequence[Row]
-    stage: Sequence[Row]
-    probes: Sequence[Row]
-    since: Sequence[Row]
-    recipe: Recipe | None = None
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], recipe: Recipe | None = None) -> History:
-        stage = [row for row in rows if row.get("stage") == rows[-1].get("stage")]
-        idle = {s.name for s in recipe.stages if not s.terms} if recipe else set()
-        seen = [row for row in probes(rows) if row.get("stage") not in idle]
-        before = [row for row in seen if row["step"] < stage[0]["step"]]
-        return cls(rows, stage, seen, before[-1:] + [row for row in seen if row["step"] >= stage[0]["step"]], recipe)
-
-
-def number(row: Row, key: str) -> float | None:
-    """The scalar at `key`, or None where it is missing or not finite (the log writes null for those)."""
-    value = row.get(key)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def probes(rows: Sequence[Row]) -> list[Row]:
-    """Rows that carry probe figures."""
-    return [row for row in rows if number(row, "probe/ink") is not None]
-
-
-def mean(rows: Sequence[Row], key: str) -> float | None:
-    """Mean of a scalar over the rows that have it."""
-    values = [value for row in rows if (value := number(row, key)) is not None]
-    return sum(values) / len(values) if values else None
 
 
 def _stage(seen: History) -> Stage | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from instep.files import append_text
-from instep.train.findings import CHECKS, WINDOW, History, Level, Row
+from instep.train.findings import CHECKS, WINDOW, Level
+from instep.train.history import History, Row
 from instep.train.recipe import Recipe
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from instep.files import write_json
 from instep.train import checkpoint
-from instep.train.findings import FLAGS, PERSIST, number, probes
+from instep.train.findings import FLAGS, PERSIST
 from instep.train.health import Finding, flags
+from instep.train.history import number, probes
 from instep.train.log import read_rows
 
 NAME = "stopped.json"
