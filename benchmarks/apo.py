@@ -107,10 +107,7 @@ def run_lab(name: str, options: dict[str, Any], what: str, seed: int) -> None:
     state = ensemble_state(recipe, world, net, seed)
     start = snapshot(state, replace(recipe, stages=recipe.stages[:1]), world)
     after, losses = stages(recipe, state, world)
-    rows = {
-        stage: {**seen.figures[0], "win": win_rate(world, start.samples, seen.samples), "loss_jump": jump(losses[stage])}
-        for stage, seen in after.items()
-    }
+    rows = {stage: {**seen.figures[0], "win": win_rate(world, start.samples, seen.samples), "loss_jump": jump(losses[stage])} for stage, seen in after.items()}
     write_json(file, {"what": what, "seed": seed, "start": start.figures[0], "after": rows, "cpu_s": round(time.process_time() - began, 1)})
     said = ", ".join(f"{stage} win {row['win']:.3f} share {row['share']:.2f} quality {row['quality']:.2f}" for stage, row in rows.items())
     print(f"{name} seed {seed}: start share {start.figures[0]['share']:.2f} quality {start.figures[0]['quality']:.2f}; {said}", flush=True)

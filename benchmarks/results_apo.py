@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from statistics import mean, stdev
 
+import results_apo_bundled
 from apo import ABSORB, BETA, CELLS, EVALUATIONS, RESULTS, SEQUENCE
 
 FIGURES = {"win": "win rate", "share": "share", "quality": "quality", "tv": "TV"}
-STAGES = {"online": "online", "half-online": "half-online", "offline": "offline", "absorb": "guidance distilled", "aware": "distillation-aware"}
 
 
 # written after looking at the tables, three seeds
@@ -47,14 +47,14 @@ def cells() -> list[str]:
     return lines
 
 
-def sequence(name: str, figures: dict[str, str]) -> list[str]:
-    kept = records(name)
+def sequence() -> list[str]:
+    kept = records("sequence")
     if not kept:
         return ["Not measured."]
-    lines = [f"| after stage | seeds | {' | '.join(figures.values())} |", "|---" * (len(figures) + 2) + "|"]
+    lines = [f"| after stage | seeds | {' | '.join(FIGURES.values())} |", "|---" * (len(FIGURES) + 2) + "|"]
     for stage in kept[0]["after"]:
-        values = [said([record["after"][stage][key] for record in kept]) for key in figures]
-        lines.append(f"| {STAGES.get(stage, stage)} | {len(kept)} | {' | '.join(values)} |")
+        values = [said([record["after"][stage][key] for record in kept]) for key in FIGURES]
+        lines.append(f"| {results_apo_bundled.STAGES.get(stage, stage)} | {len(kept)} | {' | '.join(values)} |")
     return lines
 
 
@@ -114,9 +114,11 @@ def lines() -> list[str]:
     """The section."""
     start = [record["start"] for record in records("apo")]
     begins = f"The start has share {said([s['share'] for s in start])} and quality {said([s['quality'] for s in start])}. " if start else ""
-    steps = ", ".join(f"{STAGES[key.replace('_', '-')]} {value}" for key, value in SEQUENCE.items())
+    steps = ", ".join(f"{results_apo_bundled.STAGES[key.replace('_', '-')]} {value}" for key, value in SEQUENCE.items())
     return [
-        "## Diffusion-APO in the laboratory",
+        "## Diffusion-APO",
+        "",
+        "### In the laboratory",
         "",
         "`python benchmarks/apo.py`: a learned many-step model of the ring, sampled in 10 steps with guidance 1.5; half of the modes are the chosen ones. "
         f"Every cell spends {EVALUATIONS} levels on labelled pairs, or on the model's own, where it does not say otherwise: one an update (DPO), or five, in "
@@ -129,18 +131,11 @@ def lines() -> list[str]:
         "",
         f"The five stages in sequence ({steps} updates):",
         "",
-        *sequence("sequence", FIGURES),
+        *sequence(),
         "",
         "\n\n".join(FOUND),
         "",
-        "On the bundled model with the recipe's defaults (`python benchmarks/apo.py --bundled`), by the held-out judge on 98 prompts, the same noise "
-        "throughout:",
-        "",
-        *sequence("bundled", {"win": "win rate against the start", "score": "log p", "both": "right", "motion": "motion"}),
-        "",
-        "One seed, so provisional: the three stages before distillation win against the start, guidance distillation loses more than they won (300 updates "
-        "at 1e-4; a rate of 3e-4 came closer to the guided model), and 15 updates of preferences afterwards recover little of it.",
-        "",
+        *results_apo_bundled.lines(),
         "### From answers on the judging page to a tuned model",
         "",
         *round_trip(),

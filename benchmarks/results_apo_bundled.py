@@ -1,0 +1,148 @@
+"""The section of docs/results.md on Diffusion-APO on the bundled model, from what benchmarks/apo_bundled.py kept."""
+
+from __future__ import annotations
+
+import json
+from statistics import mean
+
+from apo_bundled import CELLS, COPIES, RESULTS, UPDATES
+from verdicts import Claim, judged, word
+
+from instep.evaluate.metrics import Value
+
+STAGES = {
+    "start": "start", "online": "online", "half-online": "half-online", "offline": "offline", "absorb": "guidance distilled", "aware": "distillation-aware",
+}  # fmt: skip
+
+
+def records(name: str) -> list[dict]:
+    """A cell's records, seed by seed; KeyError if there are none."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
+    if not found:
+        raise KeyError(name)
+    return found
+
+
+def win(name: str, stage: str) -> Value:
+    """Mean win rate over seeds. All seeds share the prompts, so the error is that of one seed: it is not divided by their number."""
+    seen = [record["after"][stage] for record in records(name)]
+    return Value(mean(s["win"] for s in seen), mean(s["win_se"] for s in seen))
+
+
+def figure(value: Value) -> str:
+    return f"{value.value:.3f} ± {value.se:.3f}"
+
+
+def above(a: Value, b: Value) -> bool:
+    return a.value - b.value > 2 * (a.se**2 + b.se**2) ** 0.5
+
+
+def said(*cells: tuple[str, str, str]) -> str:
+    """Win rates of (label, cell, stage)."""
+    least = min(len(records(name)) for _, name, _ in cells)
+    return ", ".join(f"{label} {figure(win(name, stage))}" for label, name, stage in cells) + f" ({least} seed(s))"
+
+
+def wins() -> tuple[str, str]:
+    half, stages = Value(0.5, 0.0), ("online", "half-online", "offline")
+    good = [above(win("sequence", stage), half) for stage in stages]
+    return word(all(good), any(good)), said(*((STAGES[stage], "sequence", stage) for stage in stages))
+
+
+def more_than_dpo() -> tuple[str, str]:
+    apo, dpo = win("apo", "offline"), win("dpo", "offline")
+    return word(above(apo, dpo)), said(("APO", "apo", "offline"), ("DPO", "dpo", "offline"))
+
+
+def near_the_trajectory(stage: str) -> tuple[str, str]:
+    names = [("with both", "apo"), ("without the shift", "no-shift"), ("without the offset", "no-offset"), ("without both", "neither")]
+    there = [(label, name, stage) for label, name in names if stage in records(name)[0]["after"]]
+    return word(above(win("apo", stage), win("neither", stage))), said(*there)
+
+
+def regimes() -> tuple[str, str]:
+    both, high, low = (win(name, "offline") for name in ("apo", "high-only", "low-only"))
+    good = [above(both, high), above(both, low)]
+    return word(all(good), any(good)), said(("both", "apo", "offline"), ("high alone", "high-only", "offline"), ("low alone", "low-only", "offline"))
+
+
+def steadier() -> tuple[str, str]:
+    apo, without = (mean(record["loss_jump"] for record in records(name)) for name in ("apo", "no-window"))
+    return word(apo < 0.8 * without), f"jump of the loss from update to update, five levels each: {apo:.4f} with the window, {without:.4f} without"
+
+
+def drop() -> tuple[str, str]:
+    before, after, aware = (win("sequence", stage) for stage in ("offline", "absorb", "aware"))
+    text = said(*((STAGES[stage], "sequence", stage) for stage in ("offline", "absorb", "aware")))
+    alone = f"; distilled without preferences {figure(win('distilled', 'absorb'))}" if list(RESULTS.glob("distilled-*.json")) else ""
+    return word(above(before, after) and above(aware, before), above(aware, after)), text + alone
+
+
+def quicker() -> tuple[str, str]:
+    file = RESULTS / "speed.json"
+    if not file.is_file():
+        raise KeyError("speed")
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    text, both = kept["text"]["times"], kept["text and skip-layer"]["times"]
+    return word(both > 2.8, both > 2), f"CPU time of a step against a distilled one: guided by text {text:.2f} times, by text and skip-layer {both:.2f} times"
+
+
+CLAIMS: list[Claim] = [
+    ("Online, half-online and offline stages each win against the start", wins),
+    ("Diffusion-APO wins more than Diffusion-DPO at equal gradient evaluations (Table 1)", more_than_dpo),
+    ("Random shift and offset help (Section 4.2)", lambda: near_the_trajectory("offline")),
+    ("They help after guidance distillation (Section 4.2)", lambda: near_the_trajectory("absorb")),
+    ("A window of both regimes is better than high or low levels alone", regimes),
+    ("The window steadies the loss", steadier),
+    ("Guidance distillation costs a little, and preferences afterwards more than recover it", drop),
+    ("One pass instead of three: 3 times quicker", quicker),
+]
+
+
+def cells() -> list[str]:
+    lines = ["| | seeds | win rate | right | win rate, guidance distilled | right, guidance distilled | change | loss jump |", "|---" * 8 + "|"]
+    for name, cell in CELLS.items():
+        if name == "sequence" or not list(RESULTS.glob(f"{name}-[0-9].json")):
+            continue
+        kept, values = records(name), []
+        for stage in ("offline", "absorb"):
+            seen = [record["after"].get(stage) for record in kept]
+            values += [figure(win(name, stage)), f"{mean(s['right'] for s in seen):.3f}"] if all(seen) else ["-", "-"]
+        first = [next(figures for stage, figures in record["after"].items() if stage != "start")["change"] for record in kept]
+        jump = mean(record["loss_jump"] for record in kept)
+        lines.append(f"| {cell.what} (`{name}`) | {len(kept)} | {' | '.join(values)} | {mean(first):.3f} | {f'{jump:.4f}' if jump else '-'} |")
+    return lines
+
+
+def sequence() -> list[str]:
+    kept = records("sequence")
+    lines = ["| after stage | seeds | win rate | log p | right | motion |", "|---" * 6 + "|"]
+    for stage in kept[0]["after"]:
+        seen = [record["after"][stage] for record in kept]
+        others = " | ".join(f"{mean(s[key] for s in seen):.3f}" for key in ("score", "right", "motion"))
+        lines.append(f"| {STAGES[stage]} | {len(kept)} | {figure(win('sequence', stage))} | {others} |")
+    return lines
+
+
+def lines() -> list[str]:
+    """The section."""
+    try:
+        five = ["The five stages in sequence, the recipe's defaults:", "", *sequence()]
+    except KeyError:
+        five = ["The five stages in sequence: not measured."]
+    return [
+        "### On the bundled model",
+        "",
+        f"`python benchmarks/apo_bundled.py`, then with `--speed`: the held-out judge on every second prompt of training, {COPIES} noises each, the same "
+        f"for all models. Cells are the offline stage alone, {UPDATES} updates of five levels, or {5 * UPDATES} of one (DPO), sampled in 10 steps with "
+        "guidance 3; some are then distilled and sampled without. Win rate against the model before: share of the same noises that score higher, .5 is no "
+        "change. ± is one standard error over prompts, not divided by the number of seeds, which share them. Change: root mean square of the difference "
+        "in pixels to the model before. Loss jump: its deviation from one update to the next.",
+        "",
+        *judged(CLAIMS),
+        "",
+        *cells(),
+        "",
+        *five,
+        "",
+    ]
