@@ -69,7 +69,7 @@ class GuidanceDistillation(Objective):
         for levels in self.levels.window:
             t = levels(len(real), progress=view.progress, t_exit=None, rng=view.rng).to(real)
             x_t = view.path.renoise(real, view.randn_like(real), t)
-            strengths = self.draw and self.draw.draw(len(real), view.rng)
+            strengths = None if self.draw is None else self.draw.draw(len(real), view.rng)
             target = self.guided(view.roles["reference"], view, x_t, t, strengths)
             yield (view.roles["student"](x_t, t, view.batch.cond.told(strengths)).v - target).square().mean()
 

@@ -214,7 +214,7 @@ class Recipe:
         for stage in self.stages:
             if stage.strengths is not None:
                 if (told := self.roles["student"].told) is None:
-                    raise ValueError(f"strengths: stage {stage.name!r} tells the student {stage.strengths} and it cannot be told; give its role told=Ranges(...)")
+                    raise ValueError(f"strengths: stage {stage.name!r} tells the student {stage.strengths}, which takes none; give its role told=Ranges(...)")
                 told.check(stage.strengths)
         if not any(stage.steps for stage in self.stages):
             raise ValueError(f"recipe {self.name!r}: no stage has steps; give at least one of them a positive number")
@@ -225,7 +225,7 @@ class Recipe:
         return self.sampling_at(self.steps)
 
     def sampling_at(self, step: int) -> Sampling:
-        """How the student of the run's step is sampled: without guidance from the stage on that puts it into the network, which may be told how strong it is."""
+        """How the student of the run's step is sampled: without guidance from the stage on that puts it into the network (told how strong, if it can be)."""
         stage, _ = self.at(max(0, min(step, self.steps) - 1))
         return Sampling(self.levels, self.sampler, self.guidance if self.sampler == "ode" and stage.guided else 1.0, stage.strengths)
 
