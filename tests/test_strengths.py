@@ -35,6 +35,7 @@ from instep.strengths import Ranges, StrengthEmbedding, fold
 from instep.terms import View
 from instep.train.recipe import FewStep, Recipe, RoleConfig, Stage, describe
 from instep.train.run import folded, train
+from instep.train.source import PairSamples
 from instep.train.step import iteration
 from instep.transitions import Deterministic
 
@@ -424,3 +425,17 @@ def test_a_run_that_was_told_nothing_is_gone_on_with(tmp_path, rank):
     for i, (other, ours) in enumerate((({"draw": (1.0, 4.0)}, "guidance 1 to 4"), ({}, "nothing"))):
         with pytest.raises(ValueError, match=f"start_from: that run's student is told guidance 1 to 5, this recipe's {ours}; give the same draw"):
             train(apo(tiny, **{**none, "aware": 1}, **other), family(), out=tmp_path / f"no{i}", **reads)
+
+
+def test_a_cogvideox_is_told_too(tmp_path):
+    fam = cogvideox()
+    recipe = apo(replace(LOUD, batch=2, lora_rank=4), **dict.fromkeys(("online", "half_online", "offline", "aware"), 0), absorb=2, draw=(1.0, 5.0))
+    x = torch.randn(2, *fam.latent_shape, generator=torch.Generator().manual_seed(0))
+    run = train(recipe, fam, out=tmp_path / "run", prompts=PROMPTS[:2], pairs=PairSamples(tuple(PROMPTS[:2]), x, -x), options=QUICK)
+    role = student_of(run.out, read_run(run.out), other := cogvideox())
+    stock = Role("stock", Backbone(other, type(other).load(run.student).pretrained))
+    x, t, cond = noised(other, PROMPTS)
+    with torch.no_grad():
+        wanted, weaker = role(x, t, cond.told((3.0, 0.0))).v, role(x, t, cond.told((1.0, 0.0))).v
+        torch.testing.assert_close(stock(x, t, cond).v, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(wanted, weaker, atol=1e-3)
