@@ -338,6 +338,42 @@ def test_one_model_follows_the_guided_teacher_at_every_strength():
     assert not torch.allclose(sampled, Sampling((1.0, 0.5), "ode", 1.0, (1.0, 0.5))(student, cond, null, noise, world.path, torch.Generator()), atol=0.01)
 
 
+class Overhears:
+    """A role that notes what strengths it was called with."""
+
+    def __init__(self, role):
+        self.role, self.heard = role, []
+
+    def __call__(self, x_t, t, cond):
+        self.heard.append(cond.strengths)
+        return self.role(x_t, t, cond)
+
+    def skipping(self, blocks):
+        return self.role.skipping(blocks)
+
+
+def test_a_stage_tells_student_and_reference_the_same():
+    """Preferences before the guidance is in the weights are told nothing, those after it the recipe's strengths, every sample of a pair."""
+    world = World.named("ring8", members=2, reward="half")
+    recipe = apo(ManySteps(steps=10, batch=8, guidance=2.0, ema=None), online=0, half_online=0, offline=1, absorb=1, aware=1, **BOTH)
+    state = ensemble_state(recipe, world, VelocityMLP(world.path, members=2), 0)
+    spies = {name: Overhears(state.roles[name]) for name in ("student", "reference")}
+    state.roles = {**state.roles, **spies}
+    heard = []
+    for stage in recipe.stages:
+        iteration(state, stage, [world.batch(stage, 2.0, state.rng)], 0.0)
+        heard.append({name: spy.heard[:] for name, spy in spies.items()})
+        for spy in spies.values():
+            spy.heard.clear()
+    offline, absorb, aware = heard[0], heard[-2], heard[-1]
+    assert len(heard) == 3 and all(h is None for h in offline["student"] + offline["reference"] + absorb["reference"])
+    (drawn,) = absorb["student"]
+    assert len(drawn.unique(dim=0)) == len(drawn) > 1
+    assert len(aware["student"]) == len(aware["reference"]) == 5, "one a level of the window"
+    for told in aware["student"] + aware["reference"]:
+        assert len(told) == 2 * 4 * 2 and torch.equal(told, torch.tensor([2.0, 0.5]).expand(len(told), 2))
+
+
 LOUD = replace(TINY, student=replace(TINY.student, lr=2e-2))
 STEPS = {"online": 1, "half_online": 0, "offline": 0, "absorb": 2, "aware": 1}
 GIVEN = {"prompts": PROMPTS, "reward": RANKED, "pairs": PAIRS, "options": QUICK}
