@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from instep.paths import Path, at_least_float32, broadcast
+from instep.strengths import Strengths
 
 Parameterisation = Literal["velocity", "x0", "eps", "v_prediction"]
 
@@ -22,10 +23,12 @@ Parameterisation = Literal["velocity", "x0", "eps", "v_prediction"]
 class Condition:
     """What a denoiser is conditioned on: tensors whose first axis is the batch. Families add their own fields.
 
-    `exit_id` [B] (which rollout step a sample was predicted at) is read only by a fake that is conditioned on it.
+    `exit_id` [B] (which rollout step a sample was predicted at) is read only by a fake that is conditioned on it, `strengths` [B, 2] (of the guidance
+    that its samples are to come out with; `strengths.py`) only by a student that was trained to be told them.
     """
 
     exit_id: Tensor | None = None
+    strengths: Tensor | None = None
 
     def _map(self, function) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -44,6 +47,13 @@ class Condition:
     def at_exit(self, exit_id: Tensor | None) -> Self:
         """The same condition, told which exit its samples come from ([B] integers)."""
         return replace(self, exit_id=exit_id)
+
+    def told(self, strengths: Tensor | Strengths | None) -> Self:
+        """The same condition with these strengths of guidance: [B, 2], or one pair for all; None: it says none."""
+        if isinstance(strengths, tuple):
+            device = next(v.device for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))
+            strengths = torch.tensor(strengths, device=device).expand(len(self), 2)
+        return replace(self, strengths=strengths)
 
     def to(self, device: torch.device | str) -> Self:
         return self._map(lambda v: v.to(device))
@@ -165,16 +175,16 @@ class Guided:
     uncond: Tensor
 
 
-def guide(cond: Tensor, uncond: Tensor, w: float) -> Tensor:
+def guide(cond: Tensor, uncond: Tensor, w: float | Tensor) -> Tensor:
     """Classifier-free guidance u + w (c - u); w = 1 means none (Ho and Salimans 2022)."""
     return uncond + w * (cond - uncond)
 
 
-def guide_and_skip(cond: Tensor, uncond: Tensor, skipped: Tensor, w: float, strength: float) -> Tensor:
+def guide_and_skip(cond: Tensor, uncond: Tensor, skipped: Tensor, w: float | Tensor, strength: float | Tensor) -> Tensor:
     """Classifier-free and skip-layer guidance together, u + w (c - u) + strength (c - skipped) (Diffusion-APO Eq. 3; STG, Hyung et al. 2025).
 
     The paper's omega is w - 1, its lambda `strength`; it prints the skipped prediction's term alone, which is read as STG's own difference.
-    Linear, so it holds for x0, velocity and noise alike.
+    Linear, so it holds for x0, velocity and noise alike. Strengths are numbers, or tensors that broadcast against the predictions.
     """
     return guide(cond, uncond, w) + strength * (cond - skipped)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from instep.prediction import Condition, Parameterisation, Prediction, read
+from instep.strengths import Ranges, StrengthEmbedding
 
 if TYPE_CHECKING:
     from instep.models.base import Family
@@ -50,6 +51,7 @@ class Call:
     exits: nn.Embedding | None
     features: list[Tensor] | None = None
     skips: tuple[int, ...] = ()
+    told: StrengthEmbedding | None = None
 
 
 class Running:
@@ -100,7 +102,7 @@ class Backbone:
         self._watched = False
         family.prepare(module, lambda: self._call and self._call.cond)
         for embedder in family.time_embedders(module):
-            embedder.register_forward_hook(self._add_exit)
+            embedder.register_forward_hook(self._tell)
         if checkpointing:
             module.enable_gradient_checkpointing(self._checkpointed)
 
@@ -152,11 +154,14 @@ class Backbone:
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         return {key: p for key, p in self.module.named_parameters() if f".{name}." in key and "lora_" in key}
 
-    def _add_exit(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _tell(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """The time embedding with what the running role is told besides: the exit, strengths of guidance."""
         call = self._call
-        if call is None or call.exits is None or call.cond.exit_id is None:
-            return output
-        return output + call.exits(call.cond.exit_id).to(output.dtype)
+        if call is not None and call.exits is not None and call.cond.exit_id is not None:
+            output = output + call.exits(call.cond.exit_id).to(output.dtype)
+        if call is not None and call.told is not None and call.cond.strengths is not None:
+            output = output + call.told(call.cond.strengths).to(output.dtype)
+        return output
 
     def watch_features(self) -> None:
         """From now on a `Call` can ask for features; a backbone without heads has no hook for them."""
@@ -177,8 +182,8 @@ class Backbone:
 
 
 class Role:
-    """A named denoiser: backbone + adapter + scale (+ an exit embedding, + a discriminator head). Calling it gives a `Prediction` in float32, its output
-    read as `reads` (the family's parameterisation by default).
+    """A named denoiser: backbone + adapter + scale (+ an exit embedding, + a discriminator head, + an embedding of the strengths in `told`). Calling it gives a
+    `Prediction` in float32, its output read as `reads` (the family's parameterisation by default).
 
     A role with an adapter owns that adapter's parameters, a full copy owns its whole backbone; the teacher owns none to train. A head is
     evaluated in every call, whether its logit is used or not: next to the backbone it is tiny.
@@ -194,12 +199,14 @@ class Role:
         exits: int | None = None,
         head: bool = False,
         reads: Parameterisation | None = None,
+        told: Ranges | None = None,
     ) -> None:
         self.name, self.backbone, self.adapter, self.scale = name, backbone, adapter, scale
         self.reads = reads or backbone.family.parameterisation
         self.skips: tuple[int, ...] = ()
         self.exits: nn.Embedding | None = None
         self.head: Head | None = None
+        self.told: StrengthEmbedding | None = None
         device = next(backbone.module.parameters()).device
         if exits is not None:
             self.exits = nn.Embedding(exits, backbone.family.time_width(backbone.module)).to(device)
@@ -208,11 +215,13 @@ class Role:
         if head:
             backbone.watch_features()
             self.head = Head(backbone.family.feature_width(backbone.module)).to(device)
+        if told is not None:
+            self.told = StrengthEmbedding(told, backbone.family.time_width(backbone.module)).to(device)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         family, module = self.backbone.family, self.backbone.module
         features: list[Tensor] | None = None if self.head is None else []
-        with self.backbone.running(Call(self.adapter, self.scale, cond, self.exits, features, self.skips)):
+        with self.backbone.running(Call(self.adapter, self.scale, cond, self.exits, features, self.skips, self.told)):
             raw = family.forward(module, x_t, t, cond)
         answer = read(self.reads, raw, family.path, x_t, t)
         if self.head is None or features is None:
@@ -235,13 +244,15 @@ class Role:
         return other
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """What this role owns: its adapter's parameters or its full copy, its exit embedding and its head."""
+        """What this role owns: its adapter's parameters or its full copy, its exit embedding, its head and its embedding of strengths."""
         backbone = self.backbone
         own = backbone.adapter_parameters(self.adapter) if self.adapter else dict(backbone.module.named_parameters())
         if self.exits is not None:
             own |= {"exits.weight": self.exits.weight}
         if self.head is not None:
             own |= {f"head.{key}": p for key, p in self.head.named_parameters()}
+        if self.told is not None:
+            own |= {f"told.{key}": p for key, p in self.told.named_parameters()}
         return own
 
     def state(self) -> dict[str, Tensor]:

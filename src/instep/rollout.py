@@ -17,6 +17,7 @@ from torch import Tensor
 from instep.levels import shift_level
 from instep.paths import Path
 from instep.prediction import Condition, Denoiser, predict_guided
+from instep.strengths import Strengths
 from instep.transitions import Deterministic, Renoise, Transition
 
 Where = Literal["exit", "final"]
@@ -223,15 +224,21 @@ def _along(denoiser: Denoiser, cond: Condition, null: Condition, noise: Tensor, 
 @dataclass(frozen=True)
 class Sampling:
     """How a student is sampled: `few-step` at its levels (predict x0, re-noise), or a many-step one by its model's own deterministic sampler
-    (`ode`) at those levels, with `guidance`."""
+    (`ode`) at those levels, with `guidance`; one that is told `strengths` of guidance (`strengths.py`) needs none."""
 
     levels: tuple[float, ...]
     kind: Literal["few-step", "ode"] = "few-step"
     guidance: float = 1.0
+    strengths: Strengths | None = None
+
+    def tell(self, cond: Condition) -> Condition:
+        """The condition as the student gets it."""
+        return cond if self.strengths is None else cond.told(self.strengths)
 
     @torch.no_grad()
     def __call__(self, student: Denoiser, cond: Condition, null: Condition, noise: Tensor, path: Path, rng: torch.Generator) -> Tensor:
         """noise [B, ...] -> x0 [B, ...]."""
+        cond = self.tell(cond)
         if self.kind == "few-step":
             return sample_few_step(student, cond, noise, self.levels, path, rng)
         return _along(student, cond, null, noise, torch.tensor([*self.levels, 0.0], dtype=torch.float64), path, self.guidance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from instep.models import BUNDLED, VideoSize, load
 from instep.models.base import Family
 from instep.roles import Backbone, LoRA, Role
 from instep.rollout import Sampling
+from instep.strengths import Ranges
 from instep.train import checkpoint
 from instep.train.run import export_role
 
@@ -28,6 +29,10 @@ class ExportArgs:
     """New folder."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision of the weights on disk."""
+    guidance: float | None = None
+    """Guidance that is folded into the weights, of a student that is told it (`apo --draw LOW HIGH`); default: the run's own."""
+    skip: float | None = None
+    """The same of skip-layer guidance (`apo --draw-skip LOW HIGH`)."""
     raw: bool = False
     """The student itself instead of its moving average."""
     model: str | None = None
@@ -38,8 +43,10 @@ def export_command(args: ExportArgs) -> int:
     """Exports and prints how far stock diffusers is from our own sampler."""
     record = read_run(args.dir)
     bundled = record["model"] in BUNDLED
+    # what cannot be asked for is refused before anything is loaded
+    sampling = at_strengths(sampling_of(record, newest_step(args.dir)), record, args.guidance, args.skip)
     family = load(args.model or (record["model"] if bundled else record["model_path"]), VideoSize(**record["size"]))
-    student, sampling = student_of(args.dir, record, family, raw=args.raw), sampling_of(record, newest_step(args.dir))
+    student = student_of(args.dir, record, family, raw=args.raw)
     report = export_role(student, family, sampling, args.to, recipe=record["recipe"], seed=record["seed"],
                          prompts=record["prompt_count"], example=record["example_prompt"], command=record["command"],
                          dtype=getattr(torch, args.dtype))  # fmt: skip
@@ -68,7 +75,31 @@ def sampling_of(record: dict[str, Any], step: int | None = None) -> Sampling:
             here = stage
             break
         left -= stage["steps"]
-    return Sampling(tuple(record["levels"]), "ode", float(config["guidance"]) if here.get("guided", True) else 1.0)
+    strengths = (float(here["strengths"][0]), float(here["strengths"][1])) if here.get("strengths") else None
+    return Sampling(tuple(record["levels"]), "ode", float(config["guidance"]) if here.get("guided", True) else 1.0, strengths)
+
+
+def at_strengths(sampling: Sampling, record: dict[str, Any], guidance: float | None, skip: float | None) -> Sampling:
+    """How a run's student is sampled at other strengths of guidance (None: as it is); ValueError unless it is told them and was trained on such."""
+    if guidance is None and skip is None:
+        return sampling
+    told = told_of(record)
+    if told is None or sampling.strengths is None:
+        early = " yet (its newest checkpoint lies before the stage that absorbs it)" if told else ""
+        raise ValueError(
+            f"{'skip' if guidance is None else 'guidance'}: this run's student is not told its guidance{early}; leave it out, or train with "
+            "`instep train apo --draw LOW HIGH`"
+        )
+    usual, usual_skip = sampling.strengths
+    strengths = (usual if guidance is None else guidance, usual_skip if skip is None else skip)
+    told.check(strengths)
+    return replace(sampling, strengths=strengths)
+
+
+def told_of(record: dict[str, Any]) -> Ranges | None:
+    """The strengths of guidance that a run's student can be told, from its recipe.json; None where it is told none."""
+    told = record["config"]["roles"]["student"].get("told")
+    return told and Ranges.of_json(told)
 
 
 def newest_step(folder: Path) -> int | None:
@@ -87,13 +118,13 @@ def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: boo
             raise ValueError(f"step: {folder} has no whole checkpoint of step {step}; it has {kept}")
         raise ValueError(f"dir: {folder} holds no checkpoint yet; let the run reach its first one")
     saved = checkpoint.load(newest)
-    config = record["config"]["roles"]["student"]
+    config, told = record["config"]["roles"]["student"], told_of(record)
     if config["lora"] is not None:
         backbone = Backbone(family, family.pretrained)
         backbone.add_adapter("student", LoRA(config["lora"]["rank"], config["lora"]["alpha"]))
-        role = Role("student", backbone, adapter="student", reads=config.get("reads"))
+        role = Role("student", backbone, adapter="student", reads=config.get("reads"), told=told)
     else:
-        role = Role("student", Backbone(family, family.new_backbone()), reads=config.get("reads"))
+        role = Role("student", Backbone(family, family.new_backbone()), reads=config.get("reads"), told=told)
     averaged = None if raw else saved["ema"].get("student")
     role.load_state(averaged or saved["roles"]["student"])
     return role

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from instep.models import VideoSize
+from instep.rollout import Sampling
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,16 @@ def model_card(info: ExportInfo, levels: Sequence[float], measured: Measured) ->
     return "\n".join(sections)
 
 
-def many_step_card(info: ExportInfo, steps: int, guidance: float) -> str:
+def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
     """README.md of a student that keeps its model's own many-step sampler."""
-    name, size = info.base_model.rpartition("/")[2], info.size
+    name, size, steps, guidance = info.base_model.rpartition("/")[2], info.size, len(sampling.levels), sampling.guidance
+    inside = ""
+    if sampling.strengths is not None:
+        w, skip = sampling.strengths
+        inside = (
+            f"Guidance {w:g}{f' and skip-layer guidance {skip:g}' if skip else ''} is in these weights, one strength of a range that the student was trained"
+            " on: `instep export RUN --to FOLDER --guidance W` folds in another.\n\n"
+        )
     usage = (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", dtype=torch.float32)\n'
@@ -82,7 +90,7 @@ def many_step_card(info: ExportInfo, steps: int, guidance: float) -> str:
     return (
         f"---\nlibrary_name: diffusers\n---\n\n# {name}, aligned ({info.recipe})\n\n`{info.base_model}` after the recipe `{info.recipe}` of instep"
         f" {info.instep_version}: still a many-step model with its own scheduler, trained with {steps} steps and guidance {guidance:g}.\n\n"
-        f"## Use\n\n```python\n{usage}```\n\nThe pipeline's scheduler takes other levels"
+        f"{inside}## Use\n\n```python\n{usage}```\n\nThe pipeline's scheduler takes other levels"
         " than training did for the same number of steps: at few steps take some more.\n\nTo make a few-step student of it: `instep train dmd2 --model"
         f" THIS_FOLDER --prompts PROMPTS --size {size.height} {size.width} {size.frames}`.\n\n"
         f"## Training\n\n- recipe: `{info.recipe}`\n- prompts: {info.training_prompts}\n- seed: {info.seed}\n\n```\n{info.command}\n```\n"

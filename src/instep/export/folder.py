@@ -135,19 +135,23 @@ def export_many_step(
     """Writes a student that is still a many-step model: the pipeline with its own scheduler, its weights in place of the pretrained ones.
 
     `sampling` is what it was trained with, and what the card and `instep sample` say. Otherwise as `export_student`; nothing is compared with our
-    sampler: the scheduler is the pipeline's own, whose levels are other ones for the same number of steps (diffusers' last lies next to 0).
+    sampler: the scheduler is the pipeline's own, whose levels are other ones for the same number of steps (diffusers' last lies next to 0). Of a student
+    that is told strengths of guidance the pipeline holds those of `sampling` in its weights already.
     """
     out = Path(out)
     _check_target(out, overwrite)
     student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=pipeline.scheduler, dtype=dtype)
-    record = {"instep": info.instep_version, "levels": sampling.levels, "sampler": "ode", "guidance": sampling.guidance, "info": asdict(info)}
+    record = {
+        "instep": info.instep_version, "levels": sampling.levels, "sampler": "ode", "guidance": sampling.guidance, "strengths": sampling.strengths,
+        "info": asdict(info),
+    }  # fmt: skip
     with at_once(out) as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
         (temporary / RECORD).write_text(json.dumps(record, indent=2))
-        (temporary / "README.md").write_text(many_step_card(info, len(sampling.levels), sampling.guidance))
+        (temporary / "README.md").write_text(many_step_card(info, sampling))
         size_bytes = _sync(temporary)
     return ExportReport(out, sampling.levels, math.nan, math.nan, math.nan, len(keys), size_bytes)
 

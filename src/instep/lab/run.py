@@ -74,7 +74,8 @@ def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         reads = recipe.roles["student"].reads or "velocity"
-        student = VelocityMLP(world.path, members=world.members, classes=classes, width=width, reads=reads)
+        told = recipe.roles["student"].told
+        student = VelocityMLP(world.path, members=world.members, classes=classes, width=width, reads=reads, told=told)
         fake = VelocityMLP(world.path, members=world.members, classes=classes, width=width, exits=len(recipe.levels) if config.exits else 0, head=config.head)
         roles = {"student": student, "fake": fake, "teacher": world.teacher}
         if learned_teacher is not None or recipe.roles["teacher"].lora is not None:
@@ -193,7 +194,7 @@ def particle_stage(recipe: Recipe, world: World, n: int, steps: int) -> tuple[St
 def trajectories(run: LabRun, n: int = 60, member: int = 0) -> Tensor:
     """Samples of one member on their way through the student's steps, [steps + 1, n, 2]: the noise, then each step's estimate of x0."""
     world, rng = run.world, torch.Generator().manual_seed(7)
-    cond = labels([str(i % world.mixture.label_count) for i in range(n)], torch.full((n,), member))
+    cond = run.recipe.sampling.tell(labels([str(i % world.mixture.label_count) for i in range(n)], torch.full((n,), member)))
     x_t = torch.randn(n, 2, generator=rng)
     seen = [x_t]
     for j, level in enumerate(run.recipe.levels):

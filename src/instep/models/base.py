@@ -62,7 +62,10 @@ class Family(Protocol):
         ...
 
     def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
-        """The submodules whose outputs [B, width] are the time embedding (one, or one a block): the exit embedding is added to each."""
+        """The submodules whose outputs [B, width] are the time embedding (one, or one a block): what a role is told besides is added to each.
+
+        Each is diffusers' `TimestepEmbedding`, whose last layer is `linear_2`: an export folds strengths of guidance into its bias.
+        """
         ...
 
     def time_width(self, module: nn.Module) -> int:

@@ -14,6 +14,7 @@ from instep.models.mixture import LabelCondition
 from instep.paths import Path, broadcast
 from instep.prediction import Condition, Denoiser, Parameterisation, Prediction, read, velocity_of_x0
 from instep.rewards.latent import LatentScorer
+from instep.strengths import FEATURES, Ranges
 
 
 class VelocityMLP(nn.Module):
@@ -21,12 +22,13 @@ class VelocityMLP(nn.Module):
 
     `members` networks that share nothing run as one batch: a row goes to the one that `cond.member` names. `rank` gives every layer a low-rank
     adapter (zero at first), which counts with `scale`; `head` a discriminator head on the last hidden layer, whose first logit is zero.
-    `reads`: what its output is taken for.
+    `reads`: what its output is taken for. With `told` it can be told strengths of guidance: a small network of theirs, zero at first, is added where the time
+    comes in, to the first layer.
     """
 
     def __init__(
         self, path: Path, *, members: int = 1, classes: int = 2, exits: int = 0, width: int = 64, dim: int = 2, rank: int = 0,
-        head: bool = False, scale: float = 1.0, reads: Parameterisation = "velocity",
+        head: bool = False, scale: float = 1.0, reads: Parameterisation = "velocity", told: Ranges | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.reads: Parameterisation = reads
@@ -37,6 +39,11 @@ class VelocityMLP(nn.Module):
         if self.head is not None:
             nn.init.zeros_(self.head[1].weight)
             nn.init.zeros_(self.head[1].bias)
+        self.ranges = told
+        self.told = nn.ModuleList([Layer(members, FEATURES, width), Layer(members, width, width)]) if told else None
+        if self.told is not None:
+            nn.init.zeros_(self.told[1].weight)
+            nn.init.zeros_(self.told[1].bias)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition, scale: float | None = None, skips: tuple[int, ...] = ()) -> Prediction:
         assert isinstance(cond, LabelCondition)
@@ -46,9 +53,13 @@ class VelocityMLP(nn.Module):
             parts.append(_one_hot(torch.full_like(cond.label, -1) if cond.exit_id is None else cond.exit_id, self.exits))
         scale = self.scale if scale is None else scale
         seats = Seats.of(cond.member, self.members, len(x_t))
-        h = seats.down(torch.cat(parts, 1).to(x_t))
-        for i, layer in enumerate(self.layers[:-1]):
-            h = h if i - 1 in skips else nn.functional.silu(layer(h, scale))
+        h = self.layers[0](seats.down(torch.cat(parts, 1).to(x_t)), scale)
+        if self.told is not None and self.ranges is not None and cond.strengths is not None:
+            first, second = self.told
+            h = h + second(nn.functional.silu(first(seats.down(self.ranges.features(cond.strengths).to(x_t)))))
+        h = nn.functional.silu(h)
+        for i, layer in enumerate(self.layers[1:-1]):
+            h = h if i in skips else nn.functional.silu(layer(h, scale))
         answer = read(self.reads, seats.up(self.layers[-1](h, scale)), self.path, x_t, t)
         if self.head is None:
             return answer

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from instep.levels import LevelSampler, Uniform
+from instep.paths import broadcast
 from instep.prediction import Denoiser, guide_and_skip, skipping
+from instep.strengths import Ranges
 from instep.terms import Need, Objective, View
 
 
@@ -20,8 +22,8 @@ class GuidanceDistillation(Objective):
     v_guided = u + guidance (c - u) + strength (c - skipped), of the student as it was when the stage began (role `reference`), where `skipped` is its
     prediction without the blocks `blocks` of its network. Three evaluations become one. The paper's omega is guidance - 1, its lambda `strength`.
 
-    Both strengths are fixed. The paper draws them (Eq. 4) and does not say how the student is told: a student that is not told learns their mean,
-    which is the guided prediction at mean strengths, since that is linear in them.
+    Both strengths are fixed, or with `draw` drawn for every sample, as in Eq. 4; the student is then told them (`Condition.strengths`), which the paper
+    leaves open: one that is not told learns their mean, the guided prediction at mean strengths, since that is linear in them.
     """
 
     name: str = "guidance"
@@ -29,14 +31,25 @@ class GuidanceDistillation(Objective):
     strength: float = 0.0
     blocks: tuple[int, ...] = ()
     levels: LevelSampler = field(default_factory=Uniform)
+    draw: Ranges | None = None
 
     def __post_init__(self) -> None:
         if self.strength < 0:
             raise ValueError(f"skip: {self.strength} is not allowed; 0 (no skip-layer guidance) or more")
-        if self.strength and not self.blocks:
-            raise ValueError(f"skip_blocks: none, and skip-layer guidance of strength {self.strength:g} compares with a pass without some; name at least one")
-        if self.guidance == 1 and not self.strength:
+        if self._skip and not self.blocks:
+            raise ValueError(f"skip_blocks: none, and skip-layer guidance of strength {self._skip:g} compares with a pass without some; name at least one")
+        if not self._guides and not self._skip:
             raise ValueError("guidance: 1 is none, and there is nothing to distil; use more than 1, or skip-layer guidance")
+
+    @property
+    def _guides(self) -> bool:
+        """Whether the unconditional pass is needed."""
+        return (self.guidance != 1) if self.draw is None else self.draw.guidance != (1, 1)
+
+    @property
+    def _skip(self) -> float:
+        """The largest strength of skip-layer guidance; 0: its pass is not needed."""
+        return self.strength if self.draw is None else self.draw.skip[1]
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -44,11 +57,11 @@ class GuidanceDistillation(Objective):
 
     @property
     def skips(self) -> tuple[int, ...]:
-        return self.blocks if self.strength else ()
+        return self.blocks if self._skip else ()
 
     def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
         each = len(self.levels.window) / group  # a real sample a prompt
-        return ((2.0 if self.guidance != 1 else 1.0) + (1.0 if self.strength else 0.0)) * each, each
+        return ((2.0 if self._guides else 1.0) + (1.0 if self._skip else 0.0)) * each, each
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         real = view.batch.real
@@ -56,16 +69,21 @@ class GuidanceDistillation(Objective):
         for levels in self.levels.window:
             t = levels(len(real), progress=view.progress, t_exit=None, rng=view.rng).to(real)
             x_t = view.path.renoise(real, view.randn_like(real), t)
-            target = self.guided(view.roles["reference"], view, x_t, t)
-            yield (view.roles["student"](x_t, t, view.batch.cond).v - target).square().mean()
+            strengths = None if self.draw is None else self.draw.draw(len(real), view.rng)
+            target = self.guided(view.roles["reference"], view, x_t, t, strengths)
+            yield (view.roles["student"](x_t, t, view.batch.cond.told(strengths)).v - target).square().mean()
 
     @torch.no_grad()
-    def guided(self, teacher: Denoiser, view: View, x_t: Tensor, t: Tensor) -> Tensor:
-        """The teacher's guided velocity [B, ...]: conditional and unconditional in one stacked call, one more without the blocks."""
-        cond, null = view.batch.cond, view.batch.null
-        if self.guidance == 1:
-            c = u = teacher(x_t, t, cond).v
-        else:
+    def guided(self, teacher: Denoiser, view: View, x_t: Tensor, t: Tensor, strengths: Tensor | None = None) -> Tensor:
+        """The teacher's guided velocity [B, ...] at each sample's `strengths` [B, 2] (None: the fixed ones); the teacher itself is told none.
+
+        Conditional and unconditional in one stacked call, one more without the blocks.
+        """
+        cond, null = view.batch.cond.told(None), view.batch.null
+        w, strength = (self.guidance, self.strength) if strengths is None else (broadcast(column, x_t) for column in strengths.unbind(1))
+        if self._guides:
             c, u = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(null)).v.chunk(2)
-        without = skipping(teacher, self.blocks)(x_t, t, cond).v if self.strength else c
-        return guide_and_skip(c, u, without, self.guidance, self.strength)
+        else:
+            c = u = teacher(x_t, t, cond).v
+        without = skipping(teacher, self.blocks)(x_t, t, cond).v if self._skip else c
+        return guide_and_skip(c, u, without, w, strength)

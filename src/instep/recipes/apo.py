@@ -7,6 +7,7 @@ from instep.levels_apo import SHIFTS, HighLow, Repeated
 from instep.objectives.guidance import GuidanceDistillation
 from instep.objectives.preference import Preference, Source
 from instep.recipes.many_step import ManySteps
+from instep.strengths import Ranges
 from instep.terms import Objective
 from instep.train.recipe import FewStep, Recipe, Stage
 from instep.transitions import Deterministic
@@ -29,6 +30,8 @@ def apo(
     positive: float = 0.6,
     skip: float = 0.0,
     skip_blocks: tuple[int, ...] = (),
+    draw: tuple[float, float] | None = None,
+    draw_skip: tuple[float, float] | None = None,
     few_step: bool = False,
 ) -> Recipe:
     """Align a model with preferences at the levels its sampler visits, in five stages: Diffusion-APO; no distillation of steps.
@@ -53,10 +56,19 @@ def apo(
         positive: share of labelled samples in the second stage that are chosen ones; 1 needs no rejected ones.
         skip: strength of skip-layer guidance in the fourth stage.
         skip_blocks: blocks of the network that its weaker pass leaves out, from 0.
+        draw: lowest and highest guidance of the fourth stage, drawn anew for every sample, and the student is told which: one model for all of them, of which
+            `guidance` is the one that it is sampled, aligned further and exported with (`instep export --guidance` folds in another). None: `guidance` alone.
+        draw_skip: the same of `skip`.
         few_step: the student is a few-step one (--start-from its run, with its --steps and --shift): sampled, and compared, at its own levels.
     """
     if few_step and absorb:
         raise ValueError(f"absorb: {absorb} is not allowed with few_step; a few-step student has no guidance to distil, give it 0")
+    told = None
+    if draw is not None or draw_skip is not None:
+        if few_step or not (absorb or aware):
+            raise ValueError("draw: strengths of guidance are drawn in the stage absorb, which this run does not have; give it steps, or leave draw(_skip) out")
+        told = Ranges(draw or (common.guidance, common.guidance), draw_skip or (skip, skip))
+        told.check((common.guidance, skip))
     if aware and not (few_step or absorb) and online + half_online + offline:
         raise ValueError(
             f"aware: {aware} is not allowed here: that stage trains a model that needs no guidance, and with absorb 0 none has put it into the weights; give "
@@ -66,25 +78,30 @@ def apo(
     if few_step or uniform:
         levels = Repeated(OneOf(common.levels) if few_step else Uniform(low=0.001, high=1.0), max(uniform, 1))
 
-    def stage(name: str, steps: int, term: Objective, *, guided: bool = True, group: int = 1, rolls: bool = False) -> Stage:
+    def stage(name: str, steps: int, term: Objective, *, absorbed: bool = False, group: int = 1, rolls: bool = False) -> Stage:
         # a pair is two samples, wherever they come from
         batch = common.batch if group > 1 else max(1, common.batch // 2)
         rollout = FewStep(common.levels) if few_step else FewStep(common.levels, transition=Deterministic(), guidance=common.guidance)
-        return Stage(name, steps, batch, (term,), (), rollout if rolls else None, group=group, accumulate=common.accumulate, guided=guided, fresh=True)
+        return Stage(
+            name, steps, batch, (term,), (), rollout if rolls else None, group=group, accumulate=common.accumulate, guided=not absorbed, fresh=True,
+            strengths=(common.guidance, skip) if absorbed and told else None,
+        )  # fmt: skip
 
     def prefer(pairs: Source) -> Preference:
         return Preference(beta=beta, levels=levels, pairs=pairs, positive=positive)
 
     distilled: tuple[Stage, ...] = ()
     if absorb:
-        target = GuidanceDistillation(guidance=common.guidance, strength=skip, blocks=skip_blocks, levels=Uniform(low=0.001, high=1.0, shift=common.shift))
-        distilled = (stage("absorb", absorb, target, guided=False),)
+        noised = Uniform(low=0.001, high=1.0, shift=common.shift)
+        target = GuidanceDistillation(guidance=common.guidance, strength=skip, blocks=skip_blocks, levels=noised, draw=told)
+        distilled = (stage("absorb", absorb, target, absorbed=True),)
     return common.stages(
         "apo",
         stage("online", online, prefer("online"), group=2, rolls=True),
         stage("half-online", half_online, prefer("half-online"), rolls=True),
         stage("offline", offline, prefer("offline")),
         *distilled,
-        stage("aware", aware, prefer("offline"), guided=False),
+        stage("aware", aware, prefer("offline"), absorbed=True),
         sampler="few-step" if few_step else "ode",
+        told=told,
     )

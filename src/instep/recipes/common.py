@@ -120,5 +120,5 @@ def with_copies(roles: Mapping[str, RoleConfig], stages: Sequence[Stage]) -> Map
     """The roles, and where a stage compares with them a `reference` and an `average`, which are made as the student is."""
     needs = frozenset().union(*(stage.needs for stage in stages))
     student = roles["student"]
-    copied = RoleConfig(lora=student.lora, copy=student.lora is None, reads=student.reads)
+    copied = RoleConfig(lora=student.lora, copy=student.lora is None, reads=student.reads, told=student.told)
     return {**roles, **{name: copied for name in ("reference", "average") if name in needs}}

@@ -12,6 +12,7 @@ from instep.prediction import Parameterisation
 from instep.rewards.latent import ScorerShape
 from instep.roles import LoRA
 from instep.rollout import Sampling, Where
+from instep.strengths import Ranges, Strengths
 from instep.terms import Critic, Force, Need, Objective, Term
 from instep.transitions import Deterministic, Renoise, Transition
 
@@ -53,7 +54,8 @@ class RoleConfig:
     `copy`: a copy of its own although it is not trained (a reference). `exits`: the role is told which exit a sample comes from. `scale`: of its
     adapter, where nothing else is asked for (a teacher's is 0: it is the plain teacher except where a force bends it). `head`: it has a
     discriminator head. `ema`: decay of an averaged copy (None: no copy). `reads`: what its network's output is taken for, where that is not what the
-    model was pretrained to predict (DOLLAR's heterogeneous student: x0); such a student loads in no stock pipeline and is not exported.
+    model was pretrained to predict (DOLLAR's heterogeneous student: x0); such a student loads in no stock pipeline and is not exported. `told`: it can be
+    told strengths of guidance in these ranges.
     """
 
     optim: Optim | None = None
@@ -64,6 +66,7 @@ class RoleConfig:
     head: bool = False
     ema: float | None = None
     reads: Parameterisation | None = None
+    told: Ranges | None = None
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -117,6 +120,7 @@ class Stage:
 
     `guided`: a many-step student is sampled with the recipe's guidance in this stage; False where the network itself has learned it. `fresh`: where the
     stage takes its reference, the student's optimiser forgets the stages before: gradients of another kind and size would set its step for long.
+    `strengths`: what the student is told of guidance in this stage, where it trains and where it is sampled.
     """
 
     name: str
@@ -131,6 +135,7 @@ class Stage:
     advantage: Advantage = Advantage()
     guided: bool = True
     fresh: bool = False
+    strengths: Strengths | None = None
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
@@ -147,6 +152,8 @@ class Stage:
             raise ValueError(f"transition: deterministic steps are no policy, and stage {self.name!r} has a policy gradient; choose FlowSDE, DanceSDE or CPS")
         if self.live and self.collect is not None and self.collect.guidance != 1:
             raise ValueError(f"guidance: {self.collect.guidance} is not allowed for the rollout of stage {self.name!r}; forces act on an unguided student")
+        if self.strengths is not None and (self.guided or (self.collect is not None and self.collect.guidance != 1)):
+            raise ValueError(f"strengths: {self.strengths} in stage {self.name!r}: a student that is told them is sampled without guidance; set guided=False")
         if "trajectory" in self.needs and self.collect is not None and len(self.collect.levels) < 2:
             raise ValueError(
                 f"steps: 1 is not allowed in stage {self.name!r}: a 1-step student has no stochastic step (its only one is deterministic), so there is no "
@@ -204,6 +211,11 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: a stage asks for a latent reward model and scorer is None; give the recipe scorer=ScorerConfig()")
         if "average" in self.needs and self.roles["student"].ema is None:
             raise ValueError(f"ema: None is not allowed for {self.name!r}: it aims at the student's average; give a decay below 1, for example .95")
+        for stage in self.stages:
+            if stage.strengths is not None:
+                if (told := self.roles["student"].told) is None:
+                    raise ValueError(f"strengths: stage {stage.name!r} tells the student {stage.strengths}, which takes none; give its role told=Ranges(...)")
+                told.check(stage.strengths)
         if not any(stage.steps for stage in self.stages):
             raise ValueError(f"recipe {self.name!r}: no stage has steps; give at least one of them a positive number")
 
@@ -213,9 +225,9 @@ class Recipe:
         return self.sampling_at(self.steps)
 
     def sampling_at(self, step: int) -> Sampling:
-        """How the student of the run's step is sampled: without guidance from the stage on that puts it into the network."""
+        """How the student of the run's step is sampled: without guidance from the stage on that puts it into the network (told how strong, if it can be)."""
         stage, _ = self.at(max(0, min(step, self.steps) - 1))
-        return Sampling(self.levels, self.sampler, self.guidance if self.sampler == "ode" and stage.guided else 1.0)
+        return Sampling(self.levels, self.sampler, self.guidance if self.sampler == "ode" and stage.guided else 1.0, stage.strengths)
 
     @property
     def steps(self) -> int:

@@ -21,6 +21,7 @@ from instep.rewards.base import Reward, as_reward
 from instep.rewards.ranker import relative
 from instep.roles import Role
 from instep.rollout import Sampling
+from instep.strengths import Ranges, Strengths, fold
 from instep.train import checkpoint, stop
 from instep.train.cache import teacher_samples
 from instep.train.checks import check_inputs, claim, scorer, slope, weights_of
@@ -168,6 +169,8 @@ def export_role(
     )  # fmt: skip
     module = student.backbone.module
     if sampling.kind == "ode":
+        if sampling.strengths is not None:
+            return export_many_step(folded(student, sampling.strengths), sampling, to, info, dtype=dtype)
         lora = None if student.adapter is None else module
         pipe = family.pipe if lora is not None else family.pipeline(module)
         return export_many_step(pipe, sampling, to, info, lora=lora, adapter=student.adapter or "", dtype=dtype)
@@ -183,6 +186,20 @@ def export_role(
     if student.adapter is None:
         return export_student(family.pipeline(module), sampling.levels, to, info, dtype=dtype, ours=ours)
     return export_student(family.pipe, sampling.levels, to, info, lora=module, adapter=student.adapter, dtype=dtype, ours=ours)
+
+
+def folded(student: Role, strengths: Strengths) -> Any:
+    """A pipeline around a copy of a told student's network that says untold what the student says when told `strengths`; an adapter is merged.
+
+    An adapter's own file could not hold a bias of the time embedding, so there is none of such a student.
+    """
+    from instep.export import merge_lora
+
+    assert student.told is not None, "only a student that is told strengths has some to fold"
+    family, module = student.backbone.family, student.backbone.module
+    pipe = family.pipeline(module if student.adapter is None else merge_lora(module, student.adapter))
+    fold(family.time_embedders(pipe.transformer), student.told, strengths)
+    return pipe
 
 
 class Loop:
@@ -335,12 +352,27 @@ class Loop:
                     f"start_from: that run's student predicts {theirs or 'what its model does'}, this recipe's {ours or 'what its model does'}; start from one "
                     "that predicts the same"
                 )
+            self._told(saved, record["config"]["roles"]["student"].get("told"))
             reward = self.probe.reward and self.probe.reward.name
             if "scorer" in saved["roles"] and record["reward"] != reward:
                 del saved["roles"]["scorer"]
                 if self.state.scorer is not None:
                     print(f"the latent reward model of {start_from} was fitted to {record['reward']!r}, not to {reward!r}: a new one begins")
             self._load_roles(saved)
+
+    def _told(self, saved: dict[str, Any], theirs: dict[str, Any] | None) -> None:
+        """What a student of another run was told goes with the ranges it was told in; one that was told nothing begins with an embedding that says nothing."""
+        ours = self.recipe.roles["student"].told
+        if theirs is not None and (told := Ranges.of_json(theirs)) != ours:
+            raise ValueError(
+                f"start_from: that run's student is told {told}, this recipe's {ours or 'nothing'}; give the same draw and draw_skip, or start from its export "
+                "(--model DIR/student), whose strength is in its weights"
+            )
+        if theirs is None and ours is not None:
+            new = {key: p for key, p in self.state.owner("student").state().items() if key.startswith("told.")}
+            for part in (saved["roles"], saved["ema"]):
+                if "student" in part:
+                    part["student"] = {**part["student"], **new}
 
     def _load(self, saved: dict[str, Any]) -> None:
         self._load_roles(saved)

@@ -28,9 +28,9 @@ def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -
         exits = len(recipe.levels) if config.exits else None
         if config.lora is not None:
             shared.add_adapter(name, config.lora)
-            made[name] = Role(name, shared, adapter=name, scale=config.scale, exits=exits, head=config.head, reads=config.reads)
+            made[name] = Role(name, shared, adapter=name, scale=config.scale, exits=exits, head=config.head, reads=config.reads, told=config.told)
         else:
-            made[name] = Role(name, copies.get(name, shared), exits=exits, head=config.head, reads=config.reads)
+            made[name] = Role(name, copies.get(name, shared), exits=exits, head=config.head, reads=config.reads, told=config.told)
     return made
 
 

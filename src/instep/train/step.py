@@ -101,6 +101,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     for epoch in range(stage.inner_epochs):
         for i, batch in enumerate(batches):
             if epoch == 0:
+                batch = batch if stage.strengths is None else replace(batch, cond=batch.cond.told(stage.strengths))
                 view = View(state.roles, state.path, batch, progress, state.rng, reward=state.slope, weights=state.weights, scorer=state.scorer)
                 view = view.with_rollout(score(state, stage, view, collect(state, stage, view, with_graph=True), log))
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
