@@ -103,7 +103,7 @@ def run_lab(name: str, options: dict[str, Any], what: str, seed: int) -> None:
         return
     world, began = World.named("ring8", members=1, reward="half"), time.process_time()
     net = start_of(world, seed)
-    recipe = apo(LAB, **{**NONE, "absorb": ABSORB, "beta": BETA, **options})
+    recipe = apo(LAB, **{**NONE, "absorb": ABSORB, "absorb_optim": LAB.student, "beta": BETA, **options})
     state = ensemble_state(recipe, world, net, seed)
     start = snapshot(state, replace(recipe, stages=recipe.stages[:1]), world)
     after, losses = stages(recipe, state, world)

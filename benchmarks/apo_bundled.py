@@ -55,7 +55,7 @@ def window(what: str, absorb: int = 0, **changed: Any) -> Cell:
     return Cell(what, {**NONE, "offline": UPDATES, "absorb": absorb, **changed})
 
 
-ABSORB = 300
+ABSORB = 600
 CELLS = {
     "dpo": window("Diffusion-DPO: one level of all an update", ABSORB, offline=5 * UPDATES, uniform=1),
     "no-window": window("five levels of all an update", uniform=5),

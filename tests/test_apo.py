@@ -68,7 +68,7 @@ def test_the_five_stages_are_the_papers():
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="absorb: 300 is not allowed with few_step"):
+    with pytest.raises(ValueError, match="absorb: 600 is not allowed with few_step"):
         apo(few_step=True)
     with pytest.raises(ValueError, match="aware: 15 is not allowed here"):
         apo(absorb=0)
@@ -141,6 +141,18 @@ def test_each_stage_begins_with_an_optimiser_that_knows_of_no_other(start, fresh
     seen = []
     train_lab("x", recipe, world, state, on_step=lambda: seen.append({int(s["step"]) for s in state.trained["student"].optimizer.state.values()}))
     assert seen == [{n} for n in steps]
+
+
+def test_guidance_distillation_has_an_optimiser_of_its_own(start):
+    world = World.named("ring8", members=2, reward="half")
+    own = Optim(5e-4, betas=(0.8, 0.95), weight_decay=0.1, decay=0.5)
+    recipe = apo(replace(LAB, guidance=1.5), **NONE | {"offline": 1, "absorb": 2, "aware": 1}, absorb_optim=own)
+    state, seen = ensemble_state(recipe, world, start, 0), []
+    groups = state.trained["student"].optimizer.param_groups
+    train_lab("x", recipe, world, state, on_step=lambda: seen.append([(g["lr"], g["betas"], g["weight_decay"]) for g in groups]))
+    usual = [(LAB.student.lr_at(0, 0.0), LAB.student.betas, LAB.student.weight_decay)]
+    assert seen[0] == seen[3] == usual and seen[1] == seen[2] == [(5e-4, (0.8, 0.95), 0.1)]
+    assert apo().stages[3].optim == Optim(3e-4, betas=(0.9, 0.999), decay=0.5) and {s.optim for s in apo().stages if s.name != "absorb"} == {None}
 
 
 @pytest.mark.parametrize("stage", list(ONE_EACH))

@@ -301,8 +301,8 @@ def test_one_model_follows_the_guided_teacher_at_every_strength():
 
     def distances(draw, ends=((1.0, 0.5), (2.0, 0.5), (3.0, 0.5), (2.0, 0.0), (2.0, 1.0))):
         recipe = apo(
-            ManySteps(steps=10, batch=512, guidance=2.0, shift=1.0, student=optim, ema=None), online=0, half_online=0, offline=0, absorb=500, aware=0,
-            skip=0.5, skip_blocks=(1,), draw=(1.0, 3.0) if draw else None, draw_skip=(0.0, 1.0) if draw else None,
+            ManySteps(steps=10, batch=512, guidance=2.0, shift=1.0, student=optim, ema=None), online=0, half_online=0, offline=0, absorb=500,
+            absorb_optim=optim, aware=0, skip=0.5, skip_blocks=(1,), draw=(1.0, 3.0) if draw else None, draw_skip=(0.0, 1.0) if draw else None,
         )  # fmt: skip
         state = ensemble_state(recipe, world, start, 0)
         (stage,) = recipe.stages

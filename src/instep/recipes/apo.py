@@ -9,7 +9,7 @@ from instep.objectives.preference import Preference, Source
 from instep.recipes.many_step import ManySteps
 from instep.strengths import Ranges
 from instep.terms import Objective
-from instep.train.recipe import FewStep, Recipe, Stage
+from instep.train.recipe import FewStep, Optim, Recipe, Stage
 from instep.transitions import Deterministic
 
 
@@ -19,7 +19,8 @@ def apo(
     online: int = 20,
     half_online: int = 20,
     offline: int = 20,
-    absorb: int = 300,
+    absorb: int = 600,
+    absorb_optim: Optim = Optim(3e-4, betas=(0.9, 0.999), decay=0.5),
     aware: int = 15,
     beta: float = 500.0,
     high: int = 4,
@@ -46,6 +47,7 @@ def apo(
         half_online: updates on a labelled sample against one of the model's own.
         offline: updates on labelled pairs.
         absorb: updates of guidance distillation: one pass learns what guidance made of two (with skip-layer guidance, of three).
+        absorb_optim: AdamW of the model in that stage; it learns a target there, not a preference, and takes larger steps.
         aware: updates on labelled pairs once more, of the model that needs no guidance.
         beta: temperature.
         high: levels of a window from [.8, 1]; gradients of a window are summed.
@@ -78,13 +80,13 @@ def apo(
     if few_step or uniform:
         levels = Repeated(OneOf(common.levels) if few_step else Uniform(low=0.001, high=1.0), max(uniform, 1))
 
-    def stage(name: str, steps: int, term: Objective, *, absorbed: bool = False, group: int = 1, rolls: bool = False) -> Stage:
+    def stage(name: str, steps: int, term: Objective, *, absorbed: bool = False, group: int = 1, rolls: bool = False, optim: Optim | None = None) -> Stage:
         # a pair is two samples, wherever they come from
         batch = common.batch if group > 1 else max(1, common.batch // 2)
         rollout = FewStep(common.levels) if few_step else FewStep(common.levels, transition=Deterministic(), guidance=common.guidance)
         return Stage(
             name, steps, batch, (term,), (), rollout if rolls else None, group=group, accumulate=common.accumulate, guided=not absorbed, fresh=True,
-            strengths=(common.guidance, skip) if absorbed and told else None,
+            strengths=(common.guidance, skip) if absorbed and told else None, optim=optim,
         )  # fmt: skip
 
     def prefer(pairs: Source) -> Preference:
@@ -94,7 +96,7 @@ def apo(
     if absorb:
         noised = Uniform(low=0.001, high=1.0, shift=common.shift)
         target = GuidanceDistillation(guidance=common.guidance, strength=skip, blocks=skip_blocks, levels=noised, draw=told)
-        distilled = (stage("absorb", absorb, target, absorbed=True),)
+        distilled = (stage("absorb", absorb, target, absorbed=True, optim=absorb_optim),)
     return common.stages(
         "apo",
         stage("online", online, prefer("online"), group=2, rolls=True),

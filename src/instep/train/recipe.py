@@ -120,7 +120,8 @@ class Stage:
 
     `guided`: a many-step student is sampled with the recipe's guidance in this stage; False where the network itself has learned it. `fresh`: where the
     stage takes its reference, the student's optimiser forgets the stages before: gradients of another kind and size would set its step for long.
-    `strengths`: what the student is told of guidance in this stage, where it trains and where it is sampled.
+    `strengths`: what the student is told of guidance in this stage, where it trains and where it is sampled. `optim`: how the student is optimised in
+    this stage; None: as its role says.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Stage:
     guided: bool = True
     fresh: bool = False
     strengths: Strengths | None = None
+    optim: Optim | None = None
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]

@@ -34,14 +34,14 @@ class Trained:
         self.ema = {key: p.detach().clone() for key, p in self.parameters.items()} if ema is not None else None
         self.steps = 0
 
-    def step(self, lr: float) -> tuple[float, bool]:
+    def step(self, lr: float, optim: Optim) -> tuple[float, bool]:
         """Clips, steps, averages, clears. Returns the gradient's norm and whether it was finite; a step that is not finite is skipped."""
         values = list(self.parameters.values())
-        norm = nn.utils.clip_grad_norm_(values, self.optim.clip)
+        norm = nn.utils.clip_grad_norm_(values, optim.clip)
         finite = bool(norm.isfinite())
         if finite:
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group |= {"lr": lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
             self.optimizer.step()
             self.steps += 1
             self._average()
@@ -109,7 +109,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                 view = replace(views[i], rollout=relive(state, stage, views[i].rollout), epoch=epoch)
             backward(stage, view, 1 / len(batches), log)
         if stage.terms:
-            advance(state, "student", progress, log)
+            advance(state, "student", progress, log, stage.optim)
     for critic in stage.critics:
         views = [critic.prepare(view, state.score, log.add) for view in views]
         for _ in range(critic.updates):
@@ -231,11 +231,12 @@ def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
             log.add(f"objective/{objective.name}", loss.detach())
 
 
-def advance(state: TrainState, name: str, progress: float, log: Scalars) -> None:
-    """One optimiser step of a role."""
+def advance(state: TrainState, name: str, progress: float, log: Scalars, optim: Optim | None = None) -> None:
+    """One optimiser step of a role, as `optim` says (None: as the role's own does)."""
     trained = state.trained[name]
-    lr = trained.optim.lr_at(state.step, progress)
-    norm, finite = trained.step(lr)
+    optim = optim or trained.optim
+    lr = optim.lr_at(state.step, progress)
+    norm, finite = trained.step(lr, optim)
     log.add(f"grad/{name}", torch.tensor(norm if finite else 0.0))
     log.add(f"grad/{name}/skipped", torch.tensor(0.0 if finite else 1.0))
     log.add(f"lr/{name}", torch.tensor(lr))
