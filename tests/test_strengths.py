@@ -199,6 +199,8 @@ def test_members_of_an_ensemble_are_told_apart():
         assert torch.equal(net(x, t, cond.told(strengths)).v, plain)
         net.told[1].weight[0].normal_()
         told = net(x, t, cond.told(strengths)).v
+        alone = [net(x[i : i + 1], t[i : i + 1], cond[i : i + 1].told(strengths[i : i + 1])).v for i in range(6)]
+        torch.testing.assert_close(told, torch.cat(alone), rtol=1e-4, atol=1e-5)
         mine = cond.member == 0
         assert torch.equal(told[~mine], plain[~mine]) and (told[mine] - plain[mine]).abs().amin(1).min() > 1e-4
         # by hand: the same strengths in the bias of the first layer
