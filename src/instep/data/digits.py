@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instep.data.prompts import text_of
+
 FRAMES, SIZE, DIGIT_SIZE = 9, 48, 24
 SOURCE_SIZE = 8  # the scans are 8 x 8
 TRAVEL = {"slowly": 8.0, "fast": 16.0}  # pixels from the first frame to the last
@@ -59,9 +61,9 @@ def describe(spec: PromptSpec) -> str:
 
 
 def parse(prompt: str) -> PromptSpec:
-    """What a prompt says; ValueError for a prompt outside the grammar."""
+    """What a prompt says, whatever picture it names; ValueError for a prompt outside the grammar."""
     help_ = f"prompt: {prompt!r} is outside the grammar; write for example 'a seven moving left fast', 'a digit moving up', 'an eight', 'a two standing still'"
-    words = prompt.lower().split()
+    words = text_of(prompt).lower().split()
     if len(words) < 2 or words[0] not in ("a", "an") or words[1] not in ("digit", *WORDS):
         raise ValueError(help_)
     digit = None if words[1] == "digit" else WORDS.index(words[1])
