@@ -164,10 +164,21 @@ def place(scans: Tensor, start: Tensor, travel: Tensor, deform: Tensor | None = 
 
 def random_paths(motions: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Starts and travels [B, 2] (x, y in pixels) for motion indices [B]; the digit's box stays on the canvas throughout."""
-    table = torch.tensor([(0.0, 0.0), *((u * TRAVEL[s], v * TRAVEL[s]) for u, v in _UNIT.values() for s in SPEEDS)])
-    travel = table[motions]
+    travel = travels(motions)
     room = SIZE - DIGIT_SIZE - travel.abs()
     return torch.rand(len(motions), 2, generator=rng) * room + (-travel).clamp(min=0), travel
+
+
+def travels(motions: Tensor) -> Tensor:
+    """Pixels from the first frame to the last [B, 2] (x, y) for motion indices [B]."""
+    table = torch.tensor([(0.0, 0.0), *((u * TRAVEL[s], v * TRAVEL[s]) for u, v in _UNIT.values() for s in SPEEDS)])
+    return table[motions]
+
+
+def motions_from(start: Tensor) -> list[int]:
+    """Indices into MOTIONS that keep the digit's box on the canvas, from its corner `start` [2] (x, y in pixels) in the first frame; still is one."""
+    ends = start + travels(torch.arange(len(MOTIONS)))
+    return ((ends >= 0) & (ends <= SIZE - DIGIT_SIZE)).all(1).nonzero()[:, 0].tolist()
 
 
 def draw(split: Split, specs: Sequence[PromptSpec], rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

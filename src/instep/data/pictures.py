@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,11 +40,22 @@ def read_picture(prompt: str, size: VideoSize) -> Tensor:
 
 def drawn_video(prompt: str) -> Tensor:
     """The moving-digits video [3, 9, 48, 48] whose first frame a prompt like `a seven [image: train/17]` names; ValueError for any other."""
+    scans, motions, start = drawn_path(prompt)
+    return digits.place(scans, start, digits.travels(motions))[0].expand(3, -1, -1, -1)
+
+
+def drawn_path(prompt: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What that video shows: scan [1, 8, 8], motion [1] and the digit's first corner [1, 2]; ValueError for a prompt that names no drawn picture.
+
+    An empty text leaves everything open.
+    """
     found = DRAWN.fullmatch(picture_of(prompt) or "")
     if not found:
         raise ValueError(f"image: {prompt!r} names no drawn picture; write for example {with_picture(text_of(prompt), 'train/17')!r}")
     split: digits.Split = found[1]  # type: ignore[assignment]
-    return digits.render(split, [digits.parse(text_of(prompt))], int(found[2]))[0]
+    rng = torch.Generator().manual_seed(int(found[2]))
+    scans, _, motions = digits.draw(split, [digits.parse(text_of(prompt) or "a digit")], rng)
+    return scans, motions, digits.random_paths(motions, rng)[0]
 
 
 def check_pictures(prompts: Sequence[str]) -> None:

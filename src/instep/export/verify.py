@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from instep import paths
 from instep.models import VideoSize
-from instep.models.stock import stock
+from instep.models.stock import calls, draw, stock
 from instep.prediction import Condition, Denoiser, Prediction, read
 from instep.quiet import quiet
 from instep.rollout import sample_few_step
@@ -49,7 +49,7 @@ def our_sampler(pipe: Any, transformer: nn.Module, levels: Sequence[float], size
         return read(how.parameterisation, how.forward(transformer, x_t, t, cond), how.path, x_t, t)
 
     def sample(prompts: Sequence[str], rng: torch.Generator) -> Tensor:
-        return sample_as_stock(denoise, how.encode(prompts).to(rng.device), how.latent_shape(size), levels, how.path, rng, how.axes)
+        return sample_as_stock(denoise, how.encode(prompts, size).to(rng.device), how.latent_shape(size), levels, how.path, rng, how.axes)
 
     return sample
 
@@ -84,12 +84,9 @@ def verify_export(
     rng = torch.cuda.default_generators[index] if on_gpu else torch.default_generator
     with torch.random.fork_rng(devices=[index] if on_gpu else []):
         torch.manual_seed(seed)
-        theirs = pipe(
-            list(prompts), height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps,
-            guidance_scale=1.0, output_type="latent",
-        ).frames  # fmt: skip
+        theirs = draw(pipe, prompts, size, steps=steps, guidance=1.0, output="latent")
         torch.manual_seed(seed)
-        own = sampler(prompts, rng)
+        own = torch.cat([sampler(names, rng) for names in calls(pipe, prompts)])
     if own.shape != theirs.shape:
         raise ValueError(
             f"ours: latents {list(own.shape)} do not fit the pipeline's {list(theirs.shape)}; verify at the size the"

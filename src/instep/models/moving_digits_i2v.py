@@ -40,9 +40,7 @@ def changed(net: nn.Module, base: nn.Module) -> dict[str, Tensor]:
     """The tensors of `net` that are not `base`'s, as they are stored (float16)."""
     own, theirs = net.state_dict(), base.state_dict()
     return {
-        key: value.half().contiguous()
-        for key, value in own.items()
-        if value.shape != theirs[key].shape or not torch.equal(value.half(), theirs[key].half())
+        key: value.half().contiguous() for key, value in own.items() if value.shape != theirs[key].shape or not torch.equal(value.half(), theirs[key].half())
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -74,17 +75,11 @@ def calls(pipe: Any, prompts: Sequence[str]) -> list[list[str]]:
 
 
 def draw(pipe: Any, prompts: Sequence[str], size: VideoSize, *, steps: int, guidance: float, output: Literal["pt", "latent"]) -> Tensor:
-    """What the pipeline's call gives for `prompts`, one after the other: latents, or videos [B, F, 3, H, W] in [0, 1] (\"pt\")."""
+    """What the pipeline's calls give for `prompts`: latents in its own order of axes, or videos [B, F, 3, H, W] in [0, 1] ("pt")."""
+    call = partial(pipe, height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps, guidance_scale=guidance, output_type=output)
+    if not takes_picture(pipe):
+        return call(prompt=list(prompts)).frames
     from instep.data.pictures import read_picture
-    from instep.data.prompts import texts_of
+    from instep.data.prompts import text_of
 
-    parts = []
-    for names in calls(pipe, prompts):
-        picture = {"image": read_picture(names[0], size)[None]} if takes_picture(pipe) else {}
-        parts.append(
-            pipe(
-                prompt=texts_of(names) if picture else names, height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps,
-                guidance_scale=guidance, output_type=output, **picture,
-            ).frames
-        )  # fmt: skip
-    return torch.cat(parts)
+    return torch.cat([call(prompt=text_of(prompt), image=read_picture(prompt, size)[None]).frames for prompt in prompts])

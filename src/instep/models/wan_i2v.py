@@ -127,7 +127,7 @@ def check_variant(pipe: Any) -> None:
         raise ValueError("pipeline: it has two transformers (Wan 2.2's experts), and one student cannot stand for both; give a pipeline of one")
     expected = 2 * z + pipe.vae_scale_factor_temporal
     if (config.in_channels, config.out_channels) != (expected, z):
-        raise ValueError(f"pipeline: a transformer of {config.in_channels} channels in and {config.out_channels} out does not fit its VAE; {expected} and {z} do")
+        raise ValueError(f"pipeline: a transformer of {config.in_channels} channels in, {config.out_channels} out does not fit its VAE; {expected} and {z} do")
 
 
 @dataclass(frozen=True, kw_only=True)
