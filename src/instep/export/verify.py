@@ -67,7 +67,7 @@ def verify_export(
 
     ours: the student's sampler in memory (then weights and sampler are compared), or the levels (then our sampler runs
     around the folder's own transformer, and the sampler alone is compared). Both see the same noise: the device's
-    global generator, seeded with `seed`, because the Wan pipeline does not hand a generator to `scheduler.step`. size
+    global generator, seeded with `seed` (and on from it for each further call, where one takes one picture), because the Wan pipeline does not hand a generator to `scheduler.step`. size
     None: the smallest. device: where `ours` runs. Raises ValueError if the two shapes differ. The global random state is put back.
     """
     from diffusers import DiffusionPipeline
@@ -83,10 +83,13 @@ def verify_export(
     index = device.index if device.index is not None else torch.cuda.current_device() if on_gpu else 0
     rng = torch.cuda.default_generators[index] if on_gpu else torch.default_generator
     with torch.random.fork_rng(devices=[index] if on_gpu else []):
-        torch.manual_seed(seed)
-        theirs = draw(pipe, prompts, size, steps=steps, guidance=1.0, output="latent")
-        torch.manual_seed(seed)
-        own = torch.cat([sampler(names, rng) for names in calls(pipe, prompts)])
+        both = []
+        for i, names in enumerate(calls(pipe, prompts)):
+            torch.manual_seed(seed + i)
+            stock_draws = draw(pipe, names, size, steps=steps, guidance=1.0, output="latent")
+            torch.manual_seed(seed + i)
+            both.append((stock_draws, sampler(names, rng)))
+    theirs, own = (torch.cat(parts) for parts in zip(*both, strict=True))
     if own.shape != theirs.shape:
         raise ValueError(
             f"ours: latents {list(own.shape)} do not fit the pipeline's {list(theirs.shape)}; verify at the size the"
