@@ -45,9 +45,9 @@ class ImageConfig:
     """Training (`teacher`, whose videos and steps are fewer than a teacher's from scratch) and measurement."""
 
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(videos=6144, steps=2400, muon_lr=3e-3, adam_lr=1e-3, ema=0.998))
-    repeats: int = 3
+    repeats: int = 2
     steps: tuple[int, ...] = (50, 8, 4)
-    guidances: tuple[float, ...] = (3.0, 2.0, 1.0)
+    guidances: tuple[float, ...] = (3.0, 1.0)
 
 
 def base_pipeline() -> WanPipeline:
