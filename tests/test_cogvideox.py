@@ -329,7 +329,7 @@ def test_the_card_says_how_to_run_it(tmp_path):
     text = (report.folder / "README.md").read_text()
     assert "num_inference_steps=4, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)," in text
     assert "must be given: the pipeline's own defaults are 50 and 6" in text and "stock `LCMScheduler`" in text
-    assert "No workflow is included: they are made for Wan models" in text and "Wan pipelines do not" not in text
+    assert "No workflow is included: they are made for text-to-video Wan models" in text and "Wan pipelines do not" not in text
     assert sorted(p.name for p in report.folder.iterdir() if p.is_file()) == ["README.md", "instep_export.json", "model_index.json"]
     code = text.split("```python\n")[1].split("```")[0].replace('"."', repr(str(report.folder))).replace('"video.gif"', repr(str(tmp_path / "video.gif")))
     exec(compile(code, "card", "exec"), {})

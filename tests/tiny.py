@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import CogVideoXPipeline, WanPipeline
+    from diffusers import CogVideoXPipeline, WanImageToVideoPipeline, WanPipeline
     from transformers import PreTrainedTokenizerFast
 
 # 9 frames of 48 x 48 are latents [B, 16, 3, 6, 6], 27 tokens
@@ -74,6 +74,20 @@ def tiny_wan_pipeline(seed: int = 0, layers: int = 2) -> WanPipeline:
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
+
+
+def tiny_wan_i2v_pipeline(seed: int = 0, layers: int = 2) -> WanImageToVideoPipeline:
+    """The same with a transformer that is given a picture: 16 + 4 + 16 channels in, no image encoder. Its picture's weights are loud, so that two pictures
+    differ visibly."""
+    from instep.models.moving_digits_i2v import around, widened
+
+    base = tiny_wan_pipeline(seed, layers)
+    transformer = widened(base.transformer, base.vae_scale_factor_temporal)
+    rng = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        new = transformer.patch_embedding.weight[:, 16:]
+        new.copy_(0.2 * torch.randn(new.shape, generator=rng))
+    return around(base, transformer)
 
 
 def tiny_cogvideox_pipeline(seed: int = 0, *, rotary: bool = False, layers: int = 2) -> CogVideoXPipeline:

@@ -27,7 +27,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep judge A B           a local page on which people compare or score samples of two models, blind
   instep pairs export|import what people preferred as training pairs; public preference sets in the same form
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, moving picture
-  instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, or digits (class-conditional images)
+  instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, moving-digits-i2v, or digits (class-conditional images)
 
 Begin with:  instep train dm-align-group --out runs/first
 Help on one: instep train RECIPE --help
@@ -41,9 +41,11 @@ class TrainArgs:
     out: Path | None = None
     """Folder of the run; default runs/RECIPE-SEED. The same command on the same folder goes on where it stopped."""
     model: str = "moving-digits"
-    """The bundled moving-digits (videos) or digits (class-conditional 8 x 8 images), or the path of a diffusers pipeline folder."""
+    """The bundled moving-digits (videos), moving-digits-i2v (videos from their first frame) or digits (class-conditional 8 x 8 images), or the path of a
+    diffusers pipeline folder."""
     prompts: Path | None = None
-    """Text file, one prompt a line (or JSON lines with a "prompt"); default: the bundled model's own."""
+    """Text file, one prompt a line (or JSON lines with a "prompt"); for image-to-video each line names its picture, "a cat runs [image: cat.png]" (or has an
+    "image"). Default: the bundled model's own."""
     reward: str | None = None
     """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
     (motion); "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them. Settings stand
@@ -62,7 +64,7 @@ class TrainArgs:
     start_from: Path | None = None
     """Another run whose student and critics this one begins with."""
     size: tuple[int, int, int] | None = None
-    """Height, width and frames of the videos; default: 480 832 81, and 48 48 9 for moving-digits."""
+    """Height, width and frames of the videos; default: 480 832 81, and 48 48 9 for the bundled ones."""
     save_every: int = 25
     """Steps between checkpoints."""
     probe_every: int = 20
@@ -231,7 +233,7 @@ class PretrainArgs:
 
 
 def _pretrain(args: Sequence[str]) -> int:
-    from instep.models import BUNDLED, MOVING_DIGITS
+    from instep.models import BUNDLED, DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V
 
     if not args or args[0] not in BUNDLED:
         raise ValueError(f"model: {args[0] if args else 'none'} cannot be pretrained; allowed: {', '.join(BUNDLED)}")
@@ -239,8 +241,9 @@ def _pretrain(args: Sequence[str]) -> int:
     options = _parse(PretrainArgs, args[1:], f"pretrain {model}")
     from instep.pretrain.digits import pretrain_digits
     from instep.pretrain.moving_digits import pretrain_moving_digits
+    from instep.pretrain.moving_digits_i2v import pretrain_moving_digits_i2v
 
-    rebuild = pretrain_moving_digits if model == MOVING_DIGITS else pretrain_digits
+    rebuild = {MOVING_DIGITS: pretrain_moving_digits, MOVING_DIGITS_I2V: pretrain_moving_digits_i2v, DIGITS: pretrain_digits}[model]
     rebuild(options.out or Path(model), options.seed, options.threads)
     return 0
 

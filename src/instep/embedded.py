@@ -1,4 +1,5 @@
-"""The bundled models, ready to train: moving digits (the default) and class-conditional digits, each with prompts, reward, monitor and real samples."""
+"""The bundled models, ready to train: moving digits (the default), the same from a first frame, and class-conditional digits; each with prompts, reward,
+monitor and real samples."""
 
 from __future__ import annotations
 
@@ -10,12 +11,18 @@ from torch import Tensor
 
 from instep.data import digits
 from instep.data.media import slow_motion
-from instep.models import DIGITS, MOVING_DIGITS, load
+from instep.data.pictures import drawn_path, drawn_video
+from instep.data.prompts import with_picture
+from instep.models import DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, load
 from instep.models.dit import DiTFamily
 from instep.models.wan import WanFamily
+from instep.models.wan_i2v import WanImageFamily
 from instep.rewards.class_judges import ClassJudge, Scale, load_class_judge
 from instep.rewards.judges import Judge, load_judge
 from instep.train.source import PairSamples, RealSamples
+
+# first frames of each training prompt of the image-to-video model
+PICTURES = 4
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,74 @@ def moving_digits() -> MovingDigits:
     family = load(MOVING_DIGITS)
     assert isinstance(family, WanFamily)
     return MovingDigits(family, tuple(digits.training_prompts()), load_judge("training"), JudgeMonitor(load_judge("monitor")))
+
+
+@dataclass(frozen=True)
+class MovingDigitsI2V:
+    """Everything a recipe may ask for on the embedded image-to-video model: every prompt names a first frame of the training split."""
+
+    family: WanImageFamily
+    prompts: tuple[str, ...]
+    reward: Judge
+    monitor: JudgeMonitor
+
+    def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
+        """Real videos of the training split through the VAE, each with a training prompt and its own first frame."""
+        names = self._pictured(n, seed, digits.training_prompts())
+        return RealSamples(names, self._latents(torch.stack([drawn_video(name) for name in names])))
+
+    def pairs(self, n: int = 512, seed: int = 78) -> PairSamples:
+        """Labelled pairs that begin alike: a real video, and one that goes wrong from its first frame on.
+
+        What is wrong is drawn among what the prompt says: the digit turns into another, or it moves otherwise (as far as the canvas allows); a copy in
+        slow motion is drawn as often where the video moves.
+        """
+        rng = torch.Generator().manual_seed(seed)
+        said = [p for p in digits.training_prompts() if (spec := digits.parse(p)).digit is not None or spec.direction is not None]
+        names = self._pictured(n, seed, said)
+        made = [_begun_alike(name, rng) for name in names]
+        return PairSamples(names, *(self._latents(torch.stack(media)) for media in zip(*made, strict=True)))
+
+    def _pictured(self, n: int, seed: int, prompts: Sequence[str]) -> tuple[str, ...]:
+        rng = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(len(prompts), (n,), generator=rng).tolist()
+        return tuple(with_picture(prompts[i], f"train/{1000 * seed + j}") for j, i in enumerate(chosen))
+
+    def _latents(self, media: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.family.encode_media(part) for part in media.split(32)])
+
+
+def _begun_alike(prompt: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The real video [3, 9, 48, 48] that the prompt's picture begins, and a wrong one with the same first frame."""
+    spec, shown = digits.parse(prompt), drawn_video(prompt)
+    scans, motions, start = drawn_path(prompt)
+    motion = int(motions)
+    u, v = torch.rand(2, generator=rng).tolist()
+    others = [i for i in digits.motions_from(start[0]) if i not in digits.motions_allowed(spec)]
+    fits = {"digit": spec.digit is not None, "motion": bool(others), "slow": motion > 0}
+    kinds = [kind for kind, possible in fits.items() if possible]
+    kind = kinds[int(u * len(kinds))]
+    if kind == "slow":
+        return shown, slow_motion(shown[None])[0]
+    if kind == "motion":
+        travel = digits.travels(torch.tensor([others[int(v * len(others))]]))
+        return shown, digits.place(scans, start, travel)[0].expand(3, -1, -1, -1)
+    assert spec.digit is not None
+    other, _, _ = digits.draw("train", [digits.PromptSpec((spec.digit + 1 + int(v * 9)) % 10)], rng)
+    turned = digits.place(other, start, digits.travels(motions))[0].expand(3, -1, -1, -1)
+    return shown, torch.lerp(shown, turned, torch.linspace(0, 1, digits.FRAMES)[:, None, None])
+
+
+def moving_digits_i2v() -> MovingDigitsI2V:
+    """Loads the bundled image-to-video pipeline and judges; half a second. Each training prompt has `PICTURES` first frames."""
+    family = load(MOVING_DIGITS_I2V)
+    assert isinstance(family, WanImageFamily)
+    names = digits.training_prompts()
+    prompts = tuple(with_picture(name, f"train/{len(names) * k + i}") for k in range(PICTURES) for i, name in enumerate(names))
+    monitor = load_judge("monitor")
+    open_prompts = tuple(with_picture(name, f"monitor/{i}") for i, name in enumerate(JudgeMonitor(monitor).open_prompts))
+    return MovingDigitsI2V(family, prompts, load_judge("training"), JudgeMonitor(monitor, open_prompts))
 
 
 @dataclass(frozen=True)

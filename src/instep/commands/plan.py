@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import torch
 
-from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, VideoSize, bundled
+from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, VideoSize, bundled
 from instep.plan import duration, plan
 from instep.throughput import measure_throughput, stated
 from instep.train.recipe import Recipe
 from instep.workload import WAN_1_3B, WAN_14B, Workload, recipe_workload, wan_module, wan_workload
 
+BUNDLED_WAN = (MOVING_DIGITS, MOVING_DIGITS_I2V)
+KNOWN = f"{', '.join(BUNDLED_WAN)}, 1.3B, 14B, or a Wan pipeline folder"
 Device = Literal["cpu", "cuda", "A100", "H100", "H200"]
 CAPACITY = {"A100": 80.0, "H100": 80.0, "H200": 141.0}  # GB
 
@@ -24,7 +26,7 @@ class PlanArgs:
     """What it would run on."""
 
     model: str = MOVING_DIGITS
-    """moving-digits, 1.3B or 14B (Wan 2.1's sizes), or the path of a Wan pipeline folder."""
+    """moving-digits, moving-digits-i2v, 1.3B or 14B (Wan 2.1's sizes), or the path of a Wan pipeline folder."""
     device: Device = "cpu"
     """cpu and cuda are measured for two seconds; A100, H100 and H200 are 40 %% of the vendor's bf16 peak, an assumption."""
     memory: float | None = None
@@ -32,7 +34,7 @@ class PlanArgs:
     gpus: int = 1
     """Devices that weights, gradients and optimiser states would be sharded over."""
     size: tuple[int, int, int] | None = None
-    """Height, width and frames; default: 480 832 81, and 48 48 9 for moving-digits."""
+    """Height, width and frames; default: 480 832 81, and 48 48 9 for the bundled ones."""
     float32: bool = False
     """Weights in float32 instead of bfloat16 (always so on a CPU)."""
     checkpointing: bool = True
@@ -57,18 +59,16 @@ def plan_command(recipe: Recipe, args: PlanArgs) -> int:
 
 def network(args: PlanArgs) -> Workload:
     """The network at the size of video that is planned."""
-    size = VideoSize(*args.size) if args.size else MOVING_DIGITS_SIZE if args.model == MOVING_DIGITS else VideoSize()
+    size = VideoSize(*args.size) if args.size else MOVING_DIGITS_SIZE if args.model in BUNDLED_WAN else VideoSize()
     if args.model in ("1.3B", "14B"):
         module = wan_module(WAN_1_3B if args.model == "1.3B" else WAN_14B)
     else:
-        file = (bundled(args.model) if args.model == MOVING_DIGITS else Path(args.model)) / "transformer" / "config.json"
+        file = (bundled(args.model) if args.model in BUNDLED_WAN else Path(args.model)) / "transformer" / "config.json"
         if not file.is_file():
-            raise ValueError(f"model: {args.model!r} is not known ({file} is missing); allowed: {MOVING_DIGITS}, 1.3B, 14B, or a Wan pipeline folder")
+            raise ValueError(f"model: {args.model!r} is not known ({file} is missing); allowed: {KNOWN}")
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if (kind := config.get("_class_name", "WanTransformer3DModel")) != "WanTransformer3DModel":
-            raise ValueError(
-                f"model: {args.model} is a {kind}, whose passes and memory were not counted yet; allowed: {MOVING_DIGITS}, 1.3B, 14B, or a Wan pipeline folder"
-            )
+            raise ValueError(f"model: {args.model} is a {kind}, whose passes and memory were not counted yet; allowed: {KNOWN}")
         module = wan_module({k: v for k, v in config.items() if not k.startswith("_")})
     wide = 4 if args.float32 or args.device == "cpu" else 2
     return replace(wan_workload(module, size), bytes_per_parameter=wide, checkpointing=args.checkpointing, gpus=args.gpus)

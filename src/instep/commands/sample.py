@@ -13,21 +13,24 @@ import tyro
 from torch import Tensor
 
 from instep.commands import default_threads
+from instep.data.prompts import with_picture
 from instep.evaluate.video import save_animation, tile
 from instep.files import write_json
-from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, VideoSize, bundled
-from instep.models.stock import stock
+from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, VideoSize, bundled
+from instep.models.stock import draw, stock, takes_picture
 from instep.quiet import quiet
+
+PROMPTS = ("a seven moving left fast", "a digit standing still", "an eight")
 
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Samples of DIR: a run, an exported student, a pipeline folder, or moving-digits (the teacher)."""
+    """Samples of DIR: a run, an exported student, a pipeline folder, moving-digits (the teacher) or moving-digits-i2v."""
 
     dir: Annotated[str, tyro.conf.Positional]
-    """Folder of a run, of an exported student or of a diffusers pipeline; or moving-digits."""
-    prompts: tuple[str, ...] = ("a seven moving left fast", "a digit standing still", "an eight")
-    """Prompts, each in quotes."""
+    """Folder of a run, of an exported student or of a diffusers pipeline; or moving-digits, or moving-digits-i2v."""
+    prompts: tuple[str, ...] = PROMPTS
+    """Prompts, each in quotes; for image-to-video each names its first frame: "a cat runs [image: cat.png]"."""
     steps: int | None = None
     """Sampling steps; default: the student's own, 50 for a pipeline."""
     guidance: float | None = None
@@ -62,20 +65,26 @@ def sample_command(args: SampleArgs) -> int:
     if args.out.exists():
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
     torch.set_num_threads(default_threads())
-    with quiet():
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    if args.dir == MOVING_DIGITS_I2V:
+        from instep.models.moving_digits_i2v import bundled_pipeline
+
+        pipe: Any = bundled_pipeline()
+    else:
+        with quiet():
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     size = VideoSize(*args.size) if args.size else size_of(args.dir, record, pipe)
     torch.manual_seed(args.seed)
-    names = [prompt for prompt in args.prompts for _ in range(args.copies)]
-    videos = pipe(
-        names, height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps, guidance_scale=guidance, output_type="pt"
-    ).frames
+    prompts = args.prompts
+    if takes_picture(pipe) and prompts == PROMPTS:
+        prompts = tuple(with_picture(prompt, f"reference/{i}") for i, prompt in enumerate(PROMPTS))
+    names = [prompt for prompt in prompts for _ in range(args.copies)]
+    videos = draw(pipe, names, size, steps=steps, guidance=guidance, output="pt")
     shown = (videos.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8)
     save_animation(args.out, tile(shown, columns=args.copies))
     if args.each is not None:
         save_each(args.each, shown, names, args.copies, args.seed)
         print(f"wrote {len(shown)} samples and samples.json to {args.each}")
-    for i, prompt in enumerate(args.prompts):
+    for i, prompt in enumerate(prompts):
         print(f"row {i + 1}: {prompt}")
     print(f"wrote {args.out} ({steps} steps, guidance {guidance:g}, seed {args.seed})")
     return 0
@@ -91,6 +100,8 @@ def save_each(folder: Path, videos: Tensor, prompts: Sequence[str], copies: int,
 
 def find_pipeline(name: str) -> tuple[Path, dict | None]:
     """The diffusers folder that `name` means, and its export record if it is a student."""
+    if name == MOVING_DIGITS_I2V:
+        return bundled(name), None
     folder = bundled(name) if name == MOVING_DIGITS else Path(name)
     folder = folder / "student" if (folder / "student" / "model_index.json").is_file() else folder
     parts = next((f for f in (folder / "student", folder) if (f / "transformer").is_dir() and not (f / "model_index.json").is_file()), None)
@@ -106,4 +117,4 @@ def size_of(name: str, record: dict | None, pipe: Any) -> VideoSize:
     """What a student was trained at, and what a pipeline draws unless told otherwise."""
     if record is not None:
         return VideoSize(**record["info"]["size"])
-    return MOVING_DIGITS_SIZE if name == MOVING_DIGITS else stock(pipe).size
+    return MOVING_DIGITS_SIZE if name in (MOVING_DIGITS, MOVING_DIGITS_I2V) else stock(pipe).size

@@ -12,7 +12,7 @@ import torch
 
 from instep.commands import default_threads
 from instep.commands.rewards import load_function, load_reward
-from instep.models import DIGITS, MOVING_DIGITS, VideoSize, load
+from instep.models import DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, VideoSize, load
 from instep.models.base import Family
 from instep.rewards.base import Reward
 from instep.train.probe import Monitor, few_of
@@ -85,6 +85,13 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         real = digits.real() if recipe.needs & {"real", "preferred"} and told is None else None
         pairs = paired(told, digits.family) or (digits.pairs() if "pairs" in recipe.needs else None)
         return Setting(digits.family, prompts or digits.prompts, reward or digits.reward, digits.monitor, real, pairs)
+    if args.model == MOVING_DIGITS_I2V:
+        from instep.embedded import moving_digits_i2v
+
+        pictured = moving_digits_i2v()
+        real = pictured.real() if recipe.needs & {"real", "preferred"} and told is None else None
+        pairs = paired(told, pictured.family) or (pictured.pairs() if "pairs" in recipe.needs else None)
+        return Setting(pictured.family, prompts or pictured.prompts, reward or pictured.reward, pictured.monitor, real, pairs)
     if args.model == DIGITS:
         from instep.embedded import class_digits
 

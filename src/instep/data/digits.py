@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instep.data.prompts import text_of
+
 FRAMES, SIZE, DIGIT_SIZE = 9, 48, 24
 SOURCE_SIZE = 8  # the scans are 8 x 8
 TRAVEL = {"slowly": 8.0, "fast": 16.0}  # pixels from the first frame to the last
@@ -59,9 +61,9 @@ def describe(spec: PromptSpec) -> str:
 
 
 def parse(prompt: str) -> PromptSpec:
-    """What a prompt says; ValueError for a prompt outside the grammar."""
+    """What a prompt says, whatever picture it names; ValueError for a prompt outside the grammar."""
     help_ = f"prompt: {prompt!r} is outside the grammar; write for example 'a seven moving left fast', 'a digit moving up', 'an eight', 'a two standing still'"
-    words = prompt.lower().split()
+    words = text_of(prompt).lower().split()
     if len(words) < 2 or words[0] not in ("a", "an") or words[1] not in ("digit", *WORDS):
         raise ValueError(help_)
     digit = None if words[1] == "digit" else WORDS.index(words[1])
@@ -162,10 +164,21 @@ def place(scans: Tensor, start: Tensor, travel: Tensor, deform: Tensor | None = 
 
 def random_paths(motions: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Starts and travels [B, 2] (x, y in pixels) for motion indices [B]; the digit's box stays on the canvas throughout."""
-    table = torch.tensor([(0.0, 0.0), *((u * TRAVEL[s], v * TRAVEL[s]) for u, v in _UNIT.values() for s in SPEEDS)])
-    travel = table[motions]
+    travel = travels(motions)
     room = SIZE - DIGIT_SIZE - travel.abs()
     return torch.rand(len(motions), 2, generator=rng) * room + (-travel).clamp(min=0), travel
+
+
+def travels(motions: Tensor) -> Tensor:
+    """Pixels from the first frame to the last [B, 2] (x, y) for motion indices [B]."""
+    table = torch.tensor([(0.0, 0.0), *((u * TRAVEL[s], v * TRAVEL[s]) for u, v in _UNIT.values() for s in SPEEDS)])
+    return table[motions]
+
+
+def motions_from(start: Tensor) -> list[int]:
+    """Indices into MOTIONS that keep the digit's box on the canvas, from its corner `start` [2] (x, y in pixels) in the first frame; still is one."""
+    ends = start + travels(torch.arange(len(MOTIONS)))
+    return ((ends >= 0) & (ends <= SIZE - DIGIT_SIZE)).all(1).nonzero()[:, 0].tolist()
 
 
 def draw(split: Split, specs: Sequence[PromptSpec], rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instep.data.prompts import picture_of, with_picture
 from instep.models import VideoSize
 from instep.models.base import Encodes
 from instep.train.source import PairSamples
@@ -122,7 +123,8 @@ def fitted(media: Tensor, size: VideoSize, name: str) -> Tensor:
 
 @torch.no_grad()
 def pair_samples(pairs: Sequence[LabelledPair], family: Encodes) -> PairSamples:
-    """Labelled files as latents of `family`, one pair at a time; ties are left out.
+    """Labelled files as latents of `family`, one pair at a time; ties are left out. For a family that begins with a picture it is the chosen sample's
+    first frame, unless the prompt names one.
 
     ValueError if none is left, a file does not fit, or all are pictures and the model makes videos.
     """
@@ -140,7 +142,9 @@ def pair_samples(pairs: Sequence[LabelledPair], family: Encodes) -> PairSamples:
     chosen, rejected = (torch.stack([latent(path) for path in paths]) for paths in ([p.chosen for p in told], [p.rejected for p in told]))
     if family.size.frames > 1 and not moves:
         raise ValueError(f"pairs: no sample of {len(told)} pairs moves, and the model makes videos of {family.size.frames} frames; give videos, not pictures")
-    return PairSamples(tuple(pair.prompt for pair in told), chosen, rejected)
+    pictured = hasattr(family, "check_prompts")
+    names = (with_picture(pair.prompt, pair.chosen) if pictured and not picture_of(pair.prompt) else pair.prompt for pair in told)
+    return PairSamples(tuple(names), chosen, rejected)
 
 
 def slow_motion(media: Tensor, factor: float = 2.0) -> Tensor:

@@ -1,10 +1,53 @@
-"""Prompt files: one prompt a line, or JSON lines with a "prompt"."""
+"""Prompts, and files of them: one prompt a line, or JSON lines with a "prompt" and, for image-to-video, an "image".
+
+A prompt names the picture it begins with: `a cat runs [image: cat.png]`. So the picture goes wherever the prompt goes (batches, stored samples, probes,
+records), and a prompt stays one string. What only reads text is given the text alone.
+"""
 
 from __future__ import annotations
 
 import codecs
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+
+# a drawn first frame instead of a file: split/seed of a moving-digits video
+DRAWN = re.compile(r"(train|monitor|heldout|reference)/(\d+)")
+_NAMED = re.compile(r"(.*?)\s*\[image: ([^\[\]]+)\]\s*", re.DOTALL)
+
+
+def with_picture(text: str, picture: str | Path) -> str:
+    """The prompt that says `text` and begins with `picture`: the name of a file, or what `data.pictures.read_picture` draws.
+
+    ValueError for a name with square brackets, or a text that names one already.
+    """
+    prompt = f"{text} [image: {picture}]"
+    if picture_of(text) is not None or text_of(prompt) != text.rstrip():
+        raise ValueError(f"image: {str(picture)!r} for prompt {text!r} is not allowed; one name without square brackets a prompt")
+    return prompt
+
+
+def picture_of(prompt: str) -> str | None:
+    """The name of a prompt's picture; None of a prompt of text alone."""
+    found = _NAMED.fullmatch(prompt)
+    return found[2].strip() if found else None
+
+
+def text_of(prompt: str) -> str:
+    """What a prompt says, without its picture."""
+    found = _NAMED.fullmatch(prompt)
+    return found[1] if found else prompt
+
+
+def texts_of(prompts: Sequence[str]) -> list[str]:
+    return [text_of(prompt) for prompt in prompts]
+
+
+def other_text(prompt: str, text: str) -> str:
+    """`text` with the picture of `prompt`, if it has one."""
+    picture = picture_of(prompt)
+    return text if picture is None else with_picture(text, picture)
 
 
 def load_prompts(path: Path | str) -> list[str]:
@@ -27,10 +70,16 @@ def load_prompts(path: Path | str) -> list[str]:
 
 def _from_json(path: Path, i: int, line: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
+        row = json.loads(line)
+        prompt, image = row["prompt"], row.get("image")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         form = '{"prompt": "..."}'
         raise ValueError(f"prompts: {path}, line {i} is not of the form {form} ({type(error).__name__}); fix or remove it") from error
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompts: {path}, line {i} holds {prompt!r}; a prompt is text that is not empty")
-    return prompt.strip()
+    if image is None:
+        return prompt.strip()
+    if not isinstance(image, str) or not image.strip():
+        raise ValueError(f"prompts: {path}, line {i} has the image {image!r}; it is the name of a file, from where the prompt file lies")
+    # drawn pictures are no files
+    return with_picture(prompt.strip(), image.strip() if DRAWN.fullmatch(image.strip()) else path.parent / image.strip())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from instep.data.prompts import DRAWN, picture_of, text_of
 from instep.models import VideoSize
 from instep.rollout import Sampling
 
@@ -82,9 +83,9 @@ def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
             " on: `instep export RUN --to FOLDER --guidance W` folds in another.\n\n"
         )
     usage = (
-        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+        f"import torch\nfrom diffusers import DiffusionPipeline\n{_loads(info)}\n"
         'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", dtype=torch.float32)\n'
-        f"video = pipe({info.example_prompt!r}, num_inference_steps={steps}, guidance_scale={guidance:g}, height={size.height}, width={size.width}, "
+        f"video = pipe({_asked(info)}, num_inference_steps={steps}, guidance_scale={guidance:g}, height={size.height}, width={size.width}, "
         f"num_frames={size.frames}).frames[0]\n"
     )
     return (
@@ -95,6 +96,22 @@ def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
         f" THIS_FOLDER --prompts PROMPTS --size {size.height} {size.width} {size.frames}`.\n\n"
         f"## Training\n\n- recipe: `{info.recipe}`\n- prompts: {info.training_prompts}\n- seed: {info.seed}\n\n```\n{info.command}\n```\n"
     )
+
+
+def _asked(info: ExportInfo) -> str:
+    """What the pipeline is called with; a drawn picture stands for a file."""
+    text, picture = json.dumps(text_of(info.example_prompt)), picture_of(info.example_prompt)
+    if picture is None:
+        return text
+    return f"prompt={text}, image=load_image({json.dumps('first_frame.png' if DRAWN.fullmatch(picture) else picture)})"
+
+
+def _loads(info: ExportInfo) -> str:
+    return "" if picture_of(info.example_prompt) is None else "from diffusers.utils import load_image\n"
+
+
+def _kind(info: ExportInfo) -> str:
+    return "text-to-video" if picture_of(info.example_prompt) is None else "image-to-video"
 
 
 def _head(info: ExportInfo, n: int, measured: Measured) -> str:
@@ -121,12 +138,12 @@ def _training(info: ExportInfo, levels: Sequence[float]) -> str:
 
 def _front_matter(info: ExportInfo, measured: Measured) -> str:
     # a JSON string is a YAML string, and needs no quoting rules of its own
-    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-video"]
+    lines = ["---", "library_name: diffusers", f"pipeline_tag: {_kind(info)}"]
     if info.base_model.count("/") == 1:
         lines += [f"base_model: {json.dumps(info.base_model)}", "base_model_relation: finetune"]
     lines += [
         "tags:",
-        *(f"- {json.dumps(tag)}" for tag in ("text-to-video", "distillation", "few-step", "instep", info.recipe)),
+        *(f"- {json.dumps(tag)}" for tag in (_kind(info), "distillation", "few-step", "instep", info.recipe)),
     ]
     if measured.lora:
         lines.append("- lora")
@@ -156,11 +173,11 @@ def _usage(info: ExportInfo, levels: Sequence[float], measured: Measured) -> str
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_gif
-
+{_loads(info)}
 # "." is this folder; a hub id works as well
 pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.{measured.dtype})
 {seeding}video = pipe(
-    {json.dumps(info.example_prompt)},
+    {_asked(info)},
     height={size.height}, width={size.width}, num_frames={size.frames},
     num_inference_steps={n}, guidance_scale=1.0, {argument}output_type="pil",
 ).frames[0]
@@ -196,7 +213,7 @@ def _comfyui(levels: Sequence[float], measured: Measured) -> str:
     n = len(levels)
     text = "## ComfyUI\n\n"
     if measured.comfyui_difference is None or measured.comfyui_shift is None:
-        return text + f"No workflow is included: they are made for Wan models, and this is a {measured.pipeline}.\n"
+        return text + f"No workflow is included: they are made for text-to-video Wan models, and this is a {measured.pipeline}.\n"
     if measured.comfyui_obstacle:
         return (
             text

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from instep.data.prompts import other_text
 from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, many_step_card, model_card
 from instep.export.comfyui import comfyui_shift, comfyui_state_dict, comfyui_workflow, runs_in_comfyui
 from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
@@ -41,7 +42,7 @@ class ExportReport:
     sampler_difference: stock diffusers against our sampler, both on the exported weights. student_difference: stock
     diffusers on the exported weights against our sampler on the student in memory: sampler, merge and rounding to
     `dtype` together. comfyui_difference: of ComfyUI's levels from ours; None where none is made for it: exports that are no
-    pipeline, other families than Wan.
+    pipeline, other families than text-to-video Wan.
     """
 
     folder: Path
@@ -97,10 +98,10 @@ def export_student(
         )
         size = info.size if ours else smallest_size(pipeline)
         in_memory = ours or our_sampler(pipeline, student if lora is None else lora, levels, size)
-        device, prompts = next((pipeline.transformer if lora is None else lora).parameters()).device, (info.example_prompt, "")
+        device, prompts = next((pipeline.transformer if lora is None else lora).parameters()).device, (info.example_prompt, other_text(info.example_prompt, ""))
         with nullcontext() if lora is None else adapter_active(lora, adapter):
             student_difference = verify_export(temporary, in_memory, prompts=prompts, size=size, device=device)
-        is_wan = type(exported.transformer).__name__ == "WanTransformer3DModel"
+        is_wan = type(exported).__name__ == "WanPipeline"
         shift, off = comfyui_shift(levels) if is_wan else (None, None)
         defaults = inspect.signature(type(pipeline).__call__).parameters
         measured = Measured(

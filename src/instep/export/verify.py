@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from instep import paths
 from instep.models import VideoSize
-from instep.models.stock import stock
+from instep.models.stock import calls, draw, stock
 from instep.prediction import Condition, Denoiser, Prediction, read
 from instep.quiet import quiet
 from instep.rollout import sample_few_step
@@ -49,7 +49,7 @@ def our_sampler(pipe: Any, transformer: nn.Module, levels: Sequence[float], size
         return read(how.parameterisation, how.forward(transformer, x_t, t, cond), how.path, x_t, t)
 
     def sample(prompts: Sequence[str], rng: torch.Generator) -> Tensor:
-        return sample_as_stock(denoise, how.encode(prompts).to(rng.device), how.latent_shape(size), levels, how.path, rng, how.axes)
+        return sample_as_stock(denoise, how.encode(prompts, size).to(rng.device), how.latent_shape(size), levels, how.path, rng, how.axes)
 
     return sample
 
@@ -67,7 +67,7 @@ def verify_export(
 
     ours: the student's sampler in memory (then weights and sampler are compared), or the levels (then our sampler runs
     around the folder's own transformer, and the sampler alone is compared). Both see the same noise: the device's
-    global generator, seeded with `seed`, because the Wan pipeline does not hand a generator to `scheduler.step`. size
+    global generator, seeded with `seed` (and on from it for each further call, where one takes one picture), because the Wan pipeline does not hand a generator to `scheduler.step`. size
     None: the smallest. device: where `ours` runs. Raises ValueError if the two shapes differ. The global random state is put back.
     """
     from diffusers import DiffusionPipeline
@@ -83,13 +83,13 @@ def verify_export(
     index = device.index if device.index is not None else torch.cuda.current_device() if on_gpu else 0
     rng = torch.cuda.default_generators[index] if on_gpu else torch.default_generator
     with torch.random.fork_rng(devices=[index] if on_gpu else []):
-        torch.manual_seed(seed)
-        theirs = pipe(
-            list(prompts), height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps,
-            guidance_scale=1.0, output_type="latent",
-        ).frames  # fmt: skip
-        torch.manual_seed(seed)
-        own = sampler(prompts, rng)
+        both = []
+        for i, names in enumerate(calls(pipe, prompts)):
+            torch.manual_seed(seed + i)
+            stock_draws = draw(pipe, names, size, steps=steps, guidance=1.0, output="latent")
+            torch.manual_seed(seed + i)
+            both.append((stock_draws, sampler(names, rng)))
+    theirs, own = (torch.cat(parts) for parts in zip(*both, strict=True))
     if own.shape != theirs.shape:
         raise ValueError(
             f"ours: latents {list(own.shape)} do not fit the pipeline's {list(theirs.shape)}; verify at the size the"

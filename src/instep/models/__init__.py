@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from instep.models.base import Family
 
 MOVING_DIGITS = "moving-digits"
+MOVING_DIGITS_I2V = "moving-digits-i2v"
 DIGITS = "digits"
-BUNDLED = (MOVING_DIGITS, DIGITS)
+BUNDLED = (MOVING_DIGITS, DIGITS, MOVING_DIGITS_I2V)
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,16 @@ def bundled(name: str) -> Path:
 
 
 def load(model: str, size: VideoSize | None = None) -> Family:
-    """The family of `model`: the bundled `moving-digits` or `digits`, a diffusers pipeline folder, or the parts of a class-conditional DiT
+    """The family of `model`: the bundled `moving-digits`, `moving-digits-i2v` or `digits`, a diffusers pipeline folder, or the parts of a class-conditional DiT
     (transformer/ and scheduler/, without an index: no stock pipeline samples it).
 
     Raises ValueError if the folder is not there, lacks a part, or holds a pipeline that no family knows, and for a `size` where the network has its own.
     """
+    if model == MOVING_DIGITS_I2V:
+        from instep.models.moving_digits_i2v import bundled_pipeline
+        from instep.models.wan_i2v import WanImageFamily
+
+        return WanImageFamily(bundled_pipeline(), size or MOVING_DIGITS_SIZE, model, str(bundled(model)))
     folder = bundled(model) if model in BUNDLED else Path(model)
     index = folder / "model_index.json"
     if not index.is_file() and _class_of(folder / "transformer" / "config.json") == "DiTTransformer2DModel":
@@ -71,11 +77,15 @@ def load(model: str, size: VideoSize | None = None) -> Family:
 
         chosen = size or (MOVING_DIGITS_SIZE if model == MOVING_DIGITS else VideoSize())
         return WanFamily.load(folder, chosen, name=_name(model, folder))
+    if kind == "WanImageToVideoPipeline":
+        from instep.models.wan_i2v import WanImageFamily
+
+        return WanImageFamily.load(folder, size or VideoSize(), name=_name(model, folder))
     if kind == "CogVideoXPipeline":
         from instep.models.cogvideox import CogVideoXFamily
 
         return CogVideoXFamily.load(folder, size, name=_name(model, folder))
-    raise ValueError(f"model: {folder} holds a {kind}, which no family knows yet; allowed: WanPipeline, CogVideoXPipeline")
+    raise ValueError(f"model: {folder} holds a {kind}, which no family knows yet; allowed: WanPipeline, WanImageToVideoPipeline, CogVideoXPipeline")
 
 
 def _name(model: str, folder: Path) -> str:

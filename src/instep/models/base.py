@@ -100,6 +100,14 @@ class Encodes(Family, Protocol):
         ...
 
 
+class Pictured(Encodes, Protocol):
+    """A family whose prompts name the picture that a video begins with (`data/prompts.py`)."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """ValueError for the first prompt that names no picture, or one that is not there."""
+        ...
+
+
 @contextmanager
 def skipped(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[None]:
     """Inside, `blocks[i].forward` returns its first argument for every i in `numbers`; ValueError for a number out of range."""

@@ -240,7 +240,7 @@ class CogVideoXStock:
         return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
         text, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
         return CogVideoXCondition(text=text)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from instep.models import VideoSize
 from instep.paths import Path
 from instep.prediction import Condition, Parameterisation
+
+IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 
 
 class Stock(Protocol):
@@ -33,8 +37,8 @@ class Stock(Protocol):
         """A few tokens' worth of video: the identity of two samplers does not depend on the size, its price does."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Text as the pipeline's call encodes it."""
+    def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
+        """Text, and the pictures that prompts name for an image-to-video pipeline, as the pipeline's call encodes them."""
         ...
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -49,8 +53,33 @@ def stock(pipe: Any) -> Stock:
         from instep.models.wan import WanStock
 
         return WanStock(pipe)
+    if kind == IMAGE_TO_VIDEO:
+        from instep.models.wan_i2v import WanImageStock
+
+        return WanImageStock(pipe)
     if kind == "CogVideoXPipeline":
         from instep.models.cogvideox import CogVideoXStock
 
         return CogVideoXStock(pipe)
-    raise ValueError(f"pipeline: {kind} is not known; allowed: WanPipeline, CogVideoXPipeline")
+    raise ValueError(f"pipeline: {kind} is not known; allowed: WanPipeline, {IMAGE_TO_VIDEO}, CogVideoXPipeline")
+
+
+def takes_picture(pipe: Any) -> bool:
+    """Whether a call of the pipeline begins with a picture, one for all of its prompts."""
+    return type(pipe).__name__ == IMAGE_TO_VIDEO
+
+
+def calls(pipe: Any, prompts: Sequence[str]) -> list[list[str]]:
+    """The prompts of each call that draws them: all at once, or one by one where a call takes one picture."""
+    return [[prompt] for prompt in prompts] if takes_picture(pipe) else [list(prompts)]
+
+
+def draw(pipe: Any, prompts: Sequence[str], size: VideoSize, *, steps: int, guidance: float, output: Literal["pt", "latent"]) -> Tensor:
+    """What the pipeline's calls give for `prompts`: latents in its own order of axes, or videos [B, F, 3, H, W] in [0, 1] ("pt")."""
+    call = partial(pipe, height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps, guidance_scale=guidance, output_type=output)
+    if not takes_picture(pipe):
+        return call(prompt=list(prompts)).frames
+    from instep.data.pictures import read_picture
+    from instep.data.prompts import text_of
+
+    return torch.cat([call(prompt=text_of(prompt), image=read_picture(prompt, size)[None]).frames for prompt in prompts])

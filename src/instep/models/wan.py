@@ -168,10 +168,15 @@ class WanFamily:
         """A stock WanPipeline around `module`, whose attention processors are the stock ones again."""
         from diffusers import WanPipeline
 
-        plain = copy.deepcopy(module)
-        for block in plain.blocks:
-            block.attn2.set_processor(WanAttnProcessor())
-        return WanPipeline(**{**self.pipe.components, "transformer": plain})
+        return WanPipeline(**{**self.pipe.components, "transformer": stock_attention(module)})
+
+
+def stock_attention(module: nn.Module) -> nn.Module:
+    """A copy of a Wan transformer with the stock attention processors."""
+    plain = copy.deepcopy(module)
+    for block in plain.blocks:
+        block.attn2.set_processor(WanAttnProcessor())
+    return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,14 +200,14 @@ class WanStock:
 
     def latent_shape(self, size: VideoSize) -> tuple[int, ...]:
         spatial, temporal = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
-        return (self.pipe.transformer.config.in_channels, (size.frames - 1) // temporal + 1, size.height // spatial, size.width // spatial)
+        return (self.pipe.vae.config.z_dim, (size.frames - 1) // temporal + 1, size.height // spatial, size.width // spatial)
 
     def smallest(self) -> VideoSize:
         side = 3 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size[1]
         return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
         text, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
         return _Text(text=text)
 

@@ -41,7 +41,7 @@ class PretrainConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
 
 
-def _stage(out: Path, name: str, config: Any, seed: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def stage(out: Path, name: str, config: Any, seed: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Runs a part unless it is done; its note holds settings, seed, seconds and what `make` returns."""
     work = out / ".work"
     note = stage_done(work, name, config, seed)
@@ -87,7 +87,8 @@ def _teacher(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
     vae, tokenizer, encoder = _load_vae(out), build_tokenizer(), build_text_encoder(seed)
     cached = out / ".work" / "latents.safetensors"
     if not cached.exists():
-        write_tensors(cached, vars(cache_latents(vae, config.videos, seed)))
+        found = cache_latents(vae, config.videos, seed)
+        write_tensors(cached, {"x": found.x, "digits": found.digits, "motions": found.motions})
     run = TeacherRun(config, seed, Latents(**load_file(cached)), text_table(tokenizer, encoder))
     half_vae, half_encoder = copy.deepcopy(vae).half(), copy.deepcopy(encoder).half()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
@@ -103,7 +104,7 @@ def _teacher(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
     return {"steps": run.step, "parameters": sum(p.numel() for p in run.net.parameters())}
 
 
-def _portable_names(out: Path) -> None:
+def portable_names(out: Path) -> None:
     """Names the tokenizer's class as transformers 4 and 5 both know it; version 5 writes its own name."""
     for path, key in ((out / "model_index.json", "tokenizer"), (out / "tokenizer" / "tokenizer_config.json", "tokenizer_class")):
         values = json.loads(path.read_text())
@@ -135,7 +136,7 @@ def _judges(out: Path, config: PretrainConfig, seed: int, threads: int) -> None:
     """The three judges in turn, in a process of their own."""
     torch.set_num_threads(threads)
     for judge in config.judges:
-        _stage(out, f"judge-{judge.name}", judge, seed, lambda c=judge: _judge(out, c, seed))
+        stage(out, f"judge-{judge.name}", judge, seed, lambda c=judge: _judge(out, c, seed))
 
 
 def _judges_and_teacher(out: Path, config: PretrainConfig, seed: int, threads: int) -> None:
@@ -143,7 +144,7 @@ def _judges_and_teacher(out: Path, config: PretrainConfig, seed: int, threads: i
     beside = get_context("spawn").Process(target=_judges, args=(out, config, seed, 1), daemon=True)
     beside.start()
     torch.set_num_threads(max(1, threads - 1))
-    _stage(out, "teacher", config.teacher, seed, lambda: _teacher(out, config.teacher, seed))
+    stage(out, "teacher", config.teacher, seed, lambda: _teacher(out, config.teacher, seed))
     beside.join()
     if beside.exitcode != 0:
         raise RuntimeError(f"training of the judges ended with exit code {beside.exitcode}; its error stands above; the same command goes on from there")
@@ -162,9 +163,9 @@ def pretrain_moving_digits(out: Path, seed: int = 0, threads: int = 2, resume: b
     out.mkdir(parents=True, exist_ok=True)
     if not resume:
         shutil.rmtree(out / ".work", ignore_errors=True)
-    _stage(out, "vae", config.vae, seed, lambda: _vae(out, config.vae, seed))
+    stage(out, "vae", config.vae, seed, lambda: _vae(out, config.vae, seed))
     _judges_and_teacher(out, config, seed, threads)
     torch.set_num_threads(threads)
-    _portable_names(out)
-    _stage(out, "measure", config.measure, seed, lambda: measure(out, config.measure, seed))
+    portable_names(out)
+    stage(out, "measure", config.measure, seed, lambda: measure(out, config.measure, seed))
     write_json(out / "pretrain.json", _about(out, config, seed, threads))

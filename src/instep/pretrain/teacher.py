@@ -57,11 +57,14 @@ def build_transformer() -> WanTransformer3DModel:
 
 @dataclass(frozen=True)
 class Latents:
-    """Cached training set: latents x [N, 16, 3, 6, 6] (half), digits [N], motions [N]."""
+    """Cached training set: latents x [N, 16, 3, 6, 6] (half), digits [N], motions [N]; and, where the network is given one, what it sees of the first
+    frame beside the noisy latents, [N, 20, 3, 6, 6] (half).
+    """
 
     x: Tensor
     digits: Tensor
     motions: Tensor
+    picture: Tensor | None = None
 
 
 @torch.no_grad()
@@ -125,22 +128,25 @@ def said(digit: int, motion: int, u: Tensor, full: float) -> PromptSpec:
 class TeacherRun:
     """Training state that can be written to one safetensors file and read back; step i always draws the same batch."""
 
-    def __init__(self, config: TeacherConfig, seed: int, data: Latents, table: TextTable) -> None:
+    def __init__(
+        self, config: TeacherConfig, seed: int, data: Latents, table: TextTable, build: Callable[[], WanTransformer3DModel] = build_transformer
+    ) -> None:
+        """`build` makes the network as it is before training; parameters that it freezes stay as they are."""
         torch.manual_seed(seed + 21)
-        self.config, self.seed, self.data, self.table, self.step = config, seed, data, table, 0
-        self.net = build_transformer().train()
+        self.config, self.seed, self.data, self.table, self.build, self.step = config, seed, data, table, build, 0
+        self.net = build().train()
         self.bias = TextBias(torch.zeros(config.batch, table.embeddings.shape[1]))
         for block in self.net.blocks:
             block.attn1.set_processor(TrainingAttention(self.bias))
             block.attn2.set_processor(TrainingAttention(self.bias))
-        named = dict(self.net.named_parameters())
+        named = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
         matrices = [p for n, p in named.items() if n.startswith("blocks.") and p.ndim == 2]
         chosen = {id(p) for p in matrices}
         others = [p for p in named.values() if id(p) not in chosen]
         self.optimisers = Optimisers(matrices, others, config.steps, config.muon_lr, config.adam_lr)
         self.average = Average(self.net, config.ema)
 
-    def _batch(self) -> tuple[Tensor, Tensor, torch.Generator]:
+    def _batch(self) -> tuple[Tensor, Tensor | None, Tensor, torch.Generator]:
         c = self.config
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         pick = torch.randint(0, len(self.data.x), (c.batch,), generator=rng)
@@ -150,7 +156,7 @@ class TeacherRun:
         short = (u[:, 4] * math.log(STOCK_PADDING)).exp().ceil()
         padded_to = torch.where(u[:, 3] < c.stock_padding, STOCK_PADDING, short)
         text, self.bias.value = self.table.condition(rows, padded_to)
-        return self.data.x[pick].float(), text, rng
+        return self.data.x[pick].float(), None if self.data.picture is None else self.data.picture[pick].float(), text, rng
 
     def compile(self) -> None:
         """Compiles the network (a third faster); without a C compiler training goes on uncompiled."""
@@ -166,13 +172,14 @@ class TeacherRun:
 
     def _loss(self) -> Tensor:
         """Flow matching: the network's output is eps - x0, t is uniform, then shifted (t = 1 is noise)."""
-        x0, text, rng = self._batch()
+        x0, picture, text, rng = self._batch()
         u = (torch.randperm(len(x0), generator=rng) + torch.rand(len(x0), generator=rng)) / len(x0)
         t = self.config.shift * u / (1 + (self.config.shift - 1) * u)
         eps = torch.randn(x0.shape, generator=rng)
         level = t.view(-1, 1, 1, 1, 1)
+        x_t = (1 - level) * x0 + level * eps
         with torch.autocast("cpu", torch.bfloat16):
-            out = self.net((1 - level) * x0 + level * eps, t * 1000, text, return_dict=False)[0]
+            out = self.net(x_t if picture is None else torch.cat([x_t, picture], 1), t * 1000, text, return_dict=False)[0]
         return F.mse_loss(out.float(), eps - x0)
 
     def advance(self) -> float:
@@ -212,7 +219,7 @@ class TeacherRun:
 
     def exported(self) -> nn.Module:
         """The averaged network with stock attention, eval, float32."""
-        net = build_transformer()
+        net = self.build()
         net.load_state_dict(self.average.weights)
         return net.eval().requires_grad_(False)
 

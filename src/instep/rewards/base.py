@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from instep.data.prompts import texts_of
+
 
 class RewardError(ValueError):
     """What a reward says when its own message already names the reward, the sample and the fix: it is passed on as it is."""
@@ -19,7 +21,8 @@ class Reward(Protocol):
     """Scores media [B, 3, F, H, W] in [0, 1] for B prompts: [B], higher is better.
 
     `name` is also the reward's fingerprint: a run goes on only with a reward of the same name. It says every setting that changes a score, and
-    nothing that differs between processes (no object id, no token).
+    nothing that differs between processes (no object id, no token). Prompts are told without the picture that an image-to-video prompt names, unless
+    a reward has an attribute `sees_pictures` that is true.
     """
 
     name: str
@@ -51,10 +54,15 @@ def as_reward(reward: Reward | Callable[[Tensor, Sequence[str]], Any]) -> Reward
     raise ValueError(f"reward: {reward!r} is neither a Reward nor a function (media, prompts) -> scores")
 
 
+def told(reader: object, prompts: Sequence[str]) -> Sequence[str]:
+    """Prompts as a reward or a ranker is told them: without their pictures, unless it says that it `sees_pictures`."""
+    return prompts if getattr(reader, "sees_pictures", False) else texts_of(prompts)
+
+
 def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[str]) -> Tensor:
     """Scores [B], or a ValueError that names the reward and the first sample that it failed on."""
     try:
-        scores = reward.score(media, prompts)
+        scores = reward.score(media, told(reward, prompts))
     except RewardError:
         raise
     except Exception as error:

@@ -8,12 +8,13 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from instep import __version__
+from instep.data.prompts import picture_of
 from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, checked_scores
@@ -24,6 +25,7 @@ from instep.train.recipe import Recipe, describe
 from instep.train.source import PairSamples, RealSamples
 
 if TYPE_CHECKING:
+    from instep.models.base import Pictured
     from instep.train.run import RunOptions
 
 # decoding all samples of a large batch at once would need more memory than the student's own step
@@ -86,6 +88,8 @@ def check_inputs(
     """Everything that would otherwise fail after minutes: missing parts, and a reward that does not work on one small batch."""
     if not prompts:
         raise ValueError("prompts: the list is empty; give at least one prompt")
+    for names in (prompts, real.prompts if real else (), pairs.prompts if pairs else ()):
+        check_prompts(family, names)
     if recipe.sampler == "ode" and family.pipe is None:
         raise ValueError(
             f"model: {family.name} has no stock pipeline, and {recipe.name} leaves a many-step model, which is exported as one; choose a recipe that distils"
@@ -141,6 +145,14 @@ def check_inputs(
         if "gradient" in recipe.needs:
             for part in reward.parts if isinstance(reward, Several) else (reward,):
                 _check_gradient(family, part, trial, pair)
+
+
+def check_prompts(family: Family, prompts: Sequence[str]) -> None:
+    """ValueError for a prompt without a picture where the model begins with one, and for one with a picture where it takes none."""
+    if hasattr(family, "check_prompts"):
+        cast("Pictured", family).check_prompts(prompts)
+    elif pictured := next((prompt for prompt in prompts if picture_of(prompt)), None):
+        raise ValueError(f"prompts: {pictured!r} names a picture, and {family.name} takes text alone; leave [image: ...] out, or choose another model")
 
 
 def _blunt(reward: Reward) -> Reward:

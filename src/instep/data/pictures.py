@@ -1,0 +1,66 @@
+"""The pictures that prompts of image-to-video models begin with: read from files, or drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instep.data import digits
+from instep.data.prompts import DRAWN, picture_of, text_of, with_picture
+from instep.models import VideoSize
+
+
+def read_picture(prompt: str, size: VideoSize) -> Tensor:
+    """A prompt's picture [3, H, W] in [0, 1] at `size`: a picture file, or the first frame of an animation or video.
+
+    `train/17` (monitor, heldout, reference) is drawn: the first frame of the moving-digits video that `drawn_video` draws of the prompt's text from
+    that split with seed 17. ValueError where the prompt names none, and for a file that is missing, cannot be read or has another shape.
+    """
+    from instep.data.media import fitted, read_media
+
+    name = picture_of(prompt)
+    if name is None:
+        raise ValueError(
+            f"prompt: {prompt!r} names no picture, and this model begins its videos with one; write {with_picture(prompt, 'FILE')!r}, or in a prompt file of "
+            'JSON lines {"prompt": ..., "image": FILE}'
+        )
+    if DRAWN.fullmatch(name):
+        frame = drawn_video(prompt)[:, 0]
+        if frame.shape[1:] != (size.height, size.width):
+            frame = F.interpolate(frame[None], (size.height, size.width), mode="bilinear", align_corners=False)[0]
+        return frame
+    if not Path(name).is_file():
+        raise ValueError(f"image: {name} of prompt {prompt!r} is not a file that exists; give a picture or a video, or split/seed for a drawn digit")
+    return fitted(read_media(Path(name))[:, :1], VideoSize(size.height, size.width, 1), name)[:, 0]
+
+
+def drawn_video(prompt: str) -> Tensor:
+    """The moving-digits video [3, 9, 48, 48] whose first frame a prompt like `a seven [image: train/17]` names; ValueError for any other."""
+    scans, motions, start = drawn_path(prompt)
+    return digits.place(scans, start, digits.travels(motions))[0].expand(3, -1, -1, -1)
+
+
+def drawn_path(prompt: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What that video shows: scan [1, 8, 8], motion [1] and the digit's first corner [1, 2]; ValueError for a prompt that names no drawn picture.
+
+    An empty text leaves everything open.
+    """
+    found = DRAWN.fullmatch(picture_of(prompt) or "")
+    if not found:
+        raise ValueError(f"image: {prompt!r} names no drawn picture; write for example {with_picture(text_of(prompt), 'train/17')!r}")
+    split: digits.Split = found[1]  # type: ignore[assignment]
+    rng = torch.Generator().manual_seed(int(found[2]))
+    scans, _, motions = digits.draw(split, [digits.parse(text_of(prompt) or "a digit")], rng)
+    return scans, motions, digits.random_paths(motions, rng)[0]
+
+
+def check_pictures(prompts: Sequence[str]) -> None:
+    """ValueError for the first prompt that names no picture, or a file that is not there."""
+    for prompt in dict.fromkeys(prompts):
+        name = picture_of(prompt)
+        if name is None or not (DRAWN.fullmatch(name) or Path(name).is_file()):
+            read_picture(prompt, VideoSize())

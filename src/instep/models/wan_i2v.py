@@ -1,0 +1,156 @@
+"""Wan image-to-video without an image encoder (as in Wan 2.2 A14B) through diffusers' own modules: the first frame is given.
+
+The transformer sees the noisy latents, a mask of what is known and the latents of the known video (the picture, then grey), joined along channels:
+[B, z + 4 + z, f, h, w]. All its outputs are velocities of the whole video, so levels, paths and terms are those of text-to-video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from instep.data.pictures import check_pictures, read_picture
+from instep.data.prompts import texts_of
+from instep.models import VideoSize
+from instep.models.wan import STOCK_TEXT_LENGTH, WanCondition, WanFamily, WanStock, stock_attention
+from instep.models.wan_vae import normalise
+from instep.prediction import Condition
+from instep.quiet import quiet
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+# pictures whose latents are kept: of the oldest they are made again
+KEPT_PICTURES = 1024
+
+
+@torch.no_grad()
+def known_latents(vae: AutoencoderKLWan, pictures: Tensor, frames: int) -> Tensor:
+    """What `WanImageToVideoPipeline` joins to the noisy latents for pictures [B, 3, H, W] in [0, 1]: [B, k + z, f, h, w], k the temporal stride.
+
+    First the mask (1 where a latent frame is known, one channel for each of the frames it stands for), then the normalised latents of the picture
+    followed by grey frames.
+    """
+    stride, (n, _, height, width) = vae.config.scale_factor_temporal, pictures.shape
+    video = torch.cat([pictures[:, :, None] * 2 - 1, pictures.new_zeros(n, 3, frames - 1, height, width)], 2)
+    latents = normalise(vae, vae.encode(video).latent_dist.mode())
+    mask = latents.new_zeros(n, stride, *latents.shape[2:])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latents], 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanImageCondition(WanCondition):
+    """Text, and what is known of the video, [B, k + z, f, h, w] (see `known_latents`).
+
+    The unconditional prompt has no picture of its own: stacked on rows that have one it takes theirs, as the stock pipeline guides away from another
+    text of the same picture.
+    """
+
+    picture: Tensor | None = None
+
+    def stack(self, other: Self) -> Self:
+        """Both batches, one after the other; `other` without pictures gets those of as many last rows."""
+        if self.picture is not None and other.picture is None:
+            other = replace(other, picture=self.picture[len(self.picture) - len(other) :])
+        return super().stack(other)
+
+
+class WanImageFamily(WanFamily):
+    """A `WanImageToVideoPipeline` seen as a family; a prompt names its picture (see `data/prompts.py`)."""
+
+    def __init__(self, pipe: Any, size: VideoSize, name: str = "wan-i2v", source: str = "") -> None:
+        """ValueError for a variant that is conditioned otherwise: with an image encoder, per-token timesteps or a second transformer."""
+        check_variant(pipe)
+        super().__init__(pipe, size, name, source)
+        self._pictures: dict[str, Tensor] = {}
+
+    @classmethod
+    def load(cls, folder: Path, size: VideoSize, name: str = "wan-i2v") -> Self:
+        """From a diffusers folder, in float32, offline."""
+        with quiet():
+            from diffusers import WanImageToVideoPipeline
+
+            return cls(WanImageToVideoPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True), size, name, str(folder))
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """ValueError for the first prompt without a picture, or with one that is not there."""
+        check_pictures(prompts)
+
+    def encode(self, prompts: Sequence[str]) -> WanImageCondition:
+        """Text and pictures; ValueError for a prompt that names none."""
+        plain = super().encode(texts_of(prompts))
+        return WanImageCondition(text=plain.text, bias=plain.bias, picture=self._known(prompts))
+
+    def null(self, n: int) -> WanImageCondition:
+        plain = super().null(n)
+        return WanImageCondition(text=plain.text, bias=plain.bias)
+
+    def _known(self, prompts: Sequence[str]) -> Tensor:
+        """One row a prompt; each picture is encoded alone, so that what it is does not depend on its neighbours."""
+        found = {}
+        for prompt in dict.fromkeys(prompts):
+            known = self._pictures.pop(prompt, None)
+            found[prompt] = self._encode_picture(prompt) if known is None else known
+        kept = self._pictures | found
+        self._pictures = {prompt: kept[prompt] for prompt in list(kept)[-KEPT_PICTURES:]}
+        return torch.stack([found[prompt] for prompt in prompts])
+
+    def _encode_picture(self, prompt: str) -> Tensor:
+        picture = read_picture(prompt, self.size).to(self.pipe.transformer.device)
+        return known_latents(self.pipe.vae, picture[None], self.size.frames)[0]
+
+    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        assert isinstance(cond, WanImageCondition) and cond.picture is not None, "image-to-video needs a picture; an unconditional prompt is stacked on one"
+        return super().forward(module, torch.cat([x_t, cond.picture.to(x_t)], 1), t, cond)
+
+    def pipeline(self, module: nn.Module) -> Any:
+        """A stock WanImageToVideoPipeline around a copy of `module`, whose attention processors are the stock ones again."""
+        from diffusers import WanImageToVideoPipeline
+
+        return WanImageToVideoPipeline(**{**self.pipe.components, "transformer": stock_attention(module)})
+
+
+def check_variant(pipe: Any) -> None:
+    """ValueError for a `WanImageToVideoPipeline` whose conditioning is not the one here."""
+    config, z = pipe.transformer.config, pipe.vae.config.z_dim
+    if pipe.config.expand_timesteps:
+        raise ValueError("pipeline: expand_timesteps (Wan 2.2 TI2V: a level for every token) is not built; allowed: pictures joined along channels")
+    if config.image_dim is not None:
+        raise ValueError("pipeline: an image encoder (Wan 2.1 I2V, image_dim) is not built; allowed: pictures joined along channels alone, as in Wan 2.2 A14B")
+    if pipe.transformer_2 is not None:
+        raise ValueError("pipeline: it has two transformers (Wan 2.2's experts), and one student cannot stand for both; give a pipeline of one")
+    expected = 2 * z + pipe.vae_scale_factor_temporal
+    if (config.in_channels, config.out_channels) != (expected, z):
+        raise ValueError(f"pipeline: a transformer of {config.in_channels} channels in, {config.out_channels} out does not fit its VAE; {expected} and {z} do")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TextAndPicture(Condition):
+    """Text embeddings [B, 512, D] with the stock padding, and what is known [B, k + z, f, h, w]."""
+
+    text: Tensor
+    picture: Tensor
+
+
+class WanImageStock(WanStock):
+    """A `WanImageToVideoPipeline` as `models/stock.py` asks for it."""
+
+    def __init__(self, pipe: Any) -> None:
+        check_variant(pipe)
+        super().__init__(pipe)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
+        text, _ = self.pipe.encode_prompt(texts_of(prompts), do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
+        pictures = torch.stack([read_picture(prompt, size) for prompt in prompts]).to(self.pipe.transformer.device)
+        return _TextAndPicture(text=text, picture=known_latents(self.pipe.vae, pictures, size.frames))
+
+    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        assert isinstance(cond, _TextAndPicture)
+        return module(torch.cat([x_t, cond.picture], 1), t * 1000, cond.text.to(x_t), return_dict=False)[0]
