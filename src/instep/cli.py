@@ -25,7 +25,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep recipes             what can be trained
   instep plan RECIPE         memory and time, before anything runs
   instep judge A B           a local page on which people compare or score samples of two models, blind
-  instep pairs export|import what people preferred as training pairs; public preference sets in the same form
+  instep pairs export|import|fit  what people preferred as training pairs, public sets in the same form, a reward learned from them
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, moving picture
   instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, or digits (class-conditional images)
 
@@ -284,17 +284,18 @@ def _judge(args: Sequence[str]) -> int:
 
 
 def _pairs(args: Sequence[str]) -> int:
-    from instep.commands.pairs import USAGE as WHAT
-    from instep.commands.pairs import ExportPairsArgs, ImportPairsArgs, export_pairs_command, import_pairs_command
+    from instep.commands import pairs
 
     if args and args[0] in ("-h", "--help"):
-        print(WHAT)
+        print(pairs.USAGE)
         return 0
     if args and args[0] == "export":
-        return export_pairs_command(_parse(ExportPairsArgs, args[1:], "pairs export"))
+        return pairs.export_pairs_command(_parse(pairs.ExportPairsArgs, args[1:], "pairs export"))
     if args and args[0] == "import":
-        return import_pairs_command(_parse(ImportPairsArgs, args[1:], "pairs import"))
-    raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import (see instep pairs --help)")
+        return pairs.import_pairs_command(_parse(pairs.ImportPairsArgs, args[1:], "pairs import"))
+    if args and args[0] == "fit":
+        return pairs.fit_pairs_command(_parse(pairs.FitPairsArgs, args[1:], "pairs fit"))
+    raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import, fit (see instep pairs --help)")
 
 
 def _plan(args: Sequence[str]) -> int:
