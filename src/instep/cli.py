@@ -46,10 +46,11 @@ class TrainArgs:
     """Text file, one prompt a line (or JSON lines with a "prompt"); default: the bundled model's own."""
     reward: str | None = None
     """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
-    (motion); "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them. Settings stand
-    before it: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score", "frames=4 compressible" (only
-    4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each normalised before it is
-    weighed; a command's commas between quotes. Default: the bundled model's training judge. Protocols: docs/rewards.md."""
+    (motion); "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them;
+    preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares.
+    Settings stand before it: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
+    "frames=4 compressible" (only 4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each
+    normalised before it is weighed; a command's commas between quotes. Default: the bundled model's training judge. Protocols: docs/rewards.md."""
     pairs: Path | None = None
     """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
     real ones. Default: the bundled model's own."""

@@ -102,8 +102,8 @@ class FitPairsArgs:
     """Width of a hidden layer; 0: the reward is linear in the features."""
     steps: int = 300
     """Steps of training."""
-    decay: float = 0.01
-    """Weight decay; raise it where there are few pairs for many features."""
+    decay: float = 1.0
+    """How small the weights should be; raise it (10, 100) where pairs are few or people disagree."""
     heldout: float = 0.2
     """Part of the prompts that is kept for measuring."""
     seed: int = 0
@@ -182,7 +182,7 @@ def fit_pairs_command(args: FitPairsArgs) -> int:
         f"           log probability {fitted.log_prob:.3f} a pair; a coin that knows how many are ties has {fitted.coin:.3f}\n"
         f"wrote {args.out}: --reward preferences:{args.out}"
     )
-    if right.low <= 0.5:
+    if right.low <= 0.5 or fitted.log_prob <= fitted.coin:
         print("warning: a coin might do as well; give more pairs, other features or more --decay before training on this", file=sys.stderr)
     return 0
 

@@ -72,8 +72,8 @@ class RewardHead(nn.Module):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained head and what it does on pairs it has not seen: share of those with a preference that it orders right, and its mean log probability
-    of all (ties too). `pairs`: how many it was trained on, `heldout` how many it was measured on.
+    """A trained head and what it does on pairs it has not seen: share of those with a preference that it orders right (half where it sees no
+    difference), and its mean log probability of all (ties too). `pairs`: how many it was trained on, `heldout` how many it was measured on.
 
     `coin` is the mean log probability, on the same pairs, of a coin that knows how often those it was trained on are ties. `answers`: how many independent
     answers the accuracy is worth if those of one group always agreed, (sum n)^2 / sum n^2 over the groups' preferences n: an interval made of it is
@@ -90,10 +90,11 @@ class Fitted:
 
 
 def fit(
-    first: Tensor, second: Tensor, outcome: Tensor, *, hidden: int = 0, steps: int = 300, lr: float = 1e-2, decay: float = 1e-2, heldout: float = 0.2,
+    first: Tensor, second: Tensor, outcome: Tensor, *, hidden: int = 0, steps: int = 300, lr: float = 1e-2, decay: float = 1.0, heldout: float = 0.2,
     seed: int = 0, groups: Sequence[Hashable] | None = None,
 ) -> Fitted:  # fmt: skip
-    """A head trained by maximum likelihood on features [N, D] of pairs and their outcomes [N] (1: first preferred, -1: second, 0: tie).
+    """A head trained on features [N, D] of pairs and their outcomes [N] (1: first preferred, -1: second, 0: tie), by likelihood and a Gaussian prior on
+    its weights (not on eta) of variance 1 / `decay`, which counts the less the more pairs there are.
 
     A seeded part `heldout` is kept for measuring: of the pairs, or with `groups`, one a pair (its prompt), of these, so that none is on both sides.
     ValueError if there are too few, or all are ties.
@@ -119,15 +120,16 @@ def fit(
     spread = both.std(0)
     # what is alike in all of these may differ elsewhere, and must not be blown up there
     head.std.copy_(torch.where(spread > 1e-6, spread, torch.ones_like(spread)))
-    optimizer = torch.optim.AdamW(head.parameters(), lr, weight_decay=decay)
+    optimizer = torch.optim.Adam(head.parameters(), lr)
     for _ in range(steps):
-        loss = -rao_kupper_log_prob(head(first[seen]) - head(second[seen]), outcome[seen], head.eta).mean()
+        small = sum(p.square().sum() for p in head.layers.parameters()) * decay / 2 / len(seen)
+        loss = small - rao_kupper_log_prob(head(first[seen]) - head(second[seen]), outcome[seen], head.eta).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     head.eval().requires_grad_(False)
     gap, told = head(first[kept]) - head(second[kept]), outcome[kept] != 0
-    accuracy = float((gap[told].sign() == outcome[kept][told]).float().mean())
+    accuracy = float(((gap * outcome[kept])[told].sign() + 1).mean() / 2)
     log_prob = float(rao_kupper_log_prob(gap, outcome[kept], head.eta).mean())
     ties = (int((outcome[seen] == 0).sum()) + 1) / (len(seen) + 2)
     coin = float(torch.where(told, math.log((1 - ties) / 2), math.log(ties)).mean())

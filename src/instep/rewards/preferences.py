@@ -52,7 +52,7 @@ def read_features(
 
 def learn(
     pairs: Sequence[PreferencePair], features: Features, watch: Callable[[list[Shown]], Iterable[Shown]] = iter, *, hidden: int = 0, steps: int = 300,
-    decay: float = 0.01, heldout: float = 0.2, seed: int = 0, device: str = "cpu",
+    decay: float = 1.0, heldout: float = 0.2, seed: int = 0, device: str = "cpu",
 ) -> Learned:  # fmt: skip
     """A head fitted to pairs, ties among them; a part of the prompts, with all their pairs, is held out (`bradley_terry.fit`)."""
     prompts = [pair.prompt for pair in pairs]
