@@ -25,7 +25,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep recipes             what can be trained
   instep plan RECIPE         memory and time, before anything runs
   instep judge A B           a local page on which people compare or score samples of two models, blind
-  instep pairs export|import what people preferred as training pairs; public preference sets in the same form
+  instep pairs export|import|fit  what people preferred as training pairs, public sets in the same form, a reward learned from them
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, moving picture
   instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, moving-digits-i2v, or digits (class-conditional images)
 
@@ -48,10 +48,11 @@ class TrainArgs:
     "image"). Default: the bundled model's own."""
     reward: str | None = None
     """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
-    (motion); "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them. Settings stand
-    before it: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score", "frames=4 compressible" (only
-    4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each normalised before it is
-    weighed; a command's commas between quotes. Default: the bundled model's training judge. Protocols: docs/rewards.md."""
+    (motion); "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them;
+    preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares.
+    Settings stand before it: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
+    "frames=4 compressible" (only 4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each
+    normalised before it is weighed; a command's commas between quotes. Default: the bundled model's training judge. Protocols: docs/rewards.md."""
     pairs: Path | None = None
     """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
     real ones. Default: the bundled model's own."""
@@ -287,17 +288,18 @@ def _judge(args: Sequence[str]) -> int:
 
 
 def _pairs(args: Sequence[str]) -> int:
-    from instep.commands.pairs import USAGE as WHAT
-    from instep.commands.pairs import ExportPairsArgs, ImportPairsArgs, export_pairs_command, import_pairs_command
+    from instep.commands import pairs
 
     if args and args[0] in ("-h", "--help"):
-        print(WHAT)
+        print(pairs.USAGE)
         return 0
     if args and args[0] == "export":
-        return export_pairs_command(_parse(ExportPairsArgs, args[1:], "pairs export"))
+        return pairs.export_pairs_command(_parse(pairs.ExportPairsArgs, args[1:], "pairs export"))
     if args and args[0] == "import":
-        return import_pairs_command(_parse(ImportPairsArgs, args[1:], "pairs import"))
-    raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import (see instep pairs --help)")
+        return pairs.import_pairs_command(_parse(pairs.ImportPairsArgs, args[1:], "pairs import"))
+    if args and args[0] == "fit":
+        return pairs.fit_pairs_command(_parse(pairs.FitPairsArgs, args[1:], "pairs fit"))
+    raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import, fit (see instep pairs --help)")
 
 
 def _plan(args: Sequence[str]) -> int:

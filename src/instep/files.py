@@ -7,7 +7,8 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,3 +80,36 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save
 
     write_bytes(path, save({key: value.contiguous() for key, value in tensors.items()}))
+
+
+@contextlib.contextmanager
+def at_once(out: Path, what: str) -> Iterator[Path]:
+    """A folder to write into that becomes `out` at the end, or disappears; `what` it is called where the disk is full."""
+    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        _swap(temporary, out)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if full := no_room(error):
+            raise unwritten(full, f"the {what} {out}", "what was there before is unchanged") from error
+        raise
+
+
+def _swap(temporary: Path, out: Path) -> None:
+    """`temporary` in place of `out`; an earlier folder is moved aside first and comes back if the rename fails."""
+    aside = out.parent / f".{out.name}.old-{os.getpid()}"
+    if out.exists():
+        os.replace(out, aside)
+    try:
+        os.replace(temporary, out)
+    except BaseException:
+        if aside.exists():
+            os.replace(aside, out)
+        raise
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    elif aside.exists():
+        aside.unlink()

@@ -7,9 +7,8 @@ import inspect
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from instep.export.comfyui import comfyui_shift, comfyui_state_dict, comfyui_wor
 from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler, our_sampler, smallest_size, verify_export
-from instep.files import no_room, unwritten
+from instep.files import at_once
 from instep.models.stock import stock
 from instep.quiet import quiet
 from instep.rollout import Sampling
@@ -89,7 +88,7 @@ def export_student(
     scheduler = few_step_scheduler(how.path, levels, how.parameterisation)
     student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=scheduler, dtype=dtype)
-    with at_once(out) as temporary:
+    with at_once(out, "export") as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
@@ -147,7 +146,7 @@ def export_many_step(
         "instep": info.instep_version, "levels": sampling.levels, "sampler": "ode", "guidance": sampling.guidance, "strengths": sampling.strengths,
         "info": asdict(info),
     }  # fmt: skip
-    with at_once(out) as temporary:
+    with at_once(out, "export") as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
@@ -155,22 +154,6 @@ def export_many_step(
         (temporary / "README.md").write_text(many_step_card(info, sampling))
         size_bytes = _sync(temporary)
     return ExportReport(out, sampling.levels, math.nan, math.nan, math.nan, len(keys), size_bytes)
-
-
-@contextmanager
-def at_once(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out` at the end, or disappears."""
-    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-        _swap(temporary, out)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if full := no_room(error):
-            raise unwritten(full, f"the export {out}", "what was there before is unchanged") from error
-        raise
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -247,20 +230,3 @@ def _sync(folder: Path) -> int:
                 os.fsync(file.fileno())
             size += path.stat().st_size
     return size
-
-
-def _swap(temporary: Path, out: Path) -> None:
-    """`temporary` in place of `out`; an earlier folder is moved aside first and comes back if the rename fails."""
-    aside = out.parent / f".{out.name}.old-{os.getpid()}"
-    if out.exists():
-        os.replace(out, aside)
-    try:
-        os.replace(temporary, out)
-    except BaseException:
-        if aside.exists():
-            os.replace(aside, out)
-        raise
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    elif aside.exists():
-        aside.unlink()

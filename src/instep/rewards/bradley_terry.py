@@ -8,7 +8,8 @@ with d the difference of the two rewards and eta = log theta >= 0 the width with
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -38,6 +39,10 @@ class RewardHead(nn.Module):
         self.width, self.hidden = width, hidden
         layers = [nn.Linear(width, 1)] if not hidden else [nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1)]
         self.layers = nn.Sequential(*layers)
+        if not hidden:
+            # what two samples of a prompt share (the prompt) has no gradient: it stays out of the reward
+            for parameter in layers[0].parameters():
+                nn.init.zeros_(parameter)
         # eta = softplus(raw) starts at .31: about one tie in seven between equals
         self.raw_eta = nn.Parameter(torch.tensor(-1.0))
         self.register_buffer("mean", torch.zeros(width))
@@ -67,23 +72,32 @@ class RewardHead(nn.Module):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained head and what it does on pairs it has not seen: share of those with a preference that it orders right, and its mean log probability
-    of all (ties too). `pairs`: how many it was trained on, `heldout` how many it was measured on."""
+    """A trained head and what it does on pairs it has not seen: share of those with a preference that it orders right (half where it sees no
+    difference), and its mean log probability of all (ties too). `pairs`: how many it was trained on, `heldout` how many it was measured on.
+
+    `coin` is the mean log probability, on the same pairs, of a coin that knows how often those it was trained on are ties. `answers`: how many independent
+    answers the accuracy is worth if those of one group always agreed, (sum n)^2 / sum n^2 over the groups' preferences n: an interval made of it is
+    not too narrow.
+    """
 
     head: RewardHead
     accuracy: float
     log_prob: float
     pairs: int
     heldout: int
+    coin: float
+    answers: float
 
 
 def fit(
-    first: Tensor, second: Tensor, outcome: Tensor, *, hidden: int = 0, steps: int = 300, lr: float = 1e-2, decay: float = 1e-2, heldout: float = 0.2,
-    seed: int = 0,
+    first: Tensor, second: Tensor, outcome: Tensor, *, hidden: int = 0, steps: int = 300, lr: float = 1e-2, decay: float = 1.0, heldout: float = 0.2,
+    seed: int = 0, groups: Sequence[Hashable] | None = None,
 ) -> Fitted:  # fmt: skip
-    """A head trained by maximum likelihood on features [N, D] of pairs and their outcomes [N] (1: first preferred, -1: second, 0: tie).
+    """A head trained on features [N, D] of pairs and their outcomes [N] (1: first preferred, -1: second, 0: tie), by likelihood and a Gaussian prior on
+    its weights (not on eta) of variance 1 / `decay`, which counts the less the more pairs there are.
 
-    A seeded part `heldout` of the pairs is kept for measuring. ValueError if there are too few pairs, or all are ties.
+    A seeded part `heldout` is kept for measuring: of the pairs, or with `groups`, one a pair (its prompt), of these, so that none is on both sides.
+    ValueError if there are too few, or all are ties.
     """
     if first.shape != second.shape or first.ndim != 2 or len(outcome) != len(first):
         raise ValueError(f"features: {tuple(first.shape)} and {tuple(second.shape)} for {len(outcome)} outcomes; give [N, D] of each and one outcome a pair")
@@ -91,26 +105,47 @@ def fit(
         raise ValueError("outcome: it is 1 (the first is preferred), -1 (the second) or 0 (a tie)")
     if not 0 < heldout < 1:
         raise ValueError(f"heldout: {heldout} is not allowed; the part of the pairs that is kept for measuring, above 0 and below 1")
-    order = torch.randperm(len(outcome), generator=torch.Generator().manual_seed(seed))
-    kept, seen = order[: max(1, round(heldout * len(order)))], order[max(1, round(heldout * len(order))) :]
+    group, count = _numbered(groups, len(outcome))
+    away = torch.zeros(count, dtype=torch.bool)
+    away[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: max(1, round(heldout * count))]] = True
+    kept, seen = away[group].nonzero()[:, 0], (~away[group]).nonzero()[:, 0]
     if not bool((outcome[kept] != 0).any()) or not bool((outcome[seen] != 0).any()):
-        raise ValueError(f"pairs: {len(outcome)} with {int((outcome != 0).sum())} preferences are too few to train and to measure on; give more")
+        of = "" if groups is None else f" of {count} prompts"
+        raise ValueError(f"pairs: {len(outcome)}{of} with {int((outcome != 0).sum())} preferences are too few to train and to measure on; give more")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = RewardHead(first.shape[1], hidden).to(first)
     both = torch.cat([first[seen], second[seen]])
     head.mean.copy_(both.mean(0))
-    head.std.copy_(both.std(0).clamp(min=1e-6))
-    optimizer = torch.optim.AdamW(head.parameters(), lr, weight_decay=decay)
+    spread = both.std(0)
+    # what is alike in all of these may differ elsewhere, and must not be blown up there
+    head.std.copy_(torch.where(spread > 1e-6, spread, torch.ones_like(spread)))
+    optimizer = torch.optim.Adam(head.parameters(), lr)
     for _ in range(steps):
-        loss = -rao_kupper_log_prob(head(first[seen]) - head(second[seen]), outcome[seen], head.eta).mean()
+        small = sum(p.square().sum() for p in head.layers.parameters()) * decay / 2 / len(seen)
+        loss = small - rao_kupper_log_prob(head(first[seen]) - head(second[seen]), outcome[seen], head.eta).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     head.eval().requires_grad_(False)
     gap, told = head(first[kept]) - head(second[kept]), outcome[kept] != 0
-    accuracy = float((gap[told].sign() == outcome[kept][told]).float().mean())
-    return Fitted(head, accuracy, float(rao_kupper_log_prob(gap, outcome[kept], head.eta).mean()), len(seen), len(kept))
+    accuracy = float(((gap * outcome[kept])[told].sign() + 1).mean() / 2)
+    log_prob = float(rao_kupper_log_prob(gap, outcome[kept], head.eta).mean())
+    ties = (int((outcome[seen] == 0).sum()) + 1) / (len(seen) + 2)
+    coin = float(torch.where(told, math.log((1 - ties) / 2), math.log(ties)).mean())
+    each = torch.bincount(group[kept][told]).double()
+    return Fitted(head, accuracy, log_prob, len(seen), len(kept), coin, float(each.sum().square() / each.square().sum()))
+
+
+def _numbered(groups: Sequence[Hashable] | None, pairs: int) -> tuple[Tensor, int]:
+    """Number of each pair's group [N], and how many groups there are; without groups every pair is one."""
+    if groups is None:
+        return torch.arange(pairs), pairs
+    if len(groups) != pairs:
+        raise ValueError(f"groups: {len(groups)} for {pairs} pairs; give one a pair")
+    numbers: dict[Hashable, int] = {}
+    rows = [numbers.setdefault(group, len(numbers)) for group in groups]
+    return torch.tensor(rows), len(numbers)
 
 
 @dataclass(frozen=True)
@@ -123,5 +158,6 @@ class LearnedReward:
     differentiable: bool = True
     space: Literal["pixel", "latent"] = "pixel"
 
-    def score(self, media: Tensor, prompts: list[str]) -> Tensor:
-        return self.head(self.features(media, prompts))
+    def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+        features = self.features(media, prompts)
+        return self.head.to(features)(features)

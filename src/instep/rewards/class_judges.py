@@ -94,6 +94,11 @@ class ClassJudge:
         """Penultimate features [B, 64]."""
         return self.net.embed(self._grey(media))
 
+    def asked(self, prompts: Sequence[str]) -> Tensor:
+        """What prompts ask for, in the space of `features` [B, 64]: their classes' rows of the last layer, less the mean of all."""
+        weight = self.net.digit.weight
+        return weight[_classes(prompts, weight.device)] - weight.mean(0)
+
     def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
         """log p (or p) of the prompts' classes, [B]; higher is better."""
         log_p = self.logits(media).log_softmax(1).gather(1, _classes(prompts, media.device)[:, None])[:, 0]

@@ -170,6 +170,15 @@ class Judge:
         """Penultimate features [B, 128]: 64 of the digit, then 64 of the motion."""
         return torch.cat(self._embed(media), 1)
 
+    def asked(self, prompts: Sequence[str]) -> Tensor:
+        """What prompts ask for, in the space of `features` [B, 128]: the last layers' weights, mean over the classes allowed less the mean over all.
+
+        Its scalar product with `features` is the logits' mean over what was asked, above their mean (without biases); zeros for what is left open.
+        """
+        wanted = _wanted(prompts, self.net.digit.weight.device)
+        parts = zip((wanted.digits, wanted.motions), (self.net.digit.weight, self.net.motion.weight), strict=True)
+        return torch.cat([mask.float() / mask.sum(1, keepdim=True) @ weight - weight.mean(0) for mask, weight in parts], 1)
+
     def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
         """log p of what the prompts say, [B] <= 0, higher is better: digit plus motion; what is left open adds 0.
 

@@ -52,18 +52,13 @@ class HttpReward:
     space = "pixel"
 
     def __post_init__(self) -> None:
-        parts = _parts(self.url)
         positive(timeout=self.timeout, batch=self.batch, workers=self.workers)
         count(retries=self.retries, batch=self.batch, workers=self.workers)
         if self.backoff < 0:
             raise ValueError(f"backoff: {self.backoff} is not allowed; it is 0 or more seconds")
-        if self.token is not None and not os.environ.get(self.token):
-            raise ValueError(f"token: the environment variable {self.token!r} is not set; it holds the bearer token, and `token` is its name")
-        if parts.scheme == "http" and not _here(parts.hostname or ""):
-            warnings.warn(
-                f"reward {self.url!r}: samples{' and the token' if self.token else ''} travel unencrypted to {parts.hostname}; use https if there is one",
-                stacklevel=3,
-            )
+        if self.token is not None:
+            secret_of(self.token)
+        check_address(self.url, secret=self.token is not None)
 
     @property
     def name(self) -> str:
@@ -104,13 +99,10 @@ class HttpReward:
         """The answer to one request. _Again for what passes, BatchFailed for what the samples may be to blame for, RewardError for the rest."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.token is not None:
-            headers["Authorization"] = f"Bearer {os.environ.get(self.token, '')}"
-        # a proxy of the environment is for other machines
-        direct = [urllib.request.ProxyHandler({})] if _here(_parts(self.url).hostname or "") else []
-        opener = urllib.request.build_opener(_NoRedirect, *direct)
+            headers["Authorization"] = f"Bearer {secret_of(self.token)}"
         deadline = time.monotonic() + self.timeout
         try:
-            with opener.open(urllib.request.Request(self.url, body, headers, method="POST"), timeout=self.timeout) as answer:
+            with opener(self.url).open(urllib.request.Request(self.url, body, headers, method="POST"), timeout=self.timeout) as answer:
                 return self._read(answer, deadline, samples)
         except urllib.error.HTTPError as error:
             with error:
@@ -145,8 +137,7 @@ class HttpReward:
             said = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             said = ""
-        secret = os.environ.get(self.token, "") if self.token else ""
-        said = said.replace(secret, "***") if secret else said
+        said = said.replace(secret_of(self.token), "***") if self.token is not None else said
         text = f"the server answered {status}" + (f": {tail(said)}" if said.strip() else "")
         if error.code >= 500:
             return _Again(text, of_the_samples=True)
@@ -183,6 +174,30 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _encoded(sample: Sample) -> str | list[str]:
     frames = [base64.b64encode(png(frame)).decode("ascii") for frame in sample.frames]
     return frames if sample.video else frames[0]
+
+
+def check_address(url: str, *, secret: bool) -> None:
+    """ValueError for an address that cannot be asked or holds a password; a warning where samples, or a `secret`, travel unencrypted."""
+    parts = _parts(url)
+    if parts.scheme == "http" and not _here(parts.hostname or ""):
+        what = "samples and the token" if secret else "samples"
+        warnings.warn(f"reward {url!r}: {what} travel unencrypted to {parts.hostname}; use https if there is one", stacklevel=4)
+
+
+def secret_of(variable: str) -> str:
+    """The token that an environment variable holds. ValueError, which does not show it, if there is none or no header can hold it."""
+    secret = os.environ.get(variable, "").strip()
+    if not secret:
+        raise ValueError(f"token: the environment variable {variable!r} is not set; it holds the bearer token, and `token` is its name")
+    if not (secret.isascii() and secret.isprintable()):
+        raise ValueError(f"token: the environment variable {variable!r} holds line breaks or other characters that no header may have; set it again")
+    return secret
+
+
+def opener(url: str) -> urllib.request.OpenerDirector:
+    """Follows no redirect; a proxy of the environment is for other machines."""
+    direct = [urllib.request.ProxyHandler({})] if _here(_parts(url).hostname or "") else []
+    return urllib.request.build_opener(_NoRedirect, *direct)
 
 
 def _parts(url: str) -> Any:

@@ -1,4 +1,5 @@
-"""A vision-language model as a pairwise ranker of videos, through any OpenAI-compatible endpoint (Diffusion-APO, Appendix C).
+"""A vision-language model as a pairwise ranker of videos, through any OpenAI-compatible endpoint (Diffusion-APO, Appendix C), or in this process
+(`vlm_local.py`).
 
 The model is shown both videos as frames, numbered, and answers with one of four labels: the first or the second is less distorted; or both alike, and
 the first or the second moves more. It is asked in both orders, and answers that disagree are a tie.
@@ -7,6 +8,7 @@ the first or the second moves more. It is asked in both orders, and answers that
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import re
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from instep.rewards.ranker import both_ways
+from instep.rewards.remote import check_address, opener
 
 Domain = Literal["human", "other"]
 
@@ -88,6 +91,9 @@ class OpenAIEndpoint:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url: {self.base_url!r} is not allowed; it begins with http:// or https://, for example http://localhost:8000/v1")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("api_key: it holds line breaks or other characters that no header may have; give the key alone")
+        check_address(self.base_url, secret=self.api_key is not None)
 
     def __repr__(self) -> str:
         return f"OpenAIEndpoint({self.base_url!r}, {self.model!r})"  # never the key
@@ -101,10 +107,13 @@ class OpenAIEndpoint:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {})
         request = urllib.request.Request(self.base_url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+            with opener(self.base_url).open(request, timeout=self.timeout) as reply:
                 return str(json.load(reply)["choices"][0]["message"]["content"])
         except urllib.error.HTTPError as error:
-            raise OSError(f"HTTP {error.code}: {error.read(300).decode(errors='replace')}") from error
+            said = error.read(300).decode(errors="replace")
+            raise OSError(f"HTTP {error.code}: {said.replace(self.api_key, '***') if self.api_key else said}") from error
+        except http.client.HTTPException as error:
+            raise OSError(f"no complete answer ({type(error).__name__})") from error
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"the reply has no choices[0].message.content ({type(error).__name__})") from error
 
@@ -130,7 +139,7 @@ class VisionLanguageRanker:
 
     @property
     def name(self) -> str:
-        return f"{self.endpoint.name} ({self.domain})"
+        return f"{self.endpoint.name} ({self.domain}, {self.frames} frames)"
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
         return both_ways(self._in_order, first, second, prompts)

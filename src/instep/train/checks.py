@@ -16,7 +16,7 @@ from torch import Tensor
 from instep import __version__
 from instep.data.prompts import picture_of
 from instep.files import write_json
-from instep.models.base import Family
+from instep.models.base import Family, weights_fingerprint
 from instep.rewards.base import Reward, checked_scores
 from instep.rewards.ranker import relative
 from instep.rewards.several import Several
@@ -184,7 +184,7 @@ def claim(
     identity = {
         "recipe": recipe.name,
         "model": family.name,
-        "weights": weights_fingerprint(family),
+        "weights": weights_fingerprint(family.pretrained),
         "seed": options.seed,
         "levels": list(recipe.levels),
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
@@ -229,15 +229,6 @@ def claim(
 def _digest(prompts: Sequence[str], *latents: Tensor) -> str:
     """Of samples and their prompts."""
     return hashlib.sha256("\n".join(prompts).encode() + b"".join(x.detach().float().cpu().numpy().tobytes() for x in latents)).hexdigest()[:16]
-
-
-def weights_fingerprint(family: Family) -> str:
-    """Of the pretrained network: a few numbers of every tensor. Folders of the same name may hold other weights."""
-    digest = hashlib.sha256()
-    for name, p in family.pretrained.named_parameters():
-        some = p.detach().flatten()[:: max(1, p.numel() // 16)][:16].float().cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def checkpoint_bytes(recipe: Recipe, family: Family) -> int:

@@ -1,0 +1,220 @@
+"""What a reward learned from preferences looks at: numbers of media and their prompts, from a bundled judge or an image-text model of your own.
+
+Both see the sample and its prompt in one space. The features are (sample, prompt, sample * prompt): by its products a linear head weighs how well a sample
+fits what was asked, direction by direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from instep.data.media import fitted, read_media
+from instep.models import BUNDLED, MOVING_DIGITS, MOVING_DIGITS_SIZE, VideoSize
+from instep.models.base import weights_fingerprint
+from instep.quiet import quiet
+from instep.rewards.class_judges import ClassJudge, load_class_judge
+from instep.rewards.judges import Judge, load_judge
+from instep.rewards.samples import evenly_spaced
+
+DIGITS_SIZE = VideoSize(8, 8, 1)
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in processors' files
+
+
+class Features(Protocol):
+    """Media [B, 3, (F,) H, W] in [0, 1] and their prompts to [B, width], differentiable with respect to the pixels.
+
+    `given` and `frames` make the same features again (`features_of`); `name` says every setting and the network's fingerprint.
+    """
+
+    @property
+    def given(self) -> str: ...
+
+    @property
+    def frames(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self, path: Path) -> Tensor:
+        """One media file as a batch of one."""
+        ...
+
+    def __call__(self, media: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+def features_of(given: str, frames: int = 8) -> Features:
+    """`moving-digits` or `digits` (of the training judge; of the monitor with `:monitor` after it), or the folder of an image-text model such as CLIP or
+    SigLIP, which sees `frames` evenly spaced frames. ValueError for the held-out judge, which no training may look at, and for what is no such model.
+    """
+    model, _, judge = given.partition(":")
+    if model not in BUNDLED:
+        return image_text_features(given, frames)
+    if judge not in ("", "training", "monitor"):
+        raise ValueError(f"features: {given!r} is not allowed; {model}:training or {model}:monitor (the held-out judge measures what others train on)")
+    name = "monitor" if judge == "monitor" else "training"
+    if model == MOVING_DIGITS:
+        return JudgeFeatures(model, load_judge(name), MOVING_DIGITS_SIZE, 3 * 128)
+    return JudgeFeatures(model, load_class_judge(name), DIGITS_SIZE, 3 * 64)
+
+
+def joined(sample: Tensor, prompt: Tensor) -> Tensor:
+    """[B, D] of samples and of their prompts to [B, 3 D]: both and their product."""
+    return torch.cat([sample, prompt, sample * prompt], 1)
+
+
+@dataclass(frozen=True)
+class JudgeFeatures:
+    """A bundled judge's penultimate features, and its last layer's weights of what the prompt asks for."""
+
+    model: str
+    judge: Judge | ClassJudge
+    size: VideoSize
+    width: int
+
+    @property
+    def given(self) -> str:
+        return f"{self.model}:{self.judge.name}"
+
+    @property
+    def frames(self) -> int:
+        return self.size.frames
+
+    @property
+    def name(self) -> str:
+        return f"{self.given} {weights_fingerprint(self.judge.net)}"
+
+    def read(self, path: Path) -> Tensor:
+        media = fitted(read_media(path, self.size.frames), self.size, str(path))[None]
+        return media if self.size.frames > 1 else media[:, :, 0]
+
+    def __call__(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.judge.net.to(media.device)
+        sample = self.judge.features(media)
+        return joined(sample, self.judge.asked(prompts).to(sample))
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Frames as an image-text model takes them, as its processor's file says, but with a gradient: resized, cropped, normalised.
+
+    `resize`: (height, width), or one number for the shorter side. Pillow, with which processors resize, rounds to 8 bits in between; this does not.
+    """
+
+    resize: tuple[int, int] | int | None
+    crop: tuple[int, int] | None
+    mode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], name: str) -> Preparation:
+        """From an image processor's settings; ValueError where it does what is not known here."""
+        size, crop, normal = settings.get("size") or {}, settings.get("crop_size") or {}, settings.get("do_normalize")
+        resize: Any = size["shortest_edge"] if size.get("shortest_edge") else (size.get("height"), size.get("width"))
+        if settings.get("resample", 3) not in RESAMPLE or (settings.get("do_resize") and None in (resize if isinstance(resize, tuple) else ())):
+            kind = settings.get("image_processor_type")
+            raise ValueError(f"features: {name} resizes images in a way that is not known ({kind}, {size}); give a CLIP or SigLIP with a fixed size")
+        return cls(
+            resize if settings.get("do_resize") else None,
+            (crop["height"], crop["width"]) if settings.get("do_center_crop") else None,
+            RESAMPLE[settings.get("resample", 3)],
+            tuple(settings["image_mean"]) if normal else (0.0, 0.0, 0.0),
+            tuple(settings["image_std"]) if normal else (1.0, 1.0, 1.0),
+        )
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """[N, 3, H, W] in [0, 1] to [N, 3, h, w]."""
+        height, width = frames.shape[2:]
+        if self.resize is not None:
+            short = min(height, width)
+            to = self.resize if isinstance(self.resize, tuple) else (int(self.resize * height / short), int(self.resize * width / short))
+            frames = F.interpolate(frames, to, mode=self.mode, align_corners=False, antialias=True)
+        if self.crop is not None:
+            top, left = ((have - want) // 2 for have, want in zip(frames.shape[2:], self.crop, strict=True))
+            if min(top, left) < 0:
+                raise ValueError(f"media: {height} x {width} are too small for a crop of {self.crop[0]} x {self.crop[1]}; give larger ones")
+            frames = frames[:, :, top : top + self.crop[0], left : left + self.crop[1]]
+        mean, std = (frames.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (frames - mean) / std
+
+
+@dataclass(frozen=True)
+class ImageTextFeatures:
+    """Embeddings of an image-text model, each of length one: the mean over `frames` evenly spaced frames, and the prompt's."""
+
+    given: str
+    frames: int
+    fingerprint: str
+    network: Any
+    tokenizer: Any
+    prepare: Preparation
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.given).name} {self.fingerprint}, {self.frames} frames"
+
+    @property
+    def width(self) -> int:
+        return 3 * self.asked(["a"]).shape[1]
+
+    def read(self, path: Path) -> Tensor:
+        media = read_media(path, self.frames)
+        # a still needs no second look
+        return (media[:, :1] if bool((media == media[:, :1]).all()) else media)[None]
+
+    def __call__(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+        if media.ndim not in (4, 5) or media.shape[1] != 3:
+            raise ValueError(f"media: shape {tuple(media.shape)} is not allowed; give images [B, 3, H, W] or videos [B, 3, F, H, W] in [0, 1]")
+        videos = (media if media.ndim == 5 else media[:, :, None]).float()
+        some = videos[:, :, evenly_spaced(videos.shape[2], min(self.frames, videos.shape[2]))]
+        self.network.to(media.device)
+        each = _embedding(self.network.get_image_features(pixel_values=self.prepare(some.transpose(1, 2).flatten(0, 1))))
+        return joined(each.unflatten(0, (len(media), -1)).mean(1), self.asked(prompts))
+
+    @torch.no_grad()
+    def asked(self, prompts: Sequence[str]) -> Tensor:
+        """[B, D] of prompts; those longer than the model reads are cut."""
+        # SigLIP was trained with padding to its full length; CLIP does not mind
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt")
+        return _embedding(self.network.get_text_features(**tokens.to(self.network.device)))
+
+
+def image_text_features(folder: str, frames: int = 8) -> ImageTextFeatures:
+    """Of a local folder as transformers' `save_pretrained` writes it: weights as safetensors, no code of the folder's own, nothing downloaded."""
+    from transformers import AutoModel, AutoProcessor
+
+    if frames < 1:
+        raise ValueError(f"frames: {frames} is not allowed; it is 1 or more")
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"features: {folder!r} is not a model folder (it has no config.json); give {', '.join(BUNDLED)}, or the folder of a CLIP or SigLIP, "
+            "downloaded once with `hf download MODEL --local-dir FOLDER`"
+        )
+    try:
+        with quiet():
+            network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"features: {folder} cannot be loaded ({' '.join(str(error).split())[:300]}); give a CLIP or SigLIP with .safetensors") from error
+    if not all(hasattr(network, method) for method in ("get_image_features", "get_text_features")) or not hasattr(processor, "tokenizer"):
+        raise ValueError(f"features: {folder} holds a {type(network).__name__}, which does not embed images and text; give a CLIP or SigLIP")
+    network.eval().requires_grad_(False)
+    limit = min(processor.tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
+    prepare = Preparation.of(processor.image_processor.to_dict(), folder)
+    return ImageTextFeatures(str(Path(folder).resolve()), frames, weights_fingerprint(network), network, processor.tokenizer, prepare, limit)
+
+
+def _embedding(found: Any) -> Tensor:
+    """The projected embedding [B, D], of length one."""
+    return nn.functional.normalize(found if isinstance(found, Tensor) else found.pooler_output, dim=1)

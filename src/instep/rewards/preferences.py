@@ -1,0 +1,102 @@
+"""A reward learned from people's preferences, from the pairs of a file to a folder on disk and back: `instep pairs fit`, `--reward preferences:FOLDER`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from instep import __version__
+from instep.data.pairs import PreferencePair
+from instep.files import at_once, write_json
+from instep.judge.results import Interval, wilson
+from instep.rewards.bradley_terry import Fitted, LearnedReward, RewardHead, fit
+from instep.rewards.features import Features, features_of
+
+RECORD = "preferences.json"
+Shown = tuple[Path, str]  # a media file and its prompt
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A head fitted to pairs, what it reads, and of how many pairs and prompts with which share of ties it was made."""
+
+    fitted: Fitted
+    features: Features
+    pairs: int
+    prompts: int
+    ties: float
+
+    @property
+    def accuracy(self) -> Interval:
+        """Share of the held-out preferences that are ordered right, with a 95 % interval (Wilson's, as if those of one prompt always agreed)."""
+        return wilson(self.fitted.accuracy * self.fitted.answers, self.fitted.answers)
+
+
+@torch.no_grad()
+def read_features(
+    pairs: Sequence[PreferencePair], features: Features, watch: Callable[[list[Shown]], Iterable[Shown]] = iter, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Features of the chosen and of the rejected media, [N, D] each on the CPU; every file is read once. `watch` passes them on and shows how far it is."""
+    sides = [(pair.chosen, pair.prompt) for pair in pairs], [(pair.rejected, pair.prompt) for pair in pairs]
+    todo = list(dict.fromkeys(shown for both in zip(*sides, strict=True) for shown in both))
+    rows = {shown: features(features.read(shown[0]).to(device), [shown[1]])[0].cpu() for shown in watch(todo)}
+    first, second = (torch.stack([rows[shown] for shown in side]) for side in sides)
+    return first, second
+
+
+def learn(
+    pairs: Sequence[PreferencePair], features: Features, watch: Callable[[list[Shown]], Iterable[Shown]] = iter, *, hidden: int = 0, steps: int = 300,
+    decay: float = 1.0, heldout: float = 0.2, seed: int = 0, device: str = "cpu",
+) -> Learned:  # fmt: skip
+    """A head fitted to pairs, ties among them; a part of the prompts, with all their pairs, is held out (`bradley_terry.fit`)."""
+    prompts = [pair.prompt for pair in pairs]
+    if len(set(prompts)) < 2:
+        raise ValueError(f"pairs: {len(pairs)} of {len(set(prompts))} prompt are too few; it takes two prompts, one of them to measure on")
+    outcome = torch.tensor([0.0 if pair.tie else 1.0 for pair in pairs])
+    if not bool(outcome.any()):
+        raise ValueError(f"pairs: all {len(pairs)} of them are ties; give some with a preferred sample")
+    first, second = read_features(pairs, features, watch, device)
+    fitted = fit(first, second, outcome, hidden=hidden, steps=steps, decay=decay, heldout=heldout, seed=seed, groups=prompts)
+    return Learned(fitted, features, len(pairs), len(set(prompts)), float((outcome == 0).float().mean()))
+
+
+def save(learned: Learned, out: Path) -> None:
+    """`reward_head.safetensors`, `reward_head.json` and `preferences.json` in a new folder, which appears complete or not at all."""
+    if out.exists():
+        raise ValueError(f"out: {out} exists; choose another name, nothing is overwritten unasked")
+    fitted, features, accuracy = learned.fitted, learned.features, learned.accuracy
+    with at_once(out, "folder") as temporary:
+        fitted.head.save(temporary)
+        write_json(temporary / RECORD, {
+            "instep": __version__,
+            "features": {"given": features.given, "frames": features.frames, "name": features.name},
+            "pairs": learned.pairs, "prompts": learned.prompts, "ties": learned.ties, "trained_on": fitted.pairs, "held_out": fitted.heldout,
+            "accuracy": accuracy.value, "interval": [accuracy.low, accuracy.high], "log_prob": fitted.log_prob, "coin": fitted.coin,
+        })  # fmt: skip
+
+
+def load_preferences(folder: Path) -> LearnedReward:
+    """The reward of such a folder. Its name says the digest of the head's files and the features, whose network has to be the one it was fitted on."""
+    from safetensors import SafetensorError
+
+    try:
+        told = json.loads((folder / RECORD).read_text(encoding="utf-8"))["features"]
+        given, frames, name = str(told["given"]), int(told["frames"]), str(told["name"])
+        head = RewardHead.load(folder).requires_grad_(False)
+        digest = hashlib.sha256(b"".join((folder / f"reward_head.{suffix}").read_bytes() for suffix in ("json", "safetensors"))).hexdigest()[:16]
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"preferences: {folder} is not a folder that `instep pairs fit` wrote ({type(error).__name__}: {reason})") from error
+    features = features_of(given, frames)
+    if head.width != features.width:
+        raise ValueError(f"preferences: the head of {folder} reads {head.width} features and {given} gives {features.width}; fit it again")
+    if name != features.name:
+        raise ValueError(f"preferences: {folder} was fitted on {name}, and {given} is now {features.name}; give that back, or fit it again")
+    return LearnedReward(head, features, f"preferences {digest} of {name}")
+

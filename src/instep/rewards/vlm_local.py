@@ -1,0 +1,78 @@
+"""A vision-language model of transformers, in this process, where `vlm.OpenAIEndpoint` asks a server."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from instep.models.base import weights_fingerprint
+from instep.quiet import quiet
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class TransformersEndpoint:
+    """An image-text-to-text model and its processor; answers greedily, so that the same question always gets the same answer (asking again is of no use).
+
+    `name` says the model, its weights' fingerprint and the precision.
+    """
+
+    network: Any
+    processor: Any
+    name: str
+    max_new_tokens: int = 64
+
+    def ask(self, content: Sequence[dict[str, Any]]) -> str:
+        """The answer's text, stripped of special tokens. ValueError for a part that is neither text nor a picture within a data URL."""
+        pictures: list[Any] = []
+        parts = [_part(part, pictures) for part in content]
+        # the template writes special tokens itself: the tokenizer must not add them again
+        text = self.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
+        given = self.processor(text=[text], images=[pictures] if pictures else None, add_special_tokens=False, return_tensors="pt")
+        given = given.to(self.network.device, self.network.dtype)
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
+        with torch.no_grad():
+            said = self.network.generate(**given, **greedy, max_new_tokens=self.max_new_tokens)
+        return self.processor.batch_decode(said[:, given["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+
+
+def transformers_endpoint(model: str, device: str = "cpu", dtype: Dtype = "bfloat16", max_new_tokens: int = 64) -> TransformersEndpoint:
+    """Loads a local folder or a model of the hub: weights as safetensors, never code of the model's own. ValueError for what cannot be loaded."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype: {dtype!r} is not allowed; use one of {', '.join(get_args(Dtype))}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} is not allowed; it is 1 or more")
+    try:
+        with quiet():
+            processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+            network = AutoModelForImageTextToText.from_pretrained(model, use_safetensors=True, trust_remote_code=False, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model: {model!r} cannot be loaded ({reason}); give the folder of an image-text-to-text model with .safetensors") from error
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(f"model: {model!r} has no chat template, so it cannot be asked; give one that was tuned to follow instructions")
+    network.eval().requires_grad_(False).to(device)
+    return TransformersEndpoint(network, processor, f"{Path(model).name} {weights_fingerprint(network)}, {dtype}", max_new_tokens)
+
+
+def _part(part: dict[str, Any], pictures: list[Any]) -> dict[str, Any]:
+    """A part of a message of the OpenAI interface as chat templates read it; its picture is decoded and appended to `pictures`."""
+    from PIL import Image
+
+    if part.get("type") == "text":
+        return {"type": "text", "text": part["text"]}
+    url = part["image_url"]["url"] if part.get("type") == "image_url" else ""
+    head, _, data = url.partition(",")
+    if not (head.startswith("data:image/") and head.endswith(";base64")):
+        raise ValueError(f"content: a part of type {part.get('type')!r} is not allowed; text, or image_url with a data URL")
+    pictures.append(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+    return {"type": "image", "image": pictures[-1]}
