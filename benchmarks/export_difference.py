@@ -18,7 +18,7 @@ from instep.levels import few_step_levels
 from instep.models import MOVING_DIGITS, load
 from instep.roles import Backbone, LoRA, Role
 from instep.rollout import Sampling
-from instep.train.run import export_role
+from instep.train.finish import export_role
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from instep.cli import TrainArgs, main, rephrased
+from instep.cli import TrainArgs, main
+from instep.commands.parse import rephrased
 from instep.recipes import NAMES
 
 

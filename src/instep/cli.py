@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import io
 import os
-import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+
+from instep.commands.parse import parse, recipe_args, recipe_name
 
 USAGE = """instep: few-step diffusion models, distilled and aligned in one training loop
 
@@ -115,89 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parse(kind: Any, args: Sequence[str], command: str, description: str | None = None) -> Any:
-    """Options as an object; what is wrong with them comes as a ValueError in one line, as everywhere else, in place of tyro's box."""
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=list(args), prog=f"instep {command}", description=description)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ValueError(f"{rephrased(said.getvalue())} (see instep {command} --help)") from None
-
-
-def rephrased(box: str) -> str:
-    """tyro's error box as one line that begins with the option: what was given, and what it takes."""
-    plain = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", box)
-    lines = [line.strip().strip("│").strip() for line in plain.splitlines() if not line.strip().startswith(("╭", "╰"))]
-    parts = [" ".join(part.split()) for part in re.split(r"[─-]{10,}", "\n".join(lines))]
-    if "╭" not in plain and len(parts) > 1:  # where the output is not UTF-8 the title stands above a rule instead of in the frame
-        parts = parts[1:]
-    message, helped = parts[0], next((part.removeprefix("Argument helptext: ") for part in parts if part.startswith("Argument helptext:")), "")
-    if found := re.match(r"Error parsing (?:recipe|options)\.(?:common\.)?(\S+): (\w+): (.*)", message):  # a component that refused its value
-        return f"--{found[1]}.{found[2].replace('_', '-')}: {found[3]}"
-    if found := re.match(r"Error parsing (\S+): (.*)", message):
-        wrong = re.search(r"(?:base 10: |to float: |instantiated from )('.*?'|\[.*?\])", found[2])
-        takes = re.sub(r"^([A-Z]+) ", r"\1: ", helped.removeprefix(found[1]).strip())
-        return f"{found[1]}: {f'{wrong[1]} is not allowed' if wrong else found[2]}" + (f"; it takes {takes}" if takes else "")
-    if found := re.match(r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.?", message):
-        return f"{found[2]}: {found[1]} is not allowed; allowed: {found[3]}"
-    if found := re.match(r"Unrecognized options: ([^\s,]+)", message):
-        near = re.search(r"Perhaps you meant: (--\S+)", " ".join(parts[1:]))
-        return f"{found[1]}: there is no such option" + (f"; did you mean {near[1]}?" if near else "")
-    if found := re.match(r"Missing value for argument '(\S+)'\. Expected (\d+) values?", message):
-        return f"{found[1]}: its value is missing; it takes {found[2]}"
-    return message or " ".join(plain.split())
-
-
-def _recipe_args(name: str, args: Sequence[str], command: str, options: type) -> tuple[Any, Any]:
-    """The recipe with its overrides, and the command's own options: the recipe function's parameters are options too."""
-    import tyro
-
-    from instep.recipes import find
-
-    function = find(name)
-    fields = [
-        ("recipe", Annotated[Any, tyro.conf.arg(name="", constructor=_flat(function))]),
-        ("options", Annotated[options, tyro.conf.arg(name="")]),  # type: ignore[valid-type]
-    ]
-    parsed = _parse(dataclasses.make_dataclass("Args", fields), args, f"{command} {name}", (function.__doc__ or "").split("\n")[0])
-    return parsed.recipe, parsed.options
-
-
-def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The recipe function with its `common` options unnested: --steps, not --common.steps."""
-    import inspect
-
-    import tyro
-
-    @functools.wraps(function)
-    def call(**given: Any) -> Any:
-        return function(**given)
-
-    hints = inspect.get_annotations(function, eval_str=True)
-    shared = hints["common"]
-    call.__annotations__ = hints | {"common": Annotated[shared, tyro.conf.arg(name="")]}
-    parameters = [p.replace(annotation=call.__annotations__[name]) for name, p in inspect.signature(function).parameters.items()]
-    call.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
-    del call.__wrapped__  # type: ignore[attr-defined]
-    return call
-
-
-def _name_of(args: Sequence[str], command: str) -> str:
-    from instep.recipes import NAMES
-
-    if not args or args[0].startswith("-"):
-        raise ValueError(f"recipe: none was given; write `instep {command} RECIPE`, one of {', '.join(NAMES)}")
-    return args[0]
-
-
 def _train(args: Sequence[str]) -> int:
-    name = _name_of(args, "train")
-    recipe, options = _recipe_args(name, args[1:], "train", TrainArgs)
+    name = recipe_name(args, "train")
+    recipe, options = recipe_args(name, args[1:], "train", TrainArgs)
     from instep.commands.train import train_command
 
     return train_command(recipe, options, "instep train " + shlex.join(args))
@@ -239,7 +155,7 @@ def _pretrain(args: Sequence[str]) -> int:
     if not args or args[0] not in BUNDLED:
         raise ValueError(f"model: {args[0] if args else 'none'} cannot be pretrained; allowed: {', '.join(BUNDLED)}")
     model = args[0]
-    options = _parse(PretrainArgs, args[1:], f"pretrain {model}")
+    options = parse(PretrainArgs, args[1:], f"pretrain {model}")
     from instep.pretrain.digits import pretrain_digits
     from instep.pretrain.moving_digits import pretrain_moving_digits
     from instep.pretrain.moving_digits_i2v import pretrain_moving_digits_i2v
@@ -252,39 +168,39 @@ def _pretrain(args: Sequence[str]) -> int:
 def _sample(args: Sequence[str]) -> int:
     from instep.commands.sample import SampleArgs, sample_command
 
-    return sample_command(_parse(SampleArgs, args, "sample"))
+    return sample_command(parse(SampleArgs, args, "sample"))
 
 
 def _eval(args: Sequence[str]) -> int:
     from instep.commands.evaluate import EvalArgs, eval_command
 
-    return eval_command(_parse(EvalArgs, args, "eval"))
+    return eval_command(parse(EvalArgs, args, "eval"))
 
 
 def _report(args: Sequence[str]) -> int:
     from instep.commands.evaluate import ReportArgs, report_command
 
-    return report_command(_parse(ReportArgs, args, "report"))
+    return report_command(parse(ReportArgs, args, "report"))
 
 
 def _export(args: Sequence[str]) -> int:
     from instep.commands.export import ExportArgs, export_command
 
-    return export_command(_parse(ExportArgs, args, "export"))
+    return export_command(parse(ExportArgs, args, "export"))
 
 
 def _lab(args: Sequence[str]) -> int:
     count = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
     from instep.commands.lab import LabArgs, lab_command
 
-    options = _parse(LabArgs, args[count:], "lab RECIPE...", "Recipes side by side in the exact laboratory; RECIPE or RECIPE:key=value,key=value.")
+    options = parse(LabArgs, args[count:], "lab RECIPE...", "Recipes side by side in the exact laboratory; RECIPE or RECIPE:key=value,key=value.")
     return lab_command(args[:count], options)
 
 
 def _judge(args: Sequence[str]) -> int:
     from instep.commands.judge import JudgeArgs, judge_command
 
-    return judge_command(_parse(JudgeArgs, args, "judge"))
+    return judge_command(parse(JudgeArgs, args, "judge"))
 
 
 def _pairs(args: Sequence[str]) -> int:
@@ -294,19 +210,19 @@ def _pairs(args: Sequence[str]) -> int:
         print(pairs.USAGE)
         return 0
     if args and args[0] == "export":
-        return pairs.export_pairs_command(_parse(pairs.ExportPairsArgs, args[1:], "pairs export"))
+        return pairs.export_pairs_command(parse(pairs.ExportPairsArgs, args[1:], "pairs export"))
     if args and args[0] == "import":
-        return pairs.import_pairs_command(_parse(pairs.ImportPairsArgs, args[1:], "pairs import"))
+        return pairs.import_pairs_command(parse(pairs.ImportPairsArgs, args[1:], "pairs import"))
     if args and args[0] == "fit":
-        return pairs.fit_pairs_command(_parse(pairs.FitPairsArgs, args[1:], "pairs fit"))
+        return pairs.fit_pairs_command(parse(pairs.FitPairsArgs, args[1:], "pairs fit"))
     raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import, fit (see instep pairs --help)")
 
 
 def _plan(args: Sequence[str]) -> int:
-    name = _name_of(args, "plan")
+    name = recipe_name(args, "plan")
     from instep.commands.plan import PlanArgs, plan_command
 
-    recipe, options = _recipe_args(name, args[1:], "plan", PlanArgs)
+    recipe, options = recipe_args(name, args[1:], "plan", PlanArgs)
     return plan_command(recipe, options)
 
 

@@ -16,7 +16,7 @@ from instep.roles import Backbone, LoRA, Role
 from instep.rollout import Sampling
 from instep.strengths import Ranges
 from instep.train import checkpoint
-from instep.train.run import export_role
+from instep.train.finish import export_role
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from instep import __version__
 from instep.files import write_json
 from instep.models.base import Family
 from instep.rewards.base import Reward, as_reward
 from instep.rewards.ranker import relative
-from instep.roles import Role
-from instep.rollout import Sampling
-from instep.strengths import Ranges, Strengths, fold
-from instep.train import checkpoint, stop
+from instep.train import checkpoint, saved, stop
 from instep.train.cache import teacher_samples
 from instep.train.checks import check_inputs, claim, scorer, slope, weights_of
+from instep.train.finish import export_role, fits_stock
 from instep.train.health import Finding, HealthMonitor
 from instep.train.lock import held
 from instep.train.log import RunLog, Tracker
@@ -36,7 +32,7 @@ from instep.train.step import TrainState, iteration
 from instep.train.views import matching_views, samples, save_samples, save_views
 
 if TYPE_CHECKING:
-    from instep.export import ExportReport
+    pass
 
 # steps of the teacher's own sampler where a recipe needs samples of it
 TEACHER_STEPS = 50
@@ -131,75 +127,16 @@ def train(
         loop = Loop(recipe, family, out, options, state, source, probe, tracker)
         loop.restore(start_from)
         loop.run()
-        if recipe.roles["student"].reads not in (None, family.parameterisation):
-            print(f"not exported: the student predicts {recipe.roles['student'].reads}, which no stock pipeline of {family.name} samples; it stays in {out}")
+        student = state.roles["student"]
+        if not fits_stock(student):
+            print(f"not exported: the student predicts {student.reads}, which no stock pipeline of {family.name} samples; it stays in {out}")
             return Run(out, recipe, family, state, None, loop.stopped)
         with averaged(state.trained["student"]):
             export_role(
-                state.roles["student"], family, recipe.sampling_at(state.step), out / "student", recipe=recipe.name, seed=options.seed,
+                student, family, recipe.sampling_at(state.step), out / "student", recipe=recipe.name, seed=options.seed,
                 prompts=len(set(prompts)), example=prompts[0], command=command,
             )  # fmt: skip
         return Run(out, recipe, family, state, out / "student", loop.stopped)
-
-
-def export_role(
-    student: Role,
-    family: Family,
-    sampling: Sampling,
-    to: Path,
-    *,
-    recipe: str,
-    seed: int,
-    prompts: int,
-    example: str,
-    command: str,
-    dtype: torch.dtype | None = None,
-) -> ExportReport:
-    """A student role as a stock pipeline folder (or its parts, where there is no stock pipeline), checked there against the sampler that trained it;
-    a many-step student keeps its model's scheduler."""
-    if student.reads != family.parameterisation:
-        raise ValueError(f"student: it predicts {student.reads}, and a stock pipeline of {family.name} reads {family.parameterisation}; it cannot be exported")
-    from instep.export import ExportInfo, export_many_step, export_parts, export_student, merge_lora  # diffusers' exporters are slow to import
-    from instep.export.verify import sample_as_stock
-    from instep.models.stock import stock
-
-    info = ExportInfo(
-        recipe=recipe, base_model=family.name, seed=seed, command=command, instep_version=__version__, training_prompts=prompts,
-        size=family.size, example_prompt=example,
-    )  # fmt: skip
-    module = student.backbone.module
-    if sampling.kind == "ode":
-        if sampling.strengths is not None:
-            return export_many_step(folded(student, sampling.strengths), sampling, to, info, dtype=dtype)
-        lora = None if student.adapter is None else module
-        pipe = family.pipe if lora is not None else family.pipeline(module)
-        return export_many_step(pipe, sampling, to, info, lora=lora, adapter=student.adapter or "", dtype=dtype)
-
-    axes = tuple(range(1 + len(family.latent_shape))) if family.pipe is None else stock(family.pipe).axes
-
-    def ours(names: Sequence[str], rng: torch.Generator) -> Tensor:
-        return sample_as_stock(student, family.encode(names), family.latent_shape, sampling.levels, family.path, rng, axes)
-
-    if family.pipe is None:
-        plain = module if student.adapter is None else merge_lora(module, student.adapter)
-        return export_parts(family, plain, sampling.levels, to, info, dtype=dtype, ours=ours)
-    if student.adapter is None:
-        return export_student(family.pipeline(module), sampling.levels, to, info, dtype=dtype, ours=ours)
-    return export_student(family.pipe, sampling.levels, to, info, lora=module, adapter=student.adapter, dtype=dtype, ours=ours)
-
-
-def folded(student: Role, strengths: Strengths) -> Any:
-    """A pipeline around a copy of a told student's network that says untold what the student says when told `strengths`; an adapter is merged.
-
-    An adapter's own file could not hold a bias of the time embedding, so there is none of such a student.
-    """
-    from instep.export import merge_lora
-
-    assert student.told is not None, "only a student that is told strengths has some to fold"
-    family, module = student.backbone.family, student.backbone.module
-    pipe = family.pipeline(module if student.adapter is None else merge_lora(module, student.adapter))
-    fold(family.time_embedders(pipe.transformer), student.told, strengths)
-    return pipe
 
 
 class Loop:
@@ -278,7 +215,7 @@ class Loop:
         path = checkpoint.at(self.out / "checkpoints", stopped.kept)
         if path is None:
             raise ValueError(f"out: {self.out} stopped itself and the checkpoint of step {stopped.kept} that it kept is gone or damaged; train anew")
-        self._load(checkpoint.load(path))
+        saved.load(self.state, self.source, checkpoint.load(path))
         checkpoint.drop_after(self.out / "checkpoints", stopped.kept)
         self.stopped = stopped
         print(stopped)
@@ -316,91 +253,16 @@ class Loop:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def save(self) -> None:
-        state = self.state
-        checkpoint.save(
-            self.out / "checkpoints",
-            state.step,
-            {
-                "roles": {name: state.owner(name).state() for name in state.trained},
-                "optim": {name: checkpoint.optimizer_state(trained.optimizer) for name, trained in state.trained.items()},
-                "ema": {name: trained.ema for name, trained in state.trained.items() if trained.ema is not None},
-                "steps": {name: trained.steps for name, trained in state.trained.items()},
-                "rng": checkpoint.rng_state(state.rng),
-                "source": self.source.state(),
-                "step": state.step,
-                "reward_variance": state.reward_variance,
-                "reference": {str(i): p.detach() for i, p in enumerate(state.reference)},
-                "anchored": state.anchored,
-            },
-            keep=self.options.keep,
-            protect=(*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ())),
-        )
+        kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()))
+        checkpoint.save(self.out / "checkpoints", self.state.step, saved.contents(self.state, self.source), keep=self.options.keep, protect=kept)
 
     def restore(self, start_from: Path | str | None) -> None:
         """The newest whole checkpoint of this run; if it has none at all, the roles of `start_from`. ValueError if all it has are damaged."""
         own = checkpoint.latest(self.out / "checkpoints")
         if own is not None:
-            self._load(checkpoint.load(own))
+            saved.load(self.state, self.source, checkpoint.load(own))
         elif start_from is not None:
-            other = checkpoint.latest(Path(start_from) / "checkpoints")
-            if other is None:
-                raise ValueError(f"start_from: {start_from} holds no checkpoint; give the folder of a run that has at least one")
-            saved, record = checkpoint.load(other), json.loads((Path(start_from) / "recipe.json").read_text(encoding="utf-8"))
-            theirs, ours = record["config"]["roles"]["student"].get("reads"), self.recipe.roles["student"].reads
-            if theirs != ours:
-                raise ValueError(
-                    f"start_from: that run's student predicts {theirs or 'what its model does'}, this recipe's {ours or 'what its model does'}; start from one "
-                    "that predicts the same"
-                )
-            self._told(saved, record["config"]["roles"]["student"].get("told"))
-            reward = self.probe.reward and self.probe.reward.name
-            if "scorer" in saved["roles"] and record["reward"] != reward:
-                del saved["roles"]["scorer"]
-                if self.state.scorer is not None:
-                    print(f"the latent reward model of {start_from} was fitted to {record['reward']!r}, not to {reward!r}: a new one begins")
-            self._load_roles(saved)
-
-    def _told(self, saved: dict[str, Any], theirs: dict[str, Any] | None) -> None:
-        """What a student of another run was told goes with the ranges it was told in; one that was told nothing begins with an embedding that says nothing."""
-        ours = self.recipe.roles["student"].told
-        if theirs is not None and (told := Ranges.of_json(theirs)) != ours:
-            raise ValueError(
-                f"start_from: that run's student is told {told}, this recipe's {ours or 'nothing'}; give the same draw and draw_skip, or start from its export "
-                "(--model DIR/student), whose strength is in its weights"
-            )
-        if theirs is None and ours is not None:
-            new = {key: p for key, p in self.state.owner("student").state().items() if key.startswith("told.")}
-            for part in (saved["roles"], saved["ema"]):
-                if "student" in part:
-                    part["student"] = {**part["student"], **new}
-
-    def _load(self, saved: dict[str, Any]) -> None:
-        self._load_roles(saved)
-        checkpoint.restore_rng(self.state.rng, saved["rng"])
-        self.source.load_state(saved["source"])
-        self.state.step = int(saved["step"])
-        self.state.reward_variance = saved["reward_variance"]
-        self.state.anchored = saved["anchored"]
-        with torch.no_grad():
-            for i, p in enumerate(self.state.reference):
-                p.copy_(saved["reference"][str(i)])
-
-    def _load_roles(self, saved: dict[str, Any]) -> None:
-        # a run that goes on from one without a latent reward model begins with a new one
-        new = {"scorer"} - saved["roles"].keys()
-        missing = [name for name in self.state.trained if name not in saved["roles"] and name not in new]
-        if missing:
-            raise ValueError(f"start_from: that run has no role {missing[0]!r}, which this recipe trains; start from a run of a recipe that does, or from none")
-        for name, trained in self.state.trained.items():
-            if name in new:
-                continue
-            self.state.owner(name).load_state(saved["roles"][name])
-            checkpoint.load_optimizer_state(trained.optimizer, saved["optim"][name])
-            trained.steps = int(saved["steps"][name])
-            if trained.ema is not None:
-                # a run without an average: it begins at the weights
-                averages = saved["ema"].get(name, saved["roles"][name])
-                trained.ema = {key: averages[key].clone() for key in trained.ema}
+            saved.begin_from(self.state, self.recipe, Path(start_from), reward=self.probe.reward and self.probe.reward.name)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop is not None:

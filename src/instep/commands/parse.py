@@ -1,0 +1,91 @@
+"""Options from the command line, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+
+def parse(kind: Any, args: Sequence[str], command: str, description: str | None = None) -> Any:
+    """Options as an object; what is wrong with them comes as a ValueError in one line, as everywhere else, in place of tyro's box."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=list(args), prog=f"instep {command}", description=description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(f"{rephrased(said.getvalue())} (see instep {command} --help)") from None
+
+
+def rephrased(box: str) -> str:
+    """tyro's error box as one line that begins with the option: what was given, and what it takes."""
+    plain = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", box)
+    lines = [line.strip().strip("│").strip() for line in plain.splitlines() if not line.strip().startswith(("╭", "╰"))]
+    parts = [" ".join(part.split()) for part in re.split(r"[─-]{10,}", "\n".join(lines))]
+    if "╭" not in plain and len(parts) > 1:  # where the output is not UTF-8 the title stands above a rule instead of in the frame
+        parts = parts[1:]
+    message, helped = parts[0], next((part.removeprefix("Argument helptext: ") for part in parts if part.startswith("Argument helptext:")), "")
+    if found := re.match(r"Error parsing (?:recipe|options)\.(?:common\.)?(\S+): (\w+): (.*)", message):  # a component that refused its value
+        return f"--{found[1]}.{found[2].replace('_', '-')}: {found[3]}"
+    if found := re.match(r"Error parsing (\S+): (.*)", message):
+        wrong = re.search(r"(?:base 10: |to float: |instantiated from )('.*?'|\[.*?\])", found[2])
+        takes = re.sub(r"^([A-Z]+) ", r"\1: ", helped.removeprefix(found[1]).strip())
+        return f"{found[1]}: {f'{wrong[1]} is not allowed' if wrong else found[2]}" + (f"; it takes {takes}" if takes else "")
+    if found := re.match(r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.?", message):
+        return f"{found[2]}: {found[1]} is not allowed; allowed: {found[3]}"
+    if found := re.match(r"Unrecognized options: ([^\s,]+)", message):
+        near = re.search(r"Perhaps you meant: (--\S+)", " ".join(parts[1:]))
+        return f"{found[1]}: there is no such option" + (f"; did you mean {near[1]}?" if near else "")
+    if found := re.match(r"Missing value for argument '(\S+)'\. Expected (\d+) values?", message):
+        return f"{found[1]}: its value is missing; it takes {found[2]}"
+    return message or " ".join(plain.split())
+
+
+def recipe_args(name: str, args: Sequence[str], command: str, options: type) -> tuple[Any, Any]:
+    """The recipe with its overrides, and the command's own options: the recipe function's parameters are options too."""
+    import tyro
+
+    from instep.recipes import find
+
+    function = find(name)
+    fields = [
+        ("recipe", Annotated[Any, tyro.conf.arg(name="", constructor=_flat(function))]),
+        ("options", Annotated[options, tyro.conf.arg(name="")]),  # type: ignore[valid-type]
+    ]
+    parsed = parse(dataclasses.make_dataclass("Args", fields), args, f"{command} {name}", (function.__doc__ or "").split("\n")[0])
+    return parsed.recipe, parsed.options
+
+
+def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The recipe function with its `common` options unnested: --steps, not --common.steps."""
+    import inspect
+
+    import tyro
+
+    @functools.wraps(function)
+    def call(**given: Any) -> Any:
+        return function(**given)
+
+    hints = inspect.get_annotations(function, eval_str=True)
+    shared = hints["common"]
+    call.__annotations__ = hints | {"common": Annotated[shared, tyro.conf.arg(name="")]}
+    parameters = [p.replace(annotation=call.__annotations__[name]) for name, p in inspect.signature(function).parameters.items()]
+    call.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
+    del call.__wrapped__  # type: ignore[attr-defined]
+    return call
+
+
+def recipe_name(args: Sequence[str], command: str) -> str:
+    from instep.recipes import NAMES
+
+    if not args or args[0].startswith("-"):
+        raise ValueError(f"recipe: none was given; write `instep {command} RECIPE`, one of {', '.join(NAMES)}")
+    return args[0]

@@ -1,0 +1,100 @@
+"""What a run's state is in a checkpoint, how it is put back, and what another run begins with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instep.strengths import Ranges
+from instep.train import checkpoint
+from instep.train.recipe import Recipe
+from instep.train.source import Source
+from instep.train.step import TrainState
+
+
+def contents(state: TrainState, source: Source) -> dict[str, Any]:
+    """Everything from which a run goes on to the same weights."""
+    return {
+        "roles": {name: state.owner(name).state() for name in state.trained},
+        "optim": {name: checkpoint.optimizer_state(trained.optimizer) for name, trained in state.trained.items()},
+        "ema": {name: trained.ema for name, trained in state.trained.items() if trained.ema is not None},
+        "steps": {name: trained.steps for name, trained in state.trained.items()},
+        "rng": checkpoint.rng_state(state.rng),
+        "source": source.state(),
+        "step": state.step,
+        "reward_variance": state.reward_variance,
+        "reference": {str(i): p.detach() for i, p in enumerate(state.reference)},
+        "anchored": state.anchored,
+    }
+
+
+def load(state: TrainState, source: Source, saved: dict[str, Any]) -> None:
+    """The run as it was saved, in place."""
+    _load_roles(state, saved)
+    checkpoint.restore_rng(state.rng, saved["rng"])
+    source.load_state(saved["source"])
+    state.step = int(saved["step"])
+    state.reward_variance = saved["reward_variance"]
+    state.anchored = saved["anchored"]
+    with torch.no_grad():
+        for i, p in enumerate(state.reference):
+            p.copy_(saved["reference"][str(i)])
+
+
+def begin_from(state: TrainState, recipe: Recipe, folder: Path, reward: str | None) -> None:
+    """The trained roles of the run in `folder`, its optimisers and averages, as what a new run with the reward of that name begins with.
+
+    ValueError if it has no checkpoint, lacks a role that `recipe` trains, or if its student is not this recipe's kind.
+    """
+    newest = checkpoint.latest(folder / "checkpoints")
+    if newest is None:
+        raise ValueError(f"start_from: {folder} holds no checkpoint; give the folder of a run that has at least one")
+    saved, record = checkpoint.load(newest), json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    theirs, ours = record["config"]["roles"]["student"].get("reads"), recipe.roles["student"].reads
+    if theirs != ours:
+        raise ValueError(
+            f"start_from: that run's student predicts {theirs or 'what its model does'}, this recipe's {ours or 'what its model does'}; start from one "
+            "that predicts the same"
+        )
+    _tell(state, recipe, saved, record["config"]["roles"]["student"].get("told"))
+    if "scorer" in saved["roles"] and record["reward"] != reward:
+        del saved["roles"]["scorer"]
+        if state.scorer is not None:
+            print(f"the latent reward model of {folder} was fitted to {record['reward']!r}, not to {reward!r}: a new one begins")
+    _load_roles(state, saved)
+
+
+def _tell(state: TrainState, recipe: Recipe, saved: dict[str, Any], theirs: dict[str, Any] | None) -> None:
+    """What a student of another run was told goes with the ranges it was told in; one that was told nothing begins with an embedding that says nothing."""
+    ours = recipe.roles["student"].told
+    if theirs is not None and (told := Ranges.of_json(theirs)) != ours:
+        raise ValueError(
+            f"start_from: that run's student is told {told}, this recipe's {ours or 'nothing'}; give the same draw and draw_skip, or start from its export "
+            "(--model DIR/student), whose strength is in its weights"
+        )
+    if theirs is None and ours is not None:
+        new = {key: p for key, p in state.owner("student").state().items() if key.startswith("told.")}
+        for part in (saved["roles"], saved["ema"]):
+            if "student" in part:
+                part["student"] = {**part["student"], **new}
+
+
+def _load_roles(state: TrainState, saved: dict[str, Any]) -> None:
+    # a run that goes on from one without a latent reward model begins with a new one
+    new = {"scorer"} - saved["roles"].keys()
+    missing = [name for name in state.trained if name not in saved["roles"] and name not in new]
+    if missing:
+        raise ValueError(f"start_from: that run has no role {missing[0]!r}, which this recipe trains; start from a run of a recipe that does, or from none")
+    for name, trained in state.trained.items():
+        if name in new:
+            continue
+        state.owner(name).load_state(saved["roles"][name])
+        checkpoint.load_optimizer_state(trained.optimizer, saved["optim"][name])
+        trained.steps = int(saved["steps"][name])
+        if trained.ema is not None:
+            # a run without an average: it begins at the weights
+            averages = saved["ema"].get(name, saved["roles"][name])
+            trained.ema = {key: averages[key].clone() for key in trained.ema}
