@@ -57,7 +57,7 @@ def window(what: str, absorb: int = 0, **changed: Any) -> Cell:
 
 ABSORB = 600
 CELLS = {
-    "dpo": window("Diffusion-DPO: one level of all an update", ABSORB, offline=5 * UPDATES, uniform=1),
+    "dpo": window("Diffusion-DPO: one level of all an update", offline=5 * UPDATES, uniform=1),
     "no-window": window("five levels of all an update", uniform=5),
     "apo": window("Diffusion-APO: a window of four high levels and a low one, near the sampler's", ABSORB),
     "no-shift": window("without the random shift", random_shift=False),
