@@ -140,12 +140,15 @@ def distortion(votes: Sequence[Vote]) -> Distortion:
     return Distortion(a, b, kappa_of(votes, ("no", "yes")))
 
 
-def wilson(k: int, n: int) -> Interval:
-    """k of n as a rate with Wilson's 95% interval: (k + z^2/2 +- z sqrt(k (n - k) / n + z^2/4)) / (n + z^2). ValueError unless 0 <= k <= n, n >= 1."""
+def wilson(k: float, n: float) -> Interval:
+    """k of n as a rate with Wilson's 95% interval: (k + z^2/2 +- z sqrt(k (n - k) / n + z^2/4)) / (n + z^2). ValueError unless 0 <= k <= n, n >= 1.
+
+    Answers that depend on each other may be given as fewer than there are, and as parts of one; the interval's n is then rounded.
+    """
     if not 0 <= k <= n or n < 1:
         raise ValueError(f"k: {k} of {n} is not allowed; a rate needs 0 <= k <= n with n of 1 or more")
     middle, reach = k + Z * Z / 2, Z * math.sqrt(k * (n - k) / n + Z * Z / 4)
-    return Interval(k / n, max(0.0, (middle - reach) / (n + Z * Z)), min(1.0, (middle + reach) / (n + Z * Z)), n)
+    return Interval(k / n, max(0.0, (middle - reach) / (n + Z * Z)), min(1.0, (middle + reach) / (n + Z * Z)), round(n))
 
 
 def mean(values: Sequence[tuple[str, float]], seed: int = 0) -> Interval:

@@ -20,7 +20,7 @@ from instep.models import BUNDLED, MOVING_DIGITS, MOVING_DIGITS_SIZE, VideoSize
 from instep.models.base import weights_fingerprint
 from instep.quiet import quiet
 from instep.rewards.class_judges import ClassJudge, load_class_judge
-from instep.rewards.judges import Judge, load_judge
+from instep.rewards.judges import Judge, JudgeName, load_judge
 from instep.rewards.samples import evenly_spaced
 
 DIGITS_SIZE = VideoSize(8, 8, 1)
@@ -61,7 +61,7 @@ def features_of(given: str, frames: int = 8) -> Features:
         return image_text_features(given, frames)
     if judge not in ("", "training", "monitor"):
         raise ValueError(f"features: {given!r} is not allowed; {model}:training or {model}:monitor (the held-out judge measures what others train on)")
-    name = "monitor" if judge == "monitor" else "training"
+    name: JudgeName = "monitor" if judge == "monitor" else "training"
     if model == MOVING_DIGITS:
         return JudgeFeatures(model, load_judge(name), MOVING_DIGITS_SIZE, 3 * 128)
     return JudgeFeatures(model, load_class_judge(name), DIGITS_SIZE, 3 * 64)

@@ -99,4 +99,3 @@ def load_preferences(folder: Path) -> LearnedReward:
     if name != features.name:
         raise ValueError(f"preferences: {folder} was fitted on {name}, and {given} is now {features.name}; give that back, or fit it again")
     return LearnedReward(head, features, f"preferences {digest} of {name}")
-
