@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,30 @@ def test_pairs_of_a_prompt_are_on_one_side_only():
         fit(first, second, outcome, groups=[1, 2, 3])
     with pytest.raises(ValueError, match="pairs: 2 of 2 prompts with 1 preferences are too few"):
         fit(first[:2], second[:2], torch.tensor([1.0, 0.0]), groups=["a", "b"])
+
+
+def test_pictures_that_prompts_name_are_not_read():
+    """A reward is told the text alone; what the head learns from must be that too, and one text with two pictures is one prompt."""
+    features = features_of("moving-digits-i2v")
+    assert isinstance(features.judge, type(load_judge("training"))) and features.name.startswith("moving-digits-i2v")
+    seen = []
+
+    class Told:
+        width, frames, given, name = 1, 1, "told", "told"
+
+        def read(self, path):
+            return torch.zeros(1, 3, 4, 4)
+
+        def __call__(self, media, prompts):
+            seen.extend(prompts)
+            return torch.zeros(1, 1)
+
+    pair = lambda prompt: PreferencePair(prompt, Path("a.png"), Path("b.png"))  # noqa: E731
+    pairs = [pair("a cat [image: x.png]"), pair("a cat [image: y.png]")]
+    read_features(pairs, Told())
+    assert set(seen) == {"a cat"}
+    with pytest.raises(ValueError, match="2 of 1 prompt are too few"):
+        learn(pairs, Told())
 
 
 def test_the_coin_and_the_worth_of_answers():

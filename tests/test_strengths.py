@@ -33,8 +33,9 @@ from instep.roles import Backbone, LoRA, Role
 from instep.rollout import Sampling
 from instep.strengths import Ranges, StrengthEmbedding, fold
 from instep.terms import View
+from instep.train.finish import folded
 from instep.train.recipe import FewStep, Recipe, RoleConfig, Stage, describe
-from instep.train.run import folded, train
+from instep.train.run import train
 from instep.train.source import PairSamples
 from instep.train.step import iteration
 from instep.transitions import Deterministic
@@ -463,6 +464,14 @@ def test_a_run_that_was_told_nothing_is_gone_on_with(tmp_path, rank):
     for i, (other, ours) in enumerate((({"draw": (1.0, 4.0)}, "guidance 1 to 4"), ({}, "nothing"))):
         with pytest.raises(ValueError, match=f"start_from: that run's student is told guidance 1 to 5, this recipe's {ours}; give the same draw"):
             train(apo(tiny, **{**none, "aware": 1}, **other), family(), out=tmp_path / f"no{i}", **reads)
+    # guided, or distilled from guidance, a second time
+    for name, more in (("absorb", {"draw": (1.0, 5.0)}), ("online", {"draw": (1.0, 5.0), "absorb": 1})):
+        with pytest.raises(ValueError, match=f"start_from: the student of .* has guidance in its weights, and stage '{name}' would guide it a second time"):
+            train(apo(tiny, **{**none, name: 1, **more}), family(), out=tmp_path / f"again-{name}", **reads)
+    with pytest.raises(ValueError, match="start_from: none was given, and stage 'aware' goes on with a student that was told strengths"):
+        train(apo(tiny, **{**none, "aware": 1}, draw=(1.0, 5.0)), family(), out=tmp_path / "alone", **GIVEN)
+    with pytest.raises(ValueError, match="strengths: .2.0, 0.0. are not allowed for a ode sampler with guidance 3"):
+        replace(aware.recipe.sampling, guidance=3.0, strengths=(2.0, 0.0))
 
 
 def test_a_cogvideox_is_told_too(tmp_path):

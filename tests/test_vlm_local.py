@@ -40,7 +40,7 @@ def tiny_llava(folder, template=TEMPLATE):
             text_config=LlamaConfig(**small, num_hidden_layers=1, vocab_size=len(tokenizer), max_position_embeddings=8192, pad_token_id=0, eos_token_id=1),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=16, vision_feature_layer=-2,
         ))  # fmt: skip
-    network.generation_config.update(do_sample=True, temperature=5.0, top_k=50, repetition_penalty=3.0)
+    network.generation_config.update(do_sample=True, temperature=5.0, top_k=50, repetition_penalty=3.0, no_repeat_ngram_size=1, suppress_tokens=[40, 41, 42])
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

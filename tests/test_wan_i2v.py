@@ -18,7 +18,7 @@ from instep.cli import main
 from instep.data import digits
 from instep.data.media import pair_samples
 from instep.data.pairs import PreferencePair
-from instep.data.pictures import check_pictures, drawn_video, read_picture
+from instep.data.pictures import check_pictures, digest, drawn_video, read_picture
 from instep.data.prompts import load_prompts, other_text, picture_of, text_of, with_picture
 from instep.embedded import MovingDigitsI2V, moving_digits_i2v
 from instep.evaluate.video import save_animation
@@ -103,9 +103,35 @@ def test_pictures_are_read_or_drawn(tmp_path):
     with pytest.raises(ValueError, match="'a seven' names no picture, and this model begins its videos with one; write 'a seven .image: FILE.'"):
         read_picture("a seven", SIZE)
     with pytest.raises(ValueError, match="image: .*gone.png of prompt .* is not a file that exists"):
-        check_pictures([PROMPTS[0], with_picture("x", tmp_path / "gone.png")])
+        check_pictures([PROMPTS[0], with_picture("x", tmp_path / "gone.png")], SIZE)
     with pytest.raises(ValueError, match="is 48 x 48, not of the shape of 48 x 96"):
         read_picture(with_picture("x", tmp_path / "a.png"), VideoSize(48, 96, 9))
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    for prompt in (with_picture("a seven", tmp_path / "broken.png"), "a cat runs [image: train/3]"):
+        with pytest.raises(ValueError):  # before a run begins, not where the prompt is drawn
+            check_pictures([PROMPTS[0], prompt], SIZE)
+
+
+def test_another_picture_under_the_same_name_is_another_run(tmp_path):
+    named = [with_picture("a seven", tmp_path / "a.png"), PROMPTS[0], with_picture("an eight", tmp_path / "a.png")]
+    found = []
+    for level in (10, 20, 10):
+        Image.fromarray(torch.full((48, 48, 3), level, dtype=torch.uint8).numpy()).save(tmp_path / "a.png")
+        found.append(digest(named))
+    assert found[0] == found[2] != found[1] and digest(PROMPTS) is None
+
+
+def test_latents_of_pictures_are_kept_up_to_a_size(monkeypatch, tmp_path):
+    import instep.models.wan_i2v as module
+
+    for i in range(3):
+        Image.fromarray(torch.full((48, 48, 3), 40 * i, dtype=torch.uint8).numpy()).save(tmp_path / f"{i}.png")
+    made, names = family(), [with_picture("a seven", tmp_path / f"{i}.png") for i in range(3)]
+    first = made.encode([*names, with_picture("an eight", tmp_path / "1.png")])
+    assert len(made._pictures) == 3 and torch.equal(first.picture[1], first.picture[3]), "two prompts of one picture share its latents"
+    monkeypatch.setattr(module, "KEPT_BYTES", int(1.5 * first.picture[0].nbytes))
+    again = made.encode(names)
+    assert len(made._pictures) == 1 and torch.equal(again.picture, first.picture[:3])
 
 
 def test_rewards_are_told_the_text_unless_they_ask_for_the_picture():
@@ -296,7 +322,7 @@ def test_a_users_pairs_begin_with_the_chosen_one(tmp_path):
     found = pair_samples([pair, named], family())
     assert found.prompts == (with_picture("a seven", tmp_path / "a.webp"), "a seven [image: train/1]")
     assert pair_samples([pair], WanFamily(tiny_wan_pipeline(), SIZE)).prompts == ("a seven",)
-    check_pictures(found.prompts)
+    check_pictures(found.prompts, SIZE)
 
 
 # the bundled model

@@ -231,6 +231,10 @@ class Sampling:
     guidance: float = 1.0
     strengths: Strengths | None = None
 
+    def __post_init__(self) -> None:
+        if self.strengths is not None and (self.kind != "ode" or self.guidance != 1):
+            raise ValueError(f"strengths: {self.strengths} are not allowed for a {self.kind} sampler with guidance {self.guidance:g}; it would not hear them")
+
     def tell(self, cond: Condition) -> Condition:
         """The condition as the student gets it."""
         return cond if self.strengths is None else cond.told(self.strengths)

@@ -17,6 +17,7 @@ from instep.rollout import Sampling
 from instep.strengths import Ranges
 from instep.train import checkpoint
 from instep.train.finish import export_role
+from instep.train.saved import stage_at
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,7 @@ def sampling_of(record: dict[str, Any], step: int | None = None) -> Sampling:
     config = record["config"]
     if config.get("sampler", "few-step") == "few-step":
         return Sampling(tuple(record["levels"]))
-    left, stages = step, [stage for stage in config["stages"] if stage["steps"]]
-    here = stages[-1]
-    for stage in stages if left is not None else ():
-        if left <= stage["steps"]:
-            here = stage
-            break
-        left -= stage["steps"]
+    here = stage_at(config, step)
     strengths = (float(here["strengths"][0]), float(here["strengths"][1])) if here.get("strengths") else None
     return Sampling(tuple(record["levels"]), "ode", float(config["guidance"]) if here.get("guided", True) else 1.0, strengths)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from instep.commands import default_threads
 from instep.data.prompts import with_picture
 from instep.evaluate.video import save_animation, tile
-from instep.files import write_json
+from instep.files import at_once, write_json
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, VideoSize, bundled
 from instep.models.stock import draw, stock, takes_picture
 from instep.quiet import quiet
@@ -56,6 +56,10 @@ def sample_command(args: SampleArgs) -> int:
     steps = args.steps or (len(record["levels"]) if record else 50)
     usual = record.get("guidance", 1.0) if record else 3.0
     guidance = usual if args.guidance is None else args.guidance
+    if record and record.get("strengths") and guidance != 1:
+        raise ValueError(
+            f"guidance: {guidance:g} is not allowed; {folder} has its own in its weights, and others come from `instep export RUN --to FOLDER --guidance`"
+        )
     if record and record.get("sampler", "few-step") == "few-step" and steps != len(record["levels"]):
         raise ValueError(
             f"steps: {steps} does not fit {folder}; its scheduler is solved for exactly {len(record['levels'])}, train another student for {steps}"
@@ -93,9 +97,10 @@ def sample_command(args: SampleArgs) -> int:
 def save_each(folder: Path, videos: Tensor, prompts: Sequence[str], copies: int, seed: int) -> None:
     """Videos uint8 [N, F, H, W, 3] as files, and the manifest that `instep judge` reads. Copies of a prompt count their seeds on from `seed`."""
     rows = [{"file": f"{i:04d}.webp", "prompt": prompt, "seed": seed + i % copies} for i, prompt in enumerate(prompts)]
-    for row, video in zip(rows, videos, strict=True):
-        save_animation(folder / str(row["file"]), video)
-    write_json(folder / "samples.json", rows)
+    with at_once(folder, "samples") as temporary:
+        for row, video in zip(rows, videos, strict=True):
+            save_animation(temporary / str(row["file"]), video)
+        write_json(temporary / "samples.json", rows)
 
 
 def find_pipeline(name: str) -> tuple[Path, dict | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,9 +59,26 @@ def drawn_path(prompt: str) -> tuple[Tensor, Tensor, Tensor]:
     return scans, motions, digits.random_paths(motions, rng)[0]
 
 
-def check_pictures(prompts: Sequence[str]) -> None:
-    """ValueError for the first prompt that names no picture, or a file that is not there."""
-    for prompt in dict.fromkeys(prompts):
+def source_of(prompt: str) -> str:
+    """What a picture depends on: the name of its file, or where it is drawn the whole prompt."""
+    name = picture_of(prompt)
+    return prompt if name is None or DRAWN.fullmatch(name) else name
+
+
+def check_pictures(prompts: Sequence[str], size: VideoSize) -> None:
+    """ValueError for the first prompt that names no picture, or one that cannot be read; every file is read once."""
+    seen: dict[str, str] = {}
+    for prompt in prompts:
+        seen.setdefault(source_of(prompt), prompt)
+    for prompt in seen.values():
         name = picture_of(prompt)
-        if name is None or not (DRAWN.fullmatch(name) or Path(name).is_file()):
-            read_picture(prompt, VideoSize())
+        if name and DRAWN.fullmatch(name):
+            digits.parse(text_of(prompt) or "a digit")  # drawing it takes longer and says no more
+        else:
+            read_picture(prompt, size)
+
+
+def digest(prompts: Sequence[str]) -> str | None:
+    """Of what the files show that prompts name, in their order; None where none names a file."""
+    files = [name for name in dict.fromkeys(map(picture_of, prompts)) if name is not None and not DRAWN.fullmatch(name)]
+    return hashlib.sha256(b"".join(hashlib.sha256(Path(name).read_bytes()).digest() for name in files)).hexdigest()[:16] if files else None

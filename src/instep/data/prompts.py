@@ -82,4 +82,4 @@ def _from_json(path: Path, i: int, line: str) -> str:
     if not isinstance(image, str) or not image.strip():
         raise ValueError(f"prompts: {path}, line {i} has the image {image!r}; it is the name of a file, from where the prompt file lies")
     # drawn pictures are no files
-    return with_picture(prompt.strip(), image.strip() if DRAWN.fullmatch(image.strip()) else path.parent / image.strip())
+    return with_picture(prompt.strip(), image.strip() if DRAWN.fullmatch(image.strip()) else (path.parent / image.strip()).resolve())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from instep.data.prompts import DRAWN, picture_of, text_of
@@ -99,11 +100,11 @@ def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
 
 
 def _asked(info: ExportInfo) -> str:
-    """What the pipeline is called with; a drawn picture stands for a file."""
+    """What the pipeline is called with; a drawn picture stands for a file, and of a file its name: where it lay is nobody's business."""
     text, picture = json.dumps(text_of(info.example_prompt)), picture_of(info.example_prompt)
     if picture is None:
         return text
-    return f"prompt={text}, image=load_image({json.dumps('first_frame.png' if DRAWN.fullmatch(picture) else picture)})"
+    return f"prompt={text}, image=load_image({json.dumps('first_frame.png' if DRAWN.fullmatch(picture) else Path(picture).name)})"
 
 
 def _loads(info: ExportInfo) -> str:

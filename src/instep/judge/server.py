@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.exceptions import HTTPException as AnyHTTPException
 
+from instep.data.prompts import text_of
 from instep.judge import frames
 from instep.judge.guard import Guard, Tokens
 from instep.judge.samples import VIDEOS
@@ -131,7 +132,8 @@ def shown(store: Store, state: State) -> dict[str, Any]:
         "mode": store.mode, "done": state.done, "total": state.total,
         "questions": [{"key": q.key, "label": q.label, "hint": q.hint, "choices": q.choices} for q in store.questions],
         "item": None if item is None else {
-            "id": item.id, "prompt": item.prompt, "before": dict(item.before), "left": _clip(item.left), "right": _clip(item.right) if item.right else None,
+            "id": item.id, "prompt": text_of(item.prompt),
+            "before": dict(item.before), "left": _clip(item.left), "right": _clip(item.right) if item.right else None,
         },
     }  # fmt: skip
 

@@ -105,7 +105,7 @@ class Pictured(Encodes, Protocol):
     """A family whose prompts name the picture that a video begins with (`data/prompts.py`)."""
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """ValueError for the first prompt that names no picture, or one that is not there."""
+        """ValueError for the first prompt that names no picture, or one that cannot be read."""
         ...
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from instep.data.pictures import check_pictures, read_picture
+from instep.data.pictures import check_pictures, read_picture, source_of
 from instep.data.prompts import texts_of
 from instep.models import VideoSize
 from instep.models.wan import STOCK_TEXT_LENGTH, WanCondition, WanFamily, WanStock, stock_attention
@@ -25,8 +25,8 @@ from instep.quiet import quiet
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-# pictures whose latents are kept: of the oldest they are made again
-KEPT_PICTURES = 1024
+# of the latents of pictures so many bytes are kept, in the computer's own memory: the oldest are made again
+KEPT_BYTES = 2**28
 
 
 @torch.no_grad()
@@ -79,8 +79,8 @@ class WanImageFamily(WanFamily):
             return cls(WanImageToVideoPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True), size, name, str(folder))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """ValueError for the first prompt without a picture, or with one that is not there."""
-        check_pictures(prompts)
+        """ValueError for the first prompt without a picture, or with one that cannot be read."""
+        check_pictures(prompts, self.size)
 
     def encode(self, prompts: Sequence[str]) -> WanImageCondition:
         """Text and pictures; ValueError for a prompt that names none."""
@@ -94,12 +94,13 @@ class WanImageFamily(WanFamily):
     def _known(self, prompts: Sequence[str]) -> Tensor:
         """One row a prompt; each picture is encoded alone, so that what it is does not depend on its neighbours."""
         found = {}
-        for prompt in dict.fromkeys(prompts):
-            known = self._pictures.pop(prompt, None)
-            found[prompt] = self._encode_picture(prompt) if known is None else known
+        for source, prompt in {source_of(prompt): prompt for prompt in prompts}.items():
+            known = self._pictures.pop(source, None)
+            found[source] = self._encode_picture(prompt).cpu() if known is None else known
         kept = self._pictures | found
-        self._pictures = {prompt: kept[prompt] for prompt in list(kept)[-KEPT_PICTURES:]}
-        return torch.stack([found[prompt] for prompt in prompts])
+        room = KEPT_BYTES // next(iter(found.values())).nbytes
+        self._pictures = {source: kept[source] for source in list(kept)[max(0, len(kept) - room) :]}
+        return torch.stack([found[source_of(prompt)] for prompt in prompts]).to(self.pipe.transformer.device)
 
     def _encode_picture(self, prompt: str) -> Tensor:
         picture = read_picture(prompt, self.size).to(self.pipe.transformer.device)

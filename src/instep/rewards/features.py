@@ -6,6 +6,7 @@ fits what was asked, direction by direction.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.data.media import fitted, read_media
-from instep.models import BUNDLED, MOVING_DIGITS, MOVING_DIGITS_SIZE, VideoSize
+from instep.models import BUNDLED, MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, VideoSize
 from instep.models.base import weights_fingerprint
 from instep.quiet import quiet
 from instep.rewards.class_judges import ClassJudge, load_class_judge
@@ -62,7 +63,7 @@ def features_of(given: str, frames: int = 8) -> Features:
     if judge not in ("", "training", "monitor"):
         raise ValueError(f"features: {given!r} is not allowed; {model}:training or {model}:monitor (the held-out judge measures what others train on)")
     name: JudgeName = "monitor" if judge == "monitor" else "training"
-    if model == MOVING_DIGITS:
+    if model in (MOVING_DIGITS, MOVING_DIGITS_I2V):
         return JudgeFeatures(model, load_judge(name), MOVING_DIGITS_SIZE, 3 * 128)
     return JudgeFeatures(model, load_class_judge(name), DIGITS_SIZE, 3 * 64)
 
@@ -192,6 +193,7 @@ class ImageTextFeatures:
 
 def image_text_features(folder: str, frames: int = 8) -> ImageTextFeatures:
     """Of a local folder as transformers' `save_pretrained` writes it: weights as safetensors, no code of the folder's own, nothing downloaded."""
+    from safetensors import SafetensorError
     from transformers import AutoModel, AutoProcessor
 
     if frames < 1:
@@ -205,14 +207,18 @@ def image_text_features(folder: str, frames: int = 8) -> ImageTextFeatures:
         with quiet():
             network = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"features: {folder} cannot be loaded ({' '.join(str(error).split())[:300]}); give a CLIP or SigLIP with .safetensors") from error
     if not all(hasattr(network, method) for method in ("get_image_features", "get_text_features")) or not hasattr(processor, "tokenizer"):
         raise ValueError(f"features: {folder} holds a {type(network).__name__}, which does not embed images and text; give a CLIP or SigLIP")
     network.eval().requires_grad_(False)
     limit = min(processor.tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"features: {folder} has no preprocessor_config.json, so how it takes pictures is not known; give the whole model folder")
     prepare = Preparation.of(processor.image_processor.to_dict(), folder)
-    return ImageTextFeatures(str(Path(folder).resolve()), frames, weights_fingerprint(network), network, processor.tokenizer, prepare, limit)
+    # how pictures and words are prepared changes scores as the weights do
+    read = hashlib.sha256(repr((weights_fingerprint(network), prepare, limit, sorted(processor.tokenizer.get_vocab().items()))).encode()).hexdigest()[:16]
+    return ImageTextFeatures(str(Path(folder).resolve()), frames, read, network, processor.tokenizer, prepare, limit)
 
 
 def _embedding(found: Any) -> Tensor:

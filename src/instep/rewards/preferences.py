@@ -13,6 +13,7 @@ from torch import Tensor
 
 from instep import __version__
 from instep.data.pairs import PreferencePair
+from instep.data.prompts import text_of
 from instep.files import at_once, write_json
 from instep.judge.results import Interval, wilson
 from instep.rewards.bradley_terry import Fitted, LearnedReward, RewardHead, fit
@@ -43,7 +44,8 @@ def read_features(
     pairs: Sequence[PreferencePair], features: Features, watch: Callable[[list[Shown]], Iterable[Shown]] = iter, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Features of the chosen and of the rejected media, [N, D] each on the CPU; every file is read once. `watch` passes them on and shows how far it is."""
-    sides = [(pair.chosen, pair.prompt) for pair in pairs], [(pair.rejected, pair.prompt) for pair in pairs]
+    # rewards are told the text alone, whatever picture a prompt names
+    sides = [(pair.chosen, text_of(pair.prompt)) for pair in pairs], [(pair.rejected, text_of(pair.prompt)) for pair in pairs]
     todo = list(dict.fromkeys(shown for both in zip(*sides, strict=True) for shown in both))
     rows = {shown: features(features.read(shown[0]).to(device), [shown[1]])[0].cpu() for shown in watch(todo)}
     first, second = (torch.stack([rows[shown] for shown in side]) for side in sides)
@@ -55,7 +57,7 @@ def learn(
     decay: float = 1.0, heldout: float = 0.2, seed: int = 0, device: str = "cpu",
 ) -> Learned:  # fmt: skip
     """A head fitted to pairs, ties among them; a part of the prompts, with all their pairs, is held out (`bradley_terry.fit`)."""
-    prompts = [pair.prompt for pair in pairs]
+    prompts = [text_of(pair.prompt) for pair in pairs]
     if len(set(prompts)) < 2:
         raise ValueError(f"pairs: {len(pairs)} of {len(set(prompts))} prompt are too few; it takes two prompts, one of them to measure on")
     outcome = torch.tensor([0.0 if pair.tie else 1.0 for pair in pairs])

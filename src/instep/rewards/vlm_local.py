@@ -37,15 +37,15 @@ class TransformersEndpoint:
         text = self.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
         given = self.processor(text=[text], images=[pictures] if pictures else None, add_special_tokens=False, return_tensors="pt")
         given = given.to(self.network.device, self.network.dtype)
-        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0}
         with torch.no_grad():
-            said = self.network.generate(**given, **greedy, max_new_tokens=self.max_new_tokens)
+            said = self.network.generate(**given, max_new_tokens=self.max_new_tokens)
         return self.processor.batch_decode(said[:, given["input_ids"].shape[1] :], skip_special_tokens=True)[0]
 
 
 def transformers_endpoint(model: str, device: str = "cpu", dtype: Dtype = "bfloat16", max_new_tokens: int = 64) -> TransformersEndpoint:
     """Loads a local folder or a model of the hub: weights as safetensors, never code of the model's own. ValueError for what cannot be loaded."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype: {dtype!r} is not allowed; use one of {', '.join(get_args(Dtype))}")
@@ -55,11 +55,16 @@ def transformers_endpoint(model: str, device: str = "cpu", dtype: Dtype = "bfloa
         with quiet():
             processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
             network = AutoModelForImageTextToText.from_pretrained(model, use_safetensors=True, trust_remote_code=False, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model: {model!r} cannot be loaded ({reason}); give the folder of an image-text-to-text model with .safetensors") from error
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"model: {model!r} has no chat template, so it cannot be asked; give one that was tuned to follow instructions")
+    # of what it says of decoding only where answers begin and end is kept: penalties and forbidden repetitions could keep an option from being said
+    own = network.generation_config
+    network.generation_config = GenerationConfig(
+        do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
     network.eval().requires_grad_(False).to(device)
     return TransformersEndpoint(network, processor, f"{Path(model).name} {weights_fingerprint(network)}, {dtype}", max_new_tokens)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from instep import __version__
+from instep.data.pictures import digest
 from instep.data.prompts import picture_of
 from instep.files import write_json
 from instep.models.base import Family, weights_fingerprint
@@ -83,7 +84,8 @@ def _media(family: Family, reward: Reward, x: Tensor, *, clamp: bool = False) ->
 
 
 def check_inputs(
-    recipe: Recipe, family: Family, reward: Reward | None, real: RealSamples | None, prompts: Sequence[str], pairs: PairSamples | None = None
+    recipe: Recipe, family: Family, reward: Reward | None, real: RealSamples | None, prompts: Sequence[str], pairs: PairSamples | None = None,
+    start_from: Path | str | None = None,
 ) -> None:
     """Everything that would otherwise fail after minutes: missing parts, and a reward that does not work on one small batch."""
     if not prompts:
@@ -102,6 +104,11 @@ def check_inputs(
         if family.pipe is not None:
             stock(family.pipe)
         few_step_scheduler(family.path, recipe.levels, family.parameterisation)
+    first = next((stage for stage in recipe.stages if stage.steps), None)
+    if first and first.strengths and "real" not in first.needs and start_from is None:
+        raise ValueError(
+            f"start_from: none was given, and stage {first.name!r} goes on with a student that was told strengths of guidance; give the run that absorbed them"
+        )
     for stage in recipe.stages:
         if not stage.steps:
             continue
@@ -181,6 +188,7 @@ def claim(
     *, reward: Reward | None = None, real: RealSamples | None = None, pairs: PairSamples | None = None,
 ) -> None:  # fmt: skip
     """Writes recipe.json, or makes sure that the folder holds this very run."""
+    named = [*prompts, *(real.prompts if real else ()), *(pairs.prompts if pairs else ())]
     identity = {
         "recipe": recipe.name,
         "model": family.name,
@@ -188,6 +196,7 @@ def claim(
         "seed": options.seed,
         "levels": list(recipe.levels),
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        **({"pictures": shown} if (shown := digest(named)) else {}),
         "reward": reward and reward.name,
         "real": real and _digest(real.prompts, real.latents),
         "pairs": pairs and _digest(pairs.prompts, pairs.chosen, pairs.rejected),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -30,9 +30,6 @@ from instep.train.setup import averaged, make_state
 from instep.train.source import PairSamples, RealSamples, Source
 from instep.train.step import TrainState, iteration
 from instep.train.views import matching_views, samples, save_samples, save_views
-
-if TYPE_CHECKING:
-    pass
 
 # steps of the teacher's own sampler where a recipe needs samples of it
 TEACHER_STEPS = 50
@@ -105,7 +102,7 @@ def train(
     scored = as_reward(reward) if reward is not None else None
     if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
         real = pairs.preferred
-    check_inputs(recipe, family, scored, real, prompts, pairs)
+    check_inputs(recipe, family, scored, real, prompts, pairs, start_from)
     with held(out):
         claim(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs)
         state = make_state(

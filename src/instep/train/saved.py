@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from instep.objectives.guidance import GuidanceDistillation
 from instep.strengths import Ranges
 from instep.train import checkpoint
 from instep.train.recipe import Recipe
@@ -59,12 +61,36 @@ def begin_from(state: TrainState, recipe: Recipe, folder: Path, reward: str | No
             f"start_from: that run's student predicts {theirs or 'what its model does'}, this recipe's {ours or 'what its model does'}; start from one "
             "that predicts the same"
         )
+    _refuse_guiding_again(recipe, record["config"], int(saved["step"]), folder)
     _tell(state, recipe, saved, record["config"]["roles"]["student"].get("told"))
     if "scorer" in saved["roles"] and record["reward"] != reward:
         del saved["roles"]["scorer"]
         if state.scorer is not None:
             print(f"the latent reward model of {folder} was fitted to {record['reward']!r}, not to {reward!r}: a new one begins")
     _load_roles(state, saved)
+
+
+def stage_at(config: Mapping[str, Any], step: int | None = None) -> Mapping[str, Any]:
+    """The stage that a run was in after `step` steps (None: its last), from the recipe in its recipe.json."""
+    stages = [stage for stage in config["stages"] if stage["steps"]]
+    left = sum(stage["steps"] for stage in stages) if step is None else step
+    for stage in stages:
+        if left <= stage["steps"]:
+            return stage
+        left -= stage["steps"]
+    return stages[-1]
+
+
+def _refuse_guiding_again(recipe: Recipe, theirs: Mapping[str, Any], step: int, folder: Path) -> None:
+    """ValueError if a student that has its guidance in its weights, or is told it, would be guided, or distilled from guidance, once more."""
+    if theirs.get("sampler", "few-step") != "ode" or stage_at(theirs, step).get("guided", True) or recipe.sampler != "ode":
+        return
+    for stage in recipe.stages:
+        if stage.steps and (stage.guided or any(isinstance(term, GuidanceDistillation) for term in stage.terms)):
+            raise ValueError(
+                f"start_from: the student of {folder} has guidance in its weights, and stage {stage.name!r} would guide it a second time; give that stage 0 "
+                "steps, or start from a run that ended before its guidance was distilled"
+            )
 
 
 def _tell(state: TrainState, recipe: Recipe, saved: dict[str, Any], theirs: dict[str, Any] | None) -> None:
@@ -97,4 +123,4 @@ def _load_roles(state: TrainState, saved: dict[str, Any]) -> None:
         if trained.ema is not None:
             # a run without an average: it begins at the weights
             averages = saved["ema"].get(name, saved["roles"][name])
-            trained.ema = {key: averages[key].clone() for key in trained.ema}
+            trained.ema = {key: averages[key].to(trained.parameters[key], copy=True) for key in trained.ema}
