@@ -186,7 +186,8 @@ def score(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, 
     if state.score is None:
         raise ValueError(f"reward: stage {stage.name!r} needs one and none was given; pass reward= to train(), or choose a recipe without")
     prompts = [prompt for prompt in view.batch.prompts for _ in range(stage.group)]
-    each = state.score(rollout.point("final").x.detach(), prompts).to(rollout.point("final").x)
+    x = rollout.point("final").x.detach()
+    each = torch.cat([state.score(x[rows], prompts[rows]) for rows in apart(prompts, stage.group)]).to(x)
     each = each[:, None] if each.ndim == 1 else each
     weights = each.new_tensor(state.weights)
     reward = weights[0] * each[:, 0] if len(weights) == 1 else each @ weights
@@ -202,6 +203,12 @@ def score(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, 
         state.reward_variance = [old + (new - old) / REWARD_HORIZON for old, new in zip(before, now, strict=True)]
         deviations = [variance**0.5 for variance in state.reward_variance]
     return replace(rollout, reward=reward, advantage=several_advantages(each, state.weights, stage.group, deviations, stage.advantage.clip))
+
+
+def apart(prompts: Sequence[str], group: int) -> list[slice]:
+    """Rows that are scored in one call: all, unless two groups of the same prompt are neighbours, which a ranker would take for one group."""
+    starts = [0] + [i for i in range(group, len(prompts), group) if prompts[i] == prompts[i - 1]]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
 
 
 def relive(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout | None:
