@@ -2,6 +2,7 @@
 
     python benchmarks/apo_bundled.py --runs runs/benchmark      # an hour of CPU time, resumes; then make results
     python benchmarks/apo_bundled.py --speed                    # seconds of a guided step and of a distilled one
+    python benchmarks/apo_bundled.py --strengths --runs runs/benchmark   # one model for drawn strengths of guidance
 
 A cell is the offline stage alone on the bundled model's labelled pairs; some are followed by guidance distillation, as the paper's ablation is. Win rates
 are against the model that the run began as, on the same noise: a share of samples that score higher by the held-out judge, ± over prompts.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -130,6 +131,35 @@ def run_cell(name: str, seed: int, runs: Path) -> None:
     print(f"{name} seed {seed}: " + ", ".join(f"{k} win {v['win']:.3f} right {v['right']:.3f}" for k, v in after.items()), flush=True)
 
 
+TOLD = (1.0, 3.0, 5.0)  # guidance that is asked for; strengths are drawn from the first to the last
+
+
+def strengths(runs: Path) -> None:
+    """A student that is told its guidance, and one distilled at 3 alone, against the guided model: root mean square of the difference in pixels."""
+    digits, family = moving_digits(), load(MOVING_DIGITS)
+    guided = {w: media(Role("teacher", Backbone(family, family.pretrained)), Sampling(COMMON.levels, "ode", w)) for w in TOLD}
+    right = load_judge("heldout").correct
+    kept: dict[str, dict[str, dict[str, float]]] = {
+        "guided": {f"{w:g}": {"right": float(right(seen, prompts()).both.float().mean()), "distance": 0.0} for w, seen in guided.items()}
+    }
+    for name, draw in (("drawn", (TOLD[0], TOLD[-1])), ("fixed", None)):
+        out = runs / f"apo-strengths-{name}"
+        recipe = apo(COMMON, **{**NONE, "absorb": ABSORB}, draw=draw)
+        train(
+            recipe, digits.family, out=out, prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor, real=digits.real(),
+            options=RunOptions(save_every=100, probe_every=ABSORB),
+        )  # fmt: skip
+        record = read_run(out)
+        role, sampling = student_of(out, record, load(MOVING_DIGITS)), sampling_of(record)
+        kept[name] = {}
+        for w in TOLD:
+            seen = media(role, replace(sampling, strengths=(w, 0.0)) if draw else sampling)
+            figures = {"right": float(right(seen, prompts()).both.float().mean()), "distance": float((seen - guided[w]).square().mean().sqrt())}
+            kept[name][f"{w:g}"] = figures
+            print(name, w, figures, flush=True)
+    write_json(RESULTS / "strengths.json", kept)
+
+
 def speed(pairs: int = 15) -> None:
     """CPU seconds of a sampling step of 16 videos, interleaved: guided by text and by a pass without a block, guided by text, and distilled."""
     family = load(MOVING_DIGITS)
@@ -166,12 +196,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--strengths", action="store_true", help="only one model for drawn strengths of guidance")
     parser.add_argument("--speed", action="store_true", help="only the cost of a guided and of a distilled step")
     args = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
     if args.speed:
         speed()
+        return
+    if args.strengths:
+        strengths(args.runs)
         return
     for name in args.cells:
         for seed in args.seeds:

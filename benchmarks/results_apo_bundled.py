@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from statistics import mean
 
-from apo_bundled import CELLS, COPIES, RESULTS, UPDATES
+from apo_bundled import ABSORB, CELLS, COPIES, RESULTS, UPDATES
 from verdicts import Claim, judged, word
 
 from instep.evaluate.metrics import Value
@@ -87,6 +87,25 @@ def quicker() -> tuple[str, str]:
     return word(both > 2.8, both > 2), f"CPU time of a step against a distilled one: guided by text {text:.2f} times, by text and skip-layer {both:.2f} times"
 
 
+def told() -> list[str]:
+    """The table of drawn strengths."""
+    file = RESULTS / "strengths.json"
+    if not file.is_file():
+        return ["One model for drawn strengths of guidance: not measured."]
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    names = {"guided": "the model itself, guided", "drawn": "one pass, told its guidance (drawn from 1 to 5)", "fixed": "one pass, distilled at 3"}
+    asked = list(kept["guided"])
+    lines = [f"| | {' | '.join(f'right at {w} | distance at {w}' for w in asked)} |", "|---" * (2 * len(asked) + 1) + "|"]
+    for name, what in names.items():
+        lines.append(f"| {what} | {' | '.join(f'{kept[name][w]["right"]:.3f} | {kept[name][w]["distance"]:.3f}' for w in asked)} |")
+    return [
+        f"Guidance distilled over drawn strengths, {ABSORB} updates, one seed (`python benchmarks/apo_bundled.py --strengths`): share right by the held-out "
+        "judge, and root mean square of the difference in pixels to the guided model at the same strength.",
+        "",
+        *lines,
+    ]
+
+
 CLAIMS: list[Claim] = [
     ("Online, half-online and offline stages each win against the start", wins),
     ("Diffusion-APO wins more than Diffusion-DPO at equal gradient evaluations (Table 1)", more_than_dpo),
@@ -144,5 +163,7 @@ def lines() -> list[str]:
         *cells(),
         "",
         *five,
+        "",
+        *told(),
         "",
     ]
