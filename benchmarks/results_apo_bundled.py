@@ -97,7 +97,8 @@ def told() -> list[str]:
     asked = list(kept["guided"])
     lines = [f"| | {' | '.join(f'right at {w} | distance at {w}' for w in asked)} |", "|---" * (2 * len(asked) + 1) + "|"]
     for name, what in names.items():
-        lines.append(f"| {what} | {' | '.join(f'{kept[name][w]["right"]:.3f} | {kept[name][w]["distance"]:.3f}' for w in asked)} |")
+        cells = [f"{kept[name][w][key]:.3f}" for w in asked for key in ("right", "distance")]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     return [
         f"Guidance distilled over drawn strengths, {ABSORB} updates, one seed (`python benchmarks/apo_bundled.py --strengths`): share right by the held-out "
         "judge, and root mean square of the difference in pixels to the guided model at the same strength.",
