@@ -60,7 +60,7 @@ def apo(
         skip_blocks: blocks of the network that its weaker pass leaves out, from 0.
         draw: lowest and highest guidance of the fourth stage, drawn anew for every sample, and the student is told which: one model for all of them, of which
             `guidance` is the one that it is sampled, aligned further and exported with (`instep export --guidance` folds in another). A range takes more
-            training than one strength: on the bundled model 600 updates at 3e-4. None: `guidance` alone.
+            training than one strength. None: `guidance` alone.
         draw_skip: the same of `skip`.
         few_step: the student is a few-step one (--start-from its run, with its --steps and --shift): sampled, and compared, at its own levels.
     """
