@@ -103,7 +103,7 @@ def test_critics_follow_the_student_on_its_own_samples():
     for reuse in (True, False):
         made, order, seen = state(), [], []
         for name, trained in made.trained.items():
-            trained.step = lambda lr, name=name, order=order: (order.append(name), (0.0, True))[1]
+            trained.step = lambda lr, optim, name=name, order=order: (order.append(name), (0.0, True))[1]
 
         class Spy(Score):
             def losses(self, view: View, seen=seen):
