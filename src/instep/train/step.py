@@ -34,8 +34,10 @@ class Trained:
         self.ema = {key: p.detach().clone() for key, p in self.parameters.items()} if ema is not None else None
         self.steps = 0
 
-    def step(self, lr: float, optim: Optim) -> tuple[float, bool]:
-        """Clips, steps, averages, clears. Returns the gradient's norm and whether it was finite; a step that is not finite is skipped."""
+    def step(self, lr: float, optim: Optim | None = None) -> tuple[float, bool]:
+        """Clips, steps (as `optim` says; None: as its own), averages, clears. Returns the gradient's norm and whether it was finite; a step that is not
+        finite is skipped."""
+        optim = optim or self.optim
         values = list(self.parameters.values())
         norm = nn.utils.clip_grad_norm_(values, optim.clip)
         finite = bool(norm.isfinite())
