@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
+from serving import served
 
 from instep.rewards.base import FunctionReward, Reward, checked_scores
 from instep.rewards.bradley_terry import LearnedReward, RewardHead, fit, rao_kupper_log_prob
@@ -180,6 +181,10 @@ class Server:
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
 
 def mean_of(body):
     """Mean brightness of each of the two videos of a request, and how many frames each has."""
@@ -198,16 +203,7 @@ def mean_of(body):
 
 @pytest.fixture
 def serve():
-    made = []
-
-    def start(answer):
-        made.append(Server(answer))
-        return made[-1]
-
-    yield start
-    for server in made:
-        server.http.shutdown()
-        server.http.server_close()
+    yield from served(Server)
 
 
 def brighter(body, n):

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from serving import served
 
 from instep.cli import main
 from instep.commands.rewards import load_reward
@@ -349,15 +350,7 @@ class Server:
 
 @pytest.fixture
 def serve():
-    servers = []
-
-    def start(respond):
-        servers.append(Server(respond))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+    yield from served(Server)
 
 
 def level(media) -> int:

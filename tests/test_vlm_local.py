@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 import torch
+from serving import served
 from test_ranker import Server, brighter, mean_of, videos
 from tiny import byte_tokenizer
 
@@ -133,16 +134,7 @@ def test_models_that_cannot_be_asked(tmp_path, endpoint):
 
 @pytest.fixture
 def serve():
-    made = []
-
-    def start(answer):
-        made.append(Server(answer))
-        return made[-1]
-
-    yield start
-    for server in made:
-        server.http.shutdown()
-        server.http.server_close()
+    yield from served(Server)
 
 
 def test_rankers_on_the_command_line(tmp_path, serve, monkeypatch):

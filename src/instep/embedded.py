@@ -48,6 +48,12 @@ class JudgeMonitor:
         return sum(len(row.unique()) for row in seen) / len(seen)
 
 
+@torch.no_grad()
+def encoded(family: WanFamily, media: Tensor) -> Tensor:
+    """Latents of media [N, 3, F, H, W], a few at a time."""
+    return torch.cat([family.encode_media(part) for part in media.split(32)])
+
+
 @dataclass(frozen=True)
 class MovingDigits:
     """Everything a recipe may ask for on the embedded default."""
@@ -63,10 +69,7 @@ class MovingDigits:
         chosen = torch.randint(len(self.prompts), (n,), generator=rng).tolist()
         names = tuple(self.prompts[i] for i in chosen)
         media = digits.render("train", [digits.parse(name) for name in names], seed)
-        with torch.no_grad():
-            latents = torch.cat([self.family.encode_media(part) for part in media.split(32)])
-        return RealSamples(names, latents)
-
+        return RealSamples(names, encoded(self.family, media))
 
     def pairs(self, n: int = 512, seed: int = 78) -> PairSamples:
         """Labelled pairs for prompts that say something: a real video of the prompt, and one of another digit, of another motion, or slowed down.
@@ -84,9 +87,7 @@ class MovingDigits:
         bad = digits.render("train", [spec if other is None else other for spec, other in zip(specs, wrong, strict=True)], seed + 1)
         slowed = torch.tensor([other is None for other in wrong])
         bad[slowed] = slow_motion(good[slowed])
-        with torch.no_grad():
-            chosen, rejected = (torch.cat([self.family.encode_media(part) for part in media.split(32)]) for media in (good, bad))
-        return PairSamples(tuple(map(digits.describe, specs)), chosen, rejected)
+        return PairSamples(tuple(map(digits.describe, specs)), encoded(self.family, good), encoded(self.family, bad))
 
 
 def _wrong(spec: digits.PromptSpec, motion: int, rng: torch.Generator) -> digits.PromptSpec | None:
@@ -122,7 +123,7 @@ class MovingDigitsI2V:
     def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos of the training split through the VAE, each with a training prompt and its own first frame."""
         names = self._pictured(n, seed, digits.training_prompts())
-        return RealSamples(names, self._latents(torch.stack([drawn_video(name) for name in names])))
+        return RealSamples(names, encoded(self.family, torch.stack([drawn_video(name) for name in names])))
 
     def pairs(self, n: int = 512, seed: int = 78) -> PairSamples:
         """Labelled pairs that begin alike: a real video, and one that goes wrong from its first frame on.
@@ -134,16 +135,12 @@ class MovingDigitsI2V:
         said = [p for p in digits.training_prompts() if (spec := digits.parse(p)).digit is not None or spec.direction is not None]
         names = self._pictured(n, seed, said)
         made = [_begun_alike(name, rng) for name in names]
-        return PairSamples(names, *(self._latents(torch.stack(media)) for media in zip(*made, strict=True)))
+        return PairSamples(names, *(encoded(self.family, torch.stack(media)) for media in zip(*made, strict=True)))
 
     def _pictured(self, n: int, seed: int, prompts: Sequence[str]) -> tuple[str, ...]:
         rng = torch.Generator().manual_seed(seed)
         chosen = torch.randint(len(prompts), (n,), generator=rng).tolist()
         return tuple(with_picture(prompts[i], f"train/{1000 * seed + j}") for j, i in enumerate(chosen))
-
-    def _latents(self, media: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([self.family.encode_media(part) for part in media.split(32)])
 
 
 def _begun_alike(prompt: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from instep.commands import default_threads
 from instep.commands.rewards import load_function, load_reward
-from instep.models import DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, VideoSize, load
+from instep.models import BUNDLED, DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, VideoSize, load
 from instep.models.base import Family
 from instep.rewards.base import Reward
 from instep.train.probe import Monitor, few_of
@@ -77,28 +77,15 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     reward = load_reward(args.reward) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     told = load_pairs(args.pairs) if args.pairs else None
-    if args.model == MOVING_DIGITS:
-        from instep.embedded import moving_digits
+    if args.model in BUNDLED:
+        from instep import embedded
 
-        digits = moving_digits()
+        makers = {MOVING_DIGITS: embedded.moving_digits, MOVING_DIGITS_I2V: embedded.moving_digits_i2v, DIGITS: embedded.class_digits}
+        own: Any = makers[args.model]()
         # a user's own pairs bring their chosen samples with them
-        real = digits.real() if recipe.needs & {"real", "preferred"} and told is None else None
-        pairs = paired(told, digits.family) or (digits.pairs() if "pairs" in recipe.needs else None)
-        return Setting(digits.family, prompts or digits.prompts, reward or digits.reward, digits.monitor, real, pairs)
-    if args.model == MOVING_DIGITS_I2V:
-        from instep.embedded import moving_digits_i2v
-
-        pictured = moving_digits_i2v()
-        real = pictured.real() if recipe.needs & {"real", "preferred"} and told is None else None
-        pairs = paired(told, pictured.family) or (pictured.pairs() if "pairs" in recipe.needs else None)
-        return Setting(pictured.family, prompts or pictured.prompts, reward or pictured.reward, pictured.monitor, real, pairs)
-    if args.model == DIGITS:
-        from instep.embedded import class_digits
-
-        images = class_digits()
-        real = images.real() if recipe.needs & {"real", "preferred"} and told is None else None
-        pairs = paired(told, images.family) or (images.pairs() if "pairs" in recipe.needs else None)
-        return Setting(images.family, prompts or images.prompts, reward or images.reward, images.monitor, real, pairs)
+        real = own.real() if recipe.needs & {"real", "preferred"} and told is None else None
+        pairs = paired(told, own.family) or (own.pairs() if "pairs" in recipe.needs else None)
+        return Setting(own.family, prompts or own.prompts, reward or own.reward, own.monitor, real, pairs)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     family = load(args.model, VideoSize(*args.size) if args.size else None)
