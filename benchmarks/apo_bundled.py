@@ -5,7 +5,8 @@
     python benchmarks/apo_bundled.py --strengths --runs runs/benchmark   # one model for drawn strengths of guidance
 
 A cell is the offline stage alone on the bundled model's labelled pairs; some are followed by guidance distillation, as the paper's ablation is. Win rates
-are against the model that the run began as, on the same noise: a share of samples that score higher by the held-out judge, ± over prompts.
+are against the model that the run began as, on the same noise: a share of samples that score higher by the held-out judge, ± over prompts. Cells `i2v-...`
+are of the image-to-video model, the paper's setting, each prompt with a first frame of the reference split, which no training saw.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from torch import Tensor
 
 from instep.commands.evaluate import noise_for
 from instep.commands.export import read_run, sampling_of, student_of
-from instep.embedded import moving_digits
+from instep.data.pictures import read_picture
+from instep.data.prompts import text_of, with_picture
+from instep.embedded import MovingDigits, MovingDigitsI2V, moving_digits, moving_digits_i2v
 from instep.files import write_json
-from instep.models import MOVING_DIGITS, load
+from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, load
 from instep.prediction import Denoiser, guide_and_skip, skipping
 from instep.recipes.apo import apo
 from instep.recipes.many_step import ManySteps
@@ -50,10 +53,11 @@ class Cell:
 
     what: str
     options: dict[str, Any] = field(default_factory=dict)
+    model: str = MOVING_DIGITS
 
 
-def window(what: str, absorb: int = 0, **changed: Any) -> Cell:
-    return Cell(what, {**NONE, "offline": UPDATES, "absorb": absorb, **changed})
+def window(what: str, absorb: int = 0, model: str = MOVING_DIGITS, **changed: Any) -> Cell:
+    return Cell(what, {**NONE, "offline": UPDATES, "absorb": absorb, **changed}, model)
 
 
 ABSORB = 600
@@ -68,19 +72,30 @@ CELLS = {
     "low-only": window("five low levels", high=0, low=5),
     "distilled": Cell("guidance distillation alone", {**NONE, "absorb": ABSORB}),
     "sequence": Cell("the five stages, with the recipe's defaults"),
+    "i2v-dpo": window("from a first frame: Diffusion-DPO", model=MOVING_DIGITS_I2V, offline=5 * UPDATES, uniform=1),
+    "i2v-apo": window("from a first frame: Diffusion-APO", model=MOVING_DIGITS_I2V),
+    "i2v-sequence": Cell("from a first frame: the five stages", model=MOVING_DIGITS_I2V),
 }
 
 
 @cache
-def prompts() -> tuple[str, ...]:
+def world(model: str) -> MovingDigits | MovingDigitsI2V:
+    return moving_digits_i2v() if model == MOVING_DIGITS_I2V else moving_digits()
+
+
+@cache
+def prompts(model: str = MOVING_DIGITS) -> tuple[str, ...]:
     """Every second prompt of training; each COPIES times in a row."""
-    return tuple(name for name in moving_digits().prompts[::2] for _ in range(COPIES))
+    names = moving_digits().prompts[::2]
+    if model == MOVING_DIGITS_I2V:
+        names = tuple(with_picture(name, f"reference/{i}") for i, name in enumerate(names))
+    return tuple(name for name in names for _ in range(COPIES))
 
 
 @torch.no_grad()
-def media(role: Denoiser, sampling: Sampling) -> Tensor:
+def media(role: Denoiser, sampling: Sampling, model: str = MOVING_DIGITS) -> Tensor:
     """Samples [B, 3, F, H, W] of the prompts, always from the same noise."""
-    family, names = moving_digits().family, prompts()
+    family, names = world(model).family, prompts(model)
     noise, rng = noise_for(family, names, NOISE)
     parts = []
     for rows in torch.arange(len(names)).split(33):
@@ -91,22 +106,27 @@ def media(role: Denoiser, sampling: Sampling) -> Tensor:
 
 
 @cache
-def start() -> Tensor:
+def start(model: str = MOVING_DIGITS) -> Tensor:
     """Samples of the bundled model itself."""
-    family = load(MOVING_DIGITS)
-    return media(Role("teacher", Backbone(family, family.pretrained)), Sampling(COMMON.levels, "ode", COMMON.guidance))
+    family = load(model)
+    return media(Role("teacher", Backbone(family, family.pretrained)), Sampling(COMMON.levels, "ode", COMMON.guidance), model)
 
 
-def figures(seen: Tensor) -> dict[str, float]:
+def figures(seen: Tensor, model: str = MOVING_DIGITS) -> dict[str, float]:
     """Against the start, by the held-out judge; the standard error is over prompts, whose samples are not independent."""
-    judge, names = load_judge("heldout"), prompts()
+    judge, before = load_judge("heldout"), start(model)
+    names = [text_of(name) for name in prompts(model)]
     score = judge.score(seen, names)
-    wins = (0.5 + 0.5 * (score - judge.score(start(), names)).sign()).reshape(-1, COPIES).mean(1).double()
-    return {
+    wins = (0.5 + 0.5 * (score - judge.score(before, names)).sign()).reshape(-1, COPIES).mean(1).double()
+    kept = {
         "win": float(wins.mean()), "win_se": float(wins.std() / len(wins) ** 0.5), "score": float(score.mean()),
         "right": float(judge.correct(seen, names).both.float().mean()), "motion": float((seen[:, :, 1:] - seen[:, :, :-1]).abs().mean()),
-        "change": float((seen - start()).square().mean().sqrt()),
+        "change": float((seen - before).square().mean().sqrt()),
     }  # fmt: skip
+    if model == MOVING_DIGITS_I2V:
+        given = torch.stack([read_picture(name, world(model).family.size) for name in prompts(model)])
+        kept["first_frame"] = float((seen[:, :, 0] - given).square().mean().sqrt())
+    return kept
 
 
 def run_cell(name: str, seed: int, runs: Path) -> None:
@@ -114,17 +134,17 @@ def run_cell(name: str, seed: int, runs: Path) -> None:
     file, out, cell = RESULTS / f"{name}-{seed}.json", runs / f"apo-{name}-{seed}", CELLS[name]
     if file.is_file():
         return
-    digits, recipe, began = moving_digits(), apo(COMMON, **cell.options), time.process_time()
+    digits, recipe, began = world(cell.model), apo(COMMON, **cell.options), time.process_time()
     ends = {end: stage.name for stage, end in zip(recipe.stages, recipe.stage_ends(), strict=True)}
     train(
         recipe, digits.family, out=out, prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor, pairs=digits.pairs(), real=digits.real(),
         options=RunOptions(seed=seed, save_every=20, probe_every=100),
     )  # fmt: skip
     cpu, record = time.process_time() - began, read_run(out)
-    after: dict[str, dict[str, float]] = {"start": figures(start())}
+    after: dict[str, dict[str, float]] = {"start": figures(start(cell.model), cell.model)}
     for end, stage in ends.items():
-        role = student_of(out, record, load(MOVING_DIGITS), step=end)
-        after[stage] = figures(media(role, sampling_of(record, end)))
+        role = student_of(out, record, load(cell.model), step=end)
+        after[stage] = figures(media(role, sampling_of(record, end), cell.model), cell.model)
     first = next(iter(ends))
     losses = [row["objective/dpo"] for row in read_rows(out / "log.jsonl") if "objective/dpo" in row and row["step"] <= first]
     write_json(file, {"what": cell.what, "seed": seed, "after": after, "loss_jump": jump(losses), "cpu_s": round(cpu, 1)})
