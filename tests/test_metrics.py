@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import scipy.linalg
 import torch
 
 from instep.data import digits
+from instep.data.pictures import drawn_video
+from instep.data.prompts import text_of
 from instep.evaluate import compare
 from instep.evaluate import metrics as m
 from instep.evaluate.metrics import Value
@@ -132,6 +135,20 @@ def test_evaluation_measures_generators_alike():
     assert floor.kind == "real" and abs(compare.difference(good, floor, "ink").value) < 4 * compare.difference(good, floor, "ink").se
     with pytest.raises(ValueError, match="one video a prompt"):
         compare.evaluate("short", "student", lambda prompts, seed: real(prompts, seed)[1:], chosen, judges, steps=4)
+
+
+def test_from_a_first_frame_each_sample_has_its_own_picture():
+    judges = {name: Judge(name, SpaceTime(), {}) for name in ("train", "heldout")}
+    chosen = replace(small_set(), pictured=True)
+    assert len(set(chosen.asked)) == len(chosen.prompts) and tuple(map(text_of, chosen.asked)) == chosen.prompts
+    first = lambda media: compare.evaluate("x", "student", media, chosen, judges, steps=4).values["first_frame"].value  # noqa: E731
+    shown = lambda names: torch.stack([drawn_video(name) for name in names])  # noqa: E731
+    assert first(lambda names, seed: shown(names)) == 0
+    other = first(lambda names, seed: digits.render("reference", [digits.parse(name) for name in names], seed))
+    assert other > 0.1, "videos of the same prompts that begin otherwise"
+    floor = compare.floor_row(chosen, judges)
+    assert floor.values["first_frame"].value == 0 and floor.values["fd"].value < 10
+    assert "first_frame" not in compare.floor_row(small_set(), judges).values
 
 
 def test_order_puts_like_prompts_together():

@@ -15,12 +15,14 @@ from test_run_family import FEW, REWARD, SHORT, recipe_of
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 from instep.cli import main
+from instep.commands.evaluate import fingerprint
 from instep.data import digits
 from instep.data.media import pair_samples
 from instep.data.pairs import PreferencePair
 from instep.data.pictures import check_pictures, digest, drawn_video, read_picture
 from instep.data.prompts import load_prompts, other_text, picture_of, text_of, with_picture
 from instep.embedded import MovingDigitsI2V, moving_digits_i2v
+from instep.evaluate.compare import EvalSet
 from instep.evaluate.video import save_animation
 from instep.models import MOVING_DIGITS, VideoSize, bundled, load
 from instep.models import moving_digits_i2v as bundle
@@ -31,6 +33,7 @@ from instep.pretrain.moving_digits_i2v import first_frame_figures
 from instep.pretrain.teacher import Latents, TeacherConfig, TeacherRun, text_table
 from instep.recipes import NAMES
 from instep.recipes.apo import apo
+from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward, checked_scores
 from instep.rewards.judges import load_judge
@@ -418,3 +421,25 @@ def test_commands_on_the_bundled_model(tmp_path, capsys):
     assert "'a seven' names no picture" in capsys.readouterr().err
     assert main(["plan", "apo", "--model", "moving-digits-i2v"]) == 0
     assert "stage online" in capsys.readouterr().out
+
+
+def test_eval_measures_the_bundled_model_from_first_frames(tmp_path, capsys, monkeypatch, pictured):
+    """A run's student beside the teacher and real videos, by prompts that each name a picture of the reference split; the teacher's rows are kept."""
+    from instep.commands import evaluate as command
+
+    open_ = [prompt for prompt in ("a seven", "a digit moving left fast") for _ in range(3)]
+    small = EvalSet(tuple(digits.full_prompts()[::15]), tuple(open_), pictured=True)
+    chosen = []
+    monkeypatch.setattr(command, "evaluation_set", lambda *args, pictured: chosen.append(pictured) or small)
+    monkeypatch.setenv("INSTEP_CACHE", str(tmp_path / "cache"))
+    recipe = dmd2(Common(steps=2, batch=2), iterations=1)
+    run = train(recipe, pictured.family, out=tmp_path / "run", prompts=pictured.prompts[:8], options=QUICK)
+    assert main(["eval", str(run.out)]) == 0
+    said = json.loads((run.out / "metrics.json").read_text())
+    assert chosen == [True] and said["protocol"] == "quick, from a first frame" and "first frame" in capsys.readouterr().out
+    by_name = {row["name"]: row["values"]["first_frame"]["value"] for row in said["rows"]}
+    assert by_name["teacher, 50 steps, guided"] < 0.1 and by_name["real videos through the VAE"] < 0.05
+    kept = {file.name for file in (tmp_path / "cache").iterdir()}
+    assert fingerprint(small) != fingerprint(replace(small, pictured=False)) and all(fingerprint(small) in name for name in kept) and len(kept) == 4
+    assert main(["report", str(run.out), "-o", str(tmp_path / "report.html")]) == 0
+    assert "first frame" in (tmp_path / "report.html").read_text()

@@ -75,7 +75,7 @@ class TrainArgs:
     checkpointing: bool = False
     """Activation checkpointing: less memory, one more forward pass."""
     evaluate: bool = True
-    """Measure the student against teacher and naive sampling at the end (moving-digits), and write the report."""
+    """Measure the student against teacher and naive sampling at the end (moving-digits and moving-digits-i2v), and write the report."""
 
     def __post_init__(self) -> None:
         whole = {"save_every": self.save_every, "probe_every": self.probe_every, "threads": self.threads, "teacher_samples": self.teacher_samples}

@@ -19,7 +19,7 @@ from instep.commands import default_threads
 from instep.commands.export import newest_step, read_run, sampling_of, student_of
 from instep.evaluate.compare import EvalSet, Generate, Row, evaluate, evaluation_set, floor_row
 from instep.files import write_json
-from instep.models import MOVING_DIGITS, bundled, load
+from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, bundled, load
 from instep.models.base import Family
 from instep.prediction import Denoiser
 from instep.rewards.judges import Judge, load_judge
@@ -29,12 +29,13 @@ from instep.train import checkpoint, stop
 from instep.train.health import flags
 
 Protocol = Literal["quick", "full"]
+MEASURED = (MOVING_DIGITS, MOVING_DIGITS_I2V)
 JUDGES: dict[str, Literal["training", "monitor", "heldout"]] = {"train": "training", "monitor": "monitor", "heldout": "heldout"}
 
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Measure the students of runs on the moving-digits protocol; writes metrics.json into each."""
+    """Measure the students of runs on the moving-digits protocol, also from a first frame; writes metrics.json into each."""
 
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Folders of runs; none: the teacher and naive sampling alone."""
@@ -44,6 +45,8 @@ class EvalArgs:
     """Seed of the noise."""
     teacher_steps: tuple[int, ...] = ()
     """More rows of the teacher, guided and not, at these numbers of steps."""
+    teacher: Literal["moving-digits", "moving-digits-i2v"] = "moving-digits"
+    """The model of these rows."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def eval_command(args: EvalArgs) -> int:
     for folder in args.dirs:
         print_rows(measure_run(folder, args.protocol, args.seed))
     if args.teacher_steps or not args.dirs:
-        family, judges, chosen = load(MOVING_DIGITS), judges_of(), evaluation_set(args.protocol, args.seed)
+        family, judges, chosen = load(args.teacher), judges_of(), evaluation_set(args.protocol, args.seed, pictured=args.teacher == MOVING_DIGITS_I2V)
         steps = args.teacher_steps or (50, 4, 2, 1)
         rows = [baseline(family, judges, chosen, n, w) for n in steps for w in (3.0, 1.0)]
         print_rows([floor_row(chosen, judges), *rows])
@@ -89,10 +92,11 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     `stopped` where and why the run stopped itself (null: it did not).
     """
     record = read_run(folder)
-    if record["model"] != MOVING_DIGITS:
-        raise ValueError(f"dir: {folder} was trained on {record['model']!r}; these judges know {MOVING_DIGITS} alone")
+    model = record["model"]
+    if model not in MEASURED:
+        raise ValueError(f"dir: {folder} was trained on {model!r}; these judges know {' and '.join(MEASURED)} alone")
     # a student with an adapter puts it into its family's network: the teacher's rows are those of a network of their own
-    family, plain, judges, chosen = load(MOVING_DIGITS), load(MOVING_DIGITS), judges_of(), evaluation_set(protocol, seed)
+    family, plain, judges, chosen = load(model), load(model), judges_of(), evaluation_set(protocol, seed, pictured=model == MOVING_DIGITS_I2V)
     sampling, guidance = sampling_of(record, newest_step(folder)), float(record["config"]["guidance"])
     levels = sampling.levels
     student = student_of(folder, record, family)
@@ -102,7 +106,7 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     for stage, step in stage_ends(record)[:-1]:
         if checkpoint.at(folder / "checkpoints", step) is not None:
             then = sampling_of(record, step)
-            earlier = drawn(student_of(folder, record, other := load(MOVING_DIGITS), step=step), other, then)
+            earlier = drawn(student_of(folder, record, other := load(model), step=step), other, then)
             before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, judges, steps=q, guidance=then.guidance))
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
     decoded = floor_row(chosen, judges, through=lambda media: family.decode(family.encode_media(media)))
@@ -111,7 +115,7 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     write_json(
         folder / "metrics.json",
         {
-            "protocol": protocol,
+            "protocol": f"{protocol}{', from a first frame' * chosen.pictured}",
             "rows": [r.json() for r in rows],
             "floor": bottom.json(),
             "flags": [raised.flag for raised in health if raised.cleared is None],
@@ -180,9 +184,11 @@ def cache_folder() -> Path:
 
 def fingerprint(chosen: EvalSet) -> str:
     """Of the bundled weights, the judges, the measuring code and the protocol: what a cached row depends on."""
-    digest = hashlib.sha256(f"{chosen.name}{chosen.seed}".encode())
-    for path in sorted(bundled(MOVING_DIGITS).rglob("*.safetensors")):
-        digest.update(path.read_bytes())
+    digest = hashlib.sha256(f"{chosen.name}{chosen.seed}{'pictured' * chosen.pictured}".encode())
+    # the image-to-video model is made of parts of the other
+    for model in MEASURED[: 1 + chosen.pictured]:
+        for path in sorted(bundled(model).rglob("*.safetensors")):
+            digest.update(path.read_bytes())
     from instep.evaluate import compare, metrics
 
     for module in (compare, metrics):
@@ -192,7 +198,7 @@ def fingerprint(chosen: EvalSet) -> str:
 
 COLUMNS = {
     "heldout_both": "both (held-out)", "train_both": "both (training)", "fd": "FD", "fd_open": "FD open", "modes_motion": "motions of 9",
-    "modes_digit": "digits of 10", "ink": "ink", "wobble": "wobble",
+    "modes_digit": "digits of 10", "ink": "ink", "wobble": "wobble", "first_frame": "first frame",
 }  # fmt: skip
 
 
@@ -201,9 +207,10 @@ def print_rows(rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "NFE", *COLUMNS.values())
+    columns = {key: head for key, head in COLUMNS.items() if all(key in row.values for row in rows)}
+    table = Table("model", "NFE", *columns.values())
     for row in sorted(rows, key=lambda row: (row.kind != "real", row.nfe, row.kind != "student")):
-        cells = [_cell(row, key) for key in COLUMNS]
+        cells = [_cell(row, key) for key in columns]
         table.add_row(row.name, str(row.nfe or "-"), *cells, style="bold" if row.kind == "student" else None)
     Console(width=None if os.environ.get("COLUMNS") else 150).print(table)
 

@@ -116,10 +116,10 @@ def finish(run: Run, setting: Setting, evaluate: bool) -> None:
     final_samples(run, prompts)
     if not evaluate:
         return
-    from instep.commands.evaluate import measure_run, print_rows
+    from instep.commands.evaluate import MEASURED, measure_run, print_rows
     from instep.evaluate.report import write_report
 
-    if setting.family.name == MOVING_DIGITS:
+    if setting.family.name in MEASURED:
         print_rows(measure_run(run.out))
     report = run.out / "report.html"
     write_report([run.out], report)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from instep.data import digits
+from instep.data.pictures import drawn_video
+from instep.data.prompts import with_picture
 from instep.evaluate import metrics as m
 from instep.evaluate.metrics import Value
 from instep.rewards.judges import Judge
@@ -20,9 +22,10 @@ Generate = Callable[[Sequence[str], int], Tensor]  # prompts and a seed -> uncla
 Kind = Literal["student", "control", "teacher", "naive", "real"]
 BATCH = 45
 REFERENCE_DRAWS = 4  # real videos a prompt: the fewer, the more the Frechet distance is biased upward
+PICTURES = 900_000_000  # seed of the first given frame
 
 HIGHER = ("digit", "motion", "both", "score", "precision", "recall", "vendi", "modes")
-LOWER = ("fd", "wobble", "saturation", "seconds")
+LOWER = ("fd", "first_frame", "wobble", "saturation", "seconds")
 
 
 def direction(key: str) -> int:
@@ -55,17 +58,28 @@ class Row:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Prompts of an evaluation: fully specified ones, then open ones with many samples each, so that modes can be counted."""
+    """Prompts of an evaluation: fully specified ones, then open ones with many samples each, so that modes can be counted.
+
+    `pictured` ones are for image-to-video: each sample begins with a first frame of its own, that of a real video of its prompt.
+    """
 
     full: tuple[str, ...]
     open: tuple[str, ...]
     seed: int = 0
     name: str = "quick"
+    pictured: bool = False
     reference: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def prompts(self) -> tuple[str, ...]:
         return self.full + self.open
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What a model is asked for: the prompts, with their pictures."""
+        if not self.pictured:
+            return self.prompts
+        return tuple(with_picture(prompt, f"reference/{PICTURES + i}") for i, prompt in enumerate(self.prompts))
 
     @property
     def order(self) -> Tensor:
@@ -80,12 +94,12 @@ class EvalSet:
         return torch.tensor([rank[prompt] for prompt in self.prompts])
 
 
-def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0) -> EvalSet:
+def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0, pictured: bool = False) -> EvalSet:
     """`quick`: each of the 90 full prompts once and 19 open ones (10 name a digit only, 9 a motion only) 8 times; `full`: 3 times and 18 times."""
     each, many = {"quick": (1, 8), "full": (3, 18)}[name]
     digit_only = [digits.describe(digits.PromptSpec(digit=d)) for d in range(10)]
     motion_only = [digits.describe(digits.motion_spec(None, k)) for k in range(len(digits.MOTIONS))]
-    return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name)
+    return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name, pictured)
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,8 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, judges: Mapping[str, Jud
     }
     values |= open_figures(media[full:], fake, eval_set.open, heldout)
     pictures = {"ink": m.ink(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media), "dynamic": m.dynamic(media)}
+    if eval_set.pictured:
+        pictures["first_frame"] = (media[:, :, 0] - given_videos(eval_set)[:, :, 0]).square().mean((1, 2, 3)).sqrt()
     values |= {key: m.of_mean(x, order) for key, x in pictures.items()}
     return values | {"seconds": Value(cost.cpu, 0.0), "seconds_wall": Value(cost.wall, 0.0)}
 
@@ -163,11 +179,17 @@ def real_videos(eval_set: EvalSet, seed: int) -> Tensor:
     return digits.render("reference", [digits.parse(prompt) for prompt in eval_set.prompts], seed)
 
 
+def given_videos(eval_set: EvalSet) -> Tensor:
+    """The real videos [N, 3, F, H, W] that a pictured set's first frames begin."""
+    return torch.stack([drawn_video(prompt) for prompt in eval_set.asked])
+
+
 def floor_row(
     eval_set: EvalSet, judges: Mapping[str, Judge], seed: int = 900_002, through: Callable[[Tensor], Tensor] | None = None
 ) -> Row:
-    """Real against real: another draw of reference videos measured as if it had been generated, or `through` a VAE first."""
-    real = real_videos(eval_set, seed)
+    """Real against real: another draw of reference videos (of a pictured set: those that begin with its pictures) measured as if it had been generated, or
+    `through` a VAE first."""
+    real = given_videos(eval_set) if eval_set.pictured else real_videos(eval_set, seed)
     media = real if through is None else torch.cat([through(part) for part in real.split(BATCH)])
     name = "real videos (another draw)" if through is None else "real videos through the VAE"
     return Row(name, "real", measure(media, Cost(), eval_set, judges), n=len(eval_set.prompts))
@@ -185,7 +207,7 @@ def evaluate(
     note: str = "",
 ) -> Row:
     """Generates for every prompt of the set and measures; NFE counts both halves of guidance."""
-    raw, cost = generate_all(generate, eval_set.prompts, eval_set.seed, name)
+    raw, cost = generate_all(generate, eval_set.asked, eval_set.seed, name)
     nfe = steps * (1 if guidance == 1 else 2)
     return Row(name, kind, measure(raw, cost, eval_set, judges), nfe, steps, guidance, len(raw), note)
 

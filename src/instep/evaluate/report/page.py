@@ -97,7 +97,7 @@ def verdict(runs: Sequence[RunRecord]) -> str:
         for student in students(same):
             title = f"<h3>{escape(student.name)}, NFE {student.nfe}{', ' + escape(student.note) if student.note else ''}</h3>" if len(runs) > 1 else ""
             parts.append(title + words.verdict(student, rows_of(same), floor_of(same)))
-    return "".join(parts) or "<p class='none'>Figures are not recorded (no metrics.json); of a run on moving-digits, <code>instep eval</code> makes them.</p>"
+    return "".join(parts) or tables.UNMEASURED
 
 
 def health(runs: Sequence[RunRecord]) -> str:

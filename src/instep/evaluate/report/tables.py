@@ -13,6 +13,10 @@ from instep.evaluate.report.rows import by_protocol, floor_of, real_rows, rows_o
 
 KINDS = {"student": "student", "control": "control", "teacher": "teacher", "naive": "naive sampling", "real": "real videos"}
 
+UNMEASURED = (
+    "<p class='none'>Figures are not recorded (no metrics.json); of a run on moving-digits or moving-digits-i2v, <code>instep eval</code> makes them.</p>"
+)
+
 
 def best(rows: Sequence[Row], key: str) -> Row | None:
     """The row that is better than every other by more than two standard errors of the difference; mostly there is none."""
@@ -23,9 +27,14 @@ def best(rows: Sequence[Row], key: str) -> Row | None:
     return leader if all(better(leader, row, key) for row in rows if row is not leader) else None
 
 
+def known(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """The columns that some row has a figure of."""
+    return [column for column in columns if any(column.key in row.values for row in rows)]
+
+
 def table(rows: Sequence[Row], reals: Sequence[Row], columns: Sequence[Column]) -> str:
     """Models by rows, figures by columns (HTML), real videos below; only columns that some model has."""
-    columns = [column for column in columns if any(column.key in row.values for row in rows)]
+    columns = known(columns, rows)
     leaders = {column.key: best(rows, column.key) for column in columns}
     equal = len({row.n for row in rows}) == 1
     caption = f"<caption>{rows[0].n} videos a row</caption>" if equal else ""
@@ -83,7 +92,7 @@ def all_tables(runs: Sequence[RunRecord]) -> str:
     """Charts, the table of main figures and, folded, all others with what they mean; runs of other protocols apart."""
     groups = by_protocol(runs)
     if not groups:
-        return "<p class='none'>Figures are not recorded (no metrics.json); of a run on moving-digits, <code>instep eval</code> makes them.</p>"
+        return UNMEASURED
     parts = []
     for protocol, same in groups:
         if len(groups) > 1:
@@ -95,6 +104,7 @@ def all_tables(runs: Sequence[RunRecord]) -> str:
 
 def _tables(runs: Sequence[RunRecord]) -> str:
     rows, floor, reals = rows_of(runs), floor_of(runs), real_rows(runs)
+    shown = known((*MAIN, *MORE), rows)
     judges = "".join(
         f"<li>{escape(name)}: {escape(', '.join(f'{part} {value:.3f}' for part, value in accuracy.items() if isinstance(value, int | float)))}</li>"
         for name, accuracy in next((run.figures.judges for run in runs if run.figures), {}).items()
@@ -107,5 +117,5 @@ def _tables(runs: Sequence[RunRecord]) -> str:
         "if it is better than every other row's by more than two standard errors of the difference; even so, about one comparison in twenty passes by "
         "chance. Rows share prompts and starting noise; differences are counted as if they did not, which errs towards “no difference”. "
         "Real videos, below the models, are in no competition with them.</p>"
-        f"<details><summary>All other figures, and what the columns mean</summary>{table(rows, reals, MORE)}{glossary((*MAIN, *MORE))}{accuracy}</details>"
+        f"<details><summary>All other figures, and what the columns mean</summary>{table(rows, reals, MORE)}{glossary(shown)}{accuracy}</details>"
     )
