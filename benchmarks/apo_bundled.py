@@ -71,6 +71,7 @@ CELLS = {
     "high-only": window("five high levels", high=5, low=0),
     "low-only": window("five low levels", high=0, low=5),
     "distilled": Cell("guidance distillation alone", {**NONE, "absorb": ABSORB}),
+    "distilled-4x": Cell("guidance distillation alone, four times as long", {**NONE, "absorb": 4 * ABSORB}),
     "sequence": Cell("the five stages, with the recipe's defaults"),
     "i2v-dpo": window("from a first frame: Diffusion-DPO", model=MOVING_DIGITS_I2V, offline=5 * UPDATES, uniform=1),
     "i2v-apo": window("from a first frame: Diffusion-APO", model=MOVING_DIGITS_I2V),
