@@ -173,6 +173,17 @@ def test_it_runs_as_a_program():
     assert got.returncode == 2 and got.stderr.startswith("error: recipe: 'nonsense'") and "Traceback" not in got.stderr
 
 
+@pytest.mark.parametrize("args", [["--help"], ["train", "dmd2", "--help"], ["recipes"]])
+def test_a_reader_that_has_gone_away_is_no_error(args):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    source = str(Path(__file__).parents[1] / "src")
+    command, env = [sys.executable, "-m", "instep.cli", *args], {**os.environ, "PYTHONPATH": source}
+    with os.fdopen(theirs, "wb") as gone:
+        got = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, env=env, timeout=120)
+    assert got.returncode in (141, 1) and got.stderr == b"", "rich's own status is 1"
+
+
 def test_several_rewards_on_the_command_line():
     from test_run import brightness
 

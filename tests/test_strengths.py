@@ -468,8 +468,14 @@ def test_a_run_that_was_told_nothing_is_gone_on_with(tmp_path, rank):
     for name, more in (("absorb", {"draw": (1.0, 5.0)}), ("online", {"draw": (1.0, 5.0), "absorb": 1})):
         with pytest.raises(ValueError, match=f"start_from: the student of .* has guidance in its weights, and stage '{name}' would guide it a second time"):
             train(apo(tiny, **{**none, name: 1, **more}), family(), out=tmp_path / f"again-{name}", **reads)
-    with pytest.raises(ValueError, match="start_from: none was given, and stage 'aware' goes on with a student that was told strengths"):
+    with pytest.raises(ValueError, match="start_from: none was given, and stage 'aware' goes on with a student that has learned its guidance"):
         train(apo(tiny, **{**none, "aware": 1}, draw=(1.0, 5.0)), family(), out=tmp_path / "alone", **GIVEN)
+    # without guidance, though none was learned
+    with pytest.raises(ValueError, match="start_from: none was given, and stage 'aware' .* or guidance 1 for a model that never needed any"):
+        train(apo(tiny, **{**none, "aware": 1}), family(), out=tmp_path / "alone", **GIVEN)
+    with pytest.raises(ValueError, match="start_from: the student of .* is sampled with guidance 3, and stage 'aware' goes on without any"):
+        train(apo(tiny, **{**none, "aware": 1}), family(), out=tmp_path / "alone", start_from=before.out, **GIVEN)
+    train(apo(replace(tiny, guidance=1.0), **{**none, "aware": 1}), family(), out=tmp_path / "needs-none", **GIVEN)
     with pytest.raises(ValueError, match="strengths: .2.0, 0.0. are not allowed for a ode sampler with guidance 3"):
         replace(aware.recipe.sampling, guidance=3.0, strengths=(2.0, 0.0))
 

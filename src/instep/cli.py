@@ -85,8 +85,19 @@ class TrainArgs:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status. What a user got wrong is one line on stderr, not a traceback."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Runs a command; returns the exit status. What a user got wrong is one line on stderr, not a traceback; a reader that has gone away (`| head`) is no
+    error worth a word."""
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at exit goes nowhere
+        return 141  # what a shell says of SIGPIPE
+
+
+def _main(args: list[str]) -> int:
     commands = {
         "train": _train, "sample": _sample, "eval": _eval, "report": _report, "export": _export, "recipes": _recipes, "plan": _plan,
         "pretrain": _pretrain, "lab": _lab, "judge": _judge, "pairs": _pairs,
@@ -105,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return commands[args[0]](args[1:]) or 0
     except (ValueError, OSError) as error:
-        if os.environ.get("INSTEP_TRACEBACK"):
+        if isinstance(error, BrokenPipeError) or os.environ.get("INSTEP_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2

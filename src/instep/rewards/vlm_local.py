@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,11 @@ def transformers_endpoint(model: str, device: str = "cpu", dtype: Dtype = "bfloa
         do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
     network.eval().requires_grad_(False).to(device)
-    return TransformersEndpoint(network, processor, f"{Path(model).name} {weights_fingerprint(network)}, {dtype}", max_new_tokens)
+    # how the question and the pictures are put to it changes answers as the weights do
+    pictures = getattr(processor, "image_processor", None)
+    asked = (processor.chat_template, sorted(processor.tokenizer.get_vocab().items()), pictures and pictures.to_json_string())
+    read = hashlib.sha256(repr((weights_fingerprint(network), *asked)).encode()).hexdigest()[:16]
+    return TransformersEndpoint(network, processor, f"{Path(model).name} {read}, {dtype}", max_new_tokens)
 
 
 def _part(part: dict[str, Any], pictures: list[Any]) -> dict[str, Any]:

@@ -105,9 +105,10 @@ def check_inputs(
             stock(family.pipe)
         few_step_scheduler(family.path, recipe.levels, family.parameterisation)
     first = next((stage for stage in recipe.stages if stage.steps), None)
-    if first and first.strengths and "real" not in first.needs and start_from is None:
+    if first and recipe.sampler == "ode" and not (first.guided or first.absorbs) and (first.strengths or recipe.guidance != 1) and start_from is None:
         raise ValueError(
-            f"start_from: none was given, and stage {first.name!r} goes on with a student that was told strengths of guidance; give the run that absorbed them"
+            f"start_from: none was given, and stage {first.name!r} goes on with a student that has learned its guidance; give the run in which it did"
+            + ("" if first.strengths else ", or guidance 1 for a model that never needed any")
         )
     for stage in recipe.stages:
         if not stage.steps:

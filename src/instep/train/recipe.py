@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from instep.levels import check_levels
+from instep.objectives.guidance import GuidanceDistillation
 from instep.prediction import Parameterisation
 from instep.rewards.latent import ScorerShape
 from instep.roles import LoRA
@@ -184,6 +185,11 @@ class Stage:
         """What its terms and critics ask for."""
         parts: tuple[Term | Critic, ...] = (*self.terms, *self.critics)
         return frozenset().union(*(part.needs for part in parts))
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether the student's weights learn its guidance here."""
+        return any(isinstance(term, GuidanceDistillation) for term in self.terms)
 
     @property
     def to_the_end(self) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from instep.objectives.guidance import GuidanceDistillation
 from instep.strengths import Ranges
 from instep.train import checkpoint
 from instep.train.recipe import Recipe
@@ -61,7 +60,7 @@ def begin_from(state: TrainState, recipe: Recipe, folder: Path, reward: str | No
             f"start_from: that run's student predicts {theirs or 'what its model does'}, this recipe's {ours or 'what its model does'}; start from one "
             "that predicts the same"
         )
-    _refuse_guiding_again(recipe, record["config"], int(saved["step"]), folder)
+    _check_guidance(recipe, record["config"], int(saved["step"]), folder)
     _tell(state, recipe, saved, record["config"]["roles"]["student"].get("told"))
     if "scorer" in saved["roles"] and record["reward"] != reward:
         del saved["roles"]["scorer"]
@@ -81,16 +80,24 @@ def stage_at(config: Mapping[str, Any], step: int | None = None) -> Mapping[str,
     return stages[-1]
 
 
-def _refuse_guiding_again(recipe: Recipe, theirs: Mapping[str, Any], step: int, folder: Path) -> None:
-    """ValueError if a student that has its guidance in its weights, or is told it, would be guided, or distilled from guidance, once more."""
-    if theirs.get("sampler", "few-step") != "ode" or stage_at(theirs, step).get("guided", True) or recipe.sampler != "ode":
+def _check_guidance(recipe: Recipe, theirs: Mapping[str, Any], step: int, folder: Path) -> None:
+    """ValueError if a student that has its guidance in its weights, or is told it, would be guided, or distilled from guidance, once more; or if one that has
+    not would be taken for one that has."""
+    if theirs.get("sampler", "few-step") != "ode" or recipe.sampler != "ode":
         return
-    for stage in recipe.stages:
-        if stage.steps and (stage.guided or any(isinstance(term, GuidanceDistillation) for term in stage.terms)):
+    stages = [stage for stage in recipe.stages if stage.steps]
+    if not stage_at(theirs, step).get("guided", True):
+        again = next((stage.name for stage in stages if stage.guided or stage.absorbs), None)
+        if again is not None:
             raise ValueError(
-                f"start_from: the student of {folder} has guidance in its weights, and stage {stage.name!r} would guide it a second time; give that stage 0 "
+                f"start_from: the student of {folder} has guidance in its weights, and stage {again!r} would guide it a second time; give that stage 0 "
                 "steps, or start from a run that ended before its guidance was distilled"
             )
+    elif theirs["guidance"] != 1 and not (stages[0].guided or stages[0].absorbs):
+        raise ValueError(
+            f"start_from: the student of {folder} is sampled with guidance {theirs['guidance']:g}, and stage {stages[0].name!r} goes on without any; give "
+            "absorb steps, or start from a run that did"
+        )
 
 
 def _tell(state: TrainState, recipe: Recipe, saved: dict[str, Any], theirs: dict[str, Any] | None) -> None:
