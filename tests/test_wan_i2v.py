@@ -293,12 +293,24 @@ def test_a_few_step_student_is_exported_and_checked_against_the_stock_pipeline(t
 
     assert verify_export(run.student, [1.0, 0.75], prompts=PROMPTS[:2], size=SIZE) < 2e-4
     assert verify_export(run.student, [1.0, 0.5], prompts=PROMPTS[:1], size=SIZE) > 1e-3, "other levels are other videos"
+    assert verify_export(run.student, [1.0, 0.75]) < 2e-4, "prompts and size of its own"
     card = (run.student / "README.md").read_text()
     assert "pipeline_tag: image-to-video" in card and "this is a WanImageToVideoPipeline" in card
     assert not (run.student / "comfyui_workflow.json").exists()
 
 
 # a recipe of every kind of term beside those above
+def test_a_wide_picture_is_exported_with_as_it_is(tmp_path):
+    """Without a sampler of its own to compare with, the export is checked at the picture's shape: it fits no other."""
+    from instep.export import ExportInfo, export_student
+
+    wide = VideoSize(HEIGHT, 2 * WIDTH, FRAMES)
+    Image.new("RGB", (wide.width, wide.height), (90, 20, 200)).save(tmp_path / "wide.png")
+    prompt = with_picture("a seven", str(tmp_path / "wide.png"))
+    info = ExportInfo(recipe="dmd2", base_model="tiny", seed=0, command="", instep_version="0", training_prompts=1, size=wide, example_prompt=prompt)
+    assert export_student(tiny_wan_i2v_pipeline(), (1.0, 0.75), tmp_path / "out", info).student_difference < 2e-4
+
+
 @pytest.mark.parametrize("name", ["dm-align-pair", "dollar", "dmd", "flow-grpo", "amd", "refl"])
 def test_other_recipes_run(tmp_path, name):
     from instep.recipes.dm_align import dm_align_pair

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from instep import paths
+from instep.data.prompts import with_picture
 from instep.models import VideoSize
-from instep.models.stock import calls, draw, stock
+from instep.models.stock import calls, draw, stock, takes_picture
 from instep.prediction import Condition, Denoiser, Prediction, read
 from instep.quiet import quiet
 from instep.rollout import sample_few_step
@@ -58,7 +59,7 @@ def verify_export(
     folder: Path,
     ours: Sampler | Sequence[float],
     *,
-    prompts: Sequence[str] = ("a seven moving left slowly", "a digit"),
+    prompts: Sequence[str] | None = None,
     size: VideoSize | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -68,7 +69,8 @@ def verify_export(
     ours: the student's sampler in memory (then weights and sampler are compared), or the levels (then our sampler runs
     around the folder's own transformer, and the sampler alone is compared). Both see the same noise: the device's
     global generator, seeded with `seed` (one more for each further call, where a call takes one picture), because the Wan
-    pipeline does not hand a generator to `scheduler.step`. size None: the smallest. device: where `ours` runs. Raises
+    pipeline does not hand a generator to `scheduler.step`. prompts None: two of moving digits, for an image-to-video pipeline
+    with drawn pictures. size None: the smallest. device: where `ours` runs. Raises
     ValueError if the two shapes differ. The global random state is put back.
     """
     from diffusers import DiffusionPipeline
@@ -77,6 +79,9 @@ def verify_export(
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device)
     pipe.set_progress_bar_config(disable=True)
     size = size or smallest_size(pipe)
+    if prompts is None:
+        prompts = ["a seven moving left slowly", "a digit"]
+        prompts = [with_picture(prompt, f"reference/{i}") for i, prompt in enumerate(prompts)] if takes_picture(pipe) else prompts
     steps = _steps_of(folder) if callable(ours) else len(ours)
     sampler = ours if callable(ours) else our_sampler(pipe, pipe.transformer, ours, size)
     device = torch.device(device)
