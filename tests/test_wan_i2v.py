@@ -308,7 +308,10 @@ def test_a_wide_picture_is_exported_with_as_it_is(tmp_path):
     Image.new("RGB", (wide.width, wide.height), (90, 20, 200)).save(tmp_path / "wide.png")
     prompt = with_picture("a seven", str(tmp_path / "wide.png"))
     info = ExportInfo(recipe="dmd2", base_model="tiny", seed=0, command="", instep_version="0", training_prompts=1, size=wide, example_prompt=prompt)
-    assert export_student(tiny_wan_i2v_pipeline(), (1.0, 0.75), tmp_path / "out", info).student_difference < 2e-4
+    report = export_student(tiny_wan_i2v_pipeline(), (1.0, 0.75), tmp_path / "out", info)
+    assert report.student_difference < 2e-4
+    told = [(report.folder / name).read_text() for name in ("README.md", "instep_export.json")]
+    assert all("wide.png" in text and str(tmp_path) not in text for text in told), "where the picture lies is nobody's business"
 
 
 @pytest.mark.parametrize("name", ["dm-align-pair", "dollar", "dmd", "flow-grpo", "amd", "refl"])

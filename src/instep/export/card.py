@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from instep.data.prompts import DRAWN, picture_of, text_of
+from instep.data.prompts import DRAWN, picture_of, text_of, with_picture
 from instep.models import VideoSize
 from instep.rollout import Sampling
 
@@ -31,6 +31,12 @@ class ExportInfo:
     size: VideoSize
     example_prompt: str
     metrics: Mapping[str, Any] | None = None
+
+    def json(self) -> dict[str, Any]:
+        """For the export's record; of a picture file its name alone, as on the card."""
+        text, picture = text_of(self.example_prompt), picture_of(self.example_prompt)
+        shown = self.example_prompt if picture is None or DRAWN.fullmatch(picture) else with_picture(text, Path(picture).name)
+        return asdict(self) | {"example_prompt": shown}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ def export_student(
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
         (temporary / RECORD).write_text(
-            json.dumps({"instep": info.instep_version, "levels": levels, "info": asdict(info)}, indent=2)
+            json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2)
         )
         size = info.size if ours else smallest_size(pipeline)
         if takes_picture(pipeline):  # a picture has the shape that it has
@@ -147,7 +147,7 @@ def export_many_step(
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=pipeline.scheduler, dtype=dtype)
     record = {
         "instep": info.instep_version, "levels": sampling.levels, "sampler": "ode", "guidance": sampling.guidance, "strengths": sampling.strengths,
-        "info": asdict(info),
+        "info": info.json(),
     }  # fmt: skip
     with at_once(out, "export") as temporary:
         with quiet():

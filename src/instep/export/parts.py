@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +63,7 @@ def export_parts(
     with at_once(out, "export") as temporary:
         exported.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")
-        (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": asdict(info)}, indent=2))
+        (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2))
         stock, same = stock_loop(family, temporary, [info.example_prompt] * 2)
         in_memory = drawn(ours, [info.example_prompt] * 2)
         sampler_difference, student_difference = (float((stock - other).abs().max()) for other in (same, in_memory))
