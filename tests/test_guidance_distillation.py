@@ -9,13 +9,16 @@ import pytest
 import torch
 from test_forces import F64, view
 from test_run import PROMPTS, family
-from tiny import tiny_wan_pipeline
+from tiny import FRAMES, HEIGHT, WIDTH, tiny_cogvideox_pipeline, tiny_wan_pipeline
 
 from instep.lab.run import ensemble_state
 from instep.lab.world import World, flow_start
 from instep.levels import OneOf, Uniform
+from instep.models import VideoSize
+from instep.models.cogvideox import CogVideoXFamily
 from instep.models.mixture import ExactTeacher, Mixture, labels
 from instep.models.small import VelocityMLP
+from instep.models.wan import WanFamily
 from instep.objectives.guidance import GuidanceDistillation
 from instep.paths import RectifiedFlow, VariancePreserving
 from instep.prediction import Prediction, eps_of_x0, guide, guide_and_skip, skipping, velocity_of_x0
@@ -24,6 +27,7 @@ from instep.recipes.many_step import ManySteps
 from instep.roles import Backbone, LoRA, Role
 from instep.train.step import iteration
 
+SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
 TEXT = ["a seven moving left fast", "a digit"]
 
 
@@ -95,24 +99,30 @@ def test_it_costs_what_it_says_and_refuses_what_is_nothing():
         skipping(Learns(torch.tensor(1.0)), (0,))
 
 
-def test_a_wan_without_a_block_is_the_network_that_never_had_it():
+def three_blocks(kind: str):
+    """A tiny family of three blocks, and where they are in its network."""
+    if kind == "cogvideox":
+        return CogVideoXFamily(tiny_cogvideox_pipeline(layers=3), VideoSize(32, 32, 9), name="tiny"), "transformer_blocks"
+    return WanFamily(tiny_wan_pipeline(layers=3), SIZE, name="tiny"), "blocks"
+
+
+@pytest.mark.parametrize("kind", ["wan", "cogvideox"])
+def test_a_network_without_a_block_is_the_one_that_never_had_it(kind):
     rng = torch.Generator().manual_seed(0)
-    fam = family()
-    three = tiny_wan_pipeline(layers=3)
-    fam = type(fam)(three, fam.size, name="tiny")
+    fam, where = three_blocks(kind)
     role = Role("teacher", Backbone(fam, fam.pretrained))
     x, t, cond = torch.randn(2, *fam.latent_shape, generator=rng), torch.tensor([0.9, 0.4]), fam.encode(TEXT)
     with torch.no_grad():
         whole, without = role(x, t, cond).v, role.skipping((1,))(x, t, cond).v
         shorter = copy.deepcopy(fam.pretrained)
-        del shorter.blocks[1]
+        del getattr(shorter, where)[1]
         torch.testing.assert_close(without, Role("short", Backbone(fam, shorter))(x, t, cond).v)
         assert not torch.allclose(whole, without)
         torch.testing.assert_close(role(x, t, cond).v, whole, rtol=0, atol=0)  # nothing of it stays
     for blocks, what in (((3,), "block 3 is not allowed; this network has 3 blocks, 0 to 2"), ((0, 1, 2), "skipping every block is not allowed")):
         with pytest.raises(ValueError, match=f"skip_blocks: {what}"), torch.no_grad():
             role.skipping(blocks)(x, t, cond)
-    assert all("forward" not in block.__dict__ for block in fam.pretrained.blocks)
+    assert all("forward" not in block.__dict__ for block in getattr(fam.pretrained, where))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

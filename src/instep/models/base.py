@@ -110,11 +110,11 @@ class Pictured(Encodes, Protocol):
 
 
 @contextmanager
-def skipped(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[None]:
-    """Inside, `blocks[i].forward` returns its first argument for every i in `numbers`; ValueError for a number out of range."""
+def skipped(blocks: Sequence[nn.Module], numbers: Sequence[int], pass_on: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Inside, `blocks[i].forward` is `pass_on` (None: returns its first argument) for every i in `numbers`; ValueError for a number out of range."""
     chosen = block_numbers(numbers, len(blocks))
     for i in chosen:
-        blocks[i].forward = _identity  # type: ignore[method-assign]
+        blocks[i].forward = pass_on or _identity  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.models import VideoSize
+from instep.models.base import skipped
 from instep.paths import VariancePreserving
 from instep.prediction import Condition
 from instep.quiet import quiet
@@ -114,6 +116,11 @@ def call(pipe: Any, path: VariancePreserving, module: nn.Module, x_t: Tensor, t:
     return v.permute(AXES)
 
 
+def _pass_on(hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """A block that is left out: video and text tokens as they came."""
+    return hidden_states, encoder_hidden_states
+
+
 def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None:
     block.tokens(output[0])
 
@@ -211,6 +218,9 @@ class CogVideoXFamily:
 
     def feature_width(self, module: nn.Module) -> int:
         return module.config.num_attention_heads * module.config.attention_head_dim
+
+    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        return skipped(module.transformer_blocks, blocks, _pass_on)
 
     def pipeline(self, module: nn.Module) -> Any:
         """A stock CogVideoXPipeline around a copy of `module`."""
