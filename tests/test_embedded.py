@@ -8,13 +8,22 @@ import pytest
 import torch
 
 from instep.cli import main
-from instep.commands.evaluate import drawn, noise_for
+from instep.commands import evaluate
+from instep.commands.evaluate import drawn, fingerprint, noise_for
 from instep.commands.export import read_run, student_of
 from instep.data import digits
+from instep.embedded import moving_digits
+from instep.evaluate.compare import EvalSet
 from instep.models import MOVING_DIGITS, bundled, load
+from instep.recipes.apo import apo
+from instep.recipes.common import Common
+from instep.recipes.dmd import dmd2
+from instep.recipes.many_step import ManySteps
 from instep.rewards.judges import load_judge
 from instep.roles import Backbone
 from instep.rollout import Sampling, sample_ode
+from instep.train.recipe import Optim
+from instep.train.run import RunOptions, train
 from instep.train.setup import Role
 
 PROMPTS = digits.full_prompts()[::2]
@@ -89,3 +98,23 @@ def test_bundled_files_are_those_of_the_pretraining():
     about = json.loads((folder / "pretrain.json").read_text())
     for name, digest in about["sha256"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+
+
+def test_a_student_of_a_tuned_teacher_is_measured_beside_that_teacher(tmp_path, monkeypatch):
+    """The model is then an export of a run on the bundled one: its rows are its own, not those of the model that it was tuned from."""
+    open_ = ("a seven", "a seven", "a digit moving left fast", "a digit moving left fast")
+    bundled_one, small = moving_digits(), EvalSet(tuple(digits.full_prompts()[::15]), open_)
+    monkeypatch.setattr(evaluate, "evaluation_set", lambda *args, **more: small)
+    monkeypatch.setenv("INSTEP_CACHE", str(tmp_path / "cache"))
+    options = RunOptions(probe_every=50, teacher_samples=4)
+    tuned = apo(ManySteps(batch=2, student=Optim(1e-2), ema=None), online=0, half_online=0, offline=1, absorb=0, aware=0)
+    first = train(tuned, bundled_one.family, out=tmp_path / "tuned", prompts=PROMPTS, pairs=bundled_one.pairs(4), options=options)
+    teacher = load(str(first.student))
+    assert fingerprint(small, teacher) != fingerprint(small, bundled_one.family)
+    run = train(dmd2(Common(steps=1, batch=2), iterations=1), teacher, out=tmp_path / "few", prompts=PROMPTS, options=options)
+    assert main(["eval", str(run.out)]) == 0
+    said = {row["name"] for row in json.loads((run.out / "metrics.json").read_text())["rows"]}
+    assert "teacher, 50 steps, guided" in said and all(file.name.startswith(fingerprint(small, teacher)) for file in (tmp_path / "cache").iterdir())
+    (first.student / "instep_export.json").unlink()
+    with pytest.raises(ValueError, match="was trained on 'student'; these judges know moving-digits and moving-digits-i2v alone, and exports of runs"):
+        evaluate.measure_run(run.out)

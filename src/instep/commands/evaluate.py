@@ -92,11 +92,9 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     `stopped` where and why the run stopped itself (null: it did not).
     """
     record = read_run(folder)
-    model = record["model"]
-    if model not in MEASURED:
-        raise ValueError(f"dir: {folder} was trained on {model!r}; these judges know {' and '.join(MEASURED)} alone")
+    model, known = model_of(record, folder)
     # a student with an adapter puts it into its family's network: the teacher's rows are those of a network of their own
-    family, plain, judges, chosen = load(model), load(model), judges_of(), evaluation_set(protocol, seed, pictured=model == MOVING_DIGITS_I2V)
+    family, plain, judges, chosen = load(model), load(model), judges_of(), evaluation_set(protocol, seed, pictured=known == MOVING_DIGITS_I2V)
     sampling, guidance = sampling_of(record, newest_step(folder)), float(record["config"]["guidance"])
     levels = sampling.levels
     student = student_of(folder, record, family)
@@ -128,6 +126,17 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     return [bottom, *rows]
 
 
+def model_of(record: dict[str, Any], folder: Path) -> tuple[str, str]:
+    """What `load` takes for the model of the run in `folder`, and which of `MEASURED` it is or was tuned from; ValueError if it is none of them."""
+    if record["model"] in MEASURED:
+        return record["model"], record["model"]
+    file = Path(record["model_path"]) / "instep_export.json"
+    known = json.loads(file.read_text(encoding="utf-8"))["info"]["base_model"] if file.is_file() else None
+    if known not in MEASURED:
+        raise ValueError(f"dir: {folder} was trained on {record['model']!r}; these judges know {' and '.join(MEASURED)} alone, and exports of runs on them")
+    return record["model_path"], known
+
+
 def stage_ends(record: dict[str, Any]) -> list[tuple[str, int]]:
     """Name of each stage of a run that has steps, and the step at which it is complete."""
     ends, total = [], 0
@@ -156,7 +165,7 @@ def noise_for(family: Family, prompts: Sequence[str], seed: int) -> tuple[Tensor
 
 def baseline(family: Family, judges: dict[str, Judge], chosen: EvalSet, steps: int, guidance: float) -> Row:
     """The teacher at any number of steps, guided or not; kept in the user's cache, because it never changes."""
-    file = cache_folder() / f"{fingerprint(chosen)}-teacher-{steps}-{guidance:g}.json"
+    file = cache_folder() / f"{fingerprint(chosen, family)}-teacher-{steps}-{guidance:g}.json"
     if file.is_file():
         return Row.of_json(json.loads(file.read_text(encoding="utf-8")))
     teacher = Role("teacher", Backbone(family, family.pretrained))
@@ -182,13 +191,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("INSTEP_CACHE") or default)
 
 
-def fingerprint(chosen: EvalSet) -> str:
-    """Of the bundled weights, the judges, the measuring code and the protocol: what a cached row depends on."""
+def fingerprint(chosen: EvalSet, family: Family) -> str:
+    """Of the model's weights, the judges, the measuring code and the protocol: what a cached row depends on."""
     digest = hashlib.sha256(f"{chosen.name}{chosen.seed}{'pictured' * chosen.pictured}".encode())
-    # the image-to-video model is made of parts of the other
-    for model in MEASURED[: 1 + chosen.pictured]:
-        for path in sorted(bundled(model).rglob("*.safetensors")):
-            digest.update(path.read_bytes())
+    for part in (family.pipe.transformer, family.pipe.vae, family.pipe.text_encoder):
+        for name, p in part.state_dict().items():
+            digest.update(name.encode() + p.detach().cpu().numpy().tobytes())
+    for path in sorted((bundled(MOVING_DIGITS) / "judges").rglob("*.safetensors")):
+        digest.update(path.read_bytes())
     from instep.evaluate import compare, metrics
 
     for module in (compare, metrics):
