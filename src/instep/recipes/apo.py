@@ -59,8 +59,8 @@ def apo(
         skip: strength of skip-layer guidance in the fourth stage.
         skip_blocks: blocks of the network that its weaker pass leaves out, from 0.
         draw: lowest and highest guidance of the fourth stage, drawn anew for every sample, and the student is told which: one model for all of them, of which
-            `guidance` is the one that it is sampled, aligned further and exported with (`instep export --guidance` folds in another). A range takes more
-            training than one strength. None: `guidance` alone.
+            `guidance` is the one that it is sampled, aligned further and exported with (`instep export --guidance` folds in another). None:
+            `guidance` alone.
         draw_skip: the same of `skip`.
         few_step: the student is a few-step one (--start-from its run, with its --steps and --shift): sampled, and compared, at its own levels.
     """
