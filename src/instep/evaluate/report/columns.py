@@ -54,7 +54,7 @@ MORE = (
     Column("seconds_wall", "s / video", "seconds on the clock to generate one video", 3),
 )
 EVERY = {column.key: column for column in (*MAIN, *MORE)}
-VERDICT = ("heldout_both", "fd", "fd_open", "modes_motion", "modes_digit", "vendi", "wobble", "ink")
+VERDICT = ("heldout_both", "fd", "fd_open", "modes_motion", "modes_digit", "vendi", "wobble", "ink", "first_frame")
 
 
 def with_error(column: Column, value: Value) -> str:
