@@ -229,7 +229,7 @@ FOUND = (
     "few wrong samples, the judge's probability hardly varies, its latent copy correlates weakly with it on the student's own samples, and neither that "
     "copy's gradient nor DDPO raises it at these weights. Where every sample has a signal, as in dynamic degree, the copy learns it within 40 "
     "iterations and is climbed: at weight .3 beyond all sense, which the run flags with every seed and VSD beside it only slows; at .03 VSD holds it. "
-    "The size of a JPEG, at weight .3, ends in frames that are nearly black, and is flagged too (one seed)."
+    "The size of a JPEG, at weight .3, ends in frames that are nearly black, and is flagged too."
 )
 
 
