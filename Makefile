@@ -3,6 +3,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+JOBS   ?= 2
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test lint types results clean
@@ -19,7 +20,7 @@ demo: $(STAMP)  ## distil and align the bundled model; before/after table and re
 	$(BIN)/instep train dm-align-group --out runs/demo
 
 test: $(STAMP) lint types  ## everything CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks
