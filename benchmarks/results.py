@@ -222,8 +222,8 @@ def main() -> None:
         "`python benchmarks/dollar.py`, then with `--look`. Students of 2 steps unless a row says otherwise; every cell goes on for "
         f"{MORE} iterations from the same distilled student, as its control does (VSD is DMD2 without a discriminator). The reward is the training judge's "
         "probability of the prompt, used as a black box: a number without a gradient. Vendi of pixels is the paper's Eq. 17. Where a row has fewer than "
-        "three seeds its verdict is provisional. The students of 2 steps that follow the probability (`fit`, `vsd-lrm`, `dollar`) and seed 0 of "
-        "`dynamic` and `dynamic-alone` were trained while labels were standardised by the first eight batches' moments; all later rows, by running sums.",
+        "three seeds its verdict is provisional. Seed 0 of `dynamic` and `dynamic-alone` was trained while labels were standardised by the first "
+        "eight batches' moments; all else, by running sums.",
         "",
         *results_dollar.lines(),
         "",

@@ -447,6 +447,7 @@ def test_eval_measures_the_bundled_model_from_first_frames(tmp_path, capsys, mon
     chosen = []
     monkeypatch.setattr(command, "evaluation_set", lambda *args, pictured: chosen.append(pictured) or small)
     monkeypatch.setenv("INSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "300")
     recipe = dmd2(Common(steps=2, batch=2), iterations=1)
     run = train(recipe, pictured.family, out=tmp_path / "run", prompts=pictured.prompts[:8], options=QUICK)
     assert main(["eval", str(run.out)]) == 0

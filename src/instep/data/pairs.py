@@ -207,7 +207,7 @@ def _whole(value: Any) -> bool:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 80 else f"{text[:20]}...{text[-57:]}"  # of a path the end tells most
 
 
 def _must(fine: bool, name: str, value: Any, allowed: str) -> None:
