@@ -299,7 +299,6 @@ def test_a_few_step_student_is_exported_and_checked_against_the_stock_pipeline(t
     assert not (run.student / "comfyui_workflow.json").exists()
 
 
-# a recipe of every kind of term beside those above
 def test_a_wide_picture_is_exported_with_as_it_is(tmp_path):
     """Without a sampler of its own to compare with, the export is checked at the picture's shape: it fits no other."""
     from instep.export import ExportInfo, export_student
@@ -314,6 +313,7 @@ def test_a_wide_picture_is_exported_with_as_it_is(tmp_path):
     assert all("wide.png" in text and str(tmp_path) not in text for text in told), "where the picture lies is nobody's business"
 
 
+# a recipe of every kind of term beside those above
 @pytest.mark.parametrize("name", ["dm-align-pair", "dollar", "dmd", "flow-grpo", "amd", "refl"])
 def test_other_recipes_run(tmp_path, name):
     from instep.recipes.dm_align import dm_align_pair

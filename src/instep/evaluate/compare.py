@@ -180,8 +180,10 @@ def real_videos(eval_set: EvalSet, seed: int) -> Tensor:
 
 
 def given_videos(eval_set: EvalSet) -> Tensor:
-    """The real videos [N, 3, F, H, W] that a pictured set's first frames begin."""
-    return torch.stack([drawn_video(prompt) for prompt in eval_set.asked])
+    """The real videos [N, 3, F, H, W] that a pictured set's first frames begin; drawn once for all rows."""
+    if "given" not in eval_set.reference:
+        eval_set.reference["given"] = torch.stack([drawn_video(prompt) for prompt in eval_set.asked])
+    return eval_set.reference["given"]
 
 
 def floor_row(

@@ -109,21 +109,21 @@ class Pictured(Encodes, Protocol):
         ...
 
 
+def _identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
 @contextmanager
-def skipped(blocks: Sequence[nn.Module], numbers: Sequence[int], pass_on: Callable[..., Any] | None = None) -> Iterator[None]:
-    """Inside, `blocks[i].forward` is `pass_on` (None: returns its first argument) for every i in `numbers`; ValueError for a number out of range."""
+def skipped(blocks: Sequence[nn.Module], numbers: Sequence[int], pass_on: Callable[..., Any] = _identity) -> Iterator[None]:
+    """Inside, `blocks[i].forward` is `pass_on` (by default, its first argument) for every i in `numbers`; ValueError for a number out of range."""
     chosen = block_numbers(numbers, len(blocks))
     for i in chosen:
-        blocks[i].forward = pass_on or _identity  # type: ignore[method-assign]
+        blocks[i].forward = pass_on  # type: ignore[method-assign]
     try:
         yield
     finally:
         for i in chosen:
             del blocks[i].forward
-
-
-def _identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
 
 
 def block_numbers(numbers: Sequence[int], count: int) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ def check_inputs(
             stock(family.pipe)
         few_step_scheduler(family.path, recipe.levels, family.parameterisation)
     first = next((stage for stage in recipe.stages if stage.steps), None)
-    if first and recipe.sampler == "ode" and not (first.guided or first.absorbs) and (first.strengths or recipe.guidance != 1) and start_from is None:
+    if first and recipe.sampler == "ode" and not first.uses_guidance and (first.strengths or recipe.guidance != 1) and start_from is None:
         raise ValueError(
             f"start_from: none was given, and stage {first.name!r} goes on with a student that has learned its guidance; give the run in which it did"
             + ("" if first.strengths else ", or guidance 1 for a model that never needed any")

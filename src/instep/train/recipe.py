@@ -187,9 +187,9 @@ class Stage:
         return frozenset().union(*(part.needs for part in parts))
 
     @property
-    def absorbs(self) -> bool:
-        """Whether the student's weights learn its guidance here."""
-        return any(isinstance(term, GuidanceDistillation) for term in self.terms)
+    def uses_guidance(self) -> bool:
+        """Whether guidance is given here, in sampling or to learn from: to a student that has it in its weights it would be a second time."""
+        return self.guided or any(isinstance(term, GuidanceDistillation) for term in self.terms)
 
     @property
     def to_the_end(self) -> bool:

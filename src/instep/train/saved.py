@@ -87,13 +87,13 @@ def _check_guidance(recipe: Recipe, theirs: Mapping[str, Any], step: int, folder
         return
     stages = [stage for stage in recipe.stages if stage.steps]
     if not stage_at(theirs, step).get("guided", True):
-        again = next((stage.name for stage in stages if stage.guided or stage.absorbs), None)
+        again = next((stage.name for stage in stages if stage.uses_guidance), None)
         if again is not None:
             raise ValueError(
                 f"start_from: the student of {folder} has guidance in its weights, and stage {again!r} would guide it a second time; give that stage 0 "
                 "steps, or start from a run that ended before its guidance was distilled"
             )
-    elif theirs["guidance"] != 1 and not (stages[0].guided or stages[0].absorbs):
+    elif theirs["guidance"] != 1 and not stages[0].uses_guidance:
         raise ValueError(
             f"start_from: the student of {folder} is sampled with guidance {theirs['guidance']:g}, and stage {stages[0].name!r} goes on without any; give "
             "absorb steps, or start from a run that did"
