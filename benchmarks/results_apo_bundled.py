@@ -147,12 +147,13 @@ PICTURED: list[Claim] = [
 
 # written after looking at the tables
 FOUND = (
-    "Found. Labelled pairs lift the model at whatever levels they are compared, high ones alone the least; the window is no steadier than five levels of "
-    "all, and a shift and an offset make no difference to a sampler of ten steps, before or after the guidance is distilled. Distilling it costs more win "
-    "rate than preferences had brought: one pass is not quite what guidance made of two, and the last stage recovers a little of that. But it does not "
-    "undo what they brought: the same distillation of a model without preferences ends as far below as preferences had lifted it. A student that is told "
-    "strengths from 1 to 5 loses nothing by it at 3, and follows the guided model at both ends. From a first frame, where the start has every sample "
-    "right, there is nothing to win: preferences move the win rate by less than two standard errors, and the distillation of guidance costs as above."
+    "Found. Labelled pairs lift the model at whatever levels they are compared, high ones alone the least; the window is no steadier than five levels "
+    "of all, and a shift and an offset make no difference to a sampler of ten steps, before or after the guidance is distilled. Distilling it costs "
+    "more win rate than preferences had brought: one pass is not quite what guidance made of two, and the last stage recovers a little of that. But it "
+    "does not undo what they brought: the same distillation of a model without preferences ends below it by no less than preferences had lifted it. A "
+    "student that is told strengths from 1 to 5 loses nothing by it at 3, and follows the guided model at both ends. From a first frame, where the "
+    "start has every sample right, there is nothing to win: preferences move the win rate by less than two standard errors, and the distillation of "
+    "guidance costs as above."
 )
 
 

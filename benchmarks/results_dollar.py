@@ -225,12 +225,12 @@ CLAIMS: Sequence[Claim] = (
 FOUND = (
     "Found. Alone, consistency distillation is what the paper says: less faithful than VSD and more diverse, with thinner strokes. Beside VSD, at the "
     "default weight, it moves the student a little that way: fewer samples are right by the training judge, and the held-out judge sees no difference "
-    "beyond two standard errors; nor do m and the distance make one. What the asked comparison rests on is missing here: a student of 2 steps leaves "
-    "few wrong samples, the judge's probability hardly varies, its latent copy correlates weakly with it on the student's own samples, and neither that "
-    "copy's gradient nor DDPO raises it at these weights; a student of 1 step leaves more of them, its copy is hardly better, and no more is won. Where "
-    "every sample has a signal, as in dynamic degree, the copy learns it within 40 iterations and is climbed: at weight .3 beyond all sense, which the "
-    "run flags with every seed and VSD beside it only slows; at .03 VSD holds it. The size of a JPEG, at weight .3, ends in frames that are nearly "
-    "black, and is flagged too."
+    "beyond two standard errors at 1 and 2 steps, and fewer right ones by a little more than two at 4; nor do m and the distance make one. What the "
+    "asked comparison rests on is missing here: a student of 2 steps leaves few wrong samples, the judge's probability hardly varies, its latent copy "
+    "correlates weakly with it on the student's own samples, and neither that copy's gradient nor DDPO raises it at these weights; a student of 1 step "
+    "leaves more of them, its copy is hardly better, and no more is won. Where every sample has a signal, as in dynamic degree, the copy learns it "
+    "within 40 iterations and is climbed: at weight .3 beyond all sense, which the run flags with every seed and VSD beside it only slows; at .03 VSD "
+    "holds it. The size of a JPEG, at weight .3, ends in frames that are nearly black, and is flagged too."
 )
 
 
