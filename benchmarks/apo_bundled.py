@@ -1,11 +1,11 @@
-"""Diffusion-APO on the bundled model: what each way of drawing levels wins at equal cost, and the five stages in sequence, by the held-out judge.
+"""Diffusion-APO on the bundled model: what each way of drawing levels wins at equal cost, and the five stages in sequence, by the held-out classifier.
 
     python benchmarks/apo_bundled.py --runs runs/benchmark      # an hour of CPU time, resumes; then make results
     python benchmarks/apo_bundled.py --speed                    # seconds of a guided step and of a distilled one
     python benchmarks/apo_bundled.py --strengths --runs runs/benchmark   # one model for drawn strengths of guidance
 
 A cell is the offline stage alone on the bundled model's labelled pairs; some are followed by guidance distillation, as the paper's ablation is. Win rates
-are against the model that the run began as, on the same noise: a share of samples that score higher by the held-out judge, ± over prompts. Cells `i2v-...`
+are against the model that the run began as, on the same noise: a share of samples that score higher by the held-out classifier, ± over prompts. Cells `i2v-...`
 are of the image-to-video model, the paper's setting, each prompt with a first frame of the reference split, which no training saw.
 """
 
@@ -26,15 +26,15 @@ from torch import Tensor
 
 from instep.commands.evaluate import noise_for
 from instep.commands.export import read_run, sampling_of, student_of
-from instep.data.pictures import read_picture
-from instep.data.prompts import text_of, with_picture
+from instep.data.pictures import read_first_frame
+from instep.data.prompts import text_of, with_first_frame
 from instep.embedded import MovingDigits, MovingDigitsI2V, moving_digits, moving_digits_i2v
 from instep.files import write_json
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, load
 from instep.prediction import Denoiser, guide_and_skip, skipping
 from instep.recipes.apo import apo
 from instep.recipes.many_step import ManySteps
-from instep.rewards.judges import load_judge
+from instep.rewards.judges import load_classifier
 from instep.roles import Backbone, Role
 from instep.rollout import Sampling
 from instep.train.log import read_rows
@@ -89,7 +89,7 @@ def prompts(model: str = MOVING_DIGITS) -> tuple[str, ...]:
     """Every second prompt of training; each COPIES times in a row."""
     names = moving_digits().prompts[::2]
     if model == MOVING_DIGITS_I2V:
-        names = tuple(with_picture(name, f"reference/{i}") for i, name in enumerate(names))
+        names = tuple(with_first_frame(name, f"reference/{i}") for i, name in enumerate(names))
     return tuple(name for name in names for _ in range(COPIES))
 
 
@@ -114,18 +114,18 @@ def start(model: str = MOVING_DIGITS) -> Tensor:
 
 
 def figures(seen: Tensor, model: str = MOVING_DIGITS) -> dict[str, float]:
-    """Against the start, by the held-out judge; the standard error is over prompts, whose samples are not independent."""
-    judge, before = load_judge("heldout"), start(model)
+    """Against the start, by the held-out classifier; the standard error is over prompts, whose samples are not independent."""
+    classifier, before = load_classifier("heldout"), start(model)
     names = [text_of(name) for name in prompts(model)]
-    score = judge.score(seen, names)
-    wins = (0.5 + 0.5 * (score - judge.score(before, names)).sign()).reshape(-1, COPIES).mean(1).double()
+    score = classifier.score(seen, names)
+    wins = (0.5 + 0.5 * (score - classifier.score(before, names)).sign()).reshape(-1, COPIES).mean(1).double()
     kept = {
         "win": float(wins.mean()), "win_se": float(wins.std() / len(wins) ** 0.5), "score": float(score.mean()),
-        "right": float(judge.correct(seen, names).both.float().mean()), "motion": float((seen[:, :, 1:] - seen[:, :, :-1]).abs().mean()),
+        "right": float(classifier.correct(seen, names).both.float().mean()), "motion": float((seen[:, :, 1:] - seen[:, :, :-1]).abs().mean()),
         "change": float((seen - before).square().mean().sqrt()),
     }  # fmt: skip
     if model == MOVING_DIGITS_I2V:
-        given = torch.stack([read_picture(name, world(model).family.size) for name in prompts(model)])
+        given = torch.stack([read_first_frame(name, world(model).family.size) for name in prompts(model)])
         kept["first_frame"] = float((seen[:, :, 0] - given).square().mean().sqrt())
     return kept
 
@@ -159,7 +159,7 @@ def strengths(runs: Path) -> None:
     """A student that is told its guidance, and one distilled at 3 alone, against the guided model: root mean square of the difference in pixels."""
     digits, family = moving_digits(), load(MOVING_DIGITS)
     guided = {w: media(Role("teacher", Backbone(family, family.pretrained)), Sampling(COMMON.levels, "ode", w)) for w in TOLD}
-    right = load_judge("heldout").correct
+    right = load_classifier("heldout").correct
     kept: dict[str, dict[str, dict[str, float]]] = {
         "guided": {f"{w:g}": {"right": float(right(seen, prompts()).both.float().mean()), "distance": 0.0} for w, seen in guided.items()}
     }

@@ -12,10 +12,10 @@ Verdict = tuple[str, str]  # reproduced, partly or not; and the figures it rests
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of a paper, and the function that judges it by what was measured."""
+    """A sentence of a paper, and the function that checks it by what was measured."""
 
     text: str
-    judge: Callable[[], Verdict]
+    check: Callable[[], Verdict]
 
 
 def end(experiment: str, name: str) -> Figures:
@@ -135,7 +135,7 @@ def lines() -> list[str]:
     out = ["| claim | in the laboratory | figures |", "|---|---|---|"]
     for claim in CLAIMS:
         try:
-            verdict, figures = claim.judge()
+            verdict, figures = claim.check()
         except KeyError as missing:
             verdict, figures = "not measured", str(missing)
         out.append(f"| {claim.text} | **{verdict}** | {figures} |")

@@ -5,7 +5,7 @@
     make results
 
 Each cell is kept as benchmarks/results/class/NAME-SEED.json; a cell that is there is not run again. Every student has one step and the same
-number of updates; figures are in the features of the held-out judge, which nothing was trained on or chosen by.
+number of updates; figures are in the features of the held-out classifier, which nothing was trained on or chosen by.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.refl import refl
-from instep.rewards.class_judges import load_class_judge
+from instep.rewards.class_judges import load_digit_classifier
 from instep.roles import Backbone, Role
 from instep.rollout import sample_few_step, sample_ode
 from instep.train.recipe import Optim, Recipe
@@ -97,7 +97,7 @@ def sample(role: Role, digits: ClassDigits, cell: Cell, seed: int, n: int) -> Te
 @torch.no_grad()
 def measure(media: Tensor, names: list[str]) -> dict[str, float]:
     """Figures of media [N, 3, 8, 8] against the reference split."""
-    media, heldout, (real, _) = media.clamp(0, 1), load_class_judge("heldout"), split_media("reference")
+    media, heldout, (real, _) = media.clamp(0, 1), load_digit_classifier("heldout"), split_media("reference")
     features, reference = heldout.features(media), heldout.features(real)
     p = heldout.logits(media).double().softmax(1)
     label = torch.tensor([int(name) for name in names])
@@ -107,8 +107,8 @@ def measure(media: Tensor, names: list[str]) -> dict[str, float]:
         "inception": float((p * (p.clamp(min=1e-12).log() - p.mean(0).log())).sum(1).mean().exp()),
         "precision": m.precision(features, reference),
         "heldout": float(heldout.correct(media, names).double().mean()),
-        "monitor": float(load_class_judge("monitor").correct(media, names).double().mean()),
-        "training_score": float(load_class_judge("training").score(media, names).double().mean()),
+        "monitor": float(load_digit_classifier("monitor").correct(media, names).double().mean()),
+        "training_score": float(load_digit_classifier("training").score(media, names).double().mean()),
         "diversity": sum(spread(media[label == c]) for c in range(10)) / 10,
         "vendi": sum(m.vendi(features[label == c]) for c in range(10)) / 10,
         "nearest_train": nearest_train(media),

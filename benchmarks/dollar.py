@@ -3,7 +3,7 @@
     python benchmarks/dollar.py --seeds 0 1 2 --runs runs/benchmark     # hours of CPU time, resumes
     make results
 
-The reward is a number and nothing else: the training judge's probability of the prompt, as a black box. Students of 2 steps go on from the same
+The reward is a number and nothing else: the training classifier's probability of the prompt, as a black box. Students of 2 steps go on from the same
 distilled one, `dmd2-2` (variational score distillation is DMD2 without a discriminator), for as many iterations as their control, which is there
 already: `distil-only` of benchmarks/reinforce.py, for 1 step `one-distil-only`, for 4 steps `dmd2-4-more` of benchmarks/moving_digits.py.
 """
@@ -39,9 +39,9 @@ WEIGHT = 0.1  # of its gradient, in deviations of the reward
 
 
 def probability(digits: MovingDigits) -> FunctionReward:
-    """What the training judge gives the prompt, 0 to 1; no gradient."""
-    judge = digits.reward
-    return FunctionReward(lambda media, prompts: judge.score(media, prompts).exp(), name="probability")
+    """What the training classifier gives the prompt, 0 to 1; no gradient."""
+    classifier = digits.reward
+    return FunctionReward(lambda media, prompts: classifier.score(media, prompts).exp(), name="probability")
 
 
 def on(steps: int) -> dict[str, Cell]:

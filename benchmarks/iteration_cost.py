@@ -102,7 +102,7 @@ def unavoidable(state: TrainState, batch: Batch, levels: Sequence[float], update
         state.trained[name].optimizer.step()
         state.trained[name].optimizer.zero_grad(set_to_none=True)
 
-    def judged() -> None:
+    def predictions() -> None:
         with torch.no_grad():
             roles["teacher"](torch.cat([x, x]), torch.cat([t, t]), both)
             roles["fake"](x, t, batch.cond)
@@ -113,7 +113,7 @@ def unavoidable(state: TrainState, batch: Batch, levels: Sequence[float], update
             step("fake")
 
     parts = {
-        "rollout": rollouts, "student": lambda: (trained("student"), step("student")), "teacher and fake": judged, "critic": critic,
+        "rollout": rollouts, "student": lambda: (trained("student"), step("student")), "teacher and fake": predictions, "critic": critic,
     }  # fmt: skip
     return parts if reuse else parts | {"fresh rollouts": fresh}
 

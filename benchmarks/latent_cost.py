@@ -42,13 +42,13 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     digits = moving_digits()
-    family, judge = digits.family, digits.reward
+    family, classifier = digits.family, digits.reward
     prompts = [digits.prompts[i] for i in range(BATCH)]
     cond, x = family.encode(prompts), torch.randn(BATCH, *family.latent_shape)
     decoder = sum(p.numel() for p in family.pipe.vae.decoder.parameters())
-    reward = sum(p.numel() for p in judge.net.parameters())
+    reward = sum(p.numel() for p in classifier.net.parameters())
     ways: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-        "pixel space: decoder and training judge": (decoder + reward, lambda z: judge.score(family.decode(z), prompts)),
+        "pixel space: decoder and training classifier": (decoder + reward, lambda z: classifier.score(family.decode(z), prompts)),
     }
     nets: list[nn.Module] = []
     for kind in ("text-video", "video"):

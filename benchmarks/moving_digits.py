@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from instep.commands.evaluate import baseline, drawn, judges_of, noise_for
+from instep.commands.evaluate import baseline, drawn, load_classifiers, noise_for
 from instep.embedded import MovingDigits, moving_digits
-from instep.evaluate.compare import Row, evaluate, evaluation_set, floor_row
+from instep.evaluate.compare import Row, evaluate, evaluation_set, real_vs_real_row
 from instep.files import write_json
 from instep.levels import Uniform
 from instep.models import MOVING_DIGITS_SIZE
@@ -47,7 +47,7 @@ BASE, MORE, FEW = 80, 40, 80  # iterations: the common start, what is added to i
 
 @dataclass(frozen=True)
 class Cell:
-    """A student to train: its recipe, the cell whose roles it starts from, its reward if it is not the training judge's, and the cell whose exported
+    """A student to train: its recipe, the cell whose roles it starts from, its reward if it is not the training classifier's, and the cell whose exported
     student is its model (its teacher) if that is not the bundled one."""
 
     recipe: Callable[[], Recipe]
@@ -100,7 +100,7 @@ def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS
     with averaged(run.state.trained["student"]):
         generate = drawn(run.state.roles["student"], digits.family, recipe.sampling)
         row = evaluate(
-            name, "student", generate, evaluation_set("full"), judges_of(), steps=len(recipe.levels), guidance=recipe.sampling.guidance, note=cell.what
+            name, "student", generate, evaluation_set("full"), load_classifiers(), steps=len(recipe.levels), guidance=recipe.sampling.guidance, note=cell.what
         )
     told = {"hacking": hacking(run.out, recipe), "curve": curve(run.out)}
     write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed, **told})
@@ -121,16 +121,16 @@ def curve(out: Path) -> list[dict[str, float]]:
 
 def run_baselines(digits: MovingDigits) -> None:
     """Teacher and naive sampling at every NFE, and the floor."""
-    judges, chosen = judges_of(), evaluation_set("full")
+    classifiers, chosen = load_classifiers(), evaluation_set("full")
     for steps in (50, 4, 2, 1):
         for guidance in (3.0, 1.0):
             file = RESULTS / f"teacher-{steps}-{guidance:g}.json"
             if not file.is_file():
-                write_json(file, {"row": baseline(digits.family, judges, chosen, steps, guidance).json()})
+                write_json(file, {"row": baseline(digits.family, classifiers, chosen, steps, guidance).json()})
     if not (RESULTS / "floor.json").is_file():
-        write_json(RESULTS / "floor.json", {"row": floor_row(chosen, judges).json()})
+        write_json(RESULTS / "floor.json", {"row": real_vs_real_row(chosen, classifiers).json()})
         family = digits.family
-        write_json(RESULTS / "floor-vae.json", {"row": floor_row(chosen, judges, through=lambda x: family.decode(family.encode_media(x))).json()})
+        write_json(RESULTS / "floor-vae.json", {"row": real_vs_real_row(chosen, classifiers, through=lambda x: family.decode(family.encode_media(x))).json()})
 
 
 def run_export(digits: MovingDigits, runs: Path, seed: int) -> None:
@@ -154,7 +154,7 @@ def run_export(digits: MovingDigits, runs: Path, seed: int) -> None:
         ).frames  # fmt: skip
         return digits.family.decode(x)
 
-    row = evaluate("exported", "student", generate, evaluation_set("full"), judges_of(), steps=4, note="group-signed in stock diffusers")
+    row = evaluate("exported", "student", generate, evaluation_set("full"), load_classifiers(), steps=4, note="group-signed in stock diffusers")
     write_json(file, {"row": row.json()})
 
 

@@ -38,15 +38,15 @@ START = "dmd2-2"
 
 
 def part(which: int, name: str):
-    """The training judge's log-probability of the prompt's digit (0) or motion (1) alone, as a differentiable reward."""
+    """The training classifier's log-probability of the prompt's digit (0) or motion (1) alone, as a differentiable reward."""
 
     def build(digits: MovingDigits) -> FunctionReward:
-        judge = digits.reward
+        classifier = digits.reward
 
         def score(media: Tensor, prompts) -> Tensor:
             wanted = _wanted(prompts, media.device)
             mask = (wanted.digits, wanted.motions)[which]
-            return judge.logits(media)[which].log_softmax(1).masked_fill(~mask, -torch.inf).logsumexp(1)
+            return classifier.logits(media)[which].log_softmax(1).masked_fill(~mask, -torch.inf).logsumexp(1)
 
         return FunctionReward(score, name=name, differentiable=True)
 

@@ -19,10 +19,10 @@ from results_lab import lab_lines
 
 from instep.evaluate.compare import Row, better, combined, difference
 from instep.files import write_text
-from instep.rewards.judges import load_judge
+from instep.rewards.judges import load_classifier
 
 COLUMNS = {
-    "heldout_both": "right digit and motion", "heldout_both_open": "right, open prompts", "train_both": "training judge", "fd": "FD", "fd_open": "FD open",
+    "heldout_both": "right digit and motion", "heldout_both_open": "right, open prompts", "train_both": "training classifier", "fd": "FD", "fd_open": "FD open",
     "precision": "precision", "recall": "recall", "vendi": "Vendi", "modes_motion": "motions of 9", "modes_digit": "digits of 10", "ink": "ink",
     "wobble": "wobble", "seconds": "CPU s a video",
 }  # fmt: skip
@@ -90,7 +90,7 @@ def aligned() -> list[str]:
 
 
 def room() -> str:
-    """How much better than its control an aligned student could be, by the held-out judge, and what stands in the way."""
+    """How much better than its control an aligned student could be, by the held-out classifier, and what stands in the way."""
     control, teacher, real, aligned_row = cell("dmd2-4-more"), load_row("teacher-50-3"), load_row("floor"), cell("group-signed")
     if not (control and teacher and real and aligned_row):
         return ""
@@ -153,8 +153,8 @@ def baselines() -> list[tuple[str, Row]]:
 def main() -> None:
     students = [(f"{name} ({what.what})", row) for name, what in CELLS.items() if (row := cell(name))]
     seeds = max((len(rows_of(name)) for name in CELLS), default=0)
-    accuracy = {name: load_judge(name).accuracy for name in ("training", "monitor", "heldout")}
-    judges = "; ".join(f"{name}: digit {a['digit']:.3f}, motion {a['motion']:.3f}, both {a['both']:.3f}" for name, a in accuracy.items())
+    accuracy = {name: load_classifier(name).accuracy for name in ("training", "monitor", "heldout")}
+    classifiers = "; ".join(f"{name}: digit {a['digit']:.3f}, motion {a['motion']:.3f}, both {a['both']:.3f}" for name, a in accuracy.items())
     text = [
         "# Results",
         "",
@@ -167,7 +167,7 @@ def main() -> None:
         f"Mean of up to {seeds} seeds (the column of videos says how many a row has: 612 a seed); "
         f"612 videos a model and seed (270 fully specified prompts, 342 open ones). "
         f"Students of 4 steps train {BASE} iterations, aligned ones and their control {MORE} more from the same start, students of 2 and 1 step {FEW}. "
-        "Figures are by the held-out judge, which nothing was trained on or chosen by. Judges on real reference videos: " + judges + ".",
+        "Figures are by the held-out classifier, which nothing was trained on or chosen by. Classifiers on real reference videos: " + classifiers + ".",
         "",
         *table([*baselines(), *sorted(students, key=lambda named: -named[1].nfe)]),
         "",
@@ -192,11 +192,11 @@ def main() -> None:
         "",
         *against("dmd2-4", ("dmd2-4-gan", "decoupled-4"), "student"),
         "",
-        f"After {MORE} more iterations from the same start, with the training judge as reward where one is used:",
+        f"After {MORE} more iterations from the same start, with the training classifier as reward where one is used:",
         "",
         *against("dmd2-4-more", ("amd", "amd-weight", "refl", "group-signed"), "student"),
         "",
-        "At 2 steps, where the held-out judge leaves more room: see the section on DMDR below.",
+        "At 2 steps, where the held-out classifier leaves more room: see the section on DMDR below.",
         "",
         "### The exported student in stock diffusers",
         "",
@@ -206,7 +206,7 @@ def main() -> None:
         "",
         "`python benchmarks/reinforce.py`. On the student of 2 steps, and where its name says so of 1: that of 4 steps has no room left (above). Every cell "
         f"goes on for {MORE} iterations from the same distilled student, those that begin with RT-DM after {FEW} of that. The training reward is the "
-        "training judge's log-probability of what the prompt says; the held-out judge was used for nothing else. 'Beats' and 'improves' mean by more than "
+        "training classifier's log-probability of what the prompt says; the held-out classifier was used for nothing else. 'Beats' and 'improves' mean by more than "
         "two standard errors of the difference; shares of modes are the smaller of motions' and digits'. Verdicts that rest on "
         "one seed (see the table) are provisional. The joint weight .1, the smallest of the paper's sweep, was settled on after seed 0 of .05, .1 "
         "and .5 had been seen; the flag's margins on diversity were set with these very runs of reinforcement alone.",
@@ -220,7 +220,7 @@ def main() -> None:
         "## Consistency, score distillation and a latent reward model (DOLLAR)",
         "",
         "`python benchmarks/dollar.py`, then with `--look`. Students of 2 steps unless a row says otherwise; every cell goes on for "
-        f"{MORE} iterations from the same distilled student, as its control does (VSD is DMD2 without a discriminator). The reward is the training judge's "
+        f"{MORE} iterations from the same distilled student, as its control does (VSD is DMD2 without a discriminator). The reward is the training classifier's "
         "probability of the prompt, used as a black box: a number without a gradient. Vendi of pixels is the paper's Eq. 17. Where a row has fewer than "
         "three seeds its verdict is provisional. Seed 0 of `dynamic` and `dynamic-alone` was trained while labels were standardised by the first "
         "eight batches' moments; all else, by running sums.",

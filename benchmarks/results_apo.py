@@ -59,22 +59,22 @@ def sequence() -> list[str]:
 
 
 def round_trip() -> list[str]:
-    """What benchmarks/round_trip.py kept: from answers on the judging page to a tuned model."""
+    """What benchmarks/round_trip.py kept: from answers on the human-evaluation page to a tuned model."""
     file = RESULTS.parent / "round_trip.json"
     if not file.is_file():
         return ["Not measured."]
     kept = json.loads(file.read_text(encoding="utf-8"))
-    judges = {"heldout": "held-out judge", "monitor": "monitor judge", "training": "training judge"}
+    classifiers = {"heldout": "held-out classifier", "monitor": "monitor classifier", "training": "training classifier"}
     rows = [
         ("scripted answers, against the start", kept["against_start"]["scripted"]),
         ("every other pair exchanged, against the start", kept["against_start"]["half exchanged"]),
         ("all pairs exchanged, against the start", kept["against_start"]["all exchanged"]),
         ("scripted answers, against every other pair exchanged", kept["scripted_against_half_exchanged"]),
     ]
-    heads = " | ".join(f"win rate, {name}" for name in judges.values())
-    table = [f"| | {heads} | right before and after, held-out judge |", "|---" * (len(judges) + 2) + "|"]
+    heads = " | ".join(f"win rate, {name}" for name in classifiers.values())
+    table = [f"| | {heads} | right before and after, held-out classifier |", "|---" * (len(classifiers) + 2) + "|"]
     for name, row in rows:
-        wins = " | ".join(f"{row[judge]['win']:.3f} ± {row[judge]['win_se']:.3f}" for judge in judges)
+        wins = " | ".join(f"{row[classifier]['win']:.3f} ± {row[classifier]['win_se']:.3f}" for classifier in classifiers)
         table.append(f"| {name} | {wins} | {row['heldout']['both_start']:.3f}, {row['heldout']['both_tuned']:.3f} |")
     beaten = [row["heldout"]["win"] - 0.5 > 2 * row["heldout"]["win_se"] for _, row in rows]
     said = [
@@ -84,15 +84,15 @@ def round_trip() -> list[str]:
     half = kept["against_start"]["half exchanged"]["heldout"]
     noisy = " Labels half of which are wrong are not without effect: they cost." if half["win"] + 2 * half["win_se"] < 0.5 else ""
     return [
-        "`python benchmarks/round_trip.py`, one seed. **A script answered, no person**: it saw what the page of `instep judge` shows of "
-        f"{kept['prompts_judged']} prompts, two samples of the bundled model each ({kept['steps']} steps, guidance {kept['guidance']:g}), and preferred "
-        f"what the training judge scores higher, or said equal within {kept['margin']:g} of log p. {kept['pairs_told']} pairs were told apart, exported, "
+        "`python benchmarks/round_trip.py`, one seed. **A script answered, no person**: it saw what the page of `instep human-eval` shows of "
+        f"{kept['prompts_shown']} prompts, two samples of the bundled model each ({kept['steps']} steps, guidance {kept['guidance']:g}), and preferred "
+        f"what the training classifier scores higher, or said equal within {kept['margin']:g} of log p. {kept['pairs_told']} pairs were told apart, exported, "
         f"and trained on in {kept['updates']} updates of the offline stage. Win rates are on {kept['prompts_compared']} other prompts with "
-        f"{kept['copies']} noises each, ± one standard error over prompts; only the held-out and the monitor judge had no part in the answers.",
+        f"{kept['copies']} noises each, ± one standard error over prompts; only the held-out and the monitor classifier had no part in the answers.",
         "",
         *table,
         "",
-        f"By the held-out judge {said[0]}, and {said[1]}.{noisy}{first_look()}",
+        f"By the held-out classifier {said[0]}, and {said[1]}.{noisy}{first_look()}",
     ]
 
 
@@ -136,7 +136,7 @@ def lines() -> list[str]:
         "\n\n".join(FOUND),
         "",
         *results_apo_bundled.lines(),
-        "### From answers on the judging page to a tuned model",
+        "### From answers on the human-evaluation page to a tuned model",
         "",
         *round_trip(),
         "",

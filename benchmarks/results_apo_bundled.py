@@ -6,7 +6,7 @@ import json
 from statistics import mean
 
 from apo_bundled import ABSORB, CELLS, COPIES, RESULTS, UPDATES
-from verdicts import Claim, judged, word
+from verdicts import Claim, claims_table, word
 
 from instep.evaluate.metrics import Value
 
@@ -118,7 +118,7 @@ def told() -> list[str]:
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return [
         f"Guidance distilled over drawn strengths, {ABSORB} updates, one seed (`python benchmarks/apo_bundled.py --strengths`): share right by the held-out "
-        "judge, and root mean square of the difference in pixels to the guided model at the same strength.",
+        "classifier, and root mean square of the difference in pixels to the guided model at the same strength.",
         "",
         *lines,
     ]
@@ -138,7 +138,7 @@ CLAIMS: list[Claim] = [
 ]
 
 
-PICTURED: list[Claim] = [
+IMAGE_TO_VIDEO: list[Claim] = [
     ("Online, half-online and offline stages each win against the start", lambda: wins("i2v-")),
     ("Diffusion-APO wins more than Diffusion-DPO at equal gradient evaluations", lambda: more_than_dpo("i2v-")),
     ("Guidance distillation costs a little, and preferences afterwards more than recover it", lambda: drop("i2v-")),
@@ -186,7 +186,7 @@ def sequence(name: str) -> list[str]:
     return lines
 
 
-def pictured() -> list[str]:
+def image_to_video() -> list[str]:
     """The subsection on the image-to-video model."""
     if not list(RESULTS.glob("i2v-sequence-*.json")):
         return ["From a first frame (`moving-digits-i2v`): not measured."]
@@ -194,7 +194,7 @@ def pictured() -> list[str]:
         "From a first frame, the paper's setting: the same on `moving-digits-i2v` (cells `i2v-...`), each prompt with a first frame of the reference split. "
         f"The start has {records('i2v-sequence')[0]['after']['start']['right']:.3f} of these samples right, so only the win rate, by log p, can say anything.",
         "",
-        *judged(PICTURED),
+        *claims_table(IMAGE_TO_VIDEO),
         "",
         *sequence("i2v-sequence"),
     ]
@@ -209,13 +209,13 @@ def lines() -> list[str]:
     return [
         "### On the bundled model",
         "",
-        f"`python benchmarks/apo_bundled.py`, then with `--speed`: the held-out judge on every second prompt of training, {COPIES} noises each, the same "
+        f"`python benchmarks/apo_bundled.py`, then with `--speed`: the held-out classifier on every second prompt of training, {COPIES} noises each, the same "
         f"for all models. Cells are the offline stage alone, {UPDATES} updates of five levels, or {5 * UPDATES} of one (DPO), sampled in 10 steps with "
         "guidance 3; some are then distilled and sampled without. Win rate against the model before: share of the same noises that score higher, .5 is no "
         "change. ± is one standard error over prompts, not divided by the number of seeds, which share them. Change: root mean square of the difference "
         "in pixels to the model before. Loss jump: its deviation from one update to the next.",
         "",
-        *judged(CLAIMS),
+        *claims_table(CLAIMS),
         "",
         FOUND,
         "",
@@ -225,6 +225,6 @@ def lines() -> list[str]:
         "",
         *told(),
         "",
-        *pictured(),
+        *image_to_video(),
         "",
     ]

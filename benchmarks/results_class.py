@@ -12,7 +12,7 @@ from class_conditional import CELLS, ITERATIONS, RESULTS, SAMPLES, rows
 
 COLUMNS = {
     "fd": "Frechet distance", "recall": "recall", "inception": "inception score", "precision": "precision", "heldout": "right class (held-out)",
-    "diversity": "spread in a class", "vendi": "Vendi in a class", "training_score": "training judge, log p", "nearest_train": "to the nearest training scan",
+    "diversity": "spread in a class", "vendi": "Vendi in a class", "training_score": "training classifier, log p", "nearest_train": "to the nearest training scan",
     "ink": "ink",
 }  # fmt: skip
 PAPER = {  # DMDR, Table 6: FID, recall, inception score, precision
@@ -119,7 +119,7 @@ def reading() -> str:
         "guidance or by the reward, takes it nearer to the real ones; what is sharpened further moves away again. If the paper's unguided "
         f"student starts near its data already, it has only the second half (our reading, not tested). "
         f"The weight of the reward's gradient beside plain matching, guidance 1: {curve}. "
-        f"At weight 5 the student collapses (spread in a class {high['diversity']}, plain {figure('dmd2-1', 'diversity')}) while the judges "
+        f"At weight 5 the student collapses (spread in a class {high['diversity']}, plain {figure('dmd2-1', 'diversity')}) while the classifiers "
         f"are content (right class {high['heldout']}, inception score {high['inception']}): the decline beyond an optimal "
         "weight that the paper's Table 5c reports, and a warning about what these figures reward."
     )
@@ -155,8 +155,8 @@ def class_lines() -> list[str]:
         "",
         "`python benchmarks/class_conditional.py --seeds 0 1 2` on the bundled `digits` (8 x 8 real handwritten digits, a DiT of .4 million parameters "
         f"trained as a flow; docs/class_conditional.md). Every student has one step and {ITERATIONS} updates; {SAMPLES} samples a row and seed, in the "
-        "features of the held-out judge against 297 reference scans that neither teacher, judges nor students have seen. It is a Frechet distance in "
-        "*judge* features, not FID, and the inception score is that of a judge of ten classes (at most 10): directions can be compared with the "
+        "features of the held-out classifier against 297 reference scans that neither teacher, classifiers nor students have seen. It is a Frechet distance in "
+        "*classifier* features, not FID, and the inception score is that of a classifier of ten classes (at most 10): directions can be compared with the "
         "paper's, sizes cannot. ± is one standard error over seeds.",
         "",
         *table(),
@@ -170,9 +170,9 @@ def class_lines() -> list[str]:
         "| claim | here | figures |",
         "|---|---|---|",
     ]
-    for text, judge in CLAIMS.items():
+    for text, check in CLAIMS.items():
         try:
-            verdict, figures = judge()
+            verdict, figures = check()
         except KeyError as missing:
             verdict, figures = "not measured", str(missing)
         out.append(f"| {text} | **{verdict}** | {figures} |")

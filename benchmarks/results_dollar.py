@@ -10,13 +10,13 @@ from pathlib import Path
 from dollar import CELLS, FIT, OWN
 from moving_digits import FEW, RESULTS
 from results_reinforce import OWN as REINFORCE
-from verdicts import Claim, differences, judged, measured, word
+from verdicts import Claim, differences, claims_table, measured, word
 
 from instep.evaluate.compare import Row, better, combined, difference
 from instep.evaluate.metrics import Value
 
 COLUMNS = {
-    "train_both": "right, training judge", "heldout_both": "right, held-out judge", "heldout_both_open": "right, open prompts", "fd": "FD",
+    "train_both": "right, training classifier", "heldout_both": "right, held-out classifier", "heldout_both_open": "right, open prompts", "fd": "FD",
     "fd_open": "FD open", "vendi": "Vendi, features", "vendi_pixels": "Vendi, pixels", "modes_motion": "motions of 9", "modes_digit": "digits of 10",
     "ink": "ink",
 }  # fmt: skip
@@ -164,11 +164,11 @@ def quicker() -> tuple[str, str]:
 
 
 def longer_prompts() -> tuple[str, str]:
-    """Open prompts are judged by what they say alone, so their share of right samples is higher by construction: figures, no verdict."""
+    """Open prompts are scored by what they say alone, so their share of right samples is higher by construction: figures, no verdict."""
     teacher = Row.of_json(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"])
     rows = [("teacher", teacher)] + [(name, row) for name in ("dmd2-1", "dmd2-4", "vsd-cd-1", "vsd-lrm") if (row := cell(name))]
     gains = [f"{name} {row.values['heldout_both'].value:.3f} and {row.values['heldout_both_open'].value:.3f}" for name, row in rows]
-    text = "right by the held-out judge on prompts that say all, and on open ones, which are judged by less: "
+    text = "right by the held-out classifier on prompts that say all, and on open ones, which are scored by less: "
     return "cannot be compared here", text + ", ".join(gains)
 
 
@@ -224,9 +224,9 @@ CLAIMS: Sequence[Claim] = (
 # written after looking at the tables
 FOUND = (
     "Found. Alone, consistency distillation is what the paper says: less faithful than VSD and more diverse, with thinner strokes. Beside VSD, at the "
-    "default weight, it moves the student a little that way: fewer samples are right by the training judge, and the held-out judge sees no difference "
+    "default weight, it moves the student a little that way: fewer samples are right by the training classifier, and the held-out classifier sees no difference "
     "beyond two standard errors at 1 and 2 steps, and fewer right ones by a little more than two at 4; nor do m and the distance make one. What the "
-    "asked comparison rests on is missing here: a student of 2 steps leaves few wrong samples, the judge's probability hardly varies, its latent copy "
+    "asked comparison rests on is missing here: a student of 2 steps leaves few wrong samples, the classifier's probability hardly varies, its latent copy "
     "correlates weakly with it on the student's own samples, and neither that copy's gradient nor DDPO raises it at these weights; a student of 1 step "
     "leaves more of them, its copy is hardly better, and no more is won. Where every sample has a signal, as in dynamic degree, the copy learns it "
     "within 40 iterations and is climbed: at weight .3 beyond all sense, which the run flags with every seed and VSD beside it only slows; at .03 VSD "
@@ -235,12 +235,12 @@ FOUND = (
 
 
 def lines() -> list[str]:
-    return [*judged(CLAIMS), "", FOUND, "", *table(), "", *fit_lines()]
+    return [*claims_table(CLAIMS), "", FOUND, "", *table(), "", *fit_lines()]
 
 
 # cells whose latent reward model is shown while it learns
 FITTED = {
-    "fit": "the judge's probability, student of 2 steps", "1-fit": "of 1 step", "4-fit": "of 4 steps", "jpeg": "JPEG size", "jpeg-3": "JPEG size of 3 frames",
+    "fit": "the classifier's probability, student of 2 steps", "1-fit": "of 1 step", "4-fit": "of 4 steps", "jpeg": "JPEG size", "jpeg-3": "JPEG size of 3 frames",
     "jpeg-frames": "JPEG size, frame by frame", "dynamic": "dynamic degree", "dynamic-alone": "dynamic degree, climbed alone",
 }  # fmt: skip
 

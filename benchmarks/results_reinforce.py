@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reinforce import CELLS, OWN
-from verdicts import Claim, differences, judged, measured, word
+from verdicts import Claim, differences, claims_table, measured, word
 
 from instep.evaluate.compare import Row, better, combined, difference
 
 COLUMNS = {
-    "train_score": "training reward", "train_both": "right, training judge", "heldout_both": "right, held-out judge", "fd": "FD", "fd_open": "FD open",
+    "train_score": "training reward", "train_both": "right, training classifier", "heldout_both": "right, held-out classifier", "fd": "FD", "fd_open": "FD open",
     "modes_motion": "motions of 9", "modes_digit": "digits of 10", "vendi": "Vendi", "ink": "ink",
 }  # fmt: skip
 LAB = Path(__file__).parent / "results" / "lab"
@@ -166,7 +166,7 @@ def dynamics() -> tuple[str, str]:
 
 CLAIMS: Sequence[Claim] = (
     ("Reinforcement learning alone on the distilled student reaches the highest reward, by hacking it (Fig. 4)", alone_hacks),
-    ("Joint training beats its distillation control on the held-out judge, at 95 % of its modes (Fig. 4; asked here)", joint_wins),
+    ("Joint training beats its distillation control on the held-out classifier, at 95 % of its modes (Fig. 4; asked here)", joint_wins),
     ("The hacking flag is raised alone, not in joint training or distillation (asked here)", flag),
     ("A larger weight of the reward trades generality for reward (Table 5c)", trade_off),
     ("ReFL, DPO and GRPO all improve the reward in joint training (Table 5b)", algorithms),
@@ -179,4 +179,4 @@ CLAIMS: Sequence[Claim] = (
 
 
 def lines() -> list[str]:
-    return [*judged(CLAIMS), "", *table()]
+    return [*claims_table(CLAIMS), "", *table()]

@@ -1,9 +1,9 @@
-"""From judged samples to a better model and back: samples -> the judging page -> pairs -> Diffusion-APO's offline stage -> win rate.
+"""From human evaluation to a better model and back: samples -> the human-evaluation page -> pairs -> Diffusion-APO's offline stage -> win rate.
 
     python benchmarks/round_trip.py --work runs/round-trip      # some minutes; what is there is not repeated
 
-No person took part. A script stands in for one: it speaks to the server of `instep judge` over HTTP as the page does, sees what the page shows and
-nothing else, and prefers what the training judge scores higher for the prompt, or says equal within a margin. The held-out judge, which had no part in
+No person took part. A script stands in for one: it speaks to the server of `instep human-eval` over HTTP as the page does, sees what the page shows and
+nothing else, and prefers what the training classifier scores higher for the prompt, or says equal within a margin. The held-out classifier, which had no part in
 that, compares the tuned model with the one it began as, on other prompts and other noise. Two controls train on the same pairs: every other one
 exchanged, so that the labels say nothing, and all of them.
 """
@@ -37,18 +37,18 @@ from instep.data.pairs import read_pairs, write_pairs
 from instep.files import write_json
 from instep.judge.store import Store
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, load
-from instep.rewards.judges import JudgeName, load_judge
+from instep.rewards.judges import ClassifierName, load_classifier
 from instep.roles import Backbone, Role
 
 RESULTS = Path(__file__).parent / "results" / "round_trip.json"
 # of log p: two samples whose scores are closer are equal to the annotator
 MARGIN = 0.05
-# the model is sampled as it is judged and tuned: ten steps, no guidance (with it nearly all of its samples are right, and there is little to prefer)
+# the model is sampled as it is shown and tuned: ten steps, no guidance (with it nearly all of its samples are right, and there is little to prefer)
 STEPS, GUIDANCE = 10, 1.0
 # updates: the recipe's default
-JUDGED, COPIES, UPDATES = 96, 6, 20
+SHOWN, COPIES, UPDATES = 96, 6, 20
 NOISE = 9876
-JUDGES: tuple[JudgeName, ...] = ("heldout", "monitor", "training")
+CLASSIFIERS: tuple[ClassifierName, ...] = ("heldout", "monitor", "training")
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Seen:
 
 
 class Page:
-    """A running `instep judge`, asked as its page asks it."""
+    """A running `instep human-eval`, asked as its page asks it."""
 
     def __init__(self, *args: object) -> None:
-        command = [sys.executable, "-m", "instep.cli", "judge", *map(str, args), "--port", "0"]
+        command = [sys.executable, "-m", "instep.cli", "human-eval", *map(str, args), "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         said = ""
@@ -96,7 +96,7 @@ class Page:
         again = torch.tensor(repeats(shown["durations"], MOVING_DIGITS_SIZE.frames))
         return torch.stack(frames).repeat_interleave(again, 0)[: MOVING_DIGITS_SIZE.frames].permute(3, 0, 1, 2).float() / 255
 
-    def judge(self, name: str, prefers: Callable[[Seen], str]) -> None:
+    def answer(self, name: str, prefers: Callable[[Seen], str]) -> None:
         """Answers every item of an annotator of that name."""
         state = self.ask("/api/join", {"name": name})
         while (item := state["item"]) is not None:
@@ -110,8 +110,8 @@ class Page:
 
 
 def scripted(seen: Seen) -> str:
-    """The stand-in for a person: the side that the training judge scores higher for the prompt."""
-    left, right = load_judge("training").score(torch.stack([seen.left, seen.right]), [seen.prompt] * 2).tolist()
+    """The stand-in for a person: the side that the training classifier scores higher for the prompt."""
+    left, right = load_classifier("training").score(torch.stack([seen.left, seen.right]), [seen.prompt] * 2).tolist()
     return "equal" if abs(left - right) < MARGIN else "left" if left > right else "right"
 
 
@@ -148,39 +148,39 @@ def samples(folder: Path, names: tuple[str, ...], tuned: bool) -> Tensor:
     return torch.cat(parts)
 
 
-def against(start: Tensor, tuned: Tensor, names: tuple[str, ...], judge: JudgeName) -> dict[str, float]:
+def against(start: Tensor, tuned: Tensor, names: tuple[str, ...], name: ClassifierName) -> dict[str, float]:
     """Win rate (ties half) of `tuned`, sample by sample of the same noise; its standard error is over prompts, whose samples are not independent."""
-    judged = load_judge(judge)
-    a, b = (judged.score(x, names) for x in (tuned, start))
+    classifier = load_classifier(name)
+    a, b = (classifier.score(x, names) for x in (tuned, start))
     wins = (0.5 + 0.5 * (a - b).sign()).reshape(-1, COPIES).mean(1).double()
     return {
         "win": float(wins.mean()), "win_se": float(wins.std() / len(wins) ** 0.5), "score_start": float(b.mean()), "score_tuned": float(a.mean()),
-        "both_start": float(judged.correct(start, names).both.float().mean()), "both_tuned": float(judged.correct(tuned, names).both.float().mean()),
+        "both_start": float(classifier.correct(start, names).both.float().mean()), "both_tuned": float(classifier.correct(tuned, names).both.float().mean()),
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/round-trip"), help="a folder for samples, store, pairs and runs")
-    parser.add_argument("--judged", type=int, default=JUDGED, help="prompts that are judged; the others are for the held-out judge")
+    parser.add_argument("--shown", type=int, default=SHOWN, help="prompts that are shown; the others are for the held-out classifier")
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
-    # "a digit" asks for nothing that a judge could miss
+    # "a digit" asks for nothing that a classifier could miss
     prompts = [name for name in dict.fromkeys(full_prompts() + open_prompts()) if name != "a digit"]
     random.Random(args.seed).shuffle(prompts)
-    judged, others = prompts[: args.judged], prompts[args.judged :]
+    shown, others = prompts[: args.shown], prompts[args.shown :]
 
     for folder, seed in (("first", 11), ("second", 12)):
         if not (args.work / folder / "samples.json").is_file():
             run("sample", MOVING_DIGITS, "--each", args.work / folder, "--out", args.work / f"{folder}.webp", "--steps", STEPS, "--guidance", GUIDANCE,
-                "--copies", 1, "--seed", seed, "--prompts", *judged)  # fmt: skip
-    store, pairs = args.work / "judge.sqlite", args.work / "pairs.jsonl"
+                "--copies", 1, "--seed", seed, "--prompts", *shown)  # fmt: skip
+    store, pairs = args.work / "human_eval.sqlite", args.work / "pairs.jsonl"
     page = Page(args.work / "first", args.work / "second", "--match", "prompt", "--questions", "overall", "--out", store)
     try:
-        page.judge("a script, no person", scripted)
+        page.answer("a script, no person", scripted)
     finally:
         page.stop()
     if not pairs.is_file():
@@ -198,19 +198,19 @@ def main() -> None:
         if not media:
             media["start"] = samples(args.work / file.stem, names, tuned=False)
         media[label] = samples(args.work / file.stem, names, tuned=True)
-    found = {label: {judge: against(media["start"], media[label], names, judge) for judge in JUDGES} for label in files}
+    found = {label: {name: against(media["start"], media[label], names, name) for name in CLASSIFIERS} for label in files}
     # the same pairs and updates, and nothing but the labels between them
-    labels = {judge: against(media["half exchanged"], media["scripted"], names, judge) for judge in JUDGES}
+    labels = {name: against(media["half exchanged"], media["scripted"], names, name) for name in CLASSIFIERS}
     motion = {label: float((x[:, :, 1:] - x[:, :, :-1]).abs().mean()) for label, x in media.items()}
     write_json(RESULTS, {
-        "what": "judged by a script through the page's server, no person; exported, tuned by Diffusion-APO's offline stage, compared with the model "
-        "before by the held-out judge, on other prompts and other noise; controls: the same pairs with chosen and rejected of half, or all, exchanged",
-        "annotator": "a script", "prompts_judged": len(judged), "answers": dict(answers), "pairs_told": told, "margin": MARGIN, "steps": STEPS,
+        "what": "answered by a script through the page's server, no person; exported, tuned by Diffusion-APO's offline stage, compared with the model "
+        "before by the held-out classifier, on other prompts and other noise; controls: the same pairs with chosen and rejected of half, or all, exchanged",
+        "annotator": "a script", "prompts_shown": len(shown), "answers": dict(answers), "pairs_told": told, "margin": MARGIN, "steps": STEPS,
         "guidance": GUIDANCE, "updates": args.updates, "prompts_compared": len(others), "copies": COPIES, "seed": args.seed, "against_start": found,
         "scripted_against_half_exchanged": labels, "motion": motion,
     })  # fmt: skip
-    for label, judges in (*found.items(), ("scripted against half exchanged", labels)):
-        print(f"{label}: " + ", ".join(f"{judge} {row['win']:.3f} ± {row['win_se']:.3f}" for judge, row in judges.items()), flush=True)
+    for label, rows in (*found.items(), ("scripted against half exchanged", labels)):
+        print(f"{label}: " + ", ".join(f"{name} {row['win']:.3f} ± {row['win_se']:.3f}" for name, row in rows.items()), flush=True)
 
 
 if __name__ == "__main__":

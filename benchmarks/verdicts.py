@@ -13,12 +13,12 @@ def word(yes: bool, partly: bool = False) -> str:
     return "reproduced" if yes else "partly" if partly else "not reproduced"
 
 
-def judged(claims: Sequence[Claim]) -> list[str]:
-    """The table of claims: each one's verdict and figures; "not measured" where its judge misses a row or a figure (KeyError)."""
+def claims_table(claims: Sequence[Claim]) -> list[str]:
+    """The table of claims: each one's verdict and figures; "not measured" where it misses a row or a figure (KeyError)."""
     lines = ["| claim | here | figures |", "|---|---|---|"]
-    for text, judge in claims:
+    for text, check in claims:
         try:
-            verdict, figures = judge()
+            verdict, figures = check()
         except KeyError:
             verdict, figures = "not measured", ""
         lines.append(f"| {text} | {verdict} | {figures} |")

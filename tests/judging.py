@@ -1,4 +1,4 @@
-"""Folders of media for the judging page's tests: squares that move, in two colours."""
+"""Folders of media for the human-evaluation page's tests: squares that move, in two colours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 PROMPTS = ("a square moving right", "a square moving left", "a square standing still")
 
 
-def pictures(folder: Path, colour: str, prompts: tuple[str, ...] = PROMPTS, seeds: tuple[int, ...] = (0, 1), size: int = 48, suffix: str = "webp") -> Path:
+def sample_folder(folder: Path, colour: str, prompts: tuple[str, ...] = PROMPTS, seeds: tuple[int, ...] = (0, 1), size: int = 48, suffix: str = "webp") -> Path:
     """A folder with one animation a prompt and seed, and its manifest; what is drawn depends on colour, prompt and seed."""
     folder.mkdir(parents=True)
     rows = []

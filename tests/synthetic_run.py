@@ -47,8 +47,8 @@ def make_run(out: Path, *, recipe: str = "dm-align-group", seed: int = 0, steps:
     decoded.values["seconds"] = Value(0.0, 0.0)
     rows.insert(1, decoded)
     floor = made_up("real videos (another draw)", "real", 0, 0, 0.996, 1.1, 8.6, baselines)
-    judges = {name: {"digit": 0.991, "motion": 0.999, "both": 0.99} for name in ("train", "monitor", "heldout")}
-    write_json(out / "metrics.json", {"protocol": "quick", "rows": [r.json() for r in rows], "floor": floor.json(), "flags": ["hacking"], "judges": judges})
+    classifiers = {name: {"digit": 0.991, "motion": 0.999, "both": 0.99} for name in ("train", "monitor", "heldout")}
+    write_json(out / "metrics.json", {"protocol": "quick", "rows": [r.json() for r in rows], "floor": floor.json(), "flags": ["hacking"], "classifiers": classifiers})
     write_pictures(out, prompts, seed)
     return out
 
@@ -84,7 +84,7 @@ def made_up(name: str, kind: str, nfe: int, steps: int, both: float, fd: float, 
     def value(centre: float, se: float) -> Value:
         return Value(centre + rng.gauss(0, se), se)
 
-    values = {f"{judge}_{part}": value(both, 0.012) for judge in ("train", "monitor", "heldout") for part in ("digit", "motion", "both")}
+    values = {f"{classifier}_{part}": value(both, 0.012) for classifier in ("train", "monitor", "heldout") for part in ("digit", "motion", "both")}
     values |= {"fd": value(fd, 0.3), "fd_open": value(2 * fd, 0.8), "precision": value(0.9, 0.02), "recall": value(0.8, 0.03), "vendi": value(modes / 3, 0.06),
                "modes_motion": value(modes, 0.25), "modes_digit": value(modes + 0.3, 0.25), "ink": value(0.08, 0.0006), "saturation": value(0.004, 0.0004),
                "wobble": value(0.05, 0.002), "flicker": value(0.972, 0.0006), "dynamic": value(10.6, 0.2), "seconds": Value(0.012 * nfe, 0.0)}  # fmt: skip

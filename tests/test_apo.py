@@ -217,16 +217,16 @@ def test_the_laboratory_takes_its_name():
         world.batch(recipe.stages[1], 1.0, torch.Generator())
 
 
-def test_pairs_of_the_bundled_model_are_told_apart_by_a_judge_that_did_not_make_them():
+def test_pairs_of_the_bundled_model_are_told_apart_by_a_classifier_that_did_not_make_them():
     from instep.embedded import moving_digits
-    from instep.rewards.judges import load_judge
+    from instep.rewards.judges import load_classifier
 
     digits = moving_digits()
     pairs, again = digits.pairs(48), digits.pairs(48)
     assert torch.equal(pairs.rejected, again.rejected) and pairs.prompts == again.prompts
-    judge = load_judge("monitor")
+    classifier = load_classifier("monitor")
     media = [digits.family.decode(x).clamp(0, 1) for x in (pairs.chosen, pairs.rejected)]
-    good, bad = (judge.correct(x, pairs.prompts).both.float().mean() for x in media)
+    good, bad = (classifier.correct(x, pairs.prompts).both.float().mean() for x in media)
     assert good > 0.9 and bad < 0.5
     assert (pairs.chosen - pairs.rejected).flatten(1).abs().sum(1).min() > 0, "no pair of equals"
 

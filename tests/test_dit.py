@@ -1,4 +1,4 @@
-"""The class-conditional family: labels, guidance, decoding, roles on it, training, its export; the judges and the bundled digits."""
+"""The class-conditional family: labels, guidance, decoding, roles on it, training, its export; the classifiers and the bundled digits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from instep.embedded import class_digits
 from instep.models import DIGITS, VideoSize, bundled, load
 from instep.models.dit import DiTFamily
 from instep.prediction import predict_guided
-from instep.pretrain.digits import ClassJudgeConfig, ClassTeacherConfig, DigitsConfig, deform, pretrain_digits, train_class_teacher
+from instep.pretrain.digits import DigitClassifierConfig, ClassTeacherConfig, DigitsConfig, deform, pretrain_digits, train_class_teacher
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.many_step import ManySteps, flow_grpo
 from instep.recipes.refl import refl
-from instep.rewards.class_judges import load_class_judge
+from instep.rewards.class_judges import load_digit_classifier
 from instep.roles import Backbone, LoRA, Role
 from instep.rollout import sample_few_step, sample_ode
 from instep.train.recipe import RoleConfig
@@ -205,21 +205,21 @@ def test_adapters_find_their_layers(family):
     assert RoleConfig().lora is None
 
 
-def test_judges_score_the_class_and_have_a_slope():
-    judge, (scans, classes) = load_class_judge("training"), scans_of("reference")
+def test_classifiers_score_the_class_and_have_a_slope():
+    classifier, (scans, classes) = load_digit_classifier("training"), scans_of("reference")
     media, names = scans[:50, None].expand(-1, 3, -1, -1), [str(int(c)) for c in classes[:50]]
-    assert judge.correct(media, names).float().mean() > 0.9
+    assert classifier.correct(media, names).float().mean() > 0.9
     wrong = [WORDS[(int(n) + 1) % 10] for n in names]
-    assert (judge.score(media, names) > judge.score(media, wrong)).float().mean() > 0.9 and judge.score(media, names).max() <= 0
-    assert torch.allclose(load_class_judge("training", scale="probability").score(media, names), judge.score(media, names).exp())
+    assert (classifier.score(media, names) > classifier.score(media, wrong)).float().mean() > 0.9 and classifier.score(media, names).max() <= 0
+    assert torch.allclose(load_digit_classifier("training", scale="probability").score(media, names), classifier.score(media, names).exp())
     x = media.clone().requires_grad_()
-    judge.score(x, wrong).sum().backward()
+    classifier.score(x, wrong).sum().backward()
     with torch.no_grad():
-        assert judge.score(x + 0.01 * x.grad.sign(), wrong).mean() > judge.score(x, wrong).mean()
+        assert classifier.score(x + 0.01 * x.grad.sign(), wrong).mean() > classifier.score(x, wrong).mean()
     with pytest.raises(ValueError, match="'eleven' is no digit"):
-        judge.score(media[:1], ["eleven"])
+        classifier.score(media[:1], ["eleven"])
     with pytest.raises(ValueError, match=r"reads \[B, 3, 8, 8\]"):
-        judge.score(media[:, :1], names)
+        classifier.score(media[:, :1], names)
 
 
 def test_the_bundled_model_is_what_its_record_says():
@@ -228,12 +228,12 @@ def test_the_bundled_model_is_what_its_record_says():
     assert about["bytes"] <= 4e6
     for name, expected in about["sha256"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected, name
-    for judge in ("training", "monitor", "heldout"):
-        assert about["measured"][f"judge {judge}"] > 0.97
+    for classifier in ("training", "monitor", "heldout"):
+        assert about["measured"][f"classifier {classifier}"] > 0.97
 
 
 def test_the_bundled_teacher_draws_the_class_that_is_asked_for():
-    family, judge = load(DIGITS), load_class_judge("heldout")
+    family, classifier = load(DIGITS), load_digit_classifier("heldout")
     assert family.size == VideoSize(8, 8, 1) and load(DIGITS, VideoSize(8, 8, 1)).latent_shape == (1, 8, 8)
     with pytest.raises(ValueError, match="8 x 8"):
         load(DIGITS, VideoSize(48, 48, 9))
@@ -248,7 +248,7 @@ def test_the_bundled_teacher_draws_the_class_that_is_asked_for():
         return float(torch.stack([media[c::10].std(0).mean() for c in range(10)]).mean())
 
     guided, plain, naive = draw(20, 1.5), draw(20, 1.0), draw(1, 1.0)
-    assert judge.correct(guided, names).float().mean() >= 0.95 and judge.correct(plain, names).float().mean() >= 0.9
+    assert classifier.correct(guided, names).float().mean() >= 0.95 and classifier.correct(plain, names).float().mean() >= 0.9
     assert spread(guided) < spread(plain) and spread(naive) < spread(plain) / 3, "guidance narrows, and one naive step draws the class's mean"
 
 
@@ -261,15 +261,15 @@ def test_real_samples_are_the_training_split_in_latents():
 
 def test_a_little_deformation_keeps_the_digit():
     scans, classes = scans_of("reference")
-    rng, judge = torch.Generator().manual_seed(0), load_class_judge("heldout")
+    rng, classifier = torch.Generator().manual_seed(0), load_digit_classifier("heldout")
     bent = deform(scans, rng)
     assert bent.shape == scans.shape and (bent - scans).abs().mean() > 0.01 and torch.allclose(deform(scans, rng, 0.0), scans, atol=1e-5)
-    assert judge.correct(bent[:, None].expand(-1, 3, -1, -1), [str(int(c)) for c in classes]).float().mean() > 0.95
+    assert classifier.correct(bent[:, None].expand(-1, 3, -1, -1), [str(int(c)) for c in classes]).float().mean() > 0.95
 
 
 def test_pretraining_writes_a_model_that_loads_and_depends_on_the_seed_alone(tmp_path):
     short = DigitsConfig(
-        tuple(ClassJudgeConfig(name, 1, steps=3) for name in ("training", "monitor", "heldout")), ClassTeacherConfig(steps=3), samples=20, guidances=(1.0,)
+        tuple(DigitClassifierConfig(name, 1, steps=3) for name in ("training", "monitor", "heldout")), ClassTeacherConfig(steps=3), samples=20, guidances=(1.0,)
     )
     sums = []
     for name in ("a", "b"):

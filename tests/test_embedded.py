@@ -19,7 +19,7 @@ from instep.recipes.apo import apo
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.many_step import ManySteps
-from instep.rewards.judges import load_judge
+from instep.rewards.judges import load_classifier
 from instep.roles import Backbone
 from instep.rollout import Sampling, sample_ode
 from instep.train.recipe import Optim
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
 @torch.no_grad()
 def right(media: torch.Tensor) -> float:
     """Share of videos with the right digit and motion, by the monitor."""
-    return float(load_judge("monitor").correct(media.clamp(0, 1), PROMPTS).both.float().mean())
+    return float(load_classifier("monitor").correct(media.clamp(0, 1), PROMPTS).both.float().mean())
 
 
 @torch.no_grad()
@@ -116,5 +116,5 @@ def test_a_student_of_a_tuned_teacher_is_measured_beside_that_teacher(tmp_path, 
     said = {row["name"] for row in json.loads((run.out / "metrics.json").read_text())["rows"]}
     assert "teacher, 50 steps, guided" in said and all(file.name.startswith(fingerprint(small, teacher)) for file in (tmp_path / "cache").iterdir())
     (first.student / "instep_export.json").unlink()
-    with pytest.raises(ValueError, match="was trained on 'student'; these judges know moving-digits and moving-digits-i2v alone, and exports of runs"):
+    with pytest.raises(ValueError, match="was trained on 'student'; these classifiers know moving-digits and moving-digits-i2v alone, and exports of runs"):
         evaluate.measure_run(run.out)

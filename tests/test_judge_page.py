@@ -1,4 +1,4 @@
-"""The judging server as it is run: blind, safe against other pages and bad input, and without losing an answer when it is killed; the page in a browser."""
+"""The human-evaluation server as it is run: blind, safe against other pages and bad input, and without losing an answer when it is killed; the page in a browser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from judging import PROMPTS, pictures
+from judging import PROMPTS, sample_folder
 from PIL import Image
 
 from instep.cli import main
@@ -36,23 +36,23 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Server:
-    """`instep judge` in a process of its own; the links are those it printed."""
+    """`instep human-eval` in a process of its own; the links are those it printed."""
 
     def __init__(self, *args: object, port: int = 0) -> None:
         self.args = [str(arg) for arg in args]
         self.start(port)
 
     def start(self, port: int) -> None:
-        command = [sys.executable, "-m", "instep.cli", "judge", *self.args, "--port", str(port)]
+        command = [sys.executable, "-m", "instep.cli", "human-eval", *self.args, "--port", str(port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.said = ""
         while self.said.count("http://") < 2:
             line = self.process.stdout.readline()
             assert line, self.said
             self.said += line
-        self.judge, self.results = re.findall(r"http://\S+", self.said)
-        self.port = urlsplit(self.judge).port
-        self.token = self.judge.split("token=")[1]
+        self.annotator, self.results = re.findall(r"http://\S+", self.said)
+        self.port = urlsplit(self.annotator).port
+        self.token = self.annotator.split("token=")[1]
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -82,7 +82,7 @@ class Server:
             connection.close()
 
     def cookie(self, link: str | None = None) -> str:
-        status, headers, _ = self.ask((link or self.judge).split(str(self.port), 1)[1])
+        status, headers, _ = self.ask((link or self.annotator).split(str(self.port), 1)[1])
         assert status == 200
         return headers["set-cookie"].split(";")[0]
 
@@ -95,12 +95,12 @@ class Server:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
-    return pictures(folder / "secret-ours", "red"), pictures(folder / "secret-theirs", "blue")
+    return sample_folder(folder / "secret-ours", "red"), sample_folder(folder / "secret-theirs", "blue")
 
 
 @pytest.fixture
 def server(tmp_path, folders):
-    started = Server(*folders, "--out", tmp_path / "judge.sqlite")
+    started = Server(*folders, "--out", tmp_path / "human_eval.sqlite")
     yield started
     if started.process.poll() is None:
         started.kill()
@@ -110,7 +110,7 @@ def server(tmp_path, folders):
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, folders):
     """A server for tests that leave no answers."""
-    started = Server(*folders, "--out", tmp_path_factory.mktemp("shared") / "judge.sqlite")
+    started = Server(*folders, "--out", tmp_path_factory.mktemp("shared") / "human_eval.sqlite")
     cookie = started.cookie()
     started.told("/api/join", {"name": "Ana"}, cookie)
     yield started, cookie
@@ -118,7 +118,7 @@ def shared(tmp_path_factory, folders):
     assert "Traceback" not in started.said, started.said
 
 
-def judge(server: Server, name: str, count: int, answers: dict[str, str] = LEFT) -> dict:
+def answer(server: Server, name: str, count: int, answers: dict[str, str] = LEFT) -> dict:
     state = server.told("/api/join", {"name": name})
     for i in range(count):
         body = {"name": name, "item": state["item"]["id"], "request": f"{name.encode().hex()[:20]}-request-{state['done']}-{i}", "answers": answers}
@@ -127,25 +127,25 @@ def judge(server: Server, name: str, count: int, answers: dict[str, str] = LEFT)
 
 
 def test_a_killed_server_goes_on_where_it_was(server, tmp_path):
-    assert judge(server, "Ana", 2)["done"] == 2
-    cookie, link, port = server.cookie(), server.judge, server.port
+    assert answer(server, "Ana", 2)["done"] == 2
+    cookie, link, port = server.cookie(), server.annotator, server.port
     for _ in range(2):
         server.kill()
         server.start(port)
-        assert server.judge == link, "open pages go on with the same link"
+        assert server.annotator == link, "open pages go on with the same link"
         state = server.told("/api/state", {"name": "Ana"}, cookie)
         last = {"name": "Ana", "item": state["item"]["id"], "request": f"after-kill-{state['done']}", "answers": LEFT}
         assert server.told("/api/answer", last, cookie)["done"] == state["done"] + 1
         assert server.told("/api/answer", last, cookie)["done"] == state["done"] + 1, "sent again, counted once"
-    assert judge(server, "Bo", 6)["item"] is None
-    store = Store(tmp_path / "judge.sqlite")
+    assert answer(server, "Bo", 6)["item"] is None
+    store = Store(tmp_path / "human_eval.sqlite")
     assert store.progress() == [("Ana", 4, 6), ("Bo", 6, 6)] and len(store.votes()) == 40
     store.close()
     assert server.stop() == 0
 
 
 def test_undo_and_conflicts(server):
-    state = judge(server, "Ana", 1)
+    state = answer(server, "Ana", 1)
     undone = server.told("/api/undo", {"name": "Ana", "request": "undo-0001"})
     again = server.told("/api/undo", {"name": "Ana", "request": "undo-0001"})
     assert undone == again and undone["done"] == 0 and undone["item"]["before"] == LEFT and undone["item"]["id"] != state["item"]["id"]
@@ -156,7 +156,7 @@ def test_undo_and_conflicts(server):
 
 
 def test_the_page_is_blind(server, tmp_path):
-    """Nothing that is sent to those who judge names a run, a file or a folder, in words, headers or pictures."""
+    """Nothing that is sent to annotators names a run, a file or a folder, in words, headers or images."""
     cookie = server.cookie()
     answers = [server.ask(path, cookie=cookie) for path in ("/", "/page.js", "/style.css")]
     state, shown = server.told("/api/join", {"name": "Ana"}, cookie), Counter()
@@ -176,7 +176,7 @@ def test_the_page_is_blind(server, tmp_path):
         text = (str(headers).encode() + body).lower()
         for name in (b"secret", b"ours", b"theirs", b"red-", b"blue-", str(tmp_path).encode().lower(), b".webp"):
             assert name not in text.replace(b"colours", b""), name
-    assert server.ask("/results", cookie=cookie)[0] == 401, "those who judge do not see the results"
+    assert server.ask("/results", cookie=cookie)[0] == 401, "annotators do not see the results"
     status, _, page = server.ask(server.results.split(str(server.port), 1)[1])
     assert status == 200 and b"A: secret-ours" in page and b"<svg" in page and b"Ana" in page
     assert server.ask("/api/state", {"name": "Ana"}, cookie=server.cookie(server.results))[0] == 401
@@ -323,23 +323,23 @@ def test_the_command_line(tmp_path, folders, capsys):
         return out + err
 
     store = tmp_path / "j.sqlite"
-    assert "samples: 1 folder given; name two" in said("judge", folders[0])
-    assert "samples: none were given" in said("judge", "--out", store)
-    assert "is not a folder" in said("judge", tmp_path / "none", folders[0], "--port", 0)
-    assert "port: 70000 is not allowed" in said("judge", *folders, "--port", 70000)
-    assert "does not exist" in said("judge", "--report", store)
+    assert "samples: 1 folder given; name two" in said("human-eval", folders[0])
+    assert "samples: none were given" in said("human-eval", "--out", store)
+    assert "is not a folder" in said("human-eval", tmp_path / "none", folders[0], "--port", 0)
+    assert "port: 70000 is not allowed" in said("human-eval", *folders, "--port", 70000)
+    assert "does not exist" in said("human-eval", "--report", store)
     assert "pairs: 'drop' cannot be done; allowed: export, import" in said("pairs", "drop")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "cannot be had" in said("judge", *folders, "--port", taken.getsockname()[1], "--out", store)
+        assert "cannot be had" in said("human-eval", *folders, "--port", taken.getsockname()[1], "--out", store)
     server = Server(*folders, "--out", store)
-    judge(server, "Ana", 6)
-    judge(server, "Bo", 6, LEFT | {"overall": "right"})
+    answer(server, "Ana", 6)
+    answer(server, "Bo", 6, LEFT | {"overall": "right"})
     server.kill()
-    assert "was begun for other samples" in said("judge", *reversed(folders), "--out", store, "--port", 0)
-    assert "was begun with 'pairs'" in said("judge", "--out", store, "--mode", "score", "--port", 0)
-    assert main(["judge", "--report", str(store)]) == 0
+    assert "was begun for other samples" in said("human-eval", *reversed(folders), "--out", store, "--port", 0)
+    assert "was begun with 'pairs'" in said("human-eval", "--out", store, "--mode", "score", "--port", 0)
+    assert main(["human-eval", "--report", str(store)]) == 0
     out = capsys.readouterr().out
     assert "A: secret-ours    B: secret-theirs" in out and "Ana 6 of 6, Bo 6 of 6" in out and "Text alignment" in out
     pairs = tmp_path / "pairs.jsonl"
@@ -357,10 +357,10 @@ def test_the_command_line(tmp_path, folders, capsys):
 def test_hostile_text_stays_text(tmp_path):
     """Prompts, names and folders are words, on both pages."""
     bad = "<script>alert(1)</script>"
-    a, b = pictures(tmp_path / "<img src=x>", "red", prompts=(bad,)), pictures(tmp_path / "b", "blue", prompts=(bad,))
+    a, b = sample_folder(tmp_path / "<img src=x>", "red", prompts=(bad,)), sample_folder(tmp_path / "b", "blue", prompts=(bad,))
     server = Server(a, b, "--out", tmp_path / "j.sqlite")
     try:
-        judge(server, "<b onload=x>", 2)
+        answer(server, "<b onload=x>", 2)
         status, headers, page = server.ask(server.results.split(str(server.port), 1)[1])
         assert status == 200 and b"<script" not in page and b"<img" not in page and b"<b " not in page and b"&lt;b onload=x&gt;" in page
         assert headers["content-security-policy"].startswith("default-src 'none'")
@@ -371,8 +371,8 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_a_store_that_cannot_be_written_keeps_the_answer_waiting(server, tmp_path):
-    state = judge(server, "Ana", 0)
-    holder = sqlite3.connect(tmp_path / "judge.sqlite", isolation_level=None)
+    state = answer(server, "Ana", 0)
+    holder = sqlite3.connect(tmp_path / "human_eval.sqlite", isolation_level=None)
     holder.execute("ALTER TABLE answer RENAME TO away")
     body = {"name": "Ana", "item": state["item"]["id"], "request": "request-1", "answers": LEFT}
     status, _, data = server.ask("/api/answer", body, cookie=server.cookie())
@@ -383,7 +383,7 @@ def test_a_store_that_cannot_be_written_keeps_the_answer_waiting(server, tmp_pat
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: the page itself is not tried")
-def test_two_people_judge_in_a_browser(server, tmp_path):
+def test_two_annotators_in_a_browser(server, tmp_path):
     """By keyboard and by touch; one reloads midway, the server is killed and comes back, an answer given meanwhile arrives."""
     from browser import Browser, Tab
 
@@ -402,7 +402,7 @@ def test_two_people_judge_in_a_browser(server, tmp_path):
 
     browser = Browser(str(CHROMIUM), tmp_path / "profile")
     try:
-        ana, bo = browser.tab(server.judge), browser.tab(server.judge, 390, 844, phone=True, dark=True)
+        ana, bo = browser.tab(server.annotator), browser.tab(server.annotator, 390, 844, phone=True, dark=True)
         join(ana, "Ana")
         join(bo, "Bo")
         assert ana.run("location.search") == "" and ana.run("document.cookie") == "", "the token is out of sight of scripts and history"
@@ -412,7 +412,7 @@ def test_two_people_judge_in_a_browser(server, tmp_path):
                 ana.key(key)
         ready(ana, 2)
         # a phone: what is tapped is large enough, nothing is wider than the screen
-        assert bo.run("Math.min(...[...document.querySelectorAll('#judge button:not([hidden])')].map((b) => b.getBoundingClientRect().height || 99))") >= 44
+        assert bo.run("Math.min(...[...document.querySelectorAll('#item button:not([hidden])')].map((b) => b.getBoundingClientRect().height || 99))") >= 44
         assert bo.run("document.documentElement.scrollWidth <= innerWidth")
         for key in ("visual_quality", "text_alignment", "motion", "overall"):
             bo.tap(f"[data-key={key}] [data-value=right]")
@@ -465,7 +465,7 @@ def test_two_people_judge_in_a_browser(server, tmp_path):
     finally:
         browser.close()
     time.sleep(0.1)
-    store = Store(tmp_path / "judge.sqlite")
+    store = Store(tmp_path / "human_eval.sqlite")
     assert store.progress() == [("Ana", 6, 6), ("Bo", 2, 6)]
     given = Counter((vote.annotator, vote.question) for vote in store.votes())
     assert given == {("Ana", q): 6 for q in LEFT} | {("Bo", q): 2 for q in LEFT}
@@ -503,7 +503,7 @@ def test_videos_play_stop_and_restart_together(tmp_path):
             (tmp_path / name / "v.webm").write_bytes(base64.b64decode(camera.run(RECORD.replace("COLOUR", colour))))
             (tmp_path / name / "samples.jsonl").write_text('{"file": "v.webm", "prompt": "a flicker", "seed": 1}\n')
         server = Server(tmp_path / "one", tmp_path / "two", "--out", tmp_path / "v.sqlite")
-        tab = browser.tab(server.judge)
+        tab = browser.tab(server.annotator)
         tab.until("!document.getElementById('start').hidden")
         tab.tap("#name")
         tab.type("Ana")

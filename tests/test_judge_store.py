@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from judging import PROMPTS, pictures
+from judging import PROMPTS, sample_folder
 from PIL import Image
 
 from instep.files import write_json
@@ -29,17 +29,17 @@ ALL = {"visual_quality": "left", "text_alignment": "right", "motion": "equal", "
 
 @pytest.fixture
 def folders(tmp_path):
-    return str(pictures(tmp_path / "ours", "red")), str(pictures(tmp_path / "theirs", "blue"))
+    return str(sample_folder(tmp_path / "ours", "red")), str(sample_folder(tmp_path / "theirs", "blue"))
 
 
 @pytest.fixture
 def store(tmp_path, folders):
-    made = create(tmp_path / "judge.sqlite", match(*folders), "pairs", choose("pairs", ()), seed=0)
+    made = create(tmp_path / "human_eval.sqlite", match(*folders), "pairs", choose("pairs", ()), seed=0)
     yield made
     made.close()
 
 
-def judge_all(store: Store, name: str, answers: dict[str, str] = ALL) -> int:
+def answer_all(store: Store, name: str, answers: dict[str, str] = ALL) -> int:
     done = 0
     while (item := store.state(name).item) is not None:
         store.answer(name, item.id, f"{name}-{item.id}", answers)
@@ -125,7 +125,7 @@ def test_many_at_once(store):
     names = [f"person {i}" for i in range(6)]
     for name in names:
         store.join(name)
-    threads = [threading.Thread(target=judge_all, args=(store, name)) for name in names]
+    threads = [threading.Thread(target=answer_all, args=(store, name)) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -205,7 +205,7 @@ def test_a_store_is_for_its_samples_mode_and_questions_alone(store, folders, tmp
     store.check_media()
     with pytest.raises(ValueError, match="out: .* was begun for other samples .of 'ours' and 'theirs', in this order.; choose another file with --out"):
         store.check_same(match(*reversed(folders)), "pairs", questions)
-    other = str(pictures(tmp_path / "green", "green"))
+    other = str(sample_folder(tmp_path / "green", "green"))
     with pytest.raises(ValueError, match="was begun for other samples"):
         store.check_same(match(folders[0], other), "pairs", questions)
     with pytest.raises(ValueError, match="mode: 'score' does not fit .* begun with 'pairs'"):
@@ -216,7 +216,7 @@ def test_a_store_is_for_its_samples_mode_and_questions_alone(store, folders, tmp
         create(store.path, matched, "pairs", questions, 0)
     file = next(iter(store.media.values())).path
     Image.new("RGB", (8, 8)).save(file)
-    with pytest.raises(ValueError, match="is no longer what was judged"):
+    with pytest.raises(ValueError, match="is no longer what was shown"):
         store.check_media()
     file.unlink()
     with pytest.raises(ValueError, match="which is gone"):
@@ -300,7 +300,7 @@ def test_other_models_of_a_run(tmp_path):
     ],
 )
 def test_manifests_that_are_wrong(tmp_path, rows, said):
-    folder = pictures(tmp_path / "ours", "red")
+    folder = sample_folder(tmp_path / "ours", "red")
     (folder / "samples.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=said):
         read_samples(str(folder))
@@ -328,7 +328,7 @@ def test_questions():
 
 
 def test_samples_written_one_by_one_belong_together(tmp_path):
-    """What `instep sample --each` writes is what `instep judge` reads."""
+    """What `instep sample --each` writes is what `instep human-eval` reads."""
     import torch
 
     from instep.commands.sample import save_each

@@ -1,4 +1,4 @@
-"""The bundled judges and the unclamped VAE they look through."""
+"""The bundled classifiers and the unclamped VAE they look through."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from instep.data.digits import MOTIONS, describe, motion_spec, parse, render
-from instep.rewards.judges import FOLDER, load_judge
+from instep.rewards.judges import FOLDER, load_classifier
 
 torch.set_num_threads(1)
 NAMES = ("training", "monitor", "heldout")
@@ -19,73 +19,73 @@ def videos():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_judges_are_right_about_real_videos_they_never_saw(name, videos):
+def test_classifiers_are_right_about_real_videos_they_never_saw(name, videos):
     media, prompts = videos
-    hits = load_judge(name).correct(media, prompts)
+    hits = load_classifier(name).correct(media, prompts)
     assert hits.both.float().mean() > 0.93
     assert hits.motion.float().mean() > 0.98
     assert torch.equal(hits.both, hits.digit & hits.motion)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_judges_are_wrong_about_wrong_prompts(name, videos):
+def test_classifiers_are_wrong_about_wrong_prompts(name, videos):
     media, prompts = videos
-    hits = load_judge(name).correct(media, prompts[1:] + prompts[:1])
+    hits = load_classifier(name).correct(media, prompts[1:] + prompts[:1])
     assert hits.digit.float().mean() < 0.1 and hits.motion.float().mean() < 0.1
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_score_is_the_log_probability_of_what_the_prompt_says(name, videos):
-    judge, (media, _) = load_judge(name), videos
+    classifier, (media, _) = load_classifier(name), videos
     media = media[:6]
-    digit, motion = (v.log_softmax(1) for v in judge.logits(media))
-    assert torch.allclose(judge.score(media, ["a digit"] * 6), torch.zeros(6), atol=1e-6)
-    assert torch.allclose(judge.score(media, ["a seven"] * 6), digit[:, 7], atol=1e-5)
+    digit, motion = (v.log_softmax(1) for v in classifier.logits(media))
+    assert torch.allclose(classifier.score(media, ["a digit"] * 6), torch.zeros(6), atol=1e-6)
+    assert torch.allclose(classifier.score(media, ["a seven"] * 6), digit[:, 7], atol=1e-5)
     both = motion[:, [MOTIONS.index("left slowly"), MOTIONS.index("left fast")]].logsumexp(1)
-    assert torch.allclose(judge.score(media, ["a seven moving left"] * 6), digit[:, 7] + both, atol=1e-5)
-    assert torch.allclose(judge.score(media, ["a digit moving left fast"] * 6), motion[:, MOTIONS.index("left fast")], atol=1e-5)
+    assert torch.allclose(classifier.score(media, ["a seven moving left"] * 6), digit[:, 7] + both, atol=1e-5)
+    assert torch.allclose(classifier.score(media, ["a digit moving left fast"] * 6), motion[:, MOTIONS.index("left fast")], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_score_has_a_finite_gradient_that_raises_it(name, videos):
-    judge, (media, _) = load_judge(name), videos
+    classifier, (media, _) = load_classifier(name), videos
     x = media[:8].clone().requires_grad_(True)
     prompts = ["a three moving up fast"] * 8
-    score = judge.score(x, prompts)
+    score = classifier.score(x, prompts)
     (gradient,) = torch.autograd.grad(score.sum(), x)
     assert gradient.isfinite().all() and (gradient.abs().sum((1, 2, 3, 4)) > 0).all()
     step = 1e-2 * gradient / gradient.square().sum((1, 2, 3, 4), keepdim=True).sqrt()
-    assert (judge.score(x + step, prompts) > score).all()
-    assert not any(p.requires_grad for p in judge.net.parameters())
+    assert (classifier.score(x + step, prompts) > score).all()
+    assert not any(p.requires_grad for p in classifier.net.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_open_parts_count_as_right(name, videos):
     media, prompts = videos
-    judge = load_judge(name)
-    assert judge.correct(media, ["a digit"] * len(media)).both.all()
+    classifier = load_classifier(name)
+    assert classifier.correct(media, ["a digit"] * len(media)).both.all()
     digit_only = [describe(type(s)(s.digit)) for s in map(parse, prompts)]
-    hits = judge.correct(media, digit_only)
+    hits = classifier.correct(media, digit_only)
     assert hits.motion.all() and torch.equal(hits.both, hits.digit)
 
 
-def test_judges_share_no_architecture_and_no_scans():
+def test_classifiers_share_no_architecture_and_no_scans():
     about = [json.loads((FOLDER / f"{n}.json").read_text()) for n in NAMES]
     assert len({a["architecture"] for a in about}) == len({a["split"] for a in about}) == len({a["config"]["seed"] for a in about}) == 3
     for name, a in zip(NAMES, about, strict=True):
-        assert a["accuracy"] == load_judge(name).accuracy
+        assert a["accuracy"] == load_classifier(name).accuracy
         assert (FOLDER / f"{name}.safetensors").stat().st_size < 300_000
 
 
 def test_features_and_refusals(videos):
     media, _ = videos
-    judge = load_judge("heldout")
-    assert judge.features(media[:4]).shape == (4, 128)
-    assert load_judge("heldout") is judge
+    classifier = load_classifier("heldout")
+    assert classifier.features(media[:4]).shape == (4, 128)
+    assert load_classifier("heldout") is classifier
     with pytest.raises(ValueError, match="name: 'test'"):
-        load_judge("test")
+        load_classifier("test")
     with pytest.raises(ValueError, match="media: shape"):
-        judge.logits(media[0])
+        classifier.logits(media[0])
 
 
 def test_unclamped_decode_is_the_stock_decode_with_a_gradient(videos):

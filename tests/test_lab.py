@@ -196,7 +196,7 @@ def test_a_recipe_without_matching_has_no_force_to_draw(start):
     assert force_field(run, torch.zeros(3, 2)).isfinite().all()
 
 
-def test_the_command_writes_table_and_pictures(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_table_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("instep.commands.lab.START_STEPS", 50)
     out = tmp_path / "lab"
     assert cli.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "20", "--members", "2", "--out", str(out)]) == 0

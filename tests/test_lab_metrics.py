@@ -44,7 +44,7 @@ def smoothed_floor(r: float) -> float:
 # ---- figures ----
 
 
-def test_exact_samples_reach_the_floors():
+def test_exact_samples_reach_their_closed_forms():
     rows = [floor(RING, 4000, seed, REWARDED) for seed in range(4)]
     mean = {name: value for name, (value, _) in mean_sd(rows).items()}
     assert mean["quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.003)  # a 2-D Gaussian within 3 sigma
@@ -220,7 +220,7 @@ def test_what_measure_refuses(x: Tensor, label: Tensor, said: str):
         measure(x, label, RING, new_rng())
 
 
-def test_floor_and_rewarded_refuse_what_does_not_fit():
+def test_exact_figures_and_rewarded_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="n: 3 is not allowed; use 4 or more"):
         floor(RING, 3, 0)
     with pytest.raises(ValueError, match=r"booleans \[8\]"):
@@ -262,7 +262,7 @@ def test_a_figure_as_png_and_without_extras(tmp_path: Path):
         assert len(small.convert("RGB").getcolors(1 << 20)) > 100
 
 
-def test_the_same_picture_gives_the_same_bytes(tmp_path: Path):
+def test_the_same_figure_gives_the_same_bytes(tmp_path: Path):
     for name in ("a.svg", "b.svg", "a.png", "b.png"):
         torch.manual_seed(0)
         draw(tmp_path / name, panels(), RING, REWARDED)
@@ -349,7 +349,7 @@ def test_an_animation_has_a_frame_each_and_rests_on_the_last(tmp_path: Path, nam
     assert sum(durations) == pytest.approx(3 * 250 + 1500, abs=250)
 
 
-def test_what_pictures_refuse(tmp_path: Path):
+def test_what_figures_refuse(tmp_path: Path):
     some = panels()
     with pytest.raises(ValueError, match="'.pdf'; a figure can be .svg, .png"):
         draw(tmp_path / "a.pdf", some, RING)

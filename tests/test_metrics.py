@@ -15,7 +15,7 @@ from instep.data.prompts import text_of
 from instep.evaluate import compare
 from instep.evaluate import metrics as m
 from instep.evaluate.metrics import Value
-from instep.rewards.judges import Judge, SpaceTime
+from instep.rewards.judges import Classifier, SpaceTime
 
 
 def test_frechet_distance_of_gaussians():
@@ -105,7 +105,7 @@ def test_evaluation_set_is_balanced():
 MEASURED = {
     "fd", "fd_open", "precision", "recall", "vendi", "modes_motion", "modes_digit", "ink", "saturation", "wobble", "flicker", "dynamic",
     "seconds", "seconds_wall",
-    *(f"{judge}_{part}" for judge in ("train", "heldout") for part in ("digit", "motion", "both", "both_open", "score")),
+    *(f"{classifier}_{part}" for classifier in ("train", "heldout") for part in ("digit", "motion", "both", "both_open", "score")),
 }  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def small_set() -> compare.EvalSet:
 
 
 def test_evaluation_measures_generators_alike():
-    judges = {name: Judge(name, SpaceTime(), {}) for name in ("train", "heldout")}
+    classifiers = {name: Classifier(name, SpaceTime(), {}) for name in ("train", "heldout")}
     chosen, asked = small_set(), []
 
     def real(prompts, seed):
@@ -125,30 +125,30 @@ def test_evaluation_measures_generators_alike():
     def frozen(prompts, seed):
         return real(prompts, seed)[:, :, :1].expand(-1, -1, 9, -1, -1)
 
-    good = compare.evaluate("real", "student", real, chosen, judges, steps=4)
+    good = compare.evaluate("real", "student", real, chosen, classifiers, steps=4)
     assert set(good.values) == MEASURED and all(math.isfinite(v.value) and v.se >= 0 for v in good.values.values())
     assert (good.nfe, good.n) == (4, len(chosen.prompts)) and sum((p for p, _ in asked), ()) == chosen.prompts
-    still = compare.evaluate("frozen", "naive", frozen, chosen, judges, steps=4, guidance=3.0)
+    still = compare.evaluate("frozen", "naive", frozen, chosen, classifiers, steps=4, guidance=3.0)
     assert still.nfe == 8 and still.values["dynamic"].value < 1e-4 < good.values["dynamic"].value
     assert compare.better(good, still, "fd") and compare.better(still, good, "flicker")
-    floor = compare.floor_row(chosen, judges)
+    floor = compare.real_vs_real_row(chosen, classifiers)
     assert floor.kind == "real" and abs(compare.difference(good, floor, "ink").value) < 4 * compare.difference(good, floor, "ink").se
     with pytest.raises(ValueError, match="one video a prompt"):
-        compare.evaluate("short", "student", lambda prompts, seed: real(prompts, seed)[1:], chosen, judges, steps=4)
+        compare.evaluate("short", "student", lambda prompts, seed: real(prompts, seed)[1:], chosen, classifiers, steps=4)
 
 
-def test_from_a_first_frame_each_sample_has_its_own_picture():
-    judges = {name: Judge(name, SpaceTime(), {}) for name in ("train", "heldout")}
-    chosen = replace(small_set(), pictured=True)
+def test_in_image_to_video_each_sample_has_its_own_first_frame():
+    classifiers = {name: Classifier(name, SpaceTime(), {}) for name in ("train", "heldout")}
+    chosen = replace(small_set(), image_to_video=True)
     assert len(set(chosen.asked)) == len(chosen.prompts) and tuple(map(text_of, chosen.asked)) == chosen.prompts
-    first = lambda media: compare.evaluate("x", "student", media, chosen, judges, steps=4).values["first_frame"].value  # noqa: E731
+    first = lambda media: compare.evaluate("x", "student", media, chosen, classifiers, steps=4).values["first_frame"].value  # noqa: E731
     shown = lambda names: torch.stack([drawn_video(name) for name in names])  # noqa: E731
     assert first(lambda names, seed: shown(names)) == 0
     other = first(lambda names, seed: digits.render("reference", [digits.parse(name) for name in names], seed))
     assert other > 0.1, "videos of the same prompts that begin otherwise"
-    floor = compare.floor_row(chosen, judges)
+    floor = compare.real_vs_real_row(chosen, classifiers)
     assert floor.values["first_frame"].value == 0 and floor.values["fd"].value < 10
-    assert "first_frame" not in compare.floor_row(small_set(), judges).values
+    assert "first_frame" not in compare.real_vs_real_row(small_set(), classifiers).values
 
 
 def test_order_puts_like_prompts_together():

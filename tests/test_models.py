@@ -26,7 +26,7 @@ def test_a_folder_loads_as_its_family(folder):
 
 
 def test_no_folder_passes_for_a_bundled_model(folder, tmp_path):
-    """Judges and evaluation go by the name."""
+    """Classifiers and evaluation go by the name."""
     (tmp_path / "moving-digits").symlink_to(folder)
     assert load(str(tmp_path / "moving-digits"), SIZE).name == str(tmp_path / "moving-digits")
 

@@ -7,7 +7,7 @@ import torch
 from instep.data.digits import full_prompts
 from instep.pretrain.files import checksums
 from instep.pretrain.measure import Sampler
-from instep.rewards.judges import FOLDER, load_judge
+from instep.rewards.judges import FOLDER, load_classifier
 
 torch.set_num_threads(1)
 ASSETS = FOLDER.parent
@@ -17,7 +17,7 @@ def test_files_are_the_ones_that_were_measured_and_stay_small():
     about = json.loads((ASSETS / "pretrain.json").read_text())
     assert checksums(ASSETS) == about["sha256"]
     assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 8_000_000
-    assert about["seed"] == 0 and set(about["seconds"]) == {"vae", "judge-training", "judge-monitor", "judge-heldout", "teacher", "measure"}
+    assert about["seed"] == 0 and set(about["seconds"]) == {"vae", "classifier-training", "classifier-monitor", "classifier-heldout", "teacher", "measure"}
 
 
 def test_the_stock_pipeline_loads_it_and_its_videos_show_what_prompts_say():
@@ -29,7 +29,7 @@ def test_the_stock_pipeline_loads_it_and_its_videos_show_what_prompts_say():
     x = torch.randn(len(prompts), 16, 3, 6, 6, generator=torch.Generator().manual_seed(4))
     call = {"height": 48, "width": 48, "num_frames": 9, "num_inference_steps": 8, "guidance_scale": 3.0, "max_sequence_length": 512}
     stock = pipe(prompts, latents=x, output_type="pt", **call).frames.transpose(1, 2)
-    hits = load_judge("heldout").correct(stock, prompts)
+    hits = load_classifier("heldout").correct(stock, prompts)
     assert hits.both.float().mean() > 0.8
     # the batched sampler of the measurement makes the same videos
     sampler = Sampler(pipe)

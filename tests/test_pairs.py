@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from judging import pictures
+from judging import sample_folder
 
 from instep.cli import main
 from instep.data.pairs import PreferencePair, read_pairs, write_pairs
@@ -138,7 +138,7 @@ def test_a_set_with_other_columns_comes_in(media, name, capsys):
     assert "prompt: there is no such column; there are caption, win, lose, extra" in capsys.readouterr().err
 
 
-def test_pictures_inside_a_table_and_labels(media, capsys):
+def test_images_inside_a_table_and_labels(media, capsys):
     png, jpg = b"\x89PNG\r\n\x1a\n one", b"\xff\xd8\xff two"
     rows = [{"caption": "p", "jpg_0": png, "jpg_1": jpg, "label_0": label} for label in (1.0, 0.0, 0.5)]
     set_ = foreign(media / "set.parquet", rows)
@@ -176,7 +176,7 @@ def test_media_that_are_not_here(media, capsys):
 
 
 def test_what_people_preferred_becomes_pairs(tmp_path):
-    matched = match(str(pictures(tmp_path / "ours", "red")), str(pictures(tmp_path / "theirs", "blue")))
+    matched = match(str(sample_folder(tmp_path / "ours", "red")), str(sample_folder(tmp_path / "theirs", "blue")))
     store = create(tmp_path / "j.sqlite", matched, "pairs", choose("pairs", ("overall", "motion")), 0)
     with pytest.raises(ValueError, match="has no answers to make pairs of"):
         pairs_of(store)

@@ -23,9 +23,9 @@ from instep.recipes.common import Common
 from instep.recipes.refl import refl
 from instep.rewards.base import Reward, checked_scores
 from instep.rewards.bradley_terry import fit
-from instep.rewards.class_judges import load_class_judge
+from instep.rewards.class_judges import load_digit_classifier
 from instep.rewards.features import Preparation, features_of, image_text_features
-from instep.rewards.judges import load_judge
+from instep.rewards.judges import load_classifier
 from instep.rewards.preferences import learn, load_preferences, read_features, save
 from instep.train.run import RunOptions, train
 
@@ -47,10 +47,10 @@ def test_pairs_of_a_prompt_are_on_one_side_only():
         fit(first[:2], second[:2], torch.tensor([1.0, 0.0]), groups=["a", "b"])
 
 
-def test_pictures_that_prompts_name_are_not_read():
+def test_first_frames_that_prompts_name_are_not_read():
     """A reward is told the text alone; what the head learns from must be that too, and one text with two pictures is one prompt."""
     features = features_of("moving-digits-i2v")
-    assert isinstance(features.judge, type(load_judge("training"))) and features.name.startswith("moving-digits-i2v")
+    assert isinstance(features.classifier, type(load_classifier("training"))) and features.name.startswith("moving-digits-i2v")
     seen = []
 
     class Told:
@@ -93,17 +93,17 @@ def test_what_never_varied_is_not_blown_up():
 
 
 @pytest.mark.parametrize("name", ["training", "monitor"])
-def test_what_prompts_ask_for_points_to_what_judges_see(name):
+def test_what_prompts_ask_for_points_to_what_classifiers_see(name):
     """The product with the features, summed, is the logit of what was asked above the mean of all, up to the last layer's biases."""
-    for judge, media, prompt, row in (
-        (load_class_judge(name), torch.rand(2, 3, 8, 8), "3", 3),
-        (load_judge(name), torch.rand(2, 3, 9, 48, 48), "a three", 3),
+    for classifier, media, prompt, row in (
+        (load_digit_classifier(name), torch.rand(2, 3, 8, 8), "3", 3),
+        (load_classifier(name), torch.rand(2, 3, 9, 48, 48), "a three", 3),
     ):
-        logits = judge.logits(media) if isinstance(judge, type(load_class_judge(name))) else judge.logits(media)[0]
-        without = logits - judge.net.digit.bias
-        got = (judge.features(media) * judge.asked([prompt, prompt])).sum(1)
+        logits = classifier.logits(media) if isinstance(classifier, type(load_digit_classifier(name))) else classifier.logits(media)[0]
+        without = logits - classifier.net.digit.bias
+        got = (classifier.features(media) * classifier.asked([prompt, prompt])).sum(1)
         torch.testing.assert_close(got, without[:, row] - without.mean(1), rtol=1e-4, atol=1e-4)
-    open_prompt = load_judge(name).asked(["a digit"])
+    open_prompt = load_classifier(name).asked(["a digit"])
     assert open_prompt.shape == (1, 128) and float(open_prompt.abs().max()) < 1e-6, "nothing is asked"
 
 
@@ -245,7 +245,7 @@ def test_pairs_that_cannot_be_fitted(liked, tmp_path, capsys):
     assert "heldout: 1.0 is not allowed" in said(pairs, "--heldout", "1")
     assert "device: 'mars' is not allowed" in said(pairs, "--device", "mars")
     assert "features: 'nowhere' is not a model folder" in said(pairs, "--features", "nowhere")
-    assert "features: 'digits:heldout' is not allowed; digits:training or digits:monitor (the held-out judge measures" in said(
+    assert "features: 'digits:heldout' is not allowed; digits:training or digits:monitor (the held-out classifier measures" in said(
         pairs, "--features", "digits:heldout"
     )
     assert "prompt: '0' is outside the grammar" in said(pairs, "--features", "moving-digits")

@@ -157,7 +157,7 @@ def test_prompts_are_the_appendixs():
 
 
 class Server:
-    """A chat endpoint that judges by brightness, or says what it is told to."""
+    """A chat endpoint that ranks by brightness, or says what it is told to."""
 
     def __init__(self, answer):
         self.asked, self.headers = [], []

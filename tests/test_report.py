@@ -121,11 +121,11 @@ def test_runs_of_one_folder_name_keep_their_own_samples(tmp_path):
     assert "runs compared" not in twice.text, "a folder given twice is one run"
 
 
-def test_teacher_lines_of_two_judges_are_told_apart(run, tmp_path):
+def test_teacher_lines_of_two_classifiers_are_told_apart(run, tmp_path):
     _, text = report(tmp_path, run)
     series = {s["name"]: s for s in json.loads(re.search(r"<h3>Reward</h3>.*?json\">(.*?)</script>", text)[1])["series"]}
-    for judge in ("training judge", "monitor judge"):
-        own, teacher = series[f"{judge} (probe)"], series[f"teacher, {judge}"]
+    for classifier in ("training classifier", "monitor classifier"):
+        own, teacher = series[f"{classifier} (probe)"], series[f"teacher, {classifier}"]
         assert teacher["style"].split() == [own["style"].split()[0], "d2"], "the scalar's own colour, dotted"
 
 
@@ -134,7 +134,7 @@ def test_figures_that_could_not_be_measured_are_gaps(tmp_path):
     figures = json.loads((run / "metrics.json").read_text())
     figures["rows"][0]["values"]["fd"] = {"value": None, "se": None}
     figures["rows"][2]["values"]["fd_open"] = {"value": float("nan"), "se": 0.1}
-    (run / "metrics.json").write_text(json.dumps(figures | {"judges": None}))
+    (run / "metrics.json").write_text(json.dumps(figures | {"classifiers": None}))
     page, _ = report(tmp_path, run)
     assert "could not be read" not in page.text and not re.search(r"\b(nan|None|NaN)\b", page.text)
     assert not [a for tag, a in page.elements if tag in ("line", "rect", "circle", "path") and any("nan" in str(v) for v in a.values())]
@@ -174,7 +174,7 @@ def test_hostile_text_stays_text(tmp_path):
     figures = json.loads((run / "metrics.json").read_text())
     for row in [*figures["rows"], figures["floor"]]:
         row |= {"name": HOSTILE + row["name"], "note": HOSTILE}
-    (run / "metrics.json").write_text(json.dumps(figures | {"judges": {HOSTILE: {HOSTILE: 1.0}}}))
+    (run / "metrics.json").write_text(json.dumps(figures | {"classifiers": {HOSTILE: {HOSTILE: 1.0}}}))
     lines = [{"step": i, "stage": HOSTILE + str(i > 5), f"critic/{HOSTILE}": 1.0, f"force/cosine/{HOSTILE}": 0.1} for i in range(1, 40)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "health.jsonl").write_text(json.dumps({"step": 1, "level": HOSTILE, "flag": HOSTILE, "text": HOSTILE}) + "\n")

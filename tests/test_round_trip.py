@@ -1,4 +1,4 @@
-"""From samples to judged pairs and into training: what is preferred on the page is what training prefers. No person takes part: scripts answer."""
+"""From samples to preferred pairs and into training: what is preferred on the page is what training prefers. No person takes part: scripts answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from judging import pictures
+from judging import sample_folder
 from test_apo import NONE, ONE_EACH, PAIRS, QUICK, RANKED, TINY
 from test_run import family, rows
 
@@ -46,8 +46,8 @@ def videos(seed: int, bright: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory):
-    """Samples of two seeds, judged through a running server by scripts that see what the page shows, and exported."""
+def evaluated(tmp_path_factory):
+    """Samples of two seeds, evaluated through a running server by scripts that see what the page shows, and exported."""
     pytest.importorskip("fastapi")
     from test_judge_page import Server
 
@@ -55,7 +55,7 @@ def judged(tmp_path_factory):
     sides = {"a": videos(0, 0), "b": videos(1, 1)}
     for seed, (name, made) in enumerate(sides.items()):
         save_each(folder / name, made, list(ANSWERS), 1, seed)
-    server = Server(folder / "a", folder / "b", "--match", "prompt", "--questions", "overall", "--out", folder / "judge.sqlite")
+    server = Server(folder / "a", folder / "b", "--match", "prompt", "--questions", "overall", "--out", folder / "human_eval.sqlite")
     try:
         cookie, lefts = server.cookie(), set()
         for i, name in enumerate(NAMES):
@@ -70,7 +70,7 @@ def judged(tmp_path_factory):
     finally:
         server.kill()
     assert lefts == {"left", "right"}, "B is shown on both sides"
-    assert main(["pairs", "export", str(folder / "judge.sqlite"), str(folder / "pairs.jsonl"), "--questions", "overall"]) == 0
+    assert main(["pairs", "export", str(folder / "human_eval.sqlite"), str(folder / "pairs.jsonl"), "--questions", "overall"]) == 0
     return folder, sides
 
 
@@ -84,8 +84,8 @@ def brightness(server, media: str, cookie: str) -> float:
     return ImageStat.Stat(Image.open(io.BytesIO(data)).convert("L")).mean[0]
 
 
-def test_the_files_that_were_preferred_are_the_chosen_ones(judged):
-    folder, _ = judged
+def test_the_files_that_were_preferred_are_the_chosen_ones(evaluated):
+    folder, _ = evaluated
     told = {row["prompt"]: row for row in map(json.loads, (folder / "pairs.jsonl").read_text().splitlines())}
     files = {prompt: f"{i:04d}.webp" for i, prompt in enumerate(ANSWERS)}
     for prompt, better, votes in (("agreed", "b", [3, 0, 0]), ("most", "b", [2, 1, 0]), ("others", "a", [2, 1, 0]), ("one said", "b", [1, 0, 2])):
@@ -95,8 +95,8 @@ def test_the_files_that_were_preferred_are_the_chosen_ones(judged):
     assert told["split"]["tie"] and told["nothing"]["tie"] and sorted(told["split"]["annotators"]) == sorted(NAMES)
 
 
-def test_what_was_judged_is_what_is_trained_on(judged, tmp_path):
-    folder, sides = judged
+def test_what_annotators_preferred_is_what_is_trained_on(evaluated, tmp_path):
+    folder, sides = evaluated
     fam = family()
     made = paired(load_pairs(folder / "pairs.jsonl"), fam)
     prompts = list(ANSWERS)
@@ -138,7 +138,7 @@ def test_how_often_frames_are_repeated():
     assert repeats([0], 9) == [9] and repeats([1125], 1) == [1]
 
 
-def test_pictures_are_no_pairs_for_a_model_of_videos(tmp_path):
+def test_images_are_no_pairs_for_a_model_of_videos(tmp_path):
     for name, grey in (("a", 0), ("b", 200)):
         save_animation(tmp_path / f"{name}.webp", torch.full((1, 48, 48, 3), grey, dtype=torch.uint8))
     with pytest.raises(ValueError, match="pairs: no sample of 1 pairs moves, and the model makes videos of 9 frames"):
@@ -146,7 +146,7 @@ def test_pictures_are_no_pairs_for_a_model_of_videos(tmp_path):
 
 
 def test_samples_of_two_seeds_are_matched_by_the_prompt(tmp_path):
-    a, b = pictures(tmp_path / "a", "red", seeds=(0, 1)), pictures(tmp_path / "b", "blue", seeds=(5, 6, 7))
+    a, b = sample_folder(tmp_path / "a", "red", seeds=(0, 1)), sample_folder(tmp_path / "b", "blue", seeds=(5, 6, 7))
     with pytest.raises(ValueError, match="the prompt and seed of one of .*--match prompt"):
         match(str(a), str(b))
     found = match(str(a), str(b), "prompt")

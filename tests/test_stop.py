@@ -263,7 +263,7 @@ def test_what_metrics_say_of_a_run(tmp_path, monkeypatch):
     def row(*args, **more):
         return made_up("x", "student", 4, 4, 0.9, 6.0, 7.0, random.Random(0))
 
-    for name in ("evaluate", "floor_row", "baseline"):
+    for name in ("evaluate", "real_vs_real_row", "baseline"):
         monkeypatch.setattr(module, name, row)
     for name in ("load", "student_of", "drawn"):
         monkeypatch.setattr(module, name, lambda *args, **more: None)

@@ -72,7 +72,7 @@ def text_of(endpoint, given):
     return endpoint.processor.tokenizer.decode(given["input_ids"][0]).replace("<image>" * 16, "[i]")
 
 
-def test_pictures_and_words_reach_the_model_in_order(endpoint, monkeypatch):
+def test_images_and_words_reach_the_model_in_order(endpoint, monkeypatch):
     asked = watched(endpoint, monkeypatch, "2")
     ranker = VisionLanguageRanker(endpoint, "human", frames=2)
     assert ranker.label(*videos(0.9, 0.1)) == 2
@@ -227,7 +227,7 @@ def test_a_run_of_the_command_line_on_a_ranker(tmp_path, serve, monkeypatch):
     monkeypatch.chdir(tmp_path)
     server = serve(brighter)
     line = "train rl-after --model digits --steps 2 --batch 4 --group 2 --distil 0 --iterations 2 --rl dpo --no-evaluate --out run --threads 1"
-    assert main([*shlex.split(line), "--reward", f"model=judge domain=human vlm:{server.url}"]) == 0
+    assert main([*shlex.split(line), "--reward", f"model=ranker domain=human vlm:{server.url}"]) == 0
     rows = [json.loads(row) for row in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 2 and rows[-1]["grad/student"] > 0 and len(server.asked) > 8
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["reward"] == "ranked by judge (human, 40 frames)"
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["reward"] == "ranked by ranker (human, 40 frames)"

@@ -19,8 +19,8 @@ from instep.commands.evaluate import fingerprint
 from instep.data import digits
 from instep.data.media import pair_samples
 from instep.data.pairs import PreferencePair
-from instep.data.pictures import check_pictures, digest, drawn_video, read_picture
-from instep.data.prompts import load_prompts, other_text, picture_of, text_of, with_picture
+from instep.data.pictures import check_first_frames, digest, drawn_video, read_first_frame
+from instep.data.prompts import load_prompts, other_text, first_frame_of, text_of, with_first_frame
 from instep.embedded import MovingDigitsI2V, moving_digits_i2v
 from instep.evaluate.compare import EvalSet
 from instep.evaluate.video import save_animation
@@ -36,7 +36,7 @@ from instep.recipes.apo import apo
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward, checked_scores
-from instep.rewards.judges import load_judge
+from instep.rewards.judges import load_classifier
 from instep.rewards.ranker import Ranked, reward_ranker
 from instep.roles import Backbone, Role
 from instep.rollout import sample_ode
@@ -46,7 +46,7 @@ from instep.train.source import PairSamples, RealSamples
 
 SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
 TEXTS = ["a seven moving left fast", "a digit", "an eight", "a two standing still"]
-PROMPTS = [with_picture(text, f"train/{i}") for i, text in enumerate(TEXTS)]
+PROMPTS = [with_first_frame(text, f"train/{i}") for i, text in enumerate(TEXTS)]
 QUICK = RunOptions(save_every=1, probe_every=50, teacher_samples=4)
 
 
@@ -70,21 +70,21 @@ def few_teacher_steps(monkeypatch):
 # prompts and pictures
 
 
-def test_a_prompt_names_its_picture():
-    prompt = with_picture("a cat, [sic] runs", "folder/my cat.png")
-    assert (prompt, text_of(prompt), picture_of(prompt)) == ("a cat, [sic] runs [image: folder/my cat.png]", "a cat, [sic] runs", "folder/my cat.png")
-    assert (text_of("a cat"), picture_of("a cat"), other_text("a cat", "")) == ("a cat", None, "")
+def test_a_prompt_names_its_first_frame():
+    prompt = with_first_frame("a cat, [sic] runs", "folder/my cat.png")
+    assert (prompt, text_of(prompt), first_frame_of(prompt)) == ("a cat, [sic] runs [image: folder/my cat.png]", "a cat, [sic] runs", "folder/my cat.png")
+    assert (text_of("a cat"), first_frame_of("a cat"), other_text("a cat", "")) == ("a cat", None, "")
     empty = other_text(prompt, "")
-    assert (text_of(empty), picture_of(empty)) == ("", "folder/my cat.png")
+    assert (text_of(empty), first_frame_of(empty)) == ("", "folder/my cat.png")
     assert digits.parse(PROMPTS[0]) == digits.parse(TEXTS[0])
     for name in ("a]b.png", "[a"):
         with pytest.raises(ValueError, match="one name without square brackets a prompt"):
-            with_picture("a cat", name)
+            with_first_frame("a cat", name)
     with pytest.raises(ValueError, match="is not allowed; one name"):
-        with_picture(prompt, "other.png")
+        with_first_frame(prompt, "other.png")
 
 
-def test_prompt_files_name_pictures_from_where_they_lie(tmp_path):
+def test_prompt_files_name_first_frames_from_where_they_lie(tmp_path):
     file = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "a cat ", "image": "cat.png"}, {"prompt": "a seven", "image": "train/7"}, {"prompt": "alone"}]
     file.write_text("\n".join(map(json.dumps, lines)))
@@ -94,29 +94,29 @@ def test_prompt_files_name_pictures_from_where_they_lie(tmp_path):
         load_prompts(file)
 
 
-def test_pictures_are_read_or_drawn(tmp_path):
-    drawn = read_picture(PROMPTS[0], SIZE)
+def test_first_frames_are_read_or_drawn(tmp_path):
+    drawn = read_first_frame(PROMPTS[0], SIZE)
     assert torch.equal(drawn, digits.render("train", [digits.parse(TEXTS[0])], 0)[0, :, 0]) and torch.equal(drawn_video(PROMPTS[0])[:, 0], drawn)
     frames = (torch.rand(3, 48, 48, 3, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     Image.fromarray(frames[0].numpy()).save(tmp_path / "a.png")
-    assert torch.equal(read_picture(with_picture("x", tmp_path / "a.png"), SIZE), frames[0].permute(2, 0, 1).float() / 255)
-    assert read_picture(with_picture("x", tmp_path / "a.png"), VideoSize(32, 32, 9)).shape == (3, 32, 32)
+    assert torch.equal(read_first_frame(with_first_frame("x", tmp_path / "a.png"), SIZE), frames[0].permute(2, 0, 1).float() / 255)
+    assert read_first_frame(with_first_frame("x", tmp_path / "a.png"), VideoSize(32, 32, 9)).shape == (3, 32, 32)
     save_animation(tmp_path / "b.webp", frames)
-    assert (read_picture(with_picture("x", tmp_path / "b.webp"), SIZE) * 255 - frames[0].permute(2, 0, 1)).abs().max() <= 1, "the first frame of a video"
+    assert (read_first_frame(with_first_frame("x", tmp_path / "b.webp"), SIZE) * 255 - frames[0].permute(2, 0, 1)).abs().max() <= 1, "the first frame of a video"
     with pytest.raises(ValueError, match="'a seven' names no picture, and this model begins its videos with one; write 'a seven .image: FILE.'"):
-        read_picture("a seven", SIZE)
+        read_first_frame("a seven", SIZE)
     with pytest.raises(ValueError, match="image: .*gone.png of prompt .* is not a file that exists"):
-        check_pictures([PROMPTS[0], with_picture("x", tmp_path / "gone.png")], SIZE)
+        check_first_frames([PROMPTS[0], with_first_frame("x", tmp_path / "gone.png")], SIZE)
     with pytest.raises(ValueError, match="is 48 x 48, not of the shape of 48 x 96"):
-        read_picture(with_picture("x", tmp_path / "a.png"), VideoSize(48, 96, 9))
+        read_first_frame(with_first_frame("x", tmp_path / "a.png"), VideoSize(48, 96, 9))
     (tmp_path / "broken.png").write_bytes(b"not a picture")
-    for prompt in (with_picture("a seven", tmp_path / "broken.png"), "a cat runs [image: train/3]"):
+    for prompt in (with_first_frame("a seven", tmp_path / "broken.png"), "a cat runs [image: train/3]"):
         with pytest.raises(ValueError):  # before a run begins, not where the prompt is drawn
-            check_pictures([PROMPTS[0], prompt], SIZE)
+            check_first_frames([PROMPTS[0], prompt], SIZE)
 
 
-def test_another_picture_under_the_same_name_is_another_run(tmp_path):
-    named = [with_picture("a seven", tmp_path / "a.png"), PROMPTS[0], with_picture("an eight", tmp_path / "a.png")]
+def test_another_image_under_the_same_name_is_another_run(tmp_path):
+    named = [with_first_frame("a seven", tmp_path / "a.png"), PROMPTS[0], with_first_frame("an eight", tmp_path / "a.png")]
     found = []
     for level in (10, 20, 10):
         Image.fromarray(torch.full((48, 48, 3), level, dtype=torch.uint8).numpy()).save(tmp_path / "a.png")
@@ -124,20 +124,20 @@ def test_another_picture_under_the_same_name_is_another_run(tmp_path):
     assert found[0] == found[2] != found[1] and digest(PROMPTS) is None
 
 
-def test_latents_of_pictures_are_kept_up_to_a_size(monkeypatch, tmp_path):
+def test_latents_of_first_frames_are_kept_up_to_a_size(monkeypatch, tmp_path):
     import instep.models.wan_i2v as module
 
     for i in range(3):
         Image.fromarray(torch.full((48, 48, 3), 40 * i, dtype=torch.uint8).numpy()).save(tmp_path / f"{i}.png")
-    made, names = family(), [with_picture("a seven", tmp_path / f"{i}.png") for i in range(3)]
-    first = made.encode([*names, with_picture("an eight", tmp_path / "1.png")])
+    made, names = family(), [with_first_frame("a seven", tmp_path / f"{i}.png") for i in range(3)]
+    first = made.encode([*names, with_first_frame("an eight", tmp_path / "1.png")])
     assert len(made._pictures) == 3 and torch.equal(first.picture[1], first.picture[3]), "two prompts of one picture share its latents"
     monkeypatch.setattr(module, "KEPT_BYTES", int(1.5 * first.picture[0].nbytes))
     again = made.encode(names)
     assert len(made._pictures) == 1 and torch.equal(again.picture, first.picture[:3])
 
 
-def test_rewards_are_told_the_text_unless_they_ask_for_the_picture():
+def test_rewards_are_told_the_text_unless_they_ask_for_the_first_frame():
     seen = []
 
     def reward(media, prompts):
@@ -148,15 +148,15 @@ def test_rewards_are_told_the_text_unless_they_ask_for_the_picture():
     plain = FunctionReward(reward)
     checked_scores(plain, media, PROMPTS)
     nosy = FunctionReward(reward)
-    object.__setattr__(nosy, "sees_pictures", True)
+    object.__setattr__(nosy, "sees_first_frames", True)
     checked_scores(nosy, media, PROMPTS)
     assert seen == [TEXTS, PROMPTS]
     # two pictures of one text are two groups
     seen.clear()
-    names = [with_picture("a digit", f"train/{i}") for i in (0, 0, 1, 1)]
+    names = [with_first_frame("a digit", f"train/{i}") for i in (0, 0, 1, 1)]
     ranked = checked_scores(Ranked(reward_ranker(plain)), media, names)
     assert ranked.reshape(2, 2).sum(1).tolist() == [0, 0] and seen[0] == ["a digit"] * 2
-    assert load_judge("training").correct(media, PROMPTS).both.shape == (4,)
+    assert load_classifier("training").correct(media, PROMPTS).both.shape == (4,)
 
 
 # the family
@@ -164,7 +164,7 @@ def test_rewards_are_told_the_text_unless_they_ask_for_the_picture():
 
 def test_what_is_known_is_what_the_stock_pipeline_joins():
     fam = family()
-    pipe, picture = fam.pipe, read_picture(PROMPTS[1], SIZE)[None]
+    pipe, picture = fam.pipe, read_first_frame(PROMPTS[1], SIZE)[None]
     image = pipe.video_processor.preprocess(picture, height=48, width=48)
     noise = torch.zeros(1, *fam.latent_shape)
     _, theirs = pipe.prepare_latents(image, 1, 16, 48, 48, 9, torch.float32, torch.device("cpu"), None, noise)
@@ -173,7 +173,7 @@ def test_what_is_known_is_what_the_stock_pipeline_joins():
     assert fam.latent_shape == (16, 3, 6, 6) and theirs.shape == (1, 20, 3, 6, 6)
 
 
-def test_the_unconditional_prompt_takes_the_picture_of_its_rows():
+def test_the_unconditional_prompt_takes_the_first_frame_of_its_rows():
     fam = family()
     cond, null = fam.encode(PROMPTS), fam.null(4)
     assert isinstance(null, WanImageCondition) and null.picture is None and len(null) == 4
@@ -197,7 +197,7 @@ def by_the_pipelines_levels(fam, teacher, prompts, noise, steps, guidance):
 
 
 @torch.no_grad()
-def test_stock_and_ours_draw_the_same_videos_and_the_picture_matters():
+def test_stock_and_ours_draw_the_same_videos_and_the_first_frame_matters():
     fam = family()
     teacher, names = Role("teacher", Backbone(fam, fam.new_backbone())), PROMPTS[:2]
     noise = some_latents(5, 2)
@@ -205,13 +205,13 @@ def test_stock_and_ours_draw_the_same_videos_and_the_picture_matters():
     fam.pipe.set_progress_bar_config(disable=True)
 
     def stock_call(prompt, x):
-        image = read_picture(prompt, SIZE)[None]
+        image = read_first_frame(prompt, SIZE)[None]
         options = {"height": 48, "width": 48, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
         return fam.pipe(image=image, prompt=text_of(prompt), latents=x[None], **options).frames[0]
 
     theirs = torch.stack([stock_call(name, x) for name, x in zip(names, noise, strict=True)])
     assert (ours - theirs).abs().max() < 2e-4
-    other = by_the_pipelines_levels(fam, teacher, [with_picture(text_of(names[0]), "train/99")], noise[:1], 4, 3.0)
+    other = by_the_pipelines_levels(fam, teacher, [with_first_frame(text_of(names[0]), "train/99")], noise[:1], 4, 3.0)
     assert (other - ours[:1]).abs().max() > 0.05
 
 
@@ -299,13 +299,13 @@ def test_a_few_step_student_is_exported_and_checked_against_the_stock_pipeline(t
     assert not (run.student / "comfyui_workflow.json").exists()
 
 
-def test_a_wide_picture_is_exported_with_as_it_is(tmp_path):
+def test_a_wide_first_frame_is_exported_with_as_it_is(tmp_path):
     """Without a sampler of its own to compare with, the export is checked at the picture's shape: it fits no other."""
     from instep.export import ExportInfo, export_student
 
     wide = VideoSize(HEIGHT, 2 * WIDTH, FRAMES)
     Image.new("RGB", (wide.width, wide.height), (90, 20, 200)).save(tmp_path / "wide.png")
-    prompt = with_picture("a seven", str(tmp_path / "wide.png"))
+    prompt = with_first_frame("a seven", str(tmp_path / "wide.png"))
     info = ExportInfo(recipe="dmd2", base_model="tiny", seed=0, command="", instep_version="0", training_prompts=1, size=wide, example_prompt=prompt)
     report = export_student(tiny_wan_i2v_pipeline(), (1.0, 0.75), tmp_path / "out", info)
     assert report.student_difference < 2e-4
@@ -336,11 +336,11 @@ def test_a_users_pairs_begin_with_the_chosen_one(tmp_path):
     for name, video in zip(("a.webp", "b.webp"), media, strict=True):
         save_animation(tmp_path / name, video)
     pair = PreferencePair("a seven", tmp_path / "a.webp", tmp_path / "b.webp")
-    named = PreferencePair(with_picture("a seven", "train/1"), tmp_path / "a.webp", tmp_path / "b.webp")
+    named = PreferencePair(with_first_frame("a seven", "train/1"), tmp_path / "a.webp", tmp_path / "b.webp")
     found = pair_samples([pair, named], family())
-    assert found.prompts == (with_picture("a seven", tmp_path / "a.webp"), "a seven [image: train/1]")
+    assert found.prompts == (with_first_frame("a seven", tmp_path / "a.webp"), "a seven [image: train/1]")
     assert pair_samples([pair], WanFamily(tiny_wan_pipeline(), SIZE)).prompts == ("a seven",)
-    check_pictures(found.prompts, SIZE)
+    check_first_frames(found.prompts, SIZE)
 
 
 # the bundled model
@@ -381,14 +381,14 @@ def test_training_moves_what_is_not_shared_and_goes_on_exactly(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictured() -> MovingDigitsI2V:
+def image_to_video() -> MovingDigitsI2V:
     return moving_digits_i2v()
 
 
-def test_what_ships_is_small_and_shares_the_rest(pictured):
+def test_what_ships_is_small_and_shares_the_rest(image_to_video):
     folder = bundled("moving-digits-i2v")
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 3e6
-    base, own = load(MOVING_DIGITS).pretrained.state_dict(), pictured.family.pretrained.state_dict()
+    base, own = load(MOVING_DIGITS).pretrained.state_dict(), image_to_video.family.pretrained.state_dict()
     stored = load_file(folder / bundle.CHANGED)
     assert {key for key in own if own[key].shape != base[key].shape or not torch.equal(own[key], base[key])} == stored.keys()
     record = json.loads((folder / "pretrain.json").read_text())
@@ -396,30 +396,30 @@ def test_what_ships_is_small_and_shares_the_rest(pictured):
 
 
 @torch.no_grad()
-def test_the_bundled_model_begins_with_its_picture_and_follows_the_prompt(pictured):
-    fam = pictured.family
-    names = [with_picture(prompt, f"reference/{1000 + i}") for i, prompt in enumerate(digits.full_prompts()[::6])]
+def test_the_bundled_model_begins_with_its_first_frame_and_follows_the_prompt(image_to_video):
+    fam = image_to_video.family
+    names = [with_first_frame(prompt, f"reference/{1000 + i}") for i, prompt in enumerate(digits.full_prompts()[::6])]
     teacher = Role("teacher", Backbone(fam, fam.new_backbone()))
     noise = torch.randn(len(names), *fam.latent_shape, generator=torch.Generator().manual_seed(0))
     x = sample_ode(teacher, fam.encode(names), fam.null(len(names)), noise, steps=8, path=fam.path, shift=fam.shift, guidance=2.0)
     media = fam.decode(x).clamp(0, 1)
-    pictures = torch.stack([read_picture(name, SIZE) for name in names])
+    pictures = torch.stack([read_first_frame(name, SIZE) for name in names])
     decoded = fam.decode(fam.encode_media(torch.stack([drawn_video(name) for name in names]))).clamp(0, 1)[:, :, 0]
     found = first_frame_figures(media, pictures, decoded)
-    assert found["first_frame_to_picture"] < 0.4 * found["first_frame_to_another_picture"], found
-    assert load_judge("heldout").correct(media, names).both.float().mean() > 0.8
+    assert found["first_frame_to_given"] < 0.4 * found["first_frame_to_another_given"], found
+    assert load_classifier("heldout").correct(media, names).both.float().mean() > 0.8
 
 
-def test_bundled_pairs_begin_alike_and_the_rejected_one_goes_wrong(pictured):
-    pairs, again = pictured.pairs(48), pictured.pairs(48)
+def test_bundled_pairs_begin_alike_and_the_rejected_one_goes_wrong(image_to_video):
+    pairs, again = image_to_video.pairs(48), image_to_video.pairs(48)
     assert torch.equal(pairs.rejected, again.rejected) and pairs.prompts == again.prompts
     # a causal VAE: the first latent is the first frame's
     assert torch.equal(pairs.chosen[:, :, 0], pairs.rejected[:, :, 0]) and not torch.equal(pairs.chosen[:, :, 1:], pairs.rejected[:, :, 1:])
-    real = pictured.real(4)
-    torch.testing.assert_close(real.latents[:, :, 0], pictured.family.encode(real.prompts).picture[:, 4:, 0], rtol=0, atol=1e-4)
-    good, bad = (pictured.family.decode(x).clamp(0, 1) for x in (pairs.chosen, pairs.rejected))
-    judge = load_judge("monitor")
-    assert judge.correct(good, pairs.prompts).both.float().mean() > 0.9 > 0.6 > judge.correct(bad, pairs.prompts).both.float().mean()
+    real = image_to_video.real(4)
+    torch.testing.assert_close(real.latents[:, :, 0], image_to_video.family.encode(real.prompts).picture[:, 4:, 0], rtol=0, atol=1e-4)
+    good, bad = (image_to_video.family.decode(x).clamp(0, 1) for x in (pairs.chosen, pairs.rejected))
+    classifier = load_classifier("monitor")
+    assert classifier.correct(good, pairs.prompts).both.float().mean() > 0.9 > 0.6 > classifier.correct(bad, pairs.prompts).both.float().mean()
 
 
 def test_motions_that_stay_on_the_canvas():
@@ -438,25 +438,25 @@ def test_commands_on_the_bundled_model(tmp_path, capsys):
     assert "stage online" in capsys.readouterr().out
 
 
-def test_eval_measures_the_bundled_model_from_first_frames(tmp_path, capsys, monkeypatch, pictured):
+def test_eval_measures_the_bundled_model_from_first_frames(tmp_path, capsys, monkeypatch, image_to_video):
     """A run's student beside the teacher and real videos, by prompts that each name a picture of the reference split; the teacher's rows are kept."""
     from instep.commands import evaluate as command
 
     open_ = [prompt for prompt in ("a seven", "a digit moving left fast") for _ in range(3)]
-    small = EvalSet(tuple(digits.full_prompts()[::15]), tuple(open_), pictured=True)
+    small = EvalSet(tuple(digits.full_prompts()[::15]), tuple(open_), image_to_video=True)
     chosen = []
-    monkeypatch.setattr(command, "evaluation_set", lambda *args, pictured: chosen.append(pictured) or small)
+    monkeypatch.setattr(command, "evaluation_set", lambda *args, image_to_video: chosen.append(image_to_video) or small)
     monkeypatch.setenv("INSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "300")
     recipe = dmd2(Common(steps=2, batch=2), iterations=1)
-    run = train(recipe, pictured.family, out=tmp_path / "run", prompts=pictured.prompts[:8], options=QUICK)
+    run = train(recipe, image_to_video.family, out=tmp_path / "run", prompts=image_to_video.prompts[:8], options=QUICK)
     assert main(["eval", str(run.out)]) == 0
     said = json.loads((run.out / "metrics.json").read_text())
     assert chosen == [True] and said["protocol"] == "quick, from a first frame" and "first frame" in capsys.readouterr().out
     by_name = {row["name"]: row["values"]["first_frame"]["value"] for row in said["rows"]}
     assert by_name["teacher, 50 steps, guided"] < 0.1 and by_name["real videos through the VAE"] < 0.05
     kept = {file.name for file in (tmp_path / "cache").iterdir()}
-    mark = fingerprint(small, pictured.family)
-    assert mark != fingerprint(replace(small, pictured=False), pictured.family) and all(mark in name for name in kept) and len(kept) == 4
+    mark = fingerprint(small, image_to_video.family)
+    assert mark != fingerprint(replace(small, image_to_video=False), image_to_video.family) and all(mark in name for name in kept) and len(kept) == 4
     assert main(["report", str(run.out), "-o", str(tmp_path / "report.html")]) == 0
     assert "first frame" in (tmp_path / "report.html").read_text()

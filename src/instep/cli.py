@@ -20,7 +20,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep export DIR --to D   the student as a stock diffusers folder
   instep recipes             what can be trained
   instep plan RECIPE         memory and time, before anything runs
-  instep judge A B           a local page on which people compare or score samples of two models, blind
+  instep human-eval A B      a local page on which people compare or score samples of two models, blind
   instep pairs export|import|fit  what people preferred as training pairs, public sets in the same form, a reward learned from them
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, moving picture
   instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, moving-digits-i2v, or digits (class-conditional images)
@@ -48,7 +48,7 @@ class TrainArgs:
     preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares.
     Settings stand before it: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
     "frames=4 compressible" (only 4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each
-    normalised before it is weighed; a command's commas between quotes. Default: the bundled model's training judge. Protocols: docs/rewards.md."""
+    normalised before it is weighed; a command's commas between quotes. Default: the bundled model's training classifier. Protocols: docs/rewards.md."""
     pairs: Path | None = None
     """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
     real ones. Default: the bundled model's own."""
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: list[str]) -> int:
     commands = {
         "train": _train, "sample": _sample, "eval": _eval, "report": _report, "export": _export, "recipes": _recipes, "plan": _plan,
-        "pretrain": _pretrain, "lab": _lab, "judge": _judge, "pairs": _pairs,
+        "pretrain": _pretrain, "lab": _lab, "human-eval": _human_eval, "pairs": _pairs,
     }  # fmt: skip
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
@@ -208,10 +208,10 @@ def _lab(args: Sequence[str]) -> int:
     return lab_command(args[:count], options)
 
 
-def _judge(args: Sequence[str]) -> int:
-    from instep.commands.judge import JudgeArgs, judge_command
+def _human_eval(args: Sequence[str]) -> int:
+    from instep.commands.judge import HumanEvalArgs, human_eval_command
 
-    return judge_command(parse(JudgeArgs, args, "judge"))
+    return human_eval_command(parse(HumanEvalArgs, args, "human-eval"))
 
 
 def _pairs(args: Sequence[str]) -> int:

@@ -12,13 +12,13 @@ from torch import Tensor
 from instep.data import digits
 from instep.data.media import slow_motion
 from instep.data.pictures import drawn_path, drawn_video
-from instep.data.prompts import with_picture
+from instep.data.prompts import with_first_frame
 from instep.models import DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, load
 from instep.models.dit import DiTFamily
 from instep.models.wan import WanFamily
 from instep.models.wan_i2v import WanImageFamily
-from instep.rewards.class_judges import ClassJudge, Scale, load_class_judge
-from instep.rewards.judges import Judge, load_judge
+from instep.rewards.class_judges import DigitClassifier, Scale, load_digit_classifier
+from instep.rewards.judges import Classifier, load_classifier
 from instep.train.source import PairSamples, RealSamples
 
 # first frames of each training prompt of the image-to-video model
@@ -26,25 +26,25 @@ PICTURES = 4
 
 
 @dataclass(frozen=True)
-class JudgeMonitor:
-    """A judge as the run's monitor: share of samples with the right digit and motion, its mean log-probability, and the motions it sees
+class ClassifierMonitor:
+    """A classifier as the run's monitor: share of samples with the right digit and motion, its mean log-probability, and the motions it sees
     where a prompt names a digit only."""
 
-    judge: Judge
+    classifier: Classifier
     open_prompts: tuple[str, ...] = tuple(digits.describe(digits.PromptSpec(digit)) for digit in range(10))
     open_copies: int = 8
 
     @torch.no_grad()
     def figures(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         return {
-            "monitor_both": float(self.judge.correct(media, prompts).both.float().mean()),
-            "monitor_score": float(self.judge.score(media, prompts).mean()),
+            "monitor_both": float(self.classifier.correct(media, prompts).both.float().mean()),
+            "monitor_score": float(self.classifier.score(media, prompts).mean()),
         }
 
     @torch.no_grad()
     def modes(self, media: Tensor) -> float:
         """Mean number of different motions among the samples of each open prompt: 5.5 of 8 samples where all nine are equally likely."""
-        seen = self.judge.logits(media)[1].argmax(1).reshape(-1, self.open_copies)
+        seen = self.classifier.logits(media)[1].argmax(1).reshape(-1, self.open_copies)
         return sum(len(row.unique()) for row in seen) / len(seen)
 
 
@@ -60,8 +60,8 @@ class MovingDigits:
 
     family: WanFamily
     prompts: tuple[str, ...]
-    reward: Judge
-    monitor: JudgeMonitor
+    reward: Classifier
+    monitor: ClassifierMonitor
 
     def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos of the training split through the VAE, each with one of the training prompts: what DM-Align (Pair) prefers."""
@@ -105,10 +105,10 @@ def _wrong(spec: digits.PromptSpec, motion: int, rng: torch.Generator) -> digits
 
 
 def moving_digits() -> MovingDigits:
-    """Loads the bundled pipeline and judges; half a second."""
+    """Loads the bundled pipeline and classifiers; half a second."""
     family = load(MOVING_DIGITS)
     assert isinstance(family, WanFamily)
-    return MovingDigits(family, tuple(digits.training_prompts()), load_judge("training"), JudgeMonitor(load_judge("monitor")))
+    return MovingDigits(family, tuple(digits.training_prompts()), load_classifier("training"), ClassifierMonitor(load_classifier("monitor")))
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ class MovingDigitsI2V:
 
     family: WanImageFamily
     prompts: tuple[str, ...]
-    reward: Judge
-    monitor: JudgeMonitor
+    reward: Classifier
+    monitor: ClassifierMonitor
 
     def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos of the training split through the VAE, each with a training prompt and its own first frame."""
-        names = self._pictured(n, seed, digits.training_prompts())
+        names = self._with_first_frames(n, seed, digits.training_prompts())
         return RealSamples(names, encoded(self.family, torch.stack([drawn_video(name) for name in names])))
 
     def pairs(self, n: int = 512, seed: int = 78) -> PairSamples:
@@ -133,14 +133,14 @@ class MovingDigitsI2V:
         """
         rng = torch.Generator().manual_seed(seed)
         said = [p for p in digits.training_prompts() if (spec := digits.parse(p)).digit is not None or spec.direction is not None]
-        names = self._pictured(n, seed, said)
+        names = self._with_first_frames(n, seed, said)
         made = [_begun_alike(name, rng) for name in names]
         return PairSamples(names, *(encoded(self.family, torch.stack(media)) for media in zip(*made, strict=True)))
 
-    def _pictured(self, n: int, seed: int, prompts: Sequence[str]) -> tuple[str, ...]:
+    def _with_first_frames(self, n: int, seed: int, prompts: Sequence[str]) -> tuple[str, ...]:
         rng = torch.Generator().manual_seed(seed)
         chosen = torch.randint(len(prompts), (n,), generator=rng).tolist()
-        return tuple(with_picture(prompts[i], f"train/{1000 * seed + j}") for j, i in enumerate(chosen))
+        return tuple(with_first_frame(prompts[i], f"train/{1000 * seed + j}") for j, i in enumerate(chosen))
 
 
 def _begun_alike(prompt: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -165,14 +165,14 @@ def _begun_alike(prompt: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def moving_digits_i2v() -> MovingDigitsI2V:
-    """Loads the bundled image-to-video pipeline and judges; half a second. Each training prompt has `PICTURES` first frames."""
+    """Loads the bundled image-to-video pipeline and classifiers; half a second. Each training prompt has `PICTURES` first frames."""
     family = load(MOVING_DIGITS_I2V)
     assert isinstance(family, WanImageFamily)
     names = digits.training_prompts()
-    prompts = tuple(with_picture(name, f"train/{len(names) * k + i}") for k in range(PICTURES) for i, name in enumerate(names))
-    monitor = load_judge("monitor")
-    open_prompts = tuple(with_picture(name, f"monitor/{i}") for i, name in enumerate(JudgeMonitor(monitor).open_prompts))
-    return MovingDigitsI2V(family, prompts, load_judge("training"), JudgeMonitor(monitor, open_prompts))
+    prompts = tuple(with_first_frame(name, f"train/{len(names) * k + i}") for k in range(PICTURES) for i, name in enumerate(names))
+    monitor = load_classifier("monitor")
+    open_prompts = tuple(with_first_frame(name, f"monitor/{i}") for i, name in enumerate(ClassifierMonitor(monitor).open_prompts))
+    return MovingDigitsI2V(family, prompts, load_classifier("training"), ClassifierMonitor(monitor, open_prompts))
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ class ClassDigits:
 
     family: DiTFamily
     prompts: tuple[str, ...]
-    reward: ClassJudge
-    monitor: ClassJudge
+    reward: DigitClassifier
+    monitor: DigitClassifier
 
     def real(self) -> RealSamples:
         """The 800 scans of the training split, each with its class."""
@@ -199,8 +199,8 @@ class ClassDigits:
 
 
 def class_digits(scale: Scale = "log") -> ClassDigits:
-    """Loads the bundled class-conditional model and judges; `scale` of the reward: log p of the class, or p."""
+    """Loads the bundled class-conditional model and classifiers; `scale` of the reward: log p of the class, or p."""
     family = load(DIGITS)
     assert isinstance(family, DiTFamily)
-    reward, monitor = load_class_judge("training", scale=scale), load_class_judge("monitor")
+    reward, monitor = load_digit_classifier("training", scale=scale), load_digit_classifier("monitor")
     return ClassDigits(family, tuple(str(i) for i in range(10)), reward, monitor)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what only writes text (the judging page, pairs) starts without torch
+if TYPE_CHECKING:  # what only writes text (the human-evaluation page, pairs) starts without torch
     from torch import Tensor
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

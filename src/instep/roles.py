@@ -75,7 +75,7 @@ class Running:
 class Head(nn.Module):
     """How real a noised sample looks, from the tokens [B, N, width] of its role's features: a logit [B], in float32.
 
-    DMD2 (Sec. 4.3) reads the fake score's features in the same way. The tokens are judged before they are averaged: a flaw in a few of
+    DMD2 (Sec. 4.3) reads the fake score's features in the same way. The tokens are scored before they are averaged: a flaw in a few of
     them would be lost in the mean token. The last layer starts at zero, so the first logits are 0.
     """
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from instep.commands import default_threads
 from instep.commands.export import newest_step, read_run, sampling_of, student_of
-from instep.evaluate.compare import EvalSet, Generate, Row, evaluate, evaluation_set, floor_row
+from instep.evaluate.compare import EvalSet, Generate, Row, evaluate, evaluation_set, real_vs_real_row
 from instep.files import write_json
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, bundled, load
 from instep.models.base import Family
 from instep.prediction import Denoiser
-from instep.rewards.judges import Judge, load_judge
+from instep.rewards.judges import Classifier, load_classifier
 from instep.roles import Backbone, Role
 from instep.rollout import Sampling, sample_ode
 from instep.train import checkpoint, stop
@@ -30,7 +30,7 @@ from instep.train.health import flags
 
 Protocol = Literal["quick", "full"]
 MEASURED = (MOVING_DIGITS, MOVING_DIGITS_I2V)
-JUDGES: dict[str, Literal["training", "monitor", "heldout"]] = {"train": "training", "monitor": "monitor", "heldout": "heldout"}
+CLASSIFIERS: dict[str, Literal["training", "monitor", "heldout"]] = {"train": "training", "monitor": "monitor", "heldout": "heldout"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def eval_command(args: EvalArgs) -> int:
     for folder in args.dirs:
         print_rows(measure_run(folder, args.protocol, args.seed))
     if args.teacher_steps or not args.dirs:
-        family, judges, chosen = load(args.teacher), judges_of(), evaluation_set(args.protocol, args.seed, pictured=args.teacher == MOVING_DIGITS_I2V)
+        family, classifiers, chosen = load(args.teacher), load_classifiers(), evaluation_set(args.protocol, args.seed, image_to_video=args.teacher == MOVING_DIGITS_I2V)
         steps = args.teacher_steps or (50, 4, 2, 1)
-        rows = [baseline(family, judges, chosen, n, w) for n in steps for w in (3.0, 1.0)]
-        print_rows([floor_row(chosen, judges), *rows])
+        rows = [baseline(family, classifiers, chosen, n, w) for n in steps for w in (3.0, 1.0)]
+        print_rows([real_vs_real_row(chosen, classifiers), *rows])
     return 0
 
 
@@ -81,8 +81,8 @@ def report_command(args: ReportArgs) -> int:
     return 0
 
 
-def judges_of() -> dict[str, Judge]:
-    return {short: load_judge(name) for short, name in JUDGES.items()}
+def load_classifiers() -> dict[str, Classifier]:
+    return {short: load_classifier(name) for short, name in CLASSIFIERS.items()}
 
 
 def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> list[Row]:
@@ -94,33 +94,33 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     record = read_run(folder)
     model, known = model_of(record, folder)
     # a student with an adapter puts it into its family's network: the teacher's rows are those of a network of their own
-    family, plain, judges, chosen = load(model), load(model), judges_of(), evaluation_set(protocol, seed, pictured=known == MOVING_DIGITS_I2V)
+    family, plain, classifiers, chosen = load(model), load(model), load_classifiers(), evaluation_set(protocol, seed, image_to_video=known == MOVING_DIGITS_I2V)
     sampling, guidance = sampling_of(record, newest_step(folder)), float(record["config"]["guidance"])
     levels = sampling.levels
     student = student_of(folder, record, family)
     name = f"student ({record['recipe']})"
-    row = evaluate(name, "student", drawn(student, family, sampling), chosen, judges, steps=len(levels), guidance=sampling.guidance)
+    row = evaluate(name, "student", drawn(student, family, sampling), chosen, classifiers, steps=len(levels), guidance=sampling.guidance)
     q, before = len(levels), []
     for stage, step in stage_ends(record)[:-1]:
         if checkpoint.at(folder / "checkpoints", step) is not None:
             then = sampling_of(record, step)
             earlier = drawn(student_of(folder, record, other := load(model), step=step), other, then)
-            before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, judges, steps=q, guidance=then.guidance))
+            before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, classifiers, steps=q, guidance=then.guidance))
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
-    decoded = floor_row(chosen, judges, through=lambda media: family.decode(family.encode_media(media)))
-    rows = [row, *before, decoded, *(baseline(plain, judges, chosen, n, w) for n, w in dict.fromkeys(pairs))]
-    bottom, health = floor_row(chosen, judges), flags(folder)
+    decoded = real_vs_real_row(chosen, classifiers, through=lambda media: family.decode(family.encode_media(media)))
+    rows = [row, *before, decoded, *(baseline(plain, classifiers, chosen, n, w) for n, w in dict.fromkeys(pairs))]
+    bottom, health = real_vs_real_row(chosen, classifiers), flags(folder)
     write_json(
         folder / "metrics.json",
         {
-            "protocol": f"{protocol}{', from a first frame' * chosen.pictured}",
+            "protocol": f"{protocol}{', from a first frame' * chosen.image_to_video}",
             "rows": [r.json() for r in rows],
             "floor": bottom.json(),
             "flags": [raised.flag for raised in health if raised.cleared is None],
             "health": [{"flag": r.flag, "level": r.level, "step": r.step, "cleared": r.cleared} for r in health],
             "hacking": any(raised.flag == "hacking" for raised in health),
             "stopped": asdict(stopped) if (stopped := stop.read(folder)) else None,
-            "judges": {short: judge.accuracy for short, judge in judges.items()},
+            "classifiers": {short: classifier.accuracy for short, classifier in classifiers.items()},
         },
     )
     return [bottom, *rows]
@@ -133,7 +133,7 @@ def model_of(record: dict[str, Any], folder: Path) -> tuple[str, str]:
     file = Path(record["model_path"]) / "instep_export.json"
     known = json.loads(file.read_text(encoding="utf-8"))["info"]["base_model"] if file.is_file() else None
     if known not in MEASURED:
-        raise ValueError(f"dir: {folder} was trained on {record['model']!r}; these judges know {' and '.join(MEASURED)} alone, and exports of runs on them")
+        raise ValueError(f"dir: {folder} was trained on {record['model']!r}; these classifiers know {' and '.join(MEASURED)} alone, and exports of runs on them")
     return record["model_path"], known
 
 
@@ -163,7 +163,7 @@ def noise_for(family: Family, prompts: Sequence[str], seed: int) -> tuple[Tensor
     return torch.randn(len(prompts), *family.latent_shape, generator=rng), rng
 
 
-def baseline(family: Family, judges: dict[str, Judge], chosen: EvalSet, steps: int, guidance: float) -> Row:
+def baseline(family: Family, classifiers: dict[str, Classifier], chosen: EvalSet, steps: int, guidance: float) -> Row:
     """The teacher at any number of steps, guided or not; kept in the user's cache, because it never changes."""
     file = cache_folder() / f"{fingerprint(chosen, family)}-teacher-{steps}-{guidance:g}.json"
     if file.is_file():
@@ -179,7 +179,7 @@ def baseline(family: Family, judges: dict[str, Judge], chosen: EvalSet, steps: i
 
     kind: Literal["teacher", "naive"] = "teacher" if steps >= 20 else "naive"
     name = f"teacher, {steps} step{'s' * (steps > 1)}{', guided' if guidance != 1 else ''}"
-    row = evaluate(name, kind, generate, chosen, judges, steps=steps, guidance=guidance)
+    row = evaluate(name, kind, generate, chosen, classifiers, steps=steps, guidance=guidance)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time the next time, not the figures
         write_json(file, row.json())
     return row
@@ -192,12 +192,12 @@ def cache_folder() -> Path:
 
 
 def fingerprint(chosen: EvalSet, family: Family) -> str:
-    """Of the model's weights, the judges, the measuring code and the protocol: what a cached row depends on."""
-    digest = hashlib.sha256(f"{chosen.name}{chosen.seed}{'pictured' * chosen.pictured}".encode())
+    """Of the model's weights, the classifiers, the measuring code and the protocol: what a cached row depends on."""
+    digest = hashlib.sha256(f"{chosen.name}{chosen.seed}{'image_to_video' * chosen.image_to_video}".encode())
     for part in (family.pipe.transformer, family.pipe.vae, family.pipe.text_encoder):
         for name, p in part.state_dict().items():
             digest.update(name.encode() + p.detach().cpu().numpy().tobytes())
-    for path in sorted((bundled(MOVING_DIGITS) / "judges").rglob("*.safetensors")):
+    for path in sorted((bundled(MOVING_DIGITS) / "classifiers").rglob("*.safetensors")):
         digest.update(path.read_bytes())
     from instep.evaluate import compare, metrics
 

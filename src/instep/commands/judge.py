@@ -1,4 +1,4 @@
-"""`instep judge`: the page on which people compare or score samples, and what they said."""
+"""`instep human-eval`: the page on which people compare or score samples, and what they said."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from instep.judge.samples import Match
 
 
 @dataclass(frozen=True)
-class JudgeArgs:
-    """A local page on which people judge samples of A and B without knowing which is which. The same command goes on where it stopped.
+class HumanEvalArgs:
+    """A local page on which people compare or score samples of A and B without knowing which is which. The same command goes on where it stopped.
 
-    Two runs: instep judge runs/first runs/second
+    Two runs: instep human-eval runs/first runs/second
 
-    A run's student and its teacher: instep judge runs/first runs/first:teacher_50
+    A run's student and its teacher: instep human-eval runs/first runs/first:teacher_50
 
-    Any files, in two folders with a samples.json each: instep judge ours theirs
+    Any files, in two folders with a samples.json each: instep human-eval ours theirs
 
-    What people said: instep judge --report judge.sqlite
+    What people said: instep human-eval --report human_eval.sqlite
     """
 
     samples: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """A and B: runs, RUN:MODEL, or folders with webp, gif, png, mp4 or webm files and a samples.json, a list of {"file", "prompt", "seed"} (or
     samples.jsonl, a row a line). They are matched by prompt and seed (see --match). None: the store that --out names."""
-    out: Path = Path("judge.sqlite")
+    out: Path = Path("human_eval.sqlite")
     """The store of the answers, an SQLite file. It belongs to these samples; others need another."""
     mode: Mode | None = None
     """pairs: two side by side, answers left, right or equal (the default); score: one at a time, 0 to 2, and whether it is distorted."""
@@ -46,7 +46,7 @@ class JudgeArgs:
     """Print what people said in this store, and serve nothing."""
 
 
-def judge_command(args: JudgeArgs) -> int:
+def human_eval_command(args: HumanEvalArgs) -> int:
     from instep.judge.store import Store
 
     if args.report is not None:
@@ -56,26 +56,26 @@ def judge_command(args: JudgeArgs) -> int:
         print_results(results(store, args.seed))
         return 0
     if len(args.samples) not in (0, 2):
-        raise ValueError(f"samples: {len(args.samples)} folder{'s' * (len(args.samples) > 1)} given; name two, A and B (see instep judge --help)")
+        raise ValueError(f"samples: {len(args.samples)} folder{'s' * (len(args.samples) > 1)} given; name two, A and B (see instep human-eval --help)")
     try:
         from instep.judge.guard import tokens_of
         from instep.judge.server import HOST, listen, serve
     except ImportError as error:
-        raise ValueError(f'judge: the page needs {error.name}, which is not installed; run: pip install "instep[judge]"') from error
+        raise ValueError(f'human-eval: the page needs {error.name}, which is not installed; run: pip install "instep[human-eval]"') from error
     bound = listen(args.port)
     store = open_store(args)
     tokens, address = tokens_of(store.path), f"http://{HOST}:{bound.getsockname()[1]}"
     kind = "pairs" if store.mode == "pairs" else "samples"
-    print(f"{len(store.items())} {kind} to judge, answers go to {args.out}", flush=True)
-    print(f"for those who judge:   {address}/?token={tokens.judge}", flush=True)
-    print(f"for you, the results:  {address}/results?token={tokens.results}   (they name the runs: not for those who judge)", flush=True)
+    print(f"{len(store.items())} {kind} to answer for, answers go to {args.out}", flush=True)
+    print(f"for the annotators:    {address}/?token={tokens.annotator}", flush=True)
+    print(f"for you, the results:  {address}/results?token={tokens.results}   (they name the runs: not for the annotators)", flush=True)
     print("Ctrl-C stops; the same command goes on.", flush=True)
     serve(store, tokens, bound)
     store.close()
     return 0
 
 
-def open_store(args: JudgeArgs):
+def open_store(args: HumanEvalArgs):
     """The store of `out`, new if there is none; ValueError if it is for other samples, another mode or other questions than are asked for."""
     from instep.judge.create import create
     from instep.judge.database import is_new
@@ -84,7 +84,7 @@ def open_store(args: JudgeArgs):
 
     new = is_new(args.out)
     if not args.samples and new:
-        raise ValueError(f"samples: none were given and {args.out} does not exist; write `instep judge A B`, A and B being folders of samples")
+        raise ValueError(f"samples: none were given and {args.out} does not exist; write `instep human-eval A B`, A and B being folders of samples")
     matched = match(args.samples[0], args.samples[1], args.match) if args.samples else None
     if matched is not None and any(matched.alone):
         shared = "prompt" if args.match == "prompt" else "prompt and seed"
@@ -128,9 +128,9 @@ def print_results(found) -> None:
         table.add_row("distortion rate", interval_text(d.a, "percent"), interval_text(d.b, "percent"), kappa_text(d.kappa))
         console.print(table)
     if not (found.preferences or found.scores or found.distortion):
-        console.print("nobody has judged anything yet")
+        console.print("nobody has answered anything yet")
     elif found.prompts < FEW:
         console.print(f"{found.prompts} prompts are few: below about {FEW} the bootstrap's intervals are too narrow", highlight=False)
     who = ", ".join(f"{name} {done} of {total}" for name, done, total in found.progress) or "none"
-    console.print(f"annotators (items judged): {who}", highlight=False, markup=False)
+    console.print(f"annotators (items answered): {who}", highlight=False, markup=False)
     console.print("95% intervals; rates: Wilson, win rate and scores: bootstrap over prompts; items by majority", highlight=False)

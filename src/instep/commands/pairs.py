@@ -13,7 +13,7 @@ import tyro
 
 USAGE = """instep pairs: preference pairs, one row a pair, as JSONL or Parquet
 
-  instep pairs export STORE OUT   what people preferred on the page of `instep judge`
+  instep pairs export STORE OUT   what people preferred on the page of `instep human-eval`
   instep pairs import IN OUT      a preference set with columns of other names
   instep pairs fit PAIRS OUT      a reward that orders samples as people did, for --reward preferences:OUT
 
@@ -24,9 +24,9 @@ Help on one: instep pairs export --help
 
 @dataclass(frozen=True)
 class ExportPairsArgs:
-    """What people preferred, from the store of `instep judge` to rows (prompt, chosen, rejected, votes).
+    """What people preferred, from the store of `instep human-eval` to rows (prompt, chosen, rejected, votes).
 
-    instep pairs export judge.sqlite pairs.jsonl --questions overall
+    instep pairs export human_eval.sqlite pairs.jsonl --questions overall
     """
 
     store: Annotated[Path, tyro.conf.Positional]
@@ -93,7 +93,7 @@ class FitPairsArgs:
     out: Annotated[Path, tyro.conf.Positional]
     """The reward's folder; nothing is overwritten."""
     features: str = "moving-digits"
-    """What it looks at: moving-digits or digits (their training judge; moving-digits:monitor), or the folder of a CLIP or SigLIP of transformers."""
+    """What it looks at: moving-digits or digits (their training classifier; moving-digits:monitor), or the folder of a CLIP or SigLIP of transformers."""
     frames: int = 8
     """Evenly spaced frames of each video that a CLIP or SigLIP sees."""
     questions: tuple[str, ...] = ()

@@ -13,11 +13,11 @@ import tyro
 from torch import Tensor
 
 from instep.commands import default_threads
-from instep.data.prompts import with_picture
+from instep.data.prompts import with_first_frame
 from instep.evaluate.video import save_animation, tile
 from instep.files import at_once, write_json
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, VideoSize, bundled
-from instep.models.stock import draw, stock, takes_picture
+from instep.models.stock import draw, stock, takes_first_frame
 from instep.quiet import quiet
 
 PROMPTS = ("a seven moving left fast", "a digit standing still", "an eight")
@@ -40,7 +40,7 @@ class SampleArgs:
     copies: int = 4
     """Samples a prompt."""
     each: Path | None = None
-    """A new folder that gets every sample as a file of its own and a samples.json, for `instep judge`: the same prompts, copies and seed through two
+    """A new folder that gets every sample as a file of its own and a samples.json, for `instep human-eval`: the same prompts, copies and seed through two
     models make samples that belong together."""
     out: Path = Path("samples.webp")
     """Animated picture: a row a prompt, a column a sample."""
@@ -79,8 +79,8 @@ def sample_command(args: SampleArgs) -> int:
     size = VideoSize(*args.size) if args.size else size_of(args.dir, record, pipe)
     torch.manual_seed(args.seed)
     prompts = args.prompts
-    if takes_picture(pipe) and prompts == PROMPTS:
-        prompts = tuple(with_picture(prompt, f"reference/{i}") for i, prompt in enumerate(PROMPTS))
+    if takes_first_frame(pipe) and prompts == PROMPTS:
+        prompts = tuple(with_first_frame(prompt, f"reference/{i}") for i, prompt in enumerate(PROMPTS))
     names = [prompt for prompt in prompts for _ in range(args.copies)]
     videos = draw(pipe, names, size, steps=steps, guidance=guidance, output="pt")
     shown = (videos.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8)
@@ -95,7 +95,7 @@ def sample_command(args: SampleArgs) -> int:
 
 
 def save_each(folder: Path, videos: Tensor, prompts: Sequence[str], copies: int, seed: int) -> None:
-    """Videos uint8 [N, F, H, W, 3] as files, and the manifest that `instep judge` reads. Copies of a prompt count their seeds on from `seed`."""
+    """Videos uint8 [N, F, H, W, 3] as files, and the manifest that `instep human-eval` reads. Copies of a prompt count their seeds on from `seed`."""
     rows = [{"file": f"{i:04d}.webp", "prompt": prompt, "seed": seed + i % copies} for i, prompt in enumerate(prompts)]
     with at_once(folder, "samples") as temporary:
         for row, video in zip(rows, videos, strict=True):

@@ -2,7 +2,7 @@
 
 A video is grey (3 equal channels), 9 frames of 48 x 48; the digit is 24 px tall and travels 16 px (fast) or 8 px (slowly).
 Scans are divided once, by sample and stratified by class, into four disjoint splits (`digits_split.json`): *train* (VAE, teacher, training
-judge), *monitor* and *heldout* (the two other judges) and *reference* (real videos that generated ones are compared with).
+classifier), *monitor* and *heldout* (the two other classifiers) and *reference* (real videos that generated ones are compared with).
 """
 
 from __future__ import annotations

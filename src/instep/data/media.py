@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instep.data.prompts import picture_of, with_picture
+from instep.data.prompts import first_frame_of, with_first_frame
 from instep.models import VideoSize
 from instep.models.base import Encodes
 from instep.train.source import PairSamples
@@ -142,8 +142,8 @@ def pair_samples(pairs: Sequence[LabelledPair], family: Encodes) -> PairSamples:
     chosen, rejected = (torch.stack([latent(path) for path in paths]) for paths in ([p.chosen for p in told], [p.rejected for p in told]))
     if family.size.frames > 1 and not moves:
         raise ValueError(f"pairs: no sample of {len(told)} pairs moves, and the model makes videos of {family.size.frames} frames; give videos, not pictures")
-    pictured = hasattr(family, "check_prompts")
-    names = (with_picture(pair.prompt, pair.chosen) if pictured and not picture_of(pair.prompt) else pair.prompt for pair in told)
+    image_to_video = hasattr(family, "check_prompts")
+    names = (with_first_frame(pair.prompt, pair.chosen) if image_to_video and not first_frame_of(pair.prompt) else pair.prompt for pair in told)
     return PairSamples(tuple(names), chosen, rejected)
 
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instep.data import digits
-from instep.data.prompts import DRAWN, picture_of, text_of, with_picture
+from instep.data.prompts import DRAWN, first_frame_of, text_of, with_first_frame
 from instep.models import VideoSize
 
 
-def read_picture(prompt: str, size: VideoSize) -> Tensor:
+def read_first_frame(prompt: str, size: VideoSize) -> Tensor:
     """A prompt's picture [3, H, W] in [0, 1] at `size`: a picture file, or the first frame of an animation or video.
 
     `train/17` (monitor, heldout, reference) is drawn: the first frame of the moving-digits video that `drawn_video` draws of the prompt's text from
@@ -23,10 +23,10 @@ def read_picture(prompt: str, size: VideoSize) -> Tensor:
     """
     from instep.data.media import fitted, read_media
 
-    name = picture_of(prompt)
+    name = first_frame_of(prompt)
     if name is None:
         raise ValueError(
-            f"prompt: {prompt!r} names no picture, and this model begins its videos with one; write {with_picture(prompt, 'FILE')!r}, or in a prompt file of "
+            f"prompt: {prompt!r} names no picture, and this model begins its videos with one; write {with_first_frame(prompt, 'FILE')!r}, or in a prompt file of "
             'JSON lines {"prompt": ..., "image": FILE}'
         )
     if DRAWN.fullmatch(name):
@@ -50,9 +50,9 @@ def drawn_path(prompt: str) -> tuple[Tensor, Tensor, Tensor]:
 
     An empty text leaves everything open.
     """
-    found = DRAWN.fullmatch(picture_of(prompt) or "")
+    found = DRAWN.fullmatch(first_frame_of(prompt) or "")
     if not found:
-        raise ValueError(f"image: {prompt!r} names no drawn picture; write for example {with_picture(text_of(prompt), 'train/17')!r}")
+        raise ValueError(f"image: {prompt!r} names no drawn picture; write for example {with_first_frame(text_of(prompt), 'train/17')!r}")
     split: digits.Split = found[1]  # type: ignore[assignment]
     rng = torch.Generator().manual_seed(int(found[2]))
     scans, _, motions = digits.draw(split, [digits.parse(text_of(prompt) or "a digit")], rng)
@@ -61,24 +61,24 @@ def drawn_path(prompt: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def source_of(prompt: str) -> str:
     """What a picture depends on: the name of its file, or where it is drawn the whole prompt."""
-    name = picture_of(prompt)
+    name = first_frame_of(prompt)
     return prompt if name is None or DRAWN.fullmatch(name) else name
 
 
-def check_pictures(prompts: Sequence[str], size: VideoSize) -> None:
+def check_first_frames(prompts: Sequence[str], size: VideoSize) -> None:
     """ValueError for the first prompt that names no picture, or one that cannot be read; every file is read once."""
     seen: dict[str, str] = {}
     for prompt in prompts:
         seen.setdefault(source_of(prompt), prompt)
     for prompt in seen.values():
-        name = picture_of(prompt)
+        name = first_frame_of(prompt)
         if name and DRAWN.fullmatch(name):
             digits.parse(text_of(prompt) or "a digit")  # drawing it takes longer and says no more
         else:
-            read_picture(prompt, size)
+            read_first_frame(prompt, size)
 
 
 def digest(prompts: Sequence[str]) -> str | None:
     """Of what the files show that prompts name, in their order; None where none names a file."""
-    files = [name for name in dict.fromkeys(map(picture_of, prompts)) if name is not None and not DRAWN.fullmatch(name)]
+    files = [name for name in dict.fromkeys(map(first_frame_of, prompts)) if name is not None and not DRAWN.fullmatch(name)]
     return hashlib.sha256(b"".join(hashlib.sha256(Path(name).read_bytes()).digest() for name in files)).hexdigest()[:16] if files else None

@@ -17,18 +17,18 @@ DRAWN = re.compile(r"(train|monitor|heldout|reference)/(\d+)")
 _NAMED = re.compile(r"(.*?)\s*\[image: ([^\[\]]+)\]\s*", re.DOTALL)
 
 
-def with_picture(text: str, picture: str | Path) -> str:
-    """The prompt that says `text` and begins with `picture`: the name of a file, or what `data.pictures.read_picture` draws.
+def with_first_frame(text: str, picture: str | Path) -> str:
+    """The prompt that says `text` and begins with `picture`: the name of a file, or what `data.pictures.read_first_frame` draws.
 
     ValueError for a name with square brackets, or a text that names one already.
     """
     prompt = f"{text} [image: {picture}]"
-    if picture_of(text) is not None or text_of(prompt) != text.rstrip():
+    if first_frame_of(text) is not None or text_of(prompt) != text.rstrip():
         raise ValueError(f"image: {str(picture)!r} for prompt {text!r} is not allowed; one name without square brackets a prompt")
     return prompt
 
 
-def picture_of(prompt: str) -> str | None:
+def first_frame_of(prompt: str) -> str | None:
     """The name of a prompt's picture; None of a prompt of text alone."""
     found = _NAMED.fullmatch(prompt)
     return found[2].strip() if found else None
@@ -46,8 +46,8 @@ def texts_of(prompts: Sequence[str]) -> list[str]:
 
 def other_text(prompt: str, text: str) -> str:
     """`text` with the picture of `prompt`, if it has one."""
-    picture = picture_of(prompt)
-    return text if picture is None else with_picture(text, picture)
+    picture = first_frame_of(prompt)
+    return text if picture is None else with_first_frame(text, picture)
 
 
 def load_prompts(path: Path | str) -> list[str]:
@@ -82,4 +82,4 @@ def _from_json(path: Path, i: int, line: str) -> str:
     if not isinstance(image, str) or not image.strip():
         raise ValueError(f"prompts: {path}, line {i} has the image {image!r}; it is the name of a file, from where the prompt file lies")
     # drawn pictures are no files
-    return with_picture(prompt.strip(), image.strip() if DRAWN.fullmatch(image.strip()) else (path.parent / image.strip()).resolve())
+    return with_first_frame(prompt.strip(), image.strip() if DRAWN.fullmatch(image.strip()) else (path.parent / image.strip()).resolve())

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from instep.data import digits
 from instep.data.pictures import drawn_video
-from instep.data.prompts import with_picture
+from instep.data.prompts import with_first_frame
 from instep.evaluate import metrics as m
 from instep.evaluate.metrics import Value
-from instep.rewards.judges import Judge
+from instep.rewards.judges import Classifier
 
 Generate = Callable[[Sequence[str], int], Tensor]  # prompts and a seed -> unclamped media [B, 3, F, H, W]
 Kind = Literal["student", "control", "teacher", "naive", "real"]
@@ -60,14 +60,14 @@ class Row:
 class EvalSet:
     """Prompts of an evaluation: fully specified ones, then open ones with many samples each, so that modes can be counted.
 
-    `pictured` ones are for image-to-video: each sample begins with a first frame of its own, that of a real video of its prompt.
+    `image_to_video` ones are for image-to-video: each sample begins with a first frame of its own, that of a real video of its prompt.
     """
 
     full: tuple[str, ...]
     open: tuple[str, ...]
     seed: int = 0
     name: str = "quick"
-    pictured: bool = False
+    image_to_video: bool = False
     reference: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -77,9 +77,9 @@ class EvalSet:
     @property
     def asked(self) -> tuple[str, ...]:
         """What a model is asked for: the prompts, with their pictures."""
-        if not self.pictured:
+        if not self.image_to_video:
             return self.prompts
-        return tuple(with_picture(prompt, f"reference/{PICTURES + i}") for i, prompt in enumerate(self.prompts))
+        return tuple(with_first_frame(prompt, f"reference/{PICTURES + i}") for i, prompt in enumerate(self.prompts))
 
     @property
     def order(self) -> Tensor:
@@ -94,12 +94,12 @@ class EvalSet:
         return torch.tensor([rank[prompt] for prompt in self.prompts])
 
 
-def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0, pictured: bool = False) -> EvalSet:
+def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0, image_to_video: bool = False) -> EvalSet:
     """`quick`: each of the 90 full prompts once and 19 open ones (10 name a digit only, 9 a motion only) 8 times; `full`: 3 times and 18 times."""
     each, many = {"quick": (1, 8), "full": (3, 18)}[name]
     digit_only = [digits.describe(digits.PromptSpec(digit=d)) for d in range(10)]
     motion_only = [digits.describe(digits.motion_spec(None, k)) for k in range(len(digits.MOTIONS))]
-    return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name, pictured)
+    return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name, image_to_video)
 
 
 @dataclass(frozen=True)
@@ -124,18 +124,18 @@ def generate_all(generate: Generate, prompts: Sequence[str], seed: int, label: s
 
 
 @torch.no_grad()
-def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, judges: Mapping[str, Judge]) -> dict[str, Value]:
-    """All figures of unclamped media [N, 3, F, H, W] for the set's prompts, in their order; `judges` by short name, "heldout" among them."""
+def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, classifiers: Mapping[str, Classifier]) -> dict[str, Value]:
+    """All figures of unclamped media [N, 3, F, H, W] for the set's prompts, in their order; `classifiers` by short name, "heldout" among them."""
     if len(raw) != len(eval_set.prompts):
         raise ValueError(f"raw: {len(raw)} videos for {len(eval_set.prompts)} prompts; generate returns one video a prompt")
     media, prompts, full, order = raw.clamp(0, 1), list(eval_set.prompts), len(eval_set.full), eval_set.order
     values: dict[str, Value] = {}
-    for name, judge in judges.items():
-        right = judge.correct(media, prompts)
+    for name, classifier in classifiers.items():
+        right = classifier.correct(media, prompts)
         values |= {f"{name}_{part}": m.of_share(ok[:full]) for part, ok in (("digit", right.digit), ("motion", right.motion), ("both", right.both))}
         values[f"{name}_both_open"] = m.of_share(right.both[full:])
-        values[f"{name}_score"] = m.of_mean(judge.score(media, prompts)[:full], order[:full])
-    heldout = judges["heldout"]
+        values[f"{name}_score"] = m.of_mean(classifier.score(media, prompts)[:full], order[:full])
+    heldout = classifiers["heldout"]
     features, drawn = heldout.features(media), reference_features(eval_set, heldout)
     reference, one_each = drawn.flatten(0, 1), drawn[:, 0]
     fake, real = features[full:], drawn[full:].flatten(0, 1)
@@ -147,18 +147,18 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, judges: Mapping[str, Jud
     }
     values |= open_figures(media[full:], fake, eval_set.open, heldout)
     pictures = {"ink": m.ink(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media), "dynamic": m.dynamic(media)}
-    if eval_set.pictured:
+    if eval_set.image_to_video:
         pictures["first_frame"] = (media[:, :, 0] - given_videos(eval_set)[:, :, 0]).square().mean((1, 2, 3)).sqrt()
     values |= {key: m.of_mean(x, order) for key, x in pictures.items()}
     return values | {"seconds": Value(cost.cpu, 0.0), "seconds_wall": Value(cost.wall, 0.0)}
 
 
-def open_figures(media: Tensor, features: Tensor, prompts: Sequence[str], judge: Judge) -> dict[str, Value]:
+def open_figures(media: Tensor, features: Tensor, prompts: Sequence[str], classifier: Classifier) -> dict[str, Value]:
     """Diversity on open prompts: motions seen for a digit-only prompt, digits seen for a motion-only one, Vendi score of centred features."""
     order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     group = torch.tensor([order[prompt] for prompt in prompts])
     names_digit = torch.tensor([digits.parse(prompt).digit is not None for prompt in prompts])
-    digit, motion = (logits.argmax(1) for logits in judge.logits(media))
+    digit, motion = (logits.argmax(1) for logits in classifier.logits(media))
     return {
         "modes_motion": m.modes_covered(motion[names_digit], group[names_digit]),
         "modes_digit": m.modes_covered(digit[~names_digit], group[~names_digit]),
@@ -166,12 +166,12 @@ def open_figures(media: Tensor, features: Tensor, prompts: Sequence[str], judge:
     }
 
 
-def reference_features(eval_set: EvalSet, judge: Judge) -> Tensor:
+def reference_features(eval_set: EvalSet, classifier: Classifier) -> Tensor:
     """Features of real reference videos, `REFERENCE_DRAWS` for each of the set's prompts, [N, draws, D]."""
-    if judge.name not in eval_set.reference:
-        draws = [judge.features(real_videos(eval_set, 900_100 + i)) for i in range(REFERENCE_DRAWS)]
-        eval_set.reference[judge.name] = torch.stack(draws, 1)
-    return eval_set.reference[judge.name]
+    if classifier.name not in eval_set.reference:
+        draws = [classifier.features(real_videos(eval_set, 900_100 + i)) for i in range(REFERENCE_DRAWS)]
+        eval_set.reference[classifier.name] = torch.stack(draws, 1)
+    return eval_set.reference[classifier.name]
 
 
 def real_videos(eval_set: EvalSet, seed: int) -> Tensor:
@@ -180,21 +180,21 @@ def real_videos(eval_set: EvalSet, seed: int) -> Tensor:
 
 
 def given_videos(eval_set: EvalSet) -> Tensor:
-    """The real videos [N, 3, F, H, W] that a pictured set's first frames begin; drawn once for all rows."""
+    """The real videos [N, 3, F, H, W] that a image_to_video set's first frames begin; drawn once for all rows."""
     if "given" not in eval_set.reference:
         eval_set.reference["given"] = torch.stack([drawn_video(prompt) for prompt in eval_set.asked])
     return eval_set.reference["given"]
 
 
-def floor_row(
-    eval_set: EvalSet, judges: Mapping[str, Judge], seed: int = 900_002, through: Callable[[Tensor], Tensor] | None = None
+def real_vs_real_row(
+    eval_set: EvalSet, classifiers: Mapping[str, Classifier], seed: int = 900_002, through: Callable[[Tensor], Tensor] | None = None
 ) -> Row:
-    """Real against real: another draw of reference videos (of a pictured set: those that begin with its pictures) measured as if it had been generated, or
+    """Real against real: another draw of reference videos (of a image_to_video set: those that begin with its pictures) measured as if it had been generated, or
     `through` a VAE first."""
-    real = given_videos(eval_set) if eval_set.pictured else real_videos(eval_set, seed)
+    real = given_videos(eval_set) if eval_set.image_to_video else real_videos(eval_set, seed)
     media = real if through is None else torch.cat([through(part) for part in real.split(BATCH)])
     name = "real videos (another draw)" if through is None else "real videos through the VAE"
-    return Row(name, "real", measure(media, Cost(), eval_set, judges), n=len(eval_set.prompts))
+    return Row(name, "real", measure(media, Cost(), eval_set, classifiers), n=len(eval_set.prompts))
 
 
 def evaluate(
@@ -202,7 +202,7 @@ def evaluate(
     kind: Kind,
     generate: Generate,
     eval_set: EvalSet,
-    judges: Mapping[str, Judge],
+    classifiers: Mapping[str, Classifier],
     *,
     steps: int,
     guidance: float = 1.0,
@@ -211,7 +211,7 @@ def evaluate(
     """Generates for every prompt of the set and measures; NFE counts both halves of guidance."""
     raw, cost = generate_all(generate, eval_set.asked, eval_set.seed, name)
     nfe = steps * (1 if guidance == 1 else 2)
-    return Row(name, kind, measure(raw, cost, eval_set, judges), nfe, steps, guidance, len(raw), note)
+    return Row(name, kind, measure(raw, cost, eval_set, classifiers), nfe, steps, guidance, len(raw), note)
 
 
 def difference(a: Row, b: Row, key: str) -> Value:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from instep.data.prompts import DRAWN, picture_of, text_of, with_picture
+from instep.data.prompts import DRAWN, first_frame_of, text_of, with_first_frame
 from instep.models import VideoSize
 from instep.rollout import Sampling
 
@@ -34,8 +34,8 @@ class ExportInfo:
 
     def json(self) -> dict[str, Any]:
         """For the export's record; of a picture file its name alone, as on the card."""
-        text, picture = text_of(self.example_prompt), picture_of(self.example_prompt)
-        shown = self.example_prompt if picture is None or DRAWN.fullmatch(picture) else with_picture(text, Path(picture).name)
+        text, picture = text_of(self.example_prompt), first_frame_of(self.example_prompt)
+        shown = self.example_prompt if picture is None or DRAWN.fullmatch(picture) else with_first_frame(text, Path(picture).name)
         return asdict(self) | {"example_prompt": shown}
 
 
@@ -107,18 +107,18 @@ def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
 
 def _asked(info: ExportInfo) -> str:
     """What the pipeline is called with; a drawn picture stands for a file, and of a file its name: where it lay is nobody's business."""
-    text, picture = json.dumps(text_of(info.example_prompt)), picture_of(info.example_prompt)
+    text, picture = json.dumps(text_of(info.example_prompt)), first_frame_of(info.example_prompt)
     if picture is None:
         return text
     return f"prompt={text}, image=load_image({json.dumps('first_frame.png' if DRAWN.fullmatch(picture) else Path(picture).name)})"
 
 
 def _loads(info: ExportInfo) -> str:
-    return "" if picture_of(info.example_prompt) is None else "from diffusers.utils import load_image\n"
+    return "" if first_frame_of(info.example_prompt) is None else "from diffusers.utils import load_image\n"
 
 
 def _kind(info: ExportInfo) -> str:
-    return "text-to-video" if picture_of(info.example_prompt) is None else "image-to-video"
+    return "text-to-video" if first_frame_of(info.example_prompt) is None else "image-to-video"
 
 
 def _head(info: ExportInfo, n: int, measured: Measured) -> str:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from instep import paths
-from instep.data.prompts import with_picture
+from instep.data.prompts import with_first_frame
 from instep.models import VideoSize
-from instep.models.stock import calls, draw, stock, takes_picture
+from instep.models.stock import calls, draw, stock, takes_first_frame
 from instep.prediction import Condition, Denoiser, Prediction, read
 from instep.quiet import quiet
 from instep.rollout import sample_few_step
@@ -81,7 +81,7 @@ def verify_export(
     size = size or smallest_size(pipe)
     if prompts is None:
         prompts = ["a seven moving left slowly", "a digit"]
-        prompts = [with_picture(prompt, f"reference/{i}") for i, prompt in enumerate(prompts)] if takes_picture(pipe) else prompts
+        prompts = [with_first_frame(prompt, f"reference/{i}") for i, prompt in enumerate(prompts)] if takes_first_frame(pipe) else prompts
     steps = _steps_of(folder) if callable(ours) else len(ours)
     sampler = ours if callable(ours) else our_sampler(pipe, pipe.transformer, ours, size)
     device = torch.device(device)

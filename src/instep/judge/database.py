@@ -1,4 +1,4 @@
-"""The SQLite file behind the judging page: its tables, and how it is opened so that nothing is lost."""
+"""The SQLite file behind the human-evaluation page: its tables, and how it is opened so that nothing is lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA foreign_keys = ON")
     except sqlite3.DatabaseError as error:
         db.close()
-        raise ValueError(f"store: {path} is not a store of judgements ({error}); choose another file with --out") from error
+        raise ValueError(f"store: {path} is not a store of human evaluations ({error}); choose another file with --out") from error
     return db
 
 

@@ -18,15 +18,15 @@ def results_page(results: Results) -> str:
     done = "".join(f"<tr><th>{escape(name)}</th><td>{n} of {total}</td></tr>" for name, n, total in results.progress)
     body = _pairs(results) if results.mode == "pairs" else _scores(results)
     few = f'<p class="note">{results.prompts} prompts are few: below about {FEW} the bootstrap\'s intervals are too narrow.</p>'
-    nobody = "<p>Nobody has judged anything yet.</p>"
+    nobody = "<p>Nobody has answered anything yet.</p>"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>Results of judging</title>'
-        '<link rel="stylesheet" href="/style.css"></head><body><main class="wide"><h1>Results of judging</h1>'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,"><title>Results of the human evaluation</title>'
+        '<link rel="stylesheet" href="/style.css"></head><body><main class="wide"><h1>Results of the human evaluation</h1>'
         f'<ul class="runs"><li><i class="key a"></i>A: {a}</li><li><i class="key b"></i>B: {b}</li></ul>'
-        f"{body or nobody}{few if body and results.prompts < FEW else ''}<h2>Who judged</h2>"
-        f'<div class="scroll"><table><thead><tr><th>annotator</th><th>items judged</th></tr></thead><tbody>{done}</tbody></table></div>'
-        '<p class="note">Those who judge must not see this page before they are done: it names the runs. Reload it for newer answers.</p></main></body></html>'
+        f"{body or nobody}{few if body and results.prompts < FEW else ''}<h2>Annotators</h2>"
+        f'<div class="scroll"><table><thead><tr><th>annotator</th><th>items answered</th></tr></thead><tbody>{done}</tbody></table></div>'
+        '<p class="note">Annotators must not see this page before they are done: it names the runs. Reload it for newer answers.</p></main></body></html>'
     )
 
 

@@ -1,4 +1,4 @@
-"""Who may ask the judging server, and how much: checked for every request before any of the application's code sees it."""
+"""Who may ask the human-evaluation server, and how much: checked for every request before any of the application's code sees it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Tokens:
-    """One secret for those who judge, and one for those who see the results, which name the runs."""
+    """One secret for the annotators, and one for those who see the results, which name the runs."""
 
-    judge: str
+    annotator: str
     results: str
 
     def allowed(self, path: str) -> dict[str, str]:
         """Names of cookies and the secrets that open `path`. The names differ from store to store: cookies know no ports."""
-        of = {"judge": self.judge, "results": self.results}
-        open_to = ("results",) if path == "/results" else ("judge", "results") if path == "/style.css" else ("judge",)
+        of = {"annotator": self.annotator, "results": self.results}
+        open_to = ("results",) if path == "/results" else ("annotator", "results") if path == "/style.css" else ("annotator",)
         return {f"instep_{role}_{hashlib.sha256(of[role].encode()).hexdigest()[:8]}": of[role] for role in open_to}
 
 
@@ -52,14 +52,14 @@ def tokens_of(store: Path) -> Tokens:
     except FileExistsError:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            if all(isinstance(found[role], str) and len(found[role]) >= 32 for role in ("judge", "results")):
-                return Tokens(found["judge"], found["results"])
+            if all(isinstance(found[role], str) and len(found[role]) >= 32 for role in ("annotator", "results")):
+                return Tokens(found["annotator"], found["results"])
         except (ValueError, KeyError, TypeError):
             pass
         raise ValueError(f"store: {path} is damaged; remove it, and give everybody the new links") from None
     made = Tokens(secrets.token_urlsafe(32), secrets.token_urlsafe(32))
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump({"judge": made.judge, "results": made.results}, file)
+        json.dump({"annotator": made.annotator, "results": made.results}, file)
         file.flush()
         os.fsync(file.fileno())
     return made

@@ -1,4 +1,4 @@
-"""What judgements say, with how sure it is: rates (Wilson), win rate and mean scores (bootstrap over prompts), agreement (Fleiss' kappa)."""
+"""What the annotators' judgements say, with how sure it is: rates (Wilson), win rate and mean scores (bootstrap over prompts), agreement (Fleiss' kappa)."""
 
 from __future__ import annotations
 

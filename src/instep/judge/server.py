@@ -1,4 +1,4 @@
-"""The judging server: a page, what it asks for, and the results. It listens on this machine alone."""
+"""The human-evaluation server: a page, what it asks for, and the results. It listens on this machine alone."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class State:
-    """Where an annotator stands; no item is left when all are judged."""
+    """Where an annotator stands; no item is left when all are answered."""
 
     done: int
     total: int
@@ -77,7 +77,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         """Opens what `create` made; ValueError if `path` is something else."""
         if not path.is_file():
-            raise ValueError(f"store: {path} does not exist; `instep judge A B --out {path}` makes it")
+            raise ValueError(f"store: {path} does not exist; `instep human-eval A B --out {path}` makes it")
         self.path, self._lock = path.resolve(), threading.RLock()
         self._db = connect(path)
         try:
@@ -86,7 +86,7 @@ class Store:
                 raise ValueError(f"store: {path} has format {meta.get('format')}; this version reads {FORMAT}")
         except sqlite3.DatabaseError as error:
             self._db.close()
-            raise ValueError(f"store: {path} is not a store of judgements ({error}); choose another file with --out") from error
+            raise ValueError(f"store: {path} is not a store of human evaluations ({error}); choose another file with --out") from error
         self.mode: Mode = meta["mode"]  # type: ignore[assignment]
         self.questions = tuple(Question(**(row | {"choices": tuple(row["choices"])})) for row in json.loads(meta["questions"]))
         self.runs: tuple[str, str] = tuple(json.loads(meta["runs"]))  # type: ignore[assignment]
@@ -101,13 +101,13 @@ class Store:
         self._db.close()
 
     def check_media(self) -> None:
-        """ValueError if a file is gone or is no longer what was judged."""
+        """ValueError if a file is gone or is no longer what was shown."""
         for media in self.media.values():
             if not media.path.is_file():
                 raise ValueError(f"store: {self.path} was made for {media.path}, which is gone; put it back, or begin a new store with --out")
             with open(media.path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != media.digest:
-                    raise ValueError(f"store: {media.path} is no longer what was judged in {self.path}; put it back, or begin a new store with --out")
+                    raise ValueError(f"store: {media.path} is no longer what was shown in {self.path}; put it back, or begin a new store with --out")
 
     def check_same(self, matched: Matched | None, mode: Mode, questions: Sequence[Question]) -> None:
         """ValueError unless the store was made for just these samples (None: whatever they are), this mode and these questions."""
@@ -217,7 +217,7 @@ class Store:
         return {item: (self.media[a], self.media[b] if b else None) for item, a, b in rows}
 
     def progress(self) -> list[tuple[str, int, int]]:
-        """Name, items judged and items in all of each annotator."""
+        """Name, items answered and items in all of each annotator."""
         with self._lock:
             names = [row[0] for row in self._db.execute("SELECT name FROM annotator ORDER BY id")]
         states = [self.state(name) for name in names]

@@ -101,7 +101,7 @@ class Encodes(Family, Protocol):
         ...
 
 
-class Pictured(Encodes, Protocol):
+class ImageToVideo(Encodes, Protocol):
     """A family whose prompts name the picture that a video begins with (`data/prompts.py`)."""
 
     def check_prompts(self, prompts: Sequence[str]) -> None:

@@ -64,22 +64,22 @@ def stock(pipe: Any) -> Stock:
     raise ValueError(f"pipeline: {kind} is not known; allowed: WanPipeline, {IMAGE_TO_VIDEO}, CogVideoXPipeline")
 
 
-def takes_picture(pipe: Any) -> bool:
+def takes_first_frame(pipe: Any) -> bool:
     """Whether a call of the pipeline begins with a picture, one for all of its prompts."""
     return type(pipe).__name__ == IMAGE_TO_VIDEO
 
 
 def calls(pipe: Any, prompts: Sequence[str]) -> list[list[str]]:
     """The prompts of each call that draws them: all at once, or one by one where a call takes one picture."""
-    return [[prompt] for prompt in prompts] if takes_picture(pipe) else [list(prompts)]
+    return [[prompt] for prompt in prompts] if takes_first_frame(pipe) else [list(prompts)]
 
 
 def draw(pipe: Any, prompts: Sequence[str], size: VideoSize, *, steps: int, guidance: float, output: Literal["pt", "latent"]) -> Tensor:
     """What the pipeline's calls give for `prompts`: latents in its own order of axes, or videos [B, F, 3, H, W] in [0, 1] ("pt")."""
     call = partial(pipe, height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps, guidance_scale=guidance, output_type=output)
-    if not takes_picture(pipe):
+    if not takes_first_frame(pipe):
         return call(prompt=list(prompts)).frames
-    from instep.data.pictures import read_picture
+    from instep.data.pictures import read_first_frame
     from instep.data.prompts import text_of
 
-    return torch.cat([call(prompt=text_of(prompt), image=read_picture(prompt, size)[None]).frames for prompt in prompts])
+    return torch.cat([call(prompt=text_of(prompt), image=read_first_frame(prompt, size)[None]).frames for prompt in prompts])

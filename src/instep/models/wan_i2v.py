@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from instep.data.pictures import check_pictures, read_picture, source_of
+from instep.data.pictures import check_first_frames, read_first_frame, source_of
 from instep.data.prompts import texts_of
 from instep.models import VideoSize
 from instep.models.wan import STOCK_TEXT_LENGTH, WanCondition, WanFamily, WanStock, stock_attention
@@ -80,7 +80,7 @@ class WanImageFamily(WanFamily):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """ValueError for the first prompt without a picture, or with one that cannot be read."""
-        check_pictures(prompts, self.size)
+        check_first_frames(prompts, self.size)
 
     def encode(self, prompts: Sequence[str]) -> WanImageCondition:
         """Text and pictures; ValueError for a prompt that names none."""
@@ -96,14 +96,14 @@ class WanImageFamily(WanFamily):
         found = {}
         for source, prompt in {source_of(prompt): prompt for prompt in prompts}.items():
             known = self._pictures.pop(source, None)
-            found[source] = self._encode_picture(prompt).cpu() if known is None else known
+            found[source] = self._encode_first_frame(prompt).cpu() if known is None else known
         kept = self._pictures | found
         room = KEPT_BYTES // next(iter(found.values())).nbytes
         self._pictures = {source: kept[source] for source in list(kept)[max(0, len(kept) - room) :]}
         return torch.stack([found[source_of(prompt)] for prompt in prompts]).to(self.pipe.transformer.device)
 
-    def _encode_picture(self, prompt: str) -> Tensor:
-        picture = read_picture(prompt, self.size).to(self.pipe.transformer.device)
+    def _encode_first_frame(self, prompt: str) -> Tensor:
+        picture = read_first_frame(prompt, self.size).to(self.pipe.transformer.device)
         return known_latents(self.pipe.vae, picture[None], self.size.frames)[0]
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -132,7 +132,7 @@ def check_variant(pipe: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TextAndPicture(Condition):
+class _TextAndFirstFrame(Condition):
     """Text embeddings [B, 512, D] with the stock padding, and what is known [B, k + z, f, h, w]."""
 
     text: Tensor
@@ -149,9 +149,9 @@ class WanImageStock(WanStock):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
         text, _ = self.pipe.encode_prompt(texts_of(prompts), do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
-        pictures = torch.stack([read_picture(prompt, size) for prompt in prompts]).to(self.pipe.transformer.device)
-        return _TextAndPicture(text=text, picture=known_latents(self.pipe.vae, pictures, size.frames))
+        pictures = torch.stack([read_first_frame(prompt, size) for prompt in prompts]).to(self.pipe.transformer.device)
+        return _TextAndFirstFrame(text=text, picture=known_latents(self.pipe.vae, pictures, size.frames))
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        assert isinstance(cond, _TextAndPicture)
+        assert isinstance(cond, _TextAndFirstFrame)
         return module(torch.cat([x_t, cond.picture], 1), t * 1000, cond.text.to(x_t), return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""The class-conditional model from raw scans: three judges, then a DiT trained by flow matching (SiT, Ma et al. 2024), then measurement.
+"""The class-conditional model from raw scans: three classifiers, then a DiT trained by flow matching (SiT, Ma et al. 2024), then measurement.
 
 A few minutes on one core, so nothing is kept of an interrupted run.
 """
@@ -22,8 +22,8 @@ from instep.pretrain.files import checksums, write_folder, write_json
 from instep.pretrain.judges import SPLITS
 from instep.pretrain.optim import Average, Optimisers, finite
 from instep.pretrain.progress import Progress
-from instep.rewards.class_judges import ARCHITECTURES, ClassJudge, load_class_judge
-from instep.rewards.judges import JudgeName
+from instep.rewards.class_judges import ARCHITECTURES, DigitClassifier, load_digit_classifier
+from instep.rewards.judges import ClassifierName
 from instep.roles import Backbone, Role
 from instep.rollout import sample_ode
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ClassJudgeConfig:
-    """Settings of one judge's training; `smoothing` of the labels keeps the training judge from saturating as a reward."""
+class DigitClassifierConfig:
+    """Settings of one classifier's training; `smoothing` of the labels keeps the training classifier from saturating as a reward."""
 
-    name: JudgeName
+    name: ClassifierName
     seed: int
     steps: int = 900
     batch: int = 128
@@ -62,8 +62,8 @@ class ClassTeacherConfig:
 class DigitsConfig:
     """Settings of every part."""
 
-    judges: tuple[ClassJudgeConfig, ...] = (
-        ClassJudgeConfig("training", 101, smoothing=0.1), ClassJudgeConfig("monitor", 202, steps=1500), ClassJudgeConfig("heldout", 303),
+    classifiers: tuple[DigitClassifierConfig, ...] = (
+        DigitClassifierConfig("training", 101, smoothing=0.1), DigitClassifierConfig("monitor", 202, steps=1500), DigitClassifierConfig("heldout", 303),
     )  # fmt: skip
     teacher: ClassTeacherConfig = field(default_factory=ClassTeacherConfig)
     samples: int = 500
@@ -82,15 +82,15 @@ def deform(scans: Tensor, rng: torch.Generator, strength: float = 1.0) -> Tensor
     return F.grid_sample(scans[:, None], grid, mode="bicubic", padding_mode="zeros", align_corners=False)[:, 0].clamp(0, 1)
 
 
-def train_class_judge(config: ClassJudgeConfig, seed: int) -> ClassJudge:
-    """One judge on its own split; scans deformed, with contrast and noise changed, as a generator's samples would be."""
+def train_digit_classifier(config: DigitClassifierConfig, seed: int) -> DigitClassifier:
+    """One classifier on its own split; scans deformed, with contrast and noise changed, as a generator's samples would be."""
     torch.manual_seed(seed + config.seed)
     rng = torch.Generator().manual_seed(seed + config.seed)
     net, (scans, classes) = ARCHITECTURES[config.name](), scans_of(SPLITS[config.name])
     params = list(net.parameters())
     optimisers = Optimisers([p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2], config.steps, config.muon_lr, config.lr)
     average = Average(net, config.ema)
-    with Progress(f"judge {config.name}", config.steps) as progress:
+    with Progress(f"classifier {config.name}", config.steps) as progress:
         for step in range(config.steps):
             rows = torch.randint(len(scans), (config.batch,), generator=rng)
             seen = deform(scans[rows], rng, 1.5)[:, None]
@@ -102,7 +102,7 @@ def train_class_judge(config: ClassJudgeConfig, seed: int) -> ClassJudge:
             average.update(net, step)
             progress.step(loss=finite(loss, config.name, step))
     net.load_state_dict({k: v.half().float() for k, v in average.weights.items()})
-    return ClassJudge(config.name, net)
+    return DigitClassifier(config.name, net)
 
 
 def build_dit(seed: int = 0) -> DiTTransformer2DModel:
@@ -172,8 +172,8 @@ def split_media(split: Split) -> tuple[Tensor, tuple[str, ...]]:
 
 
 @torch.no_grad()
-def measure_teacher(family: DiTFamily, judges: dict[JudgeName, ClassJudge], config: DigitsConfig, seed: int) -> dict[str, Any]:
-    """Right classes of every judge for 50- and 1-step samples, and denoising errors on seen and unseen scans (memory shows as a gap)."""
+def measure_teacher(family: DiTFamily, classifiers: dict[ClassifierName, DigitClassifier], config: DigitsConfig, seed: int) -> dict[str, Any]:
+    """Right classes of every classifier for 50- and 1-step samples, and denoising errors on seen and unseen scans (memory shows as a gap)."""
     teacher, n = Role("teacher", Backbone(family, family.pretrained)), config.samples
     prompts = [str(i % 10) for i in range(n)]
     cond, null = family.encode(prompts), family.null(n)
@@ -182,7 +182,7 @@ def measure_teacher(family: DiTFamily, judges: dict[JudgeName, ClassJudge], conf
         for w in config.guidances if steps == 50 else (1.0,):
             noise = torch.randn(n, *family.latent_shape, generator=torch.Generator().manual_seed(seed))
             media = family.decode(sample_ode(teacher, cond, null, noise, steps=steps, path=family.path, shift=family.shift, guidance=w)).clamp(0, 1)
-            found[f"{steps} steps, guidance {w:g}"] = {name: round(float(j.correct(media, prompts).float().mean()), 4) for name, j in judges.items()}
+            found[f"{steps} steps, guidance {w:g}"] = {name: round(float(j.correct(media, prompts).float().mean()), 4) for name, j in classifiers.items()}
     for split in ("train", "monitor", "reference"):
         scans, classes = scans_of(split)
         losses = [float(_loss(family.pretrained, scans[:, None] * 2 - 1, classes, torch.Generator().manual_seed(i))) for i in range(8)]
@@ -191,7 +191,7 @@ def measure_teacher(family: DiTFamily, judges: dict[JudgeName, ClassJudge], conf
 
 
 def pretrain_digits(out: Path, seed: int = 0, threads: int = 1, config: DigitsConfig | None = None) -> None:
-    """Trains judges and teacher from raw scans and writes them to `out`: transformer/ and scheduler/ (fp16), judges/, classes.json, pretrain.json.
+    """Trains classifiers and teacher from raw scans and writes them to `out`: transformer/ and scheduler/ (fp16), classifiers/, classes.json, pretrain.json.
 
     ValueError if `threads` is below 1.
     """
@@ -203,12 +203,12 @@ def pretrain_digits(out: Path, seed: int = 0, threads: int = 1, config: DigitsCo
     config, began = config or DigitsConfig(), time.process_time()
     out.mkdir(parents=True, exist_ok=True)
     reference, names = split_media("reference")
-    for judge_config in config.judges:
-        judge = train_class_judge(judge_config, seed)
-        write_tensors(out / "judges" / f"{judge.name}.safetensors", {k: v.half() for k, v in judge.net.state_dict().items()})
-        about = {"name": judge.name, "architecture": type(judge.net).__name__, "split": SPLITS[judge_config.name], "images": len(reference),
-                 "accuracy": round(float(judge.correct(reference, names).float().mean()), 4), "config": asdict(judge_config), "seed": seed}  # fmt: skip
-        write_json(out / "judges" / f"{judge.name}.json", about)
+    for classifier_config in config.classifiers:
+        classifier = train_digit_classifier(classifier_config, seed)
+        write_tensors(out / "classifiers" / f"{classifier.name}.safetensors", {k: v.half() for k, v in classifier.net.state_dict().items()})
+        about = {"name": classifier.name, "architecture": type(classifier.net).__name__, "split": SPLITS[classifier_config.name], "images": len(reference),
+                 "accuracy": round(float(classifier.correct(reference, names).float().mean()), 4), "config": asdict(classifier_config), "seed": seed}  # fmt: skip
+        write_json(out / "classifiers" / f"{classifier.name}.json", about)
     net = train_class_teacher(config.teacher, seed)
     parameters = sum(p.numel() for p in net.parameters())
     write_folder(out / "transformer", lambda folder: net.half().save_pretrained(folder))
@@ -219,8 +219,8 @@ def pretrain_digits(out: Path, seed: int = 0, threads: int = 1, config: DigitsCo
 
 def record(out: Path, config: DigitsConfig, seed: int, threads: int, parameters: int) -> dict[str, Any]:
     """What pretrain.json says of the model in `out`: how it was made, measured figures, checksums."""
-    judges = {j.name: load_class_judge(j.name, out / "judges") for j in config.judges}
-    found = {f"judge {name}": judge.accuracy for name, judge in judges.items()} | measure_teacher(DiTFamily.load(out), judges, config, seed)
+    classifiers = {j.name: load_digit_classifier(j.name, out / "classifiers") for j in config.classifiers}
+    found = {f"classifier {name}": classifier.accuracy for name, classifier in classifiers.items()} | measure_teacher(DiTFamily.load(out), classifiers, config, seed)
     sums = checksums(out)
     return {
         "command": f"instep pretrain digits --seed {seed} --threads {threads}", "seed": seed, "threads": threads, "config": asdict(config),

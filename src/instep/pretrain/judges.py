@@ -1,4 +1,4 @@
-"""Training of the three judges, each on its own scans, deformed, blurred, noisy and partly through the VAE."""
+"""Training of the three classifiers, each on its own scans, deformed, blurred, noisy and partly through the VAE."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from instep.data.digits import MOTIONS, PromptSpec, Split, draw, motion_spec, pl
 from instep.models.wan_vae import decode_latents, encode_latents
 from instep.pretrain.optim import Average, Optimisers, finite
 from instep.pretrain.progress import Progress
-from instep.rewards.judges import ARCHITECTURES, Judge, JudgeName
+from instep.rewards.judges import ARCHITECTURES, Classifier, ClassifierName
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-SPLITS: dict[JudgeName, Split] = {"training": "train", "monitor": "monitor", "heldout": "heldout"}
+SPLITS: dict[ClassifierName, Split] = {"training": "train", "monitor": "monitor", "heldout": "heldout"}
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
-    """Settings of one judge's training; `smoothing` of the labels keeps the training judge from saturating as a reward."""
+class ClassifierConfig:
+    """Settings of one classifier's training; `smoothing` of the labels keeps the training classifier from saturating as a reward."""
 
-    name: JudgeName
+    name: ClassifierName
     seed: int
     steps: int = 900
     batch: int = 64
@@ -36,7 +36,7 @@ class JudgeConfig:
     ema: float = 0.99
 
 
-JUDGES = (JudgeConfig("training", 101, steps=2000, smoothing=0.1), JudgeConfig("monitor", 202, steps=700), JudgeConfig("heldout", 303, steps=700))
+CLASSIFIERS = (ClassifierConfig("training", 101, steps=2000, smoothing=0.1), ClassifierConfig("monitor", 202, steps=700), ClassifierConfig("heldout", 303, steps=700))
 
 
 def deformations(n: int, rng: torch.Generator) -> Tensor:
@@ -78,8 +78,8 @@ def disturbed(frames: Tensor, rng: torch.Generator) -> Tensor:
     return gain * torch.lerp(frames, blurred, weight) + noise
 
 
-def train_judge(config: JudgeConfig, vae: AutoencoderKLWan, seed: int) -> Judge:
-    """One judge; half of every batch comes from fresh renderings, half through the VAE."""
+def train_classifier(config: ClassifierConfig, vae: AutoencoderKLWan, seed: int) -> Classifier:
+    """One classifier; half of every batch comes from fresh renderings, half through the VAE."""
     torch.manual_seed(seed + config.seed)
     rng = torch.Generator().manual_seed(seed + config.seed)
     net, split, half = ARCHITECTURES[config.name](), SPLITS[config.name], config.batch // 2
@@ -88,7 +88,7 @@ def train_judge(config: JudgeConfig, vae: AutoencoderKLWan, seed: int) -> Judge:
     matrices = [p for n, p in params.items() if p.ndim >= 3]
     optimisers = Optimisers(matrices, [p for p in params.values() if p.ndim < 3], config.steps, config.muon_lr, config.lr)
     average = Average(net, config.ema)
-    with Progress(f"judge {config.name}", config.steps) as progress:
+    with Progress(f"classifier {config.name}", config.steps) as progress:
         for step in range(config.steps):
             index = torch.randint(0, config.pool, (half,), generator=rng)
             fresh = deformed_videos(split, half, rng)
@@ -100,13 +100,13 @@ def train_judge(config: JudgeConfig, vae: AutoencoderKLWan, seed: int) -> Judge:
             average.update(net, step)
             progress.step(loss=finite(loss, config.name, step))
     net.load_state_dict({k: v.half().float() for k, v in average.weights.items()})
-    return Judge(config.name, net, {})
+    return Classifier(config.name, net, {})
 
 
 @torch.no_grad()
-def accuracy(judge: Judge, media: Tensor, prompts: list[str]) -> dict[str, float]:
+def accuracy(classifier: Classifier, media: Tensor, prompts: list[str]) -> dict[str, float]:
     """Shares of digit, motion and both right."""
-    hits = [judge.correct(part, prompts[i * 128 : i * 128 + 128]) for i, part in enumerate(media.split(128))]
+    hits = [classifier.correct(part, prompts[i * 128 : i * 128 + 128]) for i, part in enumerate(media.split(128))]
     return {k: round(torch.cat([getattr(h, k) for h in hits]).float().mean().item(), 4) for k in ("digit", "motion", "both")}
 
 

@@ -26,14 +26,14 @@ from instep.pretrain.attention import TextBias, TrainingAttention
 from instep.pretrain.judges import reference_videos
 from instep.pretrain.progress import Progress
 from instep.pretrain.teacher import STOCK_PADDING, TextTable, text_table
-from instep.rewards.judges import Judge, JudgeName, load_judge
+from instep.rewards.judges import Classifier, ClassifierName, load_classifier
 
-JUDGE_NAMES: tuple[JudgeName, ...] = ("training", "monitor", "heldout")
+CLASSIFIER_NAMES: tuple[ClassifierName, ...] = ("training", "monitor", "heldout")
 
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """How much is measured; `guidances` are tried with the monitor judge, the best is then used throughout."""
+    """How much is measured; `guidances` are tried with the monitor classifier, the best is then used throughout."""
 
     repeats: int = 3
     guidances: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0)
@@ -84,11 +84,11 @@ class Sampler:
         return torch.cat(out)
 
 
-def judged(judges: dict[JudgeName, Judge], media: Tensor, prompts: list[str]) -> dict[str, float]:
-    """Shares of right digits, motions and both by every judge."""
+def shares_right(classifiers: dict[ClassifierName, Classifier], media: Tensor, prompts: list[str]) -> dict[str, float]:
+    """Shares of right digits, motions and both by every classifier."""
     values = {}
-    for name, judge in judges.items():
-        hits = judge.correct(media, prompts)
+    for name, classifier in classifiers.items():
+        hits = classifier.correct(media, prompts)
         values |= {f"{name}_{k}": round(getattr(hits, k).float().mean().item(), 4) for k in ("digit", "motion", "both")}
     return values
 
@@ -110,12 +110,12 @@ def wobble(media: Tensor, prompts: list[str]) -> Tensor:
     return change / grey.mean((1, 2, 3)).clamp(min=1e-3)
 
 
-def coverage(sampler: Sampler, judge: Judge, repeats: int, steps: int, guidance: float) -> dict[str, Any]:
+def coverage(sampler: Sampler, classifier: Classifier, repeats: int, steps: int, guidance: float) -> dict[str, Any]:
     """How many motions "a seven" and its like show (of 9), and how many digits motion-only prompts show (of 10)."""
     named = [describe(PromptSpec(d)) for d in range(10)]
     moving = [describe(motion_spec(None, m)) for m in range(len(MOTIONS))]
     media = sampler([p for p in (*named, *moving) for _ in range(repeats)], sampler.levels(steps), guidance, 77)
-    digit, motion = (torch.cat(v).view(-1, repeats) for v in zip(*((a.argmax(1), b.argmax(1)) for a, b in map(judge.logits, media.split(90))), strict=True))
+    digit, motion = (torch.cat(v).view(-1, repeats) for v in zip(*((a.argmax(1), b.argmax(1)) for a, b in map(classifier.logits, media.split(90))), strict=True))
     motions = torch.stack([F.one_hot(m, 9).sum(0) for m in motion[:10]])
     digits = torch.stack([F.one_hot(d, 10).sum(0) for d in digit[10:]])
     return {
@@ -129,8 +129,8 @@ def coverage(sampler: Sampler, judge: Judge, repeats: int, steps: int, guidance:
     }
 
 
-def best_guidance(sampler: Sampler, monitor: Judge, guidances: tuple[float, ...], seed: int) -> tuple[float, dict[str, float]]:
-    """The weakest guidance within .02 of the largest share right (digit and motion, monitor judge, 25 steps), and all shares.
+def best_guidance(sampler: Sampler, monitor: Classifier, guidances: tuple[float, ...], seed: int) -> tuple[float, dict[str, float]]:
+    """The weakest guidance within .02 of the largest share right (digit and motion, monitor classifier, 25 steps), and all shares.
 
     Stronger guidance thickens strokes and narrows what open prompts show, so a gain within the noise is not worth it.
     """
@@ -149,11 +149,11 @@ def measure(folder: Path, config: MeasureConfig, seed: int) -> dict[str, Any]:
 
     pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    judges = {name: load_judge(name, folder / "judges") for name in JUDGE_NAMES}
+    classifiers = {name: load_classifier(name, folder / "classifiers") for name in CLASSIFIER_NAMES}
     prompts = full_prompts()
     stock = stock_pipeline(pipe, prompts, seed)
     sampler = Sampler(pipe)
-    best, shares = best_guidance(sampler, judges["monitor"], config.guidances, seed + 5)
+    best, shares = best_guidance(sampler, classifiers["monitor"], config.guidances, seed + 5)
     found: dict[str, Any] = {"guidance": best, "monitor_both_by_guidance": shares}
     many = prompts * config.repeats
     with Progress("measure", 13) as progress:
@@ -161,16 +161,16 @@ def measure(folder: Path, config: MeasureConfig, seed: int) -> dict[str, Any]:
             for g in (best, 1.0):
                 media = sampler(many, sampler.levels(steps), g, seed + 7)
                 about = {"wobble": round(wobble(media, many).median().item(), 4), "ink": round(media.mean().item(), 4)}
-                found[f"{steps} step{'s' * (steps > 1)}, {'guided' if g != 1 else 'unguided'}"] = judged(judges, media, many) | about
+                found[f"{steps} step{'s' * (steps > 1)}, {'guided' if g != 1 else 'unguided'}"] = shares_right(classifiers, media, many) | about
                 progress.step()
-        found["50 steps, guided, 8 text tokens"] = judged(judges, sampler(prompts, sampler.levels(50), best, seed + 7, padding=8), prompts)
+        found["50 steps, guided, 8 text tokens"] = shares_right(classifiers, sampler(prompts, sampler.levels(50), best, seed + 7, padding=8), prompts)
         progress.step()
         difference = (sampler(prompts[::9], sampler.stock_levels(50), 3.0, seed + 9) - stock[::9]).abs().max().item()
-        found["stock pipeline, 50 steps, guidance 3, 512 text tokens"] = judged(judges, stock, prompts)
+        found["stock pipeline, 50 steps, guidance 3, 512 text tokens"] = shares_right(classifiers, stock, prompts)
         found["largest pixel difference between the stock pipeline and the batched sampler"] = round(difference, 6)
         progress.step()
-        found |= real(pipe, judges)
-        found["open"] = {f"{n} steps": coverage(sampler, judges["heldout"], config.open_repeats, n, best) for n in (50, 4, 2, 1)}
+        found |= real(pipe, classifiers)
+        found["open"] = {f"{n} steps": coverage(sampler, classifiers["heldout"], config.open_repeats, n, best) for n in (50, 4, 2, 1)}
         progress.step()
     return found
 
@@ -188,7 +188,7 @@ def stock_pipeline(pipe: Any, prompts: list[str], seed: int) -> Tensor:
     return video.transpose(1, 2)[back]
 
 
-def real(pipe: Any, judges: dict[JudgeName, Judge]) -> dict[str, Any]:
+def real(pipe: Any, classifiers: dict[ClassifierName, Classifier]) -> dict[str, Any]:
     """The same figures for real reference videos, as they are and through the VAE."""
     media, specs = reference_videos(270, 3)
     prompts = [describe(s) for s in specs]
@@ -196,6 +196,6 @@ def real(pipe: Any, judges: dict[JudgeName, Judge]) -> dict[str, Any]:
     psnr = float(-10 * (decoded - media).square().mean().log10())
     rows = {"real": media, "real through the VAE": decoded}
     found: dict[str, Any] = {
-        k: judged(judges, v, prompts) | {"wobble": round(wobble(v, prompts).median().item(), 4), "ink": round(v.mean().item(), 4)} for k, v in rows.items()
+        k: shares_right(classifiers, v, prompts) | {"wobble": round(wobble(v, prompts).median().item(), 4), "ink": round(v.mean().item(), 4)} for k, v in rows.items()
     }
     return found | {"vae_psnr_db": round(psnr, 2)}

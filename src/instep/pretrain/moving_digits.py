@@ -1,4 +1,4 @@
-"""The whole pretraining in order: VAE, text encoder, judges, teacher, measurement. Each part is kept, so an interrupted run goes on."""
+"""The whole pretraining in order: VAE, text encoder, classifiers, teacher, measurement. Each part is kept, so an interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from instep.data.digits import describe
 from instep.files import write_tensors
 from instep.models.wan_vae import decode_latents, encode_latents
 from instep.pretrain.files import checksums, stage_done, write_folder, write_json
-from instep.pretrain.judges import JUDGES, SPLITS, JudgeConfig, accuracy, reference_videos, train_judge
+from instep.pretrain.judges import CLASSIFIERS, SPLITS, ClassifierConfig, accuracy, reference_videos, train_classifier
 from instep.pretrain.measure import MeasureConfig, measure
 from instep.pretrain.teacher import Latents, TeacherConfig, TeacherRun, cache_latents, text_table, train_teacher
 from instep.pretrain.text import build_text_encoder, build_tokenizer
@@ -36,7 +36,7 @@ class PretrainConfig:
     """Settings of every part."""
 
     vae: VaeConfig = field(default_factory=VaeConfig)
-    judges: tuple[JudgeConfig, ...] = JUDGES
+    classifiers: tuple[ClassifierConfig, ...] = CLASSIFIERS
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
 
@@ -67,17 +67,17 @@ def _vae(out: Path, config: VaeConfig, seed: int) -> dict[str, Any]:
     return {"psnr_db_reference": round(psnr(_load_vae(out), reference_videos(180, seed)[0]), 2)}
 
 
-def _judge(out: Path, config: JudgeConfig, seed: int) -> dict[str, Any]:
+def _classifier(out: Path, config: ClassifierConfig, seed: int) -> dict[str, Any]:
     vae = _load_vae(out)
-    judge = train_judge(config, vae, seed)
+    classifier = train_classifier(config, vae, seed)
     media, specs = reference_videos(1080, seed + 1)
     prompts = [describe(spec) for spec in specs]
     with torch.no_grad():
         decoded = torch.cat([decode_latents(vae, encode_latents(vae, part)) for part in media.split(64)])
-    found = {"accuracy": accuracy(judge, media, prompts), "accuracy_decoded": accuracy(judge, decoded.clamp(0, 1), prompts)}
-    write_tensors(out / "judges" / f"{config.name}.safetensors", {k: v.half() for k, v in judge.net.state_dict().items()})
-    about = {"name": config.name, "architecture": type(judge.net).__name__, "split": SPLITS[config.name], "videos": len(media)}
-    write_json(out / "judges" / f"{config.name}.json", about | found | {"config": asdict(config), "seed": seed})
+    found = {"accuracy": accuracy(classifier, media, prompts), "accuracy_decoded": accuracy(classifier, decoded.clamp(0, 1), prompts)}
+    write_tensors(out / "classifiers" / f"{config.name}.safetensors", {k: v.half() for k, v in classifier.net.state_dict().items()})
+    about = {"name": config.name, "architecture": type(classifier.net).__name__, "split": SPLITS[config.name], "videos": len(media)}
+    write_json(out / "classifiers" / f"{config.name}.json", about | found | {"config": asdict(config), "seed": seed})
     return found
 
 
@@ -115,7 +115,7 @@ def portable_names(out: Path) -> None:
 
 def _about(out: Path, config: PretrainConfig, seed: int, threads: int) -> dict[str, Any]:
     """What `pretrain.json` says."""
-    names = ("vae", *(f"judge-{judge.name}" for judge in config.judges), "teacher", "measure")
+    names = ("vae", *(f"classifier-{classifier.name}" for classifier in config.classifiers), "teacher", "measure")
     notes = {name: json.loads((out / ".work" / f"{name}.json").read_text()) for name in names}
     sums = checksums(out)
     return {
@@ -132,29 +132,29 @@ def _about(out: Path, config: PretrainConfig, seed: int, threads: int) -> dict[s
     }
 
 
-def _judges(out: Path, config: PretrainConfig, seed: int, threads: int) -> None:
-    """The three judges in turn, in a process of their own."""
+def _classifiers(out: Path, config: PretrainConfig, seed: int, threads: int) -> None:
+    """The three classifiers in turn, in a process of their own."""
     torch.set_num_threads(threads)
-    for judge in config.judges:
-        stage(out, f"judge-{judge.name}", judge, seed, lambda c=judge: _judge(out, c, seed))
+    for classifier in config.classifiers:
+        stage(out, f"classifier-{classifier.name}", classifier, seed, lambda c=classifier: _classifier(out, c, seed))
 
 
-def _judges_and_teacher(out: Path, config: PretrainConfig, seed: int, threads: int) -> None:
-    """Judges and teacher side by side: on two cores two processes of one thread do more than one process of two threads."""
-    beside = get_context("spawn").Process(target=_judges, args=(out, config, seed, 1), daemon=True)
+def _classifiers_and_teacher(out: Path, config: PretrainConfig, seed: int, threads: int) -> None:
+    """Classifiers and teacher side by side: on two cores two processes of one thread do more than one process of two threads."""
+    beside = get_context("spawn").Process(target=_classifiers, args=(out, config, seed, 1), daemon=True)
     beside.start()
     torch.set_num_threads(max(1, threads - 1))
     stage(out, "teacher", config.teacher, seed, lambda: _teacher(out, config.teacher, seed))
     beside.join()
     if beside.exitcode != 0:
-        raise RuntimeError(f"training of the judges ended with exit code {beside.exitcode}; its error stands above; the same command goes on from there")
+        raise RuntimeError(f"training of the classifiers ended with exit code {beside.exitcode}; its error stands above; the same command goes on from there")
 
 
 def pretrain_moving_digits(out: Path, seed: int = 0, threads: int = 2, resume: bool = True) -> None:
     """Trains the moving-digits pipeline from raw scans and writes it to `out` as a diffusers folder, weights in fp16.
 
     About an hour on two cores; with `resume` an interrupted run of the same seed goes on where it stopped. `threads` are used for the VAE and
-    the measurement; judges and teacher are trained side by side with 1 and `threads` - 1. ValueError if `threads` is below 1.
+    the measurement; classifiers and teacher are trained side by side with 1 and `threads` - 1. ValueError if `threads` is below 1.
     """
     if threads < 1:
         raise ValueError(f"threads: {threads} is not allowed; use 1 or more, at most the number of cores")
@@ -164,7 +164,7 @@ def pretrain_moving_digits(out: Path, seed: int = 0, threads: int = 2, resume: b
     if not resume:
         shutil.rmtree(out / ".work", ignore_errors=True)
     stage(out, "vae", config.vae, seed, lambda: _vae(out, config.vae, seed))
-    _judges_and_teacher(out, config, seed, threads)
+    _classifiers_and_teacher(out, config, seed, threads)
     torch.set_num_threads(threads)
     portable_names(out)
     stage(out, "measure", config.measure, seed, lambda: measure(out, config.measure, seed))

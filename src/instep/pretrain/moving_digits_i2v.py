@@ -16,20 +16,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from instep.data.digits import full_prompts
-from instep.data.pictures import drawn_video, read_picture
-from instep.data.prompts import with_picture
+from instep.data.pictures import drawn_video, read_first_frame
+from instep.data.prompts import with_first_frame
 from instep.files import write_tensors
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, bundled
 from instep.models.moving_digits_i2v import CHANGED, around, changed, widened
 from instep.models.wan_i2v import WanImageFamily, known_latents
 from instep.models.wan_vae import decode_latents, encode_latents
 from instep.pretrain.files import checksums, write_folder, write_json
-from instep.pretrain.measure import JUDGE_NAMES, judged
+from instep.pretrain.measure import CLASSIFIER_NAMES, shares_right
 from instep.pretrain.moving_digits import portable_names, stage
 from instep.pretrain.progress import Progress
 from instep.pretrain.teacher import Latents, TeacherConfig, TeacherRun, text_table, train_teacher
 from instep.pretrain.vae import real_videos
-from instep.rewards.judges import load_judge
+from instep.rewards.judges import load_classifier
 from instep.roles import Backbone, Role
 from instep.rollout import sample_ode
 
@@ -58,7 +58,7 @@ def base_pipeline() -> WanPipeline:
 
 
 @torch.no_grad()
-def cache_pictured(vae: AutoencoderKLWan, n: int, seed: int) -> Latents:
+def cache_with_first_frames(vae: AutoencoderKLWan, n: int, seed: int) -> Latents:
     """n random training videos as latents, each with what is known of it from its first frame."""
     rng = torch.Generator().manual_seed(seed + 31)
     parts = []
@@ -75,7 +75,7 @@ def _train(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
     vae = base.vae.eval().requires_grad_(False)
     cached = out / ".work" / "latents.safetensors"
     if not cached.exists():
-        write_tensors(cached, vars(cache_pictured(vae, config.videos, seed)))
+        write_tensors(cached, vars(cache_with_first_frames(vae, config.videos, seed)))
     table = text_table(base.tokenizer, base.text_encoder)
     run = TeacherRun(config, seed, Latents(**load_file(cached)), table, lambda: widened(base.transformer, base.vae_scale_factor_temporal))
 
@@ -95,9 +95,9 @@ def _train(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
     return {"steps": run.step, "parameters": sum(p.numel() for p in run.net.parameters()), "trained": trained}
 
 
-def pictured_prompts(repeats: int, split: str = "reference") -> list[str]:
+def image_to_video_prompts(repeats: int, split: str = "reference") -> list[str]:
     """The 90 prompts that say everything, `repeats` times, each with a first frame of its own from `split`."""
-    return [with_picture(prompt, f"{split}/{90 * i + j}") for i in range(repeats) for j, prompt in enumerate(full_prompts())]
+    return [with_first_frame(prompt, f"{split}/{90 * i + j}") for i in range(repeats) for j, prompt in enumerate(full_prompts())]
 
 
 def first_frame_figures(media: Tensor, pictures: Tensor, reconstructed: Tensor) -> dict[str, float]:
@@ -110,21 +110,21 @@ def first_frame_figures(media: Tensor, pictures: Tensor, reconstructed: Tensor) 
 
     first = media[:, :, 0]
     return {
-        "first_frame_to_picture": rms(first, pictures), "reconstruction_to_picture": rms(reconstructed, pictures),
-        "first_frame_to_reconstruction": rms(first, reconstructed), "first_frame_to_another_picture": rms(first, pictures.roll(1, 0)),
+        "first_frame_to_given": rms(first, pictures), "reconstruction_to_given": rms(reconstructed, pictures),
+        "first_frame_to_reconstruction": rms(first, reconstructed), "first_frame_to_another_given": rms(first, pictures.roll(1, 0)),
     }  # fmt: skip
 
 
 @torch.no_grad()
-def measure_pictured(out: Path, config: ImageConfig, seed: int) -> dict[str, Any]:
-    """Judges' shares and first-frame distances of the model in `out`, on first frames of the reference split; and of real videos."""
+def measure_image_to_video(out: Path, config: ImageConfig, seed: int) -> dict[str, Any]:
+    """Classifiers' shares and first-frame distances of the model in `out`, on first frames of the reference split; and of real videos."""
     family = WanImageFamily.load(out, MOVING_DIGITS_SIZE)
-    teacher, judges = Role("teacher", Backbone(family, family.pretrained)), {name: load_judge(name) for name in JUDGE_NAMES}
-    prompts = pictured_prompts(config.repeats)
+    teacher, classifiers = Role("teacher", Backbone(family, family.pretrained)), {name: load_classifier(name) for name in CLASSIFIER_NAMES}
+    prompts = image_to_video_prompts(config.repeats)
     real = torch.stack([drawn_video(prompt) for prompt in prompts])
-    pictures = torch.stack([read_picture(prompt, family.size) for prompt in prompts])
+    pictures = torch.stack([read_first_frame(prompt, family.size) for prompt in prompts])
     decoded = torch.cat([decode_latents(family.pipe.vae, encode_latents(family.pipe.vae, part)) for part in real.split(90)]).clamp(0, 1)
-    found: dict[str, Any] = {"real": judged(judges, real, prompts), "real through the VAE": judged(judges, decoded, prompts)}
+    found: dict[str, Any] = {"real": shares_right(classifiers, real, prompts), "real through the VAE": shares_right(classifiers, decoded, prompts)}
 
     def sampled(names: Sequence[str], steps: int, guidance: float) -> Tensor:
         parts = []
@@ -139,7 +139,7 @@ def measure_pictured(out: Path, config: ImageConfig, seed: int) -> dict[str, Any
         for steps in config.steps:
             for w in config.guidances:
                 media = sampled(prompts, steps, w)
-                found[f"{steps} steps, guidance {w:g}"] = judged(judges, media, prompts) | first_frame_figures(media, pictures, decoded[:, :, 0])
+                found[f"{steps} steps, guidance {w:g}"] = shares_right(classifiers, media, prompts) | first_frame_figures(media, pictures, decoded[:, :, 0])
                 progress.step()
     return found
 
@@ -173,5 +173,5 @@ def pretrain_moving_digits_i2v(out: Path, seed: int = 0, threads: int = 1, resum
         shutil.rmtree(out / ".work", ignore_errors=True)
     stage(out, "teacher", config.teacher, seed, lambda: _train(out, config.teacher, seed))
     portable_names(out)
-    stage(out, "measure", config, seed, lambda: measure_pictured(out, config, seed))
+    stage(out, "measure", config, seed, lambda: measure_image_to_video(out, config, seed))
     write_json(out / SHIPPED / "pretrain.json", _about(out, config, seed, threads))

@@ -22,7 +22,7 @@ class Reward(Protocol):
 
     `name` is also the reward's fingerprint: a run goes on only with a reward of the same name. It says every setting that changes a score, and
     nothing that differs between processes (no object id, no token). Prompts are told without the picture that an image-to-video prompt names, unless
-    a reward has an attribute `sees_pictures` that is true.
+    a reward has an attribute `sees_first_frames` that is true.
     """
 
     name: str
@@ -55,8 +55,8 @@ def as_reward(reward: Reward | Callable[[Tensor, Sequence[str]], Any]) -> Reward
 
 
 def told(reader: object, prompts: Sequence[str]) -> Sequence[str]:
-    """Prompts as a reward or a ranker is told them: without their pictures, unless it says that it `sees_pictures`."""
-    return prompts if getattr(reader, "sees_pictures", False) else texts_of(prompts)
+    """Prompts as a reward or a ranker is told them: without their pictures, unless it says that it `sees_first_frames`."""
+    return prompts if getattr(reader, "sees_first_frames", False) else texts_of(prompts)
 
 
 def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.data.digits import WORDS
-from instep.rewards.judges import FEATURES, JudgeName, Residual
+from instep.rewards.judges import FEATURES, ClassifierName, Residual
 
-FOLDER = Path(__file__).parents[1] / "assets" / "digits" / "judges"
+FOLDER = Path(__file__).parents[1] / "assets" / "digits" / "classifiers"
 Scale = Literal["log", "probability"]
 
 
@@ -35,7 +35,7 @@ class Trunk(nn.Module):
 
 
 class Convolutions(Trunk):
-    """Three plain convolutions and a dense layer that sees where things are (training judge)."""
+    """Three plain convolutions and a dense layer that sees where things are (training classifier)."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -47,7 +47,7 @@ class Convolutions(Trunk):
 
 
 class Dense(Trunk):
-    """No convolution: three dense layers on the pixels (monitor judge)."""
+    """No convolution: three dense layers on the pixels (monitor classifier)."""
 
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), nn.Linear(64, 192), nn.LayerNorm(192), nn.SiLU(), nn.Linear(192, 192), nn.LayerNorm(192), nn.SiLU(),
@@ -55,7 +55,7 @@ class Dense(Trunk):
 
 
 class Residuals(Trunk):
-    """Residual blocks, pooled over the image (held-out judge)."""
+    """Residual blocks, pooled over the image (held-out classifier)."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -64,11 +64,11 @@ class Residuals(Trunk):
         )  # fmt: skip
 
 
-ARCHITECTURES: dict[JudgeName, type[Trunk]] = {"training": Convolutions, "monitor": Dense, "heldout": Residuals}
+ARCHITECTURES: dict[ClassifierName, type[Trunk]] = {"training": Convolutions, "monitor": Dense, "heldout": Residuals}
 
 
 @dataclass(frozen=True)
-class ClassJudge:
+class DigitClassifier:
     """A frozen classifier; its score is differentiable with respect to the pixels. `scale`: log p of the asked class (<= 0), or p itself."""
 
     name: str
@@ -83,7 +83,7 @@ class ClassJudge:
 
     def _grey(self, media: Tensor) -> Tensor:
         if media.ndim != 4 or media.shape[1:] != (3, 8, 8):
-            raise ValueError(f"media: shape {tuple(media.shape)} is not allowed; this judge reads [B, 3, 8, 8] in [0, 1]")
+            raise ValueError(f"media: shape {tuple(media.shape)} is not allowed; this classifier reads [B, 3, 8, 8] in [0, 1]")
         return media.float().mean(1, keepdim=True)
 
     def logits(self, media: Tensor) -> Tensor:
@@ -123,16 +123,16 @@ def _classes(prompts: Sequence[str], device: torch.device) -> Tensor:
     return torch.tensor([rows[p] for p in prompts], device=device)
 
 
-def load_class_judge(name: JudgeName, folder: Path = FOLDER, scale: Scale = "log") -> ClassJudge:
-    """A bundled judge of digits, float32, frozen."""
-    if name not in get_args(JudgeName):
-        raise ValueError(f"name: {name!r} is not allowed; use one of {', '.join(get_args(JudgeName))}")
+def load_digit_classifier(name: ClassifierName, folder: Path = FOLDER, scale: Scale = "log") -> DigitClassifier:
+    """A bundled classifier of digits, float32, frozen."""
+    if name not in get_args(ClassifierName):
+        raise ValueError(f"name: {name!r} is not allowed; use one of {', '.join(get_args(ClassifierName))}")
     net, accuracy = _load(name, Path(folder))
-    return ClassJudge(name if scale == "log" else f"{name}, {scale}", net, accuracy, scale)
+    return DigitClassifier(name if scale == "log" else f"{name}, {scale}", net, accuracy, scale)
 
 
 @cache
-def _load(name: JudgeName, folder: Path) -> tuple[Trunk, float]:
+def _load(name: ClassifierName, folder: Path) -> tuple[Trunk, float]:
     from safetensors.torch import load_file
 
     net = ARCHITECTURES[name]()

@@ -1,4 +1,4 @@
-"""What a reward learned from preferences looks at: numbers of media and their prompts, from a bundled judge or an image-text model of your own.
+"""What a reward learned from preferences looks at: numbers of media and their prompts, from a bundled classifier or an image-text model of your own.
 
 Both see the sample and its prompt in one space. The features are (sample, prompt, sample * prompt): by its products a linear head weighs how well a sample
 fits what was asked, direction by direction.
@@ -20,8 +20,8 @@ from instep.data.media import fitted, read_media
 from instep.models import BUNDLED, MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, VideoSize
 from instep.models.base import weights_fingerprint
 from instep.quiet import quiet
-from instep.rewards.class_judges import ClassJudge, load_class_judge
-from instep.rewards.judges import Judge, JudgeName, load_judge
+from instep.rewards.class_judges import DigitClassifier, load_digit_classifier
+from instep.rewards.judges import Classifier, ClassifierName, load_classifier
 from instep.rewards.samples import evenly_spaced
 
 DIGITS_SIZE = VideoSize(8, 8, 1)
@@ -54,18 +54,18 @@ class Features(Protocol):
 
 
 def features_of(given: str, frames: int = 8) -> Features:
-    """`moving-digits` or `digits` (of the training judge; of the monitor with `:monitor` after it), or the folder of an image-text model such as CLIP or
-    SigLIP, which sees `frames` evenly spaced frames. ValueError for the held-out judge, which no training may look at, and for what is no such model.
+    """`moving-digits` or `digits` (of the training classifier; of the monitor with `:monitor` after it), or the folder of an image-text model such as CLIP or
+    SigLIP, which sees `frames` evenly spaced frames. ValueError for the held-out classifier, which no training may look at, and for what is no such model.
     """
-    model, _, judge = given.partition(":")
+    model, _, classifier = given.partition(":")
     if model not in BUNDLED:
         return image_text_features(given, frames)
-    if judge not in ("", "training", "monitor"):
-        raise ValueError(f"features: {given!r} is not allowed; {model}:training or {model}:monitor (the held-out judge measures what others train on)")
-    name: JudgeName = "monitor" if judge == "monitor" else "training"
+    if classifier not in ("", "training", "monitor"):
+        raise ValueError(f"features: {given!r} is not allowed; {model}:training or {model}:monitor (the held-out classifier measures what others train on)")
+    name: ClassifierName = "monitor" if classifier == "monitor" else "training"
     if model in (MOVING_DIGITS, MOVING_DIGITS_I2V):
-        return JudgeFeatures(model, load_judge(name), MOVING_DIGITS_SIZE, 3 * 128)
-    return JudgeFeatures(model, load_class_judge(name), DIGITS_SIZE, 3 * 64)
+        return ClassifierFeatures(model, load_classifier(name), MOVING_DIGITS_SIZE, 3 * 128)
+    return ClassifierFeatures(model, load_digit_classifier(name), DIGITS_SIZE, 3 * 64)
 
 
 def joined(sample: Tensor, prompt: Tensor) -> Tensor:
@@ -74,17 +74,17 @@ def joined(sample: Tensor, prompt: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class JudgeFeatures:
-    """A bundled judge's penultimate features, and its last layer's weights of what the prompt asks for."""
+class ClassifierFeatures:
+    """A bundled classifier's penultimate features, and its last layer's weights of what the prompt asks for."""
 
     model: str
-    judge: Judge | ClassJudge
+    classifier: Classifier | DigitClassifier
     size: VideoSize
     width: int
 
     @property
     def given(self) -> str:
-        return f"{self.model}:{self.judge.name}"
+        return f"{self.model}:{self.classifier.name}"
 
     @property
     def frames(self) -> int:
@@ -92,16 +92,16 @@ class JudgeFeatures:
 
     @property
     def name(self) -> str:
-        return f"{self.given} {weights_fingerprint(self.judge.net)}"
+        return f"{self.given} {weights_fingerprint(self.classifier.net)}"
 
     def read(self, path: Path) -> Tensor:
         media = fitted(read_media(path, self.size.frames), self.size, str(path))[None]
         return media if self.size.frames > 1 else media[:, :, 0]
 
     def __call__(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.judge.net.to(media.device)
-        sample = self.judge.features(media)
-        return joined(sample, self.judge.asked(prompts).to(sample))
+        self.classifier.net.to(media.device)
+        sample = self.classifier.features(media)
+        return joined(sample, self.classifier.asked(prompts).to(sample))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class SampledFrames:
     reward: Reward
     k: int
     seen_as: Literal["images", "video"] = "images"
-    sees_pictures = True  # and its reward what that one asks for
+    sees_first_frames = True  # and its reward what that one asks for
 
     def __post_init__(self) -> None:
         if self.k < 1:

@@ -1,6 +1,6 @@
 """Three classifiers of digit and motion in moving-digits videos: one to train on, one to watch, one to report.
 
-They share nothing: other architecture, other seed, other scans. A reward that only its own judge believes in has been hacked, and the
+They share nothing: other architecture, other seed, other scans. A reward that only its own classifier believes in has been hacked, and the
 other two show it. All read the mean of the three channels.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from instep.data.digits import MOTIONS, motions_allowed, parse
 
-JudgeName = Literal["training", "monitor", "heldout"]
-FOLDER = Path(__file__).parents[1] / "assets" / "moving-digits" / "judges"
+ClassifierName = Literal["training", "monitor", "heldout"]
+FOLDER = Path(__file__).parents[1] / "assets" / "moving-digits" / "classifiers"
 FEATURES = 64
 
 
@@ -46,7 +46,7 @@ class Trunk(nn.Module):
 
 
 class SpaceTime(Trunk):
-    """3-D convolutions, strided in space and time, pooled over both (training judge)."""
+    """3-D convolutions, strided in space and time, pooled over both (training classifier)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class SpaceTime(Trunk):
 
 
 class FrameByFrame(Trunk):
-    """A 2-D net reads each frame; soft positions of its channels over time tell the motion (monitor judge)."""
+    """A 2-D net reads each frame; soft positions of its channels over time tell the motion (monitor classifier)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Residual(nn.Module):
 
 
 class Recurrent(Trunk):
-    """A residual net reads each frame and its change since the frame before; a GRU runs over time (held-out judge)."""
+    """A residual net reads each frame and its change since the frame before; a GRU runs over time (held-out classifier)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Recurrent(Trunk):
         return frames.mean(1), self.time(frames)[0][:, -1]
 
 
-ARCHITECTURES: dict[JudgeName, type[Trunk]] = {"training": SpaceTime, "monitor": FrameByFrame, "heldout": Recurrent}
+ARCHITECTURES: dict[ClassifierName, type[Trunk]] = {"training": SpaceTime, "monitor": FrameByFrame, "heldout": Recurrent}
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _wanted(prompts: Sequence[str], device: torch.device) -> _Wanted:
     return _Wanted(digits.to(device), motions.to(device))
 
 
-class Judge:
+class Classifier:
     """A frozen classifier of digit and motion; its score is differentiable with respect to the video's pixels."""
 
     differentiable = True
@@ -158,7 +158,7 @@ class Judge:
 
     def _embed(self, media: Tensor) -> tuple[Tensor, Tensor]:
         if media.ndim != 5 or media.shape[1:] != (3, 9, 48, 48):
-            raise ValueError(f"media: shape {tuple(media.shape)} is not allowed; this judge reads [B, 3, 9, 48, 48] in [0, 1]")
+            raise ValueError(f"media: shape {tuple(media.shape)} is not allowed; this classifier reads [B, 3, 9, 48, 48] in [0, 1]")
         return self.net.embed(media.float().mean(1))
 
     def logits(self, media: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,17 +197,17 @@ class Judge:
         return Correct(digit_right, motion_right, digit_right & motion_right)
 
 
-def load_judge(name: JudgeName, folder: Path = FOLDER) -> Judge:
-    """A bundled judge, float32, frozen; each call with the same arguments gives the same object."""
+def load_classifier(name: ClassifierName, folder: Path = FOLDER) -> Classifier:
+    """A bundled classifier, float32, frozen; each call with the same arguments gives the same object."""
     return _load(name, Path(folder))
 
 
 @cache
-def _load(name: JudgeName, folder: Path) -> Judge:
+def _load(name: ClassifierName, folder: Path) -> Classifier:
     from safetensors.torch import load_file
 
-    if name not in get_args(JudgeName):
-        raise ValueError(f"name: {name!r} is not allowed; use one of {', '.join(get_args(JudgeName))}")
+    if name not in get_args(ClassifierName):
+        raise ValueError(f"name: {name!r} is not allowed; use one of {', '.join(get_args(ClassifierName))}")
     net = ARCHITECTURES[name]()
     net.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
-    return Judge(name, net, json.loads((folder / f"{name}.json").read_text())["accuracy"])
+    return Classifier(name, net, json.loads((folder / f"{name}.json").read_text())["accuracy"])

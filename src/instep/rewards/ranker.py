@@ -29,7 +29,7 @@ class RewardRanker:
 
     reward: Reward
     margin: float = 0.0
-    sees_pictures = True  # and its reward what that one asks for
+    sees_first_frames = True  # and its reward what that one asks for
 
     def __post_init__(self) -> None:
         if self.margin < 0:
@@ -59,7 +59,7 @@ class Ranked:
 
     ranker: Ranker
     differentiable: bool = False
-    sees_pictures = True  # equal prompts are a group: of equal texts with other pictures, none
+    sees_first_frames = True  # equal prompts are a group: of equal texts with other pictures, none
     space: Literal["pixel", "latent"] = "pixel"
 
     @property

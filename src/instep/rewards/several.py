@@ -21,7 +21,7 @@ class Several:
 
     parts: tuple[Reward, ...]
     weights: tuple[float, ...]
-    sees_pictures = True  # each part what it asks for
+    sees_first_frames = True  # each part what it asks for
 
     def __post_init__(self) -> None:
         if not self.parts or len(self.parts) != len(self.weights):

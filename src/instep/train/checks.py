@@ -15,7 +15,7 @@ from torch import Tensor
 
 from instep import __version__
 from instep.data.pictures import digest
-from instep.data.prompts import picture_of
+from instep.data.prompts import first_frame_of
 from instep.files import write_json
 from instep.models.base import Family, weights_fingerprint
 from instep.rewards.base import Reward, checked_scores
@@ -26,7 +26,7 @@ from instep.train.recipe import Recipe, describe
 from instep.train.source import PairSamples, RealSamples
 
 if TYPE_CHECKING:
-    from instep.models.base import Pictured
+    from instep.models.base import ImageToVideo
     from instep.train.run import RunOptions
 
 # decoding all samples of a large batch at once would need more memory than the student's own step
@@ -158,9 +158,9 @@ def check_inputs(
 def check_prompts(family: Family, prompts: Sequence[str]) -> None:
     """ValueError for a prompt without a picture where the model begins with one, and for one with a picture where it takes none."""
     if hasattr(family, "check_prompts"):
-        cast("Pictured", family).check_prompts(prompts)
-    elif pictured := next((prompt for prompt in prompts if picture_of(prompt)), None):
-        raise ValueError(f"prompts: {pictured!r} names a picture, and {family.name} takes text alone; leave [image: ...] out, or choose another model")
+        cast("ImageToVideo", family).check_prompts(prompts)
+    elif image_to_video := next((prompt for prompt in prompts if first_frame_of(prompt)), None):
+        raise ValueError(f"prompts: {image_to_video!r} names a picture, and {family.name} takes text alone; leave [image: ...] out, or choose another model")
 
 
 def _blunt(reward: Reward) -> Reward:

@@ -1,6 +1,6 @@
 """What looks wrong in a run's rows, in words: pure checks, one function a kind.
 
-They may look at the training reward and at the *monitor* judge; a held-out judge is for reported figures only.
+They may look at the training reward and at the *monitor* classifier; a held-out classifier is for reported figures only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PERSIST = 2  # probes in a row that must agree: one noisy probe of some dozens o
 WINDOW = 20  # iterations of a rolling mean: one batch's cosine, loss or share of constant groups is noise
 OPPOSED = -0.5  # cosine of two forces below which most of each is spent on undoing the other
 SILENT = 0.01  # share of the strongest force below which another one does nothing
-INK_OFF = 0.25  # relative deviation of mean brightness from the teacher's that the eye sees as over- or under-saturation
+BRIGHTNESS_OFF = 0.25  # relative deviation of mean brightness from the teacher's that the eye sees as over- or under-saturation
 CLIPPED = 0.05  # share of pixels more than .05 outside [0, 1] (real videos through the VAE: well below .01) ...
 CLIPPED_MORE = 2.0  # ... and this many times the teacher's own: a family whose teacher overshoots is not the student's fault
 HALVED = 0.6  # a figure below this share of its reference has visibly collapsed
@@ -163,9 +163,9 @@ def _pictures(seen: History) -> Said:
     def times(key: str) -> float:
         return now[f"probe/{key}"] / now[f"probe/{key}_teacher"]
 
-    if _off(seen, "ink", 1, INK_OFF):
+    if _off(seen, "ink", 1, BRIGHTNESS_OFF):
         yield "warn", "oversaturation", f"samples are {times('ink') - 1:.0%} brighter than the teacher's: lower the guidance or the weight of the reward"
-    if _off(seen, "ink", -1, INK_OFF):
+    if _off(seen, "ink", -1, BRIGHTNESS_OFF):
         yield "warn", "fading", f"samples are {1 - times('ink'):.0%} darker than the teacher's: the student fades; check the learning rates and the reward"
     clipped = [row for row in seen.probes if row["step"] > 0][-PERSIST:]
     if len(clipped) == PERSIST and all(

@@ -1,7 +1,7 @@
 """Probes: what the student makes of a fixed set of prompts and noise while it trains. They feed health checks and plots.
 
 A probe has its own generator, so a run with probes and one without go through the same numbers. It may look at the training
-reward and at the monitor, never at a held-out judge.
+reward and at the monitor, never at a held-out classifier.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from instep.rollout import Sampling, sample_ode
 
 
 class Monitor(Protocol):
-    """A judge that training does not descend: figures of media [B, 3, F, H, W] for their prompts."""
+    """A classifier that training does not descend: figures of media [B, 3, F, H, W] for their prompts."""
 
     def figures(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]: ...
 

@@ -27,8 +27,8 @@ class Column:
 
 
 MAIN = (
-    Column("heldout_both", "prompt followed", "share of samples whose digit and motion are both right for a held-out judge (fully specified prompts)", 3),
-    Column("fd", "FD", "Fréchet distance to real videos in a held-out judge's features, all prompts; depends on the number of samples", 1),
+    Column("heldout_both", "prompt followed", "share of samples whose digit and motion are both right for a held-out classifier (fully specified prompts)", 3),
+    Column("fd", "FD", "Fréchet distance to real videos in a held-out classifier's features, all prompts; depends on the number of samples", 1),
     Column("fd_open", "FD (open prompts)", "the same on prompts that leave digit or motion open: where few-step models lose variety", 1),
     Column("modes_motion", "motions seen", "different motions among the samples of “a seven”: of 9, and of no more than samples were drawn", 2),
     Column("modes_digit", "digits seen", "different digits among the samples of “a digit moving left fast”: of 10, and of no more than samples were drawn", 2),
@@ -38,13 +38,13 @@ MAIN = (
     Column("seconds", "CPU s / video", "seconds of all threads to generate one video", 3),
 )
 MORE = (
-    Column("heldout_digit", "digit", "held-out judge: digit right", 3),
-    Column("heldout_motion", "motion", "held-out judge: motion right", 3),
-    Column("heldout_both_open", "followed, open", "held-out judge: what an open prompt does say is right", 3),
-    Column("heldout_score", "log p", "held-out judge: mean log-probability of what the prompt says", 2),
-    Column("monitor_both", "monitor", "monitor judge (watched during training, never descended): both right", 3),
-    Column("train_both", "training", "training judge (the reward itself): both right; far above the others means that it was hacked", 3),
-    Column("train_score", "reward", "training judge: mean log-probability, the reward", 2),
+    Column("heldout_digit", "digit", "held-out classifier: digit right", 3),
+    Column("heldout_motion", "motion", "held-out classifier: motion right", 3),
+    Column("heldout_both_open", "followed, open", "held-out classifier: what an open prompt does say is right", 3),
+    Column("heldout_score", "log p", "held-out classifier: mean log-probability of what the prompt says", 2),
+    Column("monitor_both", "monitor", "monitor classifier (watched during training, never descended): both right", 3),
+    Column("train_both", "training", "training classifier (the reward itself): both right; far above the others means that it was hacked", 3),
+    Column("train_score", "reward", "training classifier: mean log-probability, the reward", 2),
     Column("precision", "precision", "share of samples that look like real ones (nearest neighbours in held-out features)", 3),
     Column("recall", "recall", "share of real videos that the samples come near to", 3),
     Column("vendi", "Vendi", "effective number of different samples per open prompt", 2),

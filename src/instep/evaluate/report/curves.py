@@ -12,8 +12,8 @@ from instep.evaluate.report.read import RunRecord
 
 WINDOW = 10  # iterations that per-iteration scalars are averaged over
 NAMES = {
-    "probe/train_score_teacher": "teacher, training judge", "probe/monitor_score_teacher": "teacher, monitor judge",
-    "reward/train": "training batches", "probe/train_score": "training judge (probe)", "probe/monitor_score": "monitor judge (probe)",
+    "probe/train_score_teacher": "teacher, training classifier", "probe/monitor_score_teacher": "teacher, monitor classifier",
+    "reward/train": "training batches", "probe/train_score": "training classifier (probe)", "probe/monitor_score": "monitor classifier (probe)",
     "probe/monitor_both": "both", "probe/monitor_digit": "digit", "probe/monitor_motion": "motion", "wall_s": "on the clock", "cpu_s": "all threads",
 }  # fmt: skip
 
@@ -32,10 +32,10 @@ class Panel:
 
 PANELS = (
     Panel("Reward",
-          "What alignment climbs. Nothing is trained on the monitor judge: if only the training judge rises, the reward is hacked.",
+          "What alignment climbs. Nothing is trained on the monitor classifier: if only the training classifier rises, the reward is hacked.",
           r"(reward/train|probe/(?:train|monitor)_score(?:_teacher)?)"),
     Panel("Prompts followed (monitor)",
-          "Share of probe samples that a judge outside of training finds right.",
+          "Share of probe samples that a classifier outside of training finds right.",
           r"probe/(monitor_both(?:_teacher)?)", bounds=(0.0, 1.0)),
     Panel("Diversity",
           "Mean distance between samples of one prompt. A fall below the teacher's is the first sign of collapse.",

@@ -13,7 +13,7 @@ from instep.evaluate.compare import Row
 from instep.evaluate.report import curves, pictures, tables, words
 from instep.evaluate.report.columns import EVERY, with_error
 from instep.evaluate.report.read import RunRecord, read_runs
-from instep.evaluate.report.rows import by_protocol, floor_of, rows_of, students
+from instep.evaluate.report.rows import by_protocol, real_vs_real_of, rows_of, students
 from instep.files import write_text
 
 SECTIONS = (
@@ -96,7 +96,7 @@ def verdict(runs: Sequence[RunRecord]) -> str:
     for _, same in by_protocol(runs):
         for student in students(same):
             title = f"<h3>{escape(student.name)}, NFE {student.nfe}{', ' + escape(student.note) if student.note else ''}</h3>" if len(runs) > 1 else ""
-            parts.append(title + words.verdict(student, rows_of(same), floor_of(same)))
+            parts.append(title + words.verdict(student, rows_of(same), real_vs_real_of(same)))
     return "".join(parts) or tables.UNMEASURED
 
 

@@ -38,11 +38,11 @@ class Views:
 
 @dataclass(frozen=True)
 class Figures:
-    """metrics.json: measured rows, the real-against-real floor, the judges' own accuracies."""
+    """metrics.json: measured rows, the real-against-real floor, the classifiers' own accuracies."""
 
     rows: tuple[Row, ...]
     floor: Row | None
-    judges: Mapping[str, Mapping[str, float]]
+    classifiers: Mapping[str, Mapping[str, float]]
     protocol: str
 
 
@@ -156,7 +156,7 @@ def _figures(path: Path) -> Figures:
     found = _mapping(path)
     floor = found.get("floor")
     rows = tuple(_row(row) for row in found.get("rows") or [])
-    return Figures(rows, _row(floor) if floor else None, found.get("judges") or {}, str(found.get("protocol", "")))
+    return Figures(rows, _row(floor) if floor else None, found.get("classifiers") or {}, str(found.get("protocol", "")))
 
 
 def _row(found: Mapping[str, Any]) -> Row:

@@ -47,11 +47,11 @@ def rows_of(runs: Sequence[RunRecord]) -> list[Row]:
 
 def real_rows(runs: Sequence[RunRecord]) -> list[Row]:
     """What no model made, in no competition with models: real videos through the VAE, then the real-against-real floor."""
-    floor = floor_of(runs)
+    floor = real_vs_real_of(runs)
     return [row for row in _others(runs) if row.kind == "real"] + ([floor] if floor else [])
 
 
-def floor_of(runs: Sequence[RunRecord]) -> Row | None:
+def real_vs_real_of(runs: Sequence[RunRecord]) -> Row | None:
     """The real-against-real row of the first run that has one."""
     return next((run.figures.floor for run in runs if run.figures and run.figures.floor), None)
 

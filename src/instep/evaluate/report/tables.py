@@ -9,7 +9,7 @@ from instep.evaluate.compare import Row, better, direction
 from instep.evaluate.report.charts import Dot, dot_chart
 from instep.evaluate.report.columns import MAIN, MORE, Column, with_error
 from instep.evaluate.report.read import RunRecord
-from instep.evaluate.report.rows import by_protocol, floor_of, real_rows, rows_of
+from instep.evaluate.report.rows import by_protocol, real_vs_real_of, real_rows, rows_of
 
 KINDS = {"student": "student", "control": "control", "teacher": "teacher", "naive": "naive sampling", "real": "real videos"}
 
@@ -63,7 +63,7 @@ def glossary(columns: Sequence[Column]) -> str:
 def cost_charts(rows: Sequence[Row], floor: Row | None) -> str:
     """Quality against NFE for the figures that tell most."""
     captions = {
-        "heldout_both": "Share of prompts that a held-out judge finds followed. Up is better.",
+        "heldout_both": "Share of prompts that a held-out classifier finds followed. Up is better.",
         "fd": "Distance to real videos over all prompts. Down is better.",
         "fd_open": "Distance to real videos where the prompt leaves something open. Down is better.",
         "modes_motion": "Variety: motions seen for “a seven”. Few-step sampling loses it first.",
@@ -103,14 +103,14 @@ def all_tables(runs: Sequence[RunRecord]) -> str:
 
 
 def _tables(runs: Sequence[RunRecord]) -> str:
-    rows, floor, reals = rows_of(runs), floor_of(runs), real_rows(runs)
+    rows, floor, reals = rows_of(runs), real_vs_real_of(runs), real_rows(runs)
     shown = known((*MAIN, *MORE), rows)
-    judges = "".join(
+    classifiers = "".join(
         f"<li>{escape(name)}: {escape(', '.join(f'{part} {value:.3f}' for part, value in accuracy.items() if isinstance(value, int | float)))}</li>"
-        for name, accuracy in next((run.figures.judges for run in runs if run.figures), {}).items()
+        for name, accuracy in next((run.figures.classifiers for run in runs if run.figures), {}).items()
         if isinstance(accuracy, dict)
     )
-    accuracy = f"<h3>The judges' own accuracy on real videos</h3><ul>{judges}</ul>" if judges else ""
+    accuracy = f"<h3>The classifiers' own accuracy on real videos</h3><ul>{classifiers}</ul>" if classifiers else ""
     return (
         f"{cost_charts(rows, floor)}{table(rows, reals, MAIN)}"
         "<p class='note'>± is two standard errors, of what another seed would change on these prompts. A figure is set <span class='best'>apart</span> only "

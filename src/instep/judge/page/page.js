@@ -1,5 +1,5 @@
 "use strict";
-// One page, three views: start, judge, end. What is chosen but not sent yet, and what was sent but not heard of, survive a reload.
+// One page, three views: start, item, end. What is chosen but not sent yet, and what was sent but not heard of, survive a reload.
 const $ = (id) => document.getElementById(id);
 const kept = {
   get: (key) => { try { return JSON.parse(sessionStorage.getItem(key)); } catch { return null; } },
@@ -40,7 +40,7 @@ async function post(path, body) {
 }
 
 function view(id) {
-  for (const part of ["start", "judge", "end"]) $(part).hidden = part !== id;
+  for (const part of ["start", "item", "end"]) $(part).hidden = part !== id;
 }
 
 async function send(path, body) {
@@ -79,7 +79,7 @@ function show(next) {
   $("right").hidden = !next.item.right;
   $("left").querySelector("figcaption").hidden = !next.item.right;
   questions();
-  view("judge");
+  view("item");
   player = new Player([["left", next.item.left], ["right", next.item.right]].filter(([, clip]) => clip));
   window.scrollTo(0, 0);
 }
@@ -138,7 +138,7 @@ function choose(i, value) {
   mark(true);
 }
 
-const submit = () => { if (!$("next").disabled && !$("judge").hidden) send("/api/answer", { name, request: unique(), item: state.item.id, answers }); };
+const submit = () => { if (!$("next").disabled && !$("item").hidden) send("/api/answer", { name, request: unique(), item: state.item.id, answers }); };
 const undo = () => { if (state && state.done > 0) send("/api/undo", { name, request: unique() }); };
 
 // Both sides on one clock: sheets of frames are drawn by time, videos are started, stopped and set back together.
@@ -256,7 +256,7 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.tagName === "INPUT" || !state) return;
   const pressed = event.key.toLowerCase();
   const does = { u: undo, backspace: undo };
-  if (!$("judge").hidden && state.item) {
+  if (!$("item").hidden && state.item) {
     Object.assign(does, { enter: submit, r: () => player.restart(), " ": () => player.play(!player.playing), arrowup: () => { active = Math.max(0, active - 1); mark(true); } });
     const keys = state.mode === "pairs" ? { arrowleft: "left", arrowright: "right", arrowdown: "equal" } : { 0: "0", 1: "1", 2: "2", y: "yes", n: "no" };
     for (const [key, value] of Object.entries(keys)) does[key] = () => choose(active, value);
