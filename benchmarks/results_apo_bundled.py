@@ -172,7 +172,7 @@ def cells() -> list[str]:
     return lines
 
 
-SAID = {"score": "log p", "right": "right", "motion": "motion", "first_frame": "first frame to its picture"}
+SAID = {"score": "log p", "right": "right", "motion": "motion", "first_frame": "first frame to the given one"}
 
 
 def sequence(name: str) -> list[str]:

@@ -48,7 +48,7 @@ def test_pairs_of_a_prompt_are_on_one_side_only():
 
 
 def test_first_frames_that_prompts_name_are_not_read():
-    """A reward is told the text alone; what the head learns from must be that too, and one text with two pictures is one prompt."""
+    """A reward is told the text alone; what the head learns from must be that too, and one text with two first frames is one prompt."""
     features = features_of("moving-digits-i2v")
     assert isinstance(features.classifier, type(load_classifier("training"))) and features.name.startswith("moving-digits-i2v")
     seen = []
@@ -249,8 +249,8 @@ def test_pairs_that_cannot_be_fitted(liked, tmp_path, capsys):
         pairs, "--features", "digits:heldout"
     )
     assert "prompt: '0' is outside the grammar" in said(pairs, "--features", "moving-digits")
-    (tmp_path / "gone.webp").write_bytes(b"no picture")
-    assert "gone.webp cannot be read as a picture" in said([*pairs, PreferencePair("1", tmp_path / "gone.webp", pairs[0].rejected)])
+    (tmp_path / "gone.webp").write_bytes(b"no image")
+    assert "gone.webp cannot be read as an image" in said([*pairs, PreferencePair("1", tmp_path / "gone.webp", pairs[0].rejected)])
     (tmp_path / "gone.webp").unlink()
     assert main(["pairs", "fit", str(tmp_path / "pairs.jsonl"), str(out), "--features", "digits"]) == 2
     assert "gone.webp' is not allowed; it is a file that exists" in capsys.readouterr().err
@@ -299,11 +299,11 @@ def test_features_of_an_image_text_model(tmp_path):
     media = torch.rand(2, 3, 5, 40, 56)
     got = features(media, ["a hen", "a cat"])
     assert got.shape == (2, features.width) == (2, 72)
-    # by hand, through the processor: frames 0, 2 and 4 as 8-bit pictures, embeddings of length one, mean over frames
+    # by hand, through the processor: frames 0, 2 and 4 as 8-bit images, embeddings of length one, mean over frames
     unit = torch.nn.functional.normalize
     for i, prompt in enumerate(["a hen", "a cat"]):
-        pictures = [(media[i, :, f].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for f in (0, 2, 4)]
-        given = processor(text=[prompt], images=pictures, return_tensors="pt", padding=True)
+        images = [(media[i, :, f].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy() for f in (0, 2, 4)]
+        given = processor(text=[prompt], images=images, return_tensors="pt", padding=True)
         with torch.no_grad():
             out = network(**given)
         image, text = unit(out.image_embeds).mean(0), unit(out.text_embeds)[0]

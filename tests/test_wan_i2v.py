@@ -1,4 +1,4 @@
-"""Image-to-video: prompts that name their picture, the family against the stock pipeline, every recipe on it, and the bundled model."""
+"""Image-to-video: prompts that name their first frame, the family against the stock pipeline, every recipe on it, and the bundled model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def few_teacher_steps(monkeypatch):
     monkeypatch.setattr(module, "TEACHER_STEPS", 2)
 
 
-# prompts and pictures
+# prompts and first frames
 
 
 def test_a_prompt_names_its_first_frame():
@@ -103,13 +103,13 @@ def test_first_frames_are_read_or_drawn(tmp_path):
     assert read_first_frame(with_first_frame("x", tmp_path / "a.png"), VideoSize(32, 32, 9)).shape == (3, 32, 32)
     save_animation(tmp_path / "b.webp", frames)
     assert (read_first_frame(with_first_frame("x", tmp_path / "b.webp"), SIZE) * 255 - frames[0].permute(2, 0, 1)).abs().max() <= 1, "the first frame of a video"
-    with pytest.raises(ValueError, match="'a seven' names no picture, and this model begins its videos with one; write 'a seven .image: FILE.'"):
+    with pytest.raises(ValueError, match="'a seven' names no first frame, and this model begins its videos with one; write 'a seven .image: FILE.'"):
         read_first_frame("a seven", SIZE)
     with pytest.raises(ValueError, match="image: .*gone.png of prompt .* is not a file that exists"):
         check_first_frames([PROMPTS[0], with_first_frame("x", tmp_path / "gone.png")], SIZE)
     with pytest.raises(ValueError, match="is 48 x 48, not of the shape of 48 x 96"):
         read_first_frame(with_first_frame("x", tmp_path / "a.png"), VideoSize(48, 96, 9))
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     for prompt in (with_first_frame("a seven", tmp_path / "broken.png"), "a cat runs [image: train/3]"):
         with pytest.raises(ValueError):  # before a run begins, not where the prompt is drawn
             check_first_frames([PROMPTS[0], prompt], SIZE)
@@ -131,10 +131,10 @@ def test_latents_of_first_frames_are_kept_up_to_a_size(monkeypatch, tmp_path):
         Image.fromarray(torch.full((48, 48, 3), 40 * i, dtype=torch.uint8).numpy()).save(tmp_path / f"{i}.png")
     made, names = family(), [with_first_frame("a seven", tmp_path / f"{i}.png") for i in range(3)]
     first = made.encode([*names, with_first_frame("an eight", tmp_path / "1.png")])
-    assert len(made._pictures) == 3 and torch.equal(first.picture[1], first.picture[3]), "two prompts of one picture share its latents"
-    monkeypatch.setattr(module, "KEPT_BYTES", int(1.5 * first.picture[0].nbytes))
+    assert len(made._first_frames) == 3 and torch.equal(first.first_frame[1], first.first_frame[3]), "two prompts of one first frame share its latents"
+    monkeypatch.setattr(module, "KEPT_BYTES", int(1.5 * first.first_frame[0].nbytes))
     again = made.encode(names)
-    assert len(made._pictures) == 1 and torch.equal(again.picture, first.picture[:3])
+    assert len(made._first_frames) == 1 and torch.equal(again.first_frame, first.first_frame[:3])
 
 
 def test_rewards_are_told_the_text_unless_they_ask_for_the_first_frame():
@@ -151,7 +151,7 @@ def test_rewards_are_told_the_text_unless_they_ask_for_the_first_frame():
     object.__setattr__(nosy, "sees_first_frames", True)
     checked_scores(nosy, media, PROMPTS)
     assert seen == [TEXTS, PROMPTS]
-    # two pictures of one text are two groups
+    # two first frames of one text are two groups
     seen.clear()
     names = [with_first_frame("a digit", f"train/{i}") for i in (0, 0, 1, 1)]
     ranked = checked_scores(Ranked(reward_ranker(plain)), media, names)
@@ -164,24 +164,24 @@ def test_rewards_are_told_the_text_unless_they_ask_for_the_first_frame():
 
 def test_what_is_known_is_what_the_stock_pipeline_joins():
     fam = family()
-    pipe, picture = fam.pipe, read_first_frame(PROMPTS[1], SIZE)[None]
-    image = pipe.video_processor.preprocess(picture, height=48, width=48)
+    pipe, first_frame = fam.pipe, read_first_frame(PROMPTS[1], SIZE)[None]
+    image = pipe.video_processor.preprocess(first_frame, height=48, width=48)
     noise = torch.zeros(1, *fam.latent_shape)
     _, theirs = pipe.prepare_latents(image, 1, 16, 48, 48, 9, torch.float32, torch.device("cpu"), None, noise)
-    torch.testing.assert_close(known_latents(pipe.vae, picture, 9), theirs, rtol=0, atol=1e-6)
-    torch.testing.assert_close(fam.encode(PROMPTS[:2]).picture[1:], theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(known_latents(pipe.vae, first_frame, 9), theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fam.encode(PROMPTS[:2]).first_frame[1:], theirs, rtol=0, atol=1e-6)
     assert fam.latent_shape == (16, 3, 6, 6) and theirs.shape == (1, 20, 3, 6, 6)
 
 
 def test_the_unconditional_prompt_takes_the_first_frame_of_its_rows():
     fam = family()
     cond, null = fam.encode(PROMPTS), fam.null(4)
-    assert isinstance(null, WanImageCondition) and null.picture is None and len(null) == 4
+    assert isinstance(null, WanImageCondition) and null.first_frame is None and len(null) == 4
     both = cond.stack(null)
-    assert torch.equal(both.picture, torch.cat([cond.picture, cond.picture])) and len(both) == len(both.text) == 8
+    assert torch.equal(both.first_frame, torch.cat([cond.first_frame, cond.first_frame])) and len(both) == len(both.text) == 8
     three = cond.stack(cond.rolled(1)).stack(null)
-    assert torch.equal(three.picture[8:], cond.rolled(1).picture), "of the rows right before it"
-    assert torch.equal(both[torch.tensor([5])].picture[0], cond.picture[1]) and cond.repeat(2).picture.shape[0] == 8
+    assert torch.equal(three.first_frame[8:], cond.rolled(1).first_frame), "of the rows right before it"
+    assert torch.equal(both[torch.tensor([5])].first_frame[0], cond.first_frame[1]) and cond.repeat(2).first_frame.shape[0] == 8
 
 
 def by_the_pipelines_levels(fam, teacher, prompts, noise, steps, guidance):
@@ -238,12 +238,12 @@ def test_variants_that_are_conditioned_otherwise_are_refused():
 
 
 def test_prompts_that_do_not_fit_the_model_are_refused_before_a_run_begins(tmp_path):
-    with pytest.raises(ValueError, match="'a seven' names no picture, and this model begins"):
+    with pytest.raises(ValueError, match="'a seven' names no first frame, and this model begins"):
         train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "a", prompts=["a seven"], options=QUICK)
-    with pytest.raises(ValueError, match="'a seven moving left fast' names no picture"):
+    with pytest.raises(ValueError, match="'a seven moving left fast' names no first frame"):
         train(apo(TINY, **ONE_EACH), family(), out=tmp_path / "b", prompts=PROMPTS, pairs=replace(PAIRS, prompts=tuple(TEXTS)), reward=brightness)
     text = WanFamily(tiny_wan_pipeline(), SIZE, name="tiny")
-    with pytest.raises(ValueError, match="prompts: 'a seven moving left fast .image: train/0.' names a picture, and tiny takes text alone"):
+    with pytest.raises(ValueError, match="prompts: 'a seven moving left fast .image: train/0.' names a first frame, and tiny takes text alone"):
         train(dmd2(SHORT, iterations=1), text, out=tmp_path / "c", prompts=PROMPTS, options=QUICK)
     assert not list(tmp_path.iterdir())
 
@@ -300,7 +300,7 @@ def test_a_few_step_student_is_exported_and_checked_against_the_stock_pipeline(t
 
 
 def test_a_wide_first_frame_is_exported_with_as_it_is(tmp_path):
-    """Without a sampler of its own to compare with, the export is checked at the picture's shape: it fits no other."""
+    """Without a sampler of its own to compare with, the export is checked at the first frame's shape: it fits no other."""
     from instep.export import ExportInfo, export_student
 
     wide = VideoSize(HEIGHT, 2 * WIDTH, FRAMES)
@@ -310,7 +310,7 @@ def test_a_wide_first_frame_is_exported_with_as_it_is(tmp_path):
     report = export_student(tiny_wan_i2v_pipeline(), (1.0, 0.75), tmp_path / "out", info)
     assert report.student_difference < 2e-4
     told = [(report.folder / name).read_text() for name in ("README.md", "instep_export.json")]
-    assert all("wide.png" in text and str(tmp_path) not in text for text in told), "where the picture lies is nobody's business"
+    assert all("wide.png" in text and str(tmp_path) not in text for text in told), "where the first frame lies is nobody's business"
 
 
 # a recipe of every kind of term beside those above
@@ -403,9 +403,9 @@ def test_the_bundled_model_begins_with_its_first_frame_and_follows_the_prompt(im
     noise = torch.randn(len(names), *fam.latent_shape, generator=torch.Generator().manual_seed(0))
     x = sample_ode(teacher, fam.encode(names), fam.null(len(names)), noise, steps=8, path=fam.path, shift=fam.shift, guidance=2.0)
     media = fam.decode(x).clamp(0, 1)
-    pictures = torch.stack([read_first_frame(name, SIZE) for name in names])
+    first_frames = torch.stack([read_first_frame(name, SIZE) for name in names])
     decoded = fam.decode(fam.encode_media(torch.stack([drawn_video(name) for name in names]))).clamp(0, 1)[:, :, 0]
-    found = first_frame_figures(media, pictures, decoded)
+    found = first_frame_figures(media, first_frames, decoded)
     assert found["first_frame_to_given"] < 0.4 * found["first_frame_to_another_given"], found
     assert load_classifier("heldout").correct(media, names).both.float().mean() > 0.8
 
@@ -416,7 +416,7 @@ def test_bundled_pairs_begin_alike_and_the_rejected_one_goes_wrong(image_to_vide
     # a causal VAE: the first latent is the first frame's
     assert torch.equal(pairs.chosen[:, :, 0], pairs.rejected[:, :, 0]) and not torch.equal(pairs.chosen[:, :, 1:], pairs.rejected[:, :, 1:])
     real = image_to_video.real(4)
-    torch.testing.assert_close(real.latents[:, :, 0], image_to_video.family.encode(real.prompts).picture[:, 4:, 0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(real.latents[:, :, 0], image_to_video.family.encode(real.prompts).first_frame[:, 4:, 0], rtol=0, atol=1e-4)
     good, bad = (image_to_video.family.decode(x).clamp(0, 1) for x in (pairs.chosen, pairs.rejected))
     classifier = load_classifier("monitor")
     assert classifier.correct(good, pairs.prompts).both.float().mean() > 0.9 > 0.6 > classifier.correct(bad, pairs.prompts).both.float().mean()
@@ -433,13 +433,13 @@ def test_commands_on_the_bundled_model(tmp_path, capsys):
     assert main(["sample", "moving-digits-i2v", "--steps", "2", "--copies", "1", "--out", str(tmp_path / "s.webp")]) == 0
     assert "a seven moving left fast [image: reference/0]" in capsys.readouterr().out
     assert main(["sample", "moving-digits-i2v", "--prompts", "a seven", "--out", str(tmp_path / "t.webp")]) == 2
-    assert "'a seven' names no picture" in capsys.readouterr().err
+    assert "'a seven' names no first frame" in capsys.readouterr().err
     assert main(["plan", "apo", "--model", "moving-digits-i2v"]) == 0
     assert "stage online" in capsys.readouterr().out
 
 
 def test_eval_measures_the_bundled_model_from_first_frames(tmp_path, capsys, monkeypatch, image_to_video):
-    """A run's student beside the teacher and real videos, by prompts that each name a picture of the reference split; the teacher's rows are kept."""
+    """A run's student beside the teacher and real videos, by prompts that each name a first frame of the reference split; the teacher's rows are kept."""
     from instep.commands import evaluate as command
 
     open_ = [prompt for prompt in ("a seven", "a digit moving left fast") for _ in range(3)]

@@ -22,7 +22,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep plan RECIPE         memory and time, before anything runs
   instep human-eval A B      a local page on which people compare or score samples of two models, blind
   instep pairs export|import|fit  what people preferred as training pairs, public sets in the same form, a reward learned from them
-  instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, moving picture
+  instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, animation
   instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, moving-digits-i2v, or digits (class-conditional images)
 
 Begin with:  instep train dm-align-group --out runs/first
@@ -40,7 +40,7 @@ class TrainArgs:
     """The bundled moving-digits (videos), moving-digits-i2v (videos from their first frame) or digits (class-conditional 8 x 8 images), or the path of a
     diffusers pipeline folder."""
     prompts: Path | None = None
-    """Text file, one prompt a line (or JSON lines with a "prompt"); for image-to-video each line names its picture, "a cat runs [image: cat.png]" (or has an
+    """Text file, one prompt a line (or JSON lines with a "prompt"); for image-to-video each line names its first frame, "a cat runs [image: cat.png]" (or has an
     "image"). Default: the bundled model's own."""
     reward: str | None = None
     """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree

@@ -22,7 +22,7 @@ from instep.rewards.judges import Classifier, load_classifier
 from instep.train.source import PairSamples, RealSamples
 
 # first frames of each training prompt of the image-to-video model
-PICTURES = 4
+FIRST_FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class MovingDigits:
         """Labelled pairs for prompts that say something: a real video of the prompt, and one of another digit, of another motion, or slowed down.
 
         What is wrong is drawn among what the prompt says; a copy in slow motion is drawn as often where the video moves (Diffusion-APO C.1: the same
-        pictures, so that what is learned is motion).
+        images, so that what is learned is motion).
         """
         rng = torch.Generator().manual_seed(seed)
         said = [spec for spec in map(digits.parse, self.prompts) if spec.digit is not None or spec.direction is not None]
@@ -144,7 +144,7 @@ class MovingDigitsI2V:
 
 
 def _begun_alike(prompt: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The real video [3, 9, 48, 48] that the prompt's picture begins, and a wrong one with the same first frame."""
+    """The real video [3, 9, 48, 48] that the prompt's first frame begins, and a wrong one with the same first frame."""
     spec, shown = digits.parse(prompt), drawn_video(prompt)
     scans, motions, start = drawn_path(prompt)
     motion = int(motions)
@@ -165,11 +165,11 @@ def _begun_alike(prompt: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def moving_digits_i2v() -> MovingDigitsI2V:
-    """Loads the bundled image-to-video pipeline and classifiers; half a second. Each training prompt has `PICTURES` first frames."""
+    """Loads the bundled image-to-video pipeline and classifiers; half a second. Each training prompt has `FIRST_FRAMES` first frames."""
     family = load(MOVING_DIGITS_I2V)
     assert isinstance(family, WanImageFamily)
     names = digits.training_prompts()
-    prompts = tuple(with_first_frame(name, f"train/{len(names) * k + i}") for k in range(PICTURES) for i, name in enumerate(names))
+    prompts = tuple(with_first_frame(name, f"train/{len(names) * k + i}") for k in range(FIRST_FRAMES) for i, name in enumerate(names))
     monitor = load_classifier("monitor")
     open_prompts = tuple(with_first_frame(name, f"monitor/{i}") for i, name in enumerate(ClassifierMonitor(monitor).open_prompts))
     return MovingDigitsI2V(family, prompts, load_classifier("training"), ClassifierMonitor(monitor, open_prompts))

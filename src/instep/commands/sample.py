@@ -1,4 +1,4 @@
-"""`instep sample`: moving pictures of a run's student, or of any pipeline folder, through stock diffusers."""
+"""`instep sample`: animations of a run's student, or of any pipeline folder, through stock diffusers."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class SampleArgs:
     """A new folder that gets every sample as a file of its own and a samples.json, for `instep human-eval`: the same prompts, copies and seed through two
     models make samples that belong together."""
     out: Path = Path("samples.webp")
-    """Animated picture: a row a prompt, a column a sample."""
+    """Animation: a row a prompt, a column a sample."""
     size: tuple[int, int, int] | None = None
     """Height, width, frames; default: what the student was trained at."""
 
 
 def sample_command(args: SampleArgs) -> int:
-    """Samples with stock diffusers and writes one animated picture."""
+    """Samples with stock diffusers and writes one animation."""
     from diffusers import DiffusionPipeline
 
     folder, record = find_pipeline(args.dir)

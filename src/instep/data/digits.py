@@ -61,7 +61,7 @@ def describe(spec: PromptSpec) -> str:
 
 
 def parse(prompt: str) -> PromptSpec:
-    """What a prompt says, whatever picture it names; ValueError for a prompt outside the grammar."""
+    """What a prompt says, whatever first frame it names; ValueError for a prompt outside the grammar."""
     help_ = f"prompt: {prompt!r} is outside the grammar; write for example 'a seven moving left fast', 'a digit moving up', 'an eight', 'a two standing still'"
     words = text_of(prompt).lower().split()
     if len(words) < 2 or words[0] not in ("a", "an") or words[1] not in ("digit", *WORDS):

@@ -1,4 +1,4 @@
-"""Media files as tensors: pictures and animations through Pillow, videos through imageio where a codec is installed; and slowed copies of videos."""
+"""Media files as tensors: images and animations through Pillow, videos through imageio where a codec is installed; and slowed copies of videos."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from instep.models import VideoSize
 from instep.models.base import Encodes
 from instep.train.source import PairSamples
 
-PICTURES = (".webp", ".gif", ".png", ".jpg", ".jpeg")
+IMAGES = (".webp", ".gif", ".png", ".jpg", ".jpeg")
 VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv")
-# pictures that may be animations; their encoders keep frames that are alike and follow each other once, for as long as all of them last
+# images that may be animations; their encoders keep frames that are alike and follow each other once, for as long as all of them last
 ANIMATED = (".webp", ".gif", ".png")
 # how far the shape of a file may be from the model's, relative
 ASPECT = 0.02
@@ -40,21 +40,21 @@ class LabelledPair(Protocol):
 
 
 def read_media(path: Path, frames: int | None = None) -> Tensor:
-    """All frames of a picture, an animation or a video: [3, F, H, W] in [0, 1]. ValueError for what cannot be read, with what to do.
+    """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1]. ValueError for what cannot be read, with what to do.
 
-    `frames`, where a model takes so many: frames of an animation that last longer than others are repeated, until there are so many, and a picture that
+    `frames`, where a model takes so many: frames of an animation that last longer than others are repeated, until there are so many, and an image that
     might be an animation of equal frames is repeated that often. Without it every frame is there once, as it is stored.
     """
     suffix = path.suffix.lower()
-    if suffix in PICTURES:
-        stored, durations = _pictures(path)
+    if suffix in IMAGES:
+        stored, durations = _images(path)
         again = repeats(durations, frames) if frames is not None and suffix in ANIMATED else [1] * len(durations)
         rows = torch.arange(len(stored)).repeat_interleave(torch.tensor(again))
         found = stored[rows if frames is None else rows[: max(frames, len(stored))]]
     elif suffix in VIDEOS:
         found = _video(path)
     else:
-        raise ValueError(f"media: {path.name!r} ends in {path.suffix!r}; allowed: {', '.join((*PICTURES, *VIDEOS))}")
+        raise ValueError(f"media: {path.name!r} ends in {path.suffix!r}; allowed: {', '.join((*IMAGES, *VIDEOS))}")
     return found.permute(3, 0, 1, 2).float() / 255
 
 
@@ -77,7 +77,7 @@ def repeats(durations: Sequence[float], frames: int) -> list[int]:
     return counts
 
 
-def _pictures(path: Path) -> tuple[Tensor, list[float]]:
+def _images(path: Path) -> tuple[Tensor, list[float]]:
     """Frames uint8 [F, H, W, 3], and milliseconds each (0: not said)."""
     import numpy as np
     from PIL import Image, ImageSequence
@@ -90,7 +90,7 @@ def _pictures(path: Path) -> tuple[Tensor, list[float]]:
                 durations.append(float(frame.info.get("duration") or 0))  # a WebP's is known once its frame is decoded
             return torch.stack(frames), durations
     except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"media: {path} cannot be read as a picture ({error}); make it again") from error
+        raise ValueError(f"media: {path} cannot be read as an image ({error}); make it again") from error
 
 
 def _video(path: Path) -> Tensor:
@@ -123,10 +123,10 @@ def fitted(media: Tensor, size: VideoSize, name: str) -> Tensor:
 
 @torch.no_grad()
 def pair_samples(pairs: Sequence[LabelledPair], family: Encodes) -> PairSamples:
-    """Labelled files as latents of `family`, one pair at a time; ties are left out. For a family that begins with a picture it is the chosen sample's
+    """Labelled files as latents of `family`, one pair at a time; ties are left out. For an image-to-video family the first frame is the chosen sample's
     first frame, unless the prompt names one.
 
-    ValueError if none is left, a file does not fit, or all are pictures and the model makes videos.
+    ValueError if none is left, a file does not fit, or all are images and the model makes videos.
     """
     told = [pair for pair in pairs if not pair.tie]
     if not told:
@@ -141,7 +141,7 @@ def pair_samples(pairs: Sequence[LabelledPair], family: Encodes) -> PairSamples:
 
     chosen, rejected = (torch.stack([latent(path) for path in paths]) for paths in ([p.chosen for p in told], [p.rejected for p in told]))
     if family.size.frames > 1 and not moves:
-        raise ValueError(f"pairs: no sample of {len(told)} pairs moves, and the model makes videos of {family.size.frames} frames; give videos, not pictures")
+        raise ValueError(f"pairs: no sample of {len(told)} pairs moves, and the model makes videos of {family.size.frames} frames; give videos, not images")
     image_to_video = hasattr(family, "check_prompts")
     names = (with_first_frame(pair.prompt, pair.chosen) if image_to_video and not first_frame_of(pair.prompt) else pair.prompt for pair in told)
     return PairSamples(tuple(names), chosen, rejected)

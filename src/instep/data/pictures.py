@@ -1,4 +1,4 @@
-"""The pictures that prompts of image-to-video models begin with: read from files, or drawn."""
+"""The first frames that prompts of image-to-video models name: read from files, or drawn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from instep.models import VideoSize
 
 
 def read_first_frame(prompt: str, size: VideoSize) -> Tensor:
-    """A prompt's picture [3, H, W] in [0, 1] at `size`: a picture file, or the first frame of an animation or video.
+    """A prompt's first frame [3, H, W] in [0, 1] at `size`: an image file, or the first frame of an animation or video.
 
     `train/17` (monitor, heldout, reference) is drawn: the first frame of the moving-digits video that `drawn_video` draws of the prompt's text from
     that split with seed 17. ValueError where the prompt names none, and for a file that is missing, cannot be read or has another shape.
@@ -26,7 +26,7 @@ def read_first_frame(prompt: str, size: VideoSize) -> Tensor:
     name = first_frame_of(prompt)
     if name is None:
         raise ValueError(
-            f"prompt: {prompt!r} names no picture, and this model begins its videos with one; write {with_first_frame(prompt, 'FILE')!r}, or in a prompt file of "
+            f"prompt: {prompt!r} names no first frame, and this model begins its videos with one; write {with_first_frame(prompt, 'FILE')!r}, or in a prompt file of "
             'JSON lines {"prompt": ..., "image": FILE}'
         )
     if DRAWN.fullmatch(name):
@@ -35,7 +35,7 @@ def read_first_frame(prompt: str, size: VideoSize) -> Tensor:
             frame = F.interpolate(frame[None], (size.height, size.width), mode="bilinear", align_corners=False)[0]
         return frame
     if not Path(name).is_file():
-        raise ValueError(f"image: {name} of prompt {prompt!r} is not a file that exists; give a picture or a video, or split/seed for a drawn digit")
+        raise ValueError(f"image: {name} of prompt {prompt!r} is not a file that exists; give an image or a video, or split/seed for a drawn digit")
     return fitted(read_media(Path(name))[:, :1], VideoSize(size.height, size.width, 1), name)[:, 0]
 
 
@@ -46,13 +46,13 @@ def drawn_video(prompt: str) -> Tensor:
 
 
 def drawn_path(prompt: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What that video shows: scan [1, 8, 8], motion [1] and the digit's first corner [1, 2]; ValueError for a prompt that names no drawn picture.
+    """What that video shows: scan [1, 8, 8], motion [1] and the digit's first corner [1, 2]; ValueError for a prompt that names no drawn first frame.
 
     An empty text leaves everything open.
     """
     found = DRAWN.fullmatch(first_frame_of(prompt) or "")
     if not found:
-        raise ValueError(f"image: {prompt!r} names no drawn picture; write for example {with_first_frame(text_of(prompt), 'train/17')!r}")
+        raise ValueError(f"image: {prompt!r} names no drawn first frame; write for example {with_first_frame(text_of(prompt), 'train/17')!r}")
     split: digits.Split = found[1]  # type: ignore[assignment]
     rng = torch.Generator().manual_seed(int(found[2]))
     scans, _, motions = digits.draw(split, [digits.parse(text_of(prompt) or "a digit")], rng)
@@ -60,13 +60,13 @@ def drawn_path(prompt: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def source_of(prompt: str) -> str:
-    """What a picture depends on: the name of its file, or where it is drawn the whole prompt."""
+    """What a first frame depends on: the name of its file, or where it is drawn the whole prompt."""
     name = first_frame_of(prompt)
     return prompt if name is None or DRAWN.fullmatch(name) else name
 
 
 def check_first_frames(prompts: Sequence[str], size: VideoSize) -> None:
-    """ValueError for the first prompt that names no picture, or one that cannot be read; every file is read once."""
+    """ValueError for the first prompt that names no first frame, or one that cannot be read; every file is read once."""
     seen: dict[str, str] = {}
     for prompt in prompts:
         seen.setdefault(source_of(prompt), prompt)

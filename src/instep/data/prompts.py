@@ -1,7 +1,7 @@
 """Prompts, and files of them: one prompt a line, or JSON lines with a "prompt" and, for image-to-video, an "image".
 
-A prompt names the picture it begins with: `a cat runs [image: cat.png]`. So the picture goes wherever the prompt goes (batches, stored samples, probes,
-records), and a prompt stays one string. What only reads text is given the text alone.
+A prompt of an image-to-video model names its first frame: `a cat runs [image: cat.png]`. So the first frame goes wherever the prompt goes (batches, stored
+samples, probes, records), and a prompt stays one string. What only reads text is given the text alone.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ DRAWN = re.compile(r"(train|monitor|heldout|reference)/(\d+)")
 _NAMED = re.compile(r"(.*?)\s*\[image: ([^\[\]]+)\]\s*", re.DOTALL)
 
 
-def with_first_frame(text: str, picture: str | Path) -> str:
-    """The prompt that says `text` and begins with `picture`: the name of a file, or what `data.pictures.read_first_frame` draws.
+def with_first_frame(text: str, first_frame: str | Path) -> str:
+    """The prompt that says `text` and whose first frame is `first_frame`: the name of a file, or what `read_first_frame` draws.
 
     ValueError for a name with square brackets, or a text that names one already.
     """
-    prompt = f"{text} [image: {picture}]"
+    prompt = f"{text} [image: {first_frame}]"
     if first_frame_of(text) is not None or text_of(prompt) != text.rstrip():
-        raise ValueError(f"image: {str(picture)!r} for prompt {text!r} is not allowed; one name without square brackets a prompt")
+        raise ValueError(f"image: {str(first_frame)!r} for prompt {text!r} is not allowed; one name without square brackets a prompt")
     return prompt
 
 
 def first_frame_of(prompt: str) -> str | None:
-    """The name of a prompt's picture; None of a prompt of text alone."""
+    """The name of a prompt's first frame; None of a prompt of text alone."""
     found = _NAMED.fullmatch(prompt)
     return found[2].strip() if found else None
 
 
 def text_of(prompt: str) -> str:
-    """What a prompt says, without its picture."""
+    """What a prompt says, without its first frame."""
     found = _NAMED.fullmatch(prompt)
     return found[1] if found else prompt
 
@@ -45,9 +45,9 @@ def texts_of(prompts: Sequence[str]) -> list[str]:
 
 
 def other_text(prompt: str, text: str) -> str:
-    """`text` with the picture of `prompt`, if it has one."""
-    picture = first_frame_of(prompt)
-    return text if picture is None else with_first_frame(text, picture)
+    """`text` with the first frame of `prompt`, if it has one."""
+    first_frame = first_frame_of(prompt)
+    return text if first_frame is None else with_first_frame(text, first_frame)
 
 
 def load_prompts(path: Path | str) -> list[str]:
@@ -81,5 +81,5 @@ def _from_json(path: Path, i: int, line: str) -> str:
         return prompt.strip()
     if not isinstance(image, str) or not image.strip():
         raise ValueError(f"prompts: {path}, line {i} has the image {image!r}; it is the name of a file, from where the prompt file lies")
-    # drawn pictures are no files
+    # drawn first frames are no files
     return with_first_frame(prompt.strip(), image.strip() if DRAWN.fullmatch(image.strip()) else (path.parent / image.strip()).resolve())

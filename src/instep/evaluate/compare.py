@@ -22,7 +22,7 @@ Generate = Callable[[Sequence[str], int], Tensor]  # prompts and a seed -> uncla
 Kind = Literal["student", "control", "teacher", "naive", "real"]
 BATCH = 45
 REFERENCE_DRAWS = 4  # real videos a prompt: the fewer, the more the Frechet distance is biased upward
-PICTURES = 900_000_000  # seed of the first given frame
+FIRST_FRAME_SEED = 900_000_000  # seed of the first given frame
 
 HIGHER = ("digit", "motion", "both", "score", "precision", "recall", "vendi", "modes")
 LOWER = ("fd", "first_frame", "wobble", "saturation", "seconds")
@@ -60,7 +60,7 @@ class Row:
 class EvalSet:
     """Prompts of an evaluation: fully specified ones, then open ones with many samples each, so that modes can be counted.
 
-    `image_to_video` ones are for image-to-video: each sample begins with a first frame of its own, that of a real video of its prompt.
+    `image_to_video`: each sample begins with a first frame of its own, that of a real video of its prompt.
     """
 
     full: tuple[str, ...]
@@ -76,10 +76,10 @@ class EvalSet:
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """What a model is asked for: the prompts, with their pictures."""
+        """What a model is asked for: the prompts, with their first frames."""
         if not self.image_to_video:
             return self.prompts
-        return tuple(with_first_frame(prompt, f"reference/{PICTURES + i}") for i, prompt in enumerate(self.prompts))
+        return tuple(with_first_frame(prompt, f"reference/{FIRST_FRAME_SEED + i}") for i, prompt in enumerate(self.prompts))
 
     @property
     def order(self) -> Tensor:
@@ -146,10 +146,10 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, classifiers: Mapping[str
         "recall": m.of_set(lambda rows: m.recall(features[rows], one_each), order),
     }
     values |= open_figures(media[full:], fake, eval_set.open, heldout)
-    pictures = {"ink": m.ink(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media), "dynamic": m.dynamic(media)}
+    per_sample = {"ink": m.ink(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media), "dynamic": m.dynamic(media)}
     if eval_set.image_to_video:
-        pictures["first_frame"] = (media[:, :, 0] - given_videos(eval_set)[:, :, 0]).square().mean((1, 2, 3)).sqrt()
-    values |= {key: m.of_mean(x, order) for key, x in pictures.items()}
+        per_sample["first_frame"] = (media[:, :, 0] - given_videos(eval_set)[:, :, 0]).square().mean((1, 2, 3)).sqrt()
+    values |= {key: m.of_mean(x, order) for key, x in per_sample.items()}
     return values | {"seconds": Value(cost.cpu, 0.0), "seconds_wall": Value(cost.wall, 0.0)}
 
 
@@ -180,7 +180,7 @@ def real_videos(eval_set: EvalSet, seed: int) -> Tensor:
 
 
 def given_videos(eval_set: EvalSet) -> Tensor:
-    """The real videos [N, 3, F, H, W] that a image_to_video set's first frames begin; drawn once for all rows."""
+    """The real videos [N, 3, F, H, W] that an image-to-video set's first frames begin; drawn once for all rows."""
     if "given" not in eval_set.reference:
         eval_set.reference["given"] = torch.stack([drawn_video(prompt) for prompt in eval_set.asked])
     return eval_set.reference["given"]
@@ -189,7 +189,7 @@ def given_videos(eval_set: EvalSet) -> Tensor:
 def real_vs_real_row(
     eval_set: EvalSet, classifiers: Mapping[str, Classifier], seed: int = 900_002, through: Callable[[Tensor], Tensor] | None = None
 ) -> Row:
-    """Real against real: another draw of reference videos (of a image_to_video set: those that begin with its pictures) measured as if it had been generated, or
+    """Real against real: another draw of reference videos (of an image-to-video set: those that its first frames begin) measured as if it had been generated, or
     `through` a VAE first."""
     real = given_videos(eval_set) if eval_set.image_to_video else real_videos(eval_set, seed)
     media = real if through is None else torch.cat([through(part) for part in real.split(BATCH)])

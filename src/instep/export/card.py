@@ -33,9 +33,9 @@ class ExportInfo:
     metrics: Mapping[str, Any] | None = None
 
     def json(self) -> dict[str, Any]:
-        """For the export's record; of a picture file its name alone, as on the card."""
-        text, picture = text_of(self.example_prompt), first_frame_of(self.example_prompt)
-        shown = self.example_prompt if picture is None or DRAWN.fullmatch(picture) else with_first_frame(text, Path(picture).name)
+        """For the export's record; of a first frame's file its name alone, as on the card."""
+        text, first_frame = text_of(self.example_prompt), first_frame_of(self.example_prompt)
+        shown = self.example_prompt if first_frame is None or DRAWN.fullmatch(first_frame) else with_first_frame(text, Path(first_frame).name)
         return asdict(self) | {"example_prompt": shown}
 
 
@@ -106,11 +106,11 @@ def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
 
 
 def _asked(info: ExportInfo) -> str:
-    """What the pipeline is called with; a drawn picture stands for a file, and of a file its name: where it lay is nobody's business."""
-    text, picture = json.dumps(text_of(info.example_prompt)), first_frame_of(info.example_prompt)
-    if picture is None:
+    """What the pipeline is called with; a drawn first frame stands for a file, and of a file its name: where it lay is nobody's business."""
+    text, first_frame = json.dumps(text_of(info.example_prompt)), first_frame_of(info.example_prompt)
+    if first_frame is None:
         return text
-    return f"prompt={text}, image=load_image({json.dumps('first_frame.png' if DRAWN.fullmatch(picture) else Path(picture).name)})"
+    return f"prompt={text}, image=load_image({json.dumps('first_frame.png' if DRAWN.fullmatch(first_frame) else Path(first_frame).name)})"
 
 
 def _loads(info: ExportInfo) -> str:

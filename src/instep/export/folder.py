@@ -97,7 +97,7 @@ def export_student(
             json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2)
         )
         size = info.size if ours else smallest_size(pipeline)
-        if takes_first_frame(pipeline):  # a picture has the shape that it has
+        if takes_first_frame(pipeline):  # a first frame has the shape that it has
             size = VideoSize(info.size.height, info.size.width, size.frames)
         in_memory = ours or our_sampler(pipeline, student if lora is None else lora, levels, size)
         device, prompts = next((pipeline.transformer if lora is None else lora).parameters()).device, (info.example_prompt, other_text(info.example_prompt, ""))

@@ -68,9 +68,9 @@ def verify_export(
 
     ours: the student's sampler in memory (then weights and sampler are compared), or the levels (then our sampler runs
     around the folder's own transformer, and the sampler alone is compared). Both see the same noise: the device's
-    global generator, seeded with `seed` (one more for each further call, where a call takes one picture), because the Wan
+    global generator, seeded with `seed` (one more for each further call, where a call takes one first frame), because the Wan
     pipeline does not hand a generator to `scheduler.step`. prompts None: two of moving digits, for an image-to-video pipeline
-    with drawn pictures. size None: the smallest. device: where `ours` runs. Raises
+    with drawn first frames. size None: the smallest. device: where `ours` runs. Raises
     ValueError if the two shapes differ. The global random state is put back.
     """
     from diffusers import DiffusionPipeline

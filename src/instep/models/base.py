@@ -102,10 +102,10 @@ class Encodes(Family, Protocol):
 
 
 class ImageToVideo(Encodes, Protocol):
-    """A family whose prompts name the picture that a video begins with (`data/prompts.py`)."""
+    """A family whose prompts name the first frame of a video (`data/prompts.py`)."""
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """ValueError for the first prompt that names no picture, or one that cannot be read."""
+        """ValueError for the first prompt that names no first frame, or one that cannot be read."""
         ...
 
 

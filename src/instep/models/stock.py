@@ -38,7 +38,7 @@ class Stock(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
-        """Text, and the pictures that prompts name for an image-to-video pipeline, as the pipeline's call encodes them."""
+        """Text, and the first frames that prompts name for an image-to-video pipeline, as the pipeline's call encodes them."""
         ...
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -65,12 +65,12 @@ def stock(pipe: Any) -> Stock:
 
 
 def takes_first_frame(pipe: Any) -> bool:
-    """Whether a call of the pipeline begins with a picture, one for all of its prompts."""
+    """Whether a call of the pipeline takes a first frame, one for all of its prompts."""
     return type(pipe).__name__ == IMAGE_TO_VIDEO
 
 
 def calls(pipe: Any, prompts: Sequence[str]) -> list[list[str]]:
-    """The prompts of each call that draws them: all at once, or one by one where a call takes one picture."""
+    """The prompts of each call that draws them: all at once, or one by one where a call takes one first frame."""
     return [[prompt] for prompt in prompts] if takes_first_frame(pipe) else [list(prompts)]
 
 

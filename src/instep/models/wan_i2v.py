@@ -1,6 +1,6 @@
 """Wan image-to-video without an image encoder (as in Wan 2.2 A14B) through diffusers' own modules: the first frame is given.
 
-The transformer sees the noisy latents, a mask of what is known and the latents of the known video (the picture, then grey), joined along channels:
+The transformer sees the noisy latents, a mask of what is known and the latents of the known video (the first frame, then grey), joined along channels:
 [B, z + 4 + z, f, h, w]. All its outputs are velocities of the whole video, so levels, paths and terms are those of text-to-video.
 """
 
@@ -25,19 +25,19 @@ from instep.quiet import quiet
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-# of the latents of pictures so many bytes are kept, in the computer's own memory: the oldest are made again
+# of the latents of first frames so many bytes are kept, in the computer's own memory: the oldest are made again
 KEPT_BYTES = 2**28
 
 
 @torch.no_grad()
-def known_latents(vae: AutoencoderKLWan, pictures: Tensor, frames: int) -> Tensor:
-    """What `WanImageToVideoPipeline` joins to the noisy latents for pictures [B, 3, H, W] in [0, 1]: [B, k + z, f, h, w], k the temporal stride.
+def known_latents(vae: AutoencoderKLWan, first_frames: Tensor, frames: int) -> Tensor:
+    """What `WanImageToVideoPipeline` joins to the noisy latents for first frames [B, 3, H, W] in [0, 1]: [B, k + z, f, h, w], k the temporal stride.
 
-    First the mask (1 where a latent frame is known, one channel for each of the frames it stands for), then the normalised latents of the picture
+    First the mask (1 where a latent frame is known, one channel for each of the frames it stands for), then the normalised latents of the first frame
     followed by grey frames.
     """
-    stride, (n, _, height, width) = vae.config.scale_factor_temporal, pictures.shape
-    video = torch.cat([pictures[:, :, None] * 2 - 1, pictures.new_zeros(n, 3, frames - 1, height, width)], 2)
+    stride, (n, _, height, width) = vae.config.scale_factor_temporal, first_frames.shape
+    video = torch.cat([first_frames[:, :, None] * 2 - 1, first_frames.new_zeros(n, 3, frames - 1, height, width)], 2)
     latents = normalise(vae, vae.encode(video).latent_dist.mode())
     mask = latents.new_zeros(n, stride, *latents.shape[2:])
     mask[:, :, 0] = 1
@@ -48,27 +48,27 @@ def known_latents(vae: AutoencoderKLWan, pictures: Tensor, frames: int) -> Tenso
 class WanImageCondition(WanCondition):
     """Text, and what is known of the video, [B, k + z, f, h, w] (see `known_latents`).
 
-    The unconditional prompt has no picture of its own: stacked on rows that have one it takes theirs, as the stock pipeline guides away from another
-    text of the same picture.
+    The unconditional prompt has no first frame of its own: stacked on rows that have one it takes theirs, as the stock pipeline guides away from another
+    text of the same first frame.
     """
 
-    picture: Tensor | None = None
+    first_frame: Tensor | None = None
 
     def stack(self, other: Self) -> Self:
-        """Both batches, one after the other; `other` without pictures gets those of as many last rows."""
-        if self.picture is not None and other.picture is None:
-            other = replace(other, picture=self.picture[len(self.picture) - len(other) :])
+        """Both batches, one after the other; `other` without first frames gets those of as many last rows."""
+        if self.first_frame is not None and other.first_frame is None:
+            other = replace(other, first_frame=self.first_frame[len(self.first_frame) - len(other) :])
         return super().stack(other)
 
 
 class WanImageFamily(WanFamily):
-    """A `WanImageToVideoPipeline` seen as a family; a prompt names its picture (see `data/prompts.py`)."""
+    """A `WanImageToVideoPipeline` seen as a family; a prompt names its first frame (see `data/prompts.py`)."""
 
     def __init__(self, pipe: Any, size: VideoSize, name: str = "wan-i2v", source: str = "") -> None:
         """ValueError for a variant that is conditioned otherwise: with an image encoder, per-token timesteps or a second transformer."""
         check_variant(pipe)
         super().__init__(pipe, size, name, source)
-        self._pictures: dict[str, Tensor] = {}
+        self._first_frames: dict[str, Tensor] = {}
 
     @classmethod
     def load(cls, folder: Path, size: VideoSize, name: str = "wan-i2v") -> Self:
@@ -79,36 +79,36 @@ class WanImageFamily(WanFamily):
             return cls(WanImageToVideoPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True), size, name, str(folder))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """ValueError for the first prompt without a picture, or with one that cannot be read."""
+        """ValueError for the first prompt without a first frame, or with one that cannot be read."""
         check_first_frames(prompts, self.size)
 
     def encode(self, prompts: Sequence[str]) -> WanImageCondition:
-        """Text and pictures; ValueError for a prompt that names none."""
+        """Text and first frames; ValueError for a prompt that names none."""
         plain = super().encode(texts_of(prompts))
-        return WanImageCondition(text=plain.text, bias=plain.bias, picture=self._known(prompts))
+        return WanImageCondition(text=plain.text, bias=plain.bias, first_frame=self._known(prompts))
 
     def null(self, n: int) -> WanImageCondition:
         plain = super().null(n)
         return WanImageCondition(text=plain.text, bias=plain.bias)
 
     def _known(self, prompts: Sequence[str]) -> Tensor:
-        """One row a prompt; each picture is encoded alone, so that what it is does not depend on its neighbours."""
+        """One row a prompt; each first frame is encoded alone, so that what it is does not depend on its neighbours."""
         found = {}
         for source, prompt in {source_of(prompt): prompt for prompt in prompts}.items():
-            known = self._pictures.pop(source, None)
+            known = self._first_frames.pop(source, None)
             found[source] = self._encode_first_frame(prompt).cpu() if known is None else known
-        kept = self._pictures | found
+        kept = self._first_frames | found
         room = KEPT_BYTES // next(iter(found.values())).nbytes
-        self._pictures = {source: kept[source] for source in list(kept)[max(0, len(kept) - room) :]}
+        self._first_frames = {source: kept[source] for source in list(kept)[max(0, len(kept) - room) :]}
         return torch.stack([found[source_of(prompt)] for prompt in prompts]).to(self.pipe.transformer.device)
 
     def _encode_first_frame(self, prompt: str) -> Tensor:
-        picture = read_first_frame(prompt, self.size).to(self.pipe.transformer.device)
-        return known_latents(self.pipe.vae, picture[None], self.size.frames)[0]
+        first_frame = read_first_frame(prompt, self.size).to(self.pipe.transformer.device)
+        return known_latents(self.pipe.vae, first_frame[None], self.size.frames)[0]
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        assert isinstance(cond, WanImageCondition) and cond.picture is not None, "image-to-video needs a picture; an unconditional prompt is stacked on one"
-        return super().forward(module, torch.cat([x_t, cond.picture.to(x_t)], 1), t, cond)
+        assert isinstance(cond, WanImageCondition) and cond.first_frame is not None, "image-to-video needs a first frame; an unconditional prompt is stacked on one"
+        return super().forward(module, torch.cat([x_t, cond.first_frame.to(x_t)], 1), t, cond)
 
     def pipeline(self, module: nn.Module) -> Any:
         """A stock WanImageToVideoPipeline around a copy of `module`, whose attention processors are the stock ones again."""
@@ -121,9 +121,9 @@ def check_variant(pipe: Any) -> None:
     """ValueError for a `WanImageToVideoPipeline` whose conditioning is not the one here."""
     config, z = pipe.transformer.config, pipe.vae.config.z_dim
     if pipe.config.expand_timesteps:
-        raise ValueError("pipeline: expand_timesteps (Wan 2.2 TI2V: a level for every token) is not built; allowed: pictures joined along channels")
+        raise ValueError("pipeline: expand_timesteps (Wan 2.2 TI2V: a level for every token) is not built; allowed: first frames joined along channels")
     if config.image_dim is not None:
-        raise ValueError("pipeline: an image encoder (Wan 2.1 I2V, image_dim) is not built; allowed: pictures joined along channels alone, as in Wan 2.2 A14B")
+        raise ValueError("pipeline: an image encoder (Wan 2.1 I2V, image_dim) is not built; allowed: first frames joined along channels alone, as in Wan 2.2 A14B")
     if pipe.transformer_2 is not None:
         raise ValueError("pipeline: it has two transformers (Wan 2.2's experts), and one student cannot stand for both; give a pipeline of one")
     expected = 2 * z + pipe.vae_scale_factor_temporal
@@ -136,7 +136,7 @@ class _TextAndFirstFrame(Condition):
     """Text embeddings [B, 512, D] with the stock padding, and what is known [B, k + z, f, h, w]."""
 
     text: Tensor
-    picture: Tensor
+    first_frame: Tensor
 
 
 class WanImageStock(WanStock):
@@ -149,9 +149,9 @@ class WanImageStock(WanStock):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
         text, _ = self.pipe.encode_prompt(texts_of(prompts), do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
-        pictures = torch.stack([read_first_frame(prompt, size) for prompt in prompts]).to(self.pipe.transformer.device)
-        return _TextAndFirstFrame(text=text, picture=known_latents(self.pipe.vae, pictures, size.frames))
+        first_frames = torch.stack([read_first_frame(prompt, size) for prompt in prompts]).to(self.pipe.transformer.device)
+        return _TextAndFirstFrame(text=text, first_frame=known_latents(self.pipe.vae, first_frames, size.frames))
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, _TextAndFirstFrame)
-        return module(torch.cat([x_t, cond.picture], 1), t * 1000, cond.text.to(x_t), return_dict=False)[0]
+        return module(torch.cat([x_t, cond.first_frame], 1), t * 1000, cond.text.to(x_t), return_dict=False)[0]

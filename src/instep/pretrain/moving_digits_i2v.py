@@ -1,4 +1,4 @@
-"""The bundled image-to-video model: the bundled text-to-video transformer, widened by the picture's channels and trained on."""
+"""The bundled image-to-video model: the bundled text-to-video transformer, widened by the first frame's channels and trained on."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def image_to_video_prompts(repeats: int, split: str = "reference") -> list[str]:
     return [with_first_frame(prompt, f"{split}/{90 * i + j}") for i in range(repeats) for j, prompt in enumerate(full_prompts())]
 
 
-def first_frame_figures(media: Tensor, pictures: Tensor, reconstructed: Tensor) -> dict[str, float]:
-    """Root-mean-square distances of first frames, in [0, 1]: media [B, 3, F, H, W] to the given pictures [B, 3, H, W], their VAE reconstructions to
-    them, media to these reconstructions, and media to the neighbours' pictures (what a model that ignores its picture would show, roughly).
+def first_frame_figures(media: Tensor, first_frames: Tensor, reconstructed: Tensor) -> dict[str, float]:
+    """Root-mean-square distances of first frames, in [0, 1]: media [B, 3, F, H, W] to the given first frames [B, 3, H, W], their VAE reconstructions to
+    them, media to these reconstructions, and media to the neighbours' given first frames (what a model that ignores its own would show, roughly).
     """
 
     def rms(a: Tensor, b: Tensor) -> float:
@@ -110,8 +110,8 @@ def first_frame_figures(media: Tensor, pictures: Tensor, reconstructed: Tensor) 
 
     first = media[:, :, 0]
     return {
-        "first_frame_to_given": rms(first, pictures), "reconstruction_to_given": rms(reconstructed, pictures),
-        "first_frame_to_reconstruction": rms(first, reconstructed), "first_frame_to_another_given": rms(first, pictures.roll(1, 0)),
+        "first_frame_to_given": rms(first, first_frames), "reconstruction_to_given": rms(reconstructed, first_frames),
+        "first_frame_to_reconstruction": rms(first, reconstructed), "first_frame_to_another_given": rms(first, first_frames.roll(1, 0)),
     }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def measure_image_to_video(out: Path, config: ImageConfig, seed: int) -> dict[st
     teacher, classifiers = Role("teacher", Backbone(family, family.pretrained)), {name: load_classifier(name) for name in CLASSIFIER_NAMES}
     prompts = image_to_video_prompts(config.repeats)
     real = torch.stack([drawn_video(prompt) for prompt in prompts])
-    pictures = torch.stack([read_first_frame(prompt, family.size) for prompt in prompts])
+    first_frames = torch.stack([read_first_frame(prompt, family.size) for prompt in prompts])
     decoded = torch.cat([decode_latents(family.pipe.vae, encode_latents(family.pipe.vae, part)) for part in real.split(90)]).clamp(0, 1)
     found: dict[str, Any] = {"real": shares_right(classifiers, real, prompts), "real through the VAE": shares_right(classifiers, decoded, prompts)}
 
@@ -139,7 +139,7 @@ def measure_image_to_video(out: Path, config: ImageConfig, seed: int) -> dict[st
         for steps in config.steps:
             for w in config.guidances:
                 media = sampled(prompts, steps, w)
-                found[f"{steps} steps, guidance {w:g}"] = shares_right(classifiers, media, prompts) | first_frame_figures(media, pictures, decoded[:, :, 0])
+                found[f"{steps} steps, guidance {w:g}"] = shares_right(classifiers, media, prompts) | first_frame_figures(media, first_frames, decoded[:, :, 0])
                 progress.step()
     return found
 

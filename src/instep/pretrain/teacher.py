@@ -64,7 +64,7 @@ class Latents:
     x: Tensor
     digits: Tensor
     motions: Tensor
-    picture: Tensor | None = None
+    first_frame: Tensor | None = None
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ class TeacherRun:
         short = (u[:, 4] * math.log(STOCK_PADDING)).exp().ceil()
         padded_to = torch.where(u[:, 3] < c.stock_padding, STOCK_PADDING, short)
         text, self.bias.value = self.table.condition(rows, padded_to)
-        return self.data.x[pick].float(), None if self.data.picture is None else self.data.picture[pick].float(), text, rng
+        return self.data.x[pick].float(), None if self.data.first_frame is None else self.data.first_frame[pick].float(), text, rng
 
     def compile(self) -> None:
         """Compiles the network (a third faster); without a C compiler training goes on uncompiled."""
@@ -172,14 +172,14 @@ class TeacherRun:
 
     def _loss(self) -> Tensor:
         """Flow matching: the network's output is eps - x0, t is uniform, then shifted (t = 1 is noise)."""
-        x0, picture, text, rng = self._batch()
+        x0, first_frame, text, rng = self._batch()
         u = (torch.randperm(len(x0), generator=rng) + torch.rand(len(x0), generator=rng)) / len(x0)
         t = self.config.shift * u / (1 + (self.config.shift - 1) * u)
         eps = torch.randn(x0.shape, generator=rng)
         level = t.view(-1, 1, 1, 1, 1)
         x_t = (1 - level) * x0 + level * eps
         with torch.autocast("cpu", torch.bfloat16):
-            out = self.net(x_t if picture is None else torch.cat([x_t, picture], 1), t * 1000, text, return_dict=False)[0]
+            out = self.net(x_t if first_frame is None else torch.cat([x_t, first_frame], 1), t * 1000, text, return_dict=False)[0]
         return F.mse_loss(out.float(), eps - x0)
 
     def advance(self) -> float:

@@ -21,7 +21,7 @@ class Reward(Protocol):
     """Scores media [B, 3, F, H, W] in [0, 1] for B prompts: [B], higher is better.
 
     `name` is also the reward's fingerprint: a run goes on only with a reward of the same name. It says every setting that changes a score, and
-    nothing that differs between processes (no object id, no token). Prompts are told without the picture that an image-to-video prompt names, unless
+    nothing that differs between processes (no object id, no token). Prompts are told without the first frame that an image-to-video prompt names, unless
     a reward has an attribute `sees_first_frames` that is true.
     """
 
@@ -55,7 +55,7 @@ def as_reward(reward: Reward | Callable[[Tensor, Sequence[str]], Any]) -> Reward
 
 
 def told(reader: object, prompts: Sequence[str]) -> Sequence[str]:
-    """Prompts as a reward or a ranker is told them: without their pictures, unless it says that it `sees_first_frames`."""
+    """Prompts as a reward or a ranker is told them: without their first frames, unless it says that it `sees_first_frames`."""
     return prompts if getattr(reader, "sees_first_frames", False) else texts_of(prompts)
 
 

@@ -44,7 +44,7 @@ def read_features(
     pairs: Sequence[PreferencePair], features: Features, watch: Callable[[list[Shown]], Iterable[Shown]] = iter, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Features of the chosen and of the rejected media, [N, D] each on the CPU; every file is read once. `watch` passes them on and shows how far it is."""
-    # rewards are told the text alone, whatever picture a prompt names
+    # rewards are told the text alone, whatever first frame a prompt names
     sides = [(pair.chosen, text_of(pair.prompt)) for pair in pairs], [(pair.rejected, text_of(pair.prompt)) for pair in pairs]
     todo = list(dict.fromkeys(shown for both in zip(*sides, strict=True) for shown in both))
     rows = {shown: features(features.read(shown[0]).to(device), [shown[1]])[0].cpu() for shown in watch(todo)}

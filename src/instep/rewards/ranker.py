@@ -59,7 +59,7 @@ class Ranked:
 
     ranker: Ranker
     differentiable: bool = False
-    sees_first_frames = True  # equal prompts are a group: of equal texts with other pictures, none
+    sees_first_frames = True  # equal prompts are a group: of equal texts with other first frames, none
     space: Literal["pixel", "latent"] = "pixel"
 
     @property

@@ -156,11 +156,11 @@ def check_inputs(
 
 
 def check_prompts(family: Family, prompts: Sequence[str]) -> None:
-    """ValueError for a prompt without a picture where the model begins with one, and for one with a picture where it takes none."""
+    """ValueError for a prompt without a first frame where the model begins with one, and for one with a first frame where it takes none."""
     if hasattr(family, "check_prompts"):
         cast("ImageToVideo", family).check_prompts(prompts)
-    elif image_to_video := next((prompt for prompt in prompts if first_frame_of(prompt)), None):
-        raise ValueError(f"prompts: {image_to_video!r} names a picture, and {family.name} takes text alone; leave [image: ...] out, or choose another model")
+    elif named := next((prompt for prompt in prompts if first_frame_of(prompt)), None):
+        raise ValueError(f"prompts: {named!r} names a first frame, and {family.name} takes text alone; leave [image: ...] out, or choose another model")
 
 
 def _blunt(reward: Reward) -> Reward:
@@ -197,7 +197,7 @@ def claim(
         "seed": options.seed,
         "levels": list(recipe.levels),
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
-        **({"pictures": shown} if (shown := digest(named)) else {}),
+        **({"first_frames": shown} if (shown := digest(named)) else {}),
         "reward": reward and reward.name,
         "real": real and _digest(real.prompts, real.latents),
         "pairs": pairs and _digest(pairs.prompts, pairs.chosen, pairs.rejected),

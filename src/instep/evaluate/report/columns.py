@@ -34,7 +34,7 @@ MAIN = (
     Column("modes_digit", "digits seen", "different digits among the samples of “a digit moving left fast”: of 10, and of no more than samples were drawn", 2),
     Column("ink", "ink", "mean brightness; compare with real videos: more is thicker strokes or over-saturation", 4),
     Column("wobble", "wobble", "change of shape from frame to frame once motion is taken out, relative to the ink", 3),
-    Column("first_frame", "first frame", "of image-to-video: root mean square of the difference between the first frame and the given picture, in [0, 1]", 3),
+    Column("first_frame", "first frame", "of image-to-video: root mean square of the difference between the first frame and the given one, in [0, 1]", 3),
     Column("seconds", "CPU s / video", "seconds of all threads to generate one video", 3),
 )
 MORE = (
