@@ -1,4 +1,4 @@
-"""The claims of the matching family and of AMD, in the exact laboratory: three seeds each, floors beside them.
+"""The claims of the matching family and of AMD, in the exact laboratory: three seeds each, exact samples beside them.
 
     python benchmarks/lab.py                  # everything, about half an hour of CPU time; experiments that are there are not repeated
     python benchmarks/lab.py --only selective sweep

@@ -109,18 +109,18 @@ def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS
 def hacking(out: Path, recipe: Recipe) -> int | None:
     """The step at which the health checks, as they are now, call a run's reward hacked: its log read again."""
     rows = read_rows(out / "log.jsonl")
-    ends = [i + 1 for i, row in enumerate(rows) if number(row, "probe/ink") is not None]
+    ends = [i + 1 for i, row in enumerate(rows) if number(row, "probe/mean_brightness") is not None]
     return next((rows[i - 1]["step"] for i in ends if any(found.flag == "hacking" for found in examine(rows[:i], recipe))), None)
 
 
 def curve(out: Path) -> list[dict[str, float]]:
     """The probes of a run: what training, monitor and variety did meanwhile."""
-    keys = ("train_score", "monitor_both", "diversity", "modes", "ink", "motion")
+    keys = ("train_score", "monitor_both", "diversity", "modes", "mean_brightness", "motion")
     return [{"step": row["step"]} | {key: row[f"probe/{key}"] for key in keys if f"probe/{key}" in row} for row in probes(read_rows(out / "log.jsonl"))]
 
 
 def run_baselines(digits: MovingDigits) -> None:
-    """Teacher and naive sampling at every NFE, and the floor."""
+    """Teacher and naive sampling at every NFE, and real videos against real ones."""
     classifiers, chosen = load_classifiers(), evaluation_set("full")
     for steps in (50, 4, 2, 1):
         for guidance in (3.0, 1.0):
@@ -160,7 +160,7 @@ def run_export(digits: MovingDigits, runs: Path, seed: int) -> None:
 
 def rows_of(name: str) -> list[Row]:
     """The measured rows of one cell, all seeds."""
-    return [Row.of_json(json.loads(file.read_text())["row"]) for file in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
+    return [row_of(json.loads(file.read_text())["row"]) for file in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
 
 
 def main() -> None:

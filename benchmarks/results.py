@@ -23,7 +23,7 @@ from instep.rewards.judges import load_classifier
 
 COLUMNS = {
     "heldout_both": "right digit and motion", "heldout_both_open": "right, open prompts", "train_both": "training classifier", "fd": "FD", "fd_open": "FD open",
-    "precision": "precision", "recall": "recall", "vendi": "Vendi", "modes_motion": "motions of 9", "modes_digit": "digits of 10", "ink": "ink",
+    "precision": "precision", "recall": "recall", "vendi": "Vendi", "modes_motion": "motions of 9", "modes_digit": "digits of 10", "mean_brightness": "mean brightness",
     "wobble": "wobble", "seconds": "CPU s a video",
 }  # fmt: skip
 CLAIMS = ("heldout_both", "fd", "fd_open")
@@ -31,7 +31,7 @@ CLAIMS = ("heldout_both", "fd", "fd_open")
 
 def load_row(name: str) -> Row | None:
     file = RESULTS / f"{name}.json"
-    return Row.of_json(json.loads(file.read_text())["row"]) if file.is_file() else None
+    return row_of(json.loads(file.read_text())["row"]) if file.is_file() else None
 
 
 def cell(name: str) -> Row | None:
@@ -99,7 +99,7 @@ def room() -> str:
     return (
         f"The control stands at {c.value:.3f}, the teacher at {t.value:.3f}, real videos at {f.value:.3f}: the {f.value - c.value:.3f} between the "
         f"control and real videos is {(f.value - c.value) / se:.1f} standard errors of the difference that is asked about. Guidance is this model's "
-        "alignment already. At weights that leave pictures whole the alignment force is too weak to use what is left (`group-signed` and "
+        "alignment already. At weights that leave images whole the alignment force is too weak to use what is left (`group-signed` and "
         "`group-printed`, of opposite signs, do the same); at larger ones it does harm (`pair-half`)."
     )
 
@@ -145,7 +145,7 @@ def plain(name: str) -> list[str]:
 
 def baselines() -> list[tuple[str, Row]]:
     names = [f"teacher-{steps}-{w}" for steps in (50, 4, 2, 1) for w in ("3", "1")]
-    real = [("real against real", load_row("floor")), ("real through the VAE", load_row("floor-vae"))]
+    real = [("real-vs-real", load_row("floor")), ("real through the VAE", load_row("floor-vae"))]
     found = [*real, *((row.name, row) for row in map(load_row, names) if row)]
     return [(name, row) for name, row in found if row]
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from class_conditional import CELLS, ITERATIONS, RESULTS, SAMPLES, rows
+from stored import renamed
 
 COLUMNS = {
     "fd": "Frechet distance", "recall": "recall", "inception": "inception score", "precision": "precision", "heldout": "right class (held-out)",
     "diversity": "spread in a class", "vendi": "Vendi in a class", "training_score": "training classifier, log p", "nearest_train": "to the nearest training scan",
-    "ink": "ink",
+    "mean_brightness": "mean brightness",
 }  # fmt: skip
 PAPER = {  # DMDR, Table 6: FID, recall, inception score, precision
     "dmd2-1": (2.13, 0.64, 232.15, 0.77), "dmd2-1.5": (5.20, 0.48, 387.24, 0.88), "dmd2-4": (15.70, 0.11, 453.65, 0.86),
@@ -35,7 +36,7 @@ class Figure:
 
 def figure(name: str, key: str) -> Figure:
     """KeyError if the cell was not measured."""
-    values = [row["figures"][key] for row in rows(name)]
+    values = [renamed(row["figures"])[key] for row in rows(name)]
     if not values:
         raise KeyError(name)
     mean = sum(values) / len(values)
@@ -127,9 +128,9 @@ def reading() -> str:
 
 def table() -> list[str]:
     lines = ["| | guidance | RL | seeds | " + " | ".join(COLUMNS.values()) + " | CPU s of training |", "|---" * (len(COLUMNS) + 5) + "|"]
-    floor = RESULTS / "floor.json"
-    if floor.is_file():
-        values = json.loads(floor.read_text())["figures"]
+    real = RESULTS / "floor.json"
+    if real.is_file():
+        values = renamed(json.loads(real.read_text())["figures"])
         lines.append("| real: training scans against the reference | - | - | - | " + " | ".join(f"{values[k]:.3f}" for k in COLUMNS) + " | - |")
     for name, cell in CELLS.items():
         found = rows(name)

@@ -18,7 +18,7 @@ from instep.evaluate.metrics import Value
 COLUMNS = {
     "train_both": "right, training classifier", "heldout_both": "right, held-out classifier", "heldout_both_open": "right, open prompts", "fd": "FD",
     "fd_open": "FD open", "vendi": "Vendi, features", "vendi_pixels": "Vendi, pixels", "modes_motion": "motions of 9", "modes_digit": "digits of 10",
-    "ink": "ink",
+    "mean_brightness": "mean brightness",
 }  # fmt: skip
 # rows that other benchmarks measured: variational score distillation alone, and where it starts
 ELSEWHERE: dict[str, tuple[Path, str, str]] = {
@@ -42,7 +42,7 @@ def looked(name: str) -> list[dict[str, dict[str, float]]]:
 
 
 def cell(name: str) -> Row | None:
-    rows = [Row.of_json(record["row"]) for record in records(name)]
+    rows = [row_of(record["row"]) for record in records(name)]
     more = looked(name)
     if rows and len(more) == len(rows):
         rows = [replace(r, values=r.values | {k: Value(**v) for k, v in m["values"].items()}) for r, m in zip(rows, more, strict=True)]
@@ -63,7 +63,7 @@ def table() -> list[str]:
     named = [("teacher", "teacher, 50 steps")] if teacher else []
     named += [(name, what) for name, (_, _, what) in ELSEWHERE.items()] + [(name, f"{c.what} (`{name}`)") for name, c in CELLS.items()]
     for name, what in named:
-        row = Row.of_json(teacher) if name == "teacher" else cell(name)
+        row = row_of(teacher) if name == "teacher" else cell(name)
         if row:
             flags = [record.get("hacking") for record in records(name)]
             flag = "-" if not any(flags) else ", ".join("no" if step is None else str(step) for step in flags)
@@ -116,7 +116,7 @@ def more_diverse() -> tuple[str, str]:
 
 def smooth() -> tuple[str, str]:
     alone, vsd = need("cd", "dmd2-2")
-    text = f"CD alone against VSD, as many iterations from the teacher: {said(alone, vsd, 'heldout_both', 'fd', 'vendi', 'ink')} ({seeds('cd')})"
+    text = f"CD alone against VSD, as many iterations from the teacher: {said(alone, vsd, 'heldout_both', 'fd', 'vendi', 'mean_brightness')} ({seeds('cd')})"
     return word(better(vsd, alone, "fd")), text
 
 
@@ -139,10 +139,10 @@ def latent_against_score_function() -> tuple[str, str]:
 def same_parameterisation() -> tuple[str, str]:
     same, x0 = need("cd-same", "cd-x0")
     text = f"velocity against x0, from the teacher: {said(same, x0, 'heldout_both', 'fd', 'vendi')} ({seeds('cd-x0')})"
-    ink = [row.values["ink"].value for row in (x0, same)]
-    if ink[0] < 0.5 * ink[1]:
+    brightness = [row.values["mean_brightness"].value for row in (x0, same)]
+    if brightness[0] < 0.5 * brightness[1]:
         return "cannot be compared here", (
-            f"{text}; after {FEW} updates the x0 student is nearly black (ink {ink[0]:.3f} against {ink[1]:.3f}): begun as the teacher, its network must first "
+            f"{text}; after {FEW} updates the x0 student is nearly black (mean brightness {brightness[0]:.3f} against {brightness[1]:.3f}): begun as the teacher, its network must first "
             "learn to say x0"
         )
     return word(better(same, x0, "fd") and not_worse(same, x0, "heldout_both"), better(same, x0, "fd")), text
@@ -150,14 +150,14 @@ def same_parameterisation() -> tuple[str, str]:
 
 def every_step_count() -> tuple[str, str]:
     one, two, four = need("dmd2-1", "dmd2-2", "dmd2-4")
-    teacher = Row.of_json(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"])
+    teacher = row_of(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"])
     names = ((teacher, "teacher"), (one, "1"), (two, "2"), (four, "4"))
     text = ", ".join(f"{name} {row.values['heldout_both'].value:.3f} (FD {row.values['fd'].value:.1f})" for row, name in names)
     return word(all(not better(teacher, row, "heldout_both") for row in (one, two, four)), not better(teacher, four, "heldout_both")), f"held-out: {text}"
 
 
 def quicker() -> tuple[str, str]:
-    teacher = Row.of_json(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"]).values["seconds"].value
+    teacher = row_of(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"]).values["seconds"].value
     times = {name: teacher / row.values["seconds"].value for name in ("dmd2-4", "dmd2-2", "dmd2-1") if (row := cell(name))}
     text = ", ".join(f"{name[-1]} step(s) {t:.1f} times" for name, t in times.items())
     return word(min(times.values()) > 7, min(times.values()) > 3), f"CPU seconds a video, decoding included, against the teacher's {teacher:.2f}: {text}"
@@ -165,7 +165,7 @@ def quicker() -> tuple[str, str]:
 
 def longer_prompts() -> tuple[str, str]:
     """Open prompts are scored by what they say alone, so their share of right samples is higher by construction: figures, no verdict."""
-    teacher = Row.of_json(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"])
+    teacher = row_of(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"])
     rows = [("teacher", teacher)] + [(name, row) for name in ("dmd2-1", "dmd2-4", "vsd-cd-1", "vsd-lrm") if (row := cell(name))]
     gains = [f"{name} {row.values['heldout_both'].value:.3f} and {row.values['heldout_both_open'].value:.3f}" for name, row in rows]
     text = "right by the held-out classifier on prompts that say all, and on open ones, which are scored by less: "

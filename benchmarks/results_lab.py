@@ -98,7 +98,7 @@ SECTIONS = (
 
 def load(name: str) -> dict[str, Any] | None:
     file = LAB / f"{name}.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    return renamed(json.loads(file.read_text())) if file.is_file() else None
 
 
 def over_seeds(rows: Sequence[dict[str, float | None]]) -> Figures:
@@ -128,7 +128,7 @@ def lines_of(section: Section) -> list[str]:
     out = [f"### {section.title}", "", *([section.text, ""] if section.text else [])]
     out += ["| | " + " | ".join(section.keys) + " | CPU s |", "|---" * (len(section.keys) + 2) + "|"]
     seconds = {run["name"]: run["cpu_s"] for run in measured["runs"]}
-    for name, figures in {"exact samples (floor)": over_seeds(measured["floor"]), **runs}.items():
+    for name, figures in {"exact samples": over_seeds(measured["exact_samples"]), **runs}.items():
         time = f"{seconds[name]:.0f}" if name in seconds else ""
         out.append(f"| {name} | " + " | ".join(cell(figures, key) for key in section.keys) + f" | {time} |")
     out += ["", *(met(bar, runs[bar.name]) for bar in section.bars)]
@@ -165,7 +165,7 @@ def lab_lines() -> list[str]:
     head = (
         "`python benchmarks/lab.py`; any one by itself: `instep lab dmd2 amd --reward half`. Three seeds (mean ± deviation), 4,000 samples each; "
         "1,500 iterations; what the columns mean: `instep/lab/metrics.py`. Rows are `RECIPE:overrides`. "
-        "`magic` bends its teacher by an adapter, which only a network can have: in every table its teacher is the learned one. Floors are of 4,000 samples, "
+        "`magic` bends its teacher by an adapter, which only a network can have: in every table its teacher is the learned one. Exact samples are 4,000, "
         "particles are 1,024. Where the heading names no guidance it is 1, and AMD's score adaptation then only weighs the matching term."
     )
     return [head, "", *found]

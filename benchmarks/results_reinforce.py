@@ -13,7 +13,7 @@ from instep.evaluate.compare import Row, better, combined, difference
 
 COLUMNS = {
     "train_score": "training reward", "train_both": "right, training classifier", "heldout_both": "right, held-out classifier", "fd": "FD", "fd_open": "FD open",
-    "modes_motion": "motions of 9", "modes_digit": "digits of 10", "vendi": "Vendi", "ink": "ink",
+    "modes_motion": "motions of 9", "modes_digit": "digits of 10", "vendi": "Vendi", "mean_brightness": "mean brightness",
 }  # fmt: skip
 LAB = Path(__file__).parent / "results" / "lab"
 REACHED = 0.6  # quality in the laboratory that the iterations to are counted
@@ -26,7 +26,7 @@ def records(name: str) -> list[dict]:
 
 
 def cell(name: str) -> Row | None:
-    rows = [Row.of_json(record["row"]) for record in records(name)]
+    rows = [row_of(record["row"]) for record in records(name)]
     return combined(rows) if rows else None
 
 

@@ -262,8 +262,8 @@ def test_labelled_files_become_latents(tmp_path):
     torch.testing.assert_close(made.rejected[1], made.chosen[0])
     with pytest.raises(ValueError, match="pairs: all 1 of them are ties"):
         pair_samples([Labelled("y", files["b"], files["c"], tie=True)], fam)
-    (tmp_path / "bad.webp").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="bad.webp cannot be read as a picture"):
+    (tmp_path / "bad.webp").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="bad.webp cannot be read as an image"):
         read_media(tmp_path / "bad.webp")
     with pytest.raises(ValueError, match="ends in '.txt'; allowed: .webp"):
         read_media(tmp_path / "x.txt")

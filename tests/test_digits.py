@@ -77,9 +77,9 @@ def test_videos_move_as_their_prompts_say_and_stay_on_the_canvas():
     signs = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
     wanted = torch.tensor([[s * distance[spec.speed] for s in signs[spec.direction]] if spec.speed else [0.0, 0.0] for spec in specs])
     assert (moved - wanted).abs().max() < 0.5
-    # nothing of a digit leaves the canvas: every frame holds as much ink as the first
-    ink = media.mean((1, 3, 4))
-    assert ((ink - ink[:, :1]).abs() / ink[:, :1]).max() < 0.05
+    # nothing of a digit leaves the canvas: every frame is as bright in the mean as the first
+    brightness = media.mean((1, 3, 4))
+    assert ((brightness - brightness[:, :1]).abs() / brightness[:, :1]).max() < 0.05
 
 
 def test_motion_is_sub_pixel():

@@ -81,7 +81,7 @@ def test_media_are_three_equal_unclamped_channels_with_a_gradient(family):
     media = family.decode(x)
     assert media.shape == (2, 3, 8, 8) and media.max() > 1 and torch.equal(media[:, 0], media[:, 2])
     media.sum().backward()
-    assert torch.allclose(x.grad, torch.full_like(x, 1.5)), "also where the picture saturates"
+    assert torch.allclose(x.grad, torch.full_like(x, 1.5)), "also where the image saturates"
     assert torch.allclose(family.encode_media(media), x, atol=1e-6)
 
 

@@ -112,7 +112,7 @@ def test_health_knows_the_stage_that_only_fits_and_a_reward_that_is_climbed_by_p
         row["stage"] = {"distil": "fit", "align": "dollar"}.get(row["stage"], row["stage"])
     still = [row for row in fitting if row["step"] <= 60]
     assert not [f.flag for f in examine(still, recipe) if f.flag == "stuck"], "nothing is to be learned yet"
-    far = history(60, 60, probes=lambda step: {"ink": 0.05, "diversity": 0.01, "motion": 0.001} if step <= 60 else {})
+    far = history(60, 60, probes=lambda step: {"mean_brightness": 0.05, "diversity": 0.01, "motion": 0.001} if step <= 60 else {})
     for row in far:
         row["stage"] = {"distil": "fit", "align": "dollar"}.get(row["stage"], row["stage"])
     assert not any(examine(far[: i + 1], recipe) for i in range(62)), "an untrained student that stands still is no finding"

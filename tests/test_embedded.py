@@ -76,10 +76,10 @@ def test_stock_diffusers_draws_the_same_videos(run):
 
 
 def test_sample_and_report_of_the_run(run, tmp_path, capsys):
-    picture, page = tmp_path / "s.webp", tmp_path / "r.html"
-    assert main(["sample", str(run), "--prompts", "a seven", "--copies", "2", "--out", str(picture)]) == 0
-    assert picture.stat().st_size > 500
-    assert main(["sample", str(run), "--prompts", "a seven", "--out", str(picture)]) == 2
+    animation, page = tmp_path / "s.webp", tmp_path / "r.html"
+    assert main(["sample", str(run), "--prompts", "a seven", "--copies", "2", "--out", str(animation)]) == 0
+    assert animation.stat().st_size > 500
+    assert main(["sample", str(run), "--prompts", "a seven", "--out", str(animation)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert main(["sample", str(run), "--steps", "4", "--out", str(tmp_path / "t.webp")]) == 2
     assert "steps: 4 does not fit" in capsys.readouterr().err

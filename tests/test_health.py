@@ -13,8 +13,8 @@ from instep.train import health
 from instep.train.health import HealthMonitor, examine
 from instep.train.log import RunLog
 
-TEACHER = {"ink_teacher": 0.2, "motion_teacher": 0.05, "diversity_teacher": 0.1, "saturation_teacher": 0.01}
-HEALTHY = {"ink": 0.2, "motion": 0.05, "diversity": 0.1, "saturation": 0.01, "train_score": -0.5, "monitor_both": 0.9, "monitor_score": -0.5}
+TEACHER = {"mean_brightness_teacher": 0.2, "motion_teacher": 0.05, "diversity_teacher": 0.1, "saturation_teacher": 0.01}
+HEALTHY = {"mean_brightness": 0.2, "motion": 0.05, "diversity": 0.1, "saturation": 0.01, "train_score": -0.5, "monitor_both": 0.9, "monitor_score": -0.5}
 PROBE_EVERY = 10
 
 
@@ -61,10 +61,10 @@ def test_a_healthy_history_is_silent():
 
 def test_a_student_on_its_way_in_is_silent():
     """Naive few-step samples are faint, still and alike; each probe lies nearer to the teacher than the one before."""
-    closing = lambda step: {"ink": 0.2 - 0.12 * 0.98**step, "motion": 0.05 - 0.04 * 0.98**step, "diversity": 0.1 - 0.08 * 0.98**step}  # noqa: E731
+    closing = lambda step: {"mean_brightness": 0.2 - 0.12 * 0.98**step, "motion": 0.05 - 0.04 * 0.98**step, "diversity": 0.1 - 0.08 * 0.98**step}  # noqa: E731
     assert all_flags(history(probes=closing)) == set()
     # one that stays where it began is not on its way
-    assert {"fading", "still", "collapse"} <= flags(history(probes=lambda step: {"ink": 0.08, "motion": 0.01, "diversity": 0.02}))
+    assert {"fading", "still", "collapse"} <= flags(history(probes=lambda step: {"mean_brightness": 0.08, "motion": 0.01, "diversity": 0.02}))
 
 
 ITERATIONS = [
@@ -96,9 +96,9 @@ def test_a_force_that_is_off_altogether():
     assert flags(both) == set(), "nothing to compare with"
 
 
-PICTURES = [
-    ("oversaturation", {"ink": 0.27}),
-    ("fading", {"ink": 0.14}),
+IMAGES = [
+    ("oversaturation", {"mean_brightness": 0.27}),
+    ("fading", {"mean_brightness": 0.14}),
     ("clipping", {"saturation": 0.08}),
     ("still", {"motion": 0.02}),
     ("flicker", {"motion": 0.1}),
@@ -106,7 +106,7 @@ PICTURES = [
 ]
 
 
-@pytest.mark.parametrize(("flag", "figures"), PICTURES, ids=[flag for flag, _ in PICTURES])
+@pytest.mark.parametrize(("flag", "figures"), IMAGES, ids=[flag for flag, _ in IMAGES])
 def test_flags_of_probes(flag, figures):
     assert flags(history(probes=late(**figures))) == {flag}
     assert all_flags(history(probes=lambda step: figures if step == 90 else {})) == set(), "one noisy probe raises nothing"
@@ -238,7 +238,7 @@ def test_values_that_are_not_finite():
 
 
 def test_findings_say_what_and_what_to_do():
-    rows = history(change=lambda step: {"force/cosine/dm~group": -0.7} if step > 90 else {}, probes=late(ink=0.27))
+    rows = history(change=lambda step: {"force/cosine/dm~group": -0.7} if step > 90 else {}, probes=late(mean_brightness=0.27))
     texts = {finding.flag: finding.text for finding in examine(rows)}
     assert texts["oversaturation"].startswith("samples are 35% brighter than the teacher's: lower")
     assert "cosine -0.70" in texts["opposed:dm and group"]
@@ -278,7 +278,7 @@ def test_nothing_learned():
         assert not any(examine(run[: i + 1], RUN) for i in range(len(run))), "a tenth in all, or one figure alone, is enough"
     flips = history(probes=lambda step: {"monitor_both": 0.9 + step / 10000})
     assert {f.flag for f in examine(flips, RUN)} == {"stuck"}, "one sample more or less is no movement"
-    missing = history(probes=lambda step: {"ink": math.nan} if step else {})
+    missing = history(probes=lambda step: {"mean_brightness": math.nan} if step else {})
     assert not {f.flag for f in examine(missing, RUN)} & {"stuck"}, "what cannot be compared is not said to be equal"
 
 
@@ -308,7 +308,7 @@ def test_a_run_tells_its_monitor_how_long_it_is(tmp_path):
 def bad_then_good() -> list[dict]:
     """Opposed forces and bright samples from 90 on, healthy again before and at the probe of step 130."""
     change = lambda step: {"force/cosine/dm~group": -0.7} if 70 < step < 123 else {}  # noqa: E731
-    return history(align=140, change=change, probes=lambda step: {"ink": 0.27} if 90 <= step < 130 else {})
+    return history(align=140, change=change, probes=lambda step: {"mean_brightness": 0.27} if 90 <= step < 130 else {})
 
 
 def feed(folder, rows, *, resume_step: int = 0) -> list:
@@ -353,7 +353,7 @@ def test_a_resumed_monitor_is_an_uninterrupted_one(tmp_path, saved):
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     rows = bad_then_good()
-    feed(tmp_path, [{**rows[0], "probe/ink": math.nan}, *rows[1:115]])
+    feed(tmp_path, [{**rows[0], "probe/mean_brightness": math.nan}, *rows[1:115]])
     assert (tmp_path / "health.jsonl").stat().st_size > 0
     feed(tmp_path, rows[:20])
     assert (tmp_path / "health.jsonl").read_text() == "" and len((tmp_path / "log.jsonl").read_text().splitlines()) == 20
@@ -363,7 +363,7 @@ def test_probes_write_the_names_that_checks_read():
     from instep.train import probe as module
 
     source = module.__loader__.get_source(module.__name__)
-    for key in ("ink", "saturation", "motion", "diversity", "train_score"):
+    for key in ("mean_brightness", "saturation", "motion", "diversity", "train_score"):
         assert f'"{key}"' in source
 
 

@@ -307,8 +307,8 @@ def test_manifests_that_are_wrong(tmp_path, rows, said):
 
 
 def test_media_that_are_none(tmp_path, folders):
-    for name, said in (("red-0-0.webp", "cannot be read as a picture"), ("clip.mp4", "does not begin as a mp4 file does")):
-        (Path(folders[0]) / name).write_bytes(b"no picture, no video")
+    for name, said in (("red-0-0.webp", "cannot be read as an image"), ("clip.mp4", "does not begin as a mp4 file does")):
+        (Path(folders[0]) / name).write_bytes(b"no image, no video")
         (Path(folders[0]) / "samples.jsonl").unlink(missing_ok=True)
         (Path(folders[0]) / "samples.json").write_text(json.dumps([{"file": name, "prompt": PROMPTS[0]}]))
         with pytest.raises(ValueError, match=said):

@@ -1,4 +1,4 @@
-"""The laboratory's figures against closed forms and exact samples, and its pictures: what is on them, and what they refuse."""
+"""The laboratory's figures against closed forms and exact samples, and its drawn figures: what is on them, and what they refuse."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from instep.lab.figure import Frame, Panel, Picture, animate, draw
-from instep.lab.metrics import energy_distance, floor, log_kde, mean_sd, measure, reverse_kl, total_variation
+from instep.lab.figure import Frame, Panel, LabFigure, animate, draw
+from instep.lab.metrics import energy_distance, log_kde, mean_sd, measure, measure_exact, reverse_kl, total_variation
 from instep.models.mixture import Mixture
 from instep.paths import RectifiedFlow
 
@@ -36,7 +36,7 @@ def exact(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return RING.sample(label, new_rng(seed)), label
 
 
-def smoothed_floor(r: float) -> float:
+def smoothed_kl(r: float) -> float:
     """E_p log (p * k) - log p of a 2-D Gaussian of variance 1 and a kernel of variance r: what a kernel estimate adds to the KL of exact samples."""
     return r / (1 + r) - math.log1p(r)
 
@@ -45,14 +45,14 @@ def smoothed_floor(r: float) -> float:
 
 
 def test_exact_samples_reach_their_closed_forms():
-    rows = [floor(RING, 4000, seed, REWARDED) for seed in range(4)]
+    rows = [measure_exact(RING, 4000, seed, REWARDED) for seed in range(4)]
     mean = {name: value for name, (value, _) in mean_sd(rows).items()}
     assert mean["quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.003)  # a 2-D Gaussian within 3 sigma
     assert 0.01 < mean["tv"] < 0.03
     # two classes of four modes: half of 4 x E|mass - 1/4|, a binomial's mean deviation at 2,000 a class
     assert mean["tv"] == pytest.approx(0.5 * 4 * math.sqrt(2 / math.pi * 0.25 * 0.75 / 2000), abs=0.006)
     assert abs(mean["energy"]) < 0.002
-    assert mean["rkl"] == pytest.approx(smoothed_floor((0.08 / 0.15) ** 2), abs=0.01)
+    assert mean["rkl"] == pytest.approx(smoothed_kl((0.08 / 0.15) ** 2), abs=0.01)
     assert mean["share"] == pytest.approx(0.25, abs=0.02)
     assert all(row["reached"] == 8 for row in rows)
 
@@ -64,7 +64,7 @@ def test_true_spread_follows_from_the_cut_at_three_sigma():
     u = torch.linspace(0, cut, 100_001, dtype=torch.float64)
     assert truth == pytest.approx(float(torch.trapezoid(u * (-u).exp(), u) / torch.trapezoid((-u).exp(), u)), abs=1e-8)
     assert truth == pytest.approx(0.949, abs=5e-4)
-    values = [floor(RING, 4000, seed)["spread"] for seed in range(6)]
+    values = [measure_exact(RING, 4000, seed)["spread"] for seed in range(6)]
     assert sum(values) / len(values) == pytest.approx(truth, abs=0.02)  # 6 x 4,000 samples: standard error .006
 
 
@@ -166,7 +166,7 @@ def test_reverse_kl_of_a_too_wide_gaussian():
     label = torch.zeros(n).long()
     x = replace(one, sigma=wide).sample(label, new_rng()).double()
     ratio = wide**2 / sigma**2
-    truth = ratio - 1 - math.log(ratio) + smoothed_floor((0.08 / wide) ** 2)
+    truth = ratio - 1 - math.log(ratio) + smoothed_kl((0.08 / wide) ** 2)
     assert reverse_kl(x, label, one) == pytest.approx(truth, abs=0.1)  # over eight draws: .025 above on average, standard deviation .027
 
 
@@ -222,14 +222,14 @@ def test_what_measure_refuses(x: Tensor, label: Tensor, said: str):
 
 def test_exact_figures_and_rewarded_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="n: 3 is not allowed; use 4 or more"):
-        floor(RING, 3, 0)
+        measure_exact(RING, 3, 0)
     with pytest.raises(ValueError, match=r"booleans \[8\]"):
-        floor(RING, 100, 0, torch.ones(4, dtype=torch.bool))
+        measure_exact(RING, 100, 0, torch.ones(4, dtype=torch.bool))
     with pytest.raises(ValueError, match="rewarded: torch.float32"):
-        floor(RING, 100, 0, torch.ones(8))
+        measure_exact(RING, 100, 0, torch.ones(8))
 
 
-# ---- pictures ----
+# ---- drawn figures ----
 
 
 def grid(n: int = 6) -> Tensor:
@@ -271,21 +271,21 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path: Path):
 
 
 def test_axes_are_equal_shared_and_hold_the_data():
-    picture = Picture(panels(), Frame.around(RING, REWARDED))
-    limits = {(*axes.get_xlim(), *axes.get_ylim()) for axes in picture.figure.axes}
+    figure = LabFigure(panels(), Frame.around(RING, REWARDED))
+    limits = {(*axes.get_xlim(), *axes.get_ylim()) for axes in figure.figure.axes}
     assert len(limits) == 1
     low, high, bottom, top = limits.pop()
     assert high - low == pytest.approx(top - bottom) and high > 2 + 3 * 0.15 and low == pytest.approx(-high)
-    shown = [c.get_offsets().shape[0] for axes in picture.figure.axes for c in axes.collections if c.get_offsets().shape[0] == 200]
+    shown = [c.get_offsets().shape[0] for axes in figure.figure.axes for c in axes.collections if c.get_offsets().shape[0] == 200]
     assert len(shown) == 3  # every sample of every panel
-    height, width, channels = picture.pixels().shape
-    assert channels == 3 and width == pytest.approx(200 * picture.width, abs=2) and height == pytest.approx(200 * picture.height, abs=2)
+    height, width, channels = figure.pixels().shape
+    assert channels == 3 and width == pytest.approx(200 * figure.width, abs=2) and height == pytest.approx(200 * figure.height, abs=2)
 
 
 def test_paths_run_from_noise_to_sample():
     paths = torch.randn(5, 10, 2, generator=new_rng())
-    picture = Picture([Panel("a", paths[-1], paths=paths)], Frame.around(RING, None))
-    lines, starts, ends = picture.figure.axes[1].collections[-3:]
+    figure = LabFigure([Panel("a", paths[-1], paths=paths)], Frame.around(RING, None))
+    lines, starts, ends = figure.figure.axes[1].collections[-3:]
     torch.testing.assert_close(torch.stack([torch.as_tensor(line) for line in lines.get_segments()]), paths.double().transpose(0, 1))
     for marks, points, hollow in ((starts, paths[0], True), (ends, paths[-1], False)):
         torch.testing.assert_close(torch.tensor(marks.get_offsets().data), points.double())
@@ -297,8 +297,8 @@ def test_arrows_point_down_the_force():
 
     points = grid()
     force = 3 * points  # L = 3/2 |x|^2 is descended towards the middle
-    picture = Picture([Panel("a", points, field=(points, force))], Frame.around(RING, None))
-    (quiver,) = [child for axes in picture.figure.axes for child in axes.get_children() if isinstance(child, Quiver)]
+    figure = LabFigure([Panel("a", points, field=(points, force))], Frame.around(RING, None))
+    (quiver,) = [child for axes in figure.figure.axes for child in axes.get_children() if isinstance(child, Quiver)]
     arrows = torch.stack([torch.as_tensor(quiver.U), torch.as_tensor(quiver.V)], 1)
     cosine = torch.nn.functional.cosine_similarity(arrows, -points.double(), dim=1)
     torch.testing.assert_close(cosine, torch.ones(36).double())
@@ -313,11 +313,11 @@ def test_an_extreme_arrow_is_cut_and_no_force_at_all_is_drawn():
     force = torch.ones_like(points)
     force[0] = 1e6
     for field in (force, torch.zeros_like(force)):
-        picture = Picture([Panel("a", points, field=(points, field))], Frame.around(RING, None))
-        (quiver,) = [child for axes in picture.figure.axes for child in axes.get_children() if isinstance(child, Quiver)]
+        figure = LabFigure([Panel("a", points, field=(points, field))], Frame.around(RING, None))
+        (quiver,) = [child for axes in figure.figure.axes for child in axes.get_children() if isinstance(child, Quiver)]
         length = torch.as_tensor(quiver.U).hypot(torch.as_tensor(quiver.V))
         assert float(length.max()) <= 1.5 * 4 / 9 and bool(length.isfinite().all())  # the points' spacing is 4 / 9 or a little less
-        picture.pixels()
+        figure.pixels()
 
 
 def test_samples_outside_are_counted(tmp_path: Path):

@@ -30,8 +30,8 @@ def board(folder) -> dict[str, dict[int, float]]:
 
 def test_rows_are_appended_and_readable_at_once(tmp_path):
     log = RunLog(tmp_path)
-    log.row(0, {"stage": "start", "probe/ink": 0.25})
-    assert rows(tmp_path) == [{"step": 0, "stage": "start", "probe/ink": 0.25}], "before the log is closed"
+    log.row(0, {"stage": "start", "probe/mean_brightness": 0.25})
+    assert rows(tmp_path) == [{"step": 0, "stage": "start", "probe/mean_brightness": 0.25}], "before the log is closed"
     log.row(1, {"stage": "distil", "critic/fake": 0.5})
     log.close()
     assert [row["step"] for row in rows(tmp_path)] == [0, 1]
@@ -196,7 +196,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, name):
     """What was not written, what is intact, what to do; and closing the log afterwards does not hide it."""
     (tmp_path / name).symlink_to(FULL)
     log, monitor = RunLog(tmp_path), HealthMonitor(tmp_path)
-    broken = {"probe/ink": math.nan}  # a row with a finding
+    broken = {"probe/mean_brightness": math.nan}  # a row with a finding
     with pytest.raises(OSError) as caught:
         try:
             log.row(1, broken)

@@ -78,7 +78,7 @@ def test_motion_figures_on_real_videos():
     assert m.flicker(moving("still")).min() > 0.999 > m.flicker(moving("left fast")).max()
     raw = torch.zeros(1, 3, 2, 4, 4)
     raw[..., 0] = 1.2
-    assert m.saturation(raw).item() == 0.25 and m.ink(raw).item() == 0.25
+    assert m.saturation(raw).item() == 0.25 and m.mean_brightness(raw).item() == 0.25
 
 
 def row(value: float, se: float, key: str = "heldout_both") -> compare.Row:
@@ -89,7 +89,7 @@ def test_comparisons_respect_direction_and_error():
     assert compare.better(row(0.9, 0.01), row(0.8, 0.01), "heldout_both")
     assert not compare.better(row(0.9, 0.05), row(0.8, 0.05), "heldout_both")
     assert compare.better(row(1.0, 0.1, "fd_open"), row(2.0, 0.1, "fd_open"), "fd_open")
-    assert compare.direction("ink") == 0 and compare.direction("modes_motion") == 1 and compare.direction("fd") == -1
+    assert compare.direction("mean_brightness") == 0 and compare.direction("modes_motion") == 1 and compare.direction("fd") == -1
     both = compare.combined([row(0.8, 0.02), row(0.9, 0.02), row(1.0, 0.02)])
     assert both.values["heldout_both"].value == pytest.approx(0.9)
     assert both.values["heldout_both"].se == pytest.approx(0.1 / math.sqrt(3)), "seeds differ more than samples allow"
@@ -103,7 +103,7 @@ def test_evaluation_set_is_balanced():
 
 
 MEASURED = {
-    "fd", "fd_open", "precision", "recall", "vendi", "modes_motion", "modes_digit", "ink", "saturation", "wobble", "flicker", "dynamic",
+    "fd", "fd_open", "precision", "recall", "vendi", "modes_motion", "modes_digit", "mean_brightness", "saturation", "wobble", "flicker", "dynamic",
     "seconds", "seconds_wall",
     *(f"{classifier}_{part}" for classifier in ("train", "heldout") for part in ("digit", "motion", "both", "both_open", "score")),
 }  # fmt: skip
@@ -131,8 +131,8 @@ def test_evaluation_measures_generators_alike():
     still = compare.evaluate("frozen", "naive", frozen, chosen, classifiers, steps=4, guidance=3.0)
     assert still.nfe == 8 and still.values["dynamic"].value < 1e-4 < good.values["dynamic"].value
     assert compare.better(good, still, "fd") and compare.better(still, good, "flicker")
-    floor = compare.real_vs_real_row(chosen, classifiers)
-    assert floor.kind == "real" and abs(compare.difference(good, floor, "ink").value) < 4 * compare.difference(good, floor, "ink").se
+    real_vs_real = compare.real_vs_real_row(chosen, classifiers)
+    assert real_vs_real.kind == "real" and abs(compare.difference(good, real_vs_real, "mean_brightness").value) < 4 * compare.difference(good, real_vs_real, "mean_brightness").se
     with pytest.raises(ValueError, match="one video a prompt"):
         compare.evaluate("short", "student", lambda prompts, seed: real(prompts, seed)[1:], chosen, classifiers, steps=4)
 
@@ -146,8 +146,8 @@ def test_in_image_to_video_each_sample_has_its_own_first_frame():
     assert first(lambda names, seed: shown(names)) == 0
     other = first(lambda names, seed: digits.render("reference", [digits.parse(name) for name in names], seed))
     assert other > 0.1, "videos of the same prompts that begin otherwise"
-    floor = compare.real_vs_real_row(chosen, classifiers)
-    assert floor.values["first_frame"].value == 0 and floor.values["fd"].value < 10
+    real_vs_real = compare.real_vs_real_row(chosen, classifiers)
+    assert real_vs_real.values["first_frame"].value == 0 and real_vs_real.values["fd"].value < 10
     assert "first_frame" not in compare.real_vs_real_row(small_set(), classifiers).values
 
 

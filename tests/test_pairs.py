@@ -58,7 +58,7 @@ def test_a_row_needs_only_prompt_chosen_and_rejected(media):
     [
         ({"prompt": " "}, "prompt: ' ' is not allowed; it is text that is not empty"),
         ({"prompt": 3}, "prompt: 3 is not allowed; it is text that is not empty"),
-        ({"chosen": None}, "chosen: None is not allowed; it is the path of a picture or a video"),
+        ({"chosen": None}, "chosen: None is not allowed; it is the path of an image or a video"),
         ({"chosen": "b.webp"}, "is not allowed; it is another file than chosen"),
         ({"rejected": "none.webp"}, "none.webp' is not allowed; it is a file that exists"),
         ({"question": ""}, "question: '' is not allowed; it is what was asked"),

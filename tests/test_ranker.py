@@ -196,8 +196,8 @@ def mean_of(body):
         if part["type"] == "text" and part["text"].startswith("Video "):
             number = int(part["text"].removeprefix("Video ").rstrip(":"))
         elif part["type"] == "image_url":
-            picture = Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
-            sums.setdefault(number, []).append(sum(picture.convert("L").tobytes()) / (picture.width * picture.height))
+            image = Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
+            sums.setdefault(number, []).append(sum(image.convert("L").tobytes()) / (image.width * image.height))
     return [sum(sums[i]) / len(sums[i]) for i in (1, 2)], [len(sums[i]) for i in (1, 2)]
 
 

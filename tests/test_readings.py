@@ -137,7 +137,7 @@ def test_a_group_of_equal_rewards_feels_no_alignment():
 
 
 def test_what_a_group_shares_cancels_when_signed():
-    """A direction that every sample of a group feels alike, such as toward a paler picture, sums to nothing; pull-only keeps it."""
+    """A direction that every sample of a group feels alike, such as toward a paler image, sums to nothing; pull-only keeps it."""
     advantage = group_advantage(torch.randn(24, generator=rng()), 8)
     shared = {sign: group_factor(advantage, sign).reshape(3, 8).sum(1) for sign in ("signed", "pull")}
     torch.testing.assert_close(shared["signed"], torch.zeros(3), rtol=0, atol=1e-5)

@@ -122,7 +122,7 @@ def test_pair_moves_toward_the_preferred_side(control):
 
 
 def test_high_levels_alone_hardly_align(control):
-    """High levels keep pictures from fading; on modes this far apart they also take nearly all of the alignment away."""
+    """High levels keep images from fading; on modes this far apart they also take nearly all of the alignment away."""
     aligned = run(dm_align_group(COMMON, distil=300, iterations=150, weight=0.5, levels=Uniform(low=0.8, high=0.98)), rightness)
     assert abs(right_share(aligned) - right_share(control)) < 0.15
     assert quality(aligned) > quality(control) - 0.15

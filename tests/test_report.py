@@ -172,7 +172,7 @@ def test_hostile_text_stays_text(tmp_path):
     recipe = json.loads((run / "recipe.json").read_text()) | {"recipe": HOSTILE, "command": HOSTILE, "model": HOSTILE}
     (run / "recipe.json").write_text(json.dumps(recipe))
     figures = json.loads((run / "metrics.json").read_text())
-    for row in [*figures["rows"], figures["floor"]]:
+    for row in [*figures["rows"], figures["real_vs_real"]]:
         row |= {"name": HOSTILE + row["name"], "note": HOSTILE}
     (run / "metrics.json").write_text(json.dumps(figures | {"classifiers": {HOSTILE: {HOSTILE: 1.0}}}))
     lines = [{"step": i, "stage": HOSTILE + str(i > 5), f"critic/{HOSTILE}": 1.0, f"force/cosine/{HOSTILE}": 0.1} for i in range(1, 40)]
@@ -194,14 +194,14 @@ def test_best_is_marked_only_beyond_two_standard_errors():
     close = [one(x, 0.01, "heldout_both") for x in (0.9, 0.89, 0.5)]
     assert best(close, "heldout_both") is None, "better than one of the others is not enough"
     assert best([one(1.0, 0.1, "fd"), one(2.0, 0.1, "fd"), one(9.0, 0.1, "fd")], "fd").values["fd"].value == 1.0
-    assert best([one(0.1, 0.0, "ink"), one(0.2, 0.0, "ink")], "ink") is None, "brightness has no good end"
+    assert best([one(0.1, 0.0, "mean_brightness"), one(0.2, 0.0, "mean_brightness")], "mean_brightness") is None, "brightness has no good end"
 
 
 def test_verdict_says_what_the_errors_allow():
-    floor = one(0.08, 0.001, "ink", "real")
-    student, near, far = one(0.081, 0.0005, "ink", "student"), one(0.0815, 0.0005, "ink"), one(0.1, 0.0005, "ink")
-    assert outcome(student, near, "ink", floor) == "even" and outcome(student, far, "ink", floor) == "better"
-    assert outcome(far, student, "ink", floor) == "worse" and outcome(far, student, "ink", None) == "differs"
+    real_vs_real = one(0.08, 0.001, "mean_brightness", "real")
+    student, near, far = one(0.081, 0.0005, "mean_brightness", "student"), one(0.0815, 0.0005, "mean_brightness"), one(0.1, 0.0005, "mean_brightness")
+    assert outcome(student, near, "mean_brightness", real_vs_real) == "even" and outcome(student, far, "mean_brightness", real_vs_real) == "better"
+    assert outcome(far, student, "mean_brightness", real_vs_real) == "worse" and outcome(far, student, "mean_brightness", None) == "differs"
     import random
 
     student = made_up("student", "student", 4, 4, 0.95, 5.0, 8.0, random.Random(0))
@@ -211,7 +211,7 @@ def test_verdict_says_what_the_errors_allow():
     assert "Against <b>teacher, 4 steps</b> (same cost): <b class='better'>better</b> in prompt followed" in text
     assert "16 steps" not in text, "naive sampling is compared at up to twice the student's cost"
     brighter = made_up("control", "control", 4, 4, 0.95, 5.0, 8.0, random.Random(0))
-    brighter.values["ink"] = Value(0.1, 0.0005)
+    brighter.values["mean_brightness"] = Value(0.1, 0.0005)
     real = made_up("real", "real", 0, 0, 1.0, 1.0, 9.0, random.Random(3))
     assert "▲ nearer to real" in verdict(student, [student, brighter], real) and "▼" not in verdict(student, [student, brighter], real)
     assert "nothing to compare" in verdict(student, [student], None)

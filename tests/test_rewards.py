@@ -405,7 +405,7 @@ def test_a_server_error_that_stays_is_narrowed_down_to_its_sample(serve):
 @pytest.mark.parametrize(
     ("answer", "message", "requests"),
     [
-        ((422, b"bad picture", {}), r"sample 0 .*scored alone: the server answered status 422 \(.*\): bad picture$", 3),
+        ((422, b"bad image", {}), r"sample 0 .*scored alone: the server answered status 422 \(.*\): bad image$", 3),
         (
             (404, b"nothing here", {}),
             r"cannot be asked about samples 0 to 3 .*: the server answered status 404 \(Not Found\): nothing here; check the address",

@@ -89,7 +89,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert [row["stage"] for row in seen] == ["start", "distil", "distil", "align", "align", "align"]
     assert {"force/dm/norm", "critic/fake", "grad/student", "lr/student", "cpu_s"} <= seen[1].keys()
     assert {"reward/train", "force/group/norm"} <= seen[3].keys()
-    assert {"probe/ink", "probe/ink_teacher", "probe/motion", "probe/diversity", "probe/train_score"} <= seen[4].keys()
+    assert {"probe/mean_brightness", "probe/mean_brightness_teacher", "probe/motion", "probe/diversity", "probe/train_score"} <= seen[4].keys()
     kept = sorted(path.name for path in (whole / "checkpoints").iterdir())
     assert kept == ["step-000002", "step-000004", "step-000005"], "the newest two, and the end of each stage"
     assert (whole / "student" / "model_index.json").is_file() and (whole / "student" / "README.md").is_file()

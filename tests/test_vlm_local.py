@@ -68,7 +68,7 @@ def watched(endpoint, monkeypatch, answer=None):
 
 
 def text_of(endpoint, given):
-    """The prompt with every picture's sixteen tokens (4 x 4 patches) as one [i]."""
+    """The prompt with every image's sixteen tokens (4 x 4 patches) as one [i]."""
     return endpoint.processor.tokenizer.decode(given["input_ids"][0]).replace("<image>" * 16, "[i]")
 
 
@@ -133,19 +133,19 @@ def test_models_that_cannot_be_asked(tmp_path, endpoint):
 
 
 def test_its_name_tells_how_it_is_asked(tmp_path):
-    """Answers depend on the weights, on the template that puts the question and on how pictures are prepared."""
+    """Answers depend on the weights, on the template that puts the question and on how images are prepared."""
     folder = tiny_llava(tmp_path / "llava")
     name = lambda: transformers_endpoint(str(folder), dtype="float32").name  # noqa: E731
     first = name()
     assert name() == first
-    template, pictures = folder / "chat_template.jinja", folder / "processor_config.json"
+    template, processor = folder / "chat_template.jinja", folder / "processor_config.json"
     told = template.read_text()
     template.write_text(told + " ")
     other = name()
     template.write_text(told)
-    settings = json.loads(pictures.read_text())
+    settings = json.loads(processor.read_text())
     settings["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
-    pictures.write_text(json.dumps(settings))
+    processor.write_text(json.dumps(settings))
     assert len({first, other, name()}) == 3
 
 

@@ -86,7 +86,7 @@ def load_classifiers() -> dict[str, Classifier]:
 
 
 def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> list[Row]:
-    """Rows of a run's student, its baselines at equal NFE, the 50-step teacher and the floor; also written to metrics.json.
+    """Rows of a run's student, its baselines at equal NFE, the 50-step teacher and real-vs-real; also written to metrics.json.
 
     There `flags` are the health flags open at the end, `health` all that were raised and from which step to which, `hacking` whether that one ever was,
     `stopped` where and why the run stopped itself (null: it did not).
@@ -109,13 +109,13 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
     decoded = real_vs_real_row(chosen, classifiers, through=lambda media: family.decode(family.encode_media(media)))
     rows = [row, *before, decoded, *(baseline(plain, classifiers, chosen, n, w) for n, w in dict.fromkeys(pairs))]
-    bottom, health = real_vs_real_row(chosen, classifiers), flags(folder)
+    real, health = real_vs_real_row(chosen, classifiers), flags(folder)
     write_json(
         folder / "metrics.json",
         {
             "protocol": f"{protocol}{', from a first frame' * chosen.image_to_video}",
             "rows": [r.json() for r in rows],
-            "floor": bottom.json(),
+            "real_vs_real": real.json(),
             "flags": [raised.flag for raised in health if raised.cleared is None],
             "health": [{"flag": r.flag, "level": r.level, "step": r.step, "cleared": r.cleared} for r in health],
             "hacking": any(raised.flag == "hacking" for raised in health),
@@ -123,7 +123,7 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
             "classifiers": {short: classifier.accuracy for short, classifier in classifiers.items()},
         },
     )
-    return [bottom, *rows]
+    return [real, *rows]
 
 
 def model_of(record: dict[str, Any], folder: Path) -> tuple[str, str]:
@@ -208,7 +208,7 @@ def fingerprint(chosen: EvalSet, family: Family) -> str:
 
 COLUMNS = {
     "heldout_both": "both (held-out)", "train_both": "both (training)", "fd": "FD", "fd_open": "FD open", "modes_motion": "motions of 9",
-    "modes_digit": "digits of 10", "ink": "ink", "wobble": "wobble", "first_frame": "first frame",
+    "modes_digit": "digits of 10", "mean_brightness": "mean brightness", "wobble": "wobble", "first_frame": "first frame",
 }  # fmt: skip
 
 

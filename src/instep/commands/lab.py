@@ -1,4 +1,4 @@
-"""`instep lab`: recipes side by side in the exact laboratory, as a table, a figure and a moving picture."""
+"""`instep lab`: recipes side by side in the exact laboratory, as a table, a figure and an animation."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class LabArgs:
     """The closed form, or a network trained on the mixture."""
     path: Literal["flow", "vp"] = "flow"
     """Rectified flow, or variance preserving with DDPM's betas."""
-    pictures: bool = True
-    """Write the figure and the moving picture (needs matplotlib)."""
+    figures: bool = True
+    """Write the figure and the animation (needs matplotlib)."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "iterations", "members"):
@@ -73,8 +73,8 @@ def lab_command(specs: Sequence[str], options: LabArgs) -> int:
             raise ValueError(f"reward: {spec} needs one; add --reward half (or right, on-mode)")
         if recipe.needs & {"preferred", "pairs"} and world.rewarded is None:
             raise ValueError(f"reward: {spec} needs samples that are preferred; add --reward half (or right)")
-    if options.pictures and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("pictures: matplotlib is not installed; pip install 'instep[lab]', or leave the pictures out with --no-pictures")
+    if options.figures and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("figures: matplotlib is not installed; pip install 'instep[lab]', or leave the figures out with --no-figures")
     from instep.lab.table import as_json, markdown, rich_table
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def lab_command(specs: Sequence[str], options: LabArgs) -> int:
         write_text(options.out / "table.md", markdown(runs, world))
     console = Console()
     console.print(rich_table(runs, world))
-    if options.pictures:
+    if options.figures:
         from instep.lab.pictures import draw_runs
 
         for file in draw_runs(options.out, runs, world):
@@ -124,7 +124,7 @@ def _networks(recipes, world, options: LabArgs):
             print(f"{spec}: its teacher has an adapter, which only a network can have; this recipe's teacher is the learned one")
         state = ensemble_state(recipe, world, start, options.seed, learned_teacher=learned if options.teacher == "learned" or bent else None)
         with _bar(spec, recipe.steps) as advance:
-            run = train(spec, recipe, world, state, snapshots=10 if options.pictures else 1, on_step=advance)
+            run = train(spec, recipe, world, state, snapshots=10 if options.figures else 1, on_step=advance)
         yield run
 
 

@@ -43,7 +43,7 @@ class ExportPairsArgs:
 
 @dataclass(frozen=True)
 class ImportPairsArgs:
-    """A preference set with columns of other names as pairs; pictures kept inside a Parquet file are written beside OUT.
+    """A preference set with columns of other names as pairs; images kept inside a Parquet file are written beside OUT.
 
     The better one in a column of its own: instep pairs import set.parquet pairs.jsonl --prompt-column caption --chosen-column win --rejected-column lose
 
@@ -58,7 +58,7 @@ class ImportPairsArgs:
     prompt_column: str = "prompt"
     """Column of the prompts."""
     chosen_column: str = "chosen"
-    """Column of the preferred media: paths, or pictures themselves."""
+    """Column of the preferred media: paths, or images themselves."""
     rejected_column: str = "rejected"
     """Column of the others."""
     first_column: str | None = None

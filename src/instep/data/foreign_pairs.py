@@ -1,4 +1,4 @@
-"""Public preference sets, whose columns have other names, and which may hold the pictures themselves."""
+"""Public preference sets, whose columns have other names, and which may hold the images themselves."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Columns:
 
 
 def import_pairs(path: Path, columns: Columns, root: Path, store: Path, question: str = "overall") -> list[PreferencePair]:
-    """The pairs of `path`. Relative paths begin at `root`; pictures in the rows are written to folder `store` under names made from their content.
+    """The pairs of `path`. Relative paths begin at `root`; images in the rows are written to folder `store` under names made from their content.
 
     ValueError names the row, the column, its value and what is allowed.
     """
@@ -82,7 +82,7 @@ def _media(row: dict[str, Any], column: str, root: Path, store: Path) -> Path:
     if isinstance(value, bytes):
         return _written(column, value, store)
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise ValueError(f"{column}: {str(value)[:60]!r} is not allowed; it is a path, or a picture's bytes")
+        raise ValueError(f"{column}: {str(value)[:60]!r} is not allowed; it is a path, or an image's bytes")
     if "://" in value:
         raise ValueError(f"{column}: {value[:80]!r} is not allowed; fetch the file and give its path")
     file = root / value

@@ -18,7 +18,7 @@ FORMATS = (".jsonl", ".parquet")
 class PreferencePair:
     """Two media of one prompt and how many people preferred which.
 
-    `chosen` and `rejected` are paths of pictures or videos. `votes` counts who voted (for chosen, for rejected, equal), at least one in all and
+    `chosen` and `rejected` are paths of images or videos. `votes` counts who voted (for chosen, for rejected, equal), at least one in all and
     never more for `rejected` than for `chosen`. A pair with as many of the one as of the other is a tie: its order then says nothing.
     """
 
@@ -33,7 +33,7 @@ class PreferencePair:
     def __post_init__(self) -> None:
         _must(isinstance(self.prompt, str) and bool(self.prompt.strip()), "prompt", self.prompt, "text that is not empty")
         for name, value in (("chosen", self.chosen), ("rejected", self.rejected)):
-            _must(isinstance(value, Path) and bool(value.name), name, value, "the path of a picture or a video")
+            _must(isinstance(value, Path) and bool(value.name), name, value, "the path of an image or a video")
         _must(self.chosen != self.rejected, "rejected", str(self.rejected), "another file than chosen")
         _must(isinstance(self.question, str) and bool(self.question.strip()), "question", self.question, "what was asked, text that is not empty")
         _must(
@@ -76,7 +76,7 @@ class PreferencePair:
             if name not in row:
                 raise ValueError(f"{name}: missing; a row has {', '.join(REQUIRED)}, and may have {', '.join(FIELDS[3:])}")
         for name in ("chosen", "rejected"):
-            _must(isinstance(row[name], str) and bool(row[name].strip()) and "\0" not in row[name], name, row[name], "the path of a picture or a video")
+            _must(isinstance(row[name], str) and bool(row[name].strip()) and "\0" not in row[name], name, row[name], "the path of an image or a video")
         tie = row.get("tie")
         _must(tie is None or isinstance(tie, bool), "tie", tie, "true or false")
         usual = {"votes_chosen": 0 if tie else 1, "votes_rejected": 0, "votes_tie": 1 if tie else 0}

@@ -29,7 +29,7 @@ LOWER = ("fd", "first_frame", "wobble", "saturation", "seconds")
 
 
 def direction(key: str) -> int:
-    """+1 if more of a figure is better, -1 if less is, 0 if neither (ink, dynamic: compare with real videos)."""
+    """+1 if more of a figure is better, -1 if less is, 0 if neither (mean_brightness, dynamic: compare with real videos)."""
     if key.startswith(LOWER):
         return -1
     return 1 if any(part in HIGHER for part in key.split("_")) or key == "flicker" else 0
@@ -146,7 +146,7 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, classifiers: Mapping[str
         "recall": m.of_set(lambda rows: m.recall(features[rows], one_each), order),
     }
     values |= open_figures(media[full:], fake, eval_set.open, heldout)
-    per_sample = {"ink": m.ink(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media), "dynamic": m.dynamic(media)}
+    per_sample = {"mean_brightness": m.mean_brightness(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media), "dynamic": m.dynamic(media)}
     if eval_set.image_to_video:
         per_sample["first_frame"] = (media[:, :, 0] - given_videos(eval_set)[:, :, 0]).square().mean((1, 2, 3)).sqrt()
     values |= {key: m.of_mean(x, order) for key, x in per_sample.items()}
@@ -189,7 +189,7 @@ def given_videos(eval_set: EvalSet) -> Tensor:
 def real_vs_real_row(
     eval_set: EvalSet, classifiers: Mapping[str, Classifier], seed: int = 900_002, through: Callable[[Tensor], Tensor] | None = None
 ) -> Row:
-    """Real against real: another draw of reference videos (of an image-to-video set: those that its first frames begin) measured as if it had been generated, or
+    """Real-vs-real: another draw of reference videos (of an image-to-video set: those that its first frames begin) measured as if it had been generated, or
     `through` a VAE first."""
     real = given_videos(eval_set) if eval_set.image_to_video else real_videos(eval_set, seed)
     media = real if through is None else torch.cat([through(part) for part in real.split(BATCH)])

@@ -3,11 +3,11 @@
 Errors are of *the samples drawn for fixed prompts*: what another seed would change, not what other prompts would. A share has its
 binomial error, a mean the spread between neighbours (samples of the same or the most similar prompt), a statistic of a set (Frechet
 distance, precision, recall) that of random half-samples which keep one of every two neighbours. Against the spread over 12 to 25 draws of real
-videos (242 each) these errors are right within a quarter for modes, ink and motion, within .4 for precision; about 2 times too large
+videos (242 each) these errors are right within a quarter for modes, mean brightness and motion, within .4 for precision; about 2 times too large
 for distances, 2 to 4 for recall, 1.7 for shares near 1; and up to a third too small for log-probabilities, whose tails are heavy. Resampling with
 replacement repeats points, which breaks nearest neighbours.
 
-Sets of few samples bias distances upward: compare at equal N, and against the real-against-real floor.
+Sets of few samples bias distances upward: compare at equal N, and against the real-vs-real row.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _of_groups(statistic: Callable[[Tensor], float], group: Tensor, seed: int, *
     return Value(sum(values) / len(values), math.sqrt(variance) / len(values))
 
 
-def ink(media: Tensor) -> Tensor:
+def mean_brightness(media: Tensor) -> Tensor:
     """Mean brightness of each video, [N] in [0, 1]: thicker strokes and over-saturation raise it."""
     return media.clamp(0, 1).flatten(1).mean(1)
 
@@ -158,7 +158,7 @@ def flicker(media: Tensor) -> Tensor:
 
 
 def wobble(media: Tensor) -> Tensor:
-    """Change of shape from frame to frame once motion is taken out, relative to the ink, [N] >= 0.
+    """Change of shape from frame to frame once motion is taken out, relative to the mean brightness, [N] >= 0.
 
     Each frame is shifted (bilinearly) so that its centre of brightness lies in the middle; then the mean absolute difference of
     consecutive frames over the mean brightness. Rigid motion gives almost 0, a new shape every frame about 1.

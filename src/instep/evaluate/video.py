@@ -1,4 +1,4 @@
-"""Moving pictures without a video codec: tiled videos as animated files, and sprite sheets for the report."""
+"""Animations without a video codec: tiled videos as animated files, and sprite sheets for the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures made of frames: what a file holds, and all of its frames as one sheet, so that a page can show, stop and restart two of them on one clock."""
+"""Images and animations: what a file holds, and all of its frames as one sheet, so that a page can show, stop and restart two of them on one clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from instep.judge.samples import FRAME_MS, SHEET_PIXELS, VIDEOS, Clip
 
 
 def inspect(path: Path) -> Clip:
-    """What `path` is; every frame of a picture is decoded once. ValueError if it cannot be read."""
+    """What `path` is; every frame of an image or animation is decoded once. ValueError if it cannot be read."""
     if path.suffix.lower() in VIDEOS:
         with open(path, "rb") as file:
             head = file.read(12)
@@ -25,7 +25,7 @@ def inspect(path: Path) -> Clip:
 
 
 def read(path: Path) -> tuple[list[Any], list[int]]:
-    """The frames of a picture as RGB images, and milliseconds each."""
+    """The frames of an image or animation as RGB images, and milliseconds each."""
     from PIL import Image, ImageSequence
 
     try:
@@ -35,12 +35,12 @@ def read(path: Path) -> tuple[list[Any], list[int]]:
                 frames.append(frame.convert("RGB"))
                 durations.append(max(20, round(frame.info.get("duration") or FRAME_MS)))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"samples: {path} cannot be read as a picture ({error}); make it again") from error
+        raise ValueError(f"samples: {path} cannot be read as an image ({error}); make it again") from error
     return frames, durations
 
 
 def sheet(path: Path) -> bytes:
-    """All frames in rows of `columns(n)`, from the top left, as one still picture that keeps every pixel and nothing of the file's metadata."""
+    """All frames in rows of `columns(n)`, from the top left, as one still image that keeps every pixel and nothing of the file's metadata."""
     from PIL import Image
 
     frames, _ = read(path)

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-PICTURES = (".webp", ".gif", ".png")
+IMAGES = (".webp", ".gif", ".png")
 VIDEOS = {".mp4": "video/mp4", ".webm": "video/webm"}
 MANIFESTS = ("samples.json", "samples.jsonl")
-SHEET_PIXELS = 16_000_000  # of all frames of a picture together: what phones decode in one piece
+SHEET_PIXELS = 16_000_000  # of all frames of an animation together: what phones decode in one piece
 Match = Literal["seed", "prompt"]
 FRAME_MS = 125  # of samples of a run: 8 frames a second, as in the report
 
@@ -156,7 +156,7 @@ def _of_run(folder: Path, manifest: Path, record: dict[str, Any], model: str) ->
 
 
 def _webp(video: Any) -> bytes:
-    """A video uint8 [F, H, W, 3] as an animated picture that keeps every pixel."""
+    """A video uint8 [F, H, W, 3] as an animation that keeps every pixel."""
     from PIL import Image
 
     from instep.judge.frames import webp
@@ -176,8 +176,8 @@ def _of_files(folder: Path, manifest: Path, rows: list[Any]) -> list[Sample]:
         path = folder / row["file"]
         if "\0" in row["file"] or not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{where}: file: {row['file']!r} is not allowed; it is a file inside {folder}")
-        if path.suffix.lower() not in (*PICTURES, *VIDEOS):
-            raise ValueError(f"{where}: file: {row['file']!r} is not allowed; it ends in {', '.join((*PICTURES, *VIDEOS))}")
+        if path.suffix.lower() not in (*IMAGES, *VIDEOS):
+            raise ValueError(f"{where}: file: {row['file']!r} is not allowed; it ends in {', '.join((*IMAGES, *VIDEOS))}")
         if not path.is_file():
             raise ValueError(f"{where}: file: {path} does not exist")
         with open(path, "rb") as file:

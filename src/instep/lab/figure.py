@@ -1,4 +1,4 @@
-"""Pictures of the 2-D laboratory: samples over the exact density, sampling paths, and what a force does to the plane. Needs the extra `lab`.
+"""Figures of the 2-D laboratory: samples over the exact density, sampling paths, and what a force does to the plane. Needs the extra `lab`.
 
 Matplotlib is used through its objects alone: no windows, no global state. Colours are Okabe and Ito's, told apart without colour vision.
 """
@@ -26,7 +26,7 @@ from instep.paths import RectifiedFlow
 FORMATS = (".svg", ".png")
 ROWS = ("samples", "sampling paths", "descent direction")
 DPI = 200
-BLUE, VERMILLION, INK, SOFT, LINE = "#0072B2", "#D55E00", "#1f2430", "#5b6270", "#b9bdc6"
+BLUE, VERMILLION, TEXT, SOFT, LINE = "#0072B2", "#D55E00", "#1f2430", "#5b6270", "#b9bdc6"
 DENSITY = ("#f1f2f4", "#e3e5e9", "#d3d6dc")  # inside 3, 2 and 1 sigma of a mode
 SIDE, GAP, LEFT, RIGHT = 2.1, 0.14, 0.55, 0.08  # inches: an axes, between axes, margins
 TITLE, NAME, CAPTION, HEADROOM = 0.28, 0.19, 0.135, 0.08  # inches: the figure's title, a panel's name, a line of caption, above it all
@@ -66,7 +66,7 @@ class Frame:
         return cls(mixture, (x - half, x + half), (y - half, y + half), rewarded)
 
     def outside(self, samples: Tensor) -> float:
-        """Share of samples [N, 2] that the picture does not show; those that are not finite are among them."""
+        """Share of samples [N, 2] that the figure does not show; those that are not finite are among them."""
         x, y = samples.double().unbind(1)
         return 1 - float(((x >= self.x[0]) & (x <= self.x[1]) & (y >= self.y[0]) & (y <= self.y[1])).double().mean())
 
@@ -80,9 +80,9 @@ def draw(file: Path, panels: Sequence[Panel], mixture: Mixture, rewarded: Tensor
     if file.suffix.lower() not in FORMATS:
         raise ValueError(f"file: {file.name!r} ends in {file.suffix!r}; a figure can be {', '.join(FORMATS)}")
     _check(panels, mixture, rewarded)
-    picture = Picture(panels, Frame.around(mixture, rewarded))
+    figure = LabFigure(panels, Frame.around(mixture, rewarded))
     buffer = io.BytesIO()
-    picture.save(buffer, file.suffix.lower().lstrip("."))
+    figure.save(buffer, file.suffix.lower().lstrip("."))
     write_bytes(file, buffer.getvalue())
 
 
@@ -101,7 +101,7 @@ def animate(file: Path, frames: Sequence[tuple[str, Sequence[Panel]]], mixture: 
     shared = Frame.around(mixture, rewarded)
     bare = [(title, [replace(panel, paths=None, field=None) for panel in panels]) for title, panels in frames]
     lines = max(_lines(panel, shared) for _, panels in bare for panel in panels)
-    pixels = [Picture(panels, shared, title, lines).pixels() for title, panels in bare]
+    pixels = [LabFigure(panels, shared, title, lines).pixels() for title, panels in bare]
     save_animation(file, torch.stack(pixels + pixels[-1:] * math.ceil(HOLD * fps)), fps)
 
 
@@ -138,7 +138,7 @@ def _lines(panel: Panel, frame: Frame) -> int:
 
 
 def _caption(panel: Panel, frame: Frame) -> str:
-    """The panel's caption, wrapped, with what the picture leaves out."""
+    """The panel's caption, wrapped, with what the figure leaves out."""
     share = frame.outside(panel.samples)
     outside = f"{max(1, round(100 * share))} % outside".replace(" ", NBSP)
     outside = f"<{NBSP}{outside}" if share < 0.005 else outside
@@ -147,7 +147,7 @@ def _caption(panel: Panel, frame: Frame) -> str:
     return "\n".join(line for part in text.splitlines() for line in textwrap.wrap(part, WRAP) or [""])
 
 
-class Picture:
+class LabFigure:
     """One figure of panels, laid out in inches, so that the frames of an animation do not jump."""
 
     def __init__(self, panels: Sequence[Panel], frame: Frame, title: str = "", lines: int | None = None) -> None:
@@ -155,7 +155,7 @@ class Picture:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ValueError("matplotlib is not installed and pictures of the laboratory need it: pip install 'instep[lab]'") from error
+            raise ValueError("matplotlib is not installed and figures of the laboratory need it: pip install 'instep[lab]'") from error
         self.frame = frame
         self.rows = [name for name in ROWS if any(_part(panel, name) is not None for panel in panels)]
         lines = max(_lines(panel, frame) for panel in panels) if lines is None else lines
@@ -189,7 +189,7 @@ class Picture:
 
     def _text(self, x: float, y: float, text: str, **style: Any) -> None:
         """Text with its upper left corner at (x, y) inches from the figure's upper left."""
-        self.figure.text(x / self.width, 1 - y / self.height, text, va="top", **{"color": INK, **style})
+        self.figure.text(x / self.width, 1 - y / self.height, text, va="top", **{"color": TEXT, **style})
 
     def _axes(self, column: int, row: int, name: str, bottom: bool) -> Any:
         left, top = LEFT + column * (SIDE + GAP), self.head + row * (SIDE + GAP)
@@ -200,7 +200,7 @@ class Picture:
         for spine in axes.spines.values():
             spine.set(color=LINE, linewidth=0.6)
         if name:
-            axes.set_ylabel(name, fontsize=8, color=INK)
+            axes.set_ylabel(name, fontsize=8, color=TEXT)
             axes.yaxis.set_label_coords(-0.34 / SIDE, 0.5)
         self._truth(axes)
         return axes
@@ -246,7 +246,7 @@ class Picture:
         spacing = math.sqrt(float((points.max(0).values - points.min(0).values).prod()) / len(points)) or 0.1 * (self.frame.x[1] - self.frame.x[0])
         arrow = -force / max(unit, 1e-300) * spacing
         arrow = arrow * (1.5 * spacing / arrow.norm(dim=1, keepdim=True).clamp(min=1e-300)).clamp(max=1)
-        style = {"color": INK, "width": 0.0045, "headwidth": 3.6, "headlength": 4, "headaxislength": 3.6}
+        style = {"color": TEXT, "width": 0.0045, "headwidth": 3.6, "headlength": 4, "headaxislength": 3.6}
         arrows = axes.quiver(*points.T, *arrow.T, angles="xy", scale_units="xy", scale=1, zorder=3, **style)
         axes.add_patch(Rectangle((0.63, 0), 0.37, 0.08, transform=axes.transAxes, facecolor="white", edgecolor=LINE, linewidth=0.6, zorder=5))
         text = {"labelpos": "E", "labelsep": 0.05, "labelcolor": SOFT, "fontproperties": {"size": 6.5}}
@@ -276,7 +276,7 @@ class Picture:
         return torch.frombuffer(bytearray(self.canvas.buffer_rgba()), dtype=torch.uint8).reshape(*self.canvas.get_width_height()[::-1], 4)[..., :3]
 
     def save(self, buffer: io.BytesIO, format_: str) -> None:
-        """As "svg" or "png"; the same picture gives the same bytes."""
+        """As "svg" or "png"; the same figure gives the same bytes."""
         import matplotlib
 
         with matplotlib.rc_context({"svg.hashsalt": "instep"}):

@@ -11,7 +11,7 @@
 | reached | modes that hold a quarter of their due mass or more | all |
 
 *On-mode* is within 3 sigma of a mode of the sample's own class. Share and spread say nothing of the samples that are not: read them with
-quality. Where nothing is on-mode they are nan. Figures that differ with N are compared at equal N, against `floor`.
+quality. Where nothing is on-mode they are nan. Figures that differ with N are compared at equal N, against `measure_exact`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def measure(x: Tensor, label: Tensor, mixture: Mixture, rng: torch.Generator, re
     return figures
 
 
-def floor(mixture: Mixture, n: int, seed: int, rewarded: Tensor | None = None) -> dict[str, float]:
+def measure_exact(mixture: Mixture, n: int, seed: int, rewarded: Tensor | None = None) -> dict[str, float]:
     """What `measure` says of n exact samples, labels balanced: the best a model can reach, and how far chance alone goes."""
     classes = mixture.classes.unique()
     if n < 2 * len(classes):

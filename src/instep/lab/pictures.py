@@ -1,4 +1,4 @@
-"""Pictures of laboratory runs: densities, samples on their way, the force field, and training as a moving picture."""
+"""Figures of laboratory runs: densities, samples on their way, the force field, and training as an animation."""
 
 from __future__ import annotations
 

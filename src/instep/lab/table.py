@@ -1,4 +1,4 @@
-"""The laboratory's figures as a table: mean and deviation over seeds, with the floor of exact samples beside them."""
+"""The laboratory's figures as a table: mean and deviation over seeds, with exact samples beside them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from instep.lab.metrics import floor, mean_sd
+from instep.lab.metrics import mean_sd, measure_exact
 from instep.lab.run import SAMPLES, LabRun
 from instep.lab.world import World
 from instep.train.recipe import describe
@@ -24,14 +24,14 @@ COLUMNS = {
     "share": "rewarded part of what is on a mode",
     "reached": "modes with a quarter of their mass",
 }
-FLOOR = "floor"
+EXACT = "exact samples"
 SHOWN = ("quality", "tv", "share", "reached")
 
 
 def rows(runs: Sequence[LabRun], world: World) -> list[tuple[str, dict[str, tuple[float, float]]]]:
-    """Name and mean and deviation of every figure, the floor first."""
-    floors = [floor(world.mixture, SAMPLES, seed, world.rewarded) for seed in range(max(2, world.members))]
-    return [(FLOOR, mean_sd(floors)), *((run.name, mean_sd(run.figures)) for run in runs)]
+    """Name and mean and deviation of every figure, exact samples first."""
+    exact = [measure_exact(world.mixture, SAMPLES, seed, world.rewarded) for seed in range(max(2, world.members))]
+    return [(EXACT, mean_sd(exact)), *((run.name, mean_sd(run.figures)) for run in runs)]
 
 
 def _columns(table: list[tuple[str, dict[str, tuple[float, float]]]]) -> list[str]:
@@ -76,7 +76,7 @@ def as_json(runs: Sequence[LabRun], world: World, options: Any) -> dict[str, Any
     """Everything that was measured, with the recipes in full."""
     return {
         "options": {key: str(value) for key, value in asdict(options).items()},
-        "floor": [_plain(floor(world.mixture, SAMPLES, seed, world.rewarded)) for seed in range(max(2, world.members))],
+        "exact_samples": [_plain(measure_exact(world.mixture, SAMPLES, seed, world.rewarded)) for seed in range(max(2, world.members))],
         "runs": [
             {
                 "name": run.name,

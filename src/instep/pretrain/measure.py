@@ -96,7 +96,7 @@ def shares_right(classifiers: dict[ClassifierName, Classifier], media: Tensor, p
 def wobble(media: Tensor, prompts: list[str]) -> Tensor:
     """Change of shape from frame to frame, [B]: mean |difference| after the said motion is undone, over the mean brightness.
 
-    Prompts must say the motion fully. Real videos give about 0, real videos through the VAE its floor.
+    Prompts must say the motion fully. Real videos give about 0, real videos through the VAE what it alone adds.
     """
     motions = torch.tensor([MOTIONS.index(" ".join(filter(None, (s.direction, s.speed)))) for s in map(parse, prompts)])
     shift = random_paths(motions, torch.Generator().manual_seed(0))[1] / (FRAMES - 1)
@@ -160,7 +160,7 @@ def measure(folder: Path, config: MeasureConfig, seed: int) -> dict[str, Any]:
         for steps in (50, 8, 4, 2, 1):
             for g in (best, 1.0):
                 media = sampler(many, sampler.levels(steps), g, seed + 7)
-                about = {"wobble": round(wobble(media, many).median().item(), 4), "ink": round(media.mean().item(), 4)}
+                about = {"wobble": round(wobble(media, many).median().item(), 4), "mean_brightness": round(media.mean().item(), 4)}
                 found[f"{steps} step{'s' * (steps > 1)}, {'guided' if g != 1 else 'unguided'}"] = shares_right(classifiers, media, many) | about
                 progress.step()
         found["50 steps, guided, 8 text tokens"] = shares_right(classifiers, sampler(prompts, sampler.levels(50), best, seed + 7, padding=8), prompts)
@@ -196,6 +196,6 @@ def real(pipe: Any, classifiers: dict[ClassifierName, Classifier]) -> dict[str, 
     psnr = float(-10 * (decoded - media).square().mean().log10())
     rows = {"real": media, "real through the VAE": decoded}
     found: dict[str, Any] = {
-        k: shares_right(classifiers, v, prompts) | {"wobble": round(wobble(v, prompts).median().item(), 4), "ink": round(v.mean().item(), 4)} for k, v in rows.items()
+        k: shares_right(classifiers, v, prompts) | {"wobble": round(wobble(v, prompts).median().item(), 4), "mean_brightness": round(v.mean().item(), 4)} for k, v in rows.items()
     }
     return found | {"vae_psnr_db": round(psnr, 2)}

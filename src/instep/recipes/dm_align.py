@@ -11,7 +11,7 @@ from instep.terms import Force
 from instep.train.recipe import Advantage, FewStep, Recipe
 
 # Near t = 0 the estimates are the samples themselves and their difference is divided by almost nothing: two samples of one
-# prompt that lie apart are blended, and pictures fade. Signed advantages cancel what a group shares, so Group may go lower than Pair.
+# prompt that lie apart are blended, and images fade. Signed advantages cancel what a group shares, so Group may go lower than Pair.
 GROUP_LEVELS = Uniform(low=0.3, high=0.98)
 PAIR_LEVELS = Uniform(low=0.8, high=0.98)
 

@@ -214,9 +214,9 @@ def image_text_features(folder: str, frames: int = 8) -> ImageTextFeatures:
     network.eval().requires_grad_(False)
     limit = min(processor.tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
     if not hasattr(processor, "image_processor"):
-        raise ValueError(f"features: {folder} has no preprocessor_config.json, so how it takes pictures is not known; give the whole model folder")
+        raise ValueError(f"features: {folder} has no preprocessor_config.json, so how it takes images is not known; give the whole model folder")
     prepare = Preparation.of(processor.image_processor.to_dict(), folder)
-    # how pictures and words are prepared changes scores as the weights do
+    # how images and words are prepared changes scores as the weights do
     read = hashlib.sha256(repr((weights_fingerprint(network), prepare, limit, sorted(processor.tokenizer.get_vocab().items()))).encode()).hexdigest()[:16]
     return ImageTextFeatures(str(Path(folder).resolve()), frames, read, network, processor.tokenizer, prepare, limit)
 

@@ -122,7 +122,7 @@ class OpenAIEndpoint:
 class VisionLanguageRanker:
     """Asks a vision-language model which of two videos is better, in both orders (`ranker.Ranked` makes a reward of it).
 
-    `domain`: the human-centric prompt or the other (the paper trains a ranker for each). `frames` pictures a video at most, evenly spaced (paper: 40).
+    `domain`: the human-centric prompt or the other (the paper trains a ranker for each). `frames` images a video at most, evenly spaced (paper: 40).
     `retries`: how often a failed call or an answer that is no option is asked again, after `wait` seconds; then a ValueError that names the sample.
     """
 
@@ -164,14 +164,14 @@ class VisionLanguageRanker:
         """A heading, which keeps the two apart, and the frames as PNG data."""
         media = video if video.ndim == 4 else video[:, None]
         picked = media[:, torch.linspace(0, media.shape[1] - 1, min(self.frames, media.shape[1])).round().long()]
-        pictures = (picked.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
-        urls = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + _png(picture)}} for picture in pictures]
+        images = (picked.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+        urls = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + _png(image)}} for image in images]
         return [{"type": "text", "text": f"Video {number}:"}, *urls]
 
 
-def _png(picture: Tensor) -> str:
+def _png(image: Tensor) -> str:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture.numpy()).save(buffer, "PNG")
+    Image.fromarray(image.numpy()).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")

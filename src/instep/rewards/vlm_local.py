@@ -31,12 +31,12 @@ class TransformersEndpoint:
     max_new_tokens: int = 64
 
     def ask(self, content: Sequence[dict[str, Any]]) -> str:
-        """The answer's text, stripped of special tokens. ValueError for a part that is neither text nor a picture within a data URL."""
-        pictures: list[Any] = []
-        parts = [_part(part, pictures) for part in content]
+        """The answer's text, stripped of special tokens. ValueError for a part that is neither text nor an image within a data URL."""
+        images: list[Any] = []
+        parts = [_part(part, images) for part in content]
         # the template writes special tokens itself: the tokenizer must not add them again
         text = self.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
-        given = self.processor(text=[text], images=[pictures] if pictures else None, add_special_tokens=False, return_tensors="pt")
+        given = self.processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt")
         given = given.to(self.network.device, self.network.dtype)
         with torch.no_grad():
             said = self.network.generate(**given, max_new_tokens=self.max_new_tokens)
@@ -67,15 +67,15 @@ def transformers_endpoint(model: str, device: str = "cpu", dtype: Dtype = "bfloa
         do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
     network.eval().requires_grad_(False).to(device)
-    # how the question and the pictures are put to it changes answers as the weights do
-    pictures = getattr(processor, "image_processor", None)
-    asked = (processor.chat_template, sorted(processor.tokenizer.get_vocab().items()), pictures and pictures.to_json_string())
+    # how the question and the images are put to it changes answers as the weights do
+    image_processor = getattr(processor, "image_processor", None)
+    asked = (processor.chat_template, sorted(processor.tokenizer.get_vocab().items()), image_processor and image_processor.to_json_string())
     read = hashlib.sha256(repr((weights_fingerprint(network), *asked)).encode()).hexdigest()[:16]
     return TransformersEndpoint(network, processor, f"{Path(model).name} {read}, {dtype}", max_new_tokens)
 
 
-def _part(part: dict[str, Any], pictures: list[Any]) -> dict[str, Any]:
-    """A part of a message of the OpenAI interface as chat templates read it; its picture is decoded and appended to `pictures`."""
+def _part(part: dict[str, Any], images: list[Any]) -> dict[str, Any]:
+    """A part of a message of the OpenAI interface as chat templates read it; its image is decoded and appended to `images`."""
     from PIL import Image
 
     if part.get("type") == "text":
@@ -84,5 +84,5 @@ def _part(part: dict[str, Any], pictures: list[Any]) -> dict[str, Any]:
     head, _, data = url.partition(",")
     if not (head.startswith("data:image/") and head.endswith(";base64")):
         raise ValueError(f"content: a part of type {part.get('type')!r} is not allowed; text, or image_url with a data URL")
-    pictures.append(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
-    return {"type": "image", "image": pictures[-1]}
+    images.append(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+    return {"type": "image", "image": images[-1]}

@@ -77,7 +77,7 @@ def _finite(seen: History) -> Said:
             fix = "lower the learning rate, or look for a reward with an infinite gradient"
             yield "alarm", "nonfinite" if name == "student" else f"nonfinite:{name}", f"{text}: {fix}"
     # a single one counts: samples that are not numbers are never noise
-    if any("probe/ink" in row and number(row, "probe/ink") is None for row in seen.rows[-1:]):
+    if any("probe/mean_brightness" in row and number(row, "probe/mean_brightness") is None for row in seen.rows[-1:]):
         yield "alarm", "broken", "the student's samples hold values that are not finite: go back to an earlier checkpoint, lower the learning rate"
 
 
@@ -155,7 +155,7 @@ def _off(seen: History, key: str, direction: float, limit: float) -> bool:
     return any(late >= early for early, late in zip(known, known[1:], strict=False))
 
 
-def _pictures(seen: History) -> Said:
+def _images(seen: History) -> Said:
     if not seen.probes:
         return
     now = seen.probes[-1]
@@ -163,15 +163,15 @@ def _pictures(seen: History) -> Said:
     def times(key: str) -> float:
         return now[f"probe/{key}"] / now[f"probe/{key}_teacher"]
 
-    if _off(seen, "ink", 1, BRIGHTNESS_OFF):
-        yield "warn", "oversaturation", f"samples are {times('ink') - 1:.0%} brighter than the teacher's: lower the guidance or the weight of the reward"
-    if _off(seen, "ink", -1, BRIGHTNESS_OFF):
-        yield "warn", "fading", f"samples are {1 - times('ink'):.0%} darker than the teacher's: the student fades; check the learning rates and the reward"
+    if _off(seen, "mean_brightness", 1, BRIGHTNESS_OFF):
+        yield "warn", "oversaturation", f"samples are {times('mean_brightness') - 1:.0%} brighter than the teacher's: lower the guidance or the weight of the reward"
+    if _off(seen, "mean_brightness", -1, BRIGHTNESS_OFF):
+        yield "warn", "fading", f"samples are {1 - times('mean_brightness'):.0%} darker than the teacher's: the student fades; check the learning rates and the reward"
     clipped = [row for row in seen.probes if row["step"] > 0][-PERSIST:]
     if len(clipped) == PERSIST and all(
         (number(row, "probe/saturation") or 0.0) > max(CLIPPED, CLIPPED_MORE * (number(row, "probe/saturation_teacher") or 0.0)) for row in clipped
     ):
-        yield "warn", "clipping", f"{now['probe/saturation']:.0%} of the pixels lie outside what a picture can show: over-saturation; lower the guidance"
+        yield "warn", "clipping", f"{now['probe/saturation']:.0%} of the pixels lie outside what an image can show: over-saturation; lower the guidance"
     if _off(seen, "motion", 1, RESTLESS - 1):
         text = f"frames differ {times('motion'):.1f} times as much as the teacher's: flicker or noise, which some rewards take for motion"
         yield "warn", "flicker", f"{text}; lower the weight of the reward"
@@ -268,7 +268,7 @@ def _hacking(seen: History) -> Said:
         yield "alarm", "hacking", f"{text} {', and '.join(signs)}: {fix}"
 
 
-CHECKS = (_forces, _finite, _exploded, _critic, _reward, _stuck, _pictures, _hacking)
+CHECKS = (_forces, _finite, _exploded, _critic, _reward, _stuck, _images, _hacking)
 
 # what the checks above can say, without the name of what it is about (opposed:dm and group)
 FLAGS = (

@@ -62,7 +62,7 @@ def thin(rows: Sequence[Row]) -> list[Row]:
     kept = []
     for i, row in enumerate(rows):
         seen[row.get("stage")] = seen.get(row.get("stage"), 0) + 1
-        if "probe/ink" in row or seen[row.get("stage")] <= WINDOW or i >= len(rows) - 3 * WINDOW:
+        if "probe/mean_brightness" in row or seen[row.get("stage")] <= WINDOW or i >= len(rows) - 3 * WINDOW:
             kept.append(row)
     return kept
 
@@ -91,7 +91,7 @@ class HealthMonitor:
             self._thin_at = len(self._rows) + 10 * WINDOW
         now, step = {finding.flag: finding for finding in examine(self._rows, self._recipe)}, int(row["step"])
         news = [finding for flag, finding in now.items() if flag not in self._open]
-        if "probe/ink" in row:
+        if "probe/mean_brightness" in row:
             news += [Finding(step, "ok", flag, f"cleared: {flag}") for flag in self._open if flag not in now]
             self._open = now
         else:

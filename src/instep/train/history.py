@@ -43,7 +43,7 @@ def number(row: Row, key: str) -> float | None:
 
 def probes(rows: Sequence[Row]) -> list[Row]:
     """Rows that carry probe figures."""
-    return [row for row in rows if number(row, "probe/ink") is not None]
+    return [row for row in rows if number(row, "probe/mean_brightness") is not None]
 
 
 def mean(rows: Sequence[Row], key: str) -> float | None:

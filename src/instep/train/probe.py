@@ -67,7 +67,7 @@ class Probe:
         return figures, media
 
     def teacher(self, denoiser: Denoiser, guidance: float, steps: int = 25) -> tuple[dict[str, float], Tensor]:
-        """The same figures of the many-step teacher, which ink, saturation and motion are compared with; modes are left out, for their cost."""
+        """The same figures of the many-step teacher, which mean brightness, saturation and motion are compared with; modes are left out, for their cost."""
 
         def generate(cond, noise, rng):
             null = self.family.null(len(noise))
@@ -92,7 +92,7 @@ class Probe:
         raw = self.family.decode(x)
         media = raw.clamp(0, 1)
         figures = {
-            "ink": float(media.mean()),
+            "mean_brightness": float(media.mean()),
             "saturation": float(((raw < -0.05) | (raw > 1.05)).float().mean()),
             "motion": motion(media),
             "diversity": diversity(media, self.copies),

@@ -42,7 +42,7 @@ def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Fami
     seen = force.explain(View(state.roles, state.path, batch, 1.0, rng, rollout))
     decoded = {"generator": seen.x, "fake": seen.fake, "real": seen.real, "target": seen.target}
     views = {name: to_uint8(family.decode(x)) for name, x in decoded.items()}
-    # a force is a difference: shown as what it changes in the picture, grey where nothing
+    # a force is a difference: shown as what it changes in the image, grey where nothing
     change = family.decode(seen.target) - family.decode(seen.x)
     views["force"] = to_uint8(0.5 + change)
     return views | {"levels": seen.level.cpu().float(), "exits": exits.cpu()}

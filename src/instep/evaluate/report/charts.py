@@ -204,7 +204,7 @@ class Dot:
     name: str
 
 
-def dot_chart(title: str, caption: str, dots: Sequence[Dot], floor: tuple[float, float] | None, most: float | None = None) -> str:
+def dot_chart(title: str, caption: str, dots: Sequence[Dot], real_vs_real: tuple[float, float] | None, most: float | None = None) -> str:
     """Values with bars of two standard errors over NFE (logarithmic); a band is what real videos get. Empty without dots.
 
     Nothing can be above `most`: bars and band end there.
@@ -216,7 +216,7 @@ def dot_chart(title: str, caption: str, dots: Sequence[Dot], floor: tuple[float,
     nfes = sorted({dot.x for dot in dots})
     x = Axis(min(nfes) / 1.5, max(nfes) * 1.5, LEFT, WIDTH - RIGHT, log=True)
     spans = [(dot.y - 2 * dot.se, min(dot.y + 2 * dot.se, top_value)) for dot in dots]
-    band = (floor[0] - 2 * floor[1], min(floor[0] + 2 * floor[1], top_value)) if floor else None
+    band = (real_vs_real[0] - 2 * real_vs_real[1], min(real_vs_real[0] + 2 * real_vs_real[1], top_value)) if real_vs_real else None
     spread = [value for span in (*spans, *([band] if band else [])) for value in span]
     low, high = min(spread), max(spread)
     pad = 0.08 * (high - low) or 0.1
@@ -224,8 +224,8 @@ def dot_chart(title: str, caption: str, dots: Sequence[Dot], floor: tuple[float,
     body = [_frame(x, y, [(n, f"{n:g}") for n in nfes])]
     if band:
         top, bottom = y.at(band[1]), y.at(band[0])
-        body.append(f'<rect class="floor" x="{LEFT}" width="{WIDTH - LEFT - RIGHT}" y="{top:.1f}" height="{max(bottom - top, 1.5):.1f}"/>')
-        body.append(f'<text class="floor" x="{WIDTH - RIGHT - 4}" y="{top - 4 if top > TOP + 12 else bottom + 11:.1f}" text-anchor="end">real videos</text>')
+        body.append(f'<rect class="real-vs-real" x="{LEFT}" width="{WIDTH - LEFT - RIGHT}" y="{top:.1f}" height="{max(bottom - top, 1.5):.1f}"/>')
+        body.append(f'<text class="real-vs-real" x="{WIDTH - RIGHT - 4}" y="{top - 4 if top > TOP + 12 else bottom + 11:.1f}" text-anchor="end">real videos</text>')
     for nfe in nfes:
         here = sorted((dot for dot in dots if dot.x == nfe), key=lambda dot: dot.kind != "student")
         for i, dot in enumerate(here):

@@ -32,8 +32,8 @@ MAIN = (
     Column("fd_open", "FD (open prompts)", "the same on prompts that leave digit or motion open: where few-step models lose variety", 1),
     Column("modes_motion", "motions seen", "different motions among the samples of “a seven”: of 9, and of no more than samples were drawn", 2),
     Column("modes_digit", "digits seen", "different digits among the samples of “a digit moving left fast”: of 10, and of no more than samples were drawn", 2),
-    Column("ink", "ink", "mean brightness; compare with real videos: more is thicker strokes or over-saturation", 4),
-    Column("wobble", "wobble", "change of shape from frame to frame once motion is taken out, relative to the ink", 3),
+    Column("mean_brightness", "mean brightness", "of all pixels; compare with real videos: more is thicker strokes or over-saturation", 4),
+    Column("wobble", "wobble", "change of shape from frame to frame once motion is taken out, relative to the mean brightness", 3),
     Column("first_frame", "first frame", "of image-to-video: root mean square of the difference between the first frame and the given one, in [0, 1]", 3),
     Column("seconds", "CPU s / video", "seconds of all threads to generate one video", 3),
 )
@@ -54,7 +54,7 @@ MORE = (
     Column("seconds_wall", "s / video", "seconds on the clock to generate one video", 3),
 )
 EVERY = {column.key: column for column in (*MAIN, *MORE)}
-VERDICT = ("heldout_both", "fd", "fd_open", "modes_motion", "modes_digit", "vendi", "wobble", "ink", "first_frame")
+VERDICT = ("heldout_both", "fd", "fd_open", "modes_motion", "modes_digit", "vendi", "wobble", "mean_brightness", "first_frame")
 
 
 def with_error(column: Column, value: Value) -> str:

@@ -48,7 +48,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>"
         f"<meta name='color-scheme' content='light dark'><title>{title}</title><style>{style}</style></head><body>"
         f"<header><p class='kicker'>instep report</p><h1>{title}</h1>{''.join(words.what_was_done(run) for run in runs)}{facts(runs)}{problems(runs)}</header>"
-        f"<nav aria-label='Sections'>{links}<button id='play' type='button' aria-pressed='true'>Pause pictures</button></nav>"
+        f"<nav aria-label='Sections'>{links}<button id='play' type='button' aria-pressed='true'>Pause animations</button></nav>"
         f"<main>{sections}</main><footer>Written by instep {escape(__version__)}. Figures compare like with like only at equal numbers of samples and "
         f"the same protocol.</footer><div id='tip' role='status'></div><script>{script}</script></body></html>\n"
     )

@@ -1,4 +1,4 @@
-"""Moving samples side by side: sprite sheets that one style rule moves, so every picture on the page stays in step and can be stopped."""
+"""Moving samples side by side: sprite sheets that one style rule moves, so every animation on the page stays in step and can be stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CAPTIONS = {
     "generator": ("student's sample", "What the student makes now, decoded."),
     "fake": ("fake prediction", "The sample is noised to level t, and the fake, which knows only the student's videos, says what it was."),
     "real": ("real prediction", "The teacher is asked the same. It tends towards what real videos, and the prompt, want."),
-    "force": ("force", "Where the two disagree, as a change of the picture (target minus sample): grey leaves it, bright adds light, dark takes it away."),
+    "force": ("force", "Where the two disagree, as a change of the image (target minus sample): grey leaves it, bright adds light, dark takes it away."),
     "target": ("implied target", "The sample after that change: where this iteration pulls the student."),
 }
 
@@ -31,7 +31,7 @@ def sheet(key: str, videos: Tensor) -> tuple[str, int]:
     return f"<style>{rule}</style>", frames
 
 
-def picture(key: str, index: int, count: int, label: str) -> str:
+def animation(key: str, index: int, count: int, label: str) -> str:
     y = 100 * index / (count - 1) if count > 1 else 0
     return f'<div class="film sheet-{key}" role="img" aria-label="{escape(label, quote=True)}" style="background-position-y:{y:.4f}%"></div>'
 
@@ -49,7 +49,7 @@ def grid(key: str, videos: Tensor, heads: Sequence[str], rows: Sequence[str], no
     body = []
     for r, row in enumerate(rows):
         body.append(f"<div class='label'>{row}</div>")
-        body += [picture(key, c * n + r, columns * n, plain(f"{heads[c]}: {row}")) for c in range(columns)]
+        body += [animation(key, c * n + r, columns * n, plain(f"{heads[c]}: {row}")) for c in range(columns)]
     teach = f"<dl class='teach'>{''.join(notes)}</dl>" if notes else ""
     half = -(-n // 2) if n >= 4 and columns <= 4 else n  # few columns leave room for two grids side by side
     cut = half * (columns + 1)

@@ -38,10 +38,10 @@ class Views:
 
 @dataclass(frozen=True)
 class Figures:
-    """metrics.json: measured rows, the real-against-real floor, the classifiers' own accuracies."""
+    """metrics.json: measured rows, the real-vs-real row, the classifiers' own accuracies."""
 
     rows: tuple[Row, ...]
-    floor: Row | None
+    real_vs_real: Row | None
     classifiers: Mapping[str, Mapping[str, float]]
     protocol: str
 
@@ -154,9 +154,9 @@ def _log(path: Path) -> list[dict[str, Any]]:
 
 def _figures(path: Path) -> Figures:
     found = _mapping(path)
-    floor = found.get("floor")
+    real_vs_real = found.get("real_vs_real")
     rows = tuple(_row(row) for row in found.get("rows") or [])
-    return Figures(rows, _row(floor) if floor else None, found.get("classifiers") or {}, str(found.get("protocol", "")))
+    return Figures(rows, _row(real_vs_real) if real_vs_real else None, found.get("classifiers") or {}, str(found.get("protocol", "")))
 
 
 def _row(found: Mapping[str, Any]) -> Row:

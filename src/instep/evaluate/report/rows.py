@@ -46,14 +46,14 @@ def rows_of(runs: Sequence[RunRecord]) -> list[Row]:
 
 
 def real_rows(runs: Sequence[RunRecord]) -> list[Row]:
-    """What no model made, in no competition with models: real videos through the VAE, then the real-against-real floor."""
-    floor = real_vs_real_of(runs)
-    return [row for row in _others(runs) if row.kind == "real"] + ([floor] if floor else [])
+    """What no model made, in no competition with models: real videos through the VAE, then real-vs-real."""
+    real_vs_real = real_vs_real_of(runs)
+    return [row for row in _others(runs) if row.kind == "real"] + ([real_vs_real] if real_vs_real else [])
 
 
 def real_vs_real_of(runs: Sequence[RunRecord]) -> Row | None:
     """The real-against-real row of the first run that has one."""
-    return next((run.figures.floor for run in runs if run.figures and run.figures.floor), None)
+    return next((run.figures.real_vs_real for run in runs if run.figures and run.figures.real_vs_real), None)
 
 
 def _others(runs: Sequence[RunRecord]) -> list[Row]:

@@ -1,13 +1,13 @@
 "use strict";
 document.documentElement.classList.add("js");
 
-// pictures: stopped on demand, and from the start where the reader's system asks for less motion
+// animations: stopped on demand, and from the start where the reader's system asks for less motion
 const root = document.documentElement, play = document.getElementById("play");
 let moving = !matchMedia("(prefers-reduced-motion: reduce)").matches;
 const show = () => {
   root.classList.toggle("still", !moving);
   root.classList.toggle("moving", moving);
-  play.textContent = moving ? "Pause pictures" : "Play pictures";
+  play.textContent = moving ? "Pause animations" : "Play animations";
   play.setAttribute("aria-pressed", String(moving));
 };
 play.addEventListener("click", () => { moving = !moving; show(); });

@@ -60,7 +60,7 @@ def glossary(columns: Sequence[Column]) -> str:
     return "<dl class='glossary'>" + "".join(f"<div><dt>{escape(c.head)} {c.arrow}</dt><dd>{escape(c.meaning)}</dd></div>" for c in columns) + "</dl>"
 
 
-def cost_charts(rows: Sequence[Row], floor: Row | None) -> str:
+def cost_charts(rows: Sequence[Row], real_vs_real: Row | None) -> str:
     """Quality against NFE for the figures that tell most."""
     captions = {
         "heldout_both": "Share of prompts that a held-out classifier finds followed. Up is better.",
@@ -68,14 +68,14 @@ def cost_charts(rows: Sequence[Row], floor: Row | None) -> str:
         "fd_open": "Distance to real videos where the prompt leaves something open. Down is better.",
         "modes_motion": "Variety: motions seen for “a seven”. Few-step sampling loses it first.",
         "modes_digit": "Variety: digits seen when only a motion is asked for.",
-        "ink": "Mean brightness. Best where real videos are: above it strokes are too thick or too bright.",
+        "mean_brightness": "Mean brightness. Best where real videos are: above it strokes are too thick or too bright.",
     }
     charts = []
     for column in MAIN:
         if column.key not in captions:
             continue
         have = [row for row in rows if column.key in row.values]
-        real = floor.values.get(column.key) if floor else None
+        real = real_vs_real.values.get(column.key) if real_vs_real else None
         dots = [Dot(row.nfe, row.values[column.key].value, row.values[column.key].se, row.kind, row.name) for row in have]
         title = f"{column.head[0].upper()}{column.head[1:]} by NFE"
         most = 1.0 if column.key == "heldout_both" else None
@@ -103,7 +103,7 @@ def all_tables(runs: Sequence[RunRecord]) -> str:
 
 
 def _tables(runs: Sequence[RunRecord]) -> str:
-    rows, floor, reals = rows_of(runs), real_vs_real_of(runs), real_rows(runs)
+    rows, real_vs_real, reals = rows_of(runs), real_vs_real_of(runs), real_rows(runs)
     shown = known((*MAIN, *MORE), rows)
     classifiers = "".join(
         f"<li>{escape(name)}: {escape(', '.join(f'{part} {value:.3f}' for part, value in accuracy.items() if isinstance(value, int | float)))}</li>"
@@ -112,7 +112,7 @@ def _tables(runs: Sequence[RunRecord]) -> str:
     )
     accuracy = f"<h3>The classifiers' own accuracy on real videos</h3><ul>{classifiers}</ul>" if classifiers else ""
     return (
-        f"{cost_charts(rows, floor)}{table(rows, reals, MAIN)}"
+        f"{cost_charts(rows, real_vs_real)}{table(rows, reals, MAIN)}"
         "<p class='note'>± is two standard errors, of what another seed would change on these prompts. A figure is set <span class='best'>apart</span> only "
         "if it is better than every other row's by more than two standard errors of the difference; even so, about one comparison in twenty passes by "
         "chance. Rows share prompts and starting noise; differences are counted as if they did not, which errs towards “no difference”. "

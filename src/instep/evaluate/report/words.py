@@ -78,33 +78,33 @@ def opponents(student: Row, rows: Sequence[Row]) -> list[Opponent]:
     return found
 
 
-def outcome(student: Row, other: Row, key: str, floor: Row | None) -> str:
+def outcome(student: Row, other: Row, key: str, real_vs_real: Row | None) -> str:
     """`better`, `worse` or `even` (within two standard errors); for figures without a good end, closer to real videos is better."""
     if direction(key):
         return "better" if better(student, other, key) else "worse" if better(other, student, key) else "even"
     delta = difference(student, other, key)
     if abs(delta.value) <= 2 * delta.se:
         return "even"
-    if floor is None or key not in floor.values:
+    if real_vs_real is None or key not in real_vs_real.values:
         return "differs"
-    real = floor.values[key].value
+    real = real_vs_real.values[key].value
     nearer = abs(student.values[key].value - real) < abs(other.values[key].value - real)
     return "better" if nearer else "worse"
 
 
-def verdict(student: Row, rows: Sequence[Row], floor: Row | None) -> str:
+def verdict(student: Row, rows: Sequence[Row], real_vs_real: Row | None) -> str:
     """Sentences and a table of differences (HTML) of one student against its opponents."""
     against = opponents(student, rows)
     keys = [key for key in VERDICT if key in student.values and all(key in o.row.values for o in against)]
     if not against or not keys:
         return '<p class="none">Figures of a baseline are not recorded, so there is nothing to compare with.</p>'
-    items = "".join(f"<li>{sentence(student, o, keys, floor)}</li>" for o in against)
+    items = "".join(f"<li>{sentence(student, o, keys, real_vs_real)}</li>" for o in against)
     head = "".join(f"<th scope='col'>{escape(o.row.name)}<small>{escape(o.role)}, NFE {o.row.nfe}</small></th>" for o in against)
     body = []
     for key in keys:
         column, cells = EVERY[key], []
         for o in against:
-            d, how = difference(student, o.row, key), outcome(student, o.row, key, floor)
+            d, how = difference(student, o.row, key), outcome(student, o.row, key, real_vs_real)
             mark = MARKS[how] if direction(key) else NEARER[how]
             cells.append(f"<td class='{how}'>{column.text(d.value, sign=True)} <small>± {column.text(2 * d.se)}</small><em>{mark}</em></td>")
         title = escape(column.meaning, quote=True)
@@ -115,11 +115,11 @@ def verdict(student: Row, rows: Sequence[Row], floor: Row | None) -> str:
     )
 
 
-def sentence(student: Row, other: Opponent, keys: Sequence[str], floor: Row | None) -> str:
+def sentence(student: Row, other: Opponent, keys: Sequence[str], real_vs_real: Row | None) -> str:
     """One opponent in one sentence (HTML)."""
     by: dict[str, list[str]] = {"better": [], "worse": [], "even": [], "differs": []}
     for key in keys:
-        by[outcome(student, other.row, key, floor)].append(EVERY[key].head)
+        by[outcome(student, other.row, key, real_vs_real)].append(EVERY[key].head)
     parts = [f"<b class='{how}'>{how}</b> in {escape(_list(by[how]))}" for how in ("better", "worse") if by[how]]
     if by["even"]:
         parts.append(f"no measurable difference in {escape(_list(by['even']))}" if parts else "no measurable difference in anything listed below")

@@ -1,0 +1,18 @@
+"""Stored measurements (benchmarks/results) under the names that figures have now: the files keep the keys that they were written with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from instep.evaluate.compare import Row
+
+RENAMED = {"ink": "mean_brightness", "prompts_judged": "prompts_shown", "floor": "exact_samples"}
+
+
+def renamed(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {RENAMED.get(key, key): value for key, value in figures.items()}
+
+
+def row_of(stored: Mapping[str, Any]) -> Row:
+    return Row.of_json({**stored, "values": renamed(stored["values"])})
