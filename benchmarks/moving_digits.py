@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from stored import row_of
 
 from instep.commands.evaluate import baseline, drawn, load_classifiers, noise_for
 from instep.embedded import MovingDigits, moving_digits

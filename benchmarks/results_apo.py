@@ -7,6 +7,7 @@ from statistics import mean, stdev
 
 import results_apo_bundled
 from apo import ABSORB, BETA, CELLS, EVALUATIONS, RESULTS, SEQUENCE
+from stored import renamed
 
 FIGURES = {"win": "win rate", "share": "share", "quality": "quality", "tv": "TV"}
 
@@ -63,7 +64,7 @@ def round_trip() -> list[str]:
     file = RESULTS.parent / "round_trip.json"
     if not file.is_file():
         return ["Not measured."]
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = renamed(json.loads(file.read_text(encoding="utf-8")))
     classifiers = {"heldout": "held-out classifier", "monitor": "monitor classifier", "training": "training classifier"}
     rows = [
         ("scripted answers, against the start", kept["against_start"]["scripted"]),
@@ -101,7 +102,7 @@ def first_look() -> str:
     file = RESULTS.parent / "round_trip_first_look.json"
     if not file.is_file():
         return ""
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = renamed(json.loads(file.read_text(encoding="utf-8")))
     seen = {label: f"{row['heldout']['win']:.3f} ± {row['heldout']['win_se']:.3f}" for label, row in kept["against_start"].items()}
     return (
         f" The same models had been compared before, on {kept['copies']} other noises a prompt: {seen['scripted']} with the answers, "

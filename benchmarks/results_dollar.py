@@ -10,7 +10,8 @@ from pathlib import Path
 from dollar import CELLS, FIT, OWN
 from moving_digits import FEW, RESULTS
 from results_reinforce import OWN as REINFORCE
-from verdicts import Claim, differences, claims_table, measured, word
+from stored import row_of
+from verdicts import Claim, claims_table, differences, measured, word
 
 from instep.evaluate.compare import Row, better, combined, difference
 from instep.evaluate.metrics import Value
@@ -142,8 +143,8 @@ def same_parameterisation() -> tuple[str, str]:
     brightness = [row.values["mean_brightness"].value for row in (x0, same)]
     if brightness[0] < 0.5 * brightness[1]:
         return "cannot be compared here", (
-            f"{text}; after {FEW} updates the x0 student is nearly black (mean brightness {brightness[0]:.3f} against {brightness[1]:.3f}): begun as the teacher, its network must first "
-            "learn to say x0"
+            f"{text}; after {FEW} updates the x0 student is nearly black (mean brightness {brightness[0]:.3f} against {brightness[1]:.3f}): begun as "
+            "the teacher, its network must first learn to say x0"
         )
     return word(better(same, x0, "fd") and not_worse(same, x0, "heldout_both"), better(same, x0, "fd")), text
 
@@ -224,8 +225,8 @@ CLAIMS: Sequence[Claim] = (
 # written after looking at the tables
 FOUND = (
     "Found. Alone, consistency distillation is what the paper says: less faithful than VSD and more diverse, with thinner strokes. Beside VSD, at the "
-    "default weight, it moves the student a little that way: fewer samples are right by the training classifier, and the held-out classifier sees no difference "
-    "beyond two standard errors at 1 and 2 steps, and fewer right ones by a little more than two at 4; nor do m and the distance make one. What the "
+    "default weight, it moves the student a little that way: fewer samples are right by the training classifier, and the held-out classifier sees no "
+    "difference beyond two standard errors at 1 and 2 steps, and fewer right ones by a little more than two at 4; nor do m and the distance make one. What the "
     "asked comparison rests on is missing here: a student of 2 steps leaves few wrong samples, the classifier's probability hardly varies, its latent copy "
     "correlates weakly with it on the student's own samples, and neither that copy's gradient nor DDPO raises it at these weights; a student of 1 step "
     "leaves more of them, its copy is hardly better, and no more is won. Where every sample has a signal, as in dynamic degree, the copy learns it "
@@ -240,8 +241,9 @@ def lines() -> list[str]:
 
 # cells whose latent reward model is shown while it learns
 FITTED = {
-    "fit": "the classifier's probability, student of 2 steps", "1-fit": "of 1 step", "4-fit": "of 4 steps", "jpeg": "JPEG size", "jpeg-3": "JPEG size of 3 frames",
-    "jpeg-frames": "JPEG size, frame by frame", "dynamic": "dynamic degree", "dynamic-alone": "dynamic degree, climbed alone",
+    "fit": "the classifier's probability, student of 2 steps", "1-fit": "of 1 step", "4-fit": "of 4 steps", "jpeg": "JPEG size",
+    "jpeg-3": "JPEG size of 3 frames", "jpeg-frames": "JPEG size, frame by frame",
+    "dynamic": "dynamic degree", "dynamic-alone": "dynamic degree, climbed alone",
 }  # fmt: skip
 
 

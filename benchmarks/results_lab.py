@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stored import renamed
+
 LAB = Path(__file__).parent / "results" / "lab"
 Figures = dict[str, tuple[float, float]]
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reinforce import CELLS, OWN
-from verdicts import Claim, differences, claims_table, measured, word
+from stored import row_of
+from verdicts import Claim, claims_table, differences, measured, word
 
 from instep.evaluate.compare import Row, better, combined, difference
 
 COLUMNS = {
-    "train_score": "training reward", "train_both": "right, training classifier", "heldout_both": "right, held-out classifier", "fd": "FD", "fd_open": "FD open",
-    "modes_motion": "motions of 9", "modes_digit": "digits of 10", "vendi": "Vendi", "mean_brightness": "mean brightness",
+    "train_score": "training reward", "train_both": "right, training classifier", "heldout_both": "right, held-out classifier", "fd": "FD",
+    "fd_open": "FD open", "modes_motion": "motions of 9", "modes_digit": "digits of 10", "vendi": "Vendi", "mean_brightness": "mean brightness",
 }  # fmt: skip
 LAB = Path(__file__).parent / "results" / "lab"
 REACHED = 0.6  # quality in the laboratory that the iterations to are counted

@@ -3,8 +3,8 @@
     python benchmarks/round_trip.py --work runs/round-trip      # some minutes; what is there is not repeated
 
 No person took part. A script stands in for one: it speaks to the server of `instep human-eval` over HTTP as the page does, sees what the page shows and
-nothing else, and prefers what the training classifier scores higher for the prompt, or says equal within a margin. The held-out classifier, which had no part in
-that, compares the tuned model with the one it began as, on other prompts and other noise. Two controls train on the same pairs: every other one
+nothing else, and prefers what the training classifier scores higher for the prompt, or says equal within a margin. The held-out classifier, which had no part
+in that, compares the tuned model with the one it began as, on other prompts and other noise. Two controls train on the same pairs: every other one
 exchanged, so that the labels say nothing, and all of them.
 """
 

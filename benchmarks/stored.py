@@ -14,5 +14,10 @@ def renamed(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(key, key): value for key, value in figures.items()}
 
 
+def wording(text: str) -> str:
+    """A stored name of a row, as it is shown."""
+    return text.replace("training judge", "training classifier")
+
+
 def row_of(stored: Mapping[str, Any]) -> Row:
     return Row.of_json({**stored, "values": renamed(stored["values"])})

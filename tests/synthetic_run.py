@@ -48,7 +48,8 @@ def make_run(out: Path, *, recipe: str = "dm-align-group", seed: int = 0, steps:
     rows.insert(1, decoded)
     real_vs_real = made_up("real videos (another draw)", "real", 0, 0, 0.996, 1.1, 8.6, baselines)
     classifiers = {name: {"digit": 0.991, "motion": 0.999, "both": 0.99} for name in ("train", "monitor", "heldout")}
-    write_json(out / "metrics.json", {"protocol": "quick", "rows": [r.json() for r in rows], "real_vs_real": real_vs_real.json(), "flags": ["hacking"], "classifiers": classifiers})
+    figures = {"protocol": "quick", "rows": [r.json() for r in rows], "real_vs_real": real_vs_real.json(), "flags": ["hacking"], "classifiers": classifiers}
+    write_json(out / "metrics.json", figures)
     write_images(out, prompts, seed)
     return out
 
@@ -73,7 +74,8 @@ def log_row(step: int, steps: int, rng: random.Random) -> dict:
     if step % 20 == 0:
         monitor, rising = 0.9 - 0.4 * math.exp(-4 * u) + noise(0, 0.01), math.exp(-4 * u)
         row |= {"probe/monitor_both": monitor, "probe/monitor_score": -0.3 - rising, "probe/train_score": -0.2 - rising}
-        figures = {"mean_brightness": (0.09 + 0.01 * u, 0.085), "saturation": (0.01 * u, 0.002), "motion": (0.02 + 0.008 * u, 0.028), "diversity": (0.16 - 0.04 * u, 0.15)}
+        figures = {"mean_brightness": (0.09 + 0.01 * u, 0.085), "saturation": (0.01 * u, 0.002), "motion": (0.02 + 0.008 * u, 0.028),
+                   "diversity": (0.16 - 0.04 * u, 0.15)}  # fmt: skip
         for key, (student, teacher) in figures.items():
             row |= {f"probe/{key}": student, f"probe/{key}_teacher": teacher}
         row |= {"probe/train_score_teacher": -0.12, "probe/monitor_score_teacher": -0.25, "probe/monitor_both_teacher": 0.95}
@@ -86,8 +88,9 @@ def made_up(name: str, kind: str, nfe: int, steps: int, both: float, fd: float, 
 
     values = {f"{classifier}_{part}": value(both, 0.012) for classifier in ("train", "monitor", "heldout") for part in ("digit", "motion", "both")}
     values |= {"fd": value(fd, 0.3), "fd_open": value(2 * fd, 0.8), "precision": value(0.9, 0.02), "recall": value(0.8, 0.03), "vendi": value(modes / 3, 0.06),
-               "modes_motion": value(modes, 0.25), "modes_digit": value(modes + 0.3, 0.25), "mean_brightness": value(0.08, 0.0006), "saturation": value(0.004, 0.0004),
-               "wobble": value(0.05, 0.002), "flicker": value(0.972, 0.0006), "dynamic": value(10.6, 0.2), "seconds": Value(0.012 * nfe, 0.0)}  # fmt: skip
+               "modes_motion": value(modes, 0.25), "modes_digit": value(modes + 0.3, 0.25), "mean_brightness": value(0.08, 0.0006),
+               "saturation": value(0.004, 0.0004), "wobble": value(0.05, 0.002), "flicker": value(0.972, 0.0006), "dynamic": value(10.6, 0.2),
+               "seconds": Value(0.012 * nfe, 0.0)}  # fmt: skip
     return Row(name, kind, values, nfe, steps, 3.0 if "guided" in name else 1.0, 242)  # type: ignore[arg-type]
 
 

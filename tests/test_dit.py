@@ -15,7 +15,7 @@ from instep.embedded import class_digits
 from instep.models import DIGITS, VideoSize, bundled, load
 from instep.models.dit import DiTFamily
 from instep.prediction import predict_guided
-from instep.pretrain.digits import DigitClassifierConfig, ClassTeacherConfig, DigitsConfig, deform, pretrain_digits, train_class_teacher
+from instep.pretrain.digits import ClassTeacherConfig, DigitClassifierConfig, DigitsConfig, deform, pretrain_digits, train_class_teacher
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr

@@ -1,4 +1,4 @@
-"""The human-evaluation server as it is run: blind, safe against other pages and bad input, and without losing an answer when it is killed; the page in a browser."""
+"""The human-evaluation server as it is run: blind, safe against other pages and bad input, losing no answer when it is killed; the page in a browser."""
 
 from __future__ import annotations
 

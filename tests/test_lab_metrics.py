@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from instep.lab.figure import Frame, Panel, LabFigure, animate, draw
+from instep.lab.figure import Frame, LabFigure, Panel, animate, draw
 from instep.lab.metrics import energy_distance, log_kde, mean_sd, measure, measure_exact, reverse_kl, total_variation
 from instep.models.mixture import Mixture
 from instep.paths import RectifiedFlow

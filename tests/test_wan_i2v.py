@@ -20,7 +20,7 @@ from instep.data import digits
 from instep.data.media import pair_samples
 from instep.data.pairs import PreferencePair
 from instep.data.pictures import check_first_frames, digest, drawn_video, read_first_frame
-from instep.data.prompts import load_prompts, other_text, first_frame_of, text_of, with_first_frame
+from instep.data.prompts import first_frame_of, load_prompts, other_text, text_of, with_first_frame
 from instep.embedded import MovingDigitsI2V, moving_digits_i2v
 from instep.evaluate.compare import EvalSet
 from instep.evaluate.video import save_animation
@@ -102,7 +102,8 @@ def test_first_frames_are_read_or_drawn(tmp_path):
     assert torch.equal(read_first_frame(with_first_frame("x", tmp_path / "a.png"), SIZE), frames[0].permute(2, 0, 1).float() / 255)
     assert read_first_frame(with_first_frame("x", tmp_path / "a.png"), VideoSize(32, 32, 9)).shape == (3, 32, 32)
     save_animation(tmp_path / "b.webp", frames)
-    assert (read_first_frame(with_first_frame("x", tmp_path / "b.webp"), SIZE) * 255 - frames[0].permute(2, 0, 1)).abs().max() <= 1, "the first frame of a video"
+    found = read_first_frame(with_first_frame("x", tmp_path / "b.webp"), SIZE)
+    assert (found * 255 - frames[0].permute(2, 0, 1)).abs().max() <= 1, "the first frame of a video"
     with pytest.raises(ValueError, match="'a seven' names no first frame, and this model begins its videos with one; write 'a seven .image: FILE.'"):
         read_first_frame("a seven", SIZE)
     with pytest.raises(ValueError, match="image: .*gone.png of prompt .* is not a file that exists"):

@@ -77,8 +77,8 @@ def tiny_wan_pipeline(seed: int = 0, layers: int = 2) -> WanPipeline:
 
 
 def tiny_wan_i2v_pipeline(seed: int = 0, layers: int = 2) -> WanImageToVideoPipeline:
-    """The same with a transformer that is given a first frame: 16 + 4 + 16 channels in, no image encoder. The first frame's weights are loud, so that two of them
-    differ visibly."""
+    """The same with a transformer that is given a first frame: 16 + 4 + 16 channels in, no image encoder. The first frame's weights are loud, so that two
+    of them differ visibly."""
     from instep.models.moving_digits_i2v import around, widened
 
     base = tiny_wan_pipeline(seed, layers)

@@ -40,8 +40,8 @@ class TrainArgs:
     """The bundled moving-digits (videos), moving-digits-i2v (videos from their first frame) or digits (class-conditional 8 x 8 images), or the path of a
     diffusers pipeline folder."""
     prompts: Path | None = None
-    """Text file, one prompt a line (or JSON lines with a "prompt"); for image-to-video each line names its first frame, "a cat runs [image: cat.png]" (or has an
-    "image"). Default: the bundled model's own."""
+    """Text file, one prompt a line (or JSON lines with a "prompt"); for image-to-video each line names its first frame, "a cat runs [image: cat.png]" (or has
+    an "image"). Default: the bundled model's own."""
     reward: str | None = None
     """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
     (motion); "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them;

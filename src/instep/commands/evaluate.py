@@ -64,7 +64,8 @@ def eval_command(args: EvalArgs) -> int:
     for folder in args.dirs:
         print_rows(measure_run(folder, args.protocol, args.seed))
     if args.teacher_steps or not args.dirs:
-        family, classifiers, chosen = load(args.teacher), load_classifiers(), evaluation_set(args.protocol, args.seed, image_to_video=args.teacher == MOVING_DIGITS_I2V)
+        family, classifiers = load(args.teacher), load_classifiers()
+        chosen = evaluation_set(args.protocol, args.seed, image_to_video=args.teacher == MOVING_DIGITS_I2V)
         steps = args.teacher_steps or (50, 4, 2, 1)
         rows = [baseline(family, classifiers, chosen, n, w) for n in steps for w in (3.0, 1.0)]
         print_rows([real_vs_real_row(chosen, classifiers), *rows])
@@ -133,7 +134,7 @@ def model_of(record: dict[str, Any], folder: Path) -> tuple[str, str]:
     file = Path(record["model_path"]) / "instep_export.json"
     known = json.loads(file.read_text(encoding="utf-8"))["info"]["base_model"] if file.is_file() else None
     if known not in MEASURED:
-        raise ValueError(f"dir: {folder} was trained on {record['model']!r}; these classifiers know {' and '.join(MEASURED)} alone, and exports of runs on them")
+        raise ValueError(f"dir: {folder} was trained on {record['model']!r}; the classifiers know {' and '.join(MEASURED)} alone, and exports of runs on them")
     return record["model_path"], known
 
 

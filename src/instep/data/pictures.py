@@ -26,8 +26,8 @@ def read_first_frame(prompt: str, size: VideoSize) -> Tensor:
     name = first_frame_of(prompt)
     if name is None:
         raise ValueError(
-            f"prompt: {prompt!r} names no first frame, and this model begins its videos with one; write {with_first_frame(prompt, 'FILE')!r}, or in a prompt file of "
-            'JSON lines {"prompt": ..., "image": FILE}'
+            f"prompt: {prompt!r} names no first frame, and this model begins its videos with one; write {with_first_frame(prompt, 'FILE')!r}, or in a prompt "
+            'file of JSON lines {"prompt": ..., "image": FILE}'
         )
     if DRAWN.fullmatch(name):
         frame = drawn_video(prompt)[:, 0]

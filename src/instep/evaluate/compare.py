@@ -146,7 +146,10 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, classifiers: Mapping[str
         "recall": m.of_set(lambda rows: m.recall(features[rows], one_each), order),
     }
     values |= open_figures(media[full:], fake, eval_set.open, heldout)
-    per_sample = {"mean_brightness": m.mean_brightness(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media), "dynamic": m.dynamic(media)}
+    per_sample = {
+        "mean_brightness": m.mean_brightness(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media),
+        "dynamic": m.dynamic(media),
+    }  # fmt: skip
     if eval_set.image_to_video:
         per_sample["first_frame"] = (media[:, :, 0] - given_videos(eval_set)[:, :, 0]).square().mean((1, 2, 3)).sqrt()
     values |= {key: m.of_mean(x, order) for key, x in per_sample.items()}

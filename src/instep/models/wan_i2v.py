@@ -107,7 +107,7 @@ class WanImageFamily(WanFamily):
         return known_latents(self.pipe.vae, first_frame[None], self.size.frames)[0]
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        assert isinstance(cond, WanImageCondition) and cond.first_frame is not None, "image-to-video needs a first frame; an unconditional prompt is stacked on one"
+        assert isinstance(cond, WanImageCondition) and cond.first_frame is not None, "a first frame is needed; an unconditional prompt is stacked on one"
         return super().forward(module, torch.cat([x_t, cond.first_frame.to(x_t)], 1), t, cond)
 
     def pipeline(self, module: nn.Module) -> Any:
@@ -121,9 +121,9 @@ def check_variant(pipe: Any) -> None:
     """ValueError for a `WanImageToVideoPipeline` whose conditioning is not the one here."""
     config, z = pipe.transformer.config, pipe.vae.config.z_dim
     if pipe.config.expand_timesteps:
-        raise ValueError("pipeline: expand_timesteps (Wan 2.2 TI2V: a level for every token) is not built; allowed: first frames joined along channels")
+        raise ValueError("pipeline: expand_timesteps (Wan 2.2 TI2V: a level for every token) is not built; allowed: a first frame joined along channels")
     if config.image_dim is not None:
-        raise ValueError("pipeline: an image encoder (Wan 2.1 I2V, image_dim) is not built; allowed: first frames joined along channels alone, as in Wan 2.2 A14B")
+        raise ValueError("pipeline: an image encoder (Wan 2.1 I2V, image_dim) is not built; allowed: a first frame joined along channels alone, as in 2.2 A14B")
     if pipe.transformer_2 is not None:
         raise ValueError("pipeline: it has two transformers (Wan 2.2's experts), and one student cannot stand for both; give a pipeline of one")
     expected = 2 * z + pipe.vae_scale_factor_temporal

@@ -206,8 +206,9 @@ def pretrain_digits(out: Path, seed: int = 0, threads: int = 1, config: DigitsCo
     for classifier_config in config.classifiers:
         classifier = train_digit_classifier(classifier_config, seed)
         write_tensors(out / "classifiers" / f"{classifier.name}.safetensors", {k: v.half() for k, v in classifier.net.state_dict().items()})
-        about = {"name": classifier.name, "architecture": type(classifier.net).__name__, "split": SPLITS[classifier_config.name], "images": len(reference),
-                 "accuracy": round(float(classifier.correct(reference, names).float().mean()), 4), "config": asdict(classifier_config), "seed": seed}  # fmt: skip
+        accuracy = round(float(classifier.correct(reference, names).float().mean()), 4)
+        about = {"name": classifier.name, "architecture": type(classifier.net).__name__, "split": SPLITS[classifier_config.name],
+                 "images": len(reference), "accuracy": accuracy, "config": asdict(classifier_config), "seed": seed}  # fmt: skip
         write_json(out / "classifiers" / f"{classifier.name}.json", about)
     net = train_class_teacher(config.teacher, seed)
     parameters = sum(p.numel() for p in net.parameters())
@@ -220,7 +221,8 @@ def pretrain_digits(out: Path, seed: int = 0, threads: int = 1, config: DigitsCo
 def record(out: Path, config: DigitsConfig, seed: int, threads: int, parameters: int) -> dict[str, Any]:
     """What pretrain.json says of the model in `out`: how it was made, measured figures, checksums."""
     classifiers = {j.name: load_digit_classifier(j.name, out / "classifiers") for j in config.classifiers}
-    found = {f"classifier {name}": classifier.accuracy for name, classifier in classifiers.items()} | measure_teacher(DiTFamily.load(out), classifiers, config, seed)
+    found = {f"classifier {name}": classifier.accuracy for name, classifier in classifiers.items()}
+    found |= measure_teacher(DiTFamily.load(out), classifiers, config, seed)
     sums = checksums(out)
     return {
         "command": f"instep pretrain digits --seed {seed} --threads {threads}", "seed": seed, "threads": threads, "config": asdict(config),

@@ -36,7 +36,9 @@ class ClassifierConfig:
     ema: float = 0.99
 
 
-CLASSIFIERS = (ClassifierConfig("training", 101, steps=2000, smoothing=0.1), ClassifierConfig("monitor", 202, steps=700), ClassifierConfig("heldout", 303, steps=700))
+CLASSIFIERS = (
+    ClassifierConfig("training", 101, steps=2000, smoothing=0.1), ClassifierConfig("monitor", 202, steps=700), ClassifierConfig("heldout", 303, steps=700),
+)  # fmt: skip
 
 
 def deformations(n: int, rng: torch.Generator) -> Tensor:

@@ -115,7 +115,8 @@ def coverage(sampler: Sampler, classifier: Classifier, repeats: int, steps: int,
     named = [describe(PromptSpec(d)) for d in range(10)]
     moving = [describe(motion_spec(None, m)) for m in range(len(MOTIONS))]
     media = sampler([p for p in (*named, *moving) for _ in range(repeats)], sampler.levels(steps), guidance, 77)
-    digit, motion = (torch.cat(v).view(-1, repeats) for v in zip(*((a.argmax(1), b.argmax(1)) for a, b in map(classifier.logits, media.split(90))), strict=True))
+    logits = map(classifier.logits, media.split(90))
+    digit, motion = (torch.cat(v).view(-1, repeats) for v in zip(*((a.argmax(1), b.argmax(1)) for a, b in logits), strict=True))
     motions = torch.stack([F.one_hot(m, 9).sum(0) for m in motion[:10]])
     digits = torch.stack([F.one_hot(d, 10).sum(0) for d in digit[10:]])
     return {
@@ -196,6 +197,7 @@ def real(pipe: Any, classifiers: dict[ClassifierName, Classifier]) -> dict[str, 
     psnr = float(-10 * (decoded - media).square().mean().log10())
     rows = {"real": media, "real through the VAE": decoded}
     found: dict[str, Any] = {
-        k: shares_right(classifiers, v, prompts) | {"wobble": round(wobble(v, prompts).median().item(), 4), "mean_brightness": round(v.mean().item(), 4)} for k, v in rows.items()
+        k: shares_right(classifiers, v, prompts) | {"wobble": round(wobble(v, prompts).median().item(), 4), "mean_brightness": round(v.mean().item(), 4)}
+        for k, v in rows.items()
     }
     return found | {"vae_psnr_db": round(psnr, 2)}

@@ -164,9 +164,11 @@ def _images(seen: History) -> Said:
         return now[f"probe/{key}"] / now[f"probe/{key}_teacher"]
 
     if _off(seen, "mean_brightness", 1, BRIGHTNESS_OFF):
-        yield "warn", "oversaturation", f"samples are {times('mean_brightness') - 1:.0%} brighter than the teacher's: lower the guidance or the weight of the reward"
+        above = times("mean_brightness") - 1
+        yield "warn", "oversaturation", f"samples are {above:.0%} brighter than the teacher's: lower the guidance or the weight of the reward"
     if _off(seen, "mean_brightness", -1, BRIGHTNESS_OFF):
-        yield "warn", "fading", f"samples are {1 - times('mean_brightness'):.0%} darker than the teacher's: the student fades; check the learning rates and the reward"
+        below = 1 - times("mean_brightness")
+        yield "warn", "fading", f"samples are {below:.0%} darker than the teacher's: the student fades; check the learning rates and the reward"
     clipped = [row for row in seen.probes if row["step"] > 0][-PERSIST:]
     if len(clipped) == PERSIST and all(
         (number(row, "probe/saturation") or 0.0) > max(CLIPPED, CLIPPED_MORE * (number(row, "probe/saturation_teacher") or 0.0)) for row in clipped

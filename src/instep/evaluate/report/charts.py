@@ -225,7 +225,8 @@ def dot_chart(title: str, caption: str, dots: Sequence[Dot], real_vs_real: tuple
     if band:
         top, bottom = y.at(band[1]), y.at(band[0])
         body.append(f'<rect class="real-vs-real" x="{LEFT}" width="{WIDTH - LEFT - RIGHT}" y="{top:.1f}" height="{max(bottom - top, 1.5):.1f}"/>')
-        body.append(f'<text class="real-vs-real" x="{WIDTH - RIGHT - 4}" y="{top - 4 if top > TOP + 12 else bottom + 11:.1f}" text-anchor="end">real videos</text>')
+        text_y = top - 4 if top > TOP + 12 else bottom + 11
+        body.append(f'<text class="real-vs-real" x="{WIDTH - RIGHT - 4}" y="{text_y:.1f}" text-anchor="end">real videos</text>')
     for nfe in nfes:
         here = sorted((dot for dot in dots if dot.x == nfe), key=lambda dot: dot.kind != "student")
         for i, dot in enumerate(here):

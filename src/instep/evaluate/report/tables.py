@@ -9,7 +9,7 @@ from instep.evaluate.compare import Row, better, direction
 from instep.evaluate.report.charts import Dot, dot_chart
 from instep.evaluate.report.columns import MAIN, MORE, Column, with_error
 from instep.evaluate.report.read import RunRecord
-from instep.evaluate.report.rows import by_protocol, real_vs_real_of, real_rows, rows_of
+from instep.evaluate.report.rows import by_protocol, real_rows, real_vs_real_of, rows_of
 
 KINDS = {"student": "student", "control": "control", "teacher": "teacher", "naive": "naive sampling", "real": "real videos"}
 
