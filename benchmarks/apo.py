@@ -24,12 +24,12 @@ from instep.lab.world import World, flow_start
 from instep.models.small import VelocityMLP
 from instep.recipes.apo import apo
 from instep.recipes.many_step import ManySteps
-from instep.train.recipe import Optim, Recipe
+from instep.train.recipe import AdamWConfig, Recipe
 from instep.train.step import TrainState, iteration
 
 RESULTS = Path(__file__).parent / "results" / "apo"
 # Of one network each: nothing is shared between seeds but the world. Guided, so that there is something to distil.
-LAB = ManySteps(steps=10, batch=256, guidance=1.5, student=Optim(3e-4, betas=(0.5, 0.99), clip=1e9, decay=0.6), ema=None)
+LAB = ManySteps(steps=10, batch=256, guidance=1.5, student=AdamWConfig(3e-4, betas=(0.5, 0.99), clip=1e9, decay=0.6), ema=None)
 # scores within this of each other are a tie
 MARGIN = 0.1
 # gradient evaluations (levels of a pair) of a cell's preferences; a window of five makes a fifth as many updates

@@ -32,7 +32,7 @@ from instep.recipes.refl import refl
 from instep.rewards.class_judges import load_digit_classifier
 from instep.roles import Backbone, Role
 from instep.rollout import sample_few_step, sample_ode
-from instep.train.recipe import Optim, Recipe
+from instep.train.recipe import AdamWConfig, Recipe
 from instep.train.run import RunOptions, train
 from instep.train.setup import averaged
 
@@ -53,7 +53,7 @@ class Cell:
 
 def common(guidance: float = 1.0) -> Common:
     """One step, no timestep shift (8 x 8 pixels), and learning rates at which the student moves in so few updates."""
-    return Common(steps=1, batch=64, guidance=guidance, shift=1.0, critic_updates=4, student=Optim(5e-4, decay=0.5), fake=Optim(1e-3, decay=0.5))
+    return Common(steps=1, batch=64, guidance=guidance, shift=1.0, critic_updates=4, student=AdamWConfig(5e-4, decay=0.5), fake=AdamWConfig(1e-3, decay=0.5))
 
 
 def full(guidance: float) -> Recipe:

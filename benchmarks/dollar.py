@@ -113,13 +113,13 @@ def look(name: str, seed: int, runs: Path) -> None:
     values = {"vendi_pixels": metrics.Value(sum(v.value for v in pixels) / len(pixels), max(v.se for v in pixels))}
     for key, reward in (("kilobytes", JPEG("large")), ("dynamic_degree", DynamicDegree())):
         values[key] = metrics.of_mean(torch.cat([reward.score(part, ()) for part in media.split(64)]), group)
-    rows = [row for row in read_rows(folder / "log.jsonl") if "scorer/correlation" in row]
+    rows = [row for row in read_rows(folder / "log.jsonl") if "latent_reward/correlation" in row]
     part = max(1, len(rows) // 5)
-    scorer = [
-        {"step": some[-1]["step"]} | {key: sum(row[f"scorer/{key}"] for row in some) / len(some) for key in ("correlation", "error")}
+    latent_reward = [
+        {"step": some[-1]["step"]} | {key: sum(row[f"latent_reward/{key}"] for row in some) / len(some) for key in ("correlation", "error")}
         for some in (rows[i : i + part] for i in range(0, len(rows), part))
     ]
-    write_json(file, {"values": {key: asdict(value) for key, value in values.items()}, "scorer": scorer})
+    write_json(file, {"values": {key: asdict(value) for key, value in values.items()}, "latent_reward": latent_reward})
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from instep.embedded import moving_digits
 from instep.files import write_json
-from instep.rewards.latent import ScorerShape
+from instep.rewards.latent import LatentRewardShape
 
 BATCH, REPEATS = 8, 7
 
@@ -53,7 +53,7 @@ def main() -> None:
     nets: list[nn.Module] = []
     for kind in ("text-video", "video"):
         for frames in ("volume", "average"):
-            net = ScorerShape(kind, frames).build(family.latent_shape, cond)
+            net = LatentRewardShape(kind, frames).build(family.latent_shape, cond)
             nets.append(net)
             ways[f"latent reward model: {kind}, {frames}"] = (sum(p.numel() for p in net.parameters()), lambda z, net=net: net.rate(z, cond))
     seconds: dict[str, list[float]] = {name: [] for name in ways}

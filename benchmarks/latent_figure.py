@@ -22,7 +22,7 @@ def main() -> None:
     titles = {"correlation": "correlation with the reward", "error": "squared error, in variances of the reward"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for i, (name, what) in enumerate(FITTED.items()):
-            curves = [seen["scorer"] for seen in looked(name) if seen.get("scorer")]
+            curves = [seen["latent_reward"] for seen in looked(name) if seen.get("latent_reward")]
             if not curves:
                 continue
             steps = [point["step"] for point in curves[0]]

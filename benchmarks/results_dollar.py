@@ -251,7 +251,7 @@ def fit_lines() -> list[str]:
     """How well the latent reward model predicts samples that it has not seen, while it learns (Fig. 10)."""
     rows = []
     for name, what in FITTED.items():
-        curves = [m["scorer"] for m in looked(name) if m.get("scorer")]
+        curves = [m["latent_reward"] for m in looked(name) if m.get("latent_reward")]
         if curves:
             n = min(len(curve) for curve in curves)
             at = [sum(c[i]["correlation"] for c in curves) / len(curves) for i in range(n)]

@@ -21,10 +21,10 @@ from instep.recipes.dmdr import dmdr
 from instep.recipes.many_step import ManySteps, flow_grpo
 from instep.rewards.base import as_reward
 from instep.terms import View
-from instep.train.checks import scorer
+from instep.train.checks import make_reward_fn
 from instep.train.setup import make_state
-from instep.train.source import Source
-from instep.train.step import collect, iteration
+from instep.train.source import BatchSource
+from instep.train.step import iteration, roll_out
 
 REPEATS = 3
 RECIPES = {
@@ -39,11 +39,11 @@ RECIPES = {
 def main() -> None:
     torch.set_num_threads(1)
     digits = moving_digits()
-    reward = scorer(digits.family, as_reward(digits.reward))
+    reward = make_reward_fn(digits.family, as_reward(digits.reward))
     made = {}
     for name, recipe in RECIPES.items():
         state = make_state(recipe, digits.family, 0, reward)
-        made[name] = (state, recipe.stages[-1], Source(digits.family, digits.prompts, None, 0))
+        made[name] = (state, recipe.stages[-1], BatchSource(digits.family, digits.prompts, None, 0))
     rollouts: dict[str, list[float]] = {name: [] for name in made}
     whole: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(REPEATS):
@@ -51,7 +51,7 @@ def main() -> None:
             batches = source.next(stage)
             view = View(state.roles, state.path, batches[0], 0.0, state.rng)
             began = time.process_time()
-            collect(state, stage, view, with_graph=True)
+            roll_out(state, stage, view, with_graph=True)
             rolled = time.process_time()
             iteration(state, stage, batches, 0.0)
             rollouts[name].append(rolled - began)

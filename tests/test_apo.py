@@ -27,7 +27,7 @@ from instep.recipes.dmd import dmd2
 from instep.recipes.many_step import ManySteps
 from instep.rewards.ranker import Ranked, reward_ranker
 from instep.train import run as module
-from instep.train.recipe import Optim
+from instep.train.recipe import AdamWConfig
 from instep.train.run import RunOptions, train
 from instep.train.source import PairSamples
 
@@ -51,7 +51,7 @@ def test_the_five_stages_are_the_papers():
     recipe = apo()
     assert [stage.name for stage in recipe.stages] == ["online", "half-online", "offline", "absorb", "aware"]
     online, half, offline, absorb, aware = recipe.stages
-    assert (online.group, online.collect.guidance, half.group, offline.collect, absorb.collect) == (2, 3.0, 1, None, None)
+    assert (online.group, online.rollout.guidance, half.group, offline.rollout, absorb.rollout) == (2, 3.0, 1, None, None)
     assert online.batch == 2 * offline.batch, "as many pairs an update"
     terms = [stage.terms[0] for stage in (online, half, offline, aware)]
     assert [term.pairs for term in terms] == ["online", "half-online", "offline", "offline"]
@@ -64,7 +64,7 @@ def test_the_five_stages_are_the_papers():
     (dpo,) = apo(**NONE | {"offline": 5}, uniform=1).stages
     assert [type(part) for part in dpo.terms[0].levels.window] == [Uniform]
     (few,) = apo(ManySteps(steps=4), **NONE | {"online": 5}, few_step=True).stages
-    assert few.terms[0].levels.window == (OneOf(ManySteps(steps=4).levels),) and few.collect.guidance == 1
+    assert few.terms[0].levels.window == (OneOf(ManySteps(steps=4).levels),) and few.rollout.guidance == 1
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):
@@ -99,7 +99,7 @@ def test_the_whole_pipeline_runs_and_leaves_a_model_that_is_sampled_without_guid
     assert [row["stage"] for row in seen] == ["start", "online", "half-online", "offline", "absorb", "aware"]
     # each stage begins at its own reference
     assert all(row["objective/dpo"] == pytest.approx(0.6931472, abs=1e-4) for row in seen[2:] if "objective/dpo" in row) and "objective/guidance" in seen[4]
-    assert run.state.anchored == "aware" and "probe/train_score" not in seen[-1], "the mean of a comparison says nothing"
+    assert run.state.reference_stage == "aware" and "probe/train_score" not in seen[-1], "the mean of a comparison says nothing"
     record = json.loads((run.student / "instep_export.json").read_text())
     assert record["guidance"] == 1.0 and record["sampler"] == "ode"
     assert "guidance_scale=1" in (run.student / "README.md").read_text()
@@ -145,14 +145,14 @@ def test_each_stage_begins_with_an_optimiser_that_knows_of_no_other(start, fresh
 
 def test_guidance_distillation_has_an_optimiser_of_its_own(start):
     world = World.named("ring8", members=2, reward="half")
-    own = Optim(5e-4, betas=(0.8, 0.95), weight_decay=0.1, decay=0.5)
+    own = AdamWConfig(5e-4, betas=(0.8, 0.95), weight_decay=0.1, decay=0.5)
     recipe = apo(replace(LAB, guidance=1.5), **NONE | {"offline": 1, "absorb": 2, "aware": 1}, absorb_optim=own)
     state, seen = ensemble_state(recipe, world, start, 0), []
     groups = state.trained["student"].optimizer.param_groups
     train_lab("x", recipe, world, state, on_step=lambda: seen.append([(g["lr"], g["betas"], g["weight_decay"]) for g in groups]))
     usual = [(LAB.student.lr_at(0, 0.0), LAB.student.betas, LAB.student.weight_decay)]
     assert seen[0] == seen[3] == usual and seen[1] == seen[2] == [(5e-4, (0.8, 0.95), 0.1)]
-    assert apo().stages[3].optim == Optim(3e-4, betas=(0.9, 0.999), decay=0.5) and {s.optim for s in apo().stages if s.name != "absorb"} == {None}
+    assert apo().stages[3].optim == AdamWConfig(3e-4, betas=(0.9, 0.999), decay=0.5) and {s.optim for s in apo().stages if s.name != "absorb"} == {None}
 
 
 @pytest.mark.parametrize("stage", list(ONE_EACH))
@@ -181,7 +181,7 @@ def test_a_few_step_student_goes_on_with_preferences_at_its_own_levels(tmp_path)
     assert json.loads((run.student / "instep_export.json").read_text())["levels"] == list(few.recipe.levels)
 
 
-LAB = ManySteps(steps=10, batch=256, guidance=1.0, student=Optim(3e-4, betas=(0.5, 0.99), clip=1e9, decay=0.6), ema=None)
+LAB = ManySteps(steps=10, batch=256, guidance=1.0, student=AdamWConfig(3e-4, betas=(0.5, 0.99), clip=1e9, decay=0.6), ema=None)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from instep.paths import RectifiedFlow, VariancePreserving, broadcast
 from instep.prediction import Condition, Prediction, eps_of_x0, read, x0_of_velocity
 from instep.recipes.common import Common
 from instep.recipes.dollar import dollar
-from instep.rewards.latent import SETTLE, ConvScorer, ScorerShape
+from instep.rewards.latent import SETTLE, ConvLatentReward, LatentRewardShape
 from instep.rollout import Point, Rollout
 from instep.terms import Batch, View
 from instep.transitions import CPS, Deterministic, Posterior, Renoise
@@ -267,12 +267,12 @@ def text(n: int, length: int = 5, width: int = 32, seed: int = 0) -> WanConditio
 def test_parameters_are_those_of_the_papers_tables():
     count = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
     norms = 2 * 2 * 128
-    assert count(ConvScorer(12)) == 189_441, "Table 12, group norms among them"
+    assert count(ConvLatentReward(12)) == 189_441, "Table 12, group norms among them"
     # Table 13's sum leaves them out; its text layer of 524,544 is 4096 x 128 and a layer norm
-    assert count(ConvScorer(12, text_width=4096)) == 763_009 + norms
-    assert ConvScorer(12).rate(torch.randn(2, 12, 24, 40), Condition()).shape == (2,)
+    assert count(ConvLatentReward(12, text_width=4096)) == 763_009 + norms
+    assert ConvLatentReward(12).rate(torch.randn(2, 12, 24, 40), Condition()).shape == (2,)
     shapes = []
-    net = ConvScorer(12)
+    net = ConvLatentReward(12)
     for layer in (0, 3):
         net.features[layer].register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape[1:])))
     net.rate(torch.randn(1, 12, 24, 40), Condition())
@@ -282,19 +282,19 @@ def test_parameters_are_those_of_the_papers_tables():
 @pytest.mark.parametrize("frames", ["average", "volume"])
 def test_the_gradient_reaches_the_latent_and_depends_on_the_text(frames):
     torch.manual_seed(0)
-    net = ScorerShape("text-video", frames).build((16, 3, 6, 6), text(1))
+    net = LatentRewardShape("text-video", frames).build((16, 3, 6, 6), text(1))
     x = torch.randn(4, 16, 3, 6, 6, requires_grad=True)
     slopes = [torch.autograd.grad(net.rate(x, text(4, seed=seed)).sum(), x)[0] for seed in (0, 1)]
     assert all(float(g.norm()) > 1e-3 for g in slopes)
     assert float((slopes[0] - slopes[1]).norm()) > 0.01 * float(slopes[0].norm()), "another text, another direction"
-    blind = ScorerShape("video", frames).build((16, 3, 6, 6), text(1))
+    blind = LatentRewardShape("video", frames).build((16, 3, 6, 6), text(1))
     a, b = (torch.autograd.grad(blind.rate(x, text(4, seed=seed)).sum(), x)[0] for seed in (0, 1))
     assert torch.equal(a, b), "a reward without text has none"
 
 
 def test_padding_is_not_read():
     torch.manual_seed(0)
-    net = ConvScorer(16, text_width=32, volume=True, patch=2)
+    net = ConvLatentReward(16, text_width=32, volume=True, patch=2)
     x, cond = torch.randn(3, 16, 3, 6, 6), text(3)
     other = replace(cond, text=cond.text.clone())
     other.text[:, -1] += 100
@@ -303,7 +303,7 @@ def test_padding_is_not_read():
 
 def test_frame_by_frame_is_the_mean_of_the_frames():
     torch.manual_seed(0)
-    net = ConvScorer(8, text_width=32, patch=2)
+    net = ConvLatentReward(8, text_width=32, patch=2)
     x, cond = torch.randn(2, 8, 3, 8, 8), text(2)
     images = torch.stack([net.rate(x[:, :, k], cond) for k in range(3)], 1).mean(1)
     assert torch.allclose(net.rate(x, cond), images, atol=1e-6)
@@ -311,16 +311,16 @@ def test_frame_by_frame_is_the_mean_of_the_frames():
 
 def test_a_kind_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="'text-image' does not fit this model, whose latents are videos"):
-        ScorerShape("text-image").build((16, 3, 6, 6), text(1))
+        LatentRewardShape("text-image").build((16, 3, 6, 6), text(1))
     with pytest.raises(ValueError, match="no text tokens"):
-        ScorerShape("text-image").build((4, 8, 8), LabelCondition(label=torch.zeros(1)))
+        LatentRewardShape("text-image").build((4, 8, 8), LabelCondition(label=torch.zeros(1)))
     with pytest.raises(ValueError, match="patch: 0"):
-        ScorerShape(patch=0)
+        LatentRewardShape(patch=0)
 
 
 def test_mean_and_deviation_settle_and_are_part_of_the_state():
     torch.manual_seed(0)
-    net = ConvScorer(4)
+    net = ConvLatentReward(4)
     rng = torch.Generator().manual_seed(0)
     seen = 1e6 + 3 * torch.randn(SETTLE, generator=rng)
     for part in seen.split(7):
@@ -330,17 +330,17 @@ def test_mean_and_deviation_settle_and_are_part_of_the_state():
     before = net.mean.clone()
     net.settle(torch.full((64,), 100.0))
     assert torch.equal(net.mean, before), "settled"
-    other = ConvScorer(4)
+    other = ConvLatentReward(4)
     other.load_state(net.state())
     x = torch.randn(2, 4, 16, 16)
     assert torch.equal(other.rate(x, Condition()), net.rate(x, Condition())) and torch.equal(other.standard(seen), net.standard(seen))
     with pytest.raises(ValueError, match="does not fit this one"):
-        ConvScorer(5).load_state(net.state())
+        ConvLatentReward(5).load_state(net.state())
 
 
 def test_a_reward_that_begins_without_spread_is_waited_for():
     """A sparse reward: all labels 0 at first. Their deviation is not taken for that of the reward."""
-    net = ConvScorer(4)
+    net = ConvLatentReward(4)
     for _ in range(3):
         net.settle(torch.zeros(SETTLE))
     assert float(net.std) == 1 and net.standard(torch.tensor([1.0])).tolist() == [1.0]
@@ -352,7 +352,7 @@ def test_a_reward_that_begins_without_spread_is_waited_for():
 
 
 def test_several_rewards_are_standardised_apart():
-    net = ConvScorer(4, rewards=2)
+    net = ConvLatentReward(4, rewards=2)
     each = torch.stack([torch.arange(SETTLE) / SETTLE, 1000.0 * (torch.arange(SETTLE) % 2)], 1)
     net.settle(each)
     standard = net.standard(each, (1.0, 0.5))
@@ -360,7 +360,7 @@ def test_several_rewards_are_standardised_apart():
     assert torch.allclose(standard, expected, atol=1e-5), "the second's unit is a thousand times larger, its weight a half"
 
 
-class Quadratic(ConvScorer):
+class Quadratic(ConvLatentReward):
     """-(x - 1)^2 / 2: a reward with a known gradient."""
 
     def rate(self, x, cond):
@@ -372,7 +372,7 @@ def test_the_force_is_the_gradient_of_the_batch_mean():
     one = torch.ones(4, dtype=F64)
     cond = LabelCondition(label=torch.zeros(4))
     rollout = Rollout(cond, 1, exit=Point(x, x, one, one.long()))
-    view = View({}, RectifiedFlow(), Batch(("0",) * 4, cond, cond), 0.0, torch.Generator(), rollout, scorer=Quadratic(2))
+    view = View({}, RectifiedFlow(), Batch(("0",) * 4, cond, cond), 0.0, torch.Generator(), rollout, latent_reward=Quadratic(2))
     assert torch.allclose(LatentGradient()(view), (x - 1) / 4), "-grad R / B"
 
 
@@ -387,15 +387,15 @@ def test_labels_are_the_rewards_of_made_real_and_misnamed_samples():
     cond = text(n)
     rollout = Rollout(cond, 1, exit=Point(x, x, torch.ones(n), torch.zeros(n).long()))
     notes = {}
-    view = View({}, RectifiedFlow(), Batch(("a", "b", "c"), cond, cond, real), 0.0, torch.Generator(), rollout, scorer=ConvScorer(2, text_width=32))
+    view = View({}, RectifiedFlow(), Batch(("a", "b", "c"), cond, cond, real), 0.0, torch.Generator(), rollout, latent_reward=ConvLatentReward(2, text_width=32))
     out = LatentFit(others=True).prepare(view, score, notes.__setitem__)
     assert asked == [["a", "b", "c", "b", "c", "a", "a", "b", "c"]]
     meant = torch.tensor([0.0, 1, 2, 0, 1, 2, 10, 10, 10])
     assert torch.allclose(out.labels.aim, (meant - meant.mean()) / meant.std(correction=0))
     assert torch.equal(out.labels.cond.text[3], cond.text[1]) and torch.equal(out.labels.cond.text[6], cond.text[0])
-    assert float(notes["reward/train"]) == 1 and set(notes) == {"reward/train", "scorer/error", "scorer/correlation"}
+    assert float(notes["reward/train"]) == 1 and set(notes) == {"reward/train", "latent_reward/error", "latent_reward/correlation"}
     loss = next(LatentFit().losses(out))
-    assert torch.allclose(loss, (out.scorer.rate(out.labels.x, out.labels.cond) - out.labels.aim).square().mean())
+    assert torch.allclose(loss, (out.latent_reward.rate(out.labels.x, out.labels.cond) - out.labels.aim).square().mean())
 
 
 def test_others_are_other_prompts_in_groups_and_ensembles_and_a_lone_prompt_has_none():
@@ -408,14 +408,14 @@ def test_others_are_other_prompts_in_groups_and_ensembles_and_a_lone_prompt_has_
     x = torch.randn(4, 2, 16, 16)
     cond = text(2).repeat(2)
     made = Rollout(cond, 2, exit=Point(x, x, torch.ones(4), torch.zeros(4)))
-    view = View({}, RectifiedFlow(), Batch(("a", "b"), text(2), text(2)), 0.0, torch.Generator(), made, scorer=ConvScorer(2, text_width=32))
+    view = View({}, RectifiedFlow(), Batch(("a", "b"), text(2), text(2)), 0.0, torch.Generator(), made, latent_reward=ConvLatentReward(2, text_width=32))
     out = LatentFit(others=True, real=False).prepare(view, score, lambda name, value: None)
     assert asked[-1] == ["a", "a", "b", "b", "b", "b", "a", "a"] and torch.equal(out.labels.cond.text[4], cond.text[2])
     one = Rollout(text(1), 1, exit=Point(x[:1], x[:1], torch.ones(1), torch.zeros(1)))
     alone = replace(view, batch=Batch(("a",), text(1), text(1)), rollout=one)
     notes = {}
     LatentFit(others=True, real=False).prepare(alone, score, notes.__setitem__)
-    assert asked[-1] == ["a"] and "scorer/correlation" not in notes
+    assert asked[-1] == ["a"] and "latent_reward/correlation" not in notes
     both = labels(["0", "1", "0", "1"], torch.tensor([0, 0, 1, 1]))
     assert both.rolled(1).label.tolist() == [1, 0, 1, 0] and both.rolled(1).member.tolist() == [0, 0, 1, 1]
 
@@ -426,10 +426,10 @@ def test_others_are_other_prompts_in_groups_and_ensembles_and_a_lone_prompt_has_
 def test_what_the_recipe_asks_for():
     whole = dollar(Common(steps=2))
     assert [stage.name for stage in whole.stages] == ["fit", "dollar"] and whole.stages[0].terms == ()
-    assert whole.needs == {"real", "labels", "scorer"} and whole.scorer is not None
-    assert dollar(weight=0).scorer is None and dollar(weight=0).needs == {"real"}
+    assert whole.needs == {"real", "labels", "latent_reward"} and whole.latent_reward is not None
+    assert dollar(weight=0).latent_reward is None and dollar(weight=0).needs == {"real"}
     assert dollar(weight=0, cd=0).needs == frozenset(), "VSD alone is DMD2 without a discriminator"
-    assert dollar(weight=0, matching=0).stages[0].collect is None, "consistency distillation rolls nothing out"
+    assert dollar(weight=0, matching=0).stages[0].rollout is None, "consistency distillation rolls nothing out"
     assert "average" in dollar(target="average").roles and "average" not in dollar().roles
     with pytest.raises(ValueError, match="ema: None"):
         dollar(Common(ema=None), target="average")
@@ -437,9 +437,9 @@ def test_what_the_recipe_asks_for():
         dollar(matching=0, cd=0, weight=0)
     with pytest.raises(ValueError, match="cd: -1 is not allowed"):
         dollar(cd=-1)
-    with pytest.raises(ValueError, match="scorer_updates: 0"):
-        dollar(scorer_updates=0)
-    assert dollar(weight=0, scorer_updates=0).scorer is None and "fake" not in dollar(weight=0, matching=0).roles
+    with pytest.raises(ValueError, match="latent_reward_updates: 0"):
+        dollar(latent_reward_updates=0)
+    assert dollar(weight=0, latent_reward_updates=0).latent_reward is None and "fake" not in dollar(weight=0, matching=0).roles
     assert dollar(predicts="x0").roles["student"].reads == "x0"
 
 

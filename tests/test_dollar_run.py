@@ -34,52 +34,52 @@ def real(n: int = 8) -> RealSamples:
 
 
 @pytest.mark.parametrize("lora", [None, 4])
-def test_a_run_with_a_scorer_and_an_average_resumes_to_the_same_weights(tmp_path, lora):
-    recipe = dollar(Common(steps=2, batch=4, critic_updates=1, lora_rank=lora), fit=1, iterations=3, target="average", cd_steps=2, scorer_updates=2)
+def test_a_run_with_a_latent_reward_and_an_average_resumes_to_the_same_weights(tmp_path, lora):
+    recipe = dollar(Common(steps=2, batch=4, critic_updates=1, lora_rank=lora), fit=1, iterations=3, target="average", cd_steps=2, latent_reward_updates=2)
     whole = train(recipe, family(), out=tmp_path / "whole", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS)
     last = rows(whole.out)[-1]
-    assert {"force/latent/norm", "objective/consistency", "critic/scorer", "scorer/correlation", "scorer/error", "reward/train"} <= last.keys()
+    assert {"force/latent/norm", "objective/consistency", "critic/latent_reward", "latent_reward/correlation", "latent_reward/error", "reward/train"} <= last.keys()
     first, second = (checkpoint.load(checkpoint.at(whole.out / "checkpoints", step)) for step in (1, 2))
     assert all(torch.equal(p, first["ema"]["student"][key]) for key, p in first["roles"]["student"].items()), "fitting leaves the student as it is"
-    moved = {name: any(not torch.equal(p, first["roles"][name][key]) for key, p in second["roles"][name].items()) for name in ("student", "fake", "scorer")}
+    moved = {name: any(not torch.equal(p, first["roles"][name][key]) for key, p in second["roles"][name].items()) for name in ("student", "fake", "latent_reward")}
     assert all(moved.values()), "and then all three are trained"
     with interrupted_before(2):
         train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS)
     again = train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS)
     same(whole.out, again.out)
-    scorers = [checkpoint.load(checkpoint.latest(out / "checkpoints"))["roles"]["scorer"] for out in (whole.out, again.out)]
-    assert all(torch.equal(a, scorers[1][key]) for key, a in scorers[0].items())
+    latent_rewards = [checkpoint.load(checkpoint.latest(out / "checkpoints"))["roles"]["latent_reward"] for out in (whole.out, again.out)]
+    assert all(torch.equal(a, latent_rewards[1][key]) for key, a in latent_rewards[0].items())
     student, mean = (again.state.roles[name].named_parameters() for name in ("student", "average"))
     assert len(student) == len(mean) == len(again.state.average)
 
 
-def test_a_scorer_is_new_after_a_run_without_and_kept_after_one_with(tmp_path):
+def test_a_latent_reward_is_new_after_a_run_without_and_kept_after_one_with(tmp_path):
     """Pretrained or concurrent: --start-from hands it on."""
     plain = train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "plain", prompts=PROMPTS, options=OPTIONS)
     fitted = train(dollar(SHORT, fit=2, iterations=0), family(), out=tmp_path / "fit", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS,
                    start_from=plain.out)  # fmt: skip
     assert all(torch.equal(p, plain.state.trained["student"].parameters[key]) for key, p in fitted.state.trained["student"].parameters.items())
-    more = dollar(SHORT, fit=0, cd=0, iterations=1, scorer_updates=1)
+    more = dollar(SHORT, fit=0, cd=0, iterations=1, latent_reward_updates=1)
     run = train(more, family(), out=tmp_path / "run", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS, start_from=fitted.out)
-    assert run.state.trained["scorer"].steps == 2 * 4 + 1 and float(run.state.scorer.seen) == 3 * 12
+    assert run.state.trained["latent_reward"].steps == 2 * 4 + 1 and float(run.state.latent_reward.seen) == 3 * 12
     with pytest.raises(ValueError, match="does not fit this one; start from a run with the same --kind"):
         train(dollar(SHORT, fit=0, kind="video", iterations=1), family(), out=tmp_path / "other", prompts=PROMPTS, reward=BLACK_BOX, real=real(),
               options=OPTIONS, start_from=fitted.out)  # fmt: skip
 
 
-def test_a_scorer_of_another_reward_is_not_taken_over(tmp_path, capsys):
+def test_a_latent_reward_of_another_reward_is_not_taken_over(tmp_path, capsys):
     fit = dollar(SHORT, fit=1, iterations=0)
     first = train(fit, family(), out=tmp_path / "fit", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS)
     other = FunctionReward(lambda media, prompts: 1000 * BLACK_BOX.function(media, prompts), name="thousandfold")
     run = train(fit, family(), out=tmp_path / "run", prompts=PROMPTS, reward=other, real=real(), options=OPTIONS, start_from=first.out)
     assert "was fitted to 'black box', not to 'thousandfold': a new one begins" in capsys.readouterr().out
-    assert float(run.state.scorer.seen) == 12 and float(run.state.scorer.mean) > 100
+    assert float(run.state.latent_reward.seen) == 12 and float(run.state.latent_reward.mean) > 100
 
 
 def test_several_rewards_and_a_ranker(tmp_path):
     both = several((BLACK_BOX, 1.0), (FunctionReward(lambda media, prompts: 1000 * media.std((1, 2, 3, 4)), name="contrast"), 0.5))
     run = train(dollar(SHORT, fit=1, iterations=1, cd=0), family(), out=tmp_path / "both", prompts=PROMPTS, reward=both, real=real(), options=OPTIONS)
-    assert {"reward/train/0", "reward/train/1"} <= rows(run.out)[-1].keys() and run.state.scorer.mean.shape == (2,)
+    assert {"reward/train/0", "reward/train/1"} <= rows(run.out)[-1].keys() and run.state.latent_reward.mean.shape == (2,)
     ranked = Ranked(RewardRanker(BLACK_BOX))
     with pytest.raises(ValueError, match="compares samples with each other, and stage 'fit' asks for the score of each"):
         train(dollar(SHORT), family(), out=tmp_path / "ranked", prompts=PROMPTS, reward=ranked, real=real(), options=OPTIONS)
@@ -142,7 +142,7 @@ def test_a_black_box_is_followed_through_its_copy(start):
     assert abs(plain["share"] - 0.5) < 0.06 and climbed["share"] > plain["share"] + 0.08
     x = torch.randn(512, 2)
     cond = run.world.batch(run.recipe.stages[0], 1.0, torch.Generator().manual_seed(0)).cond
-    said = run.state.scorer.rate(x, cond).detach()
+    said = run.state.latent_reward.rate(x, cond).detach()
     assert float(torch.corrcoef(torch.stack([said, run.world.score(x, ["0"] * 512)]))[0, 1]) > 0.9
 
 

@@ -16,7 +16,7 @@ from instep.forces.reward import RewardGradient
 from instep.lab.run import common, ensemble_state
 from instep.lab.world import World
 from instep.levels import AboveExit, AnnealedBeta, LevelSampler
-from instep.matching.critic import Score, ScoreWithHead, tilted
+from instep.matching.critic import FakeScoreLoss, FakeScoreGANLoss, tilted
 from instep.matching.force import DistributionMatching
 from instep.matching.operator import Adaptive, Decoupled, Displacements, NaiveAdaptive, RewardTilted, Standard
 from instep.matching.teacher import Annealed
@@ -174,7 +174,7 @@ def test_adversarial_force_is_autograd_of_its_loss():
 def test_discriminator_losses_by_hand():
     x, real = torch.full((3, 2), 1.0, dtype=F64), torch.full((3, 2), 2.0, dtype=F64)
     seen = view(x, {"fake": Headed(0.5)}, real=real)
-    _, on_real, on_fake = ScoreWithHead(levels=Fixed(), gan_levels=Fixed(), gan_weight=0.1).losses(seen)
+    _, on_real, on_fake = FakeScoreGANLoss(levels=Fixed(), gan_levels=Fixed(), gan_weight=0.1).losses(seen)
     rng = torch.Generator().manual_seed(0)
     noises = [torch.randn(3, 2, generator=rng, dtype=F64) for _ in range(3)]
     logit = lambda x, noise: (0.5 * x + 0.5 * noise).square().sum(1) / 10 - 0.5  # noqa: E731
@@ -221,12 +221,12 @@ def test_the_critics_weight_is_applied_once():
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(3), dtype=F64)
     a = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=F64)
     seen = view(x, {"fake": Linear(0.5)}, group=4, advantage=a)
-    (plain,) = Score(levels=Fixed(), target="x0").losses(view(x, {"fake": Linear(0.5)}, group=4))
-    (weighed,) = Score(levels=Fixed(), target="x0", tilt=1.0).losses(seen)
+    (plain,) = FakeScoreLoss(levels=Fixed(), target="x0").losses(view(x, {"fake": Linear(0.5)}, group=4))
+    (weighed,) = FakeScoreLoss(levels=Fixed(), target="x0", tilt=1.0).losses(seen)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=F64)
     each = (0.5 * (0.5 * x + 0.5 * noise) - x).square().mean(1)
     assert plain.item() == pytest.approx(each.mean().item()) and weighed.item() == pytest.approx(((-a).exp() * each).mean().item())
-    assert Score(tilt=1.0).needs == {"reward"} and not Score().needs
+    assert FakeScoreLoss(tilt=1.0).needs == {"reward"} and not FakeScoreLoss().needs
 
 
 def test_a_constant_group_moves_as_under_plain_matching():

@@ -38,6 +38,6 @@ def test_recipes_share_what_the_table_does_not_name():
 
 
 def test_an_unknown_term_goes_by_its_name():
-    from instep.forces.dm_align import Group
+    from instep.forces.dm_align import AlignGroup
 
-    assert external(Group()) == "group"
+    assert external(AlignGroup()) == "group"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from instep.forces.dm_align import Group, Pair, align_direction, group_factor
+from instep.forces.dm_align import AlignGroup, AlignPair, align_direction, group_factor
 from instep.levels import LevelSampler
 from instep.matching.force import DistributionMatching
 from instep.matching.operator import Displacements, Standard
@@ -94,7 +94,7 @@ def test_align_direction_by_hand() -> None:
 def test_pair_moves_toward_the_preferred_estimate_with_the_same_noise() -> None:
     x, real = torch.zeros(3, 2, dtype=F64), torch.full((3, 2), 4.0, dtype=F64)
     fake = Linear(0.5)
-    g = Pair(levels=Fixed())(view(x, {"fake": fake}, real=real))
+    g = AlignPair(levels=Fixed())(view(x, {"fake": fake}, real=real))
     ((x_t, t, _),) = fake.calls
     own, other = x_t.chunk(2)
     # same level and same noise: the two noised points differ by a(t) (x - x_plus) alone
@@ -111,7 +111,7 @@ def test_group_sign(sign, factors) -> None:
     torch.testing.assert_close(group_factor(advantage, sign), torch.tensor(factors, dtype=F64))
     x = torch.tensor([[2.0, 2.0], [0.0, 0.0]], dtype=F64)
     fake = Linear(0.5)
-    g = Group(levels=Fixed(), top_n=1, sign=sign)(view(x, {"fake": fake}, group=2, reward=advantage, advantage=advantage))
+    g = AlignGroup(levels=Fixed(), top_n=1, sign=sign)(view(x, {"fake": fake}, group=2, reward=advantage, advantage=advantage))
     ((x_t, _, cond),) = fake.calls
     assert len(x_t) == 3 and len(cond) == 3, "two samples and one preferred mean"
     low = 0.5 * (x_t[1] - x_t[2])  # estimate minus preferred estimate
@@ -124,7 +124,7 @@ def test_group_mean_of_the_best_shares_noise_and_level() -> None:
     x = torch.arange(8, dtype=F64).reshape(4, 2)
     reward = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=F64)
     fake = Linear(0.5)
-    Group(levels=Fixed(), top_n=2)(view(x, {"fake": fake}, group=4, reward=reward, advantage=reward - 1.5))
+    AlignGroup(levels=Fixed(), top_n=2)(view(x, {"fake": fake}, group=4, reward=reward, advantage=reward - 1.5))
     ((x_t, t, _),) = fake.calls
     noise = 2 * x_t[:4] - x
     torch.testing.assert_close(noise, noise[:1].expand(4, 2))

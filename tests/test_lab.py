@@ -22,8 +22,8 @@ from instep.recipes.amd import amd, naive_adaptive
 from instep.recipes.dmd import dmd2
 from instep.recipes.refl import refl
 from instep.terms import Batch
-from instep.train.recipe import FewStep, Optim, Stage
-from instep.train.step import Trained, TrainState, iteration
+from instep.train.recipe import RolloutConfig, AdamWConfig, Stage
+from instep.train.step import TrainedParams, TrainState, iteration
 
 HALF = World.named("ring8", members=1, reward="half")
 
@@ -73,9 +73,9 @@ def test_a_fixed_weight_gives_p_over_w(strength):
     mixture, rewarded = HALF.mixture, HALF.rewarded
     log_weight = lambda x: -strength * rewarded[torch.cdist(x, mixture.means).argmin(1)].float()  # noqa: E731
     fake = ExactFake(particles, HALF.path, log_weight=log_weight)
-    optim = Optim(6e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
-    state = TrainState({"student": particles, "fake": fake, "teacher": HALF.teacher}, {"student": Trained(particles.trainable(), optim)}, HALF.path, (2,), rng)
-    stage = Stage("rest", 700, 384, (DistributionMatching(levels=Uniform()),), (), FewStep((1.0,)))
+    optim = AdamWConfig(6e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
+    state = TrainState({"student": particles, "fake": fake, "teacher": HALF.teacher}, {"student": TrainedParams(particles.trainable(), optim)}, HALF.path, (2,), rng)
+    stage = Stage("rest", 700, 384, (DistributionMatching(levels=Uniform()),), (), RolloutConfig((1.0,)))
     names = ("",) * 384
     for step in range(stage.steps):
         iteration(state, stage, [Batch(names, labels(names), labels(names))], step / stage.steps)
@@ -201,7 +201,7 @@ def test_the_command_writes_table_and_figures(tmp_path, capsys, monkeypatch):
     out = tmp_path / "lab"
     assert cli.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "20", "--members", "2", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "exact samples" in shown and "amd" in shown
+    assert "exact" in shown and "amd" in shown
     assert {"lab.json", "table.md", "figure.png", "training.webp"} <= {file.name for file in out.iterdir()}
     saved = json.loads((out / "lab.json").read_text())
     assert [run["name"] for run in saved["runs"]] == ["dmd2", "amd"] and len(saved["runs"][0]["curve"][-1]["figures"]) == 2

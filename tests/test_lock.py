@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from instep.train import lock
-from instep.train.lock import held
+from instep.train.lock import run_lock
 
 pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="this platform has no such lock")
 
 HOLDER = """
 import sys
 from pathlib import Path
-from instep.train.lock import held
-with held(Path({folder!r})):
+from instep.train.lock import run_lock
+with run_lock(Path({folder!r})):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -44,14 +44,14 @@ def test_one_process_a_folder(tmp_path):
     """The second is told who holds it; it is free when the first has ended, and nothing of the lock is left."""
     folder = tmp_path / "runs" / "one"
     with holder(folder) as first:
-        with pytest.raises(ValueError, match=rf"out: {folder} is in use by another run \(process {first.pid} on .*choose another --out"), held(folder):
+        with pytest.raises(ValueError, match=rf"out: {folder} is in use by another run \(process {first.pid} on .*choose another --out"), run_lock(folder):
             pytest.fail("held twice")
-        with held(tmp_path / "runs" / "other"):
+        with run_lock(tmp_path / "runs" / "other"):
             assert (tmp_path / "runs" / "other" / lock.NAME).is_file(), "another folder is another run"
         first.communicate("")
         assert first.returncode == 0
     assert not folder.exists(), "a folder that was made for the lock goes with it"
-    with held(folder):
+    with run_lock(folder):
         (folder / "file").write_text("kept")
     assert [path.name for path in folder.iterdir()] == ["file"]
 
@@ -61,7 +61,7 @@ def test_kill_9_frees_the_folder(tmp_path):
         first.kill()
         first.wait()
         assert str(first.pid) in (tmp_path / lock.NAME).read_text(), "the dead process's file is there still"
-        with held(tmp_path):
+        with run_lock(tmp_path):
             assert str(os.getpid()) in (tmp_path / lock.NAME).read_text() and str(first.pid) not in (tmp_path / lock.NAME).read_text()
     assert list(tmp_path.iterdir()) == []
 
@@ -70,21 +70,21 @@ def test_an_error_frees_the_folder_and_an_empty_one_stays(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), held(folder):
+        with pytest.raises(KeyboardInterrupt), run_lock(folder):
             raise KeyboardInterrupt
     assert folder.is_dir() and list(folder.iterdir()) == []
 
 
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="notes.txt is a file; give a folder"), held(tmp_path / "notes.txt"):
+    with pytest.raises(ValueError, match="notes.txt is a file; give a folder"), run_lock(tmp_path / "notes.txt"):
         pytest.fail("held a file")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_holder_that_leaves_between_open_and_lock(tmp_path, monkeypatch):
     """What was opened has lost its name by then: a lock on it would hold nothing, because the next process makes a new file."""
-    first, real = held(tmp_path / "run"), os.open
+    first, real = run_lock(tmp_path / "run"), os.open
     first.__enter__()
 
     def opens(*args):
@@ -94,7 +94,7 @@ def test_a_holder_that_leaves_between_open_and_lock(tmp_path, monkeypatch):
         return handle
 
     monkeypatch.setattr(lock.os, "open", opens)
-    with held(tmp_path / "run"), pytest.raises(ValueError, match="in use"), held(tmp_path / "run"):
+    with run_lock(tmp_path / "run"), pytest.raises(ValueError, match="in use"), run_lock(tmp_path / "run"):
         pytest.fail("held twice")
 
 
@@ -108,12 +108,12 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         return flock
 
     monkeypatch.setattr(lock.fcntl, "flock", refuses(errno.ENOLCK))
-    with held(tmp_path), held(tmp_path):
+    with run_lock(tmp_path), run_lock(tmp_path):
         pass
     monkeypatch.setattr(lock.fcntl, "flock", refuses(errno.EIO))
-    with pytest.raises(OSError, match="Input/output"), held(tmp_path):
+    with pytest.raises(OSError, match="Input/output"), run_lock(tmp_path):
         pass
     monkeypatch.setattr(lock, "fcntl", None)
-    with held(tmp_path), held(tmp_path):
+    with run_lock(tmp_path), run_lock(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []

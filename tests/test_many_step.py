@@ -22,7 +22,7 @@ from instep.recipes.dmd import dmd2
 from instep.recipes.many_step import ManySteps, dance_grpo, flow_dpo, flow_grpo
 from instep.rollout import Sampling, sample_ode
 from instep.terms import Objective
-from instep.train.recipe import FewStep, Stage
+from instep.train.recipe import RolloutConfig, Stage
 from instep.train.run import RunOptions, train
 from instep.transitions import Deterministic, FlowSDE
 
@@ -110,12 +110,12 @@ def test_what_does_not_go_together_is_refused():
             return frozenset({"reward", "trajectory"})
 
     with pytest.raises(ValueError, match="transition: deterministic steps are no policy, and stage 'rl' has a policy gradient"):
-        Stage("rl", 1, 8, (Policy(name="p"),), (), FewStep((1.0, 0.5), transition=Deterministic()), group=4)
+        Stage("rl", 1, 8, (Policy(name="p"),), (), RolloutConfig((1.0, 0.5), transition=Deterministic()), group=4)
     with pytest.raises(ValueError, match="fraction: 0 is not allowed"):
         dance_grpo(fraction=0)
     with pytest.raises(ValueError, match="noise: 0 is not allowed"):
         flow_grpo(noise=0)
     with pytest.raises(ValueError, match="steps: 1 is not allowed for a many-step model"):
         build("flow-grpo", common(), 9)
-    assert flow_dpo().stages[0].needs == {"reward", "reference"} and isinstance(flow_grpo().stages[0].collect.transition, FlowSDE)
+    assert flow_dpo().stages[0].needs == {"reward", "reference"} and isinstance(flow_grpo().stages[0].rollout.transition, FlowSDE)
     assert Sampling((1.0,)).kind == "few-step"

@@ -24,7 +24,7 @@ from instep.recipes.after import rl_after
 from instep.recipes.common import Common
 from instep.recipes.dmdr import dmdr
 from instep.rollout import Trajectory
-from instep.train.recipe import FewStep, Stage
+from instep.train.recipe import RolloutConfig, Stage
 from instep.train.step import iteration
 from instep.transitions import Renoise
 
@@ -49,8 +49,8 @@ def test_surrogate_by_hand():
 
 
 def policy_state(objective, epochs, seed=0):
-    state = mlp_state(score=lambda x, names: x[:, 0], seed=seed)
-    return state, Stage("rl", 1, 64, (objective,), (), FewStep(LEVELS), group=8, inner_epochs=epochs)
+    state = mlp_state(reward_fn=lambda x, names: x[:, 0], seed=seed)
+    return state, Stage("rl", 1, 64, (objective,), (), RolloutConfig(LEVELS), group=8, inner_epochs=epochs)
 
 
 def test_ratio_is_one_before_the_update_and_the_clip_acts_after_it(monkeypatch):
@@ -85,7 +85,7 @@ def test_a_policy_that_differs_from_itself_is_refused():
 @pytest.mark.parametrize("objective", [GRPO(), DDPO()])
 def test_one_step_students_have_no_policy(objective):
     with pytest.raises(ValueError, match="steps: 1 is not allowed in stage 'rl': a 1-step student has no stochastic step"):
-        Stage("rl", 1, 8, (objective,), (), FewStep((1.0,)), group=4)
+        Stage("rl", 1, 8, (objective,), (), RolloutConfig((1.0,)), group=4)
 
 
 def test_ddpo_is_the_score_function_of_the_last_transitions():

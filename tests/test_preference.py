@@ -17,7 +17,7 @@ from instep.objectives.preference import Preference
 from instep.prediction import Prediction
 from instep.rollout import Point, Rollout
 from instep.terms import Pairs
-from instep.train.recipe import FewStep, Stage
+from instep.train.recipe import RolloutConfig, Stage
 
 
 def draw(sampler, n=20000, seed=0):
@@ -196,8 +196,8 @@ def test_each_kind_asks_for_what_it_compares():
     assert Preference(pairs="offline").needs == {"pairs", "reference"}
     assert Preference(pairs="offline", levels=HighLow(10)).passes(1) == (10, 10) and Preference().passes(8) == (0.25, 0.25)
     half = Preference(pairs="half-online")
-    assert Stage("h", 1, 4, (half,), (), FewStep((1.0, 0.5))).to_the_end
-    with pytest.raises(ValueError, match="stage 'h': it compares with samples of the student but collect is None"):
+    assert Stage("h", 1, 4, (half,), (), RolloutConfig((1.0, 0.5))).to_the_end
+    with pytest.raises(ValueError, match="stage 'h': it compares with samples of the student but rollout is None"):
         Stage("h", 1, 4, (half,))
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from instep.advantage import group_advantage
-from instep.forces.dm_align import Group, align_direction, group_factor
-from instep.matching.critic import Score, denoising_error
+from instep.forces.dm_align import AlignGroup, align_direction, group_factor
+from instep.matching.critic import FakeScoreLoss, denoising_error
 from instep.matching.force import DistributionMatching
 from instep.models.mixture import ExactTeacher, Mixture, labels
 from instep.models.small import VelocityMLP
@@ -17,8 +17,8 @@ from instep.paths import RectifiedFlow
 from instep.prediction import score_of_x0
 from instep.rollout import draw_exits, rollout_few_step
 from instep.terms import Batch, View
-from instep.train.recipe import FewStep, Optim, Stage
-from instep.train.step import Trained, TrainState, iteration
+from instep.train.recipe import RolloutConfig, AdamWConfig, Stage
+from instep.train.step import TrainedParams, TrainState, iteration
 
 PATH = RectifiedFlow()
 LEVELS = (1.0, 0.75, 0.5, 0.25)
@@ -94,7 +94,7 @@ def test_how_far_the_gradient_of_the_final_sample_reaches():
 def state() -> TrainState:
     torch.manual_seed(0)
     student, fake = VelocityMLP(PATH), VelocityMLP(PATH)
-    trained = {name: Trained(dict(net.named_parameters()), Optim(1e-3)) for name, net in (("student", student), ("fake", fake))}
+    trained = {name: TrainedParams(dict(net.named_parameters()), AdamWConfig(1e-3)) for name, net in (("student", student), ("fake", fake))}
     return TrainState({"student": student, "fake": fake, "teacher": ExactTeacher(Mixture.ring(), PATH)}, trained, PATH, (2,), rng())
 
 
@@ -105,14 +105,14 @@ def test_critics_follow_the_student_on_its_own_samples():
         for name, trained in made.trained.items():
             trained.step = lambda lr, optim, name=name, order=order: (order.append(name), (0.0, True))[1]
 
-        class Spy(Score):
+        class Spy(FakeScoreLoss):
             def losses(self, view: View, seen=seen):
                 point = view.samples.point("exit")
                 seen.append(point.x)
                 assert not point.x.requires_grad
                 yield from super().losses(view)
 
-        stage = Stage("s", 1, 8, (DistributionMatching(),), (Spy(updates=5, reuse=reuse),), FewStep(LEVELS))
+        stage = Stage("s", 1, 8, (DistributionMatching(),), (Spy(updates=5, reuse=reuse),), RolloutConfig(LEVELS))
         names = ("0",) * 8
         iteration(made, stage, [Batch(names, labels(names), labels([""] * 8))], 0.0)
         assert order == ["student"] + ["fake"] * 5
@@ -130,8 +130,8 @@ def test_velocity_error_is_the_papers_error_weighed_by_level():
 
 
 def test_a_group_of_equal_rewards_feels_no_alignment():
-    made = replace(state(), score=lambda x, names: torch.zeros(len(x)))
-    stage = Stage("s", 1, 8, (Group(),), (), FewStep(LEVELS), group=4)
+    made = replace(state(), reward_fn=lambda x, names: torch.zeros(len(x)))
+    stage = Stage("s", 1, 8, (AlignGroup(),), (), RolloutConfig(LEVELS), group=4)
     log = iteration(made, stage, [Batch(("0", "1"), labels(["0", "1"]), labels(["", ""]))], 0.0)
     assert log["reward/constant_groups"] == 1 and log["force/group/norm"] == 0 and log["grad/student"] == 0
 

@@ -17,21 +17,21 @@ from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
 from instep.rollout import sample_few_step
 from instep.terms import Batch
-from instep.train.recipe import Optim, Recipe
-from instep.train.step import Trained, TrainState, iteration
+from instep.train.recipe import AdamWConfig, Recipe
+from instep.train.step import TrainedParams, TrainState, iteration
 
 PATH, RING = RectifiedFlow(), Mixture.ring()
-STUDENT, FAKE = Optim(1e-3, betas=(0.5, 0.99), clip=5.0, decay=0.6), Optim(2e-3, betas=(0.5, 0.99), clip=5.0, decay=0.6)
+STUDENT, FAKE = AdamWConfig(1e-3, betas=(0.5, 0.99), clip=5.0, decay=0.6), AdamWConfig(2e-3, betas=(0.5, 0.99), clip=5.0, decay=0.6)
 COMMON = Common(batch=256, guidance=1.0, shift=1.0, student=STUDENT, fake=FAKE, ema=None)
 
 
-def new_state(score: Callable | None = None, seed: int = 0) -> TrainState:
+def new_state(reward_fn: Callable | None = None, seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
     student, fake = VelocityMLP(PATH), VelocityMLP(PATH, exits=4)
     pretrain(student)
-    trained = {"student": Trained(dict(student.named_parameters()), STUDENT), "fake": Trained(dict(fake.named_parameters()), FAKE)}
+    trained = {"student": TrainedParams(dict(student.named_parameters()), STUDENT), "fake": TrainedParams(dict(fake.named_parameters()), FAKE)}
     roles = {"student": student, "fake": fake, "teacher": ExactTeacher(RING, PATH)}
-    return TrainState(roles, trained, PATH, (2,), torch.Generator().manual_seed(seed), score)
+    return TrainState(roles, trained, PATH, (2,), torch.Generator().manual_seed(seed), reward_fn)
 
 
 def pretrain(net: VelocityMLP, steps: int = 400) -> None:
@@ -53,9 +53,9 @@ def batches(state: TrainState, n: int, preferred: Callable | None) -> list[Batch
     return [Batch(names, cond, labels([""] * n), preferred(cond.label, state.rng) if preferred else None)]
 
 
-def run(recipe: Recipe, score: Callable | None = None, preferred: Callable | None = None) -> Tensor:
+def run(recipe: Recipe, reward_fn: Callable | None = None, preferred: Callable | None = None) -> Tensor:
     """Trains the recipe and returns 2,000 samples of its student."""
-    state = new_state(score)
+    state = new_state(reward_fn)
     for step in range(recipe.steps):
         stage, progress = recipe.at(step)
         iteration(state, stage, batches(state, stage.batch // stage.group, preferred), progress)

@@ -31,7 +31,7 @@ from instep.recipes.dmdr import dmdr
 from instep.rewards.base import FunctionReward
 from instep.rewards.several import several
 from instep.rollout import Point, Rollout, Trajectory
-from instep.train.recipe import FewStep, Stage
+from instep.train.recipe import RolloutConfig, Stage
 from instep.train.run import RunOptions, train
 from instep.train.step import iteration
 from instep.transitions import CPS, DanceSDE, FlowSDE, Renoise, Transition
@@ -229,12 +229,12 @@ def test_operators_of_the_authors_variants():
 
 
 def test_the_reference_is_the_student_at_the_beginning_of_its_stage():
-    state = mlp_state(score=lambda x, names: x[:, 0])
+    state = mlp_state(reward_fn=lambda x, names: x[:, 0])
     import copy
 
     state.roles = {**state.roles, "reference": copy.deepcopy(state.roles["student"])}
     state.reference = tuple(state.roles["reference"].parameters())
-    stage = Stage("rl", 3, 32, (Preference(levels=OneOf(LEVELS)),), (), FewStep(LEVELS), group=8)
+    stage = Stage("rl", 3, 32, (Preference(levels=OneOf(LEVELS)),), (), RolloutConfig(LEVELS), group=8)
     start = [p.detach().clone() for p in state.trained["student"].parameters.values()]
     first = iteration(state, stage, [batch_of(prompts(4, state.rng))], 0.0)
     assert first["objective/dpo"] == pytest.approx(math.log(2), abs=1e-6)
@@ -332,21 +332,21 @@ def test_a_reference_beside_a_bent_teacher_is_a_plain_copy(tmp_path):
     """DynaDG puts an adapter into the pretrained network; the reference must not have it."""
     run = train(dmdr(SHORT, warm=1, iterations=2, group=2, rl="dpo"), family(), out=tmp_path / "run", prompts=PROMPTS, reward=brightness, options=QUICK)
     assert run.state.roles["reference"].named_parameters().keys() == run.state.roles["student"].named_parameters().keys()
-    assert run.state.anchored == "joint" and len(run.state.reference) == len(run.state.trained["student"].parameters)
+    assert run.state.reference_stage == "joint" and len(run.state.reference) == len(run.state.trained["student"].parameters)
 
 
 def test_the_weight_of_a_single_reward_counts_everywhere():
     g = torch.randn(1, 4, 2, dtype=F64)
     torch.testing.assert_close(balanced(g, (-0.5,)), -0.5 * g[0])
-    state = mlp_state(score=lambda x, names: x[:, 0])
+    state = mlp_state(reward_fn=lambda x, names: x[:, 0])
     state.weights = (-2.0,)
-    stage = Stage("rl", 1, 16, (Preference(levels=OneOf(LEVELS)),), (), FewStep(LEVELS), group=4)
+    stage = Stage("rl", 1, 16, (Preference(levels=OneOf(LEVELS)),), (), RolloutConfig(LEVELS), group=4)
     from instep.terms import View
-    from instep.train.step import Scalars, collect, score
+    from instep.train.step import Scalars, roll_out, score_rollout
 
     batch = batch_of(prompts(4, state.rng))
     view = View(state.roles, state.path, batch, 0.0, state.rng)
-    scored = score(state, stage, view, collect(state, stage, view, with_graph=False, to_the_end=True), Scalars())
+    scored = score_rollout(state, stage, view, roll_out(state, stage, view, with_graph=False, to_the_end=True), Scalars())
     x = scored.point("final").x[:, 0]
     torch.testing.assert_close(scored.reward, -2 * x)
     torch.testing.assert_close(scored.advantage, -2 * group_advantage(x, 4), rtol=1e-4, atol=1e-5)

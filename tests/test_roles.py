@@ -13,7 +13,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from instep.models import VideoSize
 from instep.models.wan import STOCK_TEXT_LENGTH, WanFamily
 from instep.roles import Backbone, LoRA, Role
-from instep.train.recipe import Optim, Recipe, RoleConfig, Stage
+from instep.train.recipe import AdamWConfig, Recipe, RoleConfig, Stage
 from instep.train.setup import make_state
 
 PROMPTS = ["a seven moving left fast", "a digit"]
@@ -156,7 +156,7 @@ def test_the_head_belongs_to_its_role():
 
 @pytest.mark.parametrize("lora", [None, LoRA(4)])
 def test_a_recipe_gives_its_fake_a_head_that_is_trained(lora):
-    optim = Optim(1e-3)
+    optim = AdamWConfig(1e-3)
     roles = {"student": RoleConfig(optim, lora), "fake": RoleConfig(optim, lora, exits=True, head=True), "teacher": RoleConfig()}
     recipe = Recipe("gan", (1.0, 0.5), roles, (Stage("gan", 1, 1, ()),))
     states = [make_state(recipe, WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES)), seed, None) for seed in (0, 0, 1)]

@@ -23,11 +23,11 @@ from instep.models import VideoSize
 from instep.plan import passes
 from instep.recipes.apo import apo
 from instep.train import run as module
-from instep.train.recipe import Optim
+from instep.train.recipe import AdamWConfig
 from instep.train.run import train
 from instep.workload import recipe_workload, wan_module, wan_workload
 
-FAST = replace(TINY, batch=8, student=Optim(1e-3))
+FAST = replace(TINY, batch=8, student=AdamWConfig(1e-3))
 # what the scripts that stand in for people say of each prompt: b, a or equal
 ANSWERS = {
     "agreed": ("b", "b", "b"), "most": ("b", "b", "a"), "others": ("a", "b", "a"), "one said": ("equal", "b", "equal"), "split": ("b", "a", "equal"),

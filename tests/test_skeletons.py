@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from instep.forces.adversarial import Adversarial
-from instep.forces.dm_align import Group
+from instep.forces.dm_align import AlignGroup
 from instep.levels_apo import HighLow
-from instep.matching.critic import Score, ScoreWithHead
+from instep.matching.critic import FakeScoreLoss, FakeScoreGANLoss
 from instep.matching.force import DistributionMatching
 from instep.models.mixture import ExactTeacher, Mixture, labels
 from instep.models.small import ExactFake, Particles, VelocityMLP
 from instep.objectives.preference import Preference
 from instep.paths import RectifiedFlow
 from instep.terms import Batch, Objective, Pairs, View, as_force
-from instep.train.recipe import FewStep, Optim, Stage
-from instep.train.step import Trained, TrainState, iteration
+from instep.train.recipe import RolloutConfig, AdamWConfig, Stage
+from instep.train.step import TrainedParams, TrainState, iteration
 from instep.transitions import Renoise
 
 PATH = RectifiedFlow()
 RING = Mixture.ring()
 LEVELS = (1.0, 0.75, 0.5, 0.25)
-OPTIM = Optim(2e-3, betas=(0.5, 0.99), clip=5.0)
+OPTIM = AdamWConfig(2e-3, betas=(0.5, 0.99), clip=5.0)
 
 
 def prompts(n: int, rng: torch.Generator) -> tuple[str, ...]:
@@ -41,12 +41,12 @@ def batch_of(names: tuple[str, ...], real: Tensor | None = None, pairs: Pairs | 
     return Batch(names, labels(names), labels([""] * len(names)), real, pairs)
 
 
-def mlp_state(*, exits: int = 0, score=None, seed: int = 0, head: bool = False) -> TrainState:
+def mlp_state(*, exits: int = 0, reward_fn=None, seed: int = 0, head: bool = False) -> TrainState:
     torch.manual_seed(seed)
     student, fake = VelocityMLP(PATH), VelocityMLP(PATH, exits=exits, head=head)
-    trained = {"student": Trained(student.trainable(), OPTIM), "fake": Trained(fake.trainable(), OPTIM)}
+    trained = {"student": TrainedParams(student.trainable(), OPTIM), "fake": TrainedParams(fake.trainable(), OPTIM)}
     roles = {"student": student, "fake": fake, "teacher": ExactTeacher(RING, PATH)}
-    return TrainState(roles, trained, PATH, (2,), torch.Generator().manual_seed(seed), score)
+    return TrainState(roles, trained, PATH, (2,), torch.Generator().manual_seed(seed), reward_fn)
 
 
 def quality(x: Tensor) -> float:
@@ -56,25 +56,25 @@ def quality(x: Tensor) -> float:
 
 def test_dm_align_has_two_live_points():
     """Both forces reach the student, and the sum of their gradients is the gradient of the sum."""
-    state = mlp_state(score=lambda x, names: x[:, 0])
+    state = mlp_state(reward_fn=lambda x, names: x[:, 0])
     stage = Stage(
-        "align", 1, 32, (DistributionMatching(weight=0.5), Group(weight=0.5, sign="signed")), (Score(),), FewStep(LEVELS), group=4
+        "align", 1, 32, (DistributionMatching(weight=0.5), AlignGroup(weight=0.5, sign="signed")), (FakeScoreLoss(),), RolloutConfig(LEVELS), group=4
     )
     assert stage.live == {"exit", "final"} and stage.to_the_end
 
     def gradient(terms) -> Tensor:
-        one = mlp_state(score=lambda x, names: x[:, 0])
+        one = mlp_state(reward_fn=lambda x, names: x[:, 0])
         seen: list[Tensor] = []
         student = one.trained["student"]
         student.step = lambda lr, optim: (seen.append(torch.cat([p.grad.flatten() for p in student.parameters.values()])), (0.0, True))[1]
-        iteration(one, Stage("align", 1, 32, terms, (), FewStep(LEVELS), group=4), [batch_of(prompts(8, one.rng))], 0.0)
+        iteration(one, Stage("align", 1, 32, terms, (), RolloutConfig(LEVELS), group=4), [batch_of(prompts(8, one.rng))], 0.0)
         return seen[0]
 
-    dm, group = DistributionMatching(weight=0.5), Group(weight=0.5, sign="signed")
+    dm, group = DistributionMatching(weight=0.5), AlignGroup(weight=0.5, sign="signed")
     both = gradient((dm, group))
     assert both.norm() > 0
     # the same rollout, the same random numbers: silence one of the two by its weight
-    silent_group = gradient((dm, Group(weight=0.0, sign="signed")))
+    silent_group = gradient((dm, AlignGroup(weight=0.0, sign="signed")))
     silent_dm = gradient((DistributionMatching(weight=0.0), group))
     torch.testing.assert_close(both, silent_group + silent_dm, rtol=1e-4, atol=1e-6)
     log = iteration(state, stage, [batch_of(prompts(8, state.rng))], 0.0)
@@ -84,7 +84,7 @@ def test_dm_align_has_two_live_points():
 def test_gan_puts_two_losses_on_the_fake():
     state = mlp_state(head=True)
     terms = (DistributionMatching(), Adversarial(weight=0.05))
-    stage = Stage("gan", 1, 64, terms, (ScoreWithHead(updates=5, gan_weight=0.1),), FewStep((1.0,)))
+    stage = Stage("gan", 1, 64, terms, (FakeScoreGANLoss(updates=5, gan_weight=0.1),), RolloutConfig((1.0,)))
     before = state.roles["fake"].head[0].weight.detach().clone()
     losses = []
     for _ in range(60):
@@ -127,8 +127,8 @@ class ClippedPolicy(Objective):
 
 
 def test_grpo_with_two_inner_epochs_leaves_ratio_one():
-    state = mlp_state(score=lambda x, names: x[:, 0])
-    stage = Stage("grpo", 1, 64, (ClippedPolicy(),), (), FewStep(LEVELS), group=8, inner_epochs=2)
+    state = mlp_state(reward_fn=lambda x, names: x[:, 0])
+    stage = Stage("grpo", 1, 64, (ClippedPolicy(),), (), RolloutConfig(LEVELS), group=8, inner_epochs=2)
     RATIOS.clear()
     log = iteration(state, stage, [batch_of(prompts(8, state.rng))], 0.0)
     assert len(RATIOS) == 6, "three stochastic steps of four levels, in two epochs"
@@ -163,9 +163,9 @@ def test_particles_find_the_mixture():
     rng = torch.Generator().manual_seed(0)
     particles = Particles(torch.randn(512, 2, generator=rng))
     roles = {"student": particles, "fake": ExactFake(particles, PATH), "teacher": ExactTeacher(RING, PATH)}
-    optim = Optim(3e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
-    state = TrainState(roles, {"student": Trained(dict(particles.named_parameters()), optim)}, PATH, (2,), rng)
-    stage = Stage("particles", 500, 512, (DistributionMatching(),), (), FewStep((1.0,)))
+    optim = AdamWConfig(3e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
+    state = TrainState(roles, {"student": TrainedParams(dict(particles.named_parameters()), optim)}, PATH, (2,), rng)
+    stage = Stage("particles", 500, 512, (DistributionMatching(),), (), RolloutConfig((1.0,)))
     batch = batch_of(("",) * 512)
     for step in range(stage.steps):
         iteration(state, stage, [batch], step / stage.steps)
@@ -178,7 +178,7 @@ def test_particles_find_the_mixture():
 def test_student_learns_with_a_conditioned_fake():
     """Distribution matching through networks: four steps, one fake told the exit; quality rises far above the start."""
     state = mlp_state(exits=4)
-    stage = Stage("dmd", 400, 256, (DistributionMatching(),), (Score(condition_on_exit=True),), FewStep(LEVELS))
+    stage = Stage("dmd", 400, 256, (DistributionMatching(),), (FakeScoreLoss(condition_on_exit=True),), RolloutConfig(LEVELS))
     assert as_force(torch.ones(4, 2)).sum() == 1
     for step in range(400):
         iteration(state, stage, [batch_of(prompts(256, state.rng))], step / 400)

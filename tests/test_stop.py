@@ -20,11 +20,11 @@ from instep.recipes.common import Common
 from instep.train import checkpoint, stop
 from instep.train import run as run_module
 from instep.train.health import Finding, flags
-from instep.train.recipe import Optim
+from instep.train.recipe import AdamWConfig
 from instep.train.run import RunOptions, train
 from instep.train.stop import Probed
 
-RECIPE = rl_after(Common(batch=4, steps=2, student=Optim(6e-3)), distil=0, iterations=8)
+RECIPE = rl_after(Common(batch=4, steps=2, student=AdamWConfig(6e-3)), distil=0, iterations=8)
 
 
 class Brightness:

@@ -31,10 +31,10 @@ from instep.recipes.apo import apo
 from instep.recipes.many_step import ManySteps
 from instep.roles import Backbone, LoRA, Role
 from instep.rollout import Sampling
-from instep.strengths import Ranges, StrengthEmbedding, fold
+from instep.strengths import Ranges, GuidanceEmbedding, fold
 from instep.terms import View
 from instep.train.finish import folded
-from instep.train.recipe import FewStep, Recipe, RoleConfig, Stage, describe
+from instep.train.recipe import RolloutConfig, Recipe, RoleConfig, Stage, describe
 from instep.train.run import train
 from instep.train.source import PairSamples
 from instep.train.step import iteration
@@ -140,7 +140,7 @@ def test_the_fold_is_exact(name):
     """In float64, at the layer itself: the time embedding of a bias b + g is that of b, plus g."""
     fam = FAMILIES[name][0]()
     module = fam.new_backbone().double()
-    embedding = loud(StrengthEmbedding(RANGES, fam.time_width(module))).double()
+    embedding = loud(GuidanceEmbedding(RANGES, fam.time_width(module))).double()
     read = torch.randn(3, fam.time_embedders(module)[0].linear_1.in_features, dtype=F64)
     with torch.no_grad():
         before = [embedder(read) for embedder in fam.time_embedders(module)]
@@ -288,7 +288,7 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="strengths: .2.0, 0.0. in stage 'x': a student that is told them is sampled without guidance; set guided=False"):
         Stage("x", 1, 1, (), strengths=(2.0, 0.0))
     with pytest.raises(ValueError, match="strengths: .2.0, 0.0. in stage 'x'"):
-        Stage("x", 1, 1, (), (), FewStep((1.0,), transition=Deterministic(), guidance=2.0), guided=False, strengths=(2.0, 0.0))
+        Stage("x", 1, 1, (), (), RolloutConfig((1.0,), transition=Deterministic(), guidance=2.0), guided=False, strengths=(2.0, 0.0))
     stage = Stage("x", 1, 1, (), guided=False, strengths=(2.0, 0.0))
     with pytest.raises(ValueError, match="strengths: stage 'x' tells the student .2.0, 0.0., which takes none"):
         Recipe("r", (1.0,), {"student": RoleConfig()}, (stage,))

@@ -16,7 +16,7 @@ from torch import Tensor
 from instep.paths import Path, at_least_float32, broadcast
 from instep.strengths import Strengths
 
-Parameterisation = Literal["velocity", "x0", "eps", "v_prediction"]
+PredictionType = Literal["velocity", "x0", "eps", "v_prediction"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def score_of_x0(path: Path, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
     return (broadcast(path.a(t), x_t) * x0 - x_t) / broadcast(path.b(t), x_t).square()
 
 
-def read(kind: Parameterisation, raw: Tensor, path: Path, x_t: Tensor, t: Tensor) -> Prediction:
+def read(kind: PredictionType, raw: Tensor, path: Path, x_t: Tensor, t: Tensor) -> Prediction:
     """Raw network output [B, ...] as a `Prediction`; everything in float32 or better.
 
     `eps` needs a(t) > 0 and `x0` needs b(t) > 0; the other two hold at every level.

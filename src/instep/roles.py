@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from instep.prediction import Condition, Parameterisation, Prediction, read
-from instep.strengths import Ranges, StrengthEmbedding
+from instep.prediction import Condition, PredictionType, Prediction, read
+from instep.strengths import Ranges, GuidanceEmbedding
 
 if TYPE_CHECKING:
     from instep.models.base import Family
@@ -51,7 +51,7 @@ class Call:
     exits: nn.Embedding | None
     features: list[Tensor] | None = None
     skips: tuple[int, ...] = ()
-    told: StrengthEmbedding | None = None
+    told: GuidanceEmbedding | None = None
 
 
 class Running:
@@ -198,7 +198,7 @@ class Role:
         scale: float = 1.0,
         exits: int | None = None,
         head: bool = False,
-        reads: Parameterisation | None = None,
+        reads: PredictionType | None = None,
         told: Ranges | None = None,
     ) -> None:
         self.name, self.backbone, self.adapter, self.scale = name, backbone, adapter, scale
@@ -206,7 +206,7 @@ class Role:
         self.skips: tuple[int, ...] = ()
         self.exits: nn.Embedding | None = None
         self.head: Head | None = None
-        self.told: StrengthEmbedding | None = None
+        self.told: GuidanceEmbedding | None = None
         device = next(backbone.module.parameters()).device
         if exits is not None:
             self.exits = nn.Embedding(exits, backbone.family.time_width(backbone.module)).to(device)
@@ -216,7 +216,7 @@ class Role:
             backbone.watch_features()
             self.head = Head(backbone.family.feature_width(backbone.module)).to(device)
         if told is not None:
-            self.told = StrengthEmbedding(told, backbone.family.time_width(backbone.module)).to(device)
+            self.told = GuidanceEmbedding(told, backbone.family.time_width(backbone.module)).to(device)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         family, module = self.backbone.family, self.backbone.module

@@ -71,7 +71,7 @@ class Rollout:
 
     def point(self, where: Where) -> Point:
         found = {"exit": self.exit, "final": self.final}[where]
-        assert found is not None, f"this rollout has no {where} point; the stage's collect must ask for it"
+        assert found is not None, f"this rollout has no {where} point; the stage's rollout must ask for it"
         return found
 
     def detach(self) -> Rollout:

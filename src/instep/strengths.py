@@ -70,7 +70,7 @@ def _span(ends: tuple[float, float]) -> str:
     return f"{ends[0]:g} to {ends[1]:g}" if ends[0] != ends[1] else f"{ends[0]:g}"
 
 
-class StrengthEmbedding(nn.Module):
+class GuidanceEmbedding(nn.Module):
     """Strengths [B, 2] to what is added to the time embedding, [B, width]; float32. The last layer starts at zero: at first it says nothing.
 
     Meng et al. (2023, On Distillation of Guided Diffusion Models) tell w in the same place.
@@ -89,7 +89,7 @@ class StrengthEmbedding(nn.Module):
 
 
 @torch.no_grad()
-def fold(embedders: Sequence[nn.Module], embedding: StrengthEmbedding, strengths: Strengths) -> None:
+def fold(embedders: Sequence[nn.Module], embedding: GuidanceEmbedding, strengths: Strengths) -> None:
     """The time embedders (`Family.time_embedders`) say untold what they said when told `strengths`: it is added to their last layers' biases, in place."""
     told = embedding(torch.tensor([strengths], device=embedding.out.bias.device))[0]
     for embedder in embedders:

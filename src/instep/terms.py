@@ -15,14 +15,14 @@ from torch import Tensor
 
 from instep.paths import Path
 from instep.prediction import Condition, Denoiser
-from instep.rewards.latent import LatentScorer
+from instep.rewards.latent import LatentReward
 from instep.rollout import Rollout, Where
 
 # what a term or a critic may ask of its stage: the reward of final samples, a reward with a gradient, real samples of the batch's
 # prompts, real ones that people prefer, stored outputs of the teacher with the noise they came from, the trajectory of the rollout, the
 # student as it was when the stage began, the end of the student's rollout, labelled pairs of samples, the student's running average, the latent
 # reward model, rewards of the samples it learns from
-Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory", "reference", "final", "pairs", "average", "scorer", "labels"]
+Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory", "reference", "final", "pairs", "average", "latent_reward", "labels"]
 NOTHING: frozenset[Need] = frozenset()
 
 
@@ -76,8 +76,8 @@ class Batch:
 class View:
     """Everything a term may look at. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator.
 
-    `epoch` counts the inner epochs on one rollout. `reward` of latents [B, ...] and their prompts -> [B] can be differentiated, or [B, R] for
-    several rewards with their `weights`; None where the run has no such reward. `scorer` is the latent reward model, `labels` what it learns from.
+    `epoch` counts the inner epochs on one rollout. `reward_grad_fn` of latents [B, ...] and their prompts -> [B] can be differentiated, or [B, R] for
+    several rewards with their `weights`; None where the run has no such reward. `latent_reward` is the latent reward model, `labels` what it learns from.
     """
 
     roles: Mapping[str, Denoiser]
@@ -86,15 +86,15 @@ class View:
     progress: float
     rng: torch.Generator
     rollout: Rollout | None = None
-    reward: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    reward_grad_fn: Callable[[Tensor, Sequence[str]], Tensor] | None = None
     epoch: int = 0
     weights: tuple[float, ...] = (1.0,)
-    scorer: LatentScorer | None = None
+    latent_reward: LatentReward | None = None
     labels: Labels | None = None
 
     @property
     def samples(self) -> Rollout:
-        assert self.rollout is not None, "this stage collects no rollout, but a term asks for one"
+        assert self.rollout is not None, "this stage has no rollout, but a term asks for one"
         return self.rollout
 
     def with_rollout(self, rollout: Rollout | None) -> View:
@@ -171,8 +171,8 @@ class Critic:
         """Network evaluations (forward and backward) a sample and update, for `instep plan`."""
         return 1.0
 
-    def prepare(self, view: View, score: Callable[[Tensor, Sequence[str]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
-        """What its updates on one rollout share; `score` is the run's reward without a gradient, `note` writes a scalar into the log."""
+    def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[str]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
+        """What its updates on one rollout share; `reward_fn` is the run's reward without a gradient, `note` writes a scalar into the log."""
         return view
 
     def losses(self, view: View) -> Iterator[Tensor]:

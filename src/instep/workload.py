@@ -127,11 +127,11 @@ def recipe_workload(recipe: Recipe, stage: Stage, base: Workload) -> Workload:
     from instep.matching.force import DistributionMatching
 
     matching = [force for force in stage.forces if isinstance(force, DistributionMatching)]
-    lora, collect = recipe.roles["student"].lora, stage.collect
+    lora, rollout = recipe.roles["student"].lora, stage.rollout
     guidance = matching[0].guidance if matching else 1.0
     standard = DistributionMatching(guidance=guidance).passes(stage.group)[0] if matching else 0.0
-    levels = len(collect.levels) if collect else 1
-    guided = 2 if collect and collect.guidance != 1 else 1
+    levels = len(rollout.levels) if rollout else 1
+    guided = 2 if rollout and rollout.guidance != 1 else 1
     plain = graph = 0.0
     for term in stage.terms:
         more = stage.inner_epochs * (guided if "trajectory" in term.needs else 1)
@@ -142,8 +142,8 @@ def recipe_workload(recipe: Recipe, stage: Stage, base: Workload) -> Workload:
     return replace(
         base, batch=stage.batch, accumulate=stage.accumulate, levels=levels, guidance=guidance, critic_updates=updates,
         reuse=all(critic.reuse for critic in stage.critics), needs_final=stage.to_the_end, final_live=final_live,
-        trajectory=final_live and collect is not None and collect.through == "trajectory", roles="copies" if lora is None else "lora",
+        trajectory=final_live and rollout is not None and rollout.through == "trajectory", roles="copies" if lora is None else "lora",
         lora_rank=base.lora_rank if lora is None else lora.rank, ema=recipe.roles["student"].ema is not None,
         other_plain=plain - standard, other_graph=graph, critic_passes=critics / updates if updates else 1.0,
-        matching=bool(matching), rolls=collect is not None, supervised=bool(stage.live), rollout_passes=guided,
+        matching=bool(matching), rolls=rollout is not None, supervised=bool(stage.live), rollout_passes=guided,
     )  # fmt: skip

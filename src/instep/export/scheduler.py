@@ -10,7 +10,7 @@ from torch import Tensor
 
 from instep.levels import check_levels
 from instep.paths import Path, RectifiedFlow, VariancePreserving
-from instep.prediction import Parameterisation
+from instep.prediction import PredictionType
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 NUDGES = 40
 
 
-def few_step_scheduler(path: Path, levels: Sequence[float], parameterisation: Parameterisation) -> FlowMatchEulerDiscreteScheduler | LCMScheduler:
+def few_step_scheduler(path: Path, levels: Sequence[float], parameterisation: PredictionType) -> FlowMatchEulerDiscreteScheduler | LCMScheduler:
     """The stock scheduler that predicts x0 at `levels` of `path` and re-noises between them, for `set_timesteps(len(levels))`.
 
     FlowMatchEulerDiscreteScheduler on the rectified flow, LCMScheduler on a variance-preserving path. Raises ValueError for a list that the class

@@ -11,7 +11,7 @@ import torch
 
 from instep.levels import check_levels
 from instep.paths import VariancePreserving
-from instep.prediction import Parameterisation
+from instep.prediction import PredictionType
 
 if TYPE_CHECKING:
     from diffusers import LCMScheduler
@@ -24,7 +24,7 @@ SCALING = 2.0**20
 TOLERANCE = 1e-6
 
 
-def vp_scheduler(path: VariancePreserving, levels: Sequence[float], parameterisation: Parameterisation) -> LCMScheduler:
+def vp_scheduler(path: VariancePreserving, levels: Sequence[float], parameterisation: PredictionType) -> LCMScheduler:
     """The scheduler whose `set_timesteps(len(levels))` gives the training steps of `levels` (t = k / N is step k - 1) and which re-noises between them.
 
     `LCMScheduler(original_inference_steps=m)` knows every (N // m)-th step and takes n of them, evenly: that is uniform levels n / n, ..., 1 / n with n

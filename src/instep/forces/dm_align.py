@@ -2,7 +2,7 @@
 
 Both are read as differences of *denoised estimates*, as DMD's own gradient is. The literal difference of scores at two points
 would also subtract the points themselves and push away from the preferred one (docs/errata.md). The graph reaches the student
-through the last step of its rollout; `Stage.collect.through = "trajectory"` reaches through all of it.
+through the last step of its rollout; `Stage.rollout.through = "trajectory"` reaches through all of it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def group_factor(advantage: Tensor, sign: Sign) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair(Force):
+class AlignPair(Force):
     """DM-PairLoss (Eq. 6): toward the fake's estimate of a preferred real sample of the same prompt; same level, same noise."""
 
     name: str = "pair"
@@ -79,7 +79,7 @@ class Pair(Force):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group(Force):
+class AlignGroup(Force):
     """DM-GroupLoss (Eq. 7): group advantage times the pull toward the fake's estimate of the mean of the group's `top_n` best.
 
     Level and noise are shared within a group, so that all of it is compared at one noised mean. The advantage is not clipped,

@@ -21,50 +21,50 @@ class LatentFit(Critic):
     nothing else shows a reward of text and video what the text is for. Not in the paper.
     """
 
-    role: str = "scorer"
+    role: str = "latent_reward"
     updates: int = 1
     real: bool = True
     others: bool = False
 
     def __post_init__(self) -> None:
         if self.updates < 1:
-            raise ValueError(f"scorer_updates: {self.updates} is not allowed; 1 or more (the paper: 1), and weight 0 leaves the latent reward model out")
+            raise ValueError(f"latent_reward_updates: {self.updates} is not allowed; 1 or more (the paper: 1), and weight 0 leaves the latent reward model out")
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"labels", "scorer", "real"}) if self.real else frozenset({"labels", "scorer"})
+        return frozenset({"labels", "latent_reward", "real"}) if self.real else frozenset({"labels", "latent_reward"})
 
     @property
     def passes(self) -> float:
         return 0.0
 
     @torch.no_grad()
-    def prepare(self, view: View, score: Callable[[Tensor, Sequence[str]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
+    def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[str]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
         """The rewards. What the model says of the student's samples before it learns from them goes into the log: it has not seen them."""
-        samples, batch, scorer = view.samples, view.batch, view.scorer
-        assert score is not None and scorer is not None, "a latent reward model imitates a reward; the run must have one"
+        samples, batch, latent_reward = view.samples, view.batch, view.latent_reward
+        assert reward_fn is not None and latent_reward is not None, "a latent reward model imitates a reward; the run must have one"
         made, prompts, k = samples.point("exit").x.detach(), [prompt for prompt in batch.prompts for _ in range(samples.group)], samples.group
         x, cond, n = made, samples.cond, len(made)
         if self.others and len(batch.prompts) > 1:
             x, cond, prompts = torch.cat([x, made]), cond.stack(cond.rolled(k)), [*prompts, *prompts[k:], *prompts[:k]]
         if self.real and batch.real is not None:
             x, cond, prompts = torch.cat([x, batch.real.to(x)]), cond.stack(batch.cond), [*prompts, *batch.prompts]
-        reward = score(x, prompts).to(x)
-        scorer.settle(reward)
-        aim = scorer.standard(reward, view.weights)
+        reward = reward_fn(x, prompts).to(x)
+        latent_reward.settle(reward)
+        aim = latent_reward.standard(reward, view.weights)
         note("reward/train", (reward[:n] if reward.ndim == 1 else reward[:n] @ reward.new_tensor(view.weights)).mean())
         for i in range(reward.shape[1] if reward.ndim > 1 else 0):
             note(f"reward/train/{i}", reward[:n, i].mean())
-        said, meant = scorer.rate(made, samples.cond), aim[:n]
-        note("scorer/error", (said - meant).square().mean())
+        said, meant = latent_reward.rate(made, samples.cond), aim[:n]
+        note("latent_reward/error", (said - meant).square().mean())
         if n > 1:
-            note("scorer/correlation", torch.corrcoef(torch.stack([said, meant]))[0, 1].nan_to_num())
+            note("latent_reward/correlation", torch.corrcoef(torch.stack([said, meant]))[0, 1].nan_to_num())
         return replace(view, labels=Labels(x, cond, aim))
 
     def losses(self, view: View) -> Iterator[Tensor]:
-        labels, scorer = view.labels, view.scorer
-        assert labels is not None and scorer is not None, "the latent reward model needs labelled samples"
-        yield (scorer.rate(labels.x, labels.cond) - labels.aim).square().mean()
+        labels, latent_reward = view.labels, view.latent_reward
+        assert labels is not None and latent_reward is not None, "the latent reward model needs labelled samples"
+        yield (latent_reward.rate(labels.x, labels.cond) - labels.aim).square().mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +78,12 @@ class LatentGradient(Force):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"scorer"})
+        return frozenset({"latent_reward"})
 
     def __call__(self, view: View) -> Tensor:
-        scorer, samples = view.scorer, view.samples
-        assert scorer is not None, "the latent reward model is missing"
+        latent_reward, samples = view.latent_reward, view.samples
+        assert latent_reward is not None, "the latent reward model is missing"
         x = samples.point(self.on).x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            loss = -scorer.rate(x, samples.cond).mean()
+            loss = -latent_reward.rate(x, samples.cond).mean()
             return torch.autograd.grad(loss, x)[0]

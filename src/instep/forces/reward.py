@@ -31,14 +31,14 @@ class RewardGradient(Force):
     def __call__(self, view: View) -> Tensor:
         samples = view.samples
         x = samples.point(self.on).x.detach()
-        assert view.reward is not None, "the gradient of a reward needs a differentiable reward"
+        assert view.reward_grad_fn is not None, "the gradient of a reward needs a differentiable reward"
         prompts = [prompt for prompt in view.batch.prompts for _ in range(samples.group)]
         parts, each = [], max(1, CHUNK // x[0].numel())
         for start in range(0, len(x), each):
             rows = slice(start, start + each)
             with torch.enable_grad():
                 here = x[rows].clone().requires_grad_()
-                scores = view.reward(here, prompts[rows])
+                scores = view.reward_grad_fn(here, prompts[rows])
                 losses = [-column.sum() / len(x) for column in (scores.unbind(1) if scores.ndim > 1 else [scores])]
                 parts.append(torch.stack([torch.autograd.grad(loss, here, retain_graph=loss is not losses[-1])[0] for loss in losses]))
         return balanced(torch.cat(parts, 1), view.weights)

@@ -14,15 +14,15 @@ from instep.advantage import group_advantage
 from instep.forces.reward import RewardGradient
 from instep.lab.metrics import measure
 from instep.lab.world import World
-from instep.matching.critic import Score
+from instep.matching.critic import FakeScoreLoss
 from instep.matching.force import DistributionMatching
 from instep.models.mixture import labels
-from instep.models.small import ExactFake, Particles, ScoreMLP, VelocityMLP
+from instep.models.small import ExactFake, Particles, LatentRewardMLP, VelocityMLP
 from instep.recipes.common import Common
 from instep.rollout import Point, Rollout
 from instep.terms import Batch, View
-from instep.train.recipe import FewStep, Optim, Recipe, RoleConfig, Stage
-from instep.train.step import Trained, TrainState, iteration
+from instep.train.recipe import RolloutConfig, AdamWConfig, Recipe, RoleConfig, Stage
+from instep.train.step import TrainedParams, TrainState, iteration
 from instep.transitions import Deterministic, Renoise
 
 SAMPLES = 4000  # a member and measurement
@@ -34,10 +34,10 @@ def common(steps: int = 1, guidance: float = 1.0, *, condition_on_exit: bool = T
     Members still share what is one number a run: the deviation of rewards where a stage shares one, the norm that literal RT-DM weighs by, mean and
     deviation of a latent reward model's labels, and a step that is skipped because a gradient is not finite.
     """
-    student = Optim(2e-3 if steps == 1 else 1e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6)
+    student = AdamWConfig(2e-3 if steps == 1 else 1e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6)
     return Common(
         steps=steps, batch=256, guidance=guidance, shift=1.0, critic_updates=critic_updates, reuse=reuse, ema=None,
-        condition_on_exit=condition_on_exit, student=student, fake=Optim(2e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6),
+        condition_on_exit=condition_on_exit, student=student, fake=AdamWConfig(2e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6),
     )  # fmt: skip
 
 
@@ -85,18 +85,18 @@ def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, 
                 scale=recipe.roles["teacher"].scale,
             )  # fmt: skip
             _copy(learned_teacher or start, roles["teacher"])
-        scorer = ScoreMLP(members=world.members, classes=classes, width=width) if recipe.scorer else None
+        latent_reward = LatentRewardMLP(members=world.members, classes=classes, width=width) if recipe.latent_reward else None
     _copy(start, student)
     _copy(start, fake)
     copies = {name: deepcopy(student) for name in ("reference", "average") if name in recipe.roles}
     roles |= copies
     reference, average = (tuple(copies[name].parameters()) if name in copies else () for name in ("reference", "average"))
-    trained = {name: Trained(roles[name].trainable(), config.optim, config.ema) for name, config in recipe.roles.items() if config.optim is not None}
-    if scorer is not None and recipe.scorer is not None:
-        trained["scorer"] = Trained(dict(scorer.named_parameters()), recipe.scorer.optim)
-    score = None if world.reward == "none" else world.score
+    trained = {name: TrainedParams(roles[name].trainable(), config.optim, config.ema) for name, config in recipe.roles.items() if config.optim is not None}
+    if latent_reward is not None and recipe.latent_reward is not None:
+        trained["latent_reward"] = TrainedParams(dict(latent_reward.named_parameters()), recipe.latent_reward.optim)
+    reward_fn = None if world.reward == "none" else world.score
     rng = torch.Generator().manual_seed(seed)
-    return TrainState(roles, trained, world.path, (2,), rng, score, score, reference=reference, average=average, scorer=scorer)
+    return TrainState(roles, trained, world.path, (2,), rng, reward_fn, reward_fn, reference=reference, average=average, latent_reward=latent_reward)
 
 
 @torch.no_grad()
@@ -162,9 +162,9 @@ def train_particles(
         return -tilt * group_advantage(world.score(points, names), each, clip=stage.advantage.clip)
 
     fake = ExactFake(particles, world.path, label, log_weight if tilt else None)
-    optim = Optim(3e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
+    optim = AdamWConfig(3e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
     state = TrainState(
-        {"student": particles, "fake": fake, "teacher": world.teacher}, {"student": Trained(particles.trainable(), optim)}, world.path, (2,), rng,
+        {"student": particles, "fake": fake, "teacher": world.teacher}, {"student": TrainedParams(particles.trainable(), optim)}, world.path, (2,), rng,
         None if world.reward == "none" else world.score, None if world.reward == "none" else world.score,
     )  # fmt: skip
     prompts = names[::each] if stage.group > 1 else names
@@ -185,9 +185,9 @@ def particle_stage(recipe: Recipe, world: World, n: int, steps: int) -> tuple[St
     unfit = [term.name for term in last.terms if not isinstance(term, DistributionMatching | RewardGradient) or getattr(term, "adapter", None)]
     if unfit or last.needs - {"reward", "gradient"}:
         raise ValueError(f"student: {recipe.name} cannot run on particles ({', '.join(unfit)} needs a network); leave it out, or use --student network")
-    tilts = [critic.tilt for critic in last.critics if isinstance(critic, Score)]
+    tilts = [critic.tilt for critic in last.critics if isinstance(critic, FakeScoreLoss)]
     group = n // world.mixture.label_count if "reward" in last.needs else 1
-    return Stage(last.name, steps, n, last.terms, (), FewStep((1.0,)), group=group, advantage=last.advantage), tilts[0] if tilts else 0.0
+    return Stage(last.name, steps, n, last.terms, (), RolloutConfig((1.0,)), group=group, advantage=last.advantage), tilts[0] if tilts else 0.0
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ COLUMNS = {
     "share": "rewarded part of what is on a mode",
     "reached": "modes with a quarter of their mass",
 }
-EXACT = "exact samples"
+EXACT = "exact"
 SHOWN = ("quality", "tv", "share", "reached")
 
 

@@ -29,7 +29,7 @@ def denoising_error(denoiser: Denoiser, view: View, x0: Tensor, t: Tensor, noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(Critic):
+class FakeScoreLoss(Critic):
     """Trains `role` by denoising the student's samples at their exit; velocity error for flows (DOLLAR's on any path).
 
     With `condition_on_exit` the fake is told which exit a sample comes from: one fake for the mixture over all exits leaves the
@@ -70,7 +70,7 @@ def tilted(error: Tensor, advantage: Tensor | None, tilt: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreWithHead(Score):
+class FakeScoreGANLoss(FakeScoreLoss):
     """Denoising, and telling real from generated on the same network: DMD2's fake with its discriminator head.
 
     Adds `gan_weight` times the logistic loss softplus(-l(real)) + softplus(l(generated)) of the head's logit l, both noised to levels of

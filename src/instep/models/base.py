@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from instep.models import VideoSize
 from instep.paths import Path
-from instep.prediction import Condition, Parameterisation
+from instep.prediction import Condition, PredictionType
 
 
 class Family(Protocol):
@@ -25,7 +25,7 @@ class Family(Protocol):
     size: VideoSize
     pipe: Any
     path: Path
-    parameterisation: Parameterisation
+    parameterisation: PredictionType
     latent_shape: tuple[int, ...]
     shift: float
     lora_targets: tuple[str, ...]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from instep.models.base import block_numbers
 from instep.models.mixture import LabelCondition
 from instep.paths import Path, broadcast
-from instep.prediction import Condition, Denoiser, Parameterisation, Prediction, read, velocity_of_x0
-from instep.rewards.latent import LatentScorer
+from instep.prediction import Condition, Denoiser, PredictionType, Prediction, read, velocity_of_x0
+from instep.rewards.latent import LatentReward
 from instep.strengths import FEATURES, Ranges
 
 
@@ -28,10 +28,10 @@ class VelocityMLP(nn.Module):
 
     def __init__(
         self, path: Path, *, members: int = 1, classes: int = 2, exits: int = 0, width: int = 64, dim: int = 2, rank: int = 0,
-        head: bool = False, scale: float = 1.0, reads: Parameterisation = "velocity", told: Ranges | None = None,
+        head: bool = False, scale: float = 1.0, reads: PredictionType = "velocity", told: Ranges | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.reads: Parameterisation = reads
+        self.reads: PredictionType = reads
         self.path, self.members, self.classes, self.exits, self.rank, self.scale = path, members, classes, exits, rank, scale
         sizes = [dim + 1 + 8 + classes + exits, width, width, width, dim]
         self.layers = nn.ModuleList(Layer(members, *pair, rank) for pair in zip(sizes, sizes[1:], strict=False))
@@ -83,7 +83,7 @@ class VelocityMLP(nn.Module):
         return {k: p for k, p in named.items() if ".adapter_" in k} if self.rank else named
 
 
-class ScoreMLP(LatentScorer):
+class LatentRewardMLP(LatentReward):
     """The laboratory's latent reward model: three layers of `width` on x and a one-hot class, `members` side by side as in `VelocityMLP`."""
 
     def __init__(self, *, members: int = 1, classes: int = 2, width: int = 64, dim: int = 2) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from instep.models import VideoSize
 from instep.paths import Path
-from instep.prediction import Condition, Parameterisation
+from instep.prediction import Condition, PredictionType
 
 IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 
@@ -24,7 +24,7 @@ class Stock(Protocol):
     """
 
     path: Path
-    parameterisation: Parameterisation
+    parameterisation: PredictionType
     axes: tuple[int, ...]
     passes_generator: bool
     size: VideoSize

@@ -9,7 +9,7 @@ from instep.objectives.preference import Preference, Source
 from instep.recipes.many_step import ManySteps
 from instep.strengths import Ranges
 from instep.terms import Objective
-from instep.train.recipe import FewStep, Optim, Recipe, Stage
+from instep.train.recipe import RolloutConfig, AdamWConfig, Recipe, Stage
 from instep.transitions import Deterministic
 
 
@@ -20,7 +20,7 @@ def apo(
     half_online: int = 20,
     offline: int = 20,
     absorb: int = 600,
-    absorb_optim: Optim = Optim(3e-4, betas=(0.9, 0.999), decay=0.5),
+    absorb_optim: AdamWConfig = AdamWConfig(3e-4, betas=(0.9, 0.999), decay=0.5),
     aware: int = 15,
     beta: float = 500.0,
     high: int = 4,
@@ -81,10 +81,10 @@ def apo(
     if few_step or uniform:
         levels = Repeated(OneOf(common.levels) if few_step else Uniform(low=0.001, high=1.0), max(uniform, 1))
 
-    def stage(name: str, steps: int, term: Objective, *, absorbed: bool = False, group: int = 1, rolls: bool = False, optim: Optim | None = None) -> Stage:
+    def stage(name: str, steps: int, term: Objective, *, absorbed: bool = False, group: int = 1, rolls: bool = False, optim: AdamWConfig | None = None) -> Stage:
         # a pair is two samples, wherever they come from
         batch = common.batch if group > 1 else max(1, common.batch // 2)
-        rollout = FewStep(common.levels) if few_step else FewStep(common.levels, transition=Deterministic(), guidance=common.guidance)
+        rollout = RolloutConfig(common.levels) if few_step else RolloutConfig(common.levels, transition=Deterministic(), guidance=common.guidance)
         return Stage(
             name, steps, batch, (term,), (), rollout if rolls else None, group=group, accumulate=common.accumulate, guided=not absorbed, fresh=True,
             strengths=(common.guidance, skip) if absorbed and told else None, optim=optim,

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from instep.levels import LevelSampler, Uniform, few_step_levels
-from instep.matching.critic import Score, ScoreWithHead
+from instep.matching.critic import FakeScoreLoss, FakeScoreGANLoss
 from instep.matching.force import DistributionMatching
 from instep.matching.operator import Operator, Standard
 from instep.matching.teacher import Annealed
-from instep.prediction import Parameterisation
+from instep.prediction import PredictionType
 from instep.roles import LoRA
 from instep.terms import Critic, Term
-from instep.train.recipe import Advantage, FewStep, Optim, Recipe, RoleConfig, ScorerConfig, Stage
+from instep.train.recipe import Advantage, RolloutConfig, AdamWConfig, Recipe, RoleConfig, LatentRewardConfig, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ class Common:
     """Train the fake on the samples of the student's own rollout instead of fresh ones."""
     condition_on_exit: bool = True
     """Tell the fake which step of the rollout a sample comes from."""
-    student: Optim = Optim(2e-4)
+    student: AdamWConfig = AdamWConfig(2e-4)
     """AdamW of the student."""
-    fake: Optim = Optim(4e-4)
+    fake: AdamWConfig = AdamWConfig(4e-4)
     """AdamW of the fake."""
     ema: float | None = 0.95
     """Decay of the averaged student that is exported; None exports the student itself."""
@@ -73,19 +73,19 @@ class Common:
         """The fake's training on the student's samples; `tilt` is AMD's weight, `gan` that of the discriminator's loss."""
         levels = levels or self.renoise
         if gan:
-            return ScoreWithHead(
+            return FakeScoreGANLoss(
                 updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, tilt=tilt,
                 gan_weight=gan, gan_levels=levels,
             )  # fmt: skip
-        return Score(updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, tilt=tilt)
+        return FakeScoreLoss(updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, tilt=tilt)
 
     def stage(
         self, name: str, steps: int, terms: tuple[Term, ...], critics: tuple[Critic, ...], *, group: int = 1,
-        advantage: Advantage | None = None, collect: FewStep | None = None,
+        advantage: Advantage | None = None, rollout: RolloutConfig | None = None,
     ) -> Stage:  # fmt: skip
         """A stage of this batch size on the student's own rollout."""
         return Stage(
-            name, steps, self.batch, terms, critics, collect or FewStep(self.levels), group=group, accumulate=self.accumulate,
+            name, steps, self.batch, terms, critics, rollout or RolloutConfig(self.levels), group=group, accumulate=self.accumulate,
             advantage=advantage or Advantage(),
         )  # fmt: skip
 
@@ -94,8 +94,8 @@ class Common:
         return self.stage("distil", steps, (self.matching(),), (self.critic(),))
 
     def recipe(
-        self, name: str, *stages: Stage, head: bool = False, teacher: RoleConfig | None = None, scorer: ScorerConfig | None = None,
-        reads: Parameterisation | None = None,
+        self, name: str, *stages: Stage, head: bool = False, teacher: RoleConfig | None = None, latent_reward: LatentRewardConfig | None = None,
+        reads: PredictionType | None = None,
     ) -> Recipe:  # fmt: skip
         """Student and fake are trained, the teacher is frozen unless it is given; with a LoRA rank all three share one backbone.
 
@@ -108,7 +108,7 @@ class Common:
             "fake": RoleConfig(self.fake, lora, exits=self.condition_on_exit, head=head),
             "teacher": teacher or RoleConfig(),
         }
-        return Recipe(name, self.levels, with_copies(roles, stages), stages, self.guidance, scorer=scorer)
+        return Recipe(name, self.levels, with_copies(roles, stages), stages, self.guidance, latent_reward=latent_reward)
 
 
 def adapter(rank: int | None) -> LoRA | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from instep.forces.dm_align import Group, Pair, Sign
+from instep.forces.dm_align import AlignGroup, AlignPair, Sign
 from instep.levels import Uniform
 from instep.recipes.common import Common
 from instep.terms import Force
-from instep.train.recipe import Advantage, FewStep, Recipe
+from instep.train.recipe import Advantage, RolloutConfig, Recipe
 
 # Near t = 0 the estimates are the samples themselves and their difference is divided by almost nothing: two samples of one
 # prompt that lie apart are blended, and images fade. Signed advantages cancel what a group shares, so Group may go lower than Pair.
@@ -21,7 +21,7 @@ Through = Literal["last", "trajectory"]
 def _joint(name: str, common: Common, align: Force, *, group: int, distil: int, iterations: int, spread: Literal["group", "run"], through: Through) -> Recipe:
     """A distillation-only stage, then matching and alignment together with weights that sum to one."""
     terms = (common.matching(1 - align.weight), align)
-    second = common.stage("align", iterations, terms, (common.critic(),), group=group, advantage=Advantage(spread), collect=FewStep(common.levels, through))
+    second = common.stage("align", iterations, terms, (common.critic(),), group=group, advantage=Advantage(spread), rollout=RolloutConfig(common.levels, through))
     return common.recipe(name, common.distil(distil), second)
 
 
@@ -53,7 +53,7 @@ def dm_align_group(
         levels: noise levels of the alignment force; at low ones it would blend samples that show different things.
         through: how far the alignment force reaches back: the last step, or the whole trajectory (more memory).
     """
-    align = Group(weight=weight, top_n=top_n, sign=sign, levels=levels)
+    align = AlignGroup(weight=weight, top_n=top_n, sign=sign, levels=levels)
     return _joint("dm-align-group", common, align, group=group, distil=distil, iterations=iterations, spread=spread, through=through)
 
 
@@ -76,5 +76,5 @@ def dm_align_pair(
         levels: noise levels of the alignment force; at low ones it would blend samples that show different things.
         through: how far the alignment force reaches back: the last step, or the whole trajectory (more memory).
     """
-    align = Pair(weight=weight, levels=levels)
+    align = AlignPair(weight=weight, levels=levels)
     return _joint("dm-align-pair", common, align, group=1, distil=distil, iterations=iterations, spread="group", through=through)

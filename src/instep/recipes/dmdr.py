@@ -8,7 +8,7 @@ from typing import Literal
 
 from instep.forces.reward import RewardGradient
 from instep.levels import AnnealedBeta, OneOf
-from instep.matching.critic import Score
+from instep.matching.critic import FakeScoreLoss
 from instep.matching.operator import AdvantageGuided, MatchingOnly, Operator, RewardTilted
 from instep.matching.teacher import Annealed
 from instep.objectives.policy import DDPO, GRPO
@@ -16,7 +16,7 @@ from instep.objectives.preference import Preference
 from instep.recipes.common import Common
 from instep.roles import LoRA
 from instep.terms import Critic, Term
-from instep.train.recipe import Optim, Recipe, RoleConfig, Stage
+from instep.train.recipe import AdamWConfig, Recipe, RoleConfig, Stage
 
 Branch = Literal["refl", "grpo", "dpo", "ddpo"]
 Tilt = Literal["none", "literal", "zscore", "weight"]
@@ -97,6 +97,6 @@ def _warm(common: Common, steps: int, group: int, tilt: Tilt, dyna_rs: bool, dyn
     if dyna_dg and common.lora_rank is not None:
         force = replace(force, adapter_of="fake")
     elif dyna_dg:
-        critics = (fake, Score(role="teacher", updates=1, reuse=common.reuse, levels=levels, adapter_scale=1.0))
-        teacher = RoleConfig(Optim(common.fake.lr), LoRA(8, 8.0), scale=0.0)
+        critics = (fake, FakeScoreLoss(role="teacher", updates=1, reuse=common.reuse, levels=levels, adapter_scale=1.0))
+        teacher = RoleConfig(AdamWConfig(common.fake.lr), LoRA(8, 8.0), scale=0.0)
     return common.stage("tilt", steps, (force,), critics, group=1 if tilt == "none" else group), teacher

@@ -8,9 +8,9 @@ from typing import Literal
 from instep.forces.latent import LatentFit, LatentGradient
 from instep.objectives.consistency import Consistency, Distance, Target
 from instep.recipes.common import Common
-from instep.rewards.latent import Frames, Kind, ScorerShape
+from instep.rewards.latent import Frames, Kind, LatentRewardShape
 from instep.terms import Critic, Term
-from instep.train.recipe import Optim, Recipe, ScorerConfig
+from instep.train.recipe import AdamWConfig, Recipe, LatentRewardConfig
 
 Heterogeneous = Literal["same", "x0"]
 
@@ -30,8 +30,8 @@ def dollar(
     weight: float = 0.1,
     kind: Kind = "text-video",
     frames: Frames = "volume",
-    scorer: Optim = Optim(1e-3, betas=(0.9, 0.999)),
-    scorer_updates: int = 4,
+    latent_reward: AdamWConfig = AdamWConfig(1e-3, betas=(0.9, 0.999)),
+    latent_reward_updates: int = 4,
     predicts: Heterogeneous = "same",
 ) -> Recipe:
     """Distil, stay on the teacher's trajectories, and climb a latent copy of any reward, also one without a gradient: DOLLAR.
@@ -52,8 +52,8 @@ def dollar(
             .01 to .03); 0 leaves the latent reward model out.
         kind: what the latent reward model reads: text-video, video, text-image or image.
         frames: whether it reads a video as a volume, or frame by frame with the average taken, as in the paper's experiments.
-        scorer: AdamW of the latent reward model.
-        scorer_updates: its updates an iteration (the paper: 1).
+        latent_reward: AdamW of the latent reward model.
+        latent_reward_updates: its updates an iteration (the paper: 1).
         predicts: what the student's network predicts: the same as the teacher's, or x0 (a comparison of the paper's; such a student is not exported).
     """
     for name, value in (("matching", matching), ("cd", cd), ("weight", weight)):
@@ -66,16 +66,16 @@ def dollar(
     if cd:
         guided = common.guidance if cd_guidance is None else cd_guidance
         terms.append(Consistency(weight=cd, steps=cd_steps, shift=common.shift, guidance=guided, distance=distance, target=target))
-    learners = (LatentFit(updates=scorer_updates, others=kind.startswith("text")),) if weight else ()
+    learners = (LatentFit(updates=latent_reward_updates, others=kind.startswith("text")),) if weight else ()
     if weight:
         terms.append(LatentGradient(weight=weight))
     critics += learners
     main = common.stage("dollar", iterations, tuple(terms), tuple(critics))
     if not (matching or weight):
-        main = replace(main, collect=None)  # consistency distillation starts from real samples: no rollout is needed
+        main = replace(main, rollout=None)  # consistency distillation starts from real samples: no rollout is needed
     recipe = common.recipe(
         "dollar", common.distil(distil), *([common.stage("fit", fit, (), learners)] if weight else []), main,
-        scorer=ScorerConfig(ScorerShape(kind, frames), scorer) if weight else None, reads=None if predicts == "same" else predicts,
+        latent_reward=LatentRewardConfig(LatentRewardShape(kind, frames), latent_reward) if weight else None, reads=None if predicts == "same" else predicts,
     )  # fmt: skip
     if matching or distil:
         return recipe

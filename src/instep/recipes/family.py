@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from instep.forces.adversarial import Adversarial
 from instep.forces.reward import RewardGradient
 from instep.levels import AboveExit, AnnealedBeta, LevelSampler
-from instep.matching.critic import Score, ScoreWithHead
+from instep.matching.critic import FakeScoreLoss, FakeScoreGANLoss
 from instep.matching.force import DistributionMatching
 from instep.objectives.regression import Regression
 from instep.recipes.amd import amd, naive_adaptive
@@ -47,7 +47,7 @@ def cells(name: str, stage: Stage) -> tuple[str, ...]:
     """One row: the cells of `HEADINGS` of a stage."""
     force = next(term for term in stage.terms if isinstance(term, DistributionMatching))
     others = [external(term) for term in stage.terms if term is not force]
-    fake = next(critic for critic in stage.critics if isinstance(critic, Score) and critic.role == "fake")
+    fake = next(critic for critic in stage.critics if isinstance(critic, FakeScoreLoss) and critic.role == "fake")
     levels = said(force.levels) if force.ca_levels is None else f"DM {said(force.levels)}, CA {said(force.ca_levels)}"
     teacher = "fixed" if force.adapter is None else "adapter, annealed to fixed"
     return name, force.operator.formula, ", ".join(others) or "0", levels, teacher, critic_cell(fake)
@@ -64,10 +64,10 @@ def said(levels: LevelSampler) -> str:
     return named.get(type(levels), "all")
 
 
-def critic_cell(critic: Score) -> str:
+def critic_cell(critic: FakeScoreLoss) -> str:
     """What the fake is trained by."""
     weight = "" if not critic.tilt else "exp(-a) x " if critic.tilt == 1 else f"exp(-{critic.tilt:g} a) x "
-    return f"{weight}denoising" + (" + logistic" if isinstance(critic, ScoreWithHead) else "")
+    return f"{weight}denoising" + (" + logistic" if isinstance(critic, FakeScoreGANLoss) else "")
 
 
 def table() -> list[tuple[str, ...]]:

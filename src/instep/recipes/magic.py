@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from instep.matching.critic import Score
+from instep.matching.critic import FakeScoreLoss
 from instep.matching.teacher import Annealed
 from instep.recipes.common import Common
 from instep.roles import LoRA
-from instep.train.recipe import Optim, Recipe, RoleConfig
+from instep.train.recipe import AdamWConfig, Recipe, RoleConfig
 
 
 def magic(
@@ -16,7 +16,7 @@ def magic(
     iterations: int = 100,
     teacher_rank: int = 8,
     teacher_updates: int = 1,
-    teacher: Optim = Optim(4e-4),
+    teacher: AdamWConfig = AdamWConfig(4e-4),
     anneal: Annealed = Annealed(),
 ) -> Recipe:
     """Distil only: an adapter bends the teacher toward the student's samples and is annealed away (MagicDistillation).
@@ -30,6 +30,6 @@ def magic(
         teacher: AdamW of that adapter.
         anneal: its scale in the matching force over the stage.
     """
-    bend = Score(role="teacher", updates=teacher_updates, reuse=common.reuse, levels=common.renoise, adapter_scale=1.0)
+    bend = FakeScoreLoss(role="teacher", updates=teacher_updates, reuse=common.reuse, levels=common.renoise, adapter_scale=1.0)
     stage = common.stage("bend", iterations, (common.matching(adapter=anneal),), (common.critic(), bend))
     return common.recipe("magic", common.distil(distil), stage, teacher=RoleConfig(teacher, LoRA(teacher_rank, float(teacher_rank)), scale=0.0))

@@ -15,7 +15,7 @@ from instep.objectives.preference import Preference
 from instep.recipes.common import adapter, with_copies
 from instep.strengths import Ranges
 from instep.terms import Term
-from instep.train.recipe import FewStep, Optim, Recipe, RoleConfig, Stage
+from instep.train.recipe import RolloutConfig, AdamWConfig, Recipe, RoleConfig, Stage
 from instep.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Posterior, Transition
 
 Kind = Literal["flow", "dance", "cps", "ddpm"]
@@ -33,7 +33,7 @@ class ManySteps:
     """Classifier-free guidance of the model, in rollouts as in use; 1 is none."""
     shift: float = 3.0
     """Timestep shift of the levels."""
-    student: Optim = Optim(1e-4)
+    student: AdamWConfig = AdamWConfig(1e-4)
     """AdamW of the model."""
     ema: float | None = 0.95
     """Decay of the averaged model that is exported; None exports the model itself."""
@@ -53,8 +53,8 @@ class ManySteps:
 
     def recipe(self, name: str, iterations: int, group: int, term: Term, transition: Transition, inner_epochs: int = 1) -> Recipe:
         """One stage of one objective on the model's own rollouts."""
-        collect = FewStep(self.levels, transition=transition, guidance=self.guidance)
-        stage = Stage("reinforce", iterations, self.batch, (term,), (), collect, group=group, accumulate=self.accumulate, inner_epochs=inner_epochs)
+        rollout = RolloutConfig(self.levels, transition=transition, guidance=self.guidance)
+        stage = Stage("reinforce", iterations, self.batch, (term,), (), rollout, group=group, accumulate=self.accumulate, inner_epochs=inner_epochs)
         return self.stages(name, stage)
 
     def stages(self, name: str, *stages: Stage, sampler: Literal["few-step", "ode"] = "ode", told: Ranges | None = None) -> Recipe:

@@ -21,7 +21,7 @@ WIDTH = 128
 SETTLE = 512
 
 
-class LatentScorer(nn.Module):
+class LatentReward(nn.Module):
     """Base: `rate(x, cond)` of latents [B, ...] is [B], the reward in deviations from its mean; both are taken from the first labels.
 
     Standardised because rewards come in any unit: a file's size in kilobytes and a log-probability then weigh alike as forces, and each of several
@@ -82,12 +82,12 @@ class LatentScorer(nn.Module):
         wrong = [key for key in own.keys() | state.keys() if key not in own or key not in state or own[key].shape != state[key].shape]
         if wrong:
             raise ValueError(
-                f"scorer: {sorted(wrong)[0]} of the saved latent reward model does not fit this one; start from a run with the same --kind and --frames"
+                f"latent_reward: {sorted(wrong)[0]} of the saved latent reward model does not fit this one; start from a run with the same --kind and --frames"
             )
         self.load_state_dict({key: state[key] for key in own})
 
 
-class ConvScorer(LatentScorer):
+class ConvLatentReward(LatentReward):
     """Tables 12 and 13: two strided convolutions with group norm, pooling, one more layer; with text, attention of the pooled features over its tokens.
 
     A latent [B, C, H, W], or [B, C, F, H, W] frame by frame with the mean taken over frames; `volume` reads frames together with 3-D
@@ -130,7 +130,7 @@ class ConvScorer(LatentScorer):
 
 
 @dataclass(frozen=True)
-class ScorerShape:
+class LatentRewardShape:
     """Which latent reward model: its kind (Table 11), whether frames are rated one by one or as a volume, and the size of its first step."""
 
     kind: Kind = "text-video"
@@ -141,7 +141,7 @@ class ScorerShape:
         if self.patch is not None and self.patch < 1:
             raise ValueError(f"patch: {self.patch} is not allowed; 1 or more (the paper's first layer strides by 4), or none to choose by the latent's size")
 
-    def build(self, latent_shape: tuple[int, ...], cond: Condition, rewards: int = 1) -> ConvScorer:
+    def build(self, latent_shape: tuple[int, ...], cond: Condition, rewards: int = 1) -> ConvLatentReward:
         """The network for latents of `latent_shape`, prompts encoded like `cond` and as many rewards; ValueError for a kind that does not fit them."""
         video = len(latent_shape) == 4
         if self.kind.endswith("video") != video:
@@ -150,4 +150,4 @@ class ScorerShape:
         width = cond.tokens()[0].shape[-1] if self.kind.startswith("text") else None
         # the paper's stride of 4 leaves 6 x 10 of its latents; of a small one it would leave nothing
         patch = self.patch or (4 if min(latent_shape[-2:]) >= 16 else 2)
-        return ConvScorer(latent_shape[0], text_width=width, volume=video and self.frames == "volume", patch=patch, rewards=rewards)
+        return ConvLatentReward(latent_shape[0], text_width=width, volume=video and self.frames == "volume", patch=patch, rewards=rewards)

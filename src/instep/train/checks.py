@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 DECODE_BATCH = 32
 
 
-def scorer(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
+def make_reward_fn(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
     """Reward of latents: decoded a few at a time, clamped to what a file would hold."""
     if reward is None:
         return None
 
     @torch.no_grad()
-    def score(x: Tensor, prompts: Sequence[str]) -> Tensor:
+    def reward_fn(x: Tensor, prompts: Sequence[str]) -> Tensor:
         parts = []
         for rows in chunks(prompts, whole=relative(reward)):
             parts.append(_scores(reward, _media(family, reward, x[rows], clamp=True), prompts[rows]))
         return torch.cat(parts)
 
-    return score
+    return reward_fn
 
 
 def chunks(prompts: Sequence[str], *, whole: bool) -> list[slice]:
@@ -59,7 +59,7 @@ def chunks(prompts: Sequence[str], *, whole: bool) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def slope(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
+def make_reward_grad_fn(family: Family, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
     """Reward of latents with a graph, through the unclamped decoder (a clamped one has no gradient where it saturates); None if it has none."""
     if reward is None or not reward.differentiable:
         return None
@@ -178,13 +178,13 @@ def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequ
                 f"reward: {reward.name!r} says that it is differentiable and its scores have no gradient; leave out no_grad, .item(), numpy and rounding "
                 "in it, or give it differentiable=False and choose a recipe that only asks for scores, like amd or dm-align-group"
             )
-        (slope,) = torch.autograd.grad(scores.sum(), x, allow_unused=True)
-    if slope is None or not bool(slope.isfinite().all()):
-        what = "does not depend on the samples" if slope is None else "is not finite"
+        (gradient,) = torch.autograd.grad(scores.sum(), x, allow_unused=True)
+    if gradient is None or not bool(gradient.isfinite().all()):
+        what = "does not depend on the samples" if gradient is None else "is not finite"
         raise ValueError(f"reward: the gradient of {reward.name!r} {what} on trial latents; check it on such a batch by itself")
 
 
-def claim(
+def write_manifest(
     out: Path, recipe: Recipe, family: Family, options: RunOptions, prompts: Sequence[str], start_from: Path | str | None, command: str,
     *, reward: Reward | None = None, real: RealSamples | None = None, pairs: PairSamples | None = None,
 ) -> None:  # fmt: skip

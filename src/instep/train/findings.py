@@ -186,7 +186,7 @@ def _rewarded(seen: History) -> bool:
     """Whether a reward trains in this stage: only then can it be hacked."""
     stage = _stage(seen)
     if stage is not None:
-        return any(term.needs & {"reward", "gradient", "scorer"} for term in stage.terms) or "reward" in stage.needs
+        return any(term.needs & {"reward", "gradient", "latent_reward"} for term in stage.terms) or "reward" in stage.needs
     return any("reward/train" in row or "force/reward/norm" in row for row in seen.stage)
 
 

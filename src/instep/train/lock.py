@@ -20,7 +20,7 @@ UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Holds `folder`, made if it is not there, while the block runs; ValueError names the process that holds it already.
 
     The lock ends with the process, after a SIGKILL too. Its file is removed at the end, and so is a folder in which nothing was written.

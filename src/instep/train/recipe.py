@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from instep.levels import check_levels
 from instep.objectives.guidance import GuidanceDistillation
-from instep.prediction import Parameterisation
-from instep.rewards.latent import ScorerShape
+from instep.prediction import PredictionType
+from instep.rewards.latent import LatentRewardShape
 from instep.roles import LoRA
 from instep.rollout import Sampling, Where
 from instep.strengths import Ranges, Strengths
@@ -19,7 +19,7 @@ from instep.transitions import Deterministic, Renoise, Transition
 
 
 @dataclass(frozen=True)
-class Optim:
+class AdamWConfig:
     """AdamW for one role, and what happens to its learning rate."""
 
     lr: float
@@ -59,14 +59,14 @@ class RoleConfig:
     told strengths of guidance in these ranges.
     """
 
-    optim: Optim | None = None
+    optim: AdamWConfig | None = None
     lora: LoRA | None = None
     copy: bool = False
     exits: bool = False
     scale: float = 1.0
     head: bool = False
     ema: float | None = None
-    reads: Parameterisation | None = None
+    reads: PredictionType | None = None
     told: Ranges | None = None
 
     def __post_init__(self) -> None:
@@ -75,15 +75,15 @@ class RoleConfig:
 
 
 @dataclass(frozen=True)
-class ScorerConfig:
+class LatentRewardConfig:
     """A latent reward model: its shape and its optimiser."""
 
-    shape: ScorerShape = ScorerShape()
-    optim: Optim = Optim(1e-3, betas=(0.9, 0.999))
+    shape: LatentRewardShape = LatentRewardShape()
+    optim: AdamWConfig = AdamWConfig(1e-3, betas=(0.9, 0.999))
 
 
 @dataclass(frozen=True)
-class FewStep:
+class RolloutConfig:
     """The student's own rollout. `through`: how far the graph of the final sample reaches.
 
     A few-step student goes from level to level by `Renoise` and without guidance; a many-step one, whose sampler is made stochastic for a
@@ -130,7 +130,7 @@ class Stage:
     batch: int
     terms: tuple[Term, ...]
     critics: tuple[Critic, ...] = ()
-    collect: FewStep | None = None
+    rollout: RolloutConfig | None = None
     group: int = 1
     accumulate: int = 1
     inner_epochs: int = 1
@@ -138,7 +138,7 @@ class Stage:
     guided: bool = True
     fresh: bool = False
     strengths: Strengths | None = None
-    optim: Optim | None = None
+    optim: AdamWConfig | None = None
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
@@ -151,21 +151,21 @@ class Stage:
             raise ValueError(f"stage {self.name!r}: batch {self.batch} is not a multiple of group {self.group}; every prompt needs its whole group")
         if "reward" in self.needs and self.group < 2:
             raise ValueError(f"stage {self.name!r}: group {self.group} gives no advantage; compare at least 2 samples a prompt")
-        if "trajectory" in self.needs and self.collect is not None and isinstance(self.collect.transition, Deterministic):
+        if "trajectory" in self.needs and self.rollout is not None and isinstance(self.rollout.transition, Deterministic):
             raise ValueError(f"transition: deterministic steps are no policy, and stage {self.name!r} has a policy gradient; choose FlowSDE, DanceSDE or CPS")
-        if self.live and self.collect is not None and self.collect.guidance != 1:
-            raise ValueError(f"guidance: {self.collect.guidance} is not allowed for the rollout of stage {self.name!r}; forces act on an unguided student")
-        if self.strengths is not None and (self.guided or (self.collect is not None and self.collect.guidance != 1)):
+        if self.live and self.rollout is not None and self.rollout.guidance != 1:
+            raise ValueError(f"guidance: {self.rollout.guidance} is not allowed for the rollout of stage {self.name!r}; forces act on an unguided student")
+        if self.strengths is not None and (self.guided or (self.rollout is not None and self.rollout.guidance != 1)):
             raise ValueError(f"strengths: {self.strengths} in stage {self.name!r}: a student that is told them is sampled without guidance; set guided=False")
-        if "trajectory" in self.needs and self.collect is not None and len(self.collect.levels) < 2:
+        if "trajectory" in self.needs and self.rollout is not None and len(self.rollout.levels) < 2:
             raise ValueError(
                 f"steps: 1 is not allowed in stage {self.name!r}: a 1-step student has no stochastic step (its only one is deterministic), so there is no "
                 "policy; use 2 or more steps, or a branch that climbs the reward's gradient (refl)"
             )
-        if any(isinstance(term, Force) for term in self.terms) and self.collect is None:
-            raise ValueError(f"stage {self.name!r}: it has forces but collect is None; forces act on rolled-out samples")
-        if "final" in self.needs and self.collect is None:
-            raise ValueError(f"stage {self.name!r}: it compares with samples of the student but collect is None; say how to roll out")
+        if any(isinstance(term, Force) for term in self.terms) and self.rollout is None:
+            raise ValueError(f"stage {self.name!r}: it has forces but rollout is None; forces act on rolled-out samples")
+        if "final" in self.needs and self.rollout is None:
+            raise ValueError(f"stage {self.name!r}: it compares with samples of the student but rollout is None; say how to roll out")
 
     @property
     def forces(self) -> tuple[Force, ...]:
@@ -200,7 +200,7 @@ class Stage:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. `levels` are those of the exported student; `sampler` is few-step, or ode for a recipe that leaves the student a many-step
-    model, sampled with `guidance` as its teacher is. `scorer`: its latent reward model, if it has one."""
+    model, sampled with `guidance` as its teacher is. `latent_reward`: its latent reward model, if it has one."""
 
     name: str
     levels: tuple[float, ...]
@@ -208,15 +208,15 @@ class Recipe:
     stages: tuple[Stage, ...]
     guidance: float = 1.0
     sampler: Literal["few-step", "ode"] = "few-step"
-    scorer: ScorerConfig | None = None
+    latent_reward: LatentRewardConfig | None = None
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"recipe {self.name!r}: two stages share a name in {names}; references, checkpoints and the log tell them apart by it")
-        if "scorer" in self.needs and self.scorer is None:
-            raise ValueError(f"recipe {self.name!r}: a stage asks for a latent reward model and scorer is None; give the recipe scorer=ScorerConfig()")
+        if "latent_reward" in self.needs and self.latent_reward is None:
+            raise ValueError(f"recipe {self.name!r}: a stage asks for a latent reward model and latent_reward is None; give the recipe latent_reward=LatentRewardConfig()")
         if "average" in self.needs and self.roles["student"].ema is None:
             raise ValueError(f"ema: None is not allowed for {self.name!r}: it aims at the student's average; give a decay below 1, for example .95")
         for stage in self.stages:

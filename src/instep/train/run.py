@@ -19,10 +19,10 @@ from instep.rewards.base import Reward, as_reward
 from instep.rewards.ranker import relative
 from instep.train import checkpoint, saved, stop
 from instep.train.cache import teacher_samples
-from instep.train.checks import check_inputs, claim, scorer, slope, weights_of
+from instep.train.checks import check_inputs, make_reward_fn, make_reward_grad_fn, weights_of, write_manifest
 from instep.train.finish import export_role, fits_stock
 from instep.train.health import Finding, HealthMonitor
-from instep.train.lock import held
+from instep.train.lock import run_lock
 from instep.train.log import RunLog, Tracker
 from instep.train.probe import Monitor, Probe, few_of
 from instep.train.recipe import Recipe
@@ -103,10 +103,10 @@ def train(
     if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
         real = pairs.preferred
     check_inputs(recipe, family, scored, real, prompts, pairs, start_from)
-    with held(out):
-        claim(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs)
+    with run_lock(out):
+        write_manifest(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs)
         state = make_state(
-            recipe, family, options.seed, scorer(family, scored), slope(family, scored), checkpointing=options.checkpointing, weights=weights_of(scored)
+            recipe, family, options.seed, make_reward_fn(family, scored), make_reward_grad_fn(family, scored), checkpointing=options.checkpointing, weights=weights_of(scored)
         )
         stored = None
         if "stored" in recipe.needs or ("real" in recipe.needs and real is None):

@@ -19,7 +19,7 @@ from instep.train.step import TrainState
 def contents(state: TrainState, source: Source) -> dict[str, Any]:
     """Everything from which a run goes on to the same weights."""
     return {
-        "roles": {name: state.owner(name).state() for name in state.trained},
+        "roles": {name: state.module_of(name).state() for name in state.trained},
         "optim": {name: checkpoint.optimizer_state(trained.optimizer) for name, trained in state.trained.items()},
         "ema": {name: trained.ema for name, trained in state.trained.items() if trained.ema is not None},
         "steps": {name: trained.steps for name, trained in state.trained.items()},
@@ -28,7 +28,7 @@ def contents(state: TrainState, source: Source) -> dict[str, Any]:
         "step": state.step,
         "reward_variance": state.reward_variance,
         "reference": {str(i): p.detach() for i, p in enumerate(state.reference)},
-        "anchored": state.anchored,
+        "reference_stage": state.reference_stage,
     }
 
 
@@ -39,7 +39,7 @@ def load(state: TrainState, source: Source, saved: dict[str, Any]) -> None:
     source.load_state(saved["source"])
     state.step = int(saved["step"])
     state.reward_variance = saved["reward_variance"]
-    state.anchored = saved["anchored"]
+    state.reference_stage = saved["reference_stage"]
     with torch.no_grad():
         for i, p in enumerate(state.reference):
             p.copy_(saved["reference"][str(i)])
@@ -62,9 +62,9 @@ def begin_from(state: TrainState, recipe: Recipe, folder: Path, reward: str | No
         )
     _check_guidance(recipe, record["config"], int(saved["step"]), folder)
     _tell(state, recipe, saved, record["config"]["roles"]["student"].get("told"))
-    if "scorer" in saved["roles"] and record["reward"] != reward:
-        del saved["roles"]["scorer"]
-        if state.scorer is not None:
+    if "latent_reward" in saved["roles"] and record["reward"] != reward:
+        del saved["roles"]["latent_reward"]
+        if state.latent_reward is not None:
             print(f"the latent reward model of {folder} was fitted to {record['reward']!r}, not to {reward!r}: a new one begins")
     _load_roles(state, saved)
 
@@ -109,7 +109,7 @@ def _tell(state: TrainState, recipe: Recipe, saved: dict[str, Any], theirs: dict
             "(--model DIR/student), whose strength is in its weights"
         )
     if theirs is None and ours is not None:
-        new = {key: p for key, p in state.owner("student").state().items() if key.startswith("told.")}
+        new = {key: p for key, p in state.module_of("student").state().items() if key.startswith("told.")}
         for part in (saved["roles"], saved["ema"]):
             if "student" in part:
                 part["student"] = {**part["student"], **new}
@@ -117,14 +117,14 @@ def _tell(state: TrainState, recipe: Recipe, saved: dict[str, Any], theirs: dict
 
 def _load_roles(state: TrainState, saved: dict[str, Any]) -> None:
     # a run that goes on from one without a latent reward model begins with a new one
-    new = {"scorer"} - saved["roles"].keys()
+    new = {"latent_reward"} - saved["roles"].keys()
     missing = [name for name in state.trained if name not in saved["roles"] and name not in new]
     if missing:
         raise ValueError(f"start_from: that run has no role {missing[0]!r}, which this recipe trains; start from a run of a recipe that does, or from none")
     for name, trained in state.trained.items():
         if name in new:
             continue
-        state.owner(name).load_state(saved["roles"][name])
+        state.module_of(name).load_state(saved["roles"][name])
         checkpoint.load_optimizer_state(trained.optimizer, saved["optim"][name])
         trained.steps = int(saved["steps"][name])
         if trained.ema is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from instep.models.base import Family
 from instep.roles import Backbone, Role
 from instep.train.recipe import Recipe
-from instep.train.step import Score, Trained, TrainState
+from instep.train.step import RewardFn, TrainedParams, TrainState
 
 
 def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -> dict[str, Role]:
@@ -35,31 +35,31 @@ def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -
 
 
 def make_state(
-    recipe: Recipe, family: Family, seed: int, score: Score | None, slope: Score | None = None, *, checkpointing: bool = False,
+    recipe: Recipe, family: Family, seed: int, reward_fn: RewardFn | None, reward_grad_fn: RewardFn | None = None, *, checkpointing: bool = False,
     weights: tuple[float, ...] = (1.0,),
 ) -> TrainState:  # fmt: skip
     """Roles, optimisers and the run's generator, all a function of the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
         roles = make_roles(recipe, family, checkpointing=checkpointing)
-        scorer = recipe.scorer and recipe.scorer.shape.build(family.latent_shape, family.null(1), len(weights))
+        latent_reward = recipe.latent_reward and recipe.latent_reward.shape.build(family.latent_shape, family.null(1), len(weights))
     trained = {
-        name: Trained(roles[name].named_parameters(), config.optim, config.ema)
+        name: TrainedParams(roles[name].named_parameters(), config.optim, config.ema)
         for name, config in recipe.roles.items()
         if config.optim is not None
     }
     device = next(family.pretrained.parameters()).device
-    if scorer is not None and recipe.scorer is not None:
-        trained["scorer"] = Trained(dict(scorer.to(device).named_parameters()), recipe.scorer.optim)
+    if latent_reward is not None and recipe.latent_reward is not None:
+        trained["latent_reward"] = TrainedParams(dict(latent_reward.to(device).named_parameters()), recipe.latent_reward.optim)
     rng = torch.Generator(device).manual_seed(seed)
     reference, average = (tuple(roles[name].named_parameters().values()) if name in roles else () for name in ("reference", "average"))
     return TrainState(
-        roles, trained, family.path, family.latent_shape, rng, score, slope, weights=weights, reference=reference, average=average, scorer=scorer
+        roles, trained, family.path, family.latent_shape, rng, reward_fn, reward_grad_fn, weights=weights, reference=reference, average=average, latent_reward=latent_reward
     )
 
 
 @contextmanager
-def averaged(trained: Trained) -> Iterator[None]:
+def averaged(trained: TrainedParams) -> Iterator[None]:
     """The averaged weights in place of the live ones, for sampling and export; the live ones come back bit for bit."""
     if trained.ema is None:
         yield
@@ -73,6 +73,6 @@ def averaged(trained: Trained) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _fill(trained: Trained, values: dict[str, Tensor]) -> None:
+def _fill(trained: TrainedParams, values: dict[str, Tensor]) -> None:
     for key, p in trained.parameters.items():
         p.copy_(values[key])

@@ -13,28 +13,28 @@ from torch import Tensor, nn
 from instep.advantage import constant_groups, group_variance, several_advantages
 from instep.paths import Path
 from instep.prediction import Denoiser, GuidedDenoiser
-from instep.rewards.latent import LatentScorer
+from instep.rewards.latent import LatentReward
 from instep.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
 from instep.terms import Batch, Critic, Force, View
-from instep.train.recipe import Optim, Stage
+from instep.train.recipe import AdamWConfig, Stage
 
 # micro-batches over which the spread of rewards is averaged where a stage shares one
 REWARD_HORIZON = 10
 
-Score = Callable[[Tensor, Sequence[str]], Tensor]
+RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
 
 
-class Trained:
+class TrainedParams:
     """A role that is trained: its parameters, optimiser and, if asked for, its averaged copy."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optim: Optim, ema: float | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optim: AdamWConfig, ema: float | None = None) -> None:
         self.parameters, self.optim, self.decay = dict(parameters), optim, ema
         values = list(self.parameters.values())
         self.optimizer = torch.optim.AdamW(values, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
         self.ema = {key: p.detach().clone() for key, p in self.parameters.items()} if ema is not None else None
         self.steps = 0
 
-    def step(self, lr: float, optim: Optim | None = None) -> tuple[float, bool]:
+    def step(self, lr: float, optim: AdamWConfig | None = None) -> tuple[float, bool]:
         """Clips, steps (as `optim` says; None: as its own), averages, clears. Returns the gradient's norm and whether it was finite; a step that is not
         finite is skipped."""
         optim = optim or self.optim
@@ -61,33 +61,33 @@ class Trained:
 
 @dataclass
 class TrainState:
-    """What a run carries from one iteration to the next. `score` is the reward of latents [B, ...] and prompts -> [B], or None; `slope`
+    """What a run carries from one iteration to the next. `reward_fn` is the reward of latents [B, ...] and prompts -> [B], or None; `reward_grad_fn`
     the same with a graph, where the reward can be differentiated.
 
     Several rewards give [B, R] and count with `weights`. `reward_variance` is the running mean of each one's variance within groups: the scale of
-    advantages where a stage shares one. `reference` are the parameters of the role of that name, in the student's order, and `anchored` the
+    advantages where a stage shares one. `reference` are the parameters of the role of that name, in the student's order, and `reference_stage` the
     stage at whose beginning they were taken from the student. `average` are those of the role of that name, which is kept at the student's running
-    average; `scorer` is the latent reward model.
+    average; `latent_reward` is the latent reward model.
     """
 
     roles: Mapping[str, Denoiser]
-    trained: Mapping[str, Trained]
+    trained: Mapping[str, TrainedParams]
     path: Path
     shape: tuple[int, ...]
     rng: torch.Generator
-    score: Score | None = None
-    slope: Score | None = None
+    reward_fn: RewardFn | None = None
+    reward_grad_fn: RewardFn | None = None
     step: int = 0
     reward_variance: list[float] | None = None
     weights: tuple[float, ...] = (1.0,)
     reference: Sequence[nn.Parameter] = ()
-    anchored: str | None = None
+    reference_stage: str | None = None
     average: Sequence[nn.Parameter] = ()
-    scorer: LatentScorer | None = None
+    latent_reward: LatentReward | None = None
 
-    def owner(self, name: str) -> Any:
+    def module_of(self, name: str) -> Any:
         """Whose parameters `trained[name]` are: a role, or the latent reward model; both have `state` and `load_state`."""
-        return self.scorer if name == "scorer" else self.roles[name]
+        return self.latent_reward if name == "latent_reward" else self.roles[name]
 
 
 def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float) -> dict[str, Any]:
@@ -97,66 +97,66 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     critics train, and a re-used rollout costs nothing.
     """
     log = Scalars()
-    anchor(state, stage)
-    follow(state, stage)
+    snapshot_reference(state, stage)
+    sync_average(state, stage)
     views: list[View] = []
     for epoch in range(stage.inner_epochs):
         for i, batch in enumerate(batches):
             if epoch == 0:
-                batch = batch if stage.strengths is None else replace(batch, cond=batch.cond.told(stage.strengths))
-                view = View(state.roles, state.path, batch, progress, state.rng, reward=state.slope, weights=state.weights, scorer=state.scorer)
-                view = view.with_rollout(score(state, stage, view, collect(state, stage, view, with_graph=True), log))
+                batch = batch if stage.guidance_scales is None else replace(batch, cond=batch.cond.with_guidance(stage.guidance_scales))
+                view = View(state.roles, state.path, batch, progress, state.rng, reward_grad_fn=state.reward_grad_fn, weights=state.weights, latent_reward=state.latent_reward)
+                view = view.with_rollout(score_rollout(state, stage, view, roll_out(state, stage, view, with_graph=True), log))
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
             else:
-                view = replace(views[i], rollout=relive(state, stage, views[i].rollout), epoch=epoch)
+                view = replace(views[i], rollout=recompute(state, stage, views[i].rollout), epoch=epoch)
             backward(stage, view, 1 / len(batches), log)
         if stage.terms:
-            advance(state, "student", progress, log, stage.optim)
+            optimizer_step(state, "student", progress, log, stage.optim)
     for critic in stage.critics:
-        views = [critic.prepare(view, state.score, log.add) for view in views]
+        views = [critic.prepare(view, state.reward_fn, log.add) for view in views]
         for _ in range(critic.updates):
             for view in views:
-                seen = view if critic.reuse else again(state, stage, view, critic, log)
+                seen = view if critic.reuse else fresh_rollout(state, stage, view, critic, log)
                 for loss in critic.losses(seen):
                     (loss / len(views)).backward()
                     log.add(f"critic/{critic.role}", loss.detach())
-            advance(state, critic.role, progress, log)
+            optimizer_step(state, critic.role, progress, log)
     state.step += 1
     return log.means()
 
 
 @torch.no_grad()
-def anchor(state: TrainState, stage: Stage) -> None:
+def snapshot_reference(state: TrainState, stage: Stage) -> None:
     """Where a stage that compares with a reference begins: the reference becomes the student as it stands."""
-    if "reference" in stage.needs and state.anchored != stage.name:
+    if "reference" in stage.needs and state.reference_stage != stage.name:
         for mine, theirs in zip(state.reference, state.trained["student"].parameters.values(), strict=True):
             mine.copy_(theirs)
-        state.anchored = stage.name
+        state.reference_stage = stage.name
         if stage.fresh:
             state.trained["student"].optimizer.state.clear()
 
 
 @torch.no_grad()
-def follow(state: TrainState, stage: Stage) -> None:
+def sync_average(state: TrainState, stage: Stage) -> None:
     """The role `average` becomes the student's running average, where the stage asks for one."""
     mean = state.trained["student"].ema
     if "average" in stage.needs and mean is not None:
         torch._foreach_copy_(list(state.average), list(mean.values()))
 
 
-def again(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:
+def fresh_rollout(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:
     """The view with a fresh rollout for a critic that does not re-use the student's, scored if it asks for rewards."""
     scored = "reward" in critic.needs
-    rollout = collect(state, stage, view, with_graph=False, to_the_end=scored)
-    return view.with_rollout(score(state, stage, view, rollout, log) if scored else rollout)
+    rollout = roll_out(state, stage, view, with_graph=False, to_the_end=scored)
+    return view.with_rollout(score_rollout(state, stage, view, rollout, log) if scored else rollout)
 
 
-def collect(state: TrainState, stage: Stage, view: View, *, with_graph: bool, to_the_end: bool = False) -> Rollout | None:
+def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, to_the_end: bool = False) -> Rollout | None:
     """Rolls out the student on the view's prompts, `stage.group` samples a prompt; none for stages that only read data."""
-    if stage.collect is None:
+    if stage.rollout is None:
         return None
     cond = view.batch.cond.repeat(stage.group)
-    levels, guidance = stage.collect.levels, stage.collect.guidance
+    levels, guidance = stage.rollout.levels, stage.rollout.guidance
     student = state.roles["student"]
     if guidance != 1:
         student = GuidedDenoiser(student, view.batch.null.repeat(stage.group), guidance)
@@ -173,23 +173,23 @@ def collect(state: TrainState, stage: Stage, view: View, *, with_graph: bool, to
             group=stage.group,
             live=stage.live if with_graph else frozenset(),
             to_the_end=to_the_end or (stage.to_the_end and with_graph),
-            through=stage.collect.through,
+            through=stage.rollout.through,
             record="trajectory" in stage.needs and with_graph,
-            transition=stage.collect.transition,
+            transition=stage.rollout.transition,
             guidance=guidance,
         )
 
 
 @torch.no_grad()
-def score(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, log: Scalars) -> Rollout | None:
+def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, log: Scalars) -> Rollout | None:
     """Reward of the final samples, and each one's advantage in its group; groups of equal rewards get none and are counted."""
     if rollout is None or "reward" not in stage.needs:
         return rollout
-    if state.score is None:
+    if state.reward_fn is None:
         raise ValueError(f"reward: stage {stage.name!r} needs one and none was given; pass reward= to train(), or choose a recipe without")
     prompts = [prompt for prompt in view.batch.prompts for _ in range(stage.group)]
     x = rollout.point("final").x.detach()
-    each = torch.cat([state.score(x[rows], prompts[rows]) for rows in apart(prompts, stage.group)]).to(x)
+    each = torch.cat([state.reward_fn(x[rows], prompts[rows]) for rows in scoring_slices(prompts, stage.group)]).to(x)
     each = each[:, None] if each.ndim == 1 else each
     weights = each.new_tensor(state.weights)
     reward = weights[0] * each[:, 0] if len(weights) == 1 else each @ weights
@@ -207,20 +207,20 @@ def score(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, 
     return replace(rollout, reward=reward, advantage=several_advantages(each, state.weights, stage.group, deviations, stage.advantage.clip))
 
 
-def apart(prompts: Sequence[str], group: int) -> list[slice]:
+def scoring_slices(prompts: Sequence[str], group: int) -> list[slice]:
     """Rows that are scored in one call: all, unless two groups of the same prompt are neighbours, which a ranker would take for one group."""
     starts = [0] + [i for i in range(group, len(prompts), group) if prompts[i] == prompts[i - 1]]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
 
 
-def relive(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout | None:
+def recompute(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout | None:
     """The stored rollout with its live points predicted again by the present student: for a second inner epoch."""
     if rollout is None:
         return None
-    def again(where: Where, point: Point | None) -> Point | None:
+    def predicted(where: Where, point: Point | None) -> Point | None:
         return point.predicted_again(state.roles["student"], rollout.cond) if point and where in stage.live else point
 
-    return replace(rollout, exit=again("exit", rollout.exit), final=again("final", rollout.final))
+    return replace(rollout, exit=predicted("exit", rollout.exit), final=predicted("final", rollout.final))
 
 
 def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
@@ -240,7 +240,7 @@ def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
             log.add(f"objective/{objective.name}", loss.detach())
 
 
-def advance(state: TrainState, name: str, progress: float, log: Scalars, optim: Optim | None = None) -> None:
+def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, optim: AdamWConfig | None = None) -> None:
     """One optimiser step of a role, as `optim` says (None: as the role's own does)."""
     trained = state.trained[name]
     optim = optim or trained.optim
