@@ -4,7 +4,7 @@
     python benchmarks/apo.py --only sequence --seeds 0
 
 Every cell starts from the same many-step network and is kept as benchmarks/results/apo/NAME-SEED.json: win rate against the start on the same noise, and
-the laboratory's figures, before and after guidance distillation.
+the laboratory's metrics, before and after guidance distillation.
 """
 
 from __future__ import annotations
@@ -103,14 +103,14 @@ def run_lab(name: str, options: dict[str, Any], what: str, seed: int) -> None:
         return
     world, began = World.named("ring8", members=1, reward="half"), time.process_time()
     net = start_of(world, seed)
-    recipe = apo(LAB, **{**NONE, "absorb": ABSORB, "absorb_optim": LAB.student, "beta": BETA, **options})
+    recipe = apo(LAB, **{**NONE, "absorb": ABSORB, "distill_guidance_optim": LAB.student, "beta": BETA, **options})
     state = ensemble_state(recipe, world, net, seed)
     start = snapshot(state, replace(recipe, stages=recipe.stages[:1]), world)
     after, losses = stages(recipe, state, world)
-    rows = {stage: {**seen.figures[0], "win": win_rate(world, start.samples, seen.samples), "loss_jump": jump(losses[stage])} for stage, seen in after.items()}
-    write_json(file, {"what": what, "seed": seed, "start": start.figures[0], "after": rows, "cpu_s": round(time.process_time() - began, 1)})
+    rows = {stage: {**seen.metrics[0], "win": win_rate(world, start.samples, seen.samples), "loss_jump": jump(losses[stage])} for stage, seen in after.items()}
+    write_json(file, {"what": what, "seed": seed, "start": start.metrics[0], "after": rows, "cpu_s": round(time.process_time() - began, 1)})
     said = ", ".join(f"{stage} win {row['win']:.3f} share {row['share']:.2f} quality {row['quality']:.2f}" for stage, row in rows.items())
-    print(f"{name} seed {seed}: start share {start.figures[0]['share']:.2f} quality {start.figures[0]['quality']:.2f}; {said}", flush=True)
+    print(f"{name} seed {seed}: start share {start.metrics[0]['share']:.2f} quality {start.metrics[0]['quality']:.2f}; {said}", flush=True)
 
 
 KEPT: dict[int, VelocityMLP] = {}

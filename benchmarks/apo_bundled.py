@@ -113,7 +113,7 @@ def start(model: str = MOVING_DIGITS) -> Tensor:
     return media(Role("teacher", Backbone(family, family.pretrained)), Sampling(COMMON.levels, "ode", COMMON.guidance), model)
 
 
-def figures(seen: Tensor, model: str = MOVING_DIGITS) -> dict[str, float]:
+def metrics(seen: Tensor, model: str = MOVING_DIGITS) -> dict[str, float]:
     """Against the start, by the held-out classifier; the standard error is over prompts, whose samples are not independent."""
     classifier, before = load_classifier("heldout"), start(model)
     names = [text_of(name) for name in prompts(model)]
@@ -142,10 +142,10 @@ def run_cell(name: str, seed: int, runs: Path) -> None:
         options=RunOptions(seed=seed, save_every=20, probe_every=100),
     )  # fmt: skip
     cpu, record = time.process_time() - began, read_run(out)
-    after: dict[str, dict[str, float]] = {"start": figures(start(cell.model), cell.model)}
+    after: dict[str, dict[str, float]] = {"start": metrics(start(cell.model), cell.model)}
     for end, stage in ends.items():
         role = student_of(out, record, load(cell.model), step=end)
-        after[stage] = figures(media(role, sampling_of(record, end), cell.model), cell.model)
+        after[stage] = metrics(media(role, sampling_of(record, end), cell.model), cell.model)
     first = next(iter(ends))
     losses = [row["objective/dpo"] for row in read_rows(out / "log.jsonl") if "objective/dpo" in row and row["step"] <= first]
     write_json(file, {"what": cell.what, "seed": seed, "after": after, "loss_jump": jump(losses), "cpu_s": round(cpu, 1)})
@@ -175,9 +175,9 @@ def strengths(runs: Path) -> None:
         kept[name] = {}
         for w in TOLD:
             seen = media(role, replace(sampling, strengths=(w, 0.0)) if draw else sampling)
-            figures = {"right": float(right(seen, prompts()).both.float().mean()), "distance": float((seen - guided[w]).square().mean().sqrt())}
-            kept[name][f"{w:g}"] = figures
-            print(name, w, figures, flush=True)
+            metrics = {"right": float(right(seen, prompts()).both.float().mean()), "distance": float((seen - guided[w]).square().mean().sqrt())}
+            kept[name][f"{w:g}"] = metrics
+            print(name, w, metrics, flush=True)
     write_json(RESULTS / "strengths.json", kept)
 
 

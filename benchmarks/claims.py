@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from results_lab import Figures, load, over_seeds
+from results_lab import Metrics, load, over_seeds
 
-Verdict = tuple[str, str]  # reproduced, partly or not; and the figures it rests on
+Verdict = tuple[str, str]  # reproduced, partly or not; and the numbers it rests on
 
 
 @dataclass(frozen=True)
@@ -18,23 +18,23 @@ class Claim:
     check: Callable[[], Verdict]
 
 
-def end(experiment: str, name: str) -> Figures:
-    """Mean and deviation of a recipe's figures at the end. KeyError if it was not measured."""
+def end(experiment: str, name: str) -> Metrics:
+    """Mean and deviation of a recipe's metrics at the end. KeyError if it was not measured."""
     return at(experiment, name, -1)
 
 
-def at(experiment: str, name: str, index: int) -> Figures:
+def at(experiment: str, name: str, index: int) -> Metrics:
     measured = load(experiment)
     if measured is None:
         raise KeyError(experiment)
     return over_seeds(next(run for run in measured["runs"] if run["name"] == name)["curve"][index]["figures"])
 
 
-def show(figures: Figures, *keys: str) -> str:
-    return ", ".join(f"{key} {figures[key][0]:.3f} ± {figures[key][1]:.3f}" for key in keys)
+def show(metrics: Metrics, *keys: str) -> str:
+    return ", ".join(f"{key} {metrics[key][0]:.3f} ± {metrics[key][1]:.3f}" for key in keys)
 
 
-def above(a: Figures, b: Figures, key: str) -> bool:
+def above(a: Metrics, b: Metrics, key: str) -> bool:
     """Whether a is above b by more than twice the standard error of the difference over three seeds."""
     return a[key][0] - b[key][0] > 2 * ((a[key][1] ** 2 + b[key][1] ** 2) / 3) ** 0.5
 
@@ -45,25 +45,25 @@ def word(reproduced: bool, partly: bool = False) -> str:
 
 def stalls() -> Verdict:
     far, near = end("far", "dmd2"), end("one-step", "dmd2")
-    figures = f"from (5, 5): {show(far, 'quality', 'tv')}; from the mixture: {show(near, 'quality', 'tv')}"
-    return word(far["quality"][0] < 0.5), figures
+    numbers = f"from (5, 5): {show(far, 'quality', 'tv')}; from the mixture: {show(near, 'quality', 'tv')}"
+    return word(far["quality"][0] < 0.5), numbers
 
 
 def mitigations() -> Verdict:
-    helped, figures = [], []
+    helped, numbers = [], []
     tried = {"far": ("dmd", "dmd2:gan=0.03"), "far-learned": ("dmd", "dmd2:gan=0.03", "magic"), "far-guided": ("decoupled-dmd",)}
     for experiment, names in tried.items():
         plain, others = at(experiment, "dmd2", 5), {name: at(experiment, name, 5) for name in names}
         best = max(others, key=lambda name: others[name]["quality"][0])
         helped.append(any(above(other, plain, "quality") for other in others.values()))
-        figures.append(f"{experiment}, at a third of the run: plain {show(plain, 'quality')}, best {best} {show(others[best], 'quality')}")
-    return word(all(helped), any(helped)), "; ".join(figures)
+        numbers.append(f"{experiment}, at a third of the run: plain {show(plain, 'quality')}, best {best} {show(others[best], 'quality')}")
+    return word(all(helped), any(helped)), "; ".join(numbers)
 
 
 def only_rewarded() -> Verdict:
     amd, twice, plain = (end("selective", name) for name in ("amd", "amd:tilt=2", "dmd2"))
-    figures = f"AMD: {show(amd, 'share', 'quality')}; with tilt 2: {show(twice, 'share', 'quality')}; DMD: {show(plain, 'share')}"
-    return word(amd["share"][0] > 0.98, amd["share"][0] > 0.7), figures
+    numbers = f"AMD: {show(amd, 'share', 'quality')}; with tilt 2: {show(twice, 'share', 'quality')}; DMD: {show(plain, 'share')}"
+    return word(amd["share"][0] > 0.98, amd["share"][0] > 0.7), numbers
 
 
 def recovers() -> Verdict:
@@ -103,12 +103,12 @@ def together() -> Verdict:
 
 
 def decoupled() -> Verdict:
-    better, figures = [], []
+    better, numbers = [], []
     for steps, experiment in (("1 step", "one-step-guided"), ("4 steps", "four-steps-guided")):
         own, shared = end(experiment, "decoupled-dmd"), end(experiment, "dmd2")
         better.append(above(own, shared, "quality"))
-        figures.append(f"{steps}: decoupled {show(own, 'quality', 'tv')}, shared {show(shared, 'quality', 'tv')}")
-    return word(all(better), any(better)), "; ".join(figures)
+        numbers.append(f"{steps}: decoupled {show(own, 'quality', 'tv')}, shared {show(shared, 'quality', 'tv')}")
+    return word(all(better), any(better)), "; ".join(numbers)
 
 
 def one_fake() -> Verdict:
@@ -132,11 +132,11 @@ CLAIMS = (
 
 def lines() -> list[str]:
     """The table of claims; what was not measured is said to be so."""
-    out = ["| claim | in the laboratory | figures |", "|---|---|---|"]
+    out = ["| claim | in the laboratory | numbers |", "|---|---|---|"]
     for claim in CLAIMS:
         try:
-            verdict, figures = claim.check()
+            verdict, numbers = claim.check()
         except KeyError as missing:
-            verdict, figures = "not measured", str(missing)
-        out.append(f"| {claim.text} | **{verdict}** | {figures} |")
+            verdict, numbers = "not measured", str(missing)
+        out.append(f"| {claim.text} | **{verdict}** | {numbers} |")
     return out

@@ -5,7 +5,7 @@
     make results
 
 Each cell is kept as benchmarks/results/class/NAME-SEED.json; a cell that is there is not run again. Every student has one step and the same
-number of updates; figures are in the features of the held-out classifier, which nothing was trained on or chosen by.
+number of updates; metrics are in the features of the held-out classifier, which nothing was trained on or chosen by.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def sample(role: Role, digits: ClassDigits, cell: Cell, seed: int, n: int) -> Te
 
 @torch.no_grad()
 def measure(media: Tensor, names: list[str]) -> dict[str, float]:
-    """Figures of media [N, 3, 8, 8] against the reference split."""
+    """Metrics of media [N, 3, 8, 8] against the reference split."""
     media, heldout, (real, _) = media.clamp(0, 1), load_digit_classifier("heldout"), split_media("reference")
     features, reference = heldout.features(media), heldout.features(real)
     p = heldout.logits(media).double().softmax(1)
@@ -142,9 +142,9 @@ def run_cell(name: str, seed: int) -> None:
     if file.is_file():
         return
     media, about = make(cell, seed)
-    figures = measure(media, prompts()) | {"saturation": float(m.saturation(media).mean())}
-    write_json(file, {"what": cell.what, "seed": seed, "guidance": cell.guidance, "rl": cell.rl, "samples": SAMPLES, "figures": figures, **about})
-    print(name, seed, {k: round(v, 3) for k, v in figures.items()}, about, flush=True)
+    metrics = measure(media, prompts()) | {"saturation": float(m.saturation(media).mean())}
+    write_json(file, {"what": cell.what, "seed": seed, "guidance": cell.guidance, "rl": cell.rl, "samples": SAMPLES, "figures": metrics, **about})
+    print(name, seed, {k: round(v, 3) for k, v in metrics.items()}, about, flush=True)
 
 
 def make(cell: Cell, seed: int, n: int = SAMPLES) -> tuple[Tensor, dict[str, float]]:
@@ -162,7 +162,7 @@ def make(cell: Cell, seed: int, n: int = SAMPLES) -> tuple[Tensor, dict[str, flo
         return sample(run.state.roles["student"], digits, cell, seed, n), about
 
 
-def figure(to: Path, seed: int = 0) -> None:
+def draw_figure(to: Path, seed: int = 0) -> None:
     """Rows of classes 0 to 9, eight samples each, for real scans, the teacher, and students with and without the reward."""
     from PIL import Image, ImageDraw
 
@@ -197,7 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.figure:
-        figure(args.figure)
+        draw_figure(args.figure)
         return
     write_json(RESULTS / "floor.json", {"what": "real training scans", "figures": real_vs_real()})
     for seed in args.seeds:

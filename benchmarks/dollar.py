@@ -70,7 +70,7 @@ CELLS = {
     "vsd-ddpo": Cell(lambda: dmdr(TWO, warm=0, iterations=MORE, rl="ddpo", weight=1.0), "dmd2-2", "VSD + DDPO", probability, 20),
     "cd": Cell(lambda: dollar(TWO, matching=0, weight=0, cd=1.0, iterations=FEW), None, "CD alone from the teacher, m = 5", probability, 20),
     "cd-same": Cell(lambda: dollar(TWO, weight=0, iterations=FEW), None, "VSD + CD from the teacher, velocity as the teacher's", probability, 20),
-    "cd-x0": Cell(lambda: dollar(TWO, weight=0, iterations=FEW, predicts="x0"), None, "VSD + CD from the teacher, x0 instead", probability, 20),
+    "cd-x0": Cell(lambda: dollar(TWO, weight=0, iterations=FEW, prediction_type="x0"), None, "VSD + CD from the teacher, x0 instead", probability, 20),
     "vsd-lrm-0.3": Cell(lambda: dollar(TWO, fit=0, cd=0, weight=0.3, iterations=MORE), "fit", "VSD + LRM, weight .3", probability, 20),
     "lrm-alone": Cell(lambda: dollar(TWO, fit=0, cd=0, matching=0, weight=WEIGHT, iterations=MORE), "fit", "LRM alone after distillation", probability, 20),
     "jpeg": blind(JPEG(), "compressible JPEG, VSD + LRM"),

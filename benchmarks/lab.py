@@ -112,7 +112,7 @@ def _merged(runs: Sequence[LabRun]):
     from dataclasses import replace
 
     ends = [one.snapshots[-1] for one in runs]
-    return replace(ends[0], figures=tuple(end.figures[0] for end in ends), samples=torch.cat([end.samples for end in ends]))
+    return replace(ends[0], metrics=tuple(end.metrics[0] for end in ends), samples=torch.cat([end.samples for end in ends]))
 
 
 def main() -> None:

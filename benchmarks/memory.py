@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py
 
-Each figure is the largest resident memory of a fresh process that runs two iterations of `dmd2` on a Wan transformer with random
+Each number is the largest resident memory of a fresh process that runs two iterations of `dmd2` on a Wan transformer with random
 weights, large enough for weights to dominate, less what the process held before the network was built.
 """
 

@@ -29,7 +29,7 @@ def win(name: str, stage: str) -> Value:
     return Value(mean(s["win"] for s in seen), mean(s["win_se"] for s in seen))
 
 
-def figure(value: Value) -> str:
+def with_error(value: Value) -> str:
     return f"{value.value:.3f} ± {value.se:.3f}"
 
 
@@ -40,7 +40,7 @@ def above(a: Value, b: Value) -> bool:
 def said(*cells: tuple[str, str, str]) -> str:
     """Win rates of (label, cell, stage)."""
     least = min(len(records(name)) for _, name, _ in cells)
-    return ", ".join(f"{label} {figure(win(name, stage))}" for label, name, stage in cells) + f" ({least} seed(s))"
+    return ", ".join(f"{label} {with_error(win(name, stage))}" for label, name, stage in cells) + f" ({least} seed(s))"
 
 
 def wins(of: str = "") -> tuple[str, str]:
@@ -165,8 +165,8 @@ def cells() -> list[str]:
         kept, values = records(name), []
         for stage in ("offline", "absorb"):
             seen = [record["after"].get(stage) for record in kept]
-            values += [figure(win(name, stage)), f"{mean(s['right'] for s in seen):.3f}"] if all(seen) else ["-", "-"]
-        first = [next(figures for stage, figures in record["after"].items() if stage != "start")["change"] for record in kept]
+            values += [with_error(win(name, stage)), f"{mean(s['right'] for s in seen):.3f}"] if all(seen) else ["-", "-"]
+        first = [next(metrics for stage, metrics in record["after"].items() if stage != "start")["change"] for record in kept]
         jump = mean(record["loss_jump"] for record in kept)
         lines.append(f"| {cell.what} (`{name}`) | {len(kept)} | {' | '.join(values)} | {mean(first):.3f} | {f'{jump:.4f}' if jump else '-'} |")
     return lines
@@ -182,7 +182,7 @@ def sequence(name: str) -> list[str]:
     for stage in kept[0]["after"]:
         seen = [record["after"][stage] for record in kept]
         others = " | ".join(f"{mean(s[key] for s in seen):.3f}" for key in keys)
-        lines.append(f"| {STAGES[stage]} | {len(kept)} | {figure(win(name, stage))} | {others} |")
+        lines.append(f"| {STAGES[stage]} | {len(kept)} | {with_error(win(name, stage))} | {others} |")
     return lines
 
 

@@ -23,7 +23,7 @@ PAPER = {  # DMDR, Table 6: FID, recall, inception score, precision
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """Mean over seeds and its standard error."""
 
     value: float
@@ -34,22 +34,22 @@ class Figure:
         return f"{self.value:.{digits}f}" + (f" ± {self.se:.{digits}f}" if math.isfinite(self.se) else "")
 
 
-def figure(name: str, key: str) -> Figure:
+def estimate(name: str, key: str) -> Estimate:
     """KeyError if the cell was not measured."""
     values = [renamed(row["figures"])[key] for row in rows(name)]
     if not values:
         raise KeyError(name)
     mean = sum(values) / len(values)
     spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1) if len(values) > 1 else math.nan
-    return Figure(mean, math.sqrt(spread / len(values)))
+    return Estimate(mean, math.sqrt(spread / len(values)))
 
 
 def step(a: str, b: str, key: str) -> int:
-    """+1 if the figure rises from cell a to cell b by more than two standard errors of the difference, -1 if it falls, 0 if neither.
+    """+1 if the metric rises from cell a to cell b by more than two standard errors of the difference, -1 if it falls, 0 if neither.
 
     KeyError if one of them was measured with fewer than two seeds.
     """
-    x, y = figure(a, key), figure(b, key)
+    x, y = estimate(a, key), estimate(b, key)
     if not math.isfinite(x.se + y.se):
         raise KeyError(f"{a} or {b}: one seed")
     bound = 2 * math.hypot(x.se, y.se)
@@ -57,15 +57,15 @@ def step(a: str, b: str, key: str) -> int:
 
 
 def show(a: str, b: str, keys: Sequence[str]) -> str:
-    return "; ".join(f"{COLUMNS[k]} {figure(a, k)} to {figure(b, k)}" for k in keys)
+    return "; ".join(f"{COLUMNS[k]} {estimate(a, k)} to {estimate(b, k)}" for k in keys)
 
 
 def moves(pairs: Sequence[tuple[str, str]], wanted: dict[str, int]) -> tuple[str, str]:
     """How many of the asked movements are seen, over all pairs."""
     seen = [step(a, b, key) == sign for a, b in pairs for key, sign in wanted.items()]
     word = "reproduced" if all(seen) else "partly" if sum(seen) * 2 >= len(seen) else "not reproduced"
-    figures = "; ".join(f"{a} to {b}: {show(a, b, tuple(wanted))}" for a, b in pairs)
-    return f"{word} ({sum(seen)} of {len(seen)})", figures
+    numbers = "; ".join(f"{a} to {b}: {show(a, b, tuple(wanted))}" for a, b in pairs)
+    return f"{word} ({sum(seen)} of {len(seen)})", numbers
 
 
 SHARPER = {"fd": 1, "recall": -1, "inception": 1, "precision": 1}
@@ -92,9 +92,9 @@ def diversity() -> tuple[str, str]:
 
 
 def surpasses() -> tuple[str, str]:
-    word, figures = moves([("teacher-50-1", "dmdr-1"), ("teacher-50-1.5", "dmdr-1.5")], {"inception": 1, "precision": 1, "heldout": 1})
+    word, numbers = moves([("teacher-50-1", "dmdr-1"), ("teacher-50-1.5", "dmdr-1.5")], {"inception": 1, "precision": 1, "heldout": 1})
     worse = "; ".join(f"{a} to {b}: {show(a, b, ('fd', 'recall'))}" for a, b in (("teacher-50-1", "dmdr-1"), ("teacher-50-1.5", "dmdr-1.5")))
-    return word, f"{figures}; what it pays: {worse}"
+    return word, f"{numbers}; what it pays: {worse}"
 
 
 CLAIMS: dict[str, Callable[[], tuple[str, str]]] = {
@@ -108,21 +108,21 @@ CLAIMS: dict[str, Callable[[], tuple[str, str]]] = {
 
 
 def reading() -> str:
-    """Why the Frechet distance may fall where the paper's rises, in figures."""
+    """Why the Frechet distance may fall where the paper's rises, in numbers."""
     real = json.loads((RESULTS / "floor.json").read_text())["figures"]["fd"]
     weights = {0: "dmd2-1", 0.05: "refl-1-low", 0.5: "refl-1-half", 5: "refl-1-high"}
-    parts = {w: ", ".join(f"{COLUMNS[k]} {figure(name, k)}" for k in ("fd", "recall", "precision")) for w, name in weights.items()}
+    parts = {w: ", ".join(f"{COLUMNS[k]} {estimate(name, k)}" for k in ("fd", "recall", "precision")) for w, name in weights.items()}
     curve = "; ".join(f"weight {w}: {text}" for w, text in parts.items())
-    high = {k: figure("refl-1-high", k) for k in ("diversity", "heldout", "inception")}
+    high = {k: estimate("refl-1-high", k) for k in ("diversity", "heldout", "inception")}
     return (
-        f"Where the Frechet distance parts from the paper: the unguided teacher stands at {figure('teacher-50-1', 'fd')} and its student at "
-        f"{figure('dmd2-1', 'fd')}, real scans at {real:.3f}. An unguided model of this size draws some digits that are none, so a first bit of sharpening, by "
+        f"Where the Frechet distance parts from the paper: the unguided teacher stands at {estimate('teacher-50-1', 'fd')} and its student at "
+        f"{estimate('dmd2-1', 'fd')}, real scans at {real:.3f}. An unguided model of this size draws some digits that are none, so a first bit of sharpening, by "
         "guidance or by the reward, takes it nearer to the real ones; what is sharpened further moves away again. If the paper's unguided "
         f"student starts near its data already, it has only the second half (our reading, not tested). "
         f"The weight of the reward's gradient beside plain matching, guidance 1: {curve}. "
-        f"At weight 5 the student collapses (spread in a class {high['diversity']}, plain {figure('dmd2-1', 'diversity')}) while the classifiers "
-        f"are content (right class {high['heldout']}, inception score {high['inception']}): the decline beyond an optimal "
-        "weight that the paper's Table 5c reports, and a warning about what these figures reward."
+        f"At weight 5 the student collapses (spread in a class {high['diversity']}, plain {estimate('dmd2-1', 'diversity')}) while the "
+        f"classifiers are content (right class {high['heldout']}, inception score {high['inception']}): the decline beyond an optimal "
+        "weight that the paper's Table 5c reports, and a warning about what these metrics reward."
     )
 
 
@@ -137,7 +137,7 @@ def table() -> list[str]:
         if found:
             seconds = [row["train_cpu_s"] for row in found if "train_cpu_s" in row]
             cost = f"{sum(seconds) / len(seconds):.0f}" if seconds else "-"
-            cells = " | ".join(str(figure(name, key)) for key in COLUMNS)
+            cells = " | ".join(str(estimate(name, key)) for key in COLUMNS)
             lines.append(f"| {cell.what} (`{name}`) | {cell.guidance:g} | {'yes' if cell.rl else 'no'} | {len(found)} | {cells} | {cost} |")
     return lines
 
@@ -168,15 +168,15 @@ def class_lines() -> list[str]:
         "",
         "A movement counts as seen if it is larger than two standard errors of the difference; all of a claim's: reproduced, at least half: partly.",
         "",
-        "| claim | here | figures |",
+        "| claim | here | numbers |",
         "|---|---|---|",
     ]
     for text, check in CLAIMS.items():
         try:
-            verdict, figures = check()
+            verdict, numbers = check()
         except KeyError as missing:
-            verdict, figures = "not measured", str(missing)
-        out.append(f"| {text} | **{verdict}** | {figures} |")
+            verdict, numbers = "not measured", str(missing)
+        out.append(f"| {text} | **{verdict}** | {numbers} |")
     with contextlib.suppress(KeyError, FileNotFoundError):
         out += ["", reading()]
     return [*out, ""]

@@ -54,7 +54,7 @@ def need(*names: str) -> list[Row]:
     return measured(names, cell)
 
 
-def figure(value: Value) -> str:
+def with_error(value: Value) -> str:
     return f"{value.value:.{3 if abs(value.value) < 1 else 2}f} ± {value.se:.3f}"
 
 
@@ -68,13 +68,13 @@ def table() -> list[str]:
         if row:
             flags = [record.get("hacking") for record in records(name)]
             flag = "-" if not any(flags) else ", ".join("no" if step is None else str(step) for step in flags)
-            cells = [figure(row.values[k]) if k in row.values else "-" for k in COLUMNS]
+            cells = [with_error(row.values[k]) if k in row.values else "-" for k in COLUMNS]
             lines.append(f"| {what} | {row.nfe} | {max(1, len(records(name)))} | " + " | ".join(cells) + f" | {flag} |")
     return lines
 
 
 def said(row: Row, other: Row, *keys: str) -> str:
-    """Of the figures that both have."""
+    """Of the metrics that both have."""
     return differences(row, other, [key for key in keys if key in row.values and key in other.values], COLUMNS)
 
 
@@ -165,7 +165,7 @@ def quicker() -> tuple[str, str]:
 
 
 def longer_prompts() -> tuple[str, str]:
-    """Open prompts are scored by what they say alone, so their share of right samples is higher by construction: figures, no verdict."""
+    """Open prompts are scored by what they say alone, so their share of right samples is higher by construction: numbers, no verdict."""
     teacher = row_of(json.loads((RESULTS / "teacher-50-3.json").read_text())["row"])
     rows = [("teacher", teacher)] + [(name, row) for name in ("dmd2-1", "dmd2-4", "vsd-cd-1", "vsd-lrm") if (row := cell(name))]
     gains = [f"{name} {row.values['heldout_both'].value:.3f} and {row.values['heldout_both_open'].value:.3f}" for name, row in rows]
@@ -175,7 +175,7 @@ def longer_prompts() -> tuple[str, str]:
 
 def frames() -> tuple[str, str]:
     every, some, vsd = need("jpeg", "jpeg-3", "vsd")
-    text = ", ".join(f"{name} {figure(row.values['kilobytes'])}" for name, row in (("VSD", vsd), ("all 9", every), ("3 of 9", some)))
+    text = ", ".join(f"{name} {with_error(row.values['kilobytes'])}" for name, row in (("VSD", vsd), ("all 9", every), ("3 of 9", some)))
     saved = difference(some, vsd, "kilobytes")
     less = difference(some, every, "kilobytes")
     climbed = saved.value < -2 * saved.se

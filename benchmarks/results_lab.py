@@ -12,12 +12,12 @@ from typing import Any
 from stored import renamed
 
 LAB = Path(__file__).parent / "results" / "lab"
-Figures = dict[str, tuple[float, float]]
+Metrics = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """Something asked of a recipe: the figure, its bounds, and whose it is."""
+    """Something asked of a recipe: the metric, its bounds, and whose it is."""
 
     name: str
     key: str
@@ -27,7 +27,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Section:
-    """One experiment's table: its heading, what is claimed or asked, the figures shown, and the bars."""
+    """One experiment's table: its heading, what is claimed or asked, the metrics shown, and the bars."""
 
     experiment: str
     title: str
@@ -103,9 +103,9 @@ def load(name: str) -> dict[str, Any] | None:
     return renamed(json.loads(file.read_text())) if file.is_file() else None
 
 
-def over_seeds(rows: Sequence[dict[str, float | None]]) -> Figures:
-    """Mean and deviation of each figure; nan where a seed has none."""
-    found: Figures = {}
+def over_seeds(rows: Sequence[dict[str, float | None]]) -> Metrics:
+    """Mean and deviation of each metric; nan where a seed has none."""
+    found: Metrics = {}
     for key in rows[0]:
         values = [math.nan if row[key] is None else float(row[key]) for row in rows]  # type: ignore[arg-type]
         mean = sum(values) / len(values)
@@ -113,10 +113,10 @@ def over_seeds(rows: Sequence[dict[str, float | None]]) -> Figures:
     return found
 
 
-def cell(figures: Figures, key: str) -> str:
-    if key not in figures:
+def cell(metrics: Metrics, key: str) -> str:
+    if key not in metrics:
         return "-"
-    mean, sd = figures[key]
+    mean, sd = metrics[key]
     digits = 1 if key == "reached" else 4 if key == "energy" else 3
     return "-" if math.isnan(mean) else f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
@@ -130,9 +130,9 @@ def lines_of(section: Section) -> list[str]:
     out = [f"### {section.title}", "", *([section.text, ""] if section.text else [])]
     out += ["| | " + " | ".join(section.keys) + " | CPU s |", "|---" * (len(section.keys) + 2) + "|"]
     seconds = {run["name"]: run["cpu_s"] for run in measured["runs"]}
-    for name, figures in {"exact samples": over_seeds(measured["exact_samples"]), **runs}.items():
+    for name, metrics in {"exact samples": over_seeds(measured["exact_samples"]), **runs}.items():
         time = f"{seconds[name]:.0f}" if name in seconds else ""
-        out.append(f"| {name} | " + " | ".join(cell(figures, key) for key in section.keys) + f" | {time} |")
+        out.append(f"| {name} | " + " | ".join(cell(metrics, key) for key in section.keys) + f" | {time} |")
     out += ["", *(met(bar, runs[bar.name]) for bar in section.bars)]
     if section.experiment == "naive":
         gap = runs["amd"]["quality"][0] - runs["naive-adaptive"]["quality"][0]
@@ -142,14 +142,14 @@ def lines_of(section: Section) -> list[str]:
     return [*out, ""]
 
 
-def met(bar: Bar, figures: Figures) -> str:
-    mean = figures[bar.key][0]
+def met(bar: Bar, metrics: Metrics) -> str:
+    mean = metrics[bar.key][0]
     asked = " and ".join(f"{word} {bound:g}" for word, bound in (("at least", bar.low), ("at most", bar.high)) if math.isfinite(bound))
     return f"- asked: {bar.name}, {bar.key} {asked}: {mean:.3f}, {'reached' if bar.low <= mean <= bar.high else 'not reached'}"
 
 
 def curves(measured: dict[str, Any], key: str) -> list[str]:
-    """A figure over the iterations, one row a recipe."""
+    """A metric over the iterations, one row a recipe."""
     steps = [shot["step"] for shot in measured["runs"][0]["curve"]]
     keep = steps if len(steps) <= 11 else [*steps[:6], *steps[7::2]]
     lines = [f"Over the iterations, mean {key}:", "", "| | " + " | ".join(map(str, keep)) + " |", "|---" * (len(keep) + 1) + "|"]

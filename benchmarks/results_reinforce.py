@@ -64,8 +64,8 @@ def alone_hacks() -> tuple[str, str]:
     alone, joint, control = need("rl-refl", "joint-0.1", "distil-only")
     highest = alone.values["train_score"].value > joint.values["train_score"].value
     lost = better(control, alone, "fd") and modes(alone, control) < 0.95
-    figures = f"alone against the control: {said(alone, control, 'train_score', 'heldout_both', 'fd', 'fd_open')}, {modes(alone, control):.0%} of its modes"
-    return word(highest and lost, highest or lost), figures
+    numbers = f"alone against the control: {said(alone, control, 'train_score', 'heldout_both', 'fd', 'fd_open')}, {modes(alone, control):.0%} of its modes"
+    return word(highest and lost, highest or lost), numbers
 
 
 def joint_wins() -> tuple[str, str]:
@@ -112,24 +112,24 @@ def algorithms() -> tuple[str, str]:
         raise KeyError("joint-dpo")
     gains = [difference(row, control, "train_score") for row in need(*names)]
     up = [d.value > 2 * d.se for d in gains]
-    figures = "; ".join(f"{name}: training reward {d.value:+.3f} ± {d.se:.3f}" for name, d in zip(names, gains, strict=True))
-    return word(all(up), any(up)), figures
+    numbers = "; ".join(f"{name}: training reward {d.value:+.3f} ± {d.se:.3f}" for name, d in zip(names, gains, strict=True))
+    return word(all(up), any(up)), numbers
 
 
 def apart_and_together() -> tuple[str, str]:
     digit, motion, both, control = need("reward-digit", "reward-motion", "reward-both", "distil-only")
     own = {"digit": difference(digit, motion, "heldout_digit"), "motion": difference(motion, digit, "heldout_motion")}
-    figures = f"digit's reward against motion's: held-out digit {own['digit'].value:+.3f} ± {own['digit'].se:.3f}, motion {-own['motion'].value:+.3f} ± "
-    figures += f"{own['motion'].se:.3f}; both against the control: {said(both, control, 'heldout_both')}"
-    return word(all(d.value > 2 * d.se for d in own.values()), any(d.value > 2 * d.se for d in own.values())), figures
+    numbers = f"digit's reward against motion's: held-out digit {own['digit'].value:+.3f} ± {own['digit'].se:.3f}, motion {-own['motion'].value:+.3f} ± "
+    numbers += f"{own['motion'].se:.3f}; both against the control: {said(both, control, 'heldout_both')}"
+    return word(all(d.value > 2 * d.se for d in own.values()), any(d.value > 2 * d.se for d in own.values())), numbers
 
 
 def tilted_start() -> tuple[str, str]:
     joint, more, control = need("tilted-joint", "tilted-more", "distil-only")
     good = better(joint, more, "train_score")
-    figures = f"RT-DM then joint against RT-DM all the way: {said(joint, more, 'train_score', 'heldout_both')}"
-    figures += f"; against distillation alone: {said(joint, control, 'train_score', 'heldout_both')}"
-    return word(good and better(joint, control, "heldout_both"), good), figures
+    numbers = f"RT-DM then joint against RT-DM all the way: {said(joint, more, 'train_score', 'heldout_both')}"
+    numbers += f"; against distillation alone: {said(joint, control, 'train_score', 'heldout_both')}"
+    return word(good and better(joint, control, "heldout_both"), good), numbers
 
 
 def two_stage() -> tuple[str, str]:
@@ -137,8 +137,8 @@ def two_stage() -> tuple[str, str]:
     names = [name for name in ("grpo-then-distil", "dpo-then-distil") if cell(name)]
     if not names:
         raise KeyError("grpo-then-distil")
-    figures = "; ".join(f"joint against {name}: {said(joint, row, 'train_score', 'heldout_both')}" for name, row in zip(names, need(*names), strict=True))
-    return word(all(better(joint, row, "train_score") for row in need(*names))), figures
+    numbers = "; ".join(f"joint against {name}: {said(joint, row, 'train_score', 'heldout_both')}" for name, row in zip(names, need(*names), strict=True))
+    return word(all(better(joint, row, "train_score") for row in need(*names))), numbers
 
 
 def rollout_cost() -> tuple[str, str]:
@@ -155,14 +155,14 @@ def dynamics() -> tuple[str, str]:
     file = LAB / "far-dynamic.json"
     if not file.is_file():
         raise KeyError(file)
-    figures, best = [], {}
+    numbers, best = [], {}
     for run in json.loads(file.read_text())["runs"]:
         quality = [(point["step"], sum(f["quality"] for f in point["figures"]) / len(point["figures"])) for point in run["curve"]]
         best[run["name"]] = next((step for step, q in quality if q >= REACHED), None)
-        figures.append(f"`{run['name']}`: {best[run['name']] or 'never'} (at the end {quality[-1][1]:.2f})")
+        numbers.append(f"`{run['name']}`: {best[run['name']] or 'never'} (at the end {quality[-1][1]:.2f})")
     plain = best.pop("dmd2")
     quicker = [step is not None and (plain is None or step < plain) for step in best.values()]
-    return word(all(quicker), any(quicker)), f"iterations to a quality of {REACHED} from a far start: " + "; ".join(figures)
+    return word(all(quicker), any(quicker)), f"iterations to a quality of {REACHED} from a far start: " + "; ".join(numbers)
 
 
 CLAIMS: Sequence[Claim] = (

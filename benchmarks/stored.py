@@ -1,4 +1,4 @@
-"""Stored measurements (benchmarks/results) under the names that figures have now: the files keep the keys that they were written with."""
+"""Stored measurements (benchmarks/results) under the names that metrics have now: the files keep the keys that they were written with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from instep.evaluate.compare import Row
 RENAMED = {"ink": "mean_brightness", "prompts_judged": "prompts_shown", "floor": "exact_samples"}
 
 
-def renamed(figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {RENAMED.get(key, key): value for key, value in figures.items()}
+def renamed(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {RENAMED.get(key, key): value for key, value in metrics.items()}
 
 
 def wording(text: str) -> str:

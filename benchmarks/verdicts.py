@@ -14,14 +14,14 @@ def word(yes: bool, partly: bool = False) -> str:
 
 
 def claims_table(claims: Sequence[Claim]) -> list[str]:
-    """The table of claims: each one's verdict and figures; "not measured" where it misses a row or a figure (KeyError)."""
-    lines = ["| claim | here | figures |", "|---|---|---|"]
+    """The table of claims: each one's verdict and numbers; "not measured" where it misses a row or a metric (KeyError)."""
+    lines = ["| claim | here | numbers |", "|---|---|---|"]
     for text, check in claims:
         try:
-            verdict, figures = check()
+            verdict, numbers = check()
         except KeyError:
-            verdict, figures = "not measured", ""
-        lines.append(f"| {text} | {verdict} | {figures} |")
+            verdict, numbers = "not measured", ""
+        lines.append(f"| {text} | {verdict} | {numbers} |")
     return lines
 
 
@@ -35,7 +35,7 @@ def measured(names: Sequence[str], cell: Callable[[str], Row | None]) -> list[Ro
 
 
 def differences(row: Row, other: Row, keys: Iterable[str], columns: Mapping[str, str]) -> str:
-    """row - other with its error, figure by figure."""
+    """row - other with its error, metric by metric."""
     parts = []
     for key in keys:
         d = difference(row, other, key)

@@ -1,4 +1,4 @@
-"""Synthetic folders of runs for the report's tests: real digits' videos, made-up figures (never to be read as results)."""
+"""Synthetic folders of runs for the report's tests: real digits' videos, made-up metrics (never to be read as results)."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def make_run(out: Path, *, recipe: str = "dm-align-group", seed: int = 0, steps:
     rows.insert(1, decoded)
     real_vs_real = made_up("real videos (another draw)", "real", 0, 0, 0.996, 1.1, 8.6, baselines)
     classifiers = {name: {"digit": 0.991, "motion": 0.999, "both": 0.99} for name in ("train", "monitor", "heldout")}
-    figures = {"protocol": "quick", "rows": [r.json() for r in rows], "real_vs_real": real_vs_real.json(), "flags": ["hacking"], "classifiers": classifiers}
-    write_json(out / "metrics.json", figures)
+    metrics = {"protocol": "quick", "rows": [r.json() for r in rows], "real_vs_real": real_vs_real.json(), "flags": ["hacking"], "classifiers": classifiers}
+    write_json(out / "metrics.json", metrics)
     write_images(out, prompts, seed)
     return out
 
@@ -74,9 +74,9 @@ def log_row(step: int, steps: int, rng: random.Random) -> dict:
     if step % 20 == 0:
         monitor, rising = 0.9 - 0.4 * math.exp(-4 * u) + noise(0, 0.01), math.exp(-4 * u)
         row |= {"probe/monitor_both": monitor, "probe/monitor_score": -0.3 - rising, "probe/train_score": -0.2 - rising}
-        figures = {"mean_brightness": (0.09 + 0.01 * u, 0.085), "saturation": (0.01 * u, 0.002), "motion": (0.02 + 0.008 * u, 0.028),
+        metrics = {"mean_brightness": (0.09 + 0.01 * u, 0.085), "saturation": (0.01 * u, 0.002), "motion": (0.02 + 0.008 * u, 0.028),
                    "diversity": (0.16 - 0.04 * u, 0.15)}  # fmt: skip
-        for key, (student, teacher) in figures.items():
+        for key, (student, teacher) in metrics.items():
             row |= {f"probe/{key}": student, f"probe/{key}_teacher": teacher}
         row |= {"probe/train_score_teacher": -0.12, "probe/monitor_score_teacher": -0.25, "probe/monitor_both_teacher": 0.95}
     return row

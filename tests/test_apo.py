@@ -33,7 +33,7 @@ from instep.train.source import PairSamples
 
 TINY = ManySteps(steps=6, batch=4)
 QUICK = RunOptions(save_every=1, probe_every=50)
-ONE_EACH = {"online": 1, "half_online": 1, "offline": 1, "absorb": 1, "aware": 1}
+ONE_EACH = {"online": 1, "half_online": 1, "offline": 1, "distill_guidance": 1, "post_distillation": 1}
 NONE = dict.fromkeys(ONE_EACH, 0)
 RANKED = Ranked(reward_ranker(brightness))
 
@@ -49,18 +49,18 @@ PAIRS = some_pairs()
 
 def test_the_five_stages_are_the_papers():
     recipe = apo()
-    assert [stage.name for stage in recipe.stages] == ["online", "half-online", "offline", "absorb", "aware"]
-    online, half, offline, absorb, aware = recipe.stages
-    assert (online.group, online.rollout.guidance, half.group, offline.rollout, absorb.rollout) == (2, 3.0, 1, None, None)
+    assert [stage.name for stage in recipe.stages] == ["online", "half-online", "offline", "distill-guidance", "post-distillation"]
+    online, half, offline, distill, post = recipe.stages
+    assert (online.group, online.rollout.guidance, half.group, offline.rollout, distill.rollout) == (2, 3.0, 1, None, None)
     assert online.batch == 2 * offline.batch, "as many pairs an update"
-    terms = [stage.terms[0] for stage in (online, half, offline, aware)]
+    terms = [stage.terms[0] for stage in (online, half, offline, post)]
     assert [term.pairs for term in terms] == ["online", "half-online", "offline", "offline"]
     assert all(term.levels == HighLow(10, (3.0, 4.0, 5.0, 6.0), 5.0, 4, 1) for term in terms)
     assert [stage.guided for stage in recipe.stages] == [True, True, True, False, False]
     assert [recipe.sampling_at(step).guidance for step in (0, 1, 60, 61, 360, 375)] == [3.0, 3.0, 3.0, 1.0, 1.0, 1.0]
     assert recipe.sampling.guidance == 1.0 and recipe.guidance == 3.0
     # ablations
-    assert apo(random_shift=False, offset=0, absorb=0, aware=0).stages[0].terms[0].levels == HighLow(10, (3.0,), 0.0)
+    assert apo(random_shift=False, offset=0, distill_guidance=0, post_distillation=0).stages[0].terms[0].levels == HighLow(10, (3.0,), 0.0)
     (dpo,) = apo(**NONE | {"offline": 5}, uniform=1).stages
     assert [type(part) for part in dpo.terms[0].levels.window] == [Uniform]
     (few,) = apo(ManySteps(steps=4), **NONE | {"online": 5}, few_step=True).stages
@@ -68,10 +68,10 @@ def test_the_five_stages_are_the_papers():
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="absorb: 600 is not allowed with few_step"):
+    with pytest.raises(ValueError, match="distill_guidance: 600 is not allowed with few_step"):
         apo(few_step=True)
-    with pytest.raises(ValueError, match="aware: 15 is not allowed here"):
-        apo(absorb=0)
+    with pytest.raises(ValueError, match="post_distillation: 15 is not allowed here"):
+        apo(distill_guidance=0)
     with pytest.raises(ValueError, match="steps: a sampler of 2 steps with shift 4"):
         apo(ManySteps(steps=2))
     with pytest.raises(ValueError, match="pairs: stage 'half-online' of apo needs labelled pairs"):
@@ -96,10 +96,10 @@ def whole(request, tmp_path_factory):
 def test_the_whole_pipeline_runs_and_leaves_a_model_that_is_sampled_without_guidance(whole):
     recipe, run = whole
     seen = rows(run.out)
-    assert [row["stage"] for row in seen] == ["start", "online", "half-online", "offline", "absorb", "aware"]
+    assert [row["stage"] for row in seen] == ["start", "online", "half-online", "offline", "distill-guidance", "post-distillation"]
     # each stage begins at its own reference
     assert all(row["objective/dpo"] == pytest.approx(0.6931472, abs=1e-4) for row in seen[2:] if "objective/dpo" in row) and "objective/guidance" in seen[4]
-    assert run.state.reference_stage == "aware" and "probe/train_score" not in seen[-1], "the mean of a comparison says nothing"
+    assert run.state.reference_stage == "post-distillation" and "probe/train_score" not in seen[-1], "the mean of a comparison says nothing"
     record = json.loads((run.student / "instep_export.json").read_text())
     assert record["guidance"] == 1.0 and record["sampler"] == "ode"
     assert "guidance_scale=1" in (run.student / "README.md").read_text()
@@ -134,7 +134,7 @@ def test_killed_anywhere_it_ends_the_same(whole, tmp_path, monkeypatch, at):
 def test_each_stage_begins_with_an_optimiser_that_knows_of_no_other(start, fresh, steps):
     """Moments of preferences, whose gradients are hundreds of times larger, would hold guidance distillation back for as long as AdamW remembers."""
     world = World.named("ring8", members=2, reward="half")
-    recipe = apo(replace(LAB, guidance=1.5), **NONE | {"offline": 2, "absorb": 2})
+    recipe = apo(replace(LAB, guidance=1.5), **NONE | {"offline": 2, "distill_guidance": 2})
     assert all(stage.fresh for stage in recipe.stages)
     recipe = replace(recipe, stages=tuple(replace(stage, fresh=fresh) for stage in recipe.stages))
     state = ensemble_state(recipe, world, start, 0)
@@ -146,13 +146,14 @@ def test_each_stage_begins_with_an_optimiser_that_knows_of_no_other(start, fresh
 def test_guidance_distillation_has_an_optimiser_of_its_own(start):
     world = World.named("ring8", members=2, reward="half")
     own = AdamWConfig(5e-4, betas=(0.8, 0.95), weight_decay=0.1, decay=0.5)
-    recipe = apo(replace(LAB, guidance=1.5), **NONE | {"offline": 1, "absorb": 2, "aware": 1}, absorb_optim=own)
+    recipe = apo(replace(LAB, guidance=1.5), **NONE | {"offline": 1, "distill_guidance": 2, "post_distillation": 1}, distill_guidance_optim=own)
     state, seen = ensemble_state(recipe, world, start, 0), []
     groups = state.trained["student"].optimizer.param_groups
     train_lab("x", recipe, world, state, on_step=lambda: seen.append([(g["lr"], g["betas"], g["weight_decay"]) for g in groups]))
     usual = [(LAB.student.lr_at(0, 0.0), LAB.student.betas, LAB.student.weight_decay)]
     assert seen[0] == seen[3] == usual and seen[1] == seen[2] == [(5e-4, (0.8, 0.95), 0.1)]
-    assert apo().stages[3].optim == AdamWConfig(3e-4, betas=(0.9, 0.999), decay=0.5) and {s.optim for s in apo().stages if s.name != "absorb"} == {None}
+    assert apo().stages[3].optim == AdamWConfig(3e-4, betas=(0.9, 0.999), decay=0.5)
+    assert {s.optim for s in apo().stages if s.name != "distill-guidance"} == {None}
 
 
 @pytest.mark.parametrize("stage", list(ONE_EACH))
@@ -163,20 +164,20 @@ def test_each_stage_is_a_run_of_its_own(tmp_path, stage):
     given = {"reward": brightness} if "reward" in only.needs else {}
     given |= {"pairs": PAIRS} if only.needs & {"pairs", "real"} else {}
     # the last stage goes on with a student that has learned its guidance
-    before = apo(TINY, **NONE | {"absorb": 1}) if stage == "aware" else recipe
+    before = apo(TINY, **NONE | {"distill_guidance": 1}) if stage == "post_distillation" else recipe
     run = train(before, family(), out=tmp_path / "one", prompts=PROMPTS, options=QUICK, **given)
-    assert recipe.sampling.guidance == (1.0 if stage in ("absorb", "aware") else 3.0)
+    assert recipe.sampling.guidance == (1.0 if stage in ("distill_guidance", "post_distillation") else 3.0)
     parts = {"out": tmp_path / "two", "prompts": PROMPTS, "options": QUICK, "start_from": run.out, **given}
-    if stage == "absorb":
-        with pytest.raises(ValueError, match="stage 'absorb' would guide it a second time"):
+    if stage == "distill_guidance":
+        with pytest.raises(ValueError, match="stage 'distill-guidance' would guide it a second time"):
             train(recipe, family(), **parts)
-        recipe = apo(TINY, **NONE | {"aware": 1})
+        recipe = apo(TINY, **NONE | {"post_distillation": 1})
     assert rows(train(recipe, family(), **parts).out)[-1]["step"] == 1
 
 
 def test_a_few_step_student_goes_on_with_preferences_at_its_own_levels(tmp_path):
     few = train(dmd2(Common(steps=3, batch=4, critic_updates=1), iterations=1), family(), out=tmp_path / "few", prompts=PROMPTS, options=QUICK)
-    recipe = apo(ManySteps(steps=3, batch=4), **NONE | {"online": 1, "half_online": 1, "offline": 1, "aware": 1}, few_step=True)
+    recipe = apo(ManySteps(steps=3, batch=4), **NONE | {"online": 1, "half_online": 1, "offline": 1, "post_distillation": 1}, few_step=True)
     run = train(recipe, family(), out=tmp_path / "apo", prompts=PROMPTS, reward=brightness, pairs=PAIRS, options=QUICK, start_from=few.out)
     assert json.loads((run.student / "instep_export.json").read_text())["levels"] == list(few.recipe.levels)
 
@@ -204,13 +205,13 @@ def test_in_the_laboratory_both_win_against_the_start(start, stage, kind, steps)
     state = ensemble_state(recipe, world, start, 0)
     before = snapshot(state, recipe, world)
     run = train_lab("x", recipe, world, state)
-    share = lambda figures: sum(f["share"] for f in figures) / len(figures)  # noqa: E731
+    share = lambda metrics: sum(f["share"] for f in metrics) / len(metrics)  # noqa: E731
     assert win_rate(world, before, run.snapshots[-1]) > 0.53
-    assert share(run.figures) > share(before.figures) + 0.04
+    assert share(run.metrics) > share(before.metrics) + 0.04
 
 
 def test_the_laboratory_takes_its_name():
-    recipe = build("apo:steps=10,online=5,half_online=0,offline=5,absorb=0,aware=0,beta=5", common(), 60)
+    recipe = build("apo:steps=10,online=5,half_online=0,offline=5,distill_guidance=0,post_distillation=0,beta=5", common(), 60)
     assert [(stage.name, stage.steps) for stage in recipe.stages] == [("online", 5), ("offline", 5)]
     world = World.named("ring8", reward="on-mode")
     with pytest.raises(ValueError, match="reward: stage 'offline' needs labelled pairs; they come from --reward half"):

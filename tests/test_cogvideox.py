@@ -19,7 +19,7 @@ from instep.models import VideoSize, load
 from instep.models.cogvideox import AXES, CogVideoXFamily, noise_path, training_step
 from instep.models.mixture import ExactTeacher, Mixture, labels
 from instep.paths import RectifiedFlow, VariancePreserving
-from instep.prediction import eps_of_x0, read, score_of_x0, velocity_of_x0
+from instep.prediction import eps_of_x0, score_of_x0, to_prediction, velocity_of_x0
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.roles import Backbone, Role
@@ -122,7 +122,7 @@ def test_everything_holds_at_pure_noise():
     torch.testing.assert_close(eps_of_x0(path, x_t, t, x0), eps)
     torch.testing.assert_close(score_of_x0(path, x_t, t, x0), -eps)
     for kind, raw in (("v_prediction", -x0), ("velocity", eps - x0), ("x0", x0)):
-        seen = read(kind, raw, path, x_t, t)
+        seen = to_prediction(kind, raw, path, x_t, t)
         torch.testing.assert_close(seen.x0, x0)
         torch.testing.assert_close(seen.v, eps - x0)
     below = torch.full_like(t, 0.75)
@@ -208,7 +208,7 @@ def test_latents_of_media_are_what_the_transformer_sees():
 def test_what_the_protocol_asks():
     fam = family()
     module = fam.new_backbone()
-    assert fam.latent_shape == (4, 3, 4, 4) and fam.parameterisation == "v_prediction" and fam.shift == 1
+    assert fam.latent_shape == (4, 3, 4, 4) and fam.prediction_type == "v_prediction" and fam.shift == 1
     assert fam.time_width(module) == 24 and fam.feature_width(module) == 32
     backbone = Backbone(fam, module)
     critic = Role("fake", backbone, exits=2, head=True)
@@ -286,7 +286,7 @@ def test_levels_that_no_stock_scheduler_gives_are_refused(levels):
 def test_readings_that_no_stock_scheduler_has_are_refused():
     path = noise_path(tiny_cogvideox_pipeline().scheduler)
     for kind in ("velocity", "eps"):
-        with pytest.raises(ValueError, match="parameterisation"):
+        with pytest.raises(ValueError, match="prediction_type"):
             few_step_scheduler(path, few_step_levels(4), kind)
     with pytest.raises(ValueError, match="no stock scheduler re-noises for 'x0' on RectifiedFlow"):
         few_step_scheduler(RectifiedFlow(), few_step_levels(4), "x0")

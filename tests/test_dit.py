@@ -256,15 +256,15 @@ def test_real_samples_are_the_training_split_in_latents():
     digits = class_digits()
     real, (scans, _) = digits.real(), scans_of("train")
     assert len(real.prompts) == 800 and torch.allclose(digits.family.decode(real.latents)[:, 1], scans)
-    assert set(digits.monitor.figures(digits.family.decode(real.latents[:20]), real.prompts[:20])) == {"monitor_both", "monitor_score"}
+    assert set(digits.monitor.metrics(digits.family.decode(real.latents[:20]), real.prompts[:20])) == {"monitor_both", "monitor_score"}
 
 
 def test_a_little_deformation_keeps_the_digit():
     scans, classes = scans_of("reference")
     rng, classifier = torch.Generator().manual_seed(0), load_digit_classifier("heldout")
-    bent = deform(scans, rng)
-    assert bent.shape == scans.shape and (bent - scans).abs().mean() > 0.01 and torch.allclose(deform(scans, rng, 0.0), scans, atol=1e-5)
-    assert classifier.correct(bent[:, None].expand(-1, 3, -1, -1), [str(int(c)) for c in classes]).float().mean() > 0.95
+    deformed = deform(scans, rng)
+    assert deformed.shape == scans.shape and (deformed - scans).abs().mean() > 0.01 and torch.allclose(deform(scans, rng, 0.0), scans, atol=1e-5)
+    assert classifier.correct(deformed[:, None].expand(-1, 3, -1, -1), [str(int(c)) for c in classes]).float().mean() > 0.95
 
 
 def test_pretraining_writes_a_model_that_loads_and_depends_on_the_seed_alone(tmp_path):

@@ -13,7 +13,7 @@ from instep.models.mixture import ExactTeacher, LabelCondition, Mixture, labels
 from instep.models.wan import WanCondition
 from instep.objectives.consistency import Consistency, boundary, consistency_function, distance
 from instep.paths import RectifiedFlow, VariancePreserving, broadcast
-from instep.prediction import Condition, Prediction, eps_of_x0, read, x0_of_velocity
+from instep.prediction import Condition, Prediction, eps_of_x0, to_prediction, x0_of_velocity
 from instep.recipes.common import Common
 from instep.recipes.dollar import dollar
 from instep.rewards.latent import SETTLE, ConvLatentReward, LatentRewardShape
@@ -106,7 +106,7 @@ def test_conjugate_velocity(path):
         root, rest = bar.sqrt()[:, None], (1 - bar).sqrt()[:, None]
         assert torch.allclose((x_t + rest * (x0 - eps)) / (root + rest), x0)
         # and the standard velocity of the same sample, a eps - b x0 (Eq. 3)
-        assert torch.allclose(read("v_prediction", root * eps - rest * x0, path, x_t, t).x0, x0)
+        assert torch.allclose(to_prediction("v_prediction", root * eps - rest * x0, path, x_t, t).x0, x0)
 
 
 def test_a_variance_preserving_model_is_a_flow_at_other_levels():
@@ -390,12 +390,12 @@ def test_labels_are_the_rewards_of_made_real_and_misnamed_samples():
     view = View({}, RectifiedFlow(), Batch(("a", "b", "c"), cond, cond, real), 0.0, torch.Generator(), rollout, latent_reward=ConvLatentReward(2, text_width=32))
     out = LatentFit(others=True).prepare(view, score, notes.__setitem__)
     assert asked == [["a", "b", "c", "b", "c", "a", "a", "b", "c"]]
-    meant = torch.tensor([0.0, 1, 2, 0, 1, 2, 10, 10, 10])
-    assert torch.allclose(out.labels.aim, (meant - meant.mean()) / meant.std(correction=0))
+    expected = torch.tensor([0.0, 1, 2, 0, 1, 2, 10, 10, 10])
+    assert torch.allclose(out.labels.target, (expected - expected.mean()) / expected.std(correction=0))
     assert torch.equal(out.labels.cond.text[3], cond.text[1]) and torch.equal(out.labels.cond.text[6], cond.text[0])
     assert float(notes["reward/train"]) == 1 and set(notes) == {"reward/train", "latent_reward/error", "latent_reward/correlation"}
     loss = next(LatentFit().losses(out))
-    assert torch.allclose(loss, (out.latent_reward.rate(out.labels.x, out.labels.cond) - out.labels.aim).square().mean())
+    assert torch.allclose(loss, (out.latent_reward.rate(out.labels.x, out.labels.cond) - out.labels.target).square().mean())
 
 
 def test_others_are_other_prompts_in_groups_and_ensembles_and_a_lone_prompt_has_none():
@@ -440,7 +440,7 @@ def test_what_the_recipe_asks_for():
     with pytest.raises(ValueError, match="latent_reward_updates: 0"):
         dollar(latent_reward_updates=0)
     assert dollar(weight=0, latent_reward_updates=0).latent_reward is None and "fake" not in dollar(weight=0, matching=0).roles
-    assert dollar(predicts="x0").roles["student"].reads == "x0"
+    assert dollar(prediction_type="x0").roles["student"].prediction_type == "x0"
 
 
 def test_eps_is_read_on_both_paths():

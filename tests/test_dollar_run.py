@@ -89,13 +89,13 @@ def test_consistency_alone_and_a_student_that_predicts_x0(tmp_path, capsys):
     alone = dollar(SHORT, matching=0, weight=0, cd=1.0, iterations=1, cd_steps=2)
     run = train(alone, family(), out=tmp_path / "cd", prompts=PROMPTS, options=RunOptions(teacher_samples=4), real=real())
     assert run.student is not None and "force/dm/norm" not in rows(run.out)[-1]
-    direct = dollar(SHORT, weight=0, iterations=1, cd_steps=1, predicts="x0")
+    direct = dollar(SHORT, weight=0, iterations=1, cd_steps=1, prediction_type="x0")
     other = train(direct, family(), out=tmp_path / "x0", prompts=PROMPTS, real=real(), options=OPTIONS)
     assert other.student is None and "not exported: the student predicts x0" in capsys.readouterr().out and not (other.out / "student").exists()
     with pytest.raises(ValueError, match="start_from: that run's student predicts x0, this recipe's what its model does"):
         train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "mixed", prompts=PROMPTS, options=OPTIONS, start_from=other.out)
     assert "fake" not in run.state.roles
-    assert other.state.roles["student"].reads == "x0" and other.state.roles["fake"].reads == "velocity"
+    assert other.state.roles["student"].prediction_type == "x0" and other.state.roles["fake"].prediction_type == "velocity"
 
 
 def test_what_is_missing_is_said_before_the_run(tmp_path):
@@ -132,7 +132,7 @@ def lab(spec: str, start, iterations: int = 250, reward: str = "half"):
     world = World.named("ring8", members=2, reward=reward)
     recipe = build(spec, common(), iterations)
     run = train_lab(spec, recipe, world, ensemble_state(recipe, world, start, 0))
-    return run, {key: sum(f[key] for f in run.figures) / len(run.figures) for key in run.figures[0]}
+    return run, {key: sum(f[key] for f in run.metrics) / len(run.metrics) for key in run.metrics[0]}
 
 
 def test_a_black_box_is_followed_through_its_copy(start):

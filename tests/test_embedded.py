@@ -107,7 +107,7 @@ def test_a_student_of_a_tuned_teacher_is_measured_beside_that_teacher(tmp_path, 
     monkeypatch.setattr(evaluate, "evaluation_set", lambda *args, **more: small)
     monkeypatch.setenv("INSTEP_CACHE", str(tmp_path / "cache"))
     options = RunOptions(probe_every=50, teacher_samples=4)
-    tuned = apo(ManySteps(batch=2, student=AdamWConfig(1e-2), ema=None), online=0, half_online=0, offline=1, absorb=0, aware=0)
+    tuned = apo(ManySteps(batch=2, student=AdamWConfig(1e-2), ema=None), online=0, half_online=0, offline=1, distill_guidance=0, post_distillation=0)
     first = train(tuned, bundled_one.family, out=tmp_path / "tuned", prompts=PROMPTS, pairs=bundled_one.pairs(4), options=options)
     teacher = load(str(first.student))
     assert fingerprint(small, teacher) != fingerprint(small, bundled_one.family)

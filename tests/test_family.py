@@ -16,7 +16,7 @@ from instep.forces.reward import RewardGradient
 from instep.lab.run import common, ensemble_state
 from instep.lab.world import World
 from instep.levels import AboveExit, AnnealedBeta, LevelSampler
-from instep.matching.critic import FakeScoreLoss, FakeScoreGANLoss, tilted
+from instep.matching.critic import FakeScoreGANLoss, FakeScoreLoss, tilted
 from instep.matching.force import DistributionMatching
 from instep.matching.operator import Adaptive, Decoupled, Displacements, NaiveAdaptive, RewardTilted, Standard
 from instep.matching.teacher import Annealed
@@ -187,7 +187,7 @@ def test_reward_force_is_autograd_of_its_loss(monkeypatch):
 
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
     reward = lambda x, prompts: x.sin().sum(1) * torch.tensor([float(p) + 1 for p in prompts], dtype=F64)  # noqa: E731
-    seen = replace(view(x, {}), reward=reward)
+    seen = replace(view(x, {}), reward_grad_fn=reward)
     live = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(-reward(live, seen.batch.prompts).mean(), live)
     for elements in (2**18, 4):  # all at once, and two rows at a time

@@ -37,17 +37,17 @@ def test_guidance_is_one_formula_in_noise_velocity_and_x0(path):
     rng = torch.Generator().manual_seed(0)
     x_t, c, u, s = (torch.randn(5, 3, generator=rng, dtype=F64) for _ in range(4))
     t = torch.linspace(0.1, 0.9, 5, dtype=F64)
-    omega, strength = 2.0, 0.7
+    omega, skip_scale = 2.0, 0.7
     eps = [eps_of_x0(path, x_t, t, x0) for x0 in (c, u, s)]
-    paper = (1 + omega) * eps[0] - omega * eps[1] + strength * (eps[0] - eps[2])
-    ours = guide_and_skip(c, u, s, 1 + omega, strength)
+    paper = (1 + omega) * eps[0] - omega * eps[1] + skip_scale * (eps[0] - eps[2])
+    ours = guide_and_skip(c, u, s, 1 + omega, skip_scale)
     torch.testing.assert_close(eps_of_x0(path, x_t, t, ours), paper)
     v = [velocity_of_x0(path, x_t, t, x0) for x0 in (c, u, s)]
-    torch.testing.assert_close(velocity_of_x0(path, x_t, t, ours), guide_and_skip(*v, 1 + omega, strength))
+    torch.testing.assert_close(velocity_of_x0(path, x_t, t, ours), guide_and_skip(*v, 1 + omega, skip_scale))
     torch.testing.assert_close(guide_and_skip(c, u, s, 3.0, 0.0), guide(c, u, 3.0), rtol=0, atol=0)
     torch.testing.assert_close(guide_and_skip(c, c, c, 3.0, 0.7), c)
     # Eq. 3 to its letter: the skipped prediction itself is added, and where all agree the noise predicted is too large by lambda
-    assert not torch.allclose(c + strength * c, guide_and_skip(c, c, c, 3.0, strength))
+    assert not torch.allclose(c + skip_scale * c, guide_and_skip(c, c, c, 3.0, skip_scale))
 
 
 class Parts:
@@ -79,7 +79,7 @@ def test_the_objective_and_its_gradient_by_hand():
     slope = torch.tensor(0.1, dtype=F64, requires_grad=True)
     seen = view(real, {"student": Learns(slope), "reference": Parts()})
     seen = replace(seen, batch=replace(seen.batch, real=real), rng=torch.Generator().manual_seed(2), rollout=None)
-    (loss,) = list(GuidanceDistillation(guidance=3.0, strength=0.7, blocks=(1,), levels=OneOf((1.0, 0.5)))(seen))
+    (loss,) = list(GuidanceDistillation(guidance=3.0, skip_scale=0.7, blocks=(1,), levels=OneOf((1.0, 0.5)))(seen))
     rng = torch.Generator().manual_seed(2)
     t = OneOf((1.0, 0.5))(4, progress=0, t_exit=None, rng=rng).double()[:, None]
     x_t = (1 - t) * real + t * torch.randn(4, 2, generator=rng, dtype=F64)
@@ -89,12 +89,12 @@ def test_the_objective_and_its_gradient_by_hand():
 
 
 def test_it_costs_what_it_says_and_refuses_what_is_nothing():
-    assert GuidanceDistillation().passes(1) == (2.0, 1.0) and GuidanceDistillation(strength=1.0, blocks=(1,)).passes(1) == (3.0, 1.0)
-    assert GuidanceDistillation(guidance=1.0, strength=0.5, blocks=(0,)).passes(1) == (2.0, 1.0)
+    assert GuidanceDistillation().passes(1) == (2.0, 1.0) and GuidanceDistillation(skip_scale=1.0, blocks=(1,)).passes(1) == (3.0, 1.0)
+    assert GuidanceDistillation(guidance=1.0, skip_scale=0.5, blocks=(0,)).passes(1) == (2.0, 1.0)
     with pytest.raises(ValueError, match="guidance: 1 is none, and there is nothing to distil"):
         GuidanceDistillation(guidance=1.0)
-    with pytest.raises(ValueError, match="skip_blocks: none, and skip-layer guidance of strength 0.5"):
-        GuidanceDistillation(strength=0.5)
+    with pytest.raises(ValueError, match="skip_blocks: none, and skip-layer guidance of skip_scale 0.5"):
+        GuidanceDistillation(skip_scale=0.5)
     with pytest.raises(ValueError, match="skip: Parts.* has no blocks|skip: Learns has no blocks to leave out"):
         skipping(Learns(torch.tensor(1.0)), (0,))
 
@@ -175,7 +175,7 @@ def test_one_pass_approaches_the_guided_teacher():
     optim = replace(ManySteps().student, lr=2e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6)
     recipe = apo(
         ManySteps(steps=10, batch=512, guidance=2.0, shift=1.0, student=optim, ema=None),
-        online=0, half_online=0, offline=0, absorb=400, aware=0, skip=0.5, skip_blocks=(1,),
+        online=0, half_online=0, offline=0, distill_guidance=400, post_distillation=0, skip=0.5, skip_blocks=(1,),
     )  # fmt: skip
     state = ensemble_state(recipe, world, start, 0)
     (stage,) = recipe.stages
@@ -213,7 +213,7 @@ def test_blocks_that_are_not_there_are_refused_before_the_first_stage(tmp_path):
 
     fam = family()
     x = torch.zeros(2, *fam.latent_shape)
-    recipe = apo(ManySteps(steps=10, batch=4), online=1, half_online=0, offline=0, absorb=1, aware=0, skip=0.5, skip_blocks=(7,))
+    recipe = apo(ManySteps(steps=10, batch=4), online=1, half_online=0, offline=0, distill_guidance=1, post_distillation=0, skip=0.5, skip_blocks=(7,))
     with pytest.raises(ValueError, match="skip_blocks: block 7 is not allowed; this network has 2 blocks, 0 to 1"):
         pairs = PairSamples(tuple(PROMPTS[:2]), x, x)
         train(recipe, fam, out=tmp_path / "run", prompts=PROMPTS, reward=lambda m, p: m.mean((1, 2, 3, 4)), pairs=pairs, options=RunOptions())

@@ -18,12 +18,12 @@ HEALTHY = {"mean_brightness": 0.2, "motion": 0.05, "diversity": 0.1, "saturation
 PROBE_EVERY = 10
 
 
-def probe(**figures: float) -> dict[str, float]:
-    return {f"probe/{key}": value for key, value in {**TEACHER, **HEALTHY, **figures}.items()}
+def probe(**metrics: float) -> dict[str, float]:
+    return {f"probe/{key}": value for key, value in {**TEACHER, **HEALTHY, **metrics}.items()}
 
 
 def history(distil: int = 60, align: int = 60, *, change=None, probes=None) -> list[dict]:
-    """A healthy run of two stages. `change(step)` adds to an iteration's row, `probes(step)` to a probe's figures."""
+    """A healthy run of two stages. `change(step)` adds to an iteration's row, `probes(step)` to a probe's metrics."""
     rows = [{"step": 0, "stage": "start", **probe(**((probes or (lambda step: {}))(0)))}]
     for step in range(1, distil + align + 1):
         # losses and norms wobble, as they do
@@ -49,9 +49,9 @@ def all_flags(rows: list[dict]) -> set[str]:
     return set().union(*(flags(rows[: i + 1]) for i in range(len(rows))))
 
 
-def late(**figures):
-    """Figures from step 90 on: two probes and more before the end."""
-    return lambda step: figures if step >= 90 else {}
+def late(**metrics):
+    """Metrics from step 90 on: two probes and more before the end."""
+    return lambda step: metrics if step >= 90 else {}
 
 
 def test_a_healthy_history_is_silent():
@@ -106,11 +106,11 @@ IMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("flag", "figures"), IMAGES, ids=[flag for flag, _ in IMAGES])
-def test_flags_of_probes(flag, figures):
-    assert flags(history(probes=late(**figures))) == {flag}
-    assert all_flags(history(probes=lambda step: figures if step == 90 else {})) == set(), "one noisy probe raises nothing"
-    assert all_flags(history(probes=lambda step: figures if step <= 10 else {})) == set(), "nor do one and the untrained student"
+@pytest.mark.parametrize(("flag", "metrics"), IMAGES, ids=[flag for flag, _ in IMAGES])
+def test_flags_of_probes(flag, metrics):
+    assert flags(history(probes=late(**metrics))) == {flag}
+    assert all_flags(history(probes=lambda step: metrics if step == 90 else {})) == set(), "one noisy probe raises nothing"
+    assert all_flags(history(probes=lambda step: metrics if step <= 10 else {})) == set(), "nor do one and the untrained student"
 
 
 def test_clipping_is_measured_against_the_teacher():
@@ -132,13 +132,13 @@ def test_hacking_against_the_monitor():
     assert all_flags(history(probes=lambda step: {"train_score": -0.1, "monitor_both": 0.7} if step == 90 else {})) == set()
 
 
-def hack(**figures):
+def hack(**metrics):
     """The reward rises by a deviation from step 90 on, and something else changes."""
-    return late(train_score=-0.1, **figures)
+    return late(train_score=-0.1, **metrics)
 
 
 @pytest.mark.parametrize(
-    ("figures", "said"),
+    ("metrics", "said"),
     [
         ({"monitor_both": 0.7}, "the monitor's share of right samples fell from 0.90 to 0.70"),
         ({"diversity": 0.08}, "samples of one prompt become alike (diversity fell to 80%, 80% of the teacher's)"),
@@ -146,19 +146,19 @@ def hack(**figures):
     ],
     ids=["monitor", "diversity", "modes"],
 )
-def test_each_sign_of_hacking(figures, said):
-    """One sign is enough beside a rising reward, is named with its figures, and is nothing without the rise."""
+def test_each_sign_of_hacking(metrics, said):
+    """One sign is enough beside a rising reward, is named with its metrics, and is nothing without the rise."""
     start = {"modes": 5.0}
-    (found,) = examine(history(probes=lambda step: {**start, **hack(**figures)(step)}))
+    (found,) = examine(history(probes=lambda step: {**start, **hack(**metrics)(step)}))
     assert found.flag == "hacking" and said in found.text and "lower its weight, add matching" in found.text
-    assert all_flags(history(probes=lambda step: {**start, **late(**figures)(step)})) == set(), "the reward is flat"
-    assert all_flags(history(probes=lambda step: {**start, **({"train_score": -0.1, **figures} if step == 90 else {})})) == set(), "one probe"
+    assert all_flags(history(probes=lambda step: {**start, **late(**metrics)(step)})) == set(), "the reward is flat"
+    assert all_flags(history(probes=lambda step: {**start, **({"train_score": -0.1, **metrics} if step == 90 else {})})) == set(), "one probe"
 
 
-@pytest.mark.parametrize("figures", [{"monitor_both": 0.98}, {"monitor_both": 0.86}, {"diversity": 0.094}, {"modes": 4.4}, {"modes": 6.0}])
-def test_what_is_no_hacking(figures):
+@pytest.mark.parametrize("metrics", [{"monitor_both": 0.98}, {"monitor_both": 0.86}, {"diversity": 0.094}, {"modes": 4.4}, {"modes": 6.0}])
+def test_what_is_no_hacking(metrics):
     """A reward that rises with the monitor; two of 48 samples, a few per cent of diversity or half a mode less."""
-    assert all_flags(history(probes=lambda step: {"modes": 5.0, **hack(**figures)(step)})) == set()
+    assert all_flags(history(probes=lambda step: {"modes": 5.0, **hack(**metrics)(step)})) == set()
 
 
 def test_a_student_may_lose_what_variety_it_has_more_than_the_teacher():
@@ -263,19 +263,19 @@ def test_an_exploding_gradient():
 
 
 def moving(by: float):
-    """Every figure of the probe drifts by a share of itself over the run, from a start that is off the teacher's."""
+    """Every metric of the probe drifts by a share of itself over the run, from a start that is off the teacher's."""
     return lambda step: {key: 0.8 * value * (1 + by * step / 120) for key, value in HEALTHY.items()}
 
 
 def test_nothing_learned():
-    """An untouched student repeats its figures; said from a third of the run on, and only where the run's length is known."""
+    """An untouched student repeats its metrics; said from a third of the run on, and only where the run's length is known."""
     still = history(probes=moving(1e-5))
     said = [[f.flag for f in examine(still[: i + 1], RUN)] for i in range(len(still))]
     assert [step for step, now in enumerate(said) if "stuck" in now] == list(range(40, 121)) and "stuck" not in all_flags(still)
     (found,) = examine(still, RUN)
     assert found.level == "warn" and "nothing learned: at step 120 of 120" in found.text
     for run in (history(probes=moving(0.1)), history(probes=lambda step: {"train_score": -0.5 - step / 100})):
-        assert not any(examine(run[: i + 1], RUN) for i in range(len(run))), "a tenth in all, or one figure alone, is enough"
+        assert not any(examine(run[: i + 1], RUN) for i in range(len(run))), "a tenth in all, or one metric alone, is enough"
     flips = history(probes=lambda step: {"monitor_both": 0.9 + step / 10000})
     assert {f.flag for f in examine(flips, RUN)} == {"stuck"}, "one sample more or less is no movement"
     missing = history(probes=lambda step: {"mean_brightness": math.nan} if step else {})

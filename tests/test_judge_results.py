@@ -1,4 +1,4 @@
-"""Figures of judgements against closed forms and published examples."""
+"""Metrics of judgements against closed forms and published examples."""
 
 from __future__ import annotations
 

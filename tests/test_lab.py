@@ -22,14 +22,14 @@ from instep.recipes.amd import amd, naive_adaptive
 from instep.recipes.dmd import dmd2
 from instep.recipes.refl import refl
 from instep.terms import Batch
-from instep.train.recipe import RolloutConfig, AdamWConfig, Stage
+from instep.train.recipe import AdamWConfig, RolloutConfig, Stage
 from instep.train.step import TrainedParams, TrainState, iteration
 
 HALF = World.named("ring8", members=1, reward="half")
 
 
 def rest(recipe, world=HALF, seed=0) -> dict[str, float]:
-    return train_particles("x", recipe, world, seed=seed, n=512, steps=350).figures[0]
+    return train_particles("x", recipe, world, seed=seed, n=512, steps=350).metrics[0]
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +44,25 @@ def test_particles_recover_the_mixture(plain):
 
 def test_score_adaptation_alone_does_not_tilt(plain):
     """Eq. 10 without Eq. 14 and without guidance: what is left vanishes where the fake agrees, whatever it is weighed by."""
-    figures = rest(amd(common(), tilt=0.0, sensitivity=0.7))
-    assert abs(figures["share"] - 0.5) < 0.05 and figures["quality"] > 0.93
+    metrics = rest(amd(common(), tilt=0.0, sensitivity=0.7))
+    assert abs(metrics["share"] - 0.5) < 0.05 and metrics["quality"] > 0.93
 
 
 def test_the_critics_weight_tilts(plain):
     """Eq. 14 alone takes the student to the rewarded modes: self-consistently, share / (1 - share) = exp(a_high - a_low)."""
-    figures = rest(amd(common(), tilt=1.0, sensitivity=0.0))
+    metrics = rest(amd(common(), tilt=1.0, sensitivity=0.0))
     share = 0.8
     for _ in range(50):  # binary rewards: a_high = (1 - s) / sd, a_low = -s / sd, both clipped to 1
         sd = math.sqrt(share * (1 - share))
         odds = math.exp(min((1 - share) / sd, 1) + min(share / sd, 1))
         share = odds / (1 + odds)
     assert abs(share - 0.814) < 0.002
-    assert abs(figures["share"] - share) < 0.05 and figures["quality"] > 0.93
+    assert abs(metrics["share"] - share) < 0.05 and metrics["quality"] > 0.93
 
 
 def test_naive_adaptation_leaves_the_manifold(plain):
-    figures = rest(naive_adaptive(common(), sensitivity=0.5))
-    assert figures["quality"] < plain["quality"] - 0.25
+    metrics = rest(naive_adaptive(common(), sensitivity=0.5))
+    assert metrics["quality"] < plain["quality"] - 0.25
 
 
 @pytest.mark.parametrize("strength", [0.7, 1.5])
@@ -79,8 +79,8 @@ def test_a_fixed_weight_gives_p_over_w(strength):
     names = ("",) * 384
     for step in range(stage.steps):
         iteration(state, stage, [Batch(names, labels(names), labels(names))], step / stage.steps)
-    figures = measure(particles.x.detach(), labels(names).label, mixture, rng, rewarded)
-    assert abs(figures["share"] - 1 / (1 + math.exp(-strength))) < 0.05 and figures["quality"] > 0.93
+    metrics = measure(particles.x.detach(), labels(names).label, mixture, rng, rewarded)
+    assert abs(metrics["share"] - 1 / (1 + math.exp(-strength))) < 0.05 and metrics["quality"] > 0.93
 
 
 def test_particles_refuse_what_needs_a_network():
@@ -95,7 +95,7 @@ def start():
 
 def learned(recipe, start, world=None) -> list[dict[str, float]]:
     world = world or World.named("ring8", members=2, reward="half")
-    return list(train("x", recipe, world, ensemble_state(recipe, world, start, 0)).figures)
+    return list(train("x", recipe, world, ensemble_state(recipe, world, start, 0)).metrics)
 
 
 def mean(rows, key) -> float:
@@ -131,8 +131,8 @@ def test_every_recipe_learns_and_is_finite(spec, start):
     before = ensemble_state(recipe, world, start, 0)
     from instep.lab.run import snapshot
 
-    first = snapshot(before, recipe, world).figures
-    after = train(spec, recipe, world, before).figures
+    first = snapshot(before, recipe, world).metrics
+    after = train(spec, recipe, world, before).metrics
     assert all(math.isfinite(value) for row in after for value in row.values())
     assert mean(after, "energy") < 0.7 * mean(first, "energy") and mean(after, "quality") > mean(first, "quality") + 0.05
 

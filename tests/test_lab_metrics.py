@@ -1,4 +1,4 @@
-"""The laboratory's figures against closed forms and exact samples, and its drawn figures: what is on them, and what they refuse."""
+"""The laboratory's metrics against closed forms and exact samples, and its figures: what is on them, and what they refuse."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def smoothed_kl(r: float) -> float:
     return r / (1 + r) - math.log1p(r)
 
 
-# ---- figures ----
+# ---- metrics ----
 
 
 def test_exact_samples_reach_their_closed_forms():
@@ -76,15 +76,15 @@ def test_spread_of_narrower_samples_is_the_ratio_of_variances():
 
 def test_collapse_onto_one_mode_a_class():
     x, label = at_modes(torch.tensor([0, 4]).repeat(100))
-    figures = measure(x, label, RING, new_rng(), REWARDED)
-    assert figures["tv"] == 0.75 and figures["quality"] == 1 and figures["reached"] == 2 and figures["spread"] == 0 and figures["share"] == 0
+    metrics = measure(x, label, RING, new_rng(), REWARDED)
+    assert metrics["tv"] == 0.75 and metrics["quality"] == 1 and metrics["reached"] == 2 and metrics["spread"] == 0 and metrics["share"] == 0
 
 
 def test_samples_in_the_other_class_are_misplaced():
     x, label = at_modes(torch.arange(8).repeat(10))
-    figures = measure(x, 1 - label, RING, new_rng(), REWARDED)
-    assert figures["quality"] == 0 and figures["tv"] == 1 and figures["reached"] == 0
-    assert math.isnan(figures["spread"]) and math.isnan(figures["share"])  # nothing is on-mode
+    metrics = measure(x, 1 - label, RING, new_rng(), REWARDED)
+    assert metrics["quality"] == 0 and metrics["tv"] == 1 and metrics["reached"] == 0
+    assert math.isnan(metrics["spread"]) and math.isnan(metrics["share"])  # nothing is on-mode
     everything = torch.full_like(label, -1)
     assert measure(x, everything, RING, new_rng())["quality"] == 1 and total_variation(x, everything, RING) == 0
 
@@ -197,7 +197,7 @@ def test_mean_sd():
     mean, sd = mean_sd([{"tv": 1.0}])["tv"]
     assert mean == 1 and math.isnan(sd)
     assert math.isnan(mean_sd([{"share": 1.0}, {"share": math.nan}])["share"][0])
-    with pytest.raises(ValueError, match="same figures"):
+    with pytest.raises(ValueError, match="same metrics"):
         mean_sd([{"tv": 1.0}, {"share": 1.0}])
     with pytest.raises(ValueError, match="one or more rows"):
         mean_sd([])
@@ -229,7 +229,7 @@ def test_exact_figures_and_rewarded_refuse_what_does_not_fit():
         measure_exact(RING, 100, 0, torch.ones(8))
 
 
-# ---- drawn figures ----
+# ---- figures ----
 
 
 def grid(n: int = 6) -> Tensor:

@@ -96,9 +96,9 @@ def test_the_many_step_model_learns_what_is_rewarded(spec, start):
     state = ensemble_state(recipe, world, start, 0)
     from instep.lab.run import snapshot
 
-    before = snapshot(state, recipe, world).figures
-    after = train_lab("x", recipe, world, state).figures
-    share = lambda figures: sum(f["share"] for f in figures) / len(figures)  # noqa: E731
+    before = snapshot(state, recipe, world).metrics
+    after = train_lab("x", recipe, world, state).metrics
+    share = lambda metrics: sum(f["share"] for f in metrics) / len(metrics)  # noqa: E731
 
     assert share(after) > share(before) + 0.1
 

@@ -16,7 +16,6 @@ from instep.prediction import (
     eps_of_x0,
     guide,
     predict_guided,
-    read,
     score_of_x0,
     velocity_of_x0,
     x0_of_velocity,
@@ -43,19 +42,19 @@ def test_every_parameterisation_gives_the_same_prediction(path: Path) -> None:
     raws = {"x0": x0, "eps": eps, "velocity": eps - x0, "v_prediction": a * eps - b * x0}
     tolerance = 1e-9 if isinstance(path, RectifiedFlow) else 1e-7  # eps divides by a, which is .005 at the noisy end of a DDPM path
     for kind, raw in raws.items():
-        got = read(kind, raw, path, x_t, t)
+        got = to_prediction(kind, raw, path, x_t, t)
         torch.testing.assert_close(got.x0, x0, rtol=0, atol=tolerance)
         torch.testing.assert_close(got.v, eps - x0, rtol=0, atol=tolerance)
         assert got.x0.dtype == F64
     torch.testing.assert_close(x0_of_velocity(path, x_t, t, velocity_of_x0(path, x_t, t, x0)), x0, rtol=0, atol=1e-10)
     torch.testing.assert_close(eps_of_x0(path, x_t, t, x0), eps, rtol=0, atol=1e-10)
-    with pytest.raises(ValueError, match="parameterisation: 'noise'"):
-        read("noise", eps, path, x_t, t)
+    with pytest.raises(ValueError, match="prediction_type: 'noise'"):
+        to_prediction("noise", eps, path, x_t, t)
 
 
 def test_half_precision_is_read_in_float32() -> None:
     x = torch.randn(2, 3).bfloat16()
-    got = read("velocity", x, RectifiedFlow(), x, torch.tensor([0.5, 0.7], dtype=torch.bfloat16))
+    got = to_prediction("velocity", x, RectifiedFlow(), x, torch.tensor([0.5, 0.7], dtype=torch.bfloat16))
     assert got.x0.dtype == got.v.dtype == torch.float32
 
 

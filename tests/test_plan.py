@@ -247,11 +247,11 @@ def test_every_kind_of_stage_is_counted():
     assert counted(dollar(matching=0, weight=0)) == ({"other terms": 11}, {"other terms": 1})
     # a pair is two samples at each of five levels, and the reference sees them too; ranked pairs are two of a rollout's samples
     pipeline = apo(ManySteps(steps=10, guidance=3.0), skip=0.5, skip_blocks=(1,))
-    online, half, offline, absorb, aware = (counted(pipeline, stage) for stage in range(5))
+    online, half, offline, distill, post = (counted(pipeline, stage) for stage in range(5))
     assert online == ({"rollout": 20, "other terms": 5}, {"other terms": 5})
     assert half == ({"rollout": 20, "other terms": 10}, {"other terms": 10})
-    assert offline == aware == ({"other terms": 10}, {"other terms": 10})
-    assert absorb == ({"other terms": 3}, {"other terms": 1}), "with the prompt, without it, without some blocks"
+    assert offline == post == ({"other terms": 10}, {"other terms": 10})
+    assert distill == ({"other terms": 3}, {"other terms": 1}), "with the prompt, without it, without some blocks"
     distil = pipeline.stages[3].terms[0]
     assert replace(distil, levels=Repeated(Uniform(), 4)).passes(1) == (12, 4), "a window sums as many"
     assert counted(apo(uniform=1))[1] == {"other terms": 2}

@@ -1,4 +1,4 @@
-"""DMDR's parts: policy gradients on the few-step student, reward-tilted forces, annealed levels, the bent teacher."""
+"""DMDR's parts: policy gradients on the few-step student, reward-tilted forces, annealed levels, the adapted teacher."""
 
 from __future__ import annotations
 
@@ -166,10 +166,10 @@ def test_the_fakes_adapter_bends_the_teacher():
     from instep.matching.teacher import Annealed
 
     force = DistributionMatching(levels=AnyLevel(), adapter=Annealed(0.5, 1.0), adapter_of="fake")
-    bent = force.explain(view(x, roles)).real
+    adapted = force.explain(view(x, roles)).real
     plain = DistributionMatching(levels=AnyLevel()).explain(view(x, roles)).real
     assert asked == [0.5]
-    torch.testing.assert_close(bent, plain * (0.7 / 0.2))
+    torch.testing.assert_close(adapted, plain * (0.7 / 0.2))
 
 
 def test_literal_tilting_does_not_move_the_fixed_point():
@@ -177,8 +177,8 @@ def test_literal_tilting_does_not_move_the_fixed_point():
     world = World.named("ring8", members=1, reward="half")
     recipe = dmdr(common(), warm=1, iterations=0, tilt="literal", dyna_dg=0.0, dyna_rs=False)
     recipe = replace(recipe, stages=recipe.stages[:1])
-    figures = train_particles("rt-dm", recipe, world, seed=0, n=512, steps=350).figures[0]
-    assert abs(figures["share"] - 0.5) < 0.06 and figures["quality"] > 0.93
+    metrics = train_particles("rt-dm", recipe, world, seed=0, n=512, steps=350).metrics[0]
+    assert abs(metrics["share"] - 0.5) < 0.06 and metrics["quality"] > 0.93
 
 
 def test_recipes_are_what_they_say():
@@ -196,7 +196,7 @@ def test_joint_training_keeps_what_reinforcement_alone_loses():
     base = common(4)
 
     def run(recipe):
-        rows = train("x", recipe, world, ensemble_state(recipe, world, start, 0)).figures
+        rows = train("x", recipe, world, ensemble_state(recipe, world, start, 0)).metrics
         return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
     alone = run(rl_after(base, distil=150, iterations=150, rl="refl", weight=1.0))

@@ -8,7 +8,7 @@ from instep.data.digits import describe, motion_spec, motions_allowed, parse
 from instep.pretrain.attention import TextBias, TrainingAttention
 from instep.pretrain.measure import wobble
 from instep.pretrain.optim import Muon, Optimisers, orthogonalise
-from instep.pretrain.teacher import Latents, TeacherConfig, TeacherRun, build_transformer, said, text_table
+from instep.pretrain.teacher import Latents, TeacherConfig, TeacherRun, build_transformer, prompt_spec, text_table
 from instep.pretrain.text import VOCABULARY, build_text_encoder, build_tokenizer
 
 torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def test_the_tokenizer_knows_every_word_and_the_empty_prompt_is_its_end_token():
 
 def test_prompts_of_training_fit_their_videos_and_half_say_everything(table):
     u = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
-    specs = [said(i % 10, i % 9, v, 0.5) for i, v in enumerate(u)]
+    specs = [prompt_spec(i % 10, i % 9, v, 0.5) for i, v in enumerate(u)]
     full = [s == motion_spec(i % 10, i % 9) for i, s in enumerate(specs)]
     assert 0.45 < sum(full) / len(full) < 0.62
     for i, spec in enumerate(specs):

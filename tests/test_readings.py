@@ -17,7 +17,7 @@ from instep.paths import RectifiedFlow
 from instep.prediction import score_of_x0
 from instep.rollout import draw_exits, rollout_few_step
 from instep.terms import Batch, View
-from instep.train.recipe import RolloutConfig, AdamWConfig, Stage
+from instep.train.recipe import AdamWConfig, RolloutConfig, Stage
 from instep.train.step import TrainedParams, TrainState, iteration
 
 PATH = RectifiedFlow()
@@ -146,14 +146,14 @@ def test_what_a_group_shares_cancels_when_signed():
 
 def test_predictions_in_half_precision_are_subtracted_in_float32():
     """A bfloat16 network's last digit is still there in the difference of two estimates, which bfloat16 estimates would lose."""
-    from instep.prediction import read
+    from instep.prediction import to_prediction
 
     class Half:
         def __init__(self, v: float) -> None:
             self.v = v
 
         def __call__(self, x_t, t, cond):
-            return read("velocity", torch.full_like(x_t, self.v).bfloat16(), PATH, x_t, t)
+            return to_prediction("velocity", torch.full_like(x_t, self.v).bfloat16(), PATH, x_t, t)
 
     made = state()
     names = ("0",) * 4

@@ -87,7 +87,7 @@ def test_a_diffusion_in_small_steps_has_the_marginals_of_the_flow():
     one = torch.ones(1, dtype=F64)
     x0, eps = torch.zeros(1, 1, dtype=F64), torch.ones(1, 1, dtype=F64)
     kept, std = FlowSDE(0.7).gaussian(PATH, x0, eps, one, 0.75 * one)
-    assert math.hypot(float(kept), float(std)) == pytest.approx(0.863, abs=1e-3), "the figure in its docstring; the path has .75"
+    assert math.hypot(float(kept), float(std)) == pytest.approx(0.863, abs=1e-3), "the metric in its docstring; the path has .75"
 
 
 @pytest.mark.parametrize("path", [RectifiedFlow(), VariancePreserving.linear()])
@@ -202,7 +202,7 @@ def test_gradients_of_several_rewards_are_brought_to_one_norm():
     torch.testing.assert_close(balanced(g, (1.0, 2.0)), both[0] + 2 * both[1])
     torch.testing.assert_close(balanced(g[:1], (1.0,)), g[0], rtol=0, atol=0)
     x = torch.randn(4, 2, dtype=F64)
-    seen = replace(view(x, {}, group=2), reward=lambda x, names: torch.stack([x[:, 0], 100 * x[:, 1]], 1), weights=(1.0, 1.0))
+    seen = replace(view(x, {}, group=2), reward_grad_fn=lambda x, names: torch.stack([x[:, 0], 100 * x[:, 1]], 1), weights=(1.0, 1.0))
     force = RewardGradient()(seen)
     # one reward is a hundred times the other, and pulls no harder
     torch.testing.assert_close(force[:, 0], force[:, 1])
@@ -265,7 +265,7 @@ def distilled():
 
 
 def mean(run, key):
-    return sum(figures[key] for figures in run.figures) / len(run.figures)
+    return sum(metrics[key] for metrics in run.metrics) / len(run.metrics)
 
 
 def test_preferences_beside_matching_raise_the_rewarded_share(distilled):

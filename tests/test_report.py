@@ -103,7 +103,7 @@ def test_several_runs_share_table_and_curves(run, tmp_path):
 
 def test_real_videos_are_in_no_competition_with_models(run, tmp_path):
     _, text = report(tmp_path, run, make_run(tmp_path / "other", seed=1))
-    tables = re.findall(r"<table class='figures'>(.*?)</table>", text)
+    tables = re.findall(r"<table class='metrics'>(.*?)</table>", text)
     assert len(tables) == 2
     for table in tables:
         kinds = re.findall(r"<tr class='(\w+)'>", table)
@@ -131,10 +131,10 @@ def test_teacher_lines_of_two_classifiers_are_told_apart(run, tmp_path):
 
 def test_figures_that_could_not_be_measured_are_gaps(tmp_path):
     run = make_run(tmp_path / "run")
-    figures = json.loads((run / "metrics.json").read_text())
-    figures["rows"][0]["values"]["fd"] = {"value": None, "se": None}
-    figures["rows"][2]["values"]["fd_open"] = {"value": float("nan"), "se": 0.1}
-    (run / "metrics.json").write_text(json.dumps(figures | {"classifiers": None}))
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["rows"][0]["values"]["fd"] = {"value": None, "se": None}
+    metrics["rows"][2]["values"]["fd_open"] = {"value": float("nan"), "se": 0.1}
+    (run / "metrics.json").write_text(json.dumps(metrics | {"classifiers": None}))
     page, _ = report(tmp_path, run)
     assert "could not be read" not in page.text and not re.search(r"\b(nan|None|NaN)\b", page.text)
     assert not [a for tag, a in page.elements if tag in ("line", "rect", "circle", "path") and any("nan" in str(v) for v in a.values())]
@@ -171,10 +171,10 @@ def test_hostile_text_stays_text(tmp_path):
     run = make_run(tmp_path / "run", prompts=(HOSTILE, "a seven", "an eight"))
     recipe = json.loads((run / "recipe.json").read_text()) | {"recipe": HOSTILE, "command": HOSTILE, "model": HOSTILE}
     (run / "recipe.json").write_text(json.dumps(recipe))
-    figures = json.loads((run / "metrics.json").read_text())
-    for row in [*figures["rows"], figures["real_vs_real"]]:
+    metrics = json.loads((run / "metrics.json").read_text())
+    for row in [*metrics["rows"], metrics["real_vs_real"]]:
         row |= {"name": HOSTILE + row["name"], "note": HOSTILE}
-    (run / "metrics.json").write_text(json.dumps(figures | {"classifiers": {HOSTILE: {HOSTILE: 1.0}}}))
+    (run / "metrics.json").write_text(json.dumps(metrics | {"classifiers": {HOSTILE: {HOSTILE: 1.0}}}))
     lines = [{"step": i, "stage": HOSTILE + str(i > 5), f"critic/{HOSTILE}": 1.0, f"force/cosine/{HOSTILE}": 0.1} for i in range(1, 40)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "health.jsonl").write_text(json.dumps({"step": 1, "level": HOSTILE, "flag": HOSTILE, "text": HOSTILE}) + "\n")

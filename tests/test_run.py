@@ -25,7 +25,7 @@ from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward
 from instep.train import checkpoint
 from instep.train.run import Interrupted, RunOptions, train
-from instep.train.source import Order, RealSamples
+from instep.train.source import RealSamples, ShuffledIndices
 
 PROMPTS = ["a seven moving left fast", "a digit", "an eight", "a two standing still"]
 SMALL = {"common": Common(batch=4, critic_updates=2, steps=2), "distil": 2, "iterations": 3, "group": 2, "top_n": 1}
@@ -252,7 +252,7 @@ def group_run(out: Path):
     ("name", "after"), [("teacher_probe.json", None), ("step-000002.safetensors", "step-000001"), ("log.jsonl", "step-000003")]
 )
 def test_a_full_disk_in_the_middle_of_a_run(whole, tmp_path, monkeypatch, name, after):
-    """The probe's figures, its views, a row: one clear line, the last checkpoint intact, and the same run in the end."""
+    """The probe's metrics, its views, a row: one clear line, the last checkpoint intact, and the same run in the end."""
     out, real, writes = tmp_path / "run", open, []
 
     def full(file, mode="r", *args, **kwargs):
@@ -389,10 +389,10 @@ def test_optimiser_and_generators_round_trip(tmp_path):
 
 
 def test_order_is_a_function_of_seed_and_cursor():
-    order = Order(5, seed=1)
+    order = ShuffledIndices(5, seed=1)
     first = order.next(12)
     assert sorted(first[:5]) == sorted(first[5:10]) == list(range(5)) and first[:5] != first[5:10]
-    again = Order(5, seed=1)
+    again = ShuffledIndices(5, seed=1)
     again.position = 7
     assert again.next(5) == first[7:12]
 

@@ -45,7 +45,7 @@ def recipe_of(name, iterations=2):
 def test_every_recipe_runs_on_a_wan_pipeline(tmp_path, name):
     run = train(recipe_of(name), family(), out=tmp_path / "run", prompts=PROMPTS, reward=REWARD, options=FEW)
     last = rows(run.out)[-1]
-    assert last["step"] == 2 and all(value == value for value in last.values() if isinstance(value, float)), "finite figures"
+    assert last["step"] == 2 and all(value == value for value in last.values() if isinstance(value, float)), "finite metrics"
     assert (run.student / "model_index.json").is_file()
     assert (run.out / "teacher_samples.safetensors").is_file() == (name in ("dmd", "dollar", "sft-after")), "only what is needed is made"
 
@@ -67,20 +67,20 @@ def test_heads_adapters_and_stored_pairs_resume_to_the_same_weights(tmp_path, re
 
 
 def test_the_adapter_of_magic_is_not_in_what_the_teacher_says(tmp_path):
-    """The teacher's own figures and the exported student are those of the pretrained network."""
+    """The teacher's own metrics and the exported student are those of the pretrained network."""
     fam = family()
     run = train(magic(SHORT, iterations=2), fam, out=tmp_path / "run", prompts=PROMPTS, options=FEW)
     teacher = run.state.roles["teacher"]
     cond, t = fam.encode(PROMPTS[:2]), torch.tensor([0.5, 0.8])
     x = torch.randn(2, *fam.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        plain, bent = teacher(x, t, cond).x0, teacher.scaled(1.0)(x, t, cond).x0
+        plain, adapted = teacher(x, t, cond).x0, teacher.scaled(1.0)(x, t, cond).x0
         fresh = family()
         from instep.roles import Backbone, Role
 
         pretrained = Role("teacher", Backbone(fresh, fresh.pretrained))(x, t, cond).x0
     torch.testing.assert_close(plain, pretrained, rtol=0, atol=0)
-    assert (bent - plain).abs().max() > 0
+    assert (adapted - plain).abs().max() > 0
 
 
 def test_a_reward_without_a_gradient_is_refused_before_the_work(tmp_path):

@@ -16,14 +16,14 @@ from torch import Tensor
 from instep.forces.adversarial import Adversarial
 from instep.forces.dm_align import AlignGroup
 from instep.levels_apo import HighLow
-from instep.matching.critic import FakeScoreLoss, FakeScoreGANLoss
+from instep.matching.critic import FakeScoreGANLoss, FakeScoreLoss
 from instep.matching.force import DistributionMatching
 from instep.models.mixture import ExactTeacher, Mixture, labels
 from instep.models.small import ExactFake, Particles, VelocityMLP
 from instep.objectives.preference import Preference
 from instep.paths import RectifiedFlow
 from instep.terms import Batch, Objective, Pairs, View, as_force
-from instep.train.recipe import RolloutConfig, AdamWConfig, Stage
+from instep.train.recipe import AdamWConfig, RolloutConfig, Stage
 from instep.train.step import TrainedParams, TrainState, iteration
 from instep.transitions import Renoise
 

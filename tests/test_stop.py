@@ -39,7 +39,7 @@ class Brightness:
 class Mild:
     """A monitor that likes what is a little brighter than the untrained student, and nothing brighter than that."""
 
-    def figures(self, media, prompts):
+    def metrics(self, media, prompts):
         return {"monitor_both": float((1 - 40 * (media.mean() - 0.5274).abs()).clamp(0, 1))}
 
 

@@ -29,7 +29,7 @@ from instep.models import moving_digits_i2v as bundle
 from instep.models.stock import draw, stock
 from instep.models.wan import WanFamily
 from instep.models.wan_i2v import WanImageCondition, WanImageFamily, known_latents
-from instep.pretrain.moving_digits_i2v import first_frame_figures
+from instep.pretrain.moving_digits_i2v import first_frame_distances
 from instep.pretrain.teacher import Latents, TeacherConfig, TeacherRun, text_table
 from instep.recipes import NAMES
 from instep.recipes.apo import apo
@@ -260,7 +260,7 @@ def test_apo_runs_and_exports_what_the_stock_pipeline_samples_alike(aligned):
     from diffusers import WanImageToVideoPipeline
 
     _, run = aligned
-    assert [row["stage"] for row in rows(run.out)] == ["start", "online", "half-online", "offline", "absorb", "aware"]
+    assert [row["stage"] for row in rows(run.out)] == ["start", "online", "half-online", "offline", "distill-guidance", "post-distillation"]
     pipe = WanImageToVideoPipeline.from_pretrained(run.student, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     fam = WanImageFamily(pipe, SIZE)
@@ -328,7 +328,7 @@ def test_other_recipes_run(tmp_path, name):
     else:
         recipe = recipe_of(name)
     run = train(recipe, family(), out=tmp_path / "run", prompts=PROMPTS, reward=REWARD, real=REAL if name == "dm-align-pair" else None, options=FEW)
-    assert all(value == value for value in rows(run.out)[-1].values() if isinstance(value, float)), "finite figures"
+    assert all(value == value for value in rows(run.out)[-1].values() if isinstance(value, float)), "finite metrics"
     assert json.loads((run.student / "model_index.json").read_text())["_class_name"] == "WanImageToVideoPipeline"
 
 
@@ -406,7 +406,7 @@ def test_the_bundled_model_begins_with_its_first_frame_and_follows_the_prompt(im
     media = fam.decode(x).clamp(0, 1)
     first_frames = torch.stack([read_first_frame(name, SIZE) for name in names])
     decoded = fam.decode(fam.encode_media(torch.stack([drawn_video(name) for name in names]))).clamp(0, 1)[:, :, 0]
-    found = first_frame_figures(media, first_frames, decoded)
+    found = first_frame_distances(media, first_frames, decoded)
     assert found["first_frame_to_given"] < 0.4 * found["first_frame_to_another_given"], found
     assert load_classifier("heldout").correct(media, names).both.float().mean() > 0.8
 

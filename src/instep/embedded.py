@@ -35,7 +35,7 @@ class ClassifierMonitor:
     open_copies: int = 8
 
     @torch.no_grad()
-    def figures(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    def metrics(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         return {
             "monitor_both": float(self.classifier.correct(media, prompts).both.float().mean()),
             "monitor_score": float(self.classifier.score(media, prompts).mean()),

@@ -26,7 +26,7 @@ def no_room(error: BaseException) -> OSError | None:
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found and int(found[1]) in NO_ROOM else None
 
 
-def unwritten(error: OSError, what: str, intact: str) -> OSError:
+def write_error(error: OSError, what: str, intact: str) -> OSError:
     """`error` again in one line: why and what was not written, what is intact, and what to do."""
     reason, fix = error.strerror or str(error), "see to it"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -49,7 +49,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise unwritten(error, str(path), "what was there before is unchanged") from error
+        raise write_error(error, str(path), "what was there before is unchanged") from error
 
 
 def append_text(path: Path, text: str) -> None:
@@ -65,7 +65,7 @@ def append_text(path: Path, text: str) -> None:
                     os.ftruncate(file.fileno(), before)
                 raise
     except OSError as error:
-        raise unwritten(error, f"a row of {path}", "the checkpoints are intact") from error
+        raise write_error(error, f"a row of {path}", "the checkpoints are intact") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,7 +83,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def at_once(out: Path, what: str) -> Iterator[Path]:
+def atomic_dir(out: Path, what: str) -> Iterator[Path]:
     """A folder to write into that becomes `out` at the end, or disappears; `what` it is called where the disk is full."""
     temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def at_once(out: Path, what: str) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if full := no_room(error):
-            raise unwritten(full, f"the {what} {out}", "what was there before is unchanged") from error
+            raise write_error(full, f"the {what} {out}", "what was there before is unchanged") from error
         raise
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 KEPT = {("copies", 4): (22, 4, 3), ("copies", 2): (34, 6, 5), ("lora", 4): (15, 3, 1), ("lora", 2): (21, 4, 2)}
 # and of the feed-forward width, GELU's input and output
 KEPT_FFN = 2
-# a plan that fills a device to the brim meets fragmentation
-BRIM = 0.92
+# share of the memory that is kept free: a plan that fills a device meets fragmentation
+HEADROOM = 0.08
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.bytes <= BRIM * self.capacity
+        return self.bytes <= (1 - HEADROOM) * self.capacity
 
     def verdict(self) -> str:
         """One line: 'fits in 80 GB: yes, 61 GB', or no, and what would."""
         text = f"fits in {gb(self.capacity)}: {'yes' if self.fits else 'no'}, {gb(self.bytes)}"
         if not self.fits and self.bytes <= self.capacity:
-            text += f" ({1 - BRIM:.0%} are kept free against fragmentation)"
+            text += f" ({HEADROOM:.0%} are kept free against fragmentation)"
         return text if self.fits or not self.advice else f"{text}; it would {', or '.join(self.advice)}"
 
     def pace(self) -> str:
@@ -221,7 +221,7 @@ def plan(w: Workload, throughput: float, capacity: float, source: str = "stated"
         raise ValueError(f"throughput, capacity: {throughput}, {capacity} are not possible; allowed: positive numbers")
     plain, graph = passes(w)
     lines = memory(w)
-    advice = () if sum(i.value for i in lines) <= BRIM * capacity else remedies(w, capacity)
+    advice = () if sum(i.value for i in lines) <= (1 - HEADROOM) * capacity else remedies(w, capacity)
     return Plan(w, lines, plain, graph, flops(w), throughput, source, capacity, advice)
 
 
@@ -237,13 +237,13 @@ def remedies(w: Workload, capacity: float) -> tuple[str, ...]:
         ("with LoRA roles", replace(w, roles="lora")),
         ("in bfloat16", replace(w, bytes_per_parameter=2)),
     ]
-    found = [f"{name}: {gb(size(v))}" for name, v in single if v != w and size(v) <= BRIM * capacity]
+    found = [f"{name}: {gb(size(v))}" for name, v in single if v != w and size(v) <= (1 - HEADROOM) * capacity]
     if not found:
         everything = replace(w, checkpointing=True, batch=1, roles="lora", bytes_per_parameter=2)
-        if size(everything) <= BRIM * capacity:
+        if size(everything) <= (1 - HEADROOM) * capacity:
             found.append(f"with checkpointing, micro-batch 1, LoRA and bfloat16 together: {gb(size(everything))}")
     for gpus in (2, 4, 8, 16, 32, 64):
-        if gpus > w.gpus and size(replace(w, gpus=gpus)) <= BRIM * capacity:
+        if gpus > w.gpus and size(replace(w, gpus=gpus)) <= (1 - HEADROOM) * capacity:
             found.append(f"sharded over {gpus} GPUs: {gb(size(replace(w, gpus=gpus)))} each")
             break
     return tuple(f"fit {text}" for text in found)

@@ -1,7 +1,7 @@
 """From what a network outputs to x0, noise, velocity and score, on any path; and guidance.
 
 *Velocity* is the conjugate (rectified-flow) one, v = eps - x0, on **any** path (DOLLAR Eq. 4 with its sign turned);
-`v_prediction` is the variance-preserving parameterisation a eps - b x0.
+`v_prediction` is the variance-preserving prediction_type a eps - b x0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from instep.paths import Path, at_least_float32, broadcast
-from instep.strengths import Strengths
+from instep.strengths import GuidanceScales
 
 PredictionType = Literal["velocity", "x0", "eps", "v_prediction"]
 
@@ -23,12 +23,12 @@ PredictionType = Literal["velocity", "x0", "eps", "v_prediction"]
 class Condition:
     """What a denoiser is conditioned on: tensors whose first axis is the batch. Families add their own fields.
 
-    `exit_id` [B] (which rollout step a sample was predicted at) is read only by a fake that is conditioned on it, `strengths` [B, 2] (of the guidance
+    `exit_id` [B] (which rollout step a sample was predicted at) is read only by a fake that is conditioned on it, `guidance_scales` [B, 2] (of the guidance
     that its samples are to come out with; `strengths.py`) only by a student that was trained to be told them.
     """
 
     exit_id: Tensor | None = None
-    strengths: Tensor | None = None
+    guidance_scales: Tensor | None = None
 
     def _map(self, function) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -48,12 +48,12 @@ class Condition:
         """The same condition, told which exit its samples come from ([B] integers)."""
         return replace(self, exit_id=exit_id)
 
-    def told(self, strengths: Tensor | Strengths | None) -> Self:
-        """The same condition with these strengths of guidance: [B, 2], or one pair for all; None: it says none."""
-        if isinstance(strengths, tuple):
+    def with_guidance(self, guidance_scales: Tensor | GuidanceScales | None) -> Self:
+        """The same condition with these guidance scales: [B, 2], or one pair for all; None: it says none."""
+        if isinstance(guidance_scales, tuple):
             device = next(v.device for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))
-            strengths = torch.tensor(strengths, device=device).expand(len(self), 2)
-        return replace(self, strengths=strengths)
+            guidance_scales = torch.tensor(guidance_scales, device=device).expand(len(self), 2)
+        return replace(self, guidance_scales=guidance_scales)
 
     def to(self, device: torch.device | str) -> Self:
         return self._map(lambda v: v.to(device))
@@ -144,26 +144,26 @@ def score_of_x0(path: Path, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
     return (broadcast(path.a(t), x_t) * x0 - x_t) / broadcast(path.b(t), x_t).square()
 
 
-def read(kind: PredictionType, raw: Tensor, path: Path, x_t: Tensor, t: Tensor) -> Prediction:
+def to_prediction(prediction_type: PredictionType, raw: Tensor, path: Path, x_t: Tensor, t: Tensor) -> Prediction:
     """Raw network output [B, ...] as a `Prediction`; everything in float32 or better.
 
     `eps` needs a(t) > 0 and `x0` needs b(t) > 0; the other two hold at every level.
     """
     raw, x_t, t = at_least_float32(raw), at_least_float32(x_t), at_least_float32(t)
-    if kind == "velocity":
+    if prediction_type == "velocity":
         return Prediction(x0_of_velocity(path, x_t, t, raw), raw)
     a, b = broadcast(path.a(t), x_t), broadcast(path.b(t), x_t)
-    if kind == "x0":
+    if prediction_type == "x0":
         return Prediction(raw, velocity_of_x0(path, x_t, t, raw))
-    if kind == "eps":
+    if prediction_type == "eps":
         x0 = (x_t - b * raw) / a
         return Prediction(x0, raw - x0)
-    if kind == "v_prediction":
+    if prediction_type == "v_prediction":
         # the variance-preserving formulas, divided by a^2 + b^2 so that they hold on any path
         norm = a.square() + b.square()
         x0 = (a * x_t - b * raw) / norm
         return Prediction(x0, (a * raw + b * x_t) / norm - x0)
-    raise ValueError(f"parameterisation: {kind!r} is not known; allowed: velocity, x0, eps, v_prediction")
+    raise ValueError(f"prediction_type: {prediction_type!r} is not known; allowed: velocity, x0, eps, v_prediction")
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,13 @@ def guide(cond: Tensor, uncond: Tensor, w: float | Tensor) -> Tensor:
     return uncond + w * (cond - uncond)
 
 
-def guide_and_skip(cond: Tensor, uncond: Tensor, skipped: Tensor, w: float | Tensor, strength: float | Tensor) -> Tensor:
-    """Classifier-free and skip-layer guidance together, u + w (c - u) + strength (c - skipped) (Diffusion-APO Eq. 3; STG, Hyung et al. 2025).
+def guide_and_skip(cond: Tensor, uncond: Tensor, skipped: Tensor, w: float | Tensor, skip_scale: float | Tensor) -> Tensor:
+    """Classifier-free and skip-layer guidance together, u + w (c - u) + skip_scale (c - skipped) (Diffusion-APO Eq. 3; STG, Hyung et al. 2025).
 
-    The paper's omega is w - 1, its lambda `strength`; it prints the skipped prediction's term alone, which is read as STG's own difference.
-    Linear, so it holds for x0, velocity and noise alike. Strengths are numbers, or tensors that broadcast against the predictions.
+    The paper's omega is w - 1, its lambda `skip_scale`; it prints the skipped prediction's term alone, which is read as STG's own difference.
+    Linear, so it holds for x0, velocity and noise alike. Scales are numbers, or tensors that broadcast against the predictions.
     """
-    return guide(cond, uncond, w) + strength * (cond - skipped)
+    return guide(cond, uncond, w) + skip_scale * (cond - skipped)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Roles: named denoisers on backbones. A role is a full copy of the network, or a LoRA adapter on a shared frozen one.
 
 One hazard decides the design: with activation checkpointing the blocks run again *during backward*, under whatever adapter is
-active then. So everything that a forward depends on besides its arguments (adapter, scale, condition) is one frozen `Call`, set
+active then. So everything that a forward depends on besides its arguments (adapter, scale, condition) is one frozen `CallContext`, set
 for the forward and set again for its recomputation. What a forward leaves behind besides its result (features for a head) is asked
-for by the same `Call`, and not asked for again.
+for by the same `CallContext`, and not asked for again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from instep.prediction import Condition, PredictionType, Prediction, read
-from instep.strengths import Ranges, GuidanceEmbedding
+from instep.prediction import Condition, Prediction, PredictionType, to_prediction
+from instep.strengths import GuidanceEmbedding, GuidanceRange
 
 if TYPE_CHECKING:
     from instep.models.base import Family
@@ -39,7 +39,7 @@ class LoRA:
 
 
 @dataclass(frozen=True)
-class Call:
+class CallContext:
     """What a forward depends on besides its arguments. The output of the family's feature block is put into `features`, if given.
 
     Blocks whose numbers are in `skips` pass on what they are given.
@@ -51,15 +51,15 @@ class Call:
     exits: nn.Embedding | None
     features: list[Tensor] | None = None
     skips: tuple[int, ...] = ()
-    told: GuidanceEmbedding | None = None
+    guidance_embedding: GuidanceEmbedding | None = None
 
 
-class Running:
+class ActiveCall:
     """A context that can be entered again: a graph that is kept for a second backward recomputes under the same one."""
 
-    def __init__(self, backbone: Backbone, call: Call) -> None:
+    def __init__(self, backbone: Backbone, call: CallContext) -> None:
         self.backbone, self.call = backbone, call
-        self._before: list[tuple[Call | None, AbstractContextManager[None]]] = []
+        self._before: list[tuple[CallContext | None, AbstractContextManager[None]]] = []
 
     def __enter__(self) -> None:
         skipped = self.backbone.family.skip(self.backbone.module, self.call.skips) if self.call.skips else nullcontext()
@@ -97,12 +97,12 @@ class Backbone:
 
     def __init__(self, family: Family, module: nn.Module, *, checkpointing: bool = False) -> None:
         self.family, self.module = family, module
-        self._call: Call | None = None
+        self._call: CallContext | None = None
         self._adapters: dict[str, LoRA] = {}
         self._watched = False
         family.prepare(module, lambda: self._call and self._call.cond)
         for embedder in family.time_embedders(module):
-            embedder.register_forward_hook(self._tell)
+            embedder.register_forward_hook(self._condition_time)
         if checkpointing:
             module.enable_gradient_checkpointing(self._checkpointed)
 
@@ -110,18 +110,18 @@ class Backbone:
         # a copy of the module copies its hooks, which would otherwise copy this object and with it the whole pipeline
         return self
 
-    def running(self, call: Call) -> Running:
+    def active_call(self, call: CallContext) -> ActiveCall:
         """Adapter, scale and condition of `call` for everything inside."""
-        return Running(self, call)
+        return ActiveCall(self, call)
 
-    def switch(self, call: Call | None) -> Call | None:
+    def switch(self, call: CallContext | None) -> CallContext | None:
         """`call` (None: the module runs outside any role) takes the place of the one that is returned."""
         before, self._call = self._call, call
         if call is not None:
             self._activate(call)
         return before
 
-    def _activate(self, call: Call) -> None:
+    def _activate(self, call: CallContext) -> None:
         if not self._adapters:
             return
         for layer in self._lora_layers():
@@ -154,17 +154,17 @@ class Backbone:
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         return {key: p for key, p in self.module.named_parameters() if f".{name}." in key and "lora_" in key}
 
-    def _tell(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """The time embedding with what the running role is told besides: the exit, strengths of guidance."""
+    def _condition_time(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """The time embedding with what the running role is told besides: the exit, guidance scales."""
         call = self._call
         if call is not None and call.exits is not None and call.cond.exit_id is not None:
             output = output + call.exits(call.cond.exit_id).to(output.dtype)
-        if call is not None and call.told is not None and call.cond.strengths is not None:
-            output = output + call.told(call.cond.strengths).to(output.dtype)
+        if call is not None and call.guidance_embedding is not None and call.cond.guidance_scales is not None:
+            output = output + call.guidance_embedding(call.cond.guidance_scales).to(output.dtype)
         return output
 
     def watch_features(self) -> None:
-        """From now on a `Call` can ask for features; a backbone without heads has no hook for them."""
+        """From now on a `CallContext` can ask for features; a backbone without heads has no hook for them."""
         if not self._watched:
             self.family.feature_block(self.module).register_forward_hook(self._keep_features)
             self._watched = True
@@ -177,13 +177,13 @@ class Backbone:
         assert self._call is not None, "a checkpointed backbone is trained through a role"
         # the features of the forward carry the graph; those of the recomputation would belong to nobody and, kept by the graph that
         # they are part of, would never be freed
-        again = replace(self._call, features=None)
-        return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.running(again)))
+        recomputed = replace(self._call, features=None)
+        return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.active_call(recomputed)))
 
 
 class Role:
-    """A named denoiser: backbone + adapter + scale (+ an exit embedding, + a discriminator head, + an embedding of the strengths in `told`). Calling it gives a
-    `Prediction` in float32, its output read as `reads` (the family's parameterisation by default).
+    """A named denoiser: backbone + adapter + scale (+ an exit embedding, + a discriminator head, + an embedding of guidance scales). Calling it gives a
+    `Prediction` in float32, its output read as `prediction_type` (the family's by default).
 
     A role with an adapter owns that adapter's parameters, a full copy owns its whole backbone; the teacher owns none to train. A head is
     evaluated in every call, whether its logit is used or not: next to the backbone it is tiny.
@@ -198,15 +198,15 @@ class Role:
         scale: float = 1.0,
         exits: int | None = None,
         head: bool = False,
-        reads: PredictionType | None = None,
-        told: Ranges | None = None,
+        prediction_type: PredictionType | None = None,
+        guidance_range: GuidanceRange | None = None,
     ) -> None:
         self.name, self.backbone, self.adapter, self.scale = name, backbone, adapter, scale
-        self.reads = reads or backbone.family.parameterisation
+        self.prediction_type = prediction_type or backbone.family.prediction_type
         self.skips: tuple[int, ...] = ()
         self.exits: nn.Embedding | None = None
         self.head: Head | None = None
-        self.told: GuidanceEmbedding | None = None
+        self.guidance_embedding: GuidanceEmbedding | None = None
         device = next(backbone.module.parameters()).device
         if exits is not None:
             self.exits = nn.Embedding(exits, backbone.family.time_width(backbone.module)).to(device)
@@ -215,15 +215,15 @@ class Role:
         if head:
             backbone.watch_features()
             self.head = Head(backbone.family.feature_width(backbone.module)).to(device)
-        if told is not None:
-            self.told = GuidanceEmbedding(told, backbone.family.time_width(backbone.module)).to(device)
+        if guidance_range is not None:
+            self.guidance_embedding = GuidanceEmbedding(guidance_range, backbone.family.time_width(backbone.module)).to(device)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         family, module = self.backbone.family, self.backbone.module
         features: list[Tensor] | None = None if self.head is None else []
-        with self.backbone.running(Call(self.adapter, self.scale, cond, self.exits, features, self.skips, self.told)):
+        with self.backbone.active_call(CallContext(self.adapter, self.scale, cond, self.exits, features, self.skips, self.guidance_embedding)):
             raw = family.forward(module, x_t, t, cond)
-        answer = read(self.reads, raw, family.path, x_t, t)
+        answer = to_prediction(self.prediction_type, raw, family.path, x_t, t)
         if self.head is None or features is None:
             return answer
         (tokens,) = features
@@ -244,15 +244,15 @@ class Role:
         return other
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """What this role owns: its adapter's parameters or its full copy, its exit embedding, its head and its embedding of strengths."""
+        """What this role owns: its adapter's parameters or its full copy, its exit embedding, its head and its guidance embedding."""
         backbone = self.backbone
         own = backbone.adapter_parameters(self.adapter) if self.adapter else dict(backbone.module.named_parameters())
         if self.exits is not None:
             own |= {"exits.weight": self.exits.weight}
         if self.head is not None:
             own |= {f"head.{key}": p for key, p in self.head.named_parameters()}
-        if self.told is not None:
-            own |= {f"told.{key}": p for key, p in self.told.named_parameters()}
+        if self.guidance_embedding is not None:
+            own |= {f"guidance_embedding.{key}": p for key, p in self.guidance_embedding.named_parameters()}
         return own
 
     def state(self) -> dict[str, Tensor]:

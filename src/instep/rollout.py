@@ -17,7 +17,7 @@ from torch import Tensor
 from instep.levels import shift_level
 from instep.paths import Path
 from instep.prediction import Condition, Denoiser, predict_guided
-from instep.strengths import Strengths
+from instep.strengths import GuidanceScales
 from instep.transitions import Deterministic, Renoise, Transition
 
 Where = Literal["exit", "final"]
@@ -224,25 +224,27 @@ def _along(denoiser: Denoiser, cond: Condition, null: Condition, noise: Tensor, 
 @dataclass(frozen=True)
 class Sampling:
     """How a student is sampled: `few-step` at its levels (predict x0, re-noise), or a many-step one by its model's own deterministic sampler
-    (`ode`) at those levels, with `guidance`; one that is told `strengths` of guidance (`strengths.py`) needs none."""
+    (`ode`) at those levels, with `guidance`; one that is told `guidance_scales` (`strengths.py`) needs none."""
 
     levels: tuple[float, ...]
     kind: Literal["few-step", "ode"] = "few-step"
     guidance: float = 1.0
-    strengths: Strengths | None = None
+    guidance_scales: GuidanceScales | None = None
 
     def __post_init__(self) -> None:
-        if self.strengths is not None and (self.kind != "ode" or self.guidance != 1):
-            raise ValueError(f"strengths: {self.strengths} are not allowed for a {self.kind} sampler with guidance {self.guidance:g}; it would not hear them")
+        if self.guidance_scales is not None and (self.kind != "ode" or self.guidance != 1):
+            raise ValueError(
+                f"guidance_scales: {self.guidance_scales} are not allowed for a {self.kind} sampler with guidance {self.guidance:g}; it would not hear them"
+            )
 
-    def tell(self, cond: Condition) -> Condition:
+    def conditioned(self, cond: Condition) -> Condition:
         """The condition as the student gets it."""
-        return cond if self.strengths is None else cond.told(self.strengths)
+        return cond if self.guidance_scales is None else cond.with_guidance(self.guidance_scales)
 
     @torch.no_grad()
     def __call__(self, student: Denoiser, cond: Condition, null: Condition, noise: Tensor, path: Path, rng: torch.Generator) -> Tensor:
         """noise [B, ...] -> x0 [B, ...]."""
-        cond = self.tell(cond)
+        cond = self.conditioned(cond)
         if self.kind == "few-step":
             return sample_few_step(student, cond, noise, self.levels, path, rng)
         return _along(student, cond, null, noise, torch.tensor([*self.levels, 0.0], dtype=torch.float64), path, self.guidance)

@@ -1,6 +1,6 @@
-"""Strengths of guidance that a student is told: their ranges, and the embedding that tells them (Diffusion-APO Eq. 4, which draws omega and lambda).
+"""Guidance scales that a student is told: their ranges, and the embedding that tells them (Diffusion-APO Eq. 4, which draws omega and lambda).
 
-Strengths are a pair (guidance, skip): w of classifier-free guidance (1: none; the paper's omega is w - 1) and lambda of skip-layer guidance (0: none).
+Guidance scales are a pair (guidance, skip): w of classifier-free guidance (1: none; the paper's omega is w - 1) and lambda of skip-layer guidance (0: none).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-Strengths = tuple[float, float]
+GuidanceScales = tuple[float, float]
 
 # of each strength: itself, and so many pairs of a sine and a cosine
-PAIRS = 2
-FEATURES = 2 * (1 + 2 * PAIRS)
+FREQUENCIES = 2
+FEATURES = 2 * (1 + 2 * FREQUENCIES)
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """What the strengths of guidance are drawn from: each uniformly between its two ends; equal ends: always that."""
+class GuidanceRange:
+    """What the guidance scales are drawn from: each uniformly between its two ends; equal ends: always that."""
 
     guidance: tuple[float, float]
     skip: tuple[float, float] = (0.0, 0.0)
@@ -47,18 +47,18 @@ class Ranges:
         low, high = self._ends(rng.device)
         return low + (high - low) * torch.rand(n, 2, generator=rng, device=rng.device)
 
-    def check(self, strengths: Strengths) -> None:
-        """ValueError for strengths outside of the ranges."""
-        for name, value, (low, high) in zip(("guidance", "skip"), strengths, (self.guidance, self.skip), strict=True):
+    def check(self, guidance_scales: GuidanceScales) -> None:
+        """ValueError for guidance scales outside of the range."""
+        for name, value, (low, high) in zip(("guidance", "skip"), guidance_scales, (self.guidance, self.skip), strict=True):
             if not low <= value <= high:
                 raise ValueError(f"{name}: {value:g} is not allowed; the student is told {self}: stay in that range, or train with a wider one")
 
-    def features(self, strengths: Tensor) -> Tensor:
+    def features(self, guidance_scales: Tensor) -> Tensor:
         """What an embedding reads, [B, 2] -> [B, FEATURES]: each strength taken to [-1, 1], and sines and cosines of that."""
-        low, high = self._ends(strengths.device)
+        low, high = self._ends(guidance_scales.device)
         # of a range that is one point, the middle
-        u = torch.where(high > low, 2 * (strengths - low) / (high - low).clamp(min=1e-12) - 1, 0.0)
-        angle = 0.5 * math.pi * u[..., None] * torch.arange(1, PAIRS + 1, device=u.device)
+        u = torch.where(high > low, 2 * (guidance_scales - low) / (high - low).clamp(min=1e-12) - 1, 0.0)
+        angle = 0.5 * math.pi * u[..., None] * torch.arange(1, FREQUENCIES + 1, device=u.device)
         return torch.cat([u, angle.sin().flatten(1), angle.cos().flatten(1)], 1)
 
     def _ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -71,27 +71,27 @@ def _span(ends: tuple[float, float]) -> str:
 
 
 class GuidanceEmbedding(nn.Module):
-    """Strengths [B, 2] to what is added to the time embedding, [B, width]; float32. The last layer starts at zero: at first it says nothing.
+    """Guidance scales [B, 2] to what is added to the time embedding, [B, width]; float32. The last layer starts at zero: at first it says nothing.
 
     Meng et al. (2023, On Distillation of Guided Diffusion Models) tell w in the same place.
     """
 
-    def __init__(self, ranges: Ranges, width: int, hidden: int = 128) -> None:
+    def __init__(self, guidance_range: GuidanceRange, width: int, hidden: int = 128) -> None:
         super().__init__()
-        self.ranges = ranges
+        self.guidance_range = guidance_range
         self.hidden = nn.Linear(FEATURES, hidden, dtype=torch.float32)
         self.out = nn.Linear(hidden, width, dtype=torch.float32)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, strengths: Tensor) -> Tensor:
-        return self.out(nn.functional.silu(self.hidden(self.ranges.features(strengths).to(self.hidden.weight))))
+    def forward(self, guidance_scales: Tensor) -> Tensor:
+        return self.out(nn.functional.silu(self.hidden(self.guidance_range.features(guidance_scales).to(self.hidden.weight))))
 
 
 @torch.no_grad()
-def fold(embedders: Sequence[nn.Module], embedding: GuidanceEmbedding, strengths: Strengths) -> None:
-    """The time embedders (`Family.time_embedders`) say untold what they said when told `strengths`: it is added to their last layers' biases, in place."""
-    told = embedding(torch.tensor([strengths], device=embedding.out.bias.device))[0]
+def fold_guidance(embedders: Sequence[nn.Module], embedding: GuidanceEmbedding, guidance_scales: GuidanceScales) -> None:
+    """The time embedders (`Family.time_embedders`) say untold what they said when told `guidance_scales`, added to their last layers' biases, in place."""
+    added = embedding(torch.tensor([guidance_scales], device=embedding.out.bias.device))[0]
     for embedder in embedders:
         bias: Any = embedder.linear_2.bias  # type: ignore[union-attr]
-        bias.add_(told.to(bias))
+        bias.add_(added.to(bias))

@@ -49,7 +49,7 @@ class Labels:
 
     x: Tensor
     cond: Condition
-    aim: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True)

@@ -107,14 +107,14 @@ class _FlowDiffusion(Transition):
         if not self.noise > 0:
             raise ValueError(f"noise: {self.noise} is not allowed; it is positive")
 
-    def strength(self, t: Tensor, t_next: Tensor) -> Tensor:
+    def diffusion(self, t: Tensor, t_next: Tensor) -> Tensor:
         """s of the SDE at level t, [B]."""
         raise NotImplementedError
 
     def gaussian(self, path: Path, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(path, RectifiedFlow):
             raise ValueError(f"transition: {type(self).__name__} is a step of the rectified flow, and this model's path is {type(path).__name__}; use CPS")
-        dt, s = (t_next - t).to(x0), self.strength(t, t_next).to(x0)
+        dt, s = (t_next - t).to(x0), self.diffusion(t, t_next).to(x0)
         eps = eps_of_x0(path, x_t, t, x0)
         # the score is -eps / t
         mean = x_t + broadcast(dt, x_t) * (eps - x0 + broadcast(0.5 * s.square() / t.to(x0), x_t) * eps)
@@ -130,7 +130,7 @@ class FlowSDE(_FlowDiffusion):
 
     noise: float = 0.7
 
-    def strength(self, t: Tensor, t_next: Tensor) -> Tensor:
+    def diffusion(self, t: Tensor, t_next: Tensor) -> Tensor:
         below = torch.where(t < 1, t, t_next)
         return self.noise * (t / (1 - below)).sqrt()
 
@@ -141,5 +141,5 @@ class DanceSDE(_FlowDiffusion):
 
     noise: float = 0.3
 
-    def strength(self, t: Tensor, t_next: Tensor) -> Tensor:
+    def diffusion(self, t: Tensor, t_next: Tensor) -> Tensor:
         return torch.full_like(t, self.noise)

@@ -1,4 +1,4 @@
-"""`instep eval` and `instep report`: figures of runs beside the teacher, naive sampling and real videos."""
+"""`instep eval` and `instep report`: metrics of runs beside the teacher, naive sampling and real videos."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def baseline(family: Family, classifiers: dict[str, Classifier], chosen: EvalSet
     kind: Literal["teacher", "naive"] = "teacher" if steps >= 20 else "naive"
     name = f"teacher, {steps} step{'s' * (steps > 1)}{', guided' if guidance != 1 else ''}"
     row = evaluate(name, kind, generate, chosen, classifiers, steps=steps, guidance=guidance)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time the next time, not the figures
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time the next time, not the metrics
         write_json(file, row.json())
     return row
 
@@ -214,7 +214,7 @@ COLUMNS = {
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """The table in the terminal: figure and standard error, sorted by network evaluations."""
+    """The table in the terminal: metric and standard error, sorted by network evaluations."""
     from rich.console import Console
     from rich.table import Table
 

@@ -14,7 +14,7 @@ from instep.models import BUNDLED, VideoSize, load
 from instep.models.base import Family
 from instep.roles import Backbone, LoRA, Role
 from instep.rollout import Sampling
-from instep.strengths import Ranges
+from instep.strengths import GuidanceRange
 from instep.train import checkpoint
 from instep.train.finish import export_role
 from instep.train.saved import stage_at
@@ -45,7 +45,7 @@ def export_command(args: ExportArgs) -> int:
     record = read_run(args.dir)
     bundled = record["model"] in BUNDLED
     # what cannot be asked for is refused before anything is loaded
-    sampling = at_strengths(sampling_of(record, newest_step(args.dir)), record, args.guidance, args.skip)
+    sampling = at_guidance_scales(sampling_of(record, newest_step(args.dir)), record, args.guidance, args.skip)
     family = load(args.model or (record["model"] if bundled else record["model_path"]), VideoSize(**record["size"]))
     student = student_of(args.dir, record, family, raw=args.raw)
     report = export_role(student, family, sampling, args.to, recipe=record["recipe"], seed=record["seed"],
@@ -70,31 +70,31 @@ def sampling_of(record: dict[str, Any], step: int | None = None) -> Sampling:
     if config.get("sampler", "few-step") == "few-step":
         return Sampling(tuple(record["levels"]))
     here = stage_at(config, step)
-    strengths = (float(here["strengths"][0]), float(here["strengths"][1])) if here.get("strengths") else None
-    return Sampling(tuple(record["levels"]), "ode", float(config["guidance"]) if here.get("guided", True) else 1.0, strengths)
+    guidance_scales = (float(here["guidance_scales"][0]), float(here["guidance_scales"][1])) if here.get("guidance_scales") else None
+    return Sampling(tuple(record["levels"]), "ode", float(config["guidance"]) if here.get("guided", True) else 1.0, guidance_scales)
 
 
-def at_strengths(sampling: Sampling, record: dict[str, Any], guidance: float | None, skip: float | None) -> Sampling:
-    """How a run's student is sampled at other strengths of guidance (None: as it is); ValueError unless it is told them and was trained on such."""
+def at_guidance_scales(sampling: Sampling, record: dict[str, Any], guidance: float | None, skip: float | None) -> Sampling:
+    """How a run's student is sampled at other guidance scales (None: as it is); ValueError unless it is told them and was trained on such."""
     if guidance is None and skip is None:
         return sampling
-    told = told_of(record)
-    if told is None or sampling.strengths is None:
-        early = " yet (its newest checkpoint lies before the stage that absorbs it)" if told else ""
+    guidance_range = guidance_range_of(record)
+    if guidance_range is None or sampling.guidance_scales is None:
+        early = " yet (its newest checkpoint lies before the stage that distils it)" if guidance_range else ""
         raise ValueError(
             f"{'skip' if guidance is None else 'guidance'}: this run's student is not told its guidance{early}; leave it out, or train with "
             "`instep train apo --draw LOW HIGH`"
         )
-    usual, usual_skip = sampling.strengths
-    strengths = (usual if guidance is None else guidance, usual_skip if skip is None else skip)
-    told.check(strengths)
-    return replace(sampling, strengths=strengths)
+    usual, usual_skip = sampling.guidance_scales
+    guidance_scales = (usual if guidance is None else guidance, usual_skip if skip is None else skip)
+    guidance_range.check(guidance_scales)
+    return replace(sampling, guidance_scales=guidance_scales)
 
 
-def told_of(record: dict[str, Any]) -> Ranges | None:
-    """The strengths of guidance that a run's student can be told, from its recipe.json; None where it is told none."""
-    told = record["config"]["roles"]["student"].get("told")
-    return told and Ranges.of_json(told)
+def guidance_range_of(record: dict[str, Any]) -> GuidanceRange | None:
+    """The guidance scales that a run's student can be told, from its recipe.json; None where it is told none."""
+    guidance_range = record["config"]["roles"]["student"].get("guidance_range")
+    return guidance_range and GuidanceRange.of_json(guidance_range)
 
 
 def newest_step(folder: Path) -> int | None:
@@ -113,13 +113,13 @@ def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: boo
             raise ValueError(f"step: {folder} has no whole checkpoint of step {step}; it has {kept}")
         raise ValueError(f"dir: {folder} holds no checkpoint yet; let the run reach its first one")
     saved = checkpoint.load(newest)
-    config, told = record["config"]["roles"]["student"], told_of(record)
+    config, guidance_range = record["config"]["roles"]["student"], guidance_range_of(record)
     if config["lora"] is not None:
         backbone = Backbone(family, family.pretrained)
         backbone.add_adapter("student", LoRA(config["lora"]["rank"], config["lora"]["alpha"]))
-        role = Role("student", backbone, adapter="student", reads=config.get("reads"), told=told)
+        role = Role("student", backbone, adapter="student", prediction_type=config.get("prediction_type"), guidance_range=guidance_range)
     else:
-        role = Role("student", Backbone(family, family.new_backbone()), reads=config.get("reads"), told=told)
+        role = Role("student", Backbone(family, family.new_backbone()), prediction_type=config.get("prediction_type"), guidance_range=guidance_range)
     averaged = None if raw else saved["ema"].get("student")
     role.load_state(averaged or saved["roles"]["student"])
     return role

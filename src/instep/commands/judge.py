@@ -101,7 +101,7 @@ def open_store(args: HumanEvalArgs):
 
 
 def print_results(found) -> None:
-    """Tables of all figures with their 95% intervals."""
+    """Tables of all metrics with their 95% intervals."""
     from rich.console import Console
     from rich.table import Table
 

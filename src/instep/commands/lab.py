@@ -119,10 +119,10 @@ def _networks(recipes, world, options: LabArgs):
             with _bar("teacher", steps) as advance:
                 learned = flow_start(world, options.seed, steps=steps, on_step=advance)
     for spec, recipe in recipes.items():
-        bent = recipe.roles["teacher"].lora is not None
-        if bent and options.teacher == "exact":
+        adapted = recipe.roles["teacher"].lora is not None
+        if adapted and options.teacher == "exact":
             print(f"{spec}: its teacher has an adapter, which only a network can have; this recipe's teacher is the learned one")
-        state = ensemble_state(recipe, world, start, options.seed, learned_teacher=learned if options.teacher == "learned" or bent else None)
+        state = ensemble_state(recipe, world, start, options.seed, learned_teacher=learned if options.teacher == "learned" or adapted else None)
         with _bar(spec, recipe.steps) as advance:
             run = train(spec, recipe, world, state, snapshots=10 if options.figures else 1, on_step=advance)
         yield run

@@ -163,13 +163,13 @@ def fit_pairs_command(args: FitPairsArgs) -> int:
     _free(args.out)
     torch.set_num_threads(default_threads())
     device = checked_device(args.device)
-    told = read_pairs(args.pairs)
-    asked = sorted({pair.question for pair in told})
+    pairs = read_pairs(args.pairs)
+    asked = sorted({pair.question for pair in pairs})
     if unknown := set(args.questions) - set(asked):
         raise ValueError(f"questions: {sorted(unknown)[0]!r} is in no row of {args.pairs}; there are {', '.join(asked)}")
-    told = [pair for pair in told if not args.questions or pair.question in args.questions]
+    pairs = [pair for pair in pairs if not args.questions or pair.question in args.questions]
     found = learn(
-        told, features_of(args.features, args.frames), _watched, hidden=args.hidden, steps=args.steps, decay=args.decay, heldout=args.heldout, seed=args.seed,
+        pairs, features_of(args.features, args.frames), _watched, hidden=args.hidden, steps=args.steps, decay=args.decay, heldout=args.heldout, seed=args.seed,
         device=device,
     )  # fmt: skip
     save(found, args.out)
@@ -193,15 +193,15 @@ def _watched(todo: list[Any]) -> Iterator[Any]:
     from rich.progress import Progress
 
     console, begun = Console(stderr=True), time.monotonic()
-    said = begun - 25
+    reported = begun - 25
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("media", total=len(todo), visible=False)
         for done, item in enumerate(todo):
             yield item
             now = time.monotonic()
             bar.update(task, completed=done + 1, visible=now - begun > 5)
-            if not console.is_terminal and now - said > 30:
-                said = now
+            if not console.is_terminal and now - reported > 30:
+                reported = now
                 left = (now - begun) / (done + 1) * (len(todo) - done - 1)
                 print(f"media: {done + 1}/{len(todo)}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from instep.commands import default_threads
 from instep.data.prompts import with_first_frame
 from instep.evaluate.video import save_animation, tile
-from instep.files import at_once, write_json
+from instep.files import atomic_dir, write_json
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, VideoSize, bundled
 from instep.models.stock import draw, stock, takes_first_frame
 from instep.quiet import quiet
@@ -56,7 +56,7 @@ def sample_command(args: SampleArgs) -> int:
     steps = args.steps or (len(record["levels"]) if record else 50)
     usual = record.get("guidance", 1.0) if record else 3.0
     guidance = usual if args.guidance is None else args.guidance
-    if record and record.get("strengths") and guidance != 1:
+    if record and record.get("guidance_scales") and guidance != 1:
         raise ValueError(
             f"guidance: {guidance:g} is not allowed; {folder} has its own in its weights, and others come from `instep export RUN --to FOLDER --guidance`"
         )
@@ -97,7 +97,7 @@ def sample_command(args: SampleArgs) -> int:
 def save_each(folder: Path, videos: Tensor, prompts: Sequence[str], copies: int, seed: int) -> None:
     """Videos uint8 [N, F, H, W, 3] as files, and the manifest that `instep human-eval` reads. Copies of a prompt count their seeds on from `seed`."""
     rows = [{"file": f"{i:04d}.webp", "prompt": prompt, "seed": seed + i % copies} for i, prompt in enumerate(prompts)]
-    with at_once(folder, "samples") as temporary:
+    with atomic_dir(folder, "samples") as temporary:
         for row, video in zip(rows, videos, strict=True):
             save_animation(temporary / str(row["file"]), video)
         write_json(temporary / "samples.json", rows)

@@ -76,20 +76,20 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
 
     reward = load_reward(args.reward) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
-    told = load_pairs(args.pairs) if args.pairs else None
+    labelled = load_pairs(args.pairs) if args.pairs else None
     if args.model in BUNDLED:
         from instep import embedded
 
         makers = {MOVING_DIGITS: embedded.moving_digits, MOVING_DIGITS_I2V: embedded.moving_digits_i2v, DIGITS: embedded.class_digits}
         own: Any = makers[args.model]()
         # a user's own pairs bring their chosen samples with them
-        real = own.real() if recipe.needs & {"real", "preferred"} and told is None else None
-        pairs = paired(told, own.family) or (own.pairs() if "pairs" in recipe.needs else None)
+        real = own.real() if recipe.needs & {"real", "preferred"} and labelled is None else None
+        pairs = paired(labelled, own.family) or (own.pairs() if "pairs" in recipe.needs else None)
         return Setting(own.family, prompts or own.prompts, reward or own.reward, own.monitor, real, pairs)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     family = load(args.model, VideoSize(*args.size) if args.size else None)
-    return Setting(family, prompts, reward, None, None, paired(told, family))
+    return Setting(family, prompts, reward, None, None, paired(labelled, family))
 
 
 def load_pairs(path: Path) -> Sequence[LabelledPair]:
@@ -99,19 +99,19 @@ def load_pairs(path: Path) -> Sequence[LabelledPair]:
     return read_pairs(path)
 
 
-def paired(told: Sequence[LabelledPair] | None, family: Family) -> PairSamples | None:
+def paired(labelled: Sequence[LabelledPair] | None, family: Family) -> PairSamples | None:
     """Labelled media as latents of the family."""
-    if told is None:
+    if labelled is None:
         return None
     from instep.data.media import pair_samples
 
     if not hasattr(family, "encode_media"):
         raise ValueError(f"pairs: {family.name} cannot encode media; pass pairs=PairSamples(prompts, chosen, rejected) of latents to train() in Python")
-    return pair_samples(told, cast("Encodes", family))
+    return pair_samples(labelled, cast("Encodes", family))
 
 
 def finish(run: Run, setting: Setting, evaluate: bool) -> None:
-    """Samples, figures and the report of a finished run."""
+    """Samples, metrics and the report of a finished run."""
     prompts = few_of(setting.prompts, 8)
     final_samples(run, prompts)
     if not evaluate:

@@ -128,8 +128,8 @@ def pair_samples(pairs: Sequence[LabelledPair], family: Encodes) -> PairSamples:
 
     ValueError if none is left, a file does not fit, or all are images and the model makes videos.
     """
-    told = [pair for pair in pairs if not pair.tie]
-    if not told:
+    decided = [pair for pair in pairs if not pair.tie]
+    if not decided:
         raise ValueError(f"pairs: all {len(pairs)} of them are ties, which say nothing; give at least one with a preferred sample")
     device, moves = next(family.pretrained.parameters()).device, False
 
@@ -139,11 +139,11 @@ def pair_samples(pairs: Sequence[LabelledPair], family: Encodes) -> PairSamples:
         moves = moves or bool((media != media[:, :1]).any())
         return family.encode_media(media[None] if family.size.frames > 1 else media[None, :, 0])[0].cpu()
 
-    chosen, rejected = (torch.stack([latent(path) for path in paths]) for paths in ([p.chosen for p in told], [p.rejected for p in told]))
+    chosen, rejected = (torch.stack([latent(path) for path in paths]) for paths in ([p.chosen for p in decided], [p.rejected for p in decided]))
     if family.size.frames > 1 and not moves:
-        raise ValueError(f"pairs: no sample of {len(told)} pairs moves, and the model makes videos of {family.size.frames} frames; give videos, not images")
+        raise ValueError(f"pairs: no sample of {len(decided)} pairs moves, and the model makes videos of {family.size.frames} frames; give videos, not images")
     image_to_video = hasattr(family, "check_prompts")
-    names = (with_first_frame(pair.prompt, pair.chosen) if image_to_video and not first_frame_of(pair.prompt) else pair.prompt for pair in told)
+    names = (with_first_frame(pair.prompt, pair.chosen) if image_to_video and not first_frame_of(pair.prompt) else pair.prompt for pair in decided)
     return PairSamples(tuple(names), chosen, rejected)
 
 

@@ -1,4 +1,4 @@
-"""Comparisons on fixed prompts: rows of figures for models, baselines and real videos, all measured alike."""
+"""Comparisons on fixed prompts: rows of metrics for models, baselines and real videos, all measured alike."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOWER = ("fd", "first_frame", "wobble", "saturation", "seconds")
 
 
 def direction(key: str) -> int:
-    """+1 if more of a figure is better, -1 if less is, 0 if neither (mean_brightness, dynamic: compare with real videos)."""
+    """+1 if more of a metric is better, -1 if less is, 0 if neither (mean_brightness, dynamic: compare with real videos)."""
     if key.startswith(LOWER):
         return -1
     return 1 if any(part in HIGHER for part in key.split("_")) or key == "flicker" else 0
@@ -37,7 +37,7 @@ def direction(key: str) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One model's figures."""
+    """One model's metrics."""
 
     name: str
     kind: Kind
@@ -125,7 +125,7 @@ def generate_all(generate: Generate, prompts: Sequence[str], seed: int, label: s
 
 @torch.no_grad()
 def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, classifiers: Mapping[str, Classifier]) -> dict[str, Value]:
-    """All figures of unclamped media [N, 3, F, H, W] for the set's prompts, in their order; `classifiers` by short name, "heldout" among them."""
+    """All metrics of unclamped media [N, 3, F, H, W] for the set's prompts, in their order; `classifiers` by short name, "heldout" among them."""
     if len(raw) != len(eval_set.prompts):
         raise ValueError(f"raw: {len(raw)} videos for {len(eval_set.prompts)} prompts; generate returns one video a prompt")
     media, prompts, full, order = raw.clamp(0, 1), list(eval_set.prompts), len(eval_set.full), eval_set.order
@@ -145,7 +145,7 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, classifiers: Mapping[str
         "precision": m.of_set(lambda rows: m.precision(features[rows], one_each), order),
         "recall": m.of_set(lambda rows: m.recall(features[rows], one_each), order),
     }
-    values |= open_figures(media[full:], fake, eval_set.open, heldout)
+    values |= open_prompt_metrics(media[full:], fake, eval_set.open, heldout)
     per_sample = {
         "mean_brightness": m.mean_brightness(media), "saturation": m.saturation(raw), "wobble": m.wobble(media), "flicker": m.flicker(media),
         "dynamic": m.dynamic(media),
@@ -156,7 +156,7 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, classifiers: Mapping[str
     return values | {"seconds": Value(cost.cpu, 0.0), "seconds_wall": Value(cost.wall, 0.0)}
 
 
-def open_figures(media: Tensor, features: Tensor, prompts: Sequence[str], classifier: Classifier) -> dict[str, Value]:
+def open_prompt_metrics(media: Tensor, features: Tensor, prompts: Sequence[str], classifier: Classifier) -> dict[str, Value]:
     """Diversity on open prompts: motions seen for a digit-only prompt, digits seen for a motion-only one, Vendi score of centred features."""
     order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     group = torch.tensor([order[prompt] for prompt in prompts])
@@ -218,7 +218,7 @@ def evaluate(
 
 
 def difference(a: Row, b: Row, key: str) -> Value:
-    """a - b with the standard error of the difference of independent figures."""
+    """a - b with the standard error of the difference of independent metrics."""
     x, y = a.values[key], b.values[key]
     return Value(x.value - y.value, math.hypot(x.se, y.se))
 

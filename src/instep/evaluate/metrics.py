@@ -1,4 +1,4 @@
-"""Figures of generated videos, each with a standard error. Media [N, 3, F, H, W] in [0, 1]; features [N, D]; all in float64.
+"""Metrics of generated videos, each with a standard error. Media [N, 3, F, H, W] in [0, 1]; features [N, D]; all in float64.
 
 Errors are of *the samples drawn for fixed prompts*: what another seed would change, not what other prompts would. A share has its
 binomial error, a mean the spread between neighbours (samples of the same or the most similar prompt), a statistic of a set (Frechet
@@ -24,7 +24,7 @@ RESAMPLES = 50
 
 @dataclass(frozen=True)
 class Value:
-    """A figure and its standard error."""
+    """A metric and its standard error."""
 
     value: float
     se: float

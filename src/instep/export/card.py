@@ -83,8 +83,8 @@ def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
     """README.md of a student that keeps its model's own many-step sampler."""
     name, size, steps, guidance = info.base_model.rpartition("/")[2], info.size, len(sampling.levels), sampling.guidance
     inside = ""
-    if sampling.strengths is not None:
-        w, skip = sampling.strengths
+    if sampling.guidance_scales is not None:
+        w, skip = sampling.guidance_scales
         inside = (
             f"Guidance {w:g}{f' and skip-layer guidance {skip:g}' if skip else ''} is in these weights, one strength of a range that the student was trained"
             " on: `instep export RUN --to FOLDER --guidance W` folds in another.\n\n"

@@ -22,7 +22,7 @@ from instep.export.comfyui import comfyui_shift, comfyui_state_dict, comfyui_wor
 from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler, our_sampler, smallest_size, verify_export
-from instep.files import at_once
+from instep.files import atomic_dir
 from instep.models import VideoSize
 from instep.models.stock import stock, takes_first_frame
 from instep.quiet import quiet
@@ -86,10 +86,10 @@ def export_student(
         )
     _check_target(out, overwrite)
     how = stock(pipeline)
-    scheduler = few_step_scheduler(how.path, levels, how.parameterisation)
+    scheduler = few_step_scheduler(how.path, levels, how.prediction_type)
     student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=scheduler, dtype=dtype)
-    with at_once(out, "export") as temporary:
+    with atomic_dir(out, "export") as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
@@ -139,17 +139,17 @@ def export_many_step(
 
     `sampling` is what it was trained with, and what the card and `instep sample` say. Otherwise as `export_student`; nothing is compared with our
     sampler: the scheduler is the pipeline's own, whose levels are other ones for the same number of steps (diffusers' last lies next to 0). Of a student
-    that is told strengths of guidance the pipeline holds those of `sampling` in its weights already.
+    that is told guidance scales the pipeline holds those of `sampling` in its weights already.
     """
     out = Path(out)
     _check_target(out, overwrite)
     student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=pipeline.scheduler, dtype=dtype)
     record = {
-        "instep": info.instep_version, "levels": sampling.levels, "sampler": "ode", "guidance": sampling.guidance, "strengths": sampling.strengths,
+        "instep": info.instep_version, "levels": sampling.levels, "sampler": "ode", "guidance": sampling.guidance, "guidance_scales": sampling.guidance_scales,
         "info": info.json(),
     }  # fmt: skip
-    with at_once(out, "export") as temporary:
+    with atomic_dir(out, "export") as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []

@@ -14,7 +14,7 @@ from instep.export.card import ExportInfo
 from instep.export.folder import RECORD, ExportReport, _check_target, _plain, _sync
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler
-from instep.files import at_once
+from instep.files import atomic_dir
 from instep.roles import Backbone, Role
 from instep.rollout import sample_few_step
 
@@ -59,8 +59,8 @@ def export_parts(
     if dtype not in (torch.float16, torch.float32, None):
         raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
     _check_target(out, overwrite)
-    scheduler, exported = few_step_scheduler(family.path, levels, family.parameterisation), _plain(student, dtype)
-    with at_once(out, "export") as temporary:
+    scheduler, exported = few_step_scheduler(family.path, levels, family.prediction_type), _plain(student, dtype)
+    with atomic_dir(out, "export") as temporary:
         exported.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")
         (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2))

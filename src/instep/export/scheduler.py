@@ -20,20 +20,20 @@ TOLERANCE = 1e-6
 NUDGES = 40
 
 
-def few_step_scheduler(path: Path, levels: Sequence[float], parameterisation: PredictionType) -> FlowMatchEulerDiscreteScheduler | LCMScheduler:
+def few_step_scheduler(path: Path, levels: Sequence[float], prediction_type: PredictionType) -> FlowMatchEulerDiscreteScheduler | LCMScheduler:
     """The stock scheduler that predicts x0 at `levels` of `path` and re-noises between them, for `set_timesteps(len(levels))`.
 
     FlowMatchEulerDiscreteScheduler on the rectified flow, LCMScheduler on a variance-preserving path. Raises ValueError for a list that the class
     cannot produce, and for a network that it cannot read.
     """
-    if isinstance(path, RectifiedFlow) and parameterisation == "velocity":
+    if isinstance(path, RectifiedFlow) and prediction_type == "velocity":
         return flow_scheduler(levels)
     if isinstance(path, VariancePreserving):
         from instep.export.scheduler_vp import vp_scheduler
 
-        return vp_scheduler(path, levels, parameterisation)
+        return vp_scheduler(path, levels, prediction_type)
     raise ValueError(
-        f"parameterisation: no stock scheduler re-noises for {parameterisation!r} on {type(path).__name__}; allowed: velocity on RectifiedFlow, eps, x0 and "
+        f"prediction_type: no stock scheduler re-noises for {prediction_type!r} on {type(path).__name__}; allowed: velocity on RectifiedFlow, eps, x0 and "
         "v_prediction on VariancePreserving"
     )
 

@@ -24,7 +24,7 @@ SCALING = 2.0**20
 TOLERANCE = 1e-6
 
 
-def vp_scheduler(path: VariancePreserving, levels: Sequence[float], parameterisation: PredictionType) -> LCMScheduler:
+def vp_scheduler(path: VariancePreserving, levels: Sequence[float], prediction_type: PredictionType) -> LCMScheduler:
     """The scheduler whose `set_timesteps(len(levels))` gives the training steps of `levels` (t = k / N is step k - 1) and which re-noises between them.
 
     `LCMScheduler(original_inference_steps=m)` knows every (N // m)-th step and takes n of them, evenly: that is uniform levels n / n, ..., 1 / n with n
@@ -34,10 +34,10 @@ def vp_scheduler(path: VariancePreserving, levels: Sequence[float], parameterisa
     from diffusers import LCMScheduler
 
     check_levels(levels)
-    if parameterisation not in KINDS:
-        raise ValueError(f"parameterisation: {parameterisation!r} cannot be read by LCMScheduler; allowed: {', '.join(KINDS)}")
-    if parameterisation == "eps" and path.table()[-1] == 0:
-        raise ValueError("parameterisation: 'eps' says nothing about x0 at zero terminal SNR, where x_t is the noise; allowed: v_prediction, x0")
+    if prediction_type not in KINDS:
+        raise ValueError(f"prediction_type: {prediction_type!r} cannot be read by LCMScheduler; allowed: {', '.join(KINDS)}")
+    if prediction_type == "eps" and path.table()[-1] == 0:
+        raise ValueError("prediction_type: 'eps' says nothing about x0 at zero terminal SNR, where x_t is the noise; allowed: v_prediction, x0")
     steps = training_steps(path, levels)
     for m in range(len(levels), path.steps + 1):
         if steps == lcm_steps(path.steps, m, len(levels)):
@@ -45,7 +45,7 @@ def vp_scheduler(path: VariancePreserving, levels: Sequence[float], parameterisa
     else:
         raise _no_such(path, levels)
     scheduler = LCMScheduler(
-        num_train_timesteps=path.steps, trained_betas=float32_betas(path), original_inference_steps=m, prediction_type=KINDS[parameterisation],
+        num_train_timesteps=path.steps, trained_betas=float32_betas(path), original_inference_steps=m, prediction_type=KINDS[prediction_type],
         clip_sample=False, timestep_scaling=SCALING, set_alpha_to_one=True, rescale_betas_zero_snr=False,
     )  # fmt: skip
     scheduler.set_timesteps(len(levels))

@@ -13,7 +13,7 @@ from instep import paths
 from instep.data.prompts import with_first_frame
 from instep.models import VideoSize
 from instep.models.stock import calls, draw, stock, takes_first_frame
-from instep.prediction import Condition, Denoiser, Prediction, read
+from instep.prediction import Condition, Denoiser, Prediction, to_prediction
 from instep.quiet import quiet
 from instep.rollout import sample_few_step
 
@@ -47,7 +47,7 @@ def our_sampler(pipe: Any, transformer: nn.Module, levels: Sequence[float], size
     how = stock(pipe)
 
     def denoise(x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        return read(how.parameterisation, how.forward(transformer, x_t, t, cond), how.path, x_t, t)
+        return to_prediction(how.prediction_type, how.forward(transformer, x_t, t, cond), how.path, x_t, t)
 
     def sample(prompts: Sequence[str], rng: torch.Generator) -> Tensor:
         return sample_as_stock(denoise, how.encode(prompts, size).to(rng.device), how.latent_shape(size), levels, how.path, rng, how.axes)

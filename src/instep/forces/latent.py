@@ -51,20 +51,20 @@ class LatentFit(Critic):
             x, cond, prompts = torch.cat([x, batch.real.to(x)]), cond.stack(batch.cond), [*prompts, *batch.prompts]
         reward = reward_fn(x, prompts).to(x)
         latent_reward.settle(reward)
-        aim = latent_reward.standard(reward, view.weights)
+        target = latent_reward.standard(reward, view.weights)
         note("reward/train", (reward[:n] if reward.ndim == 1 else reward[:n] @ reward.new_tensor(view.weights)).mean())
         for i in range(reward.shape[1] if reward.ndim > 1 else 0):
             note(f"reward/train/{i}", reward[:n, i].mean())
-        said, meant = latent_reward.rate(made, samples.cond), aim[:n]
-        note("latent_reward/error", (said - meant).square().mean())
+        predicted, expected = latent_reward.rate(made, samples.cond), target[:n]
+        note("latent_reward/error", (predicted - expected).square().mean())
         if n > 1:
-            note("latent_reward/correlation", torch.corrcoef(torch.stack([said, meant]))[0, 1].nan_to_num())
-        return replace(view, labels=Labels(x, cond, aim))
+            note("latent_reward/correlation", torch.corrcoef(torch.stack([predicted, expected]))[0, 1].nan_to_num())
+        return replace(view, labels=Labels(x, cond, target))
 
     def losses(self, view: View) -> Iterator[Tensor]:
         labels, latent_reward = view.labels, view.latent_reward
         assert labels is not None and latent_reward is not None, "the latent reward model needs labelled samples"
-        yield (latent_reward.rate(labels.x, labels.cond) - labels.aim).square().mean()
+        yield (latent_reward.rate(labels.x, labels.cond) - labels.target).square().mean()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The page of results: intervals as a forest plot in inline SVG, and the figures behind it as tables."""
+"""The page of results: intervals as a forest plot in inline SVG, and the numbers behind it as tables."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def forest(
 
 
 def interval_text(interval: Interval | None, kind: Literal["percent", "plain", "signed"]) -> str:
-    """A figure with its interval in one line of plain text."""
+    """A number with its interval in one line of plain text."""
     shown = {"percent": _percent, "plain": _plain, "signed": _difference}[kind]
     return "-" if interval is None else _words(interval, shown)
 

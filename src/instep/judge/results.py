@@ -20,7 +20,7 @@ Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of sums and counts
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95% interval; low and high are None where one prompt alone leaves nothing to resample."""
+    """A rate or mean and its 95% interval; low and high are None where one prompt alone leaves nothing to resample."""
 
     value: float
     low: float | None
@@ -106,7 +106,7 @@ def results(store: Store, seed: int = 0) -> Results:
 
 
 def preference(question: str, votes: Sequence[Vote], seed: int = 0) -> Preference:
-    """Figures of one question's answers to pairs, at least one."""
+    """Metrics of one question's answers to pairs, at least one."""
     counts, n = Counter(vote.value for vote in votes), len(votes)
     items: dict[str, Counter[str]] = defaultdict(Counter)
     for vote in votes:

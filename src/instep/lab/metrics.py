@@ -1,6 +1,6 @@
-"""Figures of 2-D mixture samples against the truth. Samples [N, D] with labels [N] go in, floats come out; all of it in float64.
+"""Metrics of 2-D mixture samples against the truth. Samples [N, D] with labels [N] go in, floats come out; all of it in float64.
 
-| figure | what | exact samples (N = 4,000, ring of 8) |
+| metric | what | exact samples (N = 4,000, ring of 8) |
 |---|---|---|
 | quality | share within 3 sigma of a mode of its own class | .989 |
 | tv | total variation of mass per mode, in [0, 1] | .015 to .03 |
@@ -11,7 +11,7 @@
 | reached | modes that hold a quarter of their due mass or more | all |
 
 *On-mode* is within 3 sigma of a mode of the sample's own class. Share and spread say nothing of the samples that are not: read them with
-quality. Where nothing is on-mode they are nan. Figures that differ with N are compared at equal N, against `measure_exact`.
+quality. Where nothing is on-mode they are nan. Metrics that differ with N are compared at equal N, against `measure_exact`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROWS = 512  # of a matrix of pairs that are held at once
 
 
 def measure(x: Tensor, label: Tensor, mixture: Mixture, rng: torch.Generator, rewarded: Tensor | None = None) -> dict[str, float]:
-    """All figures of samples x [N, D] with labels [N] (a class of the mixture, or -1 for all of its modes), balanced or not.
+    """All metrics of samples x [N, D] with labels [N] (a class of the mixture, or -1 for all of its modes), balanced or not.
 
     `rng` draws the exact samples of the energy distance; `rewarded` [M] booleans say which modes are rewarded and add "share". ValueError
     for shapes and labels the mixture does not have, samples that are not finite, and labels with a single sample.
@@ -40,7 +40,7 @@ def measure(x: Tensor, label: Tensor, mixture: Mixture, rng: torch.Generator, re
     x, label = _checked(x, label, mixture)
     own, distance = own_mode(x, label, mixture)
     on = distance <= REACH * mixture.sigma
-    figures = {
+    metrics = {
         "quality": float(on.double().mean()),
         "tv": total_variation(x, label, mixture),
         "energy": _by_label(energy_distance(part, mixture.sample(label[rows], rng).double()) for rows, part in _parts(x, label)),
@@ -50,8 +50,8 @@ def measure(x: Tensor, label: Tensor, mixture: Mixture, rng: torch.Generator, re
     }
     if rewarded is not None:
         check_rewarded(rewarded, mixture)
-        figures["share"] = float(rewarded.cpu()[own[on]].double().mean())
-    return figures
+        metrics["share"] = float(rewarded.cpu()[own[on]].double().mean())
+    return metrics
 
 
 def measure_exact(mixture: Mixture, n: int, seed: int, rewarded: Tensor | None = None) -> dict[str, float]:
@@ -65,10 +65,10 @@ def measure_exact(mixture: Mixture, n: int, seed: int, rewarded: Tensor | None =
 
 
 def mean_sd(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
-    """Mean and sample standard deviation (n - 1) of each figure over seeds. A figure undefined (nan) in one row is so in the mean; the
-    deviation of a single row is nan. ValueError for no rows, or rows that hold different figures."""
+    """Mean and sample standard deviation (n - 1) of each metric over seeds. A metric undefined (nan) in one row is so in the mean; the
+    deviation of a single row is nan. ValueError for no rows, or rows that hold different metrics."""
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
-        raise ValueError(f"rows: {[sorted(row) for row in rows]} is not allowed; give one or more rows with the same figures")
+        raise ValueError(f"rows: {[sorted(row) for row in rows]} is not allowed; give one or more rows with the same metrics")
     table = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
     return {name: (float(values.mean()), float(values.std()) if len(rows) > 1 else math.nan) for name, values in table.items()}
 
@@ -174,7 +174,7 @@ def _checked(x: Tensor, label: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor
     if not len(x):
         raise ValueError("x: no samples; give 2 or more of each label")
     if bad := int((~x.isfinite()).any(1).sum()):
-        raise ValueError(f"x: {bad} of {len(x)} samples are not finite; the run has diverged, report that in place of its figures")
+        raise ValueError(f"x: {bad} of {len(x)} samples are not finite; the run has diverged, report that in place of its metrics")
     return x, label
 
 

@@ -28,8 +28,8 @@ def draw_runs(out: Path, runs: Sequence[LabRun], world: World) -> list[Path]:
 
 def panel(run: LabRun) -> Panel:
     """One run's column."""
-    figures = mean_sd(run.figures)
-    caption = f"quality {figures['quality'][0]:.2f}, TV {figures['tv'][0]:.2f}" + (f", rewarded {figures['share'][0]:.2f}" if "share" in figures else "")
+    metrics = mean_sd(run.metrics)
+    caption = f"quality {metrics['quality'][0]:.2f}, TV {metrics['tv'][0]:.2f}" + (f", rewarded {metrics['share'][0]:.2f}" if "share" in metrics else "")
     reach = float(run.world.mixture.means.abs().max()) + 1.0
     axis = torch.linspace(-reach, reach, 15)
     points = torch.cartesian_prod(axis, axis)

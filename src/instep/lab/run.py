@@ -17,11 +17,11 @@ from instep.lab.world import World
 from instep.matching.critic import FakeScoreLoss
 from instep.matching.force import DistributionMatching
 from instep.models.mixture import labels
-from instep.models.small import ExactFake, Particles, LatentRewardMLP, VelocityMLP
+from instep.models.small import ExactFake, LatentRewardMLP, Particles, VelocityMLP
 from instep.recipes.common import Common
 from instep.rollout import Point, Rollout
 from instep.terms import Batch, View
-from instep.train.recipe import RolloutConfig, AdamWConfig, Recipe, RoleConfig, Stage
+from instep.train.recipe import AdamWConfig, Recipe, RoleConfig, RolloutConfig, Stage
 from instep.train.step import TrainedParams, TrainState, iteration
 from instep.transitions import Deterministic, Renoise
 
@@ -43,10 +43,10 @@ def common(steps: int = 1, guidance: float = 1.0, *, condition_on_exit: bool = T
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Figures and samples of every member at one iteration."""
+    """Metrics and samples of every member at one iteration."""
 
     step: int
-    figures: tuple[dict[str, float], ...]
+    metrics: tuple[dict[str, float], ...]
     samples: Tensor
     label: Tensor
 
@@ -63,8 +63,8 @@ class LabRun:
     cpu_s: float
 
     @property
-    def figures(self) -> tuple[dict[str, float], ...]:
-        return self.snapshots[-1].figures
+    def metrics(self) -> tuple[dict[str, float], ...]:
+        return self.snapshots[-1].metrics
 
 
 def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, *, learned_teacher: VelocityMLP | None = None) -> TrainState:
@@ -73,9 +73,9 @@ def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, 
     classes, width = world.mixture.label_count, start.layers[0].weight.shape[2]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        reads = recipe.roles["student"].reads or "velocity"
-        told = recipe.roles["student"].told
-        student = VelocityMLP(world.path, members=world.members, classes=classes, width=width, reads=reads, told=told)
+        prediction_type = recipe.roles["student"].prediction_type or "velocity"
+        guidance_range = recipe.roles["student"].guidance_range
+        student = VelocityMLP(world.path, members=world.members, classes=classes, width=width, prediction_type=prediction_type, guidance_range=guidance_range)
         fake = VelocityMLP(world.path, members=world.members, classes=classes, width=width, exits=len(recipe.levels) if config.exits else 0, head=config.head)
         roles = {"student": student, "fake": fake, "teacher": world.teacher}
         if learned_teacher is not None or recipe.roles["teacher"].lora is not None:
@@ -132,15 +132,15 @@ def train(
 
 
 def snapshot(state: TrainState, recipe: Recipe, world: World, n: int = SAMPLES) -> Snapshot:
-    """Samples and figures of every member with a generator of its own: measuring changes nothing."""
+    """Samples and metrics of every member with a generator of its own: measuring changes nothing."""
     rng = torch.Generator().manual_seed(12345)
     rows = n * world.members
     cond = labels([str(i % world.mixture.label_count) for i in range(rows)], world.member(rows))
     null = labels([""] * rows, world.member(rows))
     x = recipe.sampling(state.roles["student"], cond, null, torch.randn(rows, 2, generator=rng), world.path, rng)
     parts = zip(x.split(n), cond.label.split(n), strict=True)
-    figures = tuple(measure(a, b, world.mixture, rng, world.rewarded) for a, b in parts)
-    return Snapshot(state.step, figures, x.unflatten(0, (world.members, n)), cond.label[:n])
+    metrics = tuple(measure(a, b, world.mixture, rng, world.rewarded) for a, b in parts)
+    return Snapshot(state.step, metrics, x.unflatten(0, (world.members, n)), cond.label[:n])
 
 
 def train_particles(
@@ -174,8 +174,8 @@ def train_particles(
         iteration(state, stage, [batch], step / steps)
         on_step()
     x = particles.x.detach()
-    figures = measure(x, label, world.mixture, torch.Generator().manual_seed(12345), world.rewarded)
-    end = Snapshot(steps, (figures,), x[None], label)
+    metrics = measure(x, label, world.mixture, torch.Generator().manual_seed(12345), world.rewarded)
+    end = Snapshot(steps, (metrics,), x[None], label)
     return LabRun(name, recipe, state, replace(world, members=1), (end,), time.process_time() - began)
 
 
@@ -194,7 +194,7 @@ def particle_stage(recipe: Recipe, world: World, n: int, steps: int) -> tuple[St
 def trajectories(run: LabRun, n: int = 60, member: int = 0) -> Tensor:
     """Samples of one member on their way through the student's steps, [steps + 1, n, 2]: the noise, then each step's estimate of x0."""
     world, rng = run.world, torch.Generator().manual_seed(7)
-    cond = run.recipe.sampling.tell(labels([str(i % world.mixture.label_count) for i in range(n)], torch.full((n,), member)))
+    cond = run.recipe.sampling.conditioned(labels([str(i % world.mixture.label_count) for i in range(n)], torch.full((n,), member)))
     x_t = torch.randn(n, 2, generator=rng)
     seen = [x_t]
     for j, level in enumerate(run.recipe.levels):

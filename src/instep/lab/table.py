@@ -1,4 +1,4 @@
-"""The laboratory's figures as a table: mean and deviation over seeds, with exact samples beside them."""
+"""The laboratory's metrics as a table: mean and deviation over seeds, with exact samples beside them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SHOWN = ("quality", "tv", "share", "reached")
 
 
 def rows(runs: Sequence[LabRun], world: World) -> list[tuple[str, dict[str, tuple[float, float]]]]:
-    """Name and mean and deviation of every figure, exact samples first."""
+    """Name and mean and deviation of every metric, exact samples first."""
     exact = [measure_exact(world.mixture, SAMPLES, seed, world.rewarded) for seed in range(max(2, world.members))]
-    return [(EXACT, mean_sd(exact)), *((run.name, mean_sd(run.figures)) for run in runs)]
+    return [(EXACT, mean_sd(exact)), *((run.name, mean_sd(run.metrics)) for run in runs)]
 
 
 def _columns(table: list[tuple[str, dict[str, tuple[float, float]]]]) -> list[str]:
@@ -54,12 +54,12 @@ def markdown(runs: Sequence[LabRun], world: World) -> str:
 
 
 def rich_table(runs: Sequence[LabRun], world: World) -> Table:
-    """The figures that matter most, for the terminal; table.md has all of them."""
+    """The metrics that matter most, for the terminal; table.md has all of them."""
     from rich.table import Table
 
     table = rows(runs, world)
     keys = [key for key in _columns(table) if key in SHOWN]
-    shown = Table("recipe", caption=f"mean ± deviation over {runs[0].world.members} seed(s); all figures in table.md")
+    shown = Table("recipe", caption=f"mean ± deviation over {runs[0].world.members} seed(s); all metrics in table.md")
     for key in [*keys, "CPU s"]:
         shown.add_column(key, no_wrap=True)
     for (name, values), s in zip(table, ["", *(f"{run.cpu_s:.0f}" for run in runs)], strict=True):
@@ -67,9 +67,9 @@ def rich_table(runs: Sequence[LabRun], world: World) -> Table:
     return shown
 
 
-def _plain(figures: dict[str, float]) -> dict[str, float | None]:
-    """Figures for JSON: what is undefined (the spread of nothing) is null."""
-    return {key: value if math.isfinite(value) else None for key, value in figures.items()}
+def _plain(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Metrics for JSON: what is undefined (the spread of nothing) is null."""
+    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
 
 
 def as_json(runs: Sequence[LabRun], world: World, options: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def as_json(runs: Sequence[LabRun], world: World, options: Any) -> dict[str, Any
             {
                 "name": run.name,
                 "cpu_s": run.cpu_s,
-                "curve": [{"step": shot.step, "figures": [_plain(row) for row in shot.figures]} for shot in run.snapshots],
+                "curve": [{"step": shot.step, "figures": [_plain(row) for row in shot.metrics]} for shot in run.snapshots],
                 "recipe": describe(run.recipe),
             }
             for run in runs

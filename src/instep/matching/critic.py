@@ -16,7 +16,7 @@ from instep.terms import NOTHING, Critic, Need, View
 
 
 def denoising_error(denoiser: Denoiser, view: View, x0: Tensor, t: Tensor, noise: Tensor, cond: Condition, target: Literal["velocity", "eps", "x0"]) -> Tensor:
-    """Per-sample mean squared error [B] of a denoiser on x0 [B, ...] noised to t with `noise`, in the parameterisation `target`."""
+    """Per-sample mean squared error [B] of a denoiser on x0 [B, ...] noised to t with `noise`, in the prediction_type `target`."""
     x_t = view.path.renoise(x0, noise, t)
     prediction = denoiser(x_t, t, cond)
     if target == "velocity":

@@ -97,8 +97,8 @@ class _Steered(Operator):
     def weights(self, advantage: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha = 1 + s a and beta = 1 - s a (Eq. 13), shaped to multiply `like`."""
         assert advantage is not None, f"{type(self).__name__} weighs by the advantage; its stage must score rewards"
-        bent = self.sensitivity * broadcast(advantage, like)
-        return 1 + bent, 1 - bent
+        adaptation = self.sensitivity * broadcast(advantage, like)
+        return 1 + adaptation, 1 - adaptation
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Family(Protocol):
     size: VideoSize
     pipe: Any
     path: Path
-    parameterisation: PredictionType
+    prediction_type: PredictionType
     latent_shape: tuple[int, ...]
     shift: float
     lora_targets: tuple[str, ...]
@@ -59,13 +59,13 @@ class Family(Protocol):
         ...
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Raw network output in `parameterisation`; t in [0, 1]."""
+        """Raw network output in `prediction_type`; t in [0, 1]."""
         ...
 
     def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
         """The submodules whose outputs [B, width] are the time embedding (one, or one a block): what a role is told besides is added to each.
 
-        Each is diffusers' `TimestepEmbedding`, whose last layer is `linear_2`: an export folds strengths of guidance into its bias.
+        Each is diffusers' `TimestepEmbedding`, whose last layer is `linear_2`: an export folds guidance scales into its bias.
         """
         ...
 

@@ -132,7 +132,7 @@ class CogVideoXFamily:
     timestep shift is added to them (`shift` 1): a shift of the signal-to-noise ratio is in the scheduler's table already.
     """
 
-    parameterisation = "v_prediction"
+    prediction_type = "v_prediction"
     shift = 1.0
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
@@ -232,7 +232,7 @@ class CogVideoXFamily:
 class CogVideoXStock:
     """A `CogVideoXPipeline` as `models/stock.py` asks for it."""
 
-    parameterisation = "v_prediction"
+    prediction_type = "v_prediction"
     axes = AXES
     passes_generator = True
 

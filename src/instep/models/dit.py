@@ -37,7 +37,7 @@ class DiTFamily:
     """
 
     path = RectifiedFlow()
-    parameterisation = "velocity"
+    prediction_type = "velocity"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     pipe: Any = None
 

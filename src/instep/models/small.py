@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from instep.models.base import block_numbers
 from instep.models.mixture import LabelCondition
 from instep.paths import Path, broadcast
-from instep.prediction import Condition, Denoiser, PredictionType, Prediction, read, velocity_of_x0
+from instep.prediction import Condition, Denoiser, Prediction, PredictionType, to_prediction, velocity_of_x0
 from instep.rewards.latent import LatentReward
-from instep.strengths import FEATURES, Ranges
+from instep.strengths import FEATURES, GuidanceRange
 
 
 class VelocityMLP(nn.Module):
@@ -22,16 +22,16 @@ class VelocityMLP(nn.Module):
 
     `members` networks that share nothing run as one batch: a row goes to the one that `cond.member` names. `rank` gives every layer a low-rank
     adapter (zero at first), which counts with `scale`; `head` a discriminator head on the last hidden layer, whose first logit is zero.
-    `reads`: what its output is taken for. With `told` it can be told strengths of guidance: a small network of theirs, zero at first, is added where the time
-    comes in, to the first layer.
+    `prediction_type`: what its output is taken for. With `guidance_range` it can be told guidance scales: a small network of theirs, zero at first, is
+    added where the time comes in, to the first layer.
     """
 
     def __init__(
         self, path: Path, *, members: int = 1, classes: int = 2, exits: int = 0, width: int = 64, dim: int = 2, rank: int = 0,
-        head: bool = False, scale: float = 1.0, reads: PredictionType = "velocity", told: Ranges | None = None,
+        head: bool = False, scale: float = 1.0, prediction_type: PredictionType = "velocity", guidance_range: GuidanceRange | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.reads: PredictionType = reads
+        self.prediction_type: PredictionType = prediction_type
         self.path, self.members, self.classes, self.exits, self.rank, self.scale = path, members, classes, exits, rank, scale
         sizes = [dim + 1 + 8 + classes + exits, width, width, width, dim]
         self.layers = nn.ModuleList(Layer(members, *pair, rank) for pair in zip(sizes, sizes[1:], strict=False))
@@ -39,11 +39,11 @@ class VelocityMLP(nn.Module):
         if self.head is not None:
             nn.init.zeros_(self.head[1].weight)
             nn.init.zeros_(self.head[1].bias)
-        self.ranges = told
-        self.told = nn.ModuleList([Layer(members, FEATURES, width), Layer(members, width, width)]) if told else None
-        if self.told is not None:
-            nn.init.zeros_(self.told[1].weight)
-            nn.init.zeros_(self.told[1].bias)
+        self.guidance_range = guidance_range
+        self.guidance_embedding = nn.ModuleList([Layer(members, FEATURES, width), Layer(members, width, width)]) if guidance_range else None
+        if self.guidance_embedding is not None:
+            nn.init.zeros_(self.guidance_embedding[1].weight)
+            nn.init.zeros_(self.guidance_embedding[1].bias)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition, scale: float | None = None, skips: tuple[int, ...] = ()) -> Prediction:
         assert isinstance(cond, LabelCondition)
@@ -52,19 +52,19 @@ class VelocityMLP(nn.Module):
         if self.exits:
             parts.append(_one_hot(torch.full_like(cond.label, -1) if cond.exit_id is None else cond.exit_id, self.exits))
         scale = self.scale if scale is None else scale
-        seats = Seats.of(cond.member, self.members, len(x_t))
-        h = self.layers[0](seats.down(torch.cat(parts, 1).to(x_t)), scale)
-        if self.told is not None and self.ranges is not None and cond.strengths is not None:
-            first, second = self.told
-            h = h + second(nn.functional.silu(first(seats.down(self.ranges.features(cond.strengths).to(x_t)))))
+        packing = MemberPacking.of(cond.member, self.members, len(x_t))
+        h = self.layers[0](packing.pack(torch.cat(parts, 1).to(x_t)), scale)
+        if self.guidance_embedding is not None and self.guidance_range is not None and cond.guidance_scales is not None:
+            first, second = self.guidance_embedding
+            h = h + second(nn.functional.silu(first(packing.pack(self.guidance_range.features(cond.guidance_scales).to(x_t)))))
         h = nn.functional.silu(h)
         for i, layer in enumerate(self.layers[1:-1]):
             h = h if i in skips else nn.functional.silu(layer(h, scale))
-        answer = read(self.reads, seats.up(self.layers[-1](h, scale)), self.path, x_t, t)
+        answer = to_prediction(self.prediction_type, packing.unpack(self.layers[-1](h, scale)), self.path, x_t, t)
         if self.head is None:
             return answer
         hidden, out = self.head
-        return Prediction(answer.x0, answer.v, seats.up(out(nn.functional.silu(hidden(h)))).squeeze(1))
+        return Prediction(answer.x0, answer.v, packing.unpack(out(nn.functional.silu(hidden(h)))).squeeze(1))
 
     def scaled(self, scale: float) -> Denoiser:
         """The same network with its adapter at `scale`."""
@@ -94,11 +94,11 @@ class LatentRewardMLP(LatentReward):
 
     def rate(self, x: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, LabelCondition)
-        seats = Seats.of(cond.member, self.members, len(x))
-        h = seats.down(torch.cat([x, _one_hot(cond.label, self.classes).to(x)], 1))
+        packing = MemberPacking.of(cond.member, self.members, len(x))
+        h = packing.pack(torch.cat([x, _one_hot(cond.label, self.classes).to(x)], 1))
         for layer in self.layers[:-1]:
             h = nn.functional.silu(layer(h))
-        return seats.up(self.layers[-1](h)).squeeze(1)
+        return packing.unpack(self.layers[-1](h)).squeeze(1)
 
 
 class Layer(nn.Module):
@@ -120,7 +120,7 @@ class Layer(nn.Module):
 
 
 @dataclass(frozen=True)
-class Seats:
+class MemberPacking:
     """Where each of B rows sits in a padded batch [M, n, ...] of M members; None where there is one member."""
 
     at: Tensor | None
@@ -128,7 +128,7 @@ class Seats:
     each: int
 
     @classmethod
-    def of(cls, member: Tensor | None, members: int, rows: int) -> Seats:
+    def of(cls, member: Tensor | None, members: int, rows: int) -> MemberPacking:
         if members == 1:
             return cls(None, 1, rows)
         assert member is not None, "an ensemble needs to know which member each row belongs to"
@@ -140,13 +140,13 @@ class Seats:
         at[order] = torch.arange(rows, device=member.device) - first[sorted_members] + each * sorted_members
         return cls(at, members, each)
 
-    def down(self, x: Tensor) -> Tensor:
-        """[B, D] -> [M, n, D]; empty seats are zero."""
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, D] -> [M, n, D]; empty places are zero."""
         if self.at is None:
             return x[None]
         return x.new_zeros(self.members * self.each, x.shape[1]).index_copy(0, self.at, x).unflatten(0, (self.members, self.each))
 
-    def up(self, x: Tensor) -> Tensor:
+    def unpack(self, x: Tensor) -> Tensor:
         """[M, n, D] -> [B, D]."""
         return x[0] if self.at is None else x.flatten(0, 1)[self.at]
 

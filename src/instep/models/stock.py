@@ -24,7 +24,7 @@ class Stock(Protocol):
     """
 
     path: Path
-    parameterisation: PredictionType
+    prediction_type: PredictionType
     axes: tuple[int, ...]
     passes_generator: bool
     size: VideoSize
@@ -42,7 +42,7 @@ class Stock(Protocol):
         ...
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Raw output of `module` (which stands for the pipeline's transformer) in `parameterisation`; t in [0, 1]."""
+        """Raw output of `module` (which stands for the pipeline's transformer) in `prediction_type`; t in [0, 1]."""
         ...
 
 

@@ -67,7 +67,7 @@ class WanFamily:
     """A `WanPipeline` seen as a family (see `models/base.py`); latents are normalised as the transformer sees them."""
 
     path = RectifiedFlow()
-    parameterisation = "velocity"
+    prediction_type = "velocity"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     def __init__(self, pipe: Any, size: VideoSize, name: str = "wan", source: str = "") -> None:
@@ -190,7 +190,7 @@ class WanStock:
     """A `WanPipeline` as `models/stock.py` asks for it."""
 
     path = RectifiedFlow()
-    parameterisation = "velocity"
+    prediction_type = "velocity"
     axes = (0, 1, 2, 3, 4)
     passes_generator = False
     size = VideoSize()

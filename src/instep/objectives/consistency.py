@@ -86,8 +86,8 @@ class Consistency(Objective):
                 t, s = levels[n + k], levels[n + k - 1]
                 x0 = predict_guided(view.roles["teacher"], x, t, cond, view.batch.null, self.guidance).x0
                 x, _ = Deterministic().gaussian(view.path, x0, x, t, s)
-            aim = consistency_function(view.roles[self.target], x, levels[n], cond)
-        yield distance(consistency_function(view.roles["student"], start, levels[n + self.steps], cond), aim, self.distance).mean()
+            target = consistency_function(view.roles[self.target], x, levels[n], cond)
+        yield distance(consistency_function(view.roles["student"], start, levels[n + self.steps], cond), target, self.distance).mean()
 
     @property
     def levels(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from instep.levels import LevelSampler, Uniform
 from instep.paths import broadcast
 from instep.prediction import Denoiser, guide_and_skip, skipping
-from instep.strengths import Ranges
+from instep.strengths import GuidanceRange
 from instep.terms import Need, Objective, View
 
 
@@ -19,23 +19,23 @@ from instep.terms import Need, Objective, View
 class GuidanceDistillation(Objective):
     """mean |v_student(x_t, c) - v_guided(x_t, c)|^2 on real samples noised to `levels`; the sampling schedule stays as it is.
 
-    v_guided = u + guidance (c - u) + strength (c - skipped), of the student as it was when the stage began (role `reference`), where `skipped` is its
-    prediction without the blocks `blocks` of its network. Three evaluations become one. The paper's omega is guidance - 1, its lambda `strength`.
+    v_guided = u + guidance (c - u) + skip_scale (c - skipped), of the student as it was when the stage began (role `reference`), where `skipped` is
+    its prediction without the blocks `blocks` of its network. Three evaluations become one. The paper's omega is guidance - 1, its lambda `skip_scale`.
 
-    Both strengths are fixed, or with `draw` drawn for every sample, as in Eq. 4; the student is then told them (`Condition.strengths`), which the paper
-    leaves open: one that is not told learns their mean, the guided prediction at mean strengths, since that is linear in them.
+    Both scales are fixed, or with `draw` drawn for every sample, as in Eq. 4; the student is then told them (`Condition.guidance_scales`), which the
+    paper leaves open: one that is not told learns their mean, the guided prediction at mean scales, since that is linear in them.
     """
 
     name: str = "guidance"
     guidance: float = 3.0
-    strength: float = 0.0
+    skip_scale: float = 0.0
     blocks: tuple[int, ...] = ()
     levels: LevelSampler = field(default_factory=Uniform)
-    draw: Ranges | None = None
+    draw: GuidanceRange | None = None
 
     def __post_init__(self) -> None:
-        if self.strength < 0:
-            raise ValueError(f"skip: {self.strength} is not allowed; 0 (no skip-layer guidance) or more")
+        if self.skip_scale < 0:
+            raise ValueError(f"skip: {self.skip_scale} is not allowed; 0 (no skip-layer guidance) or more")
         if self._skip and not self.blocks:
             raise ValueError(f"skip_blocks: none, and skip-layer guidance of strength {self._skip:g} compares with a pass without some; name at least one")
         if not self._guides and not self._skip:
@@ -49,7 +49,7 @@ class GuidanceDistillation(Objective):
     @property
     def _skip(self) -> float:
         """The largest strength of skip-layer guidance; 0: its pass is not needed."""
-        return self.strength if self.draw is None else self.draw.skip[1]
+        return self.skip_scale if self.draw is None else self.draw.skip[1]
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -69,21 +69,21 @@ class GuidanceDistillation(Objective):
         for levels in self.levels.window:
             t = levels(len(real), progress=view.progress, t_exit=None, rng=view.rng).to(real)
             x_t = view.path.renoise(real, view.randn_like(real), t)
-            strengths = None if self.draw is None else self.draw.draw(len(real), view.rng)
-            target = self.guided(view.roles["reference"], view, x_t, t, strengths)
-            yield (view.roles["student"](x_t, t, view.batch.cond.told(strengths)).v - target).square().mean()
+            guidance_scales = None if self.draw is None else self.draw.draw(len(real), view.rng)
+            target = self.guided(view.roles["reference"], view, x_t, t, guidance_scales)
+            yield (view.roles["student"](x_t, t, view.batch.cond.with_guidance(guidance_scales)).v - target).square().mean()
 
     @torch.no_grad()
-    def guided(self, teacher: Denoiser, view: View, x_t: Tensor, t: Tensor, strengths: Tensor | None = None) -> Tensor:
-        """The teacher's guided velocity [B, ...] at each sample's `strengths` [B, 2] (None: the fixed ones); the teacher itself is told none.
+    def guided(self, teacher: Denoiser, view: View, x_t: Tensor, t: Tensor, guidance_scales: Tensor | None = None) -> Tensor:
+        """The teacher's guided velocity [B, ...] at each sample's `guidance_scales` [B, 2] (None: the fixed ones); the teacher itself is told none.
 
         Conditional and unconditional in one stacked call, one more without the blocks.
         """
-        cond, null = view.batch.cond.told(None), view.batch.null
-        w, strength = (self.guidance, self.strength) if strengths is None else (broadcast(column, x_t) for column in strengths.unbind(1))
+        cond, null = view.batch.cond.with_guidance(None), view.batch.null
+        w, skip_scale = (self.guidance, self.skip_scale) if guidance_scales is None else (broadcast(column, x_t) for column in guidance_scales.unbind(1))
         if self._guides:
             c, u = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(null)).v.chunk(2)
         else:
             c = u = teacher(x_t, t, cond).v
         without = skipping(teacher, self.blocks)(x_t, t, cond).v if self._skip else c
-        return guide_and_skip(c, u, without, w, strength)
+        return guide_and_skip(c, u, without, w, skip_scale)

@@ -118,9 +118,9 @@ class GRPO(_Policy):
         """KL of transition s from the reference's, mean over elements, [B]: of two Gaussians of the same std."""
         with torch.no_grad():
             before = self.predict(view, path, s, view.roles["reference"])[0]
-            anchor, std = path.transition.gaussian(view.path, before, path.x_t[s], t, t_next)
+            reference_mean, std = path.transition.gaussian(view.path, before, path.x_t[s], t, t_next)
         mean, _ = path.transition.gaussian(view.path, x0, path.x_t[s], t, t_next)
-        return 0.5 * (mean - anchor).flatten(1).square().mean(1) / std.square()
+        return 0.5 * (mean - reference_mean).flatten(1).square().mean(1) / std.square()
 
 
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

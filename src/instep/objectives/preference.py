@@ -19,7 +19,7 @@ from instep.matching.critic import denoising_error
 from instep.prediction import Condition
 from instep.terms import Need, Objective, View
 
-Source = Literal["online", "half-online", "offline"]
+PairSource = Literal["online", "half-online", "offline"]
 
 
 def preference_loss(won: Tensor, lost: Tensor, won_reference: Tensor, lost_reference: Tensor, beta: float) -> Tensor:
@@ -29,11 +29,11 @@ def preference_loss(won: Tensor, lost: Tensor, won_reference: Tensor, lost_refer
 
 @dataclass(frozen=True)
 class Compared:
-    """Pairs x [2 N, ...], the preferred ones first, with their conditions; `told` [N] is False where there is no preference."""
+    """Pairs x [2 N, ...], the preferred ones first, with their conditions; `has_preference` [N] is False where there is no preference."""
 
     x: Tensor
     cond: Condition
-    told: Tensor | float = 1.0
+    has_preference: Tensor | float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Preference(Objective):
     name: str = "dpo"
     beta: float = 500.0
     levels: LevelSampler = field(default_factory=Uniform)
-    pairs: Source = "online"
+    pairs: PairSource = "online"
     positive: float = 0.6
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Preference(Objective):
     @property
     def needs(self) -> frozenset[Need]:
         labelled: Need = "preferred" if self.positive == 1 else "pairs"
-        needed: dict[Source, frozenset[Need]] = {
+        needed: dict[PairSource, frozenset[Need]] = {
             "online": frozenset({"reward", "reference"}),
             "half-online": frozenset({"final", labelled, "reference"}),
             "offline": frozenset({"pairs", "reference"}),
@@ -87,7 +87,7 @@ class Preference(Objective):
             with torch.no_grad():
                 before = denoising_error(view.roles["reference"], view, pairs.x, t, noise, pairs.cond, "velocity").chunk(2)
             now = denoising_error(view.roles["student"], view, pairs.x, t, noise, pairs.cond, "velocity").chunk(2)
-            yield (preference_loss(now[0], now[1], before[0], before[1], self.beta) * pairs.told).mean()
+            yield (preference_loss(now[0], now[1], before[0], before[1], self.beta) * pairs.has_preference).mean()
 
     def online(self, view: View) -> Compared:
         """Best and worst of each group."""

@@ -219,7 +219,7 @@ def pretrain_digits(out: Path, seed: int = 0, threads: int = 1, config: DigitsCo
 
 
 def record(out: Path, config: DigitsConfig, seed: int, threads: int, parameters: int) -> dict[str, Any]:
-    """What pretrain.json says of the model in `out`: how it was made, measured figures, checksums."""
+    """What pretrain.json says of the model in `out`: how it was made, measured metrics, checksums."""
     classifiers = {j.name: load_digit_classifier(j.name, out / "classifiers") for j in config.classifiers}
     found = {f"classifier {name}": classifier.accuracy for name, classifier in classifiers.items()}
     found |= measure_teacher(DiTFamily.load(out), classifiers, config, seed)

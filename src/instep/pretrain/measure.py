@@ -190,7 +190,7 @@ def stock_pipeline(pipe: Any, prompts: list[str], seed: int) -> Tensor:
 
 
 def real(pipe: Any, classifiers: dict[ClassifierName, Classifier]) -> dict[str, Any]:
-    """The same figures for real reference videos, as they are and through the VAE."""
+    """The same metrics for real reference videos, as they are and through the VAE."""
     media, specs = reference_videos(270, 3)
     prompts = [describe(s) for s in specs]
     decoded = torch.cat([decode_latents(pipe.vae, encode_latents(pipe.vae, part)) for part in media.split(90)]).clamp(0, 1)

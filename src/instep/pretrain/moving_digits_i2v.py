@@ -100,7 +100,7 @@ def image_to_video_prompts(repeats: int, split: str = "reference") -> list[str]:
     return [with_first_frame(prompt, f"{split}/{90 * i + j}") for i in range(repeats) for j, prompt in enumerate(full_prompts())]
 
 
-def first_frame_figures(media: Tensor, first_frames: Tensor, reconstructed: Tensor) -> dict[str, float]:
+def first_frame_distances(media: Tensor, first_frames: Tensor, reconstructed: Tensor) -> dict[str, float]:
     """Root-mean-square distances of first frames, in [0, 1]: media [B, 3, F, H, W] to the given first frames [B, 3, H, W], their VAE reconstructions to
     them, media to these reconstructions, and media to the neighbours' given first frames (what a model that ignores its own would show, roughly).
     """
@@ -139,7 +139,8 @@ def measure_image_to_video(out: Path, config: ImageConfig, seed: int) -> dict[st
         for steps in config.steps:
             for w in config.guidances:
                 media = sampled(prompts, steps, w)
-                found[f"{steps} steps, guidance {w:g}"] = shares_right(classifiers, media, prompts) | first_frame_figures(media, first_frames, decoded[:, :, 0])
+                distances = first_frame_distances(media, first_frames, decoded[:, :, 0])
+                found[f"{steps} steps, guidance {w:g}"] = shares_right(classifiers, media, prompts) | distances
                 progress.step()
     return found
 

@@ -15,7 +15,7 @@ class Progress:
         from rich.progress import Progress as Bar
 
         self.name, self.total, self.done = name, total, 0
-        self.start = self.said = time.monotonic()
+        self.start = self.reported = time.monotonic()
         self.terminal = sys.stderr.isatty()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.bar = Bar(*columns, disable=not self.terminal)
@@ -35,7 +35,7 @@ class Progress:
         text = " ".join([self.name, *(f"{k} {v:.4g}" for k, v in values.items())])
         self.bar.update(self.task, completed=self.done, description=text)
         now = time.monotonic()
-        if not self.terminal and now - self.said > 30:
-            self.said = now
+        if not self.terminal and now - self.reported > 30:
+            self.reported = now
             left = (now - self.start) / self.done * (self.total - self.done)
             print(f"{text}: {self.done}/{self.total}, {left / 60:.1f} min left", file=sys.stderr, flush=True)

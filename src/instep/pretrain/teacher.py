@@ -113,7 +113,7 @@ def text_table(tokenizer: Any, encoder: Any) -> TextTable:
     return TextTable(table, torch.tensor([len(ids) for ids in tokens]), {p: i for i, p in enumerate(prompts)})
 
 
-def said(digit: int, motion: int, u: Tensor, full: float) -> PromptSpec:
+def prompt_spec(digit: int, motion: int, u: Tensor, full: float) -> PromptSpec:
     """A random part of what a video shows: everything with probability `full`, else any less; u [2] uniform numbers."""
     everything = motion_spec(digit, motion)
     if u[0] < full:
@@ -152,7 +152,7 @@ class TeacherRun:
         pick = torch.randint(0, len(self.data.x), (c.batch,), generator=rng)
         u = torch.rand(c.batch, 5, generator=rng)
         labels = zip(self.data.digits[pick].tolist(), self.data.motions[pick].tolist(), u, strict=True)
-        rows = torch.tensor([self.table.rows["" if v[2] < c.drop else describe(said(d, m, v, c.full))] for d, m, v in labels])
+        rows = torch.tensor([self.table.rows["" if v[2] < c.drop else describe(prompt_spec(d, m, v, c.full))] for d, m, v in labels])
         short = (u[:, 4] * math.log(STOCK_PADDING)).exp().ceil()
         padded_to = torch.where(u[:, 3] < c.stock_padding, STOCK_PADDING, short)
         text, self.bias.value = self.table.condition(rows, padded_to)

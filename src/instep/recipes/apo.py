@@ -5,11 +5,11 @@ from __future__ import annotations
 from instep.levels import LevelSampler, OneOf, Uniform
 from instep.levels_apo import SHIFTS, HighLow, Repeated
 from instep.objectives.guidance import GuidanceDistillation
-from instep.objectives.preference import Preference, Source
+from instep.objectives.preference import PairSource, Preference
 from instep.recipes.many_step import ManySteps
-from instep.strengths import Ranges
+from instep.strengths import GuidanceRange
 from instep.terms import Objective
-from instep.train.recipe import RolloutConfig, AdamWConfig, Recipe, Stage
+from instep.train.recipe import AdamWConfig, Recipe, RolloutConfig, Stage
 from instep.transitions import Deterministic
 
 
@@ -19,9 +19,9 @@ def apo(
     online: int = 20,
     half_online: int = 20,
     offline: int = 20,
-    absorb: int = 600,
-    absorb_optim: AdamWConfig = AdamWConfig(3e-4, betas=(0.9, 0.999), decay=0.5),
-    aware: int = 15,
+    distill_guidance: int = 600,
+    distill_guidance_optim: AdamWConfig = AdamWConfig(3e-4, betas=(0.9, 0.999), decay=0.5),
+    post_distillation: int = 15,
     beta: float = 500.0,
     high: int = 4,
     low: int = 1,
@@ -46,9 +46,9 @@ def apo(
         online: updates on pairs of the model's own samples, ranked by the reward.
         half_online: updates on a labelled sample against one of the model's own.
         offline: updates on labelled pairs.
-        absorb: updates of guidance distillation: one pass learns what guidance made of two (with skip-layer guidance, of three).
-        absorb_optim: AdamW of the model in that stage; it learns a target there, not a preference, and takes larger steps.
-        aware: updates on labelled pairs once more, of the model that needs no guidance.
+        distill_guidance: updates of guidance distillation: one pass learns what guidance made of two (with skip-layer guidance, of three).
+        distill_guidance_optim: AdamW of the model in that stage; it learns a target there, not a preference, and takes larger steps.
+        post_distillation: updates on labelled pairs once more, of the model that needs no guidance.
         beta: temperature.
         high: levels of a window from [.8, 1]; gradients of a window are summed.
         low: levels of a window from [0, .8).
@@ -58,53 +58,55 @@ def apo(
         positive: share of labelled samples in the second stage that are chosen ones; 1 needs no rejected ones.
         skip: strength of skip-layer guidance in the fourth stage.
         skip_blocks: blocks of the network that its weaker pass leaves out, from 0.
-        draw: lowest and highest guidance of the fourth stage, drawn anew for every sample, and the student is told which: one model for all of them, of which
-            `guidance` is the one that it is sampled, aligned further and exported with (`instep export --guidance` folds in another). None:
+        draw: lowest and highest guidance of the fourth stage, drawn anew for every sample, and the student is told which: one model for all of them, of
+            which `guidance` is the one that it is sampled, aligned further and exported with (`instep export --guidance` folds in another). None:
             `guidance` alone.
         draw_skip: the same of `skip`.
         few_step: the student is a few-step one (--start-from its run, with its --steps and --shift): sampled, and compared, at its own levels.
     """
-    if few_step and absorb:
-        raise ValueError(f"absorb: {absorb} is not allowed with few_step; a few-step student has no guidance to distil, give it 0")
-    told = None
+    if few_step and distill_guidance:
+        raise ValueError(f"distill_guidance: {distill_guidance} is not allowed with few_step; a few-step student has no guidance to distil, give it 0")
+    guidance_range = None
     if draw is not None or draw_skip is not None:
-        if few_step or not (absorb or aware):
-            raise ValueError("draw: strengths of guidance are drawn in the stage absorb, which this run does not have; give it steps, or leave draw(_skip) out")
-        told = Ranges(draw or (common.guidance, common.guidance), draw_skip or (skip, skip))
-        told.check((common.guidance, skip))
-    if aware and not (few_step or absorb) and online + half_online + offline:
+        if few_step or not (distill_guidance or post_distillation):
+            raise ValueError("draw: guidance scales are drawn in the stage distill-guidance, which this run does not have; give it steps, or leave draw(_skip) out")
+        guidance_range = GuidanceRange(draw or (common.guidance, common.guidance), draw_skip or (skip, skip))
+        guidance_range.check((common.guidance, skip))
+    if post_distillation and not (few_step or distill_guidance) and online + half_online + offline:
         raise ValueError(
-            f"aware: {aware} is not allowed here: that stage trains a model that needs no guidance, and with absorb 0 none has put it into the weights; give "
-            "absorb steps, or leave both out"
+            f"post_distillation: {post_distillation} is not allowed here: that stage trains a model that needs no guidance, and with distill_guidance 0 none has "
+            "put it into the weights; give distill_guidance steps, or leave both out"
         )
     levels: LevelSampler = HighLow(common.steps, SHIFTS if random_shift else (common.shift,), offset, high, low)
     if few_step or uniform:
         levels = Repeated(OneOf(common.levels) if few_step else Uniform(low=0.001, high=1.0), max(uniform, 1))
 
-    def stage(name: str, steps: int, term: Objective, *, absorbed: bool = False, group: int = 1, rolls: bool = False, optim: AdamWConfig | None = None) -> Stage:
+    def stage(
+        name: str, steps: int, term: Objective, *, guidance_in_weights: bool = False, group: int = 1, rolls: bool = False, optim: AdamWConfig | None = None,
+    ) -> Stage:  # fmt: skip
         # a pair is two samples, wherever they come from
         batch = common.batch if group > 1 else max(1, common.batch // 2)
         rollout = RolloutConfig(common.levels) if few_step else RolloutConfig(common.levels, transition=Deterministic(), guidance=common.guidance)
         return Stage(
-            name, steps, batch, (term,), (), rollout if rolls else None, group=group, accumulate=common.accumulate, guided=not absorbed, fresh=True,
-            strengths=(common.guidance, skip) if absorbed and told else None, optim=optim,
+            name, steps, batch, (term,), (), rollout if rolls else None, group=group, accumulate=common.accumulate, guided=not guidance_in_weights, fresh=True,
+            guidance_scales=(common.guidance, skip) if guidance_in_weights and guidance_range else None, optim=optim,
         )  # fmt: skip
 
-    def prefer(pairs: Source) -> Preference:
+    def prefer(pairs: PairSource) -> Preference:
         return Preference(beta=beta, levels=levels, pairs=pairs, positive=positive)
 
     distilled: tuple[Stage, ...] = ()
-    if absorb:
+    if distill_guidance:
         noised = Uniform(low=0.001, high=1.0, shift=common.shift)
-        target = GuidanceDistillation(guidance=common.guidance, strength=skip, blocks=skip_blocks, levels=noised, draw=told)
-        distilled = (stage("absorb", absorb, target, absorbed=True, optim=absorb_optim),)
+        target = GuidanceDistillation(guidance=common.guidance, skip_scale=skip, blocks=skip_blocks, levels=noised, draw=guidance_range)
+        distilled = (stage("distill-guidance", distill_guidance, target, guidance_in_weights=True, optim=distill_guidance_optim),)
     return common.stages(
         "apo",
         stage("online", online, prefer("online"), group=2, rolls=True),
         stage("half-online", half_online, prefer("half-online"), rolls=True),
         stage("offline", offline, prefer("offline")),
         *distilled,
-        stage("aware", aware, prefer("offline"), absorbed=True),
+        stage("post-distillation", post_distillation, prefer("offline"), guidance_in_weights=True),
         sampler="few-step" if few_step else "ode",
-        told=told,
+        guidance_range=guidance_range,
     )

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from instep.levels import LevelSampler, Uniform, few_step_levels
-from instep.matching.critic import FakeScoreLoss, FakeScoreGANLoss
+from instep.matching.critic import FakeScoreGANLoss, FakeScoreLoss
 from instep.matching.force import DistributionMatching
 from instep.matching.operator import Operator, Standard
 from instep.matching.teacher import Annealed
 from instep.prediction import PredictionType
 from instep.roles import LoRA
 from instep.terms import Critic, Term
-from instep.train.recipe import Advantage, RolloutConfig, AdamWConfig, Recipe, RoleConfig, LatentRewardConfig, Stage
+from instep.train.recipe import AdamWConfig, Advantage, LatentRewardConfig, Recipe, RoleConfig, RolloutConfig, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Common:
 
     def recipe(
         self, name: str, *stages: Stage, head: bool = False, teacher: RoleConfig | None = None, latent_reward: LatentRewardConfig | None = None,
-        reads: PredictionType | None = None,
+        prediction_type: PredictionType | None = None,
     ) -> Recipe:  # fmt: skip
         """Student and fake are trained, the teacher is frozen unless it is given; with a LoRA rank all three share one backbone.
 
@@ -104,7 +104,7 @@ class Common:
         stages = tuple(stage for stage in stages if stage.steps) or stages
         lora = adapter(self.lora_rank)
         roles = {
-            "student": RoleConfig(self.student, lora, ema=self.ema, reads=reads),
+            "student": RoleConfig(self.student, lora, ema=self.ema, prediction_type=prediction_type),
             "fake": RoleConfig(self.fake, lora, exits=self.condition_on_exit, head=head),
             "teacher": teacher or RoleConfig(),
         }
@@ -120,5 +120,5 @@ def with_copies(roles: Mapping[str, RoleConfig], stages: Sequence[Stage]) -> Map
     """The roles, and where a stage compares with them a `reference` and an `average`, which are made as the student is."""
     needs = frozenset().union(*(stage.needs for stage in stages))
     student = roles["student"]
-    copied = RoleConfig(lora=student.lora, copy=student.lora is None, reads=student.reads, told=student.told)
+    copied = RoleConfig(lora=student.lora, copy=student.lora is None, prediction_type=student.prediction_type, guidance_range=student.guidance_range)
     return {**roles, **{name: copied for name in ("reference", "average") if name in needs}}

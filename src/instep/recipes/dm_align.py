@@ -8,7 +8,7 @@ from instep.forces.dm_align import AlignGroup, AlignPair, Sign
 from instep.levels import Uniform
 from instep.recipes.common import Common
 from instep.terms import Force
-from instep.train.recipe import Advantage, RolloutConfig, Recipe
+from instep.train.recipe import Advantage, Recipe, RolloutConfig
 
 # Near t = 0 the estimates are the samples themselves and their difference is divided by almost nothing: two samples of one
 # prompt that lie apart are blended, and images fade. Signed advantages cancel what a group shares, so Group may go lower than Pair.
@@ -21,7 +21,8 @@ Through = Literal["last", "trajectory"]
 def _joint(name: str, common: Common, align: Force, *, group: int, distil: int, iterations: int, spread: Literal["group", "run"], through: Through) -> Recipe:
     """A distillation-only stage, then matching and alignment together with weights that sum to one."""
     terms = (common.matching(1 - align.weight), align)
-    second = common.stage("align", iterations, terms, (common.critic(),), group=group, advantage=Advantage(spread), rollout=RolloutConfig(common.levels, through))
+    rollout = RolloutConfig(common.levels, through)
+    second = common.stage("align", iterations, terms, (common.critic(),), group=group, advantage=Advantage(spread), rollout=rollout)
     return common.recipe(name, common.distil(distil), second)
 
 

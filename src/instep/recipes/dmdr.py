@@ -20,7 +20,7 @@ from instep.train.recipe import AdamWConfig, Recipe, RoleConfig, Stage
 
 Branch = Literal["refl", "grpo", "dpo", "ddpo"]
 Tilt = Literal["none", "literal", "zscore", "weight"]
-Anchor = Literal["matching", "dm", "advantage"]
+Beside = Literal["matching", "dm", "advantage"]
 
 
 def reinforce(common: Common, name: str, steps: int, kind: Branch, weight: float, *, group: int, clip: float, kl: float, beta: float, beside: Sequence[Term],
@@ -50,7 +50,7 @@ def dmdr(
     dyna_dg: float = 0.75,
     rl: Branch = "refl",
     weight: float = 0.5,
-    beside: Anchor = "matching",
+    beside: Beside = "matching",
     clip: float = 1e-3,
     kl: float = 0.0,
     beta: float = 500.0,
@@ -78,7 +78,7 @@ def dmdr(
         inner_epochs: student updates on one rollout in stage 2; from 2 on GRPO's clip acts.
     """
     first, teacher = _warm(common, warm, group, tilt, dyna_rs, dyna_dg if warm else 0.0)
-    operators: dict[Anchor, Operator | None] = {"matching": None, "dm": MatchingOnly(), "advantage": AdvantageGuided()}
+    operators: dict[Beside, Operator | None] = {"matching": None, "dm": MatchingOnly(), "advantage": AdvantageGuided()}
     joint = reinforce(
         common, "joint", iterations, rl, weight, group=group, clip=clip, kl=kl, beta=beta, beside=(common.matching(operator=operators[beside]),),
         critics=(common.critic(),), inner_epochs=inner_epochs,

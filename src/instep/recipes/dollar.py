@@ -10,7 +10,7 @@ from instep.objectives.consistency import Consistency, Distance, Target
 from instep.recipes.common import Common
 from instep.rewards.latent import Frames, Kind, LatentRewardShape
 from instep.terms import Critic, Term
-from instep.train.recipe import AdamWConfig, Recipe, LatentRewardConfig
+from instep.train.recipe import AdamWConfig, LatentRewardConfig, Recipe
 
 Heterogeneous = Literal["same", "x0"]
 
@@ -32,7 +32,7 @@ def dollar(
     frames: Frames = "volume",
     latent_reward: AdamWConfig = AdamWConfig(1e-3, betas=(0.9, 0.999)),
     latent_reward_updates: int = 4,
-    predicts: Heterogeneous = "same",
+    prediction_type: Heterogeneous = "same",
 ) -> Recipe:
     """Distil, stay on the teacher's trajectories, and climb a latent copy of any reward, also one without a gradient: DOLLAR.
 
@@ -54,7 +54,7 @@ def dollar(
         frames: whether it reads a video as a volume, or frame by frame with the average taken, as in the paper's experiments.
         latent_reward: AdamW of the latent reward model.
         latent_reward_updates: its updates an iteration (the paper: 1).
-        predicts: what the student's network predicts: the same as the teacher's, or x0 (a comparison of the paper's; such a student is not exported).
+        prediction_type: what the student's network predicts: the same as the teacher's, or x0 (a comparison of the paper's; such a student is not exported).
     """
     for name, value in (("matching", matching), ("cd", cd), ("weight", weight)):
         if value < 0:
@@ -75,7 +75,8 @@ def dollar(
         main = replace(main, rollout=None)  # consistency distillation starts from real samples: no rollout is needed
     recipe = common.recipe(
         "dollar", common.distil(distil), *([common.stage("fit", fit, (), learners)] if weight else []), main,
-        latent_reward=LatentRewardConfig(LatentRewardShape(kind, frames), latent_reward) if weight else None, reads=None if predicts == "same" else predicts,
+        latent_reward=LatentRewardConfig(LatentRewardShape(kind, frames), latent_reward) if weight else None,
+        prediction_type=None if prediction_type == "same" else prediction_type,
     )  # fmt: skip
     if matching or distil:
         return recipe

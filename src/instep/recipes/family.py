@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from instep.forces.adversarial import Adversarial
 from instep.forces.reward import RewardGradient
 from instep.levels import AboveExit, AnnealedBeta, LevelSampler
-from instep.matching.critic import FakeScoreLoss, FakeScoreGANLoss
+from instep.matching.critic import FakeScoreGANLoss, FakeScoreLoss
 from instep.matching.force import DistributionMatching
 from instep.objectives.regression import Regression
 from instep.recipes.amd import amd, naive_adaptive
@@ -48,7 +48,7 @@ def cells(name: str, stage: Stage) -> tuple[str, ...]:
     force = next(term for term in stage.terms if isinstance(term, DistributionMatching))
     others = [external(term) for term in stage.terms if term is not force]
     fake = next(critic for critic in stage.critics if isinstance(critic, FakeScoreLoss) and critic.role == "fake")
-    levels = said(force.levels) if force.ca_levels is None else f"DM {said(force.levels)}, CA {said(force.ca_levels)}"
+    levels = levels_cell(force.levels) if force.ca_levels is None else f"DM {levels_cell(force.levels)}, CA {levels_cell(force.ca_levels)}"
     teacher = "fixed" if force.adapter is None else "adapter, annealed to fixed"
     return name, force.operator.formula, ", ".join(others) or "0", levels, teacher, critic_cell(fake)
 
@@ -58,7 +58,7 @@ def external(term: Term) -> str:
     return EXTERNAL.get(type(term), term.name)
 
 
-def said(levels: LevelSampler) -> str:
+def levels_cell(levels: LevelSampler) -> str:
     """Where levels are drawn."""
     named = {AboveExit: "above the exit", AnnealedBeta: "annealed from high noise"}
     return named.get(type(levels), "all")

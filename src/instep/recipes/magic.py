@@ -30,6 +30,6 @@ def magic(
         teacher: AdamW of that adapter.
         anneal: its scale in the matching force over the stage.
     """
-    bend = FakeScoreLoss(role="teacher", updates=teacher_updates, reuse=common.reuse, levels=common.renoise, adapter_scale=1.0)
-    stage = common.stage("bend", iterations, (common.matching(adapter=anneal),), (common.critic(), bend))
+    adapt_teacher = FakeScoreLoss(role="teacher", updates=teacher_updates, reuse=common.reuse, levels=common.renoise, adapter_scale=1.0)
+    stage = common.stage("adapt-teacher", iterations, (common.matching(adapter=anneal),), (common.critic(), adapt_teacher))
     return common.recipe("magic", common.distil(distil), stage, teacher=RoleConfig(teacher, LoRA(teacher_rank, float(teacher_rank)), scale=0.0))

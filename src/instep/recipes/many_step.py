@@ -13,9 +13,9 @@ from instep.levels import Uniform, few_step_levels
 from instep.objectives.policy import GRPO
 from instep.objectives.preference import Preference
 from instep.recipes.common import adapter, with_copies
-from instep.strengths import Ranges
+from instep.strengths import GuidanceRange
 from instep.terms import Term
-from instep.train.recipe import RolloutConfig, AdamWConfig, Recipe, RoleConfig, Stage
+from instep.train.recipe import AdamWConfig, Recipe, RoleConfig, RolloutConfig, Stage
 from instep.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Posterior, Transition
 
 Kind = Literal["flow", "dance", "cps", "ddpm"]
@@ -57,10 +57,10 @@ class ManySteps:
         stage = Stage("reinforce", iterations, self.batch, (term,), (), rollout, group=group, accumulate=self.accumulate, inner_epochs=inner_epochs)
         return self.stages(name, stage)
 
-    def stages(self, name: str, *stages: Stage, sampler: Literal["few-step", "ode"] = "ode", told: Ranges | None = None) -> Recipe:
-        """A recipe of these stages; those without steps are left out. `told`: the strengths of guidance that the student can be told."""
+    def stages(self, name: str, *stages: Stage, sampler: Literal["few-step", "ode"] = "ode", guidance_range: GuidanceRange | None = None) -> Recipe:
+        """A recipe of these stages; those without steps are left out. `guidance_range`: the guidance scales that the student can be told."""
         stages = tuple(stage for stage in stages if stage.steps) or stages
-        roles = {"student": RoleConfig(self.student, adapter(self.lora_rank), ema=self.ema, told=told), "teacher": RoleConfig()}
+        roles = {"student": RoleConfig(self.student, adapter(self.lora_rank), ema=self.ema, guidance_range=guidance_range), "teacher": RoleConfig()}
         return Recipe(name, self.levels, with_copies(roles, stages), stages, self.guidance, sampler=sampler)
 
 

@@ -54,7 +54,7 @@ def as_reward(reward: Reward | Callable[[Tensor, Sequence[str]], Any]) -> Reward
     raise ValueError(f"reward: {reward!r} is neither a Reward nor a function (media, prompts) -> scores")
 
 
-def told(reader: object, prompts: Sequence[str]) -> Sequence[str]:
+def prompts_for(reader: object, prompts: Sequence[str]) -> Sequence[str]:
     """Prompts as a reward or a ranker is told them: without their first frames, unless it says that it `sees_first_frames`."""
     return prompts if getattr(reader, "sees_first_frames", False) else texts_of(prompts)
 
@@ -62,7 +62,7 @@ def told(reader: object, prompts: Sequence[str]) -> Sequence[str]:
 def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[str]) -> Tensor:
     """Scores [B], or a ValueError that names the reward and the first sample that it failed on."""
     try:
-        scores = reward.score(media, told(reward, prompts))
+        scores = reward.score(media, prompts_for(reward, prompts))
     except RewardError:
         raise
     except Exception as error:

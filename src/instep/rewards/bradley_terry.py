@@ -128,12 +128,12 @@ def fit(
         loss.backward()
         optimizer.step()
     head.eval().requires_grad_(False)
-    gap, told = head(first[kept]) - head(second[kept]), outcome[kept] != 0
-    accuracy = float(((gap * outcome[kept])[told].sign() + 1).mean() / 2)
+    gap, has_preference = head(first[kept]) - head(second[kept]), outcome[kept] != 0
+    accuracy = float(((gap * outcome[kept])[has_preference].sign() + 1).mean() / 2)
     log_prob = float(rao_kupper_log_prob(gap, outcome[kept], head.eta).mean())
     ties = (int((outcome[seen] == 0).sum()) + 1) / (len(seen) + 2)
-    coin = float(torch.where(told, math.log((1 - ties) / 2), math.log(ties)).mean())
-    each = torch.bincount(group[kept][told]).double()
+    coin = float(torch.where(has_preference, math.log((1 - ties) / 2), math.log(ties)).mean())
+    each = torch.bincount(group[kept][has_preference]).double()
     return Fitted(head, accuracy, log_prob, len(seen), len(kept), coin, float(each.sum().square() / each.square().sum()))
 
 

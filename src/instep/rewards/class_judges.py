@@ -109,7 +109,7 @@ class DigitClassifier:
         """Whether the most probable class is the asked one, [B] booleans."""
         return self.logits(media).argmax(1) == _classes(prompts, media.device)
 
-    def figures(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    def metrics(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         """As a run's monitor: share of right classes and mean log-probability."""
         log_p = F.cross_entropy(self.logits(media), _classes(prompts, media.device))
         return {"monitor_both": float(self.correct(media, prompts).float().mean()), "monitor_score": -float(log_p)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from instep import __version__
 from instep.data.pairs import PreferencePair
 from instep.data.prompts import text_of
-from instep.files import at_once, write_json
+from instep.files import atomic_dir, write_json
 from instep.judge.results import Interval, wilson
 from instep.rewards.bradley_terry import Fitted, LearnedReward, RewardHead, fit
 from instep.rewards.features import Features, features_of
@@ -73,7 +73,7 @@ def save(learned: Learned, out: Path) -> None:
     if out.exists():
         raise ValueError(f"out: {out} exists; choose another name, nothing is overwritten unasked")
     fitted, features, accuracy = learned.fitted, learned.features, learned.accuracy
-    with at_once(out, "folder") as temporary:
+    with atomic_dir(out, "folder") as temporary:
         fitted.head.save(temporary)
         write_json(temporary / RECORD, {
             "instep": __version__,
@@ -88,8 +88,8 @@ def load_preferences(folder: Path) -> LearnedReward:
     from safetensors import SafetensorError
 
     try:
-        told = json.loads((folder / RECORD).read_text(encoding="utf-8"))["features"]
-        given, frames, name = str(told["given"]), int(told["frames"]), str(told["name"])
+        about = json.loads((folder / RECORD).read_text(encoding="utf-8"))["features"]
+        given, frames, name = str(about["given"]), int(about["frames"]), str(about["name"])
         head = RewardHead.load(folder).requires_grad_(False)
         digest = hashlib.sha256(b"".join((folder / f"reward_head.{suffix}").read_bytes() for suffix in ("json", "safetensors"))).hexdigest()[:16]
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from instep.rewards.base import Reward, as_reward, checked_scores, told
+from instep.rewards.base import Reward, as_reward, checked_scores, prompts_for
 from instep.rewards.several import parts_of
 
 
@@ -85,7 +85,7 @@ def relative(reward: Reward) -> bool:
 
 def checked_comparisons(ranker: Ranker, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
     """Comparisons [B] on the CPU; ValueError unless each is 1, 0 or -1."""
-    got = ranker.compare(first, second, told(ranker, prompts))
+    got = ranker.compare(first, second, prompts_for(ranker, prompts))
     shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
     if shape != (len(prompts),) or not bool(torch.isin(got.cpu().float(), torch.tensor([-1.0, 0.0, 1.0])).all()):
         raise ValueError(f"ranker {ranker.name!r} returned {shape} for {len(prompts)} pairs, or a value that is not 1, 0 or -1; it returns one of these a pair")

@@ -24,7 +24,7 @@ from instep.models.base import Family
 from instep.prediction import Denoiser
 from instep.pretrain.progress import Progress
 from instep.rollout import sample_ode
-from instep.train.source import Order
+from instep.train.source import ShuffledIndices
 
 FILE, PARTS = "teacher_samples.safetensors", "teacher_samples.parts"
 
@@ -74,7 +74,7 @@ def teacher_samples(
     }
     file, parts = folder / FILE, folder / PARTS
     if not file.is_file():
-        names = tuple(prompts[i] for i in Order(len(prompts), seed).next(n))
+        names = tuple(prompts[i] for i in ShuffledIndices(len(prompts), seed).next(n))
         noise = torch.randn(n, *family.latent_shape, generator=torch.Generator().manual_seed(_stream(seed)))
         made: list[TeacherSamples] = []
         # rows on disk are found again before the bar starts: its time left is that of the work left

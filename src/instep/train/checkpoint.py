@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from instep.files import unwritten
+from instep.files import write_error
 from instep.train.state_files import State, join, sha256, split, write, write_tensors
 
 __all__ = ["State", "at", "drop_after", "every", "latest", "load", "load_optimizer_state", "optimizer_state", "restore_rng", "rng_state", "save", "step_of"]
@@ -55,7 +55,7 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise unwritten(error, f"checkpoint {final}", "the ones before it are intact") from error
+            raise write_error(error, f"checkpoint {final}", "the ones before it are intact") from error
         raise
     _prune(folder, step, keep, protect)
     return final

@@ -103,12 +103,12 @@ def check_inputs(
         # a student of a pipeline that is not known, or whose levels no stock scheduler gives, could not be exported once it is trained
         if family.pipe is not None:
             stock(family.pipe)
-        few_step_scheduler(family.path, recipe.levels, family.parameterisation)
+        few_step_scheduler(family.path, recipe.levels, family.prediction_type)
     first = next((stage for stage in recipe.stages if stage.steps), None)
-    if first and recipe.sampler == "ode" and not first.uses_guidance and (first.strengths or recipe.guidance != 1) and start_from is None:
+    if first and recipe.sampler == "ode" and not first.uses_guidance and (first.guidance_scales or recipe.guidance != 1) and start_from is None:
         raise ValueError(
             f"start_from: none was given, and stage {first.name!r} goes on with a student that has learned its guidance; give the run in which it did"
-            + ("" if first.strengths else ", or guidance 1 for a model that never needed any")
+            + ("" if first.guidance_scales else ", or guidance 1 for a model that never needed any")
         )
     for stage in recipe.stages:
         if not stage.steps:

@@ -1,6 +1,6 @@
 """What looks wrong in a run's rows, in words: pure checks, one function a kind.
 
-They may look at the training reward and at the *monitor* classifier; a held-out classifier is for reported figures only.
+They may look at the training reward and at the *monitor* classifier; a held-out classifier is for reported metrics only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from instep.train.history import History, Row, mean, number
 from instep.train.recipe import Stage
 
 Level = Literal["ok", "warn", "alarm"]
-Said = Iterator[tuple[Level, str, str]]
+Findings = Iterator[tuple[Level, str, str]]
 
 PERSIST = 2  # probes in a row that must agree: one noisy probe of some dozens of samples says little
 WINDOW = 20  # iterations of a rolling mean: one batch's cosine, loss or share of constant groups is noise
@@ -23,15 +23,15 @@ SILENT = 0.01  # share of the strongest force below which another one does nothi
 BRIGHTNESS_OFF = 0.25  # relative deviation of mean brightness from the teacher's that the eye sees as over- or under-saturation
 CLIPPED = 0.05  # share of pixels more than .05 outside [0, 1] (real videos through the VAE: well below .01) ...
 CLIPPED_MORE = 2.0  # ... and this many times the teacher's own: a family whose teacher overshoots is not the student's fault
-HALVED = 0.6  # a figure below this share of its reference has visibly collapsed
-RESTLESS = 1 / HALVED  # frames that differ this many times more than the teacher's flicker, or are noise (DM-Align, Section 4.1)
+HALVED = 0.6  # a metric below this share of its reference has visibly collapsed
+FLICKER = 1 / HALVED  # frames that differ this many times more than the teacher's flicker, or are noise (DM-Align, Section 4.1)
 CRITIC_UP = 2.0  # critic loss over its stage's early value; less is normal: a student that sharpens is harder to denoise than a blurred one
 CONSTANT = 0.5  # share of groups without any spread in reward: healthy runs of the bundled model have below .03
 EXPLODED = 20.0  # gradient norm over its running median: single batches of 53 runs on the bundled model stay below 7
 EXPLODED_ROWS = 3  # of them in a row: one bad batch is clipped and forgotten
 MEDIAN_OF = 50  # rows of that running median
-# relative change of every probe figure below which nothing was learned. Prompts and noise of a probe are fixed, so an untouched student repeats
-# them: 1e-6 at a learning rate of 1e-9; of 53 runs on the bundled model the figure that had moved most had moved by .04 and more
+# relative change of every probe metric below which nothing was learned. Prompts and noise of a probe are fixed, so an untouched student repeats
+# them: 1e-6 at a learning rate of 1e-9; of 53 runs on the bundled model the metric that had moved most had moved by .04 and more
 STUCK = 0.01
 RISE = 0.3  # rise of the training reward in deviations within a group: twice the standard error of a probe of 48 samples
 FALL = 0.1  # fall of the monitor's share of right samples: more than twice the standard error of 48 samples at .9
@@ -51,7 +51,7 @@ def _stage(seen: History) -> Stage | None:
     return next((s for s in seen.recipe.stages if s.name == seen.rows[-1].get("stage")), None) if seen.recipe else None
 
 
-def _forces(seen: History) -> Said:
+def _forces(seen: History) -> Findings:
     recent = seen.stage[-WINDOW:]
     if len(recent) < WINDOW:
         return
@@ -68,7 +68,7 @@ def _forces(seen: History) -> Said:
             yield "warn", f"silent:{name}", f"the force {name} is {share:.1e} of the strongest one: it does nothing; raise its weight or drop it"
 
 
-def _finite(seen: History) -> Said:
+def _finite(seen: History) -> Findings:
     recent = seen.rows[-WINDOW:]
     for key in sorted({k for row in recent for k in row if k.startswith("grad/") and k.endswith("/skipped")}):
         name, share = key.split("/")[1], mean(recent, key) or 0.0
@@ -81,7 +81,7 @@ def _finite(seen: History) -> Said:
         yield "alarm", "broken", "the student's samples hold values that are not finite: go back to an earlier checkpoint, lower the learning rate"
 
 
-def _critic(seen: History) -> Said:
+def _critic(seen: History) -> Findings:
     stage = seen.stage
     for key in sorted(k for k in stage[-1] if k.startswith("critic/")):
         early, late = mean(stage[:WINDOW], key), mean(stage[-WINDOW:], key)
@@ -91,7 +91,7 @@ def _critic(seen: History) -> Said:
             yield "warn", f"critic:{name}", f"{text}; raise its updates or lower the student's learning rate"
 
 
-def _reward(seen: History) -> Said:
+def _reward(seen: History) -> Findings:
     recent = seen.stage[-WINDOW:]
     constant = mean(recent, "reward/constant_groups")
     if constant is not None and len(recent) == WINDOW and constant > CONSTANT:
@@ -102,7 +102,7 @@ def _reward(seen: History) -> Said:
         yield "warn", "constant_reward", f"{text}; use prompts that leave more open, or another reward"
 
 
-def _exploded(seen: History) -> Said:
+def _exploded(seen: History) -> Findings:
     """Finite gradients far above the norm of the stage so far. (Those that are not finite are skipped, and said by `_finite`.)"""
     for key in sorted(k for k in seen.stage[-1] if k.startswith("grad/") and not k.endswith("/skipped")):
         known = [(number(row, key) or 0.0, number(row, f"{key}/skipped") or 0.0) for row in seen.stage[-MEDIAN_OF - EXPLODED_ROWS :]]
@@ -114,8 +114,8 @@ def _exploded(seen: History) -> Said:
             yield "alarm", f"exploded:{name}", f"{text}; go back to an earlier checkpoint, lower the learning rate"
 
 
-def _stuck(seen: History) -> Said:
-    """After a third of the student's training the samples are those of step 0, in every figure of the probe.
+def _stuck(seen: History) -> Findings:
+    """After a third of the student's training the samples are those of step 0, in every metric of the probe.
 
     Forces say nothing of it: a matching force is as large in a run that goes on from a good student, and learns, as in one that stands still.
     """
@@ -131,18 +131,18 @@ def _stuck(seen: History) -> Said:
     pairs = [(number(first, key), number(now, key), number(now, f"{key}_teacher")) for key in keys]
     moved = [abs(b - a) / (max(abs(a), abs(teacher or 0.0)) or 1.0) for a, b, teacher in pairs if a is not None and b is not None]
     if done > 0 and 3 * done >= total and len(moved) == len(pairs) > 0 and max(moved) < STUCK:
-        text = f"nothing learned: at step {now['step']} of {seen.recipe.steps} every figure of the probe is within {STUCK:.0%} of where it began"
+        text = f"nothing learned: at step {now['step']} of {seen.recipe.steps} every metric of the probe is within {STUCK:.0%} of where it began"
         yield "warn", "stuck", f"{text}; raise the student's learning rate, shorten its warm-up, or look whether a force reaches it"
 
 
 def _excess(row: Row, key: str, direction: float) -> float | None:
-    """How far a probe figure lies beyond the teacher's, relative to it: above for direction 1, below for -1."""
+    """How far a probe metric lies beyond the teacher's, relative to it: above for direction 1, below for -1."""
     value, teacher = number(row, f"probe/{key}"), number(row, f"probe/{key}_teacher")
     return None if value is None or not teacher else direction * (value / teacher - 1)
 
 
 def _off(seen: History, key: str, direction: float, limit: float) -> bool:
-    """Beyond the teacher's figure by more than `limit` in the last probes, and not on the way in.
+    """Beyond the teacher's metric by more than `limit` in the last probes, and not on the way in.
 
     A student begins as its teacher run in too few steps, so far off is normal for as long as every probe lies nearer than the one before.
     The untrained student itself (step 0) never counts.
@@ -155,7 +155,7 @@ def _off(seen: History, key: str, direction: float, limit: float) -> bool:
     return any(late >= early for early, late in zip(known, known[1:], strict=False))
 
 
-def _images(seen: History) -> Said:
+def _images(seen: History) -> Findings:
     if not seen.probes:
         return
     now = seen.probes[-1]
@@ -174,7 +174,7 @@ def _images(seen: History) -> Said:
         (number(row, "probe/saturation") or 0.0) > max(CLIPPED, CLIPPED_MORE * (number(row, "probe/saturation_teacher") or 0.0)) for row in clipped
     ):
         yield "warn", "clipping", f"{now['probe/saturation']:.0%} of the pixels lie outside what an image can show: over-saturation; lower the guidance"
-    if _off(seen, "motion", 1, RESTLESS - 1):
+    if _off(seen, "motion", 1, FLICKER - 1):
         text = f"frames differ {times('motion'):.1f} times as much as the teacher's: flicker or noise, which some rewards take for motion"
         yield "warn", "flicker", f"{text}; lower the weight of the reward"
     for key, flag, words in (("motion", "still", "motion has died down"), ("diversity", "collapse", "samples of one prompt have become alike")):
@@ -206,7 +206,7 @@ def _rise(seen: History) -> Callable[[Row], float | None]:
 
 
 def _since(seen: History, key: str) -> tuple[float | None, list[float]]:
-    """A probe figure as the stage began, and in the last probes; nothing of the latter if one of them lacks it."""
+    """A probe metric as the stage began, and in the last probes; nothing of the latter if one of them lacks it."""
     values = [number(row, f"probe/{key}") for row in seen.since[-PERSIST:]]
     known = [value for value in values if value is not None]
     return number(seen.since[0], f"probe/{key}"), known if len(known) == PERSIST else []
@@ -256,14 +256,14 @@ def _steady(force: Force) -> bool:
     return not force.operator.needs_advantage and force.adapter is None and not isinstance(force.levels, AnnealedBeta)
 
 
-def _hacking(seen: History) -> Said:
+def _hacking(seen: History) -> Findings:
     """Training reward up since the stage began while the monitor, the variety or the matching say otherwise; only where a reward trains."""
     if len(seen.since) <= PERSIST or not _rewarded(seen):
         return
     rise = _rise(seen)
     if not all((rise(row) or 0.0) > RISE for row in seen.since[-PERSIST:]):
         return
-    signs = [said for sign in (_fewer_right, _fewer_modes, _alike, _farther) if (said := sign(seen))]
+    signs = [text for sign in (_fewer_right, _fewer_modes, _alike, _farther) if (text := sign(seen))]
     if signs:
         text = f"since stage {seen.stage[-1].get('stage')} began the training reward rose by {rise(seen.since[-1]):.1f} deviations of its group while"
         fix = "the reward is being hacked; lower its weight, add matching or raise its weight, or stop earlier"

@@ -13,7 +13,7 @@ from instep import __version__
 from instep.models.base import Family
 from instep.roles import Role
 from instep.rollout import Sampling
-from instep.strengths import Strengths, fold
+from instep.strengths import GuidanceScales, fold_guidance
 
 if TYPE_CHECKING:
     from instep.export import ExportReport
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def fits_stock(student: Role) -> bool:
     """Whether a stock pipeline reads the student's output as the student means it."""
-    return student.reads == student.backbone.family.parameterisation
+    return student.prediction_type == student.backbone.family.prediction_type
 
 
 def export_role(
@@ -40,7 +40,9 @@ def export_role(
     """A student role as a stock pipeline folder (or its parts, where there is no stock pipeline), checked there against the sampler that trained it;
     a many-step student keeps its model's scheduler."""
     if not fits_stock(student):
-        raise ValueError(f"student: it predicts {student.reads}, and a stock pipeline of {family.name} reads {family.parameterisation}; it cannot be exported")
+        raise ValueError(
+            f"student: it predicts {student.prediction_type}, and a stock pipeline of {family.name} reads {family.prediction_type}; it cannot be exported"
+        )
     from instep.export import ExportInfo, export_many_step, export_parts, export_student, merge_lora  # diffusers' exporters are slow to import
     from instep.export.verify import sample_as_stock
     from instep.models.stock import stock
@@ -51,8 +53,8 @@ def export_role(
     )  # fmt: skip
     module = student.backbone.module
     if sampling.kind == "ode":
-        if sampling.strengths is not None:
-            return export_many_step(folded(student, sampling.strengths), sampling, to, info, dtype=dtype)
+        if sampling.guidance_scales is not None:
+            return export_many_step(with_folded_guidance(student, sampling.guidance_scales), sampling, to, info, dtype=dtype)
         lora = None if student.adapter is None else module
         pipe = family.pipe if lora is not None else family.pipeline(module)
         return export_many_step(pipe, sampling, to, info, lora=lora, adapter=student.adapter or "", dtype=dtype)
@@ -70,15 +72,15 @@ def export_role(
     return export_student(family.pipe, sampling.levels, to, info, lora=module, adapter=student.adapter, dtype=dtype, ours=ours)
 
 
-def folded(student: Role, strengths: Strengths) -> Any:
-    """A pipeline around a copy of a told student's network that says untold what the student says when told `strengths`; an adapter is merged.
+def with_folded_guidance(student: Role, guidance_scales: GuidanceScales) -> Any:
+    """A pipeline around a copy of a told student's network that says untold what the student says when told `guidance_scales`; an adapter is merged.
 
     An adapter's own file could not hold a bias of the time embedding, so there is none of such a student.
     """
     from instep.export import merge_lora
 
-    assert student.told is not None, "only a student that is told strengths has some to fold"
+    assert student.guidance_embedding is not None, "only a student that is told guidance scales has some to fold"
     family, module = student.backbone.family, student.backbone.module
     pipe = family.pipeline(module if student.adapter is None else merge_lora(module, student.adapter))
-    fold(family.time_embedders(pipe.transformer), student.told, strengths)
+    fold_guidance(family.time_embedders(pipe.transformer), student.guidance_embedding, guidance_scales)
     return pipe

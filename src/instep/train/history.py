@@ -42,7 +42,7 @@ def number(row: Row, key: str) -> float | None:
 
 
 def probes(rows: Sequence[Row]) -> list[Row]:
-    """Rows that carry probe figures."""
+    """Rows that carry probe metrics."""
     return [row for row in rows if number(row, "probe/mean_brightness") is not None]
 
 

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from instep.files import append_text, unwritten, write_text
+from instep.files import append_text, write_error, write_text
 from instep.train.health import Finding
 
-ROLLING = 10  # iterations that the shown figures are averaged over
+ROLLING = 10  # iterations that the shown metrics are averaged over
 QUIET_SECONDS = 20  # without a terminal: a line at most this often
 Tracker = Callable[[int, Mapping[str, float]], object]
 SHOWN = {"reward/train": "reward", "critic/fake": "fake", "probe/monitor_both": "monitor"}
@@ -71,10 +71,10 @@ class RunLog:
             return
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"),
-            TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"),
         )  # fmt: skip
         with Progress(*columns, console=self.console) as self._progress:
-            self._task = self._progress.add_task("", total=total, completed=initial, figures="")
+            self._task = self._progress.add_task("", total=total, completed=initial, metrics="")
             yield
         self._progress = None
 
@@ -102,8 +102,8 @@ class RunLog:
             self.console.print(f"[yellow]warn[/] the tracker raised {type(error).__name__}: {escape(str(error))}; it is not called again, log.jsonl goes on")
             self._tracker = None
 
-    def figures(self) -> str:
-        """Rolling figures: seconds an iteration, rewards, losses."""
+    def metrics(self) -> str:
+        """Rolling metrics: seconds an iteration, rewards, losses."""
         parts = []
         for key, name in {"wall_s": "s/it", **SHOWN}.items():
             values = [row[key] for row in self._recent if isinstance(row.get(key), int | float)]
@@ -117,10 +117,10 @@ class RunLog:
 
     def _show(self, step: int, stage: str) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=stage, figures=self.figures())
+            self._progress.update(self._task, completed=step, description=stage, metrics=self.metrics())
         elif time.monotonic() - self._spoken > QUIET_SECONDS or step == self._total:
             self._spoken = time.monotonic()
-            print(f"{stage:<8} {step}/{self._total}  eta {self._left(step)}  {self.figures()}", file=sys.stderr, flush=True)
+            print(f"{stage:<8} {step}/{self._total}  eta {self._left(step)}  {self.metrics()}", file=sys.stderr, flush=True)
 
     def _left(self, step: int) -> str:
         """Minutes and seconds to the end; unknown before the first iteration."""
@@ -147,7 +147,7 @@ def _written(events: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise unwritten(error, f"TensorBoard's copy of the log in {events}", "the checkpoints are intact") from error
+        raise write_error(error, f"TensorBoard's copy of the log in {events}", "the checkpoints are intact") from error
 
 
 def _tensorboard(events: Path, resume_step: int) -> Any:

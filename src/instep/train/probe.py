@@ -20,9 +20,9 @@ from instep.rollout import Sampling, sample_ode
 
 
 class Monitor(Protocol):
-    """A classifier that training does not descend: figures of media [B, 3, F, H, W] for their prompts."""
+    """A classifier that training does not descend: metrics of media [B, 3, F, H, W] for their prompts."""
 
-    def figures(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]: ...
+    def metrics(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]: ...
 
 
 @runtime_checkable
@@ -56,18 +56,18 @@ class Probe:
 
     @torch.no_grad()
     def student(self, denoiser: Denoiser, sampling: Sampling) -> tuple[dict[str, float], Tensor]:
-        """Figures of the student's samples, and the samples themselves (media)."""
+        """Metrics of the student's samples, and the samples themselves (media)."""
         def generate(cond: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
             return sampling(denoiser, cond, self.family.null(len(noise)), noise, self.family.path, rng)
 
-        figures, media = self._measure(generate)
+        metrics, media = self._measure(generate)
         if isinstance(self.monitor, ModeMonitor):
             names = [prompt for prompt in self.monitor.open_prompts for _ in range(self.monitor.open_copies)]
-            figures["modes"] = self.monitor.modes(self.family.decode(self._sample(generate, names)).clamp(0, 1))
-        return figures, media
+            metrics["modes"] = self.monitor.modes(self.family.decode(self._sample(generate, names)).clamp(0, 1))
+        return metrics, media
 
     def teacher(self, denoiser: Denoiser, guidance: float, steps: int = 25) -> tuple[dict[str, float], Tensor]:
-        """The same figures of the many-step teacher, which mean brightness, saturation and motion are compared with; modes are left out, for their cost."""
+        """The same metrics of the many-step teacher, which mean brightness, saturation and motion are compared with; modes are left out, for their cost."""
 
         def generate(cond, noise, rng):
             null = self.family.null(len(noise))
@@ -91,7 +91,7 @@ class Probe:
         x = self._sample(generate, names)
         raw = self.family.decode(x)
         media = raw.clamp(0, 1)
-        figures = {
+        metrics = {
             "mean_brightness": float(media.mean()),
             "saturation": float(((raw < -0.05) | (raw > 1.05)).float().mean()),
             "motion": motion(media),
@@ -99,12 +99,12 @@ class Probe:
         }
         if self.reward is not None:
             scores = checked_scores(self.reward, x if self.reward.space == "latent" else media, names)
-            figures["train_score"] = float(scores.mean())
+            metrics["train_score"] = float(scores.mean())
             # the unit that a rise of the reward is told in: not every stage scores groups of samples itself
-            figures["train_spread"] = float(scores.reshape(-1, self.copies).std(1, unbiased=False).mean())
+            metrics["train_spread"] = float(scores.reshape(-1, self.copies).std(1, unbiased=False).mean())
         if self.monitor is not None:
-            figures |= self.monitor.figures(media, names)
-        return figures, media
+            metrics |= self.monitor.metrics(media, names)
+        return metrics, media
 
 
 def few_of(prompts: Sequence[str], n: int) -> tuple[str, ...]:

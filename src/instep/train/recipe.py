@@ -13,7 +13,7 @@ from instep.prediction import PredictionType
 from instep.rewards.latent import LatentRewardShape
 from instep.roles import LoRA
 from instep.rollout import Sampling, Where
-from instep.strengths import Ranges, Strengths
+from instep.strengths import GuidanceRange, GuidanceScales
 from instep.terms import Critic, Force, Need, Objective, Term
 from instep.transitions import Deterministic, Renoise, Transition
 
@@ -54,9 +54,9 @@ class RoleConfig:
 
     `copy`: a copy of its own although it is not trained (a reference). `exits`: the role is told which exit a sample comes from. `scale`: of its
     adapter, where nothing else is asked for (a teacher's is 0: it is the plain teacher except where a force bends it). `head`: it has a
-    discriminator head. `ema`: decay of an averaged copy (None: no copy). `reads`: what its network's output is taken for, where that is not what the
-    model was pretrained to predict (DOLLAR's heterogeneous student: x0); such a student loads in no stock pipeline and is not exported. `told`: it can be
-    told strengths of guidance in these ranges.
+    discriminator head. `ema`: decay of an averaged copy (None: no copy). `prediction_type`: what its network's output is taken for, where that is not what
+    the model was pretrained to predict (DOLLAR's heterogeneous student: x0); such a student loads in no stock pipeline and is not exported.
+    `guidance_range`: it can be told guidance scales in this range.
     """
 
     optim: AdamWConfig | None = None
@@ -66,8 +66,8 @@ class RoleConfig:
     scale: float = 1.0
     head: bool = False
     ema: float | None = None
-    reads: PredictionType | None = None
-    told: Ranges | None = None
+    prediction_type: PredictionType | None = None
+    guidance_range: GuidanceRange | None = None
 
     def __post_init__(self) -> None:
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -121,7 +121,7 @@ class Stage:
 
     `guided`: a many-step student is sampled with the recipe's guidance in this stage; False where the network itself has learned it. `fresh`: where the
     stage takes its reference, the student's optimiser forgets the stages before: gradients of another kind and size would set its step for long.
-    `strengths`: what the student is told of guidance in this stage, where it trains and where it is sampled. `optim`: how the student is optimised in
+    `guidance_scales`: what the student is told of guidance in this stage, where it trains and where it is sampled. `optim`: how the student is optimised in
     this stage; None: as its role says.
     """
 
@@ -137,7 +137,7 @@ class Stage:
     advantage: Advantage = Advantage()
     guided: bool = True
     fresh: bool = False
-    strengths: Strengths | None = None
+    guidance_scales: GuidanceScales | None = None
     optim: AdamWConfig | None = None
 
     def __post_init__(self) -> None:
@@ -155,8 +155,10 @@ class Stage:
             raise ValueError(f"transition: deterministic steps are no policy, and stage {self.name!r} has a policy gradient; choose FlowSDE, DanceSDE or CPS")
         if self.live and self.rollout is not None and self.rollout.guidance != 1:
             raise ValueError(f"guidance: {self.rollout.guidance} is not allowed for the rollout of stage {self.name!r}; forces act on an unguided student")
-        if self.strengths is not None and (self.guided or (self.rollout is not None and self.rollout.guidance != 1)):
-            raise ValueError(f"strengths: {self.strengths} in stage {self.name!r}: a student that is told them is sampled without guidance; set guided=False")
+        if self.guidance_scales is not None and (self.guided or (self.rollout is not None and self.rollout.guidance != 1)):
+            raise ValueError(
+                f"guidance_scales: {self.guidance_scales} in stage {self.name!r}: a student that is told them is sampled without guidance; set guided=False"
+            )
         if "trajectory" in self.needs and self.rollout is not None and len(self.rollout.levels) < 2:
             raise ValueError(
                 f"steps: 1 is not allowed in stage {self.name!r}: a 1-step student has no stochastic step (its only one is deterministic), so there is no "
@@ -216,14 +218,19 @@ class Recipe:
         if len(set(names)) < len(names):
             raise ValueError(f"recipe {self.name!r}: two stages share a name in {names}; references, checkpoints and the log tell them apart by it")
         if "latent_reward" in self.needs and self.latent_reward is None:
-            raise ValueError(f"recipe {self.name!r}: a stage asks for a latent reward model and latent_reward is None; give the recipe latent_reward=LatentRewardConfig()")
+            raise ValueError(
+                f"recipe {self.name!r}: a stage asks for a latent reward model and latent_reward is None; give the recipe latent_reward=LatentRewardConfig()"
+            )
         if "average" in self.needs and self.roles["student"].ema is None:
             raise ValueError(f"ema: None is not allowed for {self.name!r}: it aims at the student's average; give a decay below 1, for example .95")
         for stage in self.stages:
-            if stage.strengths is not None:
-                if (told := self.roles["student"].told) is None:
-                    raise ValueError(f"strengths: stage {stage.name!r} tells the student {stage.strengths}, which takes none; give its role told=Ranges(...)")
-                told.check(stage.strengths)
+            if stage.guidance_scales is not None:
+                if (guidance_range := self.roles["student"].guidance_range) is None:
+                    raise ValueError(
+                        f"guidance_scales: stage {stage.name!r} tells the student {stage.guidance_scales}, which takes none; give its role "
+                        "guidance_range=GuidanceRange(...)"
+                    )
+                guidance_range.check(stage.guidance_scales)
         if not any(stage.steps for stage in self.stages):
             raise ValueError(f"recipe {self.name!r}: no stage has steps; give at least one of them a positive number")
 
@@ -235,7 +242,7 @@ class Recipe:
     def sampling_at(self, step: int) -> Sampling:
         """How the student of the run's step is sampled: without guidance from the stage on that puts it into the network (told how strong, if it can be)."""
         stage, _ = self.at(max(0, min(step, self.steps) - 1))
-        return Sampling(self.levels, self.sampler, self.guidance if self.sampler == "ode" and stage.guided else 1.0, stage.strengths)
+        return Sampling(self.levels, self.sampler, self.guidance if self.sampler == "ode" and stage.guided else 1.0, stage.guidance_scales)
 
     @property
     def steps(self) -> int:

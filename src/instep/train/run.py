@@ -27,7 +27,7 @@ from instep.train.log import RunLog, Tracker
 from instep.train.probe import Monitor, Probe, few_of
 from instep.train.recipe import Recipe
 from instep.train.setup import averaged, make_state
-from instep.train.source import PairSamples, RealSamples, Source
+from instep.train.source import BatchSource, PairSamples, RealSamples
 from instep.train.step import TrainState, iteration
 from instep.train.views import matching_views, samples, save_samples, save_views
 
@@ -106,8 +106,9 @@ def train(
     with run_lock(out):
         write_manifest(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs)
         state = make_state(
-            recipe, family, options.seed, make_reward_fn(family, scored), make_reward_grad_fn(family, scored), checkpointing=options.checkpointing, weights=weights_of(scored)
-        )
+            recipe, family, options.seed, make_reward_fn(family, scored), make_reward_grad_fn(family, scored), checkpointing=options.checkpointing,
+            weights=weights_of(scored),
+        )  # fmt: skip
         stored = None
         if "stored" in recipe.needs or ("real" in recipe.needs and real is None):
             stored = teacher_samples(
@@ -119,14 +120,14 @@ def train(
                 print(f"no real samples were given: {len(stored.prompts)} samples of the teacher serve as real, so what it gets wrong passes for real")
         elif real is not None and recipe.needs & {"real", "preferred"}:
             print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
-        source = Source(family, prompts, real, options.seed, stored, pairs)
+        source = BatchSource(family, prompts, real, options.seed, stored, pairs)
         probe = Probe(family, few_of(prompts, 12), reward=None if scored is None or relative(scored) else scored, monitor=monitor)
         loop = Loop(recipe, family, out, options, state, source, probe, tracker)
         loop.restore(start_from)
         loop.run()
         student = state.roles["student"]
         if not fits_stock(student):
-            print(f"not exported: the student predicts {student.reads}, which no stock pipeline of {family.name} samples; it stays in {out}")
+            print(f"not exported: the student predicts {student.prediction_type}, which no stock pipeline of {family.name} samples; it stays in {out}")
             return Run(out, recipe, family, state, None, loop.stopped)
         with averaged(state.trained["student"]):
             export_role(
@@ -140,7 +141,7 @@ class Loop:
     """The steps of one run, from wherever it stands to its end."""
 
     def __init__(
-        self, recipe: Recipe, family: Family, out: Path, options: RunOptions, state: TrainState, source: Source, probe: Probe,
+        self, recipe: Recipe, family: Family, out: Path, options: RunOptions, state: TrainState, source: BatchSource, probe: Probe,
         tracker: Tracker | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.family, self.out, self.options = recipe, family, out, options
@@ -219,18 +220,18 @@ class Loop:
 
     def _probe(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
         if not self.reference:
-            self.reference = self._teacher_figures()
+            self.reference = self._teacher_metrics()
         stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
         with averaged(self.state.trained["student"]):
-            figures, _ = self.probe.student(self.state.roles["student"], self.recipe.sampling_at(self.state.step))
+            metrics, _ = self.probe.student(self.state.roles["student"], self.recipe.sampling_at(self.state.step))
             if self.state.step in (0, *self.recipe.stage_ends()):
                 prompts = few_of(self.probe.prompts, 6)
                 views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)
                 save_views(self.out / "views", self.state.step, views, prompts)
         teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
-        row |= {f"probe/{key}": value for key, value in figures.items()} | teacher
+        row |= {f"probe/{key}": value for key, value in metrics.items()} | teacher
         # saved: as soon as nothing is found in it
-        self.probed.append(stop.Probed(self.state.step, figures.get("monitor_both"), True, figures["diversity"]))
+        self.probed.append(stop.Probed(self.state.step, metrics.get("monitor_both"), True, metrics["diversity"]))
         self._note(log, health, row)
 
     def _note(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
@@ -241,12 +242,12 @@ class Loop:
             if self.found is None and stop.asks(finding, self.options.stop_on):
                 self.found = finding
 
-    def _teacher_figures(self) -> dict[str, float]:
-        """The teacher's own figures on the probe's prompts: taken once and kept with the run."""
+    def _teacher_metrics(self) -> dict[str, float]:
+        """The teacher's own metrics on the probe's prompts: taken once and kept with the run."""
         file = self.out / "teacher_probe.json"
         if not file.is_file():
-            figures, _ = self.probe.teacher(self.state.roles["teacher"], self.recipe.guidance)
-            write_json(file, figures)
+            metrics, _ = self.probe.teacher(self.state.roles["teacher"], self.recipe.guidance)
+            write_json(file, metrics)
         return json.loads(file.read_text(encoding="utf-8"))
 
     def save(self) -> None:

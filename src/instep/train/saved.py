@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from instep.strengths import Ranges
+from instep.strengths import GuidanceRange
 from instep.train import checkpoint
 from instep.train.recipe import Recipe
-from instep.train.source import Source
+from instep.train.source import BatchSource
 from instep.train.step import TrainState
 
 
-def contents(state: TrainState, source: Source) -> dict[str, Any]:
+def contents(state: TrainState, source: BatchSource) -> dict[str, Any]:
     """Everything from which a run goes on to the same weights."""
     return {
         "roles": {name: state.module_of(name).state() for name in state.trained},
@@ -32,7 +32,7 @@ def contents(state: TrainState, source: Source) -> dict[str, Any]:
     }
 
 
-def load(state: TrainState, source: Source, saved: dict[str, Any]) -> None:
+def load(state: TrainState, source: BatchSource, saved: dict[str, Any]) -> None:
     """The run as it was saved, in place."""
     _load_roles(state, saved)
     checkpoint.restore_rng(state.rng, saved["rng"])
@@ -54,14 +54,14 @@ def begin_from(state: TrainState, recipe: Recipe, folder: Path, reward: str | No
     if newest is None:
         raise ValueError(f"start_from: {folder} holds no checkpoint; give the folder of a run that has at least one")
     saved, record = checkpoint.load(newest), json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-    theirs, ours = record["config"]["roles"]["student"].get("reads"), recipe.roles["student"].reads
+    theirs, ours = record["config"]["roles"]["student"].get("prediction_type"), recipe.roles["student"].prediction_type
     if theirs != ours:
         raise ValueError(
             f"start_from: that run's student predicts {theirs or 'what its model does'}, this recipe's {ours or 'what its model does'}; start from one "
             "that predicts the same"
         )
     _check_guidance(recipe, record["config"], int(saved["step"]), folder)
-    _tell(state, recipe, saved, record["config"]["roles"]["student"].get("told"))
+    _match_guidance(state, recipe, saved, record["config"]["roles"]["student"].get("guidance_range"))
     if "latent_reward" in saved["roles"] and record["reward"] != reward:
         del saved["roles"]["latent_reward"]
         if state.latent_reward is not None:
@@ -87,29 +87,29 @@ def _check_guidance(recipe: Recipe, theirs: Mapping[str, Any], step: int, folder
         return
     stages = [stage for stage in recipe.stages if stage.steps]
     if not stage_at(theirs, step).get("guided", True):
-        again = next((stage.name for stage in stages if stage.uses_guidance), None)
-        if again is not None:
+        guided_twice = next((stage.name for stage in stages if stage.uses_guidance), None)
+        if guided_twice is not None:
             raise ValueError(
-                f"start_from: the student of {folder} has guidance in its weights, and stage {again!r} would guide it a second time; give that stage 0 "
+                f"start_from: the student of {folder} has guidance in its weights, and stage {guided_twice!r} would guide it a second time; give that stage 0 "
                 "steps, or start from a run that ended before its guidance was distilled"
             )
     elif theirs["guidance"] != 1 and not stages[0].uses_guidance:
         raise ValueError(
             f"start_from: the student of {folder} is sampled with guidance {theirs['guidance']:g}, and stage {stages[0].name!r} goes on without any; give "
-            "absorb steps, or start from a run that did"
+            "distill_guidance steps, or start from a run that did"
         )
 
 
-def _tell(state: TrainState, recipe: Recipe, saved: dict[str, Any], theirs: dict[str, Any] | None) -> None:
+def _match_guidance(state: TrainState, recipe: Recipe, saved: dict[str, Any], theirs: dict[str, Any] | None) -> None:
     """What a student of another run was told goes with the ranges it was told in; one that was told nothing begins with an embedding that says nothing."""
-    ours = recipe.roles["student"].told
-    if theirs is not None and (told := Ranges.of_json(theirs)) != ours:
+    ours = recipe.roles["student"].guidance_range
+    if theirs is not None and (range_there := GuidanceRange.of_json(theirs)) != ours:
         raise ValueError(
-            f"start_from: that run's student is told {told}, this recipe's {ours or 'nothing'}; give the same draw and draw_skip, or start from its export "
-            "(--model DIR/student), whose strength is in its weights"
+            f"start_from: that run's student is told {range_there}, this recipe's {ours or 'nothing'}; give the same draw and draw_skip, or start from its "
+            "export (--model DIR/student), whose strength is in its weights"
         )
     if theirs is None and ours is not None:
-        new = {key: p for key, p in state.module_of("student").state().items() if key.startswith("told.")}
+        new = {key: p for key, p in state.module_of("student").state().items() if key.startswith("guidance_embedding.")}
         for part in (saved["roles"], saved["ema"]):
             if "student" in part:
                 part["student"] = {**part["student"], **new}

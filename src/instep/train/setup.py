@@ -28,9 +28,14 @@ def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -
         exits = len(recipe.levels) if config.exits else None
         if config.lora is not None:
             shared.add_adapter(name, config.lora)
-            made[name] = Role(name, shared, adapter=name, scale=config.scale, exits=exits, head=config.head, reads=config.reads, told=config.told)
+            made[name] = Role(
+                name, shared, adapter=name, scale=config.scale, exits=exits, head=config.head, prediction_type=config.prediction_type,
+                guidance_range=config.guidance_range,
+            )  # fmt: skip
         else:
-            made[name] = Role(name, copies.get(name, shared), exits=exits, head=config.head, reads=config.reads, told=config.told)
+            made[name] = Role(
+                name, copies.get(name, shared), exits=exits, head=config.head, prediction_type=config.prediction_type, guidance_range=config.guidance_range
+            )
     return made
 
 
@@ -54,8 +59,9 @@ def make_state(
     rng = torch.Generator(device).manual_seed(seed)
     reference, average = (tuple(roles[name].named_parameters().values()) if name in roles else () for name in ("reference", "average"))
     return TrainState(
-        roles, trained, family.path, family.latent_shape, rng, reward_fn, reward_grad_fn, weights=weights, reference=reference, average=average, latent_reward=latent_reward
-    )
+        roles, trained, family.path, family.latent_shape, rng, reward_fn, reward_grad_fn, weights=weights, reference=reference, average=average,
+        latent_reward=latent_reward,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class PairSamples:
         return RealSamples(self.prompts, self.chosen)
 
 
-class Order:
+class ShuffledIndices:
     """An endless seeded shuffle of 0..n-1; its state is a cursor, and each pass is a pure function of seed and pass number."""
 
     def __init__(self, n: int, seed: int) -> None:
@@ -69,7 +69,7 @@ class Order:
         return int(self._order[index])
 
 
-class Source:
+class BatchSource:
     """Batches for any stage: prompts alone, real samples or labelled pairs with theirs; and stored outputs of the teacher where a stage asks for them."""
 
     def __init__(
@@ -80,13 +80,13 @@ class Source:
             raise ValueError("prompts: the list is empty; give at least one prompt")
         self.family, self.prompts, self.real, self.stored, self.pairs = family, tuple(prompts), real, stored, pairs
         self.device = next(family.pretrained.parameters()).device
-        self._orders = {"prompts": Order(len(self.prompts), seed)}
+        self._orders = {"prompts": ShuffledIndices(len(self.prompts), seed)}
         if real is not None:
-            self._orders["real"] = Order(len(real.prompts), seed + 1)
+            self._orders["real"] = ShuffledIndices(len(real.prompts), seed + 1)
         if stored is not None:
-            self._orders["stored"] = Order(len(stored.prompts), seed + 2)
+            self._orders["stored"] = ShuffledIndices(len(stored.prompts), seed + 2)
         if pairs is not None:
-            self._orders["pairs"] = Order(len(pairs.prompts), seed + 3)
+            self._orders["pairs"] = ShuffledIndices(len(pairs.prompts), seed + 3)
 
     def next(self, stage: Stage) -> list[Batch]:
         """The micro-batches of one iteration."""

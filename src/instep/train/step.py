@@ -104,7 +104,10 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
         for i, batch in enumerate(batches):
             if epoch == 0:
                 batch = batch if stage.guidance_scales is None else replace(batch, cond=batch.cond.with_guidance(stage.guidance_scales))
-                view = View(state.roles, state.path, batch, progress, state.rng, reward_grad_fn=state.reward_grad_fn, weights=state.weights, latent_reward=state.latent_reward)
+                view = View(
+                    state.roles, state.path, batch, progress, state.rng, reward_grad_fn=state.reward_grad_fn, weights=state.weights,
+                    latent_reward=state.latent_reward,
+                )  # fmt: skip
                 view = view.with_rollout(score_rollout(state, stage, view, roll_out(state, stage, view, with_graph=True), log))
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
             else:

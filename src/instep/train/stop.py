@@ -100,12 +100,12 @@ def decide(out: Path, finding: Finding, known: Sequence[Probed], stop_on: Sequen
     clear = [p for p in known if p.step < finding.step and not any(r.step <= p.step and (r.cleared is None or p.step < r.cleared) for r in raised)]
     clear = [p for p in clear if p.saved and checkpoint.at(folder, p.step) is not None]
     evidence = {p.step for p in [p for p in known if p.step <= finding.step][-PERSIST:]} if any(p.step == finding.step for p in known) else set()
-    innocent = [p for p in clear if p.step not in evidence]
-    kept = best(innocent or clear)
+    unaffected = [p for p in clear if p.step not in evidence]
+    kept = best(unaffected or clear)
     share = next((p.share for p in known if p.step == kept), None)
     if kept is not None:
         what = "it is the last probe" if share is None else f"the monitor's share of right samples was highest there ({share:.2f})"
-        why = f"{what} among the checkpoints before the finding" + ("" if innocent else ", all of which may show it already")
+        why = f"{what} among the checkpoints before the finding" + ("" if unaffected else ", all of which may show it already")
     else:
         earlier = [path for path in checkpoint.every(folder) if checkpoint.step_of(path) < finding.step]
         path = next((path for path in earlier if checkpoint.at(folder, checkpoint.step_of(path)) is not None), None) or checkpoint.latest(folder)

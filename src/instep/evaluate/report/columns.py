@@ -1,4 +1,4 @@
-"""What the report calls the figures, what they mean, and how many decimals they deserve."""
+"""What the report calls the metrics, what they mean, and how many decimals they deserve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from instep.evaluate.metrics import Value
 
 @dataclass(frozen=True)
 class Column:
-    """A figure: its key in metrics.json, heading, explanation, decimals."""
+    """A metric: its key in metrics.json, heading, explanation, decimals."""
 
     key: str
     head: str

@@ -74,7 +74,7 @@ PANELS = (
 
 
 def panel_series(panel: Panel, runs: Sequence[RunRecord]) -> list[Series]:
-    """The panel's lines. One run: a colour a scalar; several: a colour a run, a dash a scalar. The teacher's figures are thin and grey."""
+    """The panel's lines. One run: a colour a scalar; several: a colour a run, a dash a scalar. The teacher's metrics are thin and grey."""
     pattern, found = re.compile(panel.pattern), []
     keys = sorted({key for run in runs for row in run.log or [] for key in row if pattern.fullmatch(key)})
     plain = [key for key in keys if not key.endswith("_teacher")]

@@ -17,7 +17,7 @@ from instep.evaluate.report.rows import by_protocol, real_vs_real_of, rows_of, s
 from instep.files import write_text
 
 SECTIONS = (
-    ("verdict", "Verdict", "Did it help?"), ("health", "Health", "Health"), ("samples", "Samples", "Samples"), ("figures", "Figures", "Figures"),
+    ("verdict", "Verdict", "Did it help?"), ("health", "Health", "Health"), ("samples", "Samples", "Samples"), ("metrics", "Metrics", "Metrics"),
     ("curves", "Curves", "Learning curves"), ("force", "Force", "What the matching force sees"), ("recipe", "Recipe", "Recipe"),
 )  # fmt: skip
 
@@ -25,7 +25,7 @@ SECTIONS = (
 def write_report(run_dirs: Sequence[Path], out: Path) -> None:
     """Writes one HTML page about the runs in `run_dirs` to `out`, atomically; it needs nothing but itself, not even a network.
 
-    Of several runs, figures stand in one table and curves lie over each other. What a run did not record is said to be missing.
+    Of several runs, metrics stand in one table and curves lie over each other. What a run did not record is said to be missing.
     Raises ValueError if there is no run directory or one does not exist.
     """
     if not run_dirs:
@@ -36,7 +36,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> None:
 def page(runs: Sequence[RunRecord]) -> str:
     """The whole document."""
     bodies = {
-        "verdict": verdict(runs), "health": health(runs), "samples": pictures.samples(runs), "figures": tables.all_tables(runs),
+        "verdict": verdict(runs), "health": health(runs), "samples": pictures.samples(runs), "metrics": tables.all_tables(runs),
         "curves": curves.curves(runs), "force": pictures.views(runs), "recipe": recipes(runs),
     }  # fmt: skip
     links = "".join(f"<a href='#{key}'>{escape(short)}</a>" for key, short, _ in SECTIONS)
@@ -49,7 +49,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         f"<meta name='color-scheme' content='light dark'><title>{title}</title><style>{style}</style></head><body>"
         f"<header><p class='kicker'>instep report</p><h1>{title}</h1>{''.join(words.what_was_done(run) for run in runs)}{facts(runs)}{problems(runs)}</header>"
         f"<nav aria-label='Sections'>{links}<button id='play' type='button' aria-pressed='true'>Pause animations</button></nav>"
-        f"<main>{sections}</main><footer>Written by instep {escape(__version__)}. Figures compare like with like only at equal numbers of samples and "
+        f"<main>{sections}</main><footer>Written by instep {escape(__version__)}. Metrics compare like with like only at equal numbers of samples and "
         f"the same protocol.</footer><div id='tip' role='status'></div><script>{script}</script></body></html>\n"
     )
 
@@ -64,7 +64,7 @@ def heading(runs: Sequence[RunRecord]) -> str:
 
 
 def facts(runs: Sequence[RunRecord]) -> str:
-    """Large figures of a single run beside the teacher's."""
+    """Large metrics of a single run beside the teacher's."""
     student = next(iter(students(runs)), None)
     if student is None or len(runs) > 1:
         return ""

@@ -37,7 +37,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     """metrics.json: measured rows, the real-vs-real row, the classifiers' own accuracies."""
 
     rows: tuple[Row, ...]
@@ -55,7 +55,7 @@ class RunRecord:
     recipe: dict[str, Any] | None
     log: list[dict[str, Any]] | None
     health: list[dict[str, Any]] | None
-    figures: Figures | None
+    metrics: Metrics | None
     samples: Samples | None
     views: tuple[Views, ...]
     problems: tuple[str, ...]
@@ -85,9 +85,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Records of the folders, each folder once, with labels that tell them apart."""
     once = {Path(folder).resolve(): Path(folder) for folder in folders}
     records = [read_run(folder) for folder in once.values()]
-    for told in (lambda record: record.folder.name, lambda record: str(record.folder)):  # the shorter, where it is enough
+    for name_of in (lambda record: record.folder.name, lambda record: str(record.folder)):  # the shorter, where it is enough
         seen = [record.label for record in records]
-        labels = [f"{r.label.removesuffix(f' ({r.folder.name})')} ({told(r)})" if seen.count(r.label) > 1 else r.label for r in records]
+        labels = [f"{r.label.removesuffix(f' ({r.folder.name})')} ({name_of(r)})" if seen.count(r.label) > 1 else r.label for r in records]
         records = [replace(record, label=label) for record, label in zip(records, labels, strict=True)]
     return records
 
@@ -112,7 +112,7 @@ def read_run(folder: Path) -> RunRecord:
     views = [attempt(file, _views) for file in sorted((folder / "views").glob("step-*.safetensors"))]
     return RunRecord(
         folder, label, recipe, attempt(folder / "log.jsonl", _log), attempt(folder / "health.jsonl", _lines),
-        attempt(folder / "metrics.json", _figures), attempt(folder / "samples.safetensors", _samples),
+        attempt(folder / "metrics.json", _metrics), attempt(folder / "samples.safetensors", _samples),
         tuple(v for v in views if v is not None), tuple(problems),
     )  # fmt: skip
 
@@ -152,15 +152,15 @@ def _log(path: Path) -> list[dict[str, Any]]:
     return [row for row in _lines(path) if isinstance(row.get("step"), int)]
 
 
-def _figures(path: Path) -> Figures:
+def _metrics(path: Path) -> Metrics:
     found = _mapping(path)
     real_vs_real = found.get("real_vs_real")
     rows = tuple(_row(row) for row in found.get("rows") or [])
-    return Figures(rows, _row(real_vs_real) if real_vs_real else None, found.get("classifiers") or {}, str(found.get("protocol", "")))
+    return Metrics(rows, _row(real_vs_real) if real_vs_real else None, found.get("classifiers") or {}, str(found.get("protocol", "")))
 
 
 def _row(found: Mapping[str, Any]) -> Row:
-    """A row of its finite figures; one that could not be measured is a gap."""
+    """A row of its finite metrics; one that could not be measured is a gap."""
     row = Row.of_json(found)
     finite = {key: v for key, v in row.values.items() if all(isinstance(x, int | float) and math.isfinite(x) for x in (v.value, v.se))}
     return replace(row, values=finite)

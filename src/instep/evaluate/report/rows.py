@@ -14,8 +14,8 @@ def by_protocol(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
     """Runs that were measured in the same way; distances at other numbers of samples cannot be compared."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        if run.figures and run.figures.rows:
-            groups.setdefault(run.figures.protocol, []).append(run)
+        if run.metrics and run.metrics.rows:
+            groups.setdefault(run.metrics.protocol, []).append(run)
     return list(groups.items())
 
 
@@ -53,7 +53,7 @@ def real_rows(runs: Sequence[RunRecord]) -> list[Row]:
 
 def real_vs_real_of(runs: Sequence[RunRecord]) -> Row | None:
     """The real-against-real row of the first run that has one."""
-    return next((run.figures.real_vs_real for run in runs if run.figures and run.figures.real_vs_real), None)
+    return next((run.metrics.real_vs_real for run in runs if run.metrics and run.metrics.real_vs_real), None)
 
 
 def _others(runs: Sequence[RunRecord]) -> list[Row]:
@@ -66,7 +66,7 @@ def _others(runs: Sequence[RunRecord]) -> list[Row]:
 
 def _rows(runs: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, Row]]:
     for run in runs:
-        for row in run.figures.rows if run.figures else ():
+        for row in run.metrics.rows if run.metrics else ():
             yield run, row
 
 

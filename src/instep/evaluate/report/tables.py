@@ -1,4 +1,4 @@
-"""Tables of figures, and the charts of quality against cost."""
+"""Tables of metrics, and the charts of quality against cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from instep.evaluate.report.rows import by_protocol, real_rows, real_vs_real_of,
 KINDS = {"student": "student", "control": "control", "teacher": "teacher", "naive": "naive sampling", "real": "real videos"}
 
 UNMEASURED = (
-    "<p class='none'>Figures are not recorded (no metrics.json); of a run on moving-digits or moving-digits-i2v, <code>instep eval</code> makes them.</p>"
+    "<p class='none'>Metrics are not recorded (no metrics.json); of a run on moving-digits or moving-digits-i2v, <code>instep eval</code> makes them.</p>"
 )
 
 
@@ -28,12 +28,12 @@ def best(rows: Sequence[Row], key: str) -> Row | None:
 
 
 def known(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    """The columns that some row has a figure of."""
+    """The columns that some row has a metric of."""
     return [column for column in columns if any(column.key in row.values for row in rows)]
 
 
 def table(rows: Sequence[Row], reals: Sequence[Row], columns: Sequence[Column]) -> str:
-    """Models by rows, figures by columns (HTML), real videos below; only columns that some model has."""
+    """Models by rows, metrics by columns (HTML), real videos below; only columns that some model has."""
     columns = known(columns, rows)
     leaders = {column.key: best(rows, column.key) for column in columns}
     equal = len({row.n for row in rows}) == 1
@@ -53,7 +53,7 @@ def table(rows: Sequence[Row], reals: Sequence[Row], columns: Sequence[Column]) 
         )
         body.append(f"<tr class='{escape(row.kind, quote=True)}'><th scope='row'>{escape(row.name)}{note}</th><td>{cost}</td>{''.join(cells)}</tr>")
     top = f"<thead><tr><th scope='col'>model</th><th scope='col'>NFE</th>{head}</tr></thead>"
-    return f"<div class='scroll'><table class='figures'>{caption}{top}<tbody>{''.join(body)}</tbody></table></div>"
+    return f"<div class='scroll'><table class='metrics'>{caption}{top}<tbody>{''.join(body)}</tbody></table></div>"
 
 
 def glossary(columns: Sequence[Column]) -> str:
@@ -61,7 +61,7 @@ def glossary(columns: Sequence[Column]) -> str:
 
 
 def cost_charts(rows: Sequence[Row], real_vs_real: Row | None) -> str:
-    """Quality against NFE for the figures that tell most."""
+    """Quality against NFE for the metrics that tell most."""
     captions = {
         "heldout_both": "Share of prompts that a held-out classifier finds followed. Up is better.",
         "fd": "Distance to real videos over all prompts. Down is better.",
@@ -89,7 +89,7 @@ def cost_charts(rows: Sequence[Row], real_vs_real: Row | None) -> str:
 
 
 def all_tables(runs: Sequence[RunRecord]) -> str:
-    """Charts, the table of main figures and, folded, all others with what they mean; runs of other protocols apart."""
+    """Charts, the table of main metrics and, folded, all others with what they mean; runs of other protocols apart."""
     groups = by_protocol(runs)
     if not groups:
         return UNMEASURED
@@ -107,15 +107,15 @@ def _tables(runs: Sequence[RunRecord]) -> str:
     shown = known((*MAIN, *MORE), rows)
     classifiers = "".join(
         f"<li>{escape(name)}: {escape(', '.join(f'{part} {value:.3f}' for part, value in accuracy.items() if isinstance(value, int | float)))}</li>"
-        for name, accuracy in next((run.figures.classifiers for run in runs if run.figures), {}).items()
+        for name, accuracy in next((run.metrics.classifiers for run in runs if run.metrics), {}).items()
         if isinstance(accuracy, dict)
     )
     accuracy = f"<h3>The classifiers' own accuracy on real videos</h3><ul>{classifiers}</ul>" if classifiers else ""
     return (
         f"{cost_charts(rows, real_vs_real)}{table(rows, reals, MAIN)}"
-        "<p class='note'>± is two standard errors, of what another seed would change on these prompts. A figure is set <span class='best'>apart</span> only "
+        "<p class='note'>± is two standard errors, of what another seed would change on these prompts. A metric is set <span class='best'>apart</span> only "
         "if it is better than every other row's by more than two standard errors of the difference; even so, about one comparison in twenty passes by "
         "chance. Rows share prompts and starting noise; differences are counted as if they did not, which errs towards “no difference”. "
         "Real videos, below the models, are in no competition with them.</p>"
-        f"<details><summary>All other figures, and what the columns mean</summary>{table(rows, reals, MORE)}{glossary(shown)}{accuracy}</details>"
+        f"<details><summary>All other metrics, and what the columns mean</summary>{table(rows, reals, MORE)}{glossary(shown)}{accuracy}</details>"
     )

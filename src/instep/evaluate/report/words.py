@@ -79,7 +79,7 @@ def opponents(student: Row, rows: Sequence[Row]) -> list[Opponent]:
 
 
 def outcome(student: Row, other: Row, key: str, real_vs_real: Row | None) -> str:
-    """`better`, `worse` or `even` (within two standard errors); for figures without a good end, closer to real videos is better."""
+    """`better`, `worse` or `even` (within two standard errors); for metrics without a good end, closer to real videos is better."""
     if direction(key):
         return "better" if better(student, other, key) else "worse" if better(other, student, key) else "even"
     delta = difference(student, other, key)
@@ -97,7 +97,7 @@ def verdict(student: Row, rows: Sequence[Row], real_vs_real: Row | None) -> str:
     against = opponents(student, rows)
     keys = [key for key in VERDICT if key in student.values and all(key in o.row.values for o in against)]
     if not against or not keys:
-        return '<p class="none">Figures of a baseline are not recorded, so there is nothing to compare with.</p>'
+        return '<p class="none">Metrics of a baseline are not recorded, so there is nothing to compare with.</p>'
     items = "".join(f"<li>{sentence(student, o, keys, real_vs_real)}</li>" for o in against)
     head = "".join(f"<th scope='col'>{escape(o.row.name)}<small>{escape(o.role)}, NFE {o.row.nfe}</small></th>" for o in against)
     body = []
