@@ -387,7 +387,8 @@ def test_labels_are_the_rewards_of_made_real_and_misnamed_samples():
     cond = text(n)
     rollout = Rollout(cond, 1, exit=Point(x, x, torch.ones(n), torch.zeros(n).long()))
     notes = {}
-    view = View({}, RectifiedFlow(), Batch(("a", "b", "c"), cond, cond, real), 0.0, torch.Generator(), rollout, latent_reward=ConvLatentReward(2, text_width=32))
+    batch = Batch(("a", "b", "c"), cond, cond, real)
+    view = View({}, RectifiedFlow(), batch, 0.0, torch.Generator(), rollout, latent_reward=ConvLatentReward(2, text_width=32))
     out = LatentFit(others=True).prepare(view, score, notes.__setitem__)
     assert asked == [["a", "b", "c", "b", "c", "a", "a", "b", "c"]]
     expected = torch.tensor([0.0, 1, 2, 0, 1, 2, 10, 10, 10])

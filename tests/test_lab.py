@@ -74,7 +74,8 @@ def test_a_fixed_weight_gives_p_over_w(strength):
     log_weight = lambda x: -strength * rewarded[torch.cdist(x, mixture.means).argmin(1)].float()  # noqa: E731
     fake = ExactFake(particles, HALF.path, log_weight=log_weight)
     optim = AdamWConfig(6e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
-    state = TrainState({"student": particles, "fake": fake, "teacher": HALF.teacher}, {"student": TrainedParams(particles.trainable(), optim)}, HALF.path, (2,), rng)
+    roles = {"student": particles, "fake": fake, "teacher": HALF.teacher}
+    state = TrainState(roles, {"student": TrainedParams(particles.trainable(), optim)}, HALF.path, (2,), rng)
     stage = Stage("rest", 700, 384, (DistributionMatching(levels=Uniform()),), (), RolloutConfig((1.0,)))
     names = ("",) * 384
     for step in range(stage.steps):

@@ -220,7 +220,7 @@ def test_what_measure_refuses(x: Tensor, label: Tensor, said: str):
         measure(x, label, RING, new_rng())
 
 
-def test_exact_figures_and_rewarded_refuse_what_does_not_fit():
+def test_exact_samples_and_rewarded_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="n: 3 is not allowed; use 4 or more"):
         measure_exact(RING, 3, 0)
     with pytest.raises(ValueError, match=r"booleans \[8\]"):

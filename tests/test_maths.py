@@ -17,6 +17,7 @@ from instep.prediction import (
     guide,
     predict_guided,
     score_of_x0,
+    to_prediction,
     velocity_of_x0,
     x0_of_velocity,
 )

@@ -68,7 +68,7 @@ def moving(motion: str, n: int = 4) -> torch.Tensor:
     return digits.render("reference", [digits.motion_spec(3, k)] * n, seed=5)
 
 
-def test_motion_figures_on_real_videos():
+def test_motion_metrics_on_real_videos():
     """A digit travels 16 px (fast), 8 px (slowly) or not at all; rigid motion does not wobble, changing shapes do."""
     for motion, pixels in (("left fast", 16), ("up slowly", 8), ("still", 0)):
         assert m.dynamic(moving(motion)).mean() == pytest.approx(pixels, abs=0.5)

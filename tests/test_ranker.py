@@ -254,7 +254,8 @@ def test_neighbouring_groups_of_one_prompt_are_ranked_apart():
     """Where an order of prompts begins again its last and first may be the same: the tie of the first group below is no preference over the second."""
     from instep.train.step import scoring_slices
 
-    assert scoring_slices(["a", "a", "b", "b", "b", "b", "c", "c"], 2) == [slice(0, 4), slice(4, 8)] and scoring_slices(["a", "a", "b", "b"], 2) == [slice(0, 4)]
+    assert scoring_slices(["a", "a", "b", "b", "b", "b", "c", "c"], 2) == [slice(0, 4), slice(4, 8)]
+    assert scoring_slices(["a", "a", "b", "b"], 2) == [slice(0, 4)]
     score = lambda media, prompts: media.mean((1, 2, 3))  # noqa: E731
     ranked, media = Ranked(reward_ranker(score, margin=0.15)), torch.tensor([0.1, 0.2, 0.3, 0.9])[:, None, None, None].expand(4, 3, 2, 2)
     prompts = ["a"] * 4

@@ -129,7 +129,7 @@ def test_teacher_lines_of_two_classifiers_are_told_apart(run, tmp_path):
         assert teacher["style"].split() == [own["style"].split()[0], "d2"], "the scalar's own colour, dotted"
 
 
-def test_figures_that_could_not_be_measured_are_gaps(tmp_path):
+def test_metrics_that_could_not_be_measured_are_gaps(tmp_path):
     run = make_run(tmp_path / "run")
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["rows"][0]["values"]["fd"] = {"value": None, "se": None}

@@ -305,7 +305,8 @@ def test_one_model_follows_the_guided_teacher_at_every_strength():
     def distances(draw, ends=((1.0, 0.5), (2.0, 0.5), (3.0, 0.5), (2.0, 0.0), (2.0, 1.0))):
         recipe = apo(
             ManySteps(steps=10, batch=512, guidance=2.0, shift=1.0, student=optim, ema=None), online=0, half_online=0, offline=0, distill_guidance=500,
-            distill_guidance_optim=optim, post_distillation=0, skip=0.5, skip_blocks=(1,), draw=(1.0, 3.0) if draw else None, draw_skip=(0.0, 1.0) if draw else None,
+            distill_guidance_optim=optim, post_distillation=0, skip=0.5, skip_blocks=(1,), draw=(1.0, 3.0) if draw else None,
+            draw_skip=(0.0, 1.0) if draw else None,
         )  # fmt: skip
         state = ensemble_state(recipe, world, start, 0)
         (stage,) = recipe.stages
@@ -466,7 +467,8 @@ def test_a_run_that_was_told_nothing_is_gone_on_with(tmp_path, rank):
             train(apo(tiny, **{**none, "post_distillation": 1}, **other), family(), out=tmp_path / f"no{i}", **reads)
     # guided, or distilled from guidance, a second time
     for name, more in (("distill_guidance", {"draw": (1.0, 5.0)}), ("online", {"draw": (1.0, 5.0), "distill_guidance": 1})):
-        with pytest.raises(ValueError, match=f"start_from: the student of .* has guidance in its weights, and stage '{name.replace('_', '-')}' would guide it a second time"):
+        stage = name.replace("_", "-")
+        with pytest.raises(ValueError, match=f"start_from: the student of .* has guidance in its weights, and stage '{stage}' would guide it a second time"):
             train(apo(tiny, **{**none, name: 1, **more}), family(), out=tmp_path / f"again-{name}", **reads)
     with pytest.raises(ValueError, match="start_from: none was given, and stage 'post-distillation' goes on with a student that has learned its guidance"):
         train(apo(tiny, **{**none, "post_distillation": 1}, draw=(1.0, 5.0)), family(), out=tmp_path / "alone", **GIVEN)
@@ -482,7 +484,8 @@ def test_a_run_that_was_told_nothing_is_gone_on_with(tmp_path, rank):
 
 def test_a_cogvideox_is_told_too(tmp_path):
     fam = cogvideox()
-    recipe = apo(replace(LOUD, batch=2, lora_rank=4), **dict.fromkeys(("online", "half_online", "offline", "post_distillation"), 0), distill_guidance=2, draw=(1.0, 5.0))
+    others = dict.fromkeys(("online", "half_online", "offline", "post_distillation"), 0)
+    recipe = apo(replace(LOUD, batch=2, lora_rank=4), **others, distill_guidance=2, draw=(1.0, 5.0))
     x = torch.randn(2, *fam.latent_shape, generator=torch.Generator().manual_seed(0))
     run = train(recipe, fam, out=tmp_path / "run", prompts=PROMPTS[:2], pairs=PairSamples(tuple(PROMPTS[:2]), x, -x), options=QUICK)
     role = student_of(run.out, read_run(run.out), other := cogvideox())

@@ -69,13 +69,15 @@ def apo(
     guidance_range = None
     if draw is not None or draw_skip is not None:
         if few_step or not (distill_guidance or post_distillation):
-            raise ValueError("draw: guidance scales are drawn in the stage distill-guidance, which this run does not have; give it steps, or leave draw(_skip) out")
+            raise ValueError(
+                "draw: guidance scales are drawn in the stage distill-guidance, which this run does not have; give it steps, or leave draw(_skip) out"
+            )
         guidance_range = GuidanceRange(draw or (common.guidance, common.guidance), draw_skip or (skip, skip))
         guidance_range.check((common.guidance, skip))
     if post_distillation and not (few_step or distill_guidance) and online + half_online + offline:
         raise ValueError(
-            f"post_distillation: {post_distillation} is not allowed here: that stage trains a model that needs no guidance, and with distill_guidance 0 none has "
-            "put it into the weights; give distill_guidance steps, or leave both out"
+            f"post_distillation: {post_distillation} is not allowed here: that stage trains a model that needs no guidance, and with distill_guidance 0 none "
+            "has put it into the weights; give distill_guidance steps, or leave both out"
         )
     levels: LevelSampler = HighLow(common.steps, SHIFTS if random_shift else (common.shift,), offset, high, low)
     if few_step or uniform:
