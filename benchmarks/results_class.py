@@ -116,8 +116,8 @@ def reading() -> str:
     high = {k: estimate("refl-1-high", k) for k in ("diversity", "heldout", "inception")}
     return (
         f"Where the Frechet distance parts from the paper: the unguided teacher stands at {estimate('teacher-50-1', 'fd')} and its student at "
-        f"{estimate('dmd2-1', 'fd')}, real scans at {real:.3f}. An unguided model of this size draws some digits that are none, so a first bit of sharpening, by "
-        "guidance or by the reward, takes it nearer to the real ones; what is sharpened further moves away again. If the paper's unguided "
+        f"{estimate('dmd2-1', 'fd')}, real scans at {real:.3f}. An unguided model of this size draws some digits that are none, so a first bit of sharpening, "
+        "by guidance or by the reward, takes it nearer to the real ones; what is sharpened further moves away again. If the paper's unguided "
         f"student starts near its data already, it has only the second half (our reading, not tested). "
         f"The weight of the reward's gradient beside plain matching, guidance 1: {curve}. "
         f"At weight 5 the student collapses (spread in a class {high['diversity']}, plain {estimate('dmd2-1', 'diversity')}) while the "

@@ -10,7 +10,7 @@ from pathlib import Path
 from dollar import CELLS, FIT, OWN
 from moving_digits import FEW, RESULTS
 from results_reinforce import OWN as REINFORCE
-from stored import row_of
+from stored import renamed, row_of
 from verdicts import Claim, claims_table, differences, measured, word
 
 from instep.evaluate.compare import Row, better, combined, difference
@@ -39,7 +39,7 @@ def records(name: str) -> list[dict]:
 
 def looked(name: str) -> list[dict[str, dict[str, float]]]:
     """What `--look` measured of a cell's students beside the protocol, seed by seed."""
-    return [json.loads(file.read_text()) for file in sorted((OWN / "look").glob(f"{ELSEWHERE.get(name, (0, name, 0))[1]}-[0-9].json"))]
+    return [renamed(json.loads(file.read_text())) for file in sorted((OWN / "look").glob(f"{ELSEWHERE.get(name, (0, name, 0))[1]}-[0-9].json"))]
 
 
 def cell(name: str) -> Row | None:

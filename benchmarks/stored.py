@@ -7,7 +7,7 @@ from typing import Any
 
 from instep.evaluate.compare import Row
 
-RENAMED = {"ink": "mean_brightness", "prompts_judged": "prompts_shown", "floor": "exact_samples"}
+RENAMED = {"ink": "mean_brightness", "prompts_judged": "prompts_shown", "floor": "exact_samples", "scorer": "latent_reward"}
 
 
 def renamed(metrics: Mapping[str, Any]) -> dict[str, Any]:
