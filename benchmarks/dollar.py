@@ -19,7 +19,7 @@ from moving_digits import CELLS as DISTILLED
 from moving_digits import FEW, MORE, RESULTS, TWO, Cell, run_cell
 from torch import Tensor
 
-from instep.commands.evaluate import drawn
+from instep.commands.evaluate import sampler_of
 from instep.commands.export import read_run, sampling_of, student_of
 from instep.embedded import MovingDigits, moving_digits
 from instep.evaluate import metrics
@@ -104,10 +104,10 @@ def look(name: str, seed: int, runs: Path) -> None:
     if file.is_file() or not (folder / "recipe.json").is_file():
         return
     record = read_run(folder)
-    family, chosen = moving_digits().family, evaluation_set("full")
-    raw, _ = generate_all(drawn(student_of(folder, record, family), family, sampling_of(record)), chosen.open, chosen.seed, name)
-    media, rank = raw.clamp(0, 1), {prompt: i for i, prompt in enumerate(dict.fromkeys(chosen.open))}
-    group = torch.tensor([rank[prompt] for prompt in chosen.open])
+    family, eval_set = moving_digits().family, evaluation_set("full")
+    raw, _ = generate_all(sampler_of(student_of(folder, record, family), family, sampling_of(record)), eval_set.open, eval_set.seed, name)
+    media, rank = raw.clamp(0, 1), {prompt: i for i, prompt in enumerate(dict.fromkeys(eval_set.open))}
+    group = torch.tensor([rank[prompt] for prompt in eval_set.open])
     pixels = [metrics.vendi_by_group(within(media[:, 0, k].flatten(1), group), group) for k in KEYFRAMES]
     # the frames of a video are not independent: the error is not divided by their number
     values = {"vendi_pixels": metrics.Value(sum(v.value for v in pixels) / len(pixels), max(v.se for v in pixels))}

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from stored import row_of
 
-from instep.commands.evaluate import baseline, drawn, load_classifiers, noise_for
+from instep.commands.evaluate import baseline, load_classifiers, noise_for, sampler_of
 from instep.embedded import MovingDigits, moving_digits
 from instep.evaluate.compare import Row, evaluate, evaluation_set, real_vs_real_row
 from instep.files import write_json
@@ -99,7 +99,7 @@ def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS
     )  # fmt: skip
     seconds = time.process_time() - cpu
     with averaged(run.state.trained["student"]):
-        generate = drawn(run.state.roles["student"], digits.family, recipe.sampling)
+        generate = sampler_of(run.state.roles["student"], digits.family, recipe.sampling)
         row = evaluate(
             name, "student", generate, evaluation_set("full"), load_classifiers(), steps=len(recipe.levels), guidance=recipe.sampling.guidance, note=cell.what
         )
@@ -122,16 +122,16 @@ def curve(out: Path) -> list[dict[str, float]]:
 
 def run_baselines(digits: MovingDigits) -> None:
     """Teacher and naive sampling at every NFE, and real videos against real ones."""
-    classifiers, chosen = load_classifiers(), evaluation_set("full")
+    classifiers, eval_set = load_classifiers(), evaluation_set("full")
     for steps in (50, 4, 2, 1):
         for guidance in (3.0, 1.0):
             file = RESULTS / f"teacher-{steps}-{guidance:g}.json"
             if not file.is_file():
-                write_json(file, {"row": baseline(digits.family, classifiers, chosen, steps, guidance).json()})
+                write_json(file, {"row": baseline(digits.family, classifiers, eval_set, steps, guidance).json()})
     if not (RESULTS / "floor.json").is_file():
-        write_json(RESULTS / "floor.json", {"row": real_vs_real_row(chosen, classifiers).json()})
+        write_json(RESULTS / "floor.json", {"row": real_vs_real_row(eval_set, classifiers).json()})
         family = digits.family
-        write_json(RESULTS / "floor-vae.json", {"row": real_vs_real_row(chosen, classifiers, through=lambda x: family.decode(family.encode_media(x))).json()})
+        write_json(RESULTS / "floor-vae.json", {"row": real_vs_real_row(eval_set, classifiers, through=lambda x: family.decode(family.encode_media(x))).json()})
 
 
 def run_export(digits: MovingDigits, runs: Path, seed: int) -> None:

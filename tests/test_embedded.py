@@ -9,7 +9,7 @@ import torch
 
 from instep.cli import main
 from instep.commands import evaluate
-from instep.commands.evaluate import drawn, fingerprint, noise_for
+from instep.commands.evaluate import fingerprint, noise_for, sampler_of
 from instep.commands.export import read_run, student_of
 from instep.data import digits
 from instep.embedded import moving_digits
@@ -52,7 +52,7 @@ def test_the_student_beats_naive_sampling_at_its_cost(run):
     teacher = Role("teacher", Backbone(family, family.pretrained))
     cond, null = family.encode(PROMPTS), family.null(len(PROMPTS))
     naive = sample_ode(teacher, cond, null, noise, steps=2, path=family.path, shift=family.shift)
-    assert right(drawn(student, family, Sampling((1.0, 0.75)))(PROMPTS, 0)) > right(family.decode(naive)) + 0.15
+    assert right(sampler_of(student, family, Sampling((1.0, 0.75)))(PROMPTS, 0)) > right(family.decode(naive)) + 0.15
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def test_stock_diffusers_draws_the_same_videos(run):
     pipe.set_progress_bar_config(disable=True)
     family, names = load(MOVING_DIGITS), PROMPTS[:3]
     student = student_of(run, read_run(run), family)
-    ours = drawn(student, family, Sampling((1.0, 0.75)))(names, 7).clamp(0, 1)
+    ours = sampler_of(student, family, Sampling((1.0, 0.75)))(names, 7).clamp(0, 1)
     noise, rng = noise_for(family, names, 7)
     torch.set_rng_state(rng.get_state())
     stock = pipe(

@@ -65,10 +65,10 @@ def eval_command(args: EvalArgs) -> int:
         print_rows(measure_run(folder, args.protocol, args.seed))
     if args.teacher_steps or not args.dirs:
         family, classifiers = load(args.teacher), load_classifiers()
-        chosen = evaluation_set(args.protocol, args.seed, image_to_video=args.teacher == MOVING_DIGITS_I2V)
+        eval_set = evaluation_set(args.protocol, args.seed, image_to_video=args.teacher == MOVING_DIGITS_I2V)
         steps = args.teacher_steps or (50, 4, 2, 1)
-        rows = [baseline(family, classifiers, chosen, n, w) for n in steps for w in (3.0, 1.0)]
-        print_rows([real_vs_real_row(chosen, classifiers), *rows])
+        rows = [baseline(family, classifiers, eval_set, n, w) for n in steps for w in (3.0, 1.0)]
+        print_rows([real_vs_real_row(eval_set, classifiers), *rows])
     return 0
 
 
@@ -95,26 +95,27 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     record = read_run(folder)
     model, known = model_of(record, folder)
     # a student with an adapter puts it into its family's network: the teacher's rows are those of a network of their own
-    family, plain, classifiers, chosen = load(model), load(model), load_classifiers(), evaluation_set(protocol, seed, image_to_video=known == MOVING_DIGITS_I2V)
+    family, plain, classifiers = load(model), load(model), load_classifiers()
+    eval_set = evaluation_set(protocol, seed, image_to_video=known == MOVING_DIGITS_I2V)
     sampling, guidance = sampling_of(record, newest_step(folder)), float(record["config"]["guidance"])
     levels = sampling.levels
     student = student_of(folder, record, family)
     name = f"student ({record['recipe']})"
-    row = evaluate(name, "student", drawn(student, family, sampling), chosen, classifiers, steps=len(levels), guidance=sampling.guidance)
+    row = evaluate(name, "student", sampler_of(student, family, sampling), eval_set, classifiers, steps=len(levels), guidance=sampling.guidance)
     q, before = len(levels), []
     for stage, step in stage_ends(record)[:-1]:
         if checkpoint.at(folder / "checkpoints", step) is not None:
             then = sampling_of(record, step)
-            earlier = drawn(student_of(folder, record, other := load(model), step=step), other, then)
-            before.append(evaluate(f"student after stage {stage!r}", "control", earlier, chosen, classifiers, steps=q, guidance=then.guidance))
+            earlier = sampler_of(student_of(folder, record, other := load(model), step=step), other, then)
+            before.append(evaluate(f"student after stage {stage!r}", "control", earlier, eval_set, classifiers, steps=q, guidance=then.guidance))
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
-    decoded = real_vs_real_row(chosen, classifiers, through=lambda media: family.decode(family.encode_media(media)))
-    rows = [row, *before, decoded, *(baseline(plain, classifiers, chosen, n, w) for n, w in dict.fromkeys(pairs))]
-    real, health = real_vs_real_row(chosen, classifiers), flags(folder)
+    decoded = real_vs_real_row(eval_set, classifiers, through=lambda media: family.decode(family.encode_media(media)))
+    rows = [row, *before, decoded, *(baseline(plain, classifiers, eval_set, n, w) for n, w in dict.fromkeys(pairs))]
+    real, health = real_vs_real_row(eval_set, classifiers), flags(folder)
     write_json(
         folder / "metrics.json",
         {
-            "protocol": f"{protocol}{', from a first frame' * chosen.image_to_video}",
+            "protocol": f"{protocol}{', from a first frame' * eval_set.image_to_video}",
             "rows": [r.json() for r in rows],
             "real_vs_real": real.json(),
             "flags": [raised.flag for raised in health if raised.cleared is None],
@@ -148,7 +149,7 @@ def stage_ends(record: dict[str, Any]) -> list[tuple[str, int]]:
     return ends
 
 
-def drawn(student: Denoiser, family: Family, sampling: Sampling) -> Generate:
+def sampler_of(student: Denoiser, family: Family, sampling: Sampling) -> Generate:
     """The student's own sampler as a generator of unclamped media."""
 
     def generate(prompts: Sequence[str], seed: int) -> Tensor:
@@ -164,9 +165,9 @@ def noise_for(family: Family, prompts: Sequence[str], seed: int) -> tuple[Tensor
     return torch.randn(len(prompts), *family.latent_shape, generator=rng), rng
 
 
-def baseline(family: Family, classifiers: dict[str, Classifier], chosen: EvalSet, steps: int, guidance: float) -> Row:
+def baseline(family: Family, classifiers: dict[str, Classifier], eval_set: EvalSet, steps: int, guidance: float) -> Row:
     """The teacher at any number of steps, guided or not; kept in the user's cache, because it never changes."""
-    file = cache_folder() / f"{fingerprint(chosen, family)}-teacher-{steps}-{guidance:g}.json"
+    file = cache_folder() / f"{fingerprint(eval_set, family)}-teacher-{steps}-{guidance:g}.json"
     if file.is_file():
         return Row.of_json(json.loads(file.read_text(encoding="utf-8")))
     teacher = Role("teacher", Backbone(family, family.pretrained))
@@ -180,7 +181,7 @@ def baseline(family: Family, classifiers: dict[str, Classifier], chosen: EvalSet
 
     kind: Literal["teacher", "naive"] = "teacher" if steps >= 20 else "naive"
     name = f"teacher, {steps} step{'s' * (steps > 1)}{', guided' if guidance != 1 else ''}"
-    row = evaluate(name, kind, generate, chosen, classifiers, steps=steps, guidance=guidance)
+    row = evaluate(name, kind, generate, eval_set, classifiers, steps=steps, guidance=guidance)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time the next time, not the metrics
         write_json(file, row.json())
     return row
@@ -192,9 +193,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("INSTEP_CACHE") or default)
 
 
-def fingerprint(chosen: EvalSet, family: Family) -> str:
+def fingerprint(eval_set: EvalSet, family: Family) -> str:
     """Of the model's weights, the classifiers, the measuring code and the protocol: what a cached row depends on."""
-    digest = hashlib.sha256(f"{chosen.name}{chosen.seed}{'image_to_video' * chosen.image_to_video}".encode())
+    digest = hashlib.sha256(f"{eval_set.name}{eval_set.seed}{'image_to_video' * eval_set.image_to_video}".encode())
     for part in (family.pipe.transformer, family.pipe.vae, family.pipe.text_encoder):
         for name, p in part.state_dict().items():
             digest.update(name.encode() + p.detach().cpu().numpy().tobytes())

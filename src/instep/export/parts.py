@@ -65,7 +65,7 @@ def export_parts(
         scheduler.save_pretrained(temporary / "scheduler")
         (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2))
         stock, same = stock_loop(family, temporary, [info.example_prompt] * 2)
-        in_memory = drawn(ours, [info.example_prompt] * 2)
+        in_memory = sampled(ours, [info.example_prompt] * 2)
         sampler_difference, student_difference = (float((stock - other).abs().max()) for other in (same, in_memory))
         shape = tuple(family.latent_shape)
         (temporary / "README.md").write_text(CARD.format(
@@ -76,7 +76,7 @@ def export_parts(
     return ExportReport(out, levels, sampler_difference, student_difference, None, 0, size_bytes)
 
 
-def drawn(sampler: Sampler, prompts: Sequence[str]) -> Tensor:
+def sampled(sampler: Sampler, prompts: Sequence[str]) -> Tensor:
     """Final latents from torch's global generator at seed 0, whose state is put back: the scheduler re-noises from it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -106,4 +106,4 @@ def stock_loop(family: Family, folder: Path, prompts: Sequence[str]) -> tuple[Te
         noise = torch.randn(len(names), *family.latent_shape, generator=rng)
         return sample_few_step(Role("student", Backbone(family, network)), cond, noise, levels, family.path, rng)
 
-    return drawn(stock, prompts), drawn(own, prompts)
+    return sampled(stock, prompts), sampled(own, prompts)
