@@ -34,8 +34,8 @@ LAB = ManySteps(steps=10, batch=256, guidance=1.5, student=AdamWConfig(3e-4, bet
 MARGIN = 0.1
 # gradient evaluations (levels of a pair) of a cell's preferences; a window of five makes a fifth as many updates
 EVALUATIONS = 300
-ABSORB = 300
-NONE = {"online": 0, "half_online": 0, "offline": 0, "absorb": 0, "aware": 0}
+DISTILL_UPDATES = 300
+NONE = {"online": 0, "half_online": 0, "offline": 0, "distill_guidance": 0, "post_distillation": 0}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ CELLS = {
     "dpo-fewer": Cell({"offline": EVALUATIONS // 5, "uniform": 1}, "Diffusion-DPO, as many updates as APO and a fifth of the levels"),
     "apo-beta-0.5": Cell(window(beta=0.5), "Diffusion-APO, beta .5"),
 }  # fmt: skip
-SEQUENCE = {"online": 30, "half_online": 30, "offline": 30, "absorb": ABSORB, "aware": 20}
+SEQUENCE = {"online": 30, "half_online": 30, "offline": 30, "distill_guidance": DISTILL_UPDATES, "post_distillation": 20}
 BETA = 2.0
 
 
@@ -103,7 +103,7 @@ def run_lab(name: str, options: dict[str, Any], what: str, seed: int) -> None:
         return
     world, began = World.named("ring8", members=1, reward="half"), time.process_time()
     net = start_of(world, seed)
-    recipe = apo(LAB, **{**NONE, "absorb": ABSORB, "distill_guidance_optim": LAB.student, "beta": BETA, **options})
+    recipe = apo(LAB, **{**NONE, "distill_guidance": DISTILL_UPDATES, "distill_guidance_optim": LAB.student, "beta": BETA, **options})
     state = ensemble_state(recipe, world, net, seed)
     start = snapshot(state, replace(recipe, stages=recipe.stages[:1]), world)
     after, losses = stages(recipe, state, world)

@@ -2,7 +2,7 @@
 
     python benchmarks/apo_bundled.py --runs runs/benchmark      # an hour of CPU time, resumes; then make results
     python benchmarks/apo_bundled.py --speed                    # seconds of a guided step and of a distilled one
-    python benchmarks/apo_bundled.py --strengths --runs runs/benchmark   # one model for drawn strengths of guidance
+    python benchmarks/apo_bundled.py --drawn-guidance --runs runs/benchmark   # one model for drawn guidance scales
 
 A cell is the offline stage alone on the bundled model's labelled pairs; some are followed by guidance distillation, as the paper's ablation is. Win rates
 are against the model that the run began as, on the same noise: a share of samples that score higher by the held-out classifier, ± over prompts. Cells `i2v-...`
@@ -56,22 +56,22 @@ class Cell:
     model: str = MOVING_DIGITS
 
 
-def window(what: str, absorb: int = 0, model: str = MOVING_DIGITS, **changed: Any) -> Cell:
-    return Cell(what, {**NONE, "offline": UPDATES, "absorb": absorb, **changed}, model)
+def window(what: str, distill_guidance: int = 0, model: str = MOVING_DIGITS, **changed: Any) -> Cell:
+    return Cell(what, {**NONE, "offline": UPDATES, "distill_guidance": distill_guidance, **changed}, model)
 
 
-ABSORB = 600
+DISTILL_UPDATES = 600
 CELLS = {
     "dpo": window("Diffusion-DPO: one level of all an update", offline=5 * UPDATES, uniform=1),
     "no-window": window("five levels of all an update", uniform=5),
-    "apo": window("Diffusion-APO: a window of four high levels and a low one, near the sampler's", ABSORB),
+    "apo": window("Diffusion-APO: a window of four high levels and a low one, near the sampler's", DISTILL_UPDATES),
     "no-shift": window("without the random shift", random_shift=False),
     "no-offset": window("without the random offset", offset=0.0),
-    "neither": window("without random shift and offset", ABSORB, random_shift=False, offset=0.0),
+    "neither": window("without random shift and offset", DISTILL_UPDATES, random_shift=False, offset=0.0),
     "high-only": window("five high levels", high=5, low=0),
     "low-only": window("five low levels", high=0, low=5),
-    "distilled": Cell("guidance distillation alone", {**NONE, "absorb": ABSORB}),
-    "distilled-4x": Cell("guidance distillation alone, four times as long", {**NONE, "absorb": 4 * ABSORB}),
+    "distilled": Cell("guidance distillation alone", {**NONE, "distill_guidance": DISTILL_UPDATES}),
+    "distilled-4x": Cell("guidance distillation alone, four times as long", {**NONE, "distill_guidance": 4 * DISTILL_UPDATES}),
     "sequence": Cell("the five stages, with the recipe's defaults"),
     "i2v-dpo": window("from a first frame: Diffusion-DPO", model=MOVING_DIGITS_I2V, offline=5 * UPDATES, uniform=1),
     "i2v-apo": window("from a first frame: Diffusion-APO", model=MOVING_DIGITS_I2V),
@@ -152,29 +152,29 @@ def run_cell(name: str, seed: int, runs: Path) -> None:
     print(f"{name} seed {seed}: " + ", ".join(f"{k} win {v['win']:.3f} right {v['right']:.3f}" for k, v in after.items()), flush=True)
 
 
-TOLD = (1.0, 3.0, 5.0)  # guidance that is asked for; strengths are drawn from the first to the last
+GUIDANCES = (1.0, 3.0, 5.0)  # guidance that is asked for; scales are drawn from the first to the last
 
 
-def strengths(runs: Path) -> None:
+def drawn_guidance(runs: Path) -> None:
     """A student that is told its guidance, and one distilled at 3 alone, against the guided model: root mean square of the difference in pixels."""
     digits, family = moving_digits(), load(MOVING_DIGITS)
-    guided = {w: media(Role("teacher", Backbone(family, family.pretrained)), Sampling(COMMON.levels, "ode", w)) for w in TOLD}
+    guided = {w: media(Role("teacher", Backbone(family, family.pretrained)), Sampling(COMMON.levels, "ode", w)) for w in GUIDANCES}
     right = load_classifier("heldout").correct
     kept: dict[str, dict[str, dict[str, float]]] = {
         "guided": {f"{w:g}": {"right": float(right(seen, prompts()).both.float().mean()), "distance": 0.0} for w, seen in guided.items()}
     }
-    for name, draw in (("drawn", (TOLD[0], TOLD[-1])), ("fixed", None)):
-        out = runs / f"apo-strengths-{name}"
-        recipe = apo(COMMON, **{**NONE, "absorb": ABSORB}, draw=draw)
+    for name, draw in (("drawn", (GUIDANCES[0], GUIDANCES[-1])), ("fixed", None)):
+        out = runs / f"apo-drawn-guidance-{name}"
+        recipe = apo(COMMON, **{**NONE, "distill_guidance": DISTILL_UPDATES}, draw=draw)
         train(
             recipe, digits.family, out=out, prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor, real=digits.real(),
-            options=RunOptions(save_every=100, probe_every=ABSORB),
+            options=RunOptions(save_every=100, probe_every=DISTILL_UPDATES),
         )  # fmt: skip
         record = read_run(out)
         role, sampling = student_of(out, record, load(MOVING_DIGITS)), sampling_of(record)
         kept[name] = {}
-        for w in TOLD:
-            seen = media(role, replace(sampling, strengths=(w, 0.0)) if draw else sampling)
+        for w in GUIDANCES:
+            seen = media(role, replace(sampling, guidance_scales=(w, 0.0)) if draw else sampling)
             metrics = {"right": float(right(seen, prompts()).both.float().mean()), "distance": float((seen - guided[w]).square().mean().sqrt())}
             kept[name][f"{w:g}"] = metrics
             print(name, w, metrics, flush=True)
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--strengths", action="store_true", help="only one model for drawn strengths of guidance")
+    parser.add_argument("--drawn-guidance", action="store_true", help="only one model for drawn guidance scales")
     parser.add_argument("--speed", action="store_true", help="only the cost of a guided and of a distilled step")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -225,8 +225,8 @@ def main() -> None:
     if args.speed:
         speed()
         return
-    if args.strengths:
-        strengths(args.runs)
+    if args.drawn_guidance:
+        drawn_guidance(args.runs)
         return
     for name in args.cells:
         for seed in args.seeds:

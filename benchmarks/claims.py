@@ -112,8 +112,8 @@ def decoupled() -> Verdict:
 
 
 def one_fake() -> Verdict:
-    told, one = end("four-steps", "dmd2"), end("four-steps", "dmd2:condition_on_exit=False")
-    return word(not above(one, told, "tv")), f"one fake: {show(one, 'tv', 'spread')}; told the exit: {show(told, 'tv', 'spread')}"
+    by_exit, one = end("four-steps", "dmd2"), end("four-steps", "dmd2:condition_on_exit=False")
+    return word(not above(one, by_exit, "tv")), f"one fake: {show(one, 'tv', 'spread')}; told the exit: {show(by_exit, 'tv', 'spread')}"
 
 
 CLAIMS = (

@@ -69,7 +69,7 @@ EXPERIMENTS = {
     "two-stage": Experiment(("dmd2", "amd:distil=1000", "refl:distil=1000,weight=0.1", "dm-align-group:weight=0.05,spread=group"), world(reward="half")),
     "consistency": Experiment(
         ("dmd2", "dollar:weight=0,matching=0,cd=1", "dollar:weight=0,cd_steps=1", "dollar:weight=0", "dollar:weight=0,cd=2",
-         "dollar:weight=0,predicts=x0"), world(),
+         "dollar:weight=0,prediction_type=x0"), world(),
     ),
     "consistency-four": Experiment(("dmd2", "dollar:weight=0,matching=0,cd=1", "dollar:weight=0,cd_steps=1", "dollar:weight=0"), world(steps=4)),
     "consistency-far": Experiment(("dmd2", "dollar:weight=0,cd_steps=1", "dollar:weight=0"), world(start="far"), 15),

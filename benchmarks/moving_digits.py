@@ -103,8 +103,8 @@ def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS
         row = evaluate(
             name, "student", generate, evaluation_set("full"), load_classifiers(), steps=len(recipe.levels), guidance=recipe.sampling.guidance, note=cell.what
         )
-    told = {"hacking": hacking(run.out, recipe), "curve": curve(run.out)}
-    write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed, **told})
+    observed = {"hacking": hacking(run.out, recipe), "curve": curve(run.out)}
+    write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed, **observed})
 
 
 def hacking(out: Path, recipe: Recipe) -> int | None:

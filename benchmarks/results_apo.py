@@ -6,7 +6,7 @@ import json
 from statistics import mean, stdev
 
 import results_apo_bundled
-from apo import ABSORB, BETA, CELLS, EVALUATIONS, RESULTS, SEQUENCE
+from apo import BETA, CELLS, DISTILL_UPDATES, EVALUATIONS, RESULTS, SEQUENCE
 from stored import renamed
 
 FIGURES = {"win": "win rate", "share": "share", "quality": "quality", "tv": "TV"}
@@ -27,7 +27,8 @@ FOUND = (
 
 
 def records(name: str) -> list[dict]:
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
+    return [{**record, "after": renamed(record["after"])} for record in found]
 
 
 def said(values: list[float]) -> str:
@@ -43,7 +44,7 @@ def cells() -> list[str]:
         if not kept:
             continue
         first = next(iter(kept[0]["after"]))
-        values = [said([record["after"][stage][key] for record in kept]) for stage in (first, "absorb") for key in FIGURES]
+        values = [said([record["after"][stage][key] for record in kept]) for stage in (first, "distill-guidance") for key in FIGURES]
         lines.append(f"| {name}: {cell.what} | {len(kept)} | {' | '.join(values)} | {said([record['after'][first]['loss_jump'] for record in kept])} |")
     return lines
 
@@ -87,8 +88,8 @@ def round_trip() -> list[str]:
     return [
         "`python benchmarks/round_trip.py`, one seed. **A script answered, no person**: it saw what the page of `instep human-eval` shows of "
         f"{kept['prompts_shown']} prompts, two samples of the bundled model each ({kept['steps']} steps, guidance {kept['guidance']:g}), and preferred "
-        f"what the training classifier scores higher, or said equal within {kept['margin']:g} of log p. {kept['pairs_told']} pairs were told apart, exported, "
-        f"and trained on in {kept['updates']} updates of the offline stage. Win rates are on {kept['prompts_compared']} other prompts with "
+        f"what the training classifier scores higher, or said equal within {kept['margin']:g} of log p. {kept['pairs_decided']} pairs were told apart, "
+        f"exported, and trained on in {kept['updates']} updates of the offline stage. Win rates are on {kept['prompts_compared']} other prompts with "
         f"{kept['copies']} noises each, ± one standard error over prompts; only the held-out and the monitor classifier had no part in the answers.",
         "",
         *table,
@@ -123,8 +124,8 @@ def lines() -> list[str]:
         "",
         "`python benchmarks/apo.py`: a learned many-step model of the ring, sampled in 10 steps with guidance 1.5; half of the modes are the chosen ones. "
         f"Every cell spends {EVALUATIONS} levels on labelled pairs, or on the model's own, where it does not say otherwise: one an update (DPO), or five, in "
-        f"{EVALUATIONS // 5} updates; beta is {BETA:g}. Then come {ABSORB} updates of guidance distillation, after which it is sampled without guidance. "
-        f"{begins}Win rate: share of the same noises that score more than .1 higher than at the start, alike ones as half, so .75 is what a model "
+        f"{EVALUATIONS // 5} updates; beta is {BETA:g}. Then come {DISTILL_UPDATES} updates of guidance distillation, after which it is sampled without "
+        f"guidance. {begins}Win rate: share of the same noises that score more than .1 higher than at the start, alike ones as half, so .75 is what a model "
         "reaches that turns every rejected mode into a chosen one. ± is the deviation over seeds. The loss of a window is the mean of its levels, so its "
         "jumps are smaller for that alone: compare cells of as many levels.",
         "",

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from statistics import mean
 
-from apo_bundled import ABSORB, CELLS, COPIES, RESULTS, UPDATES
+from apo_bundled import CELLS, COPIES, DISTILL_UPDATES, RESULTS, UPDATES
+from stored import renamed
 from verdicts import Claim, claims_table, word
 
 from instep.evaluate.metrics import Value
 
 STAGES = {
-    "start": "start", "online": "online", "half-online": "half-online", "offline": "offline", "absorb": "guidance distilled", "aware": "distillation-aware",
+    "start": "start", "online": "online", "half-online": "half-online", "offline": "offline", "distill-guidance": "guidance distilled",
+    "post-distillation": "distillation-aware",
 }  # fmt: skip
 
 
 def records(name: str) -> list[dict]:
     """A cell's records, seed by seed; KeyError if there are none."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob(f"{name}-[0-9].json"))]
+    found = [{**record, "after": renamed(record["after"])} for record in found]
     if not found:
         raise KeyError(name)
     return found
@@ -73,25 +76,25 @@ def steadier() -> tuple[str, str]:
 
 
 def drop(of: str = "") -> tuple[str, str]:
-    before, after, aware = (win(f"{of}sequence", stage) for stage in ("offline", "absorb", "aware"))
-    text = said(*((STAGES[stage], f"{of}sequence", stage) for stage in ("offline", "absorb", "aware")))
-    return word(above(before, after) and above(aware, before), above(aware, after)), text
+    before, after, post = (win(f"{of}sequence", stage) for stage in ("offline", "distill-guidance", "post-distillation"))
+    text = said(*((STAGES[stage], f"{of}sequence", stage) for stage in ("offline", "distill-guidance", "post-distillation")))
+    return word(above(before, after) and above(post, before), above(post, after)), text
 
 
 def survives() -> tuple[str, str]:
     """What preferences won, against the same distillation without them."""
-    aware, alone = win("sequence", "aware"), win("distilled", "absorb")
+    post, alone = win("sequence", "post-distillation"), win("distilled", "distill-guidance")
     cells = [
-        ("distilled without preferences", "distilled", "absorb"), ("after online, half-online and offline stages", "sequence", "absorb"),
-        ("and the distillation-aware one", "sequence", "aware"),
+        ("distilled without preferences", "distilled", "distill-guidance"), ("after online, half-online and offline stages", "sequence", "distill-guidance"),
+        ("and the distillation-aware one", "sequence", "post-distillation"),
     ]  # fmt: skip
-    return word(above(aware, alone)), said(*cells)
+    return word(above(post, alone)), said(*cells)
 
 
 def longer() -> tuple[str, str]:
-    once, four = win("distilled", "absorb"), win("distilled-4x", "absorb")
-    right = [mean(record["after"]["absorb"]["right"] for record in records(name)) for name in ("distilled", "distilled-4x")]
-    text = said((f"{ABSORB} updates", "distilled", "absorb"), (f"{4 * ABSORB}", "distilled-4x", "absorb"))
+    once, four = win("distilled", "distill-guidance"), win("distilled-4x", "distill-guidance")
+    right = [mean(record["after"]["distill-guidance"]["right"] for record in records(name)) for name in ("distilled", "distilled-4x")]
+    text = said((f"{DISTILL_UPDATES} updates", "distilled", "distill-guidance"), (f"{4 * DISTILL_UPDATES}", "distilled-4x", "distill-guidance"))
     return word(above(four, once), four.value > once.value), f"{text}; right {right[0]:.3f} and {right[1]:.3f}"
 
 
@@ -104,11 +107,11 @@ def quicker() -> tuple[str, str]:
     return word(both > 2.8, both > 2), f"CPU time of a step against a distilled one: guided by text {text:.2f} times, by text and skip-layer {both:.2f} times"
 
 
-def told() -> list[str]:
-    """The table of drawn strengths."""
+def drawn_guidance() -> list[str]:
+    """The table of drawn guidance scales."""
     file = RESULTS / "strengths.json"
     if not file.is_file():
-        return ["One model for drawn strengths of guidance: not measured."]
+        return ["One model for drawn guidance scales: not measured."]
     kept = json.loads(file.read_text(encoding="utf-8"))
     names = {"guided": "the model itself, guided", "drawn": "one pass, told its guidance (drawn from 1 to 5)", "fixed": "one pass, distilled at 3"}
     asked = list(kept["guided"])
@@ -117,8 +120,8 @@ def told() -> list[str]:
         cells = [f"{kept[name][w][key]:.3f}" for w in asked for key in ("right", "distance")]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return [
-        f"Guidance distilled over drawn strengths, {ABSORB} updates, one seed (`python benchmarks/apo_bundled.py --strengths`): share right by the held-out "
-        "classifier, and root mean square of the difference in pixels to the guided model at the same strength.",
+        f"Guidance distilled over drawn guidance scales, {DISTILL_UPDATES} updates, one seed (`python benchmarks/apo_bundled.py --drawn-guidance`): share right "
+        "by the held-out classifier, and root mean square of the difference in pixels to the guided model at the same strength.",
         "",
         *lines,
     ]
@@ -128,7 +131,7 @@ CLAIMS: list[Claim] = [
     ("Online, half-online and offline stages each win against the start", wins),
     ("Diffusion-APO wins more than Diffusion-DPO at equal gradient evaluations (Table 1)", more_than_dpo),
     ("Random shift and offset help (Section 4.2)", lambda: near_the_trajectory("offline")),
-    ("They help after guidance distillation (Section 4.2)", lambda: near_the_trajectory("absorb")),
+    ("They help after guidance distillation (Section 4.2)", lambda: near_the_trajectory("distill-guidance")),
     ("A window of both regimes is better than high or low levels alone", regimes),
     ("The window steadies the loss", steadier),
     ("Guidance distillation costs a little, and preferences afterwards more than recover it", drop),
@@ -163,7 +166,7 @@ def cells() -> list[str]:
         if name.endswith("sequence") or name.startswith("i2v") or not list(RESULTS.glob(f"{name}-[0-9].json")):
             continue
         kept, values = records(name), []
-        for stage in ("offline", "absorb"):
+        for stage in ("offline", "distill-guidance"):
             seen = [record["after"].get(stage) for record in kept]
             values += [with_error(win(name, stage)), f"{mean(s['right'] for s in seen):.3f}"] if all(seen) else ["-", "-"]
         first = [next(metrics for stage, metrics in record["after"].items() if stage != "start")["change"] for record in kept]
@@ -223,7 +226,7 @@ def lines() -> list[str]:
         "",
         *five,
         "",
-        *told(),
+        *drawn_guidance(),
         "",
         *image_to_video(),
         "",

@@ -137,7 +137,7 @@ def latent_against_score_function() -> tuple[str, str]:
     )
 
 
-def same_parameterisation() -> tuple[str, str]:
+def same_prediction_type() -> tuple[str, str]:
     same, x0 = need("cd-same", "cd-x0")
     text = f"velocity against x0, from the teacher: {said(same, x0, 'heldout_both', 'fd', 'vendi')} ({seeds('cd-x0')})"
     brightness = [row.values["mean_brightness"].value for row in (x0, same)]
@@ -212,7 +212,7 @@ CLAIMS: Sequence[Claim] = (
     ("CD alone is less faithful than VSD (Section 3.5, Fig. 24; smoothness was not measured)", smooth),
     ("Five steps of the teacher are better than one (Table 7)", five_steps),
     ("The latent reward model lifts a black-box reward, further than DDPO (Table 5)", latent_against_score_function),
-    ("A student that predicts what its teacher does is better (Table 8)", same_parameterisation),
+    ("A student that predicts what its teacher does is better (Table 8)", same_prediction_type),
     ("Students of 1, 2 and 4 steps are not worse than the teacher (Table 6)", every_step_count),
     ("A student is 7 to 13 times quicker than the teacher, all included (Table 4: to 7.5 to 13 % of its time)", quicker),
     ("Longer prompts are followed better (Table 9)", longer_prompts),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stored import renamed
+from stored import renamed, wording
 
 LAB = Path(__file__).parent / "results" / "lab"
 Metrics = dict[str, tuple[float, float]]
@@ -100,7 +100,10 @@ SECTIONS = (
 
 def load(name: str) -> dict[str, Any] | None:
     file = LAB / f"{name}.json"
-    return renamed(json.loads(file.read_text())) if file.is_file() else None
+    if not file.is_file():
+        return None
+    measured = renamed(json.loads(file.read_text()))
+    return {**measured, "runs": [{**run, "name": wording(run["name"])} for run in measured["runs"]]}
 
 
 def over_seeds(rows: Sequence[dict[str, float | None]]) -> Metrics:

@@ -123,15 +123,15 @@ def run(*args: object) -> None:
 
 def tune(pairs: Path, out: Path, updates: int, seed: int) -> None:
     """The offline stage alone."""
-    none = [part for stage in ("online", "half-online", "absorb", "aware") for part in (f"--{stage}", 0)]
+    none = [part for stage in ("online", "half-online", "distill-guidance", "post-distillation") for part in (f"--{stage}", 0)]
     run("train", "apo", *none, "--offline", updates, "--pairs", pairs, "--steps", STEPS, "--guidance", GUIDANCE, "--out", out, "--no-evaluate",
         "--seed", seed, "--threads", 1, "--probe-every", updates, "--save-every", updates)  # fmt: skip
 
 
 def exchanged(pairs: Path, out: Path, every: int) -> None:
     """The pairs that say something, with chosen and rejected of every `every`th exchanged."""
-    told = [pair for pair in read_pairs(pairs) if not pair.tie]
-    write_pairs(out, [pair if i % every else replace(pair, chosen=pair.rejected, rejected=pair.chosen) for i, pair in enumerate(told)])
+    decided = [pair for pair in read_pairs(pairs) if not pair.tie]
+    write_pairs(out, [pair if i % every else replace(pair, chosen=pair.rejected, rejected=pair.chosen) for i, pair in enumerate(decided)])
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def main() -> None:
     if not pairs.is_file():
         run("pairs", "export", store, pairs, "--questions", "overall")
     answers = Counter(vote.value for vote in Store(store).votes())
-    told = sum(not pair.tie for pair in read_pairs(pairs))
+    decided = sum(not pair.tie for pair in read_pairs(pairs))
     files = {"scripted": pairs, "half exchanged": args.work / "half.jsonl", "all exchanged": args.work / "all.jsonl"}
     for every, label in ((2, "half exchanged"), (1, "all exchanged")):
         exchanged(pairs, files[label], every)
@@ -205,7 +205,7 @@ def main() -> None:
     write_json(RESULTS, {
         "what": "answered by a script through the page's server, no person; exported, tuned by Diffusion-APO's offline stage, compared with the model "
         "before by the held-out classifier, on other prompts and other noise; controls: the same pairs with chosen and rejected of half, or all, exchanged",
-        "annotator": "a script", "prompts_shown": len(shown), "answers": dict(answers), "pairs_told": told, "margin": MARGIN, "steps": STEPS,
+        "annotator": "a script", "prompts_shown": len(shown), "answers": dict(answers), "pairs_decided": decided, "margin": MARGIN, "steps": STEPS,
         "guidance": GUIDANCE, "updates": args.updates, "prompts_compared": len(others), "copies": COPIES, "seed": args.seed, "against_start": found,
         "scripted_against_half_exchanged": labels, "motion": motion,
     })  # fmt: skip

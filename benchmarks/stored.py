@@ -7,7 +7,8 @@ from typing import Any
 
 from instep.evaluate.compare import Row
 
-RENAMED = {"ink": "mean_brightness", "prompts_judged": "prompts_shown", "floor": "exact_samples", "scorer": "latent_reward"}
+RENAMED = {"ink": "mean_brightness", "prompts_judged": "prompts_shown", "floor": "exact_samples", "scorer": "latent_reward", "absorb": "distill-guidance",
+           "aware": "post-distillation", "pairs_told": "pairs_decided"}
 
 
 def renamed(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def renamed(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def wording(text: str) -> str:
     """A stored name of a row, as it is shown."""
-    return text.replace("training judge", "training classifier")
+    return text.replace("training judge", "training classifier").replace("predicts=x0", "prediction_type=x0")
 
 
 def row_of(stored: Mapping[str, Any]) -> Row:

@@ -93,7 +93,7 @@ def test_it_costs_what_it_says_and_refuses_what_is_nothing():
     assert GuidanceDistillation(guidance=1.0, skip_scale=0.5, blocks=(0,)).passes(1) == (2.0, 1.0)
     with pytest.raises(ValueError, match="guidance: 1 is none, and there is nothing to distil"):
         GuidanceDistillation(guidance=1.0)
-    with pytest.raises(ValueError, match="skip_blocks: none, and skip-layer guidance of skip_scale 0.5"):
+    with pytest.raises(ValueError, match="skip_blocks: none, and skip-layer guidance of scale 0.5"):
         GuidanceDistillation(skip_scale=0.5)
     with pytest.raises(ValueError, match="skip: Parts.* has no blocks|skip: Learns has no blocks to leave out"):
         skipping(Learns(torch.tensor(1.0)), (0,))

@@ -119,7 +119,7 @@ class Skippable(Protocol):
 def skipping(denoiser: Denoiser, blocks: Sequence[int]) -> Denoiser:
     """The denoiser with the blocks of these numbers (0-based) passing on what they are given; ValueError if it has none to skip."""
     if not isinstance(denoiser, Skippable):
-        raise ValueError(f"skip: {type(denoiser).__name__} has no blocks to leave out; use a network, or skip-layer guidance of strength 0")
+        raise ValueError(f"skip: {type(denoiser).__name__} has no blocks to leave out; use a network, or skip-layer guidance of scale 0")
     return denoiser.skipping(blocks)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 GuidanceScales = tuple[float, float]
 
-# of each strength: itself, and so many pairs of a sine and a cosine
+# of each scale: itself, and so many pairs of a sine and a cosine
 FREQUENCIES = 2
 FEATURES = 2 * (1 + 2 * FREQUENCIES)
 
@@ -54,7 +54,7 @@ class GuidanceRange:
                 raise ValueError(f"{name}: {value:g} is not allowed; the student is told {self}: stay in that range, or train with a wider one")
 
     def features(self, guidance_scales: Tensor) -> Tensor:
-        """What an embedding reads, [B, 2] -> [B, FEATURES]: each strength taken to [-1, 1], and sines and cosines of that."""
+        """What an embedding reads, [B, 2] -> [B, FEATURES]: each scale taken to [-1, 1], and sines and cosines of that."""
         low, high = self._ends(guidance_scales.device)
         # of a range that is one point, the middle
         u = torch.where(high > low, 2 * (guidance_scales - low) / (high - low).clamp(min=1e-12) - 1, 0.0)

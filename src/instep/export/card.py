@@ -86,7 +86,7 @@ def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
     if sampling.guidance_scales is not None:
         w, skip = sampling.guidance_scales
         inside = (
-            f"Guidance {w:g}{f' and skip-layer guidance {skip:g}' if skip else ''} is in these weights, one strength of a range that the student was trained"
+            f"Guidance {w:g}{f' and skip-layer guidance {skip:g}' if skip else ''} is in these weights, one scale of a range that the student was trained"
             " on: `instep export RUN --to FOLDER --guidance W` folds in another.\n\n"
         )
     usage = (

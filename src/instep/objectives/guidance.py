@@ -37,7 +37,7 @@ class GuidanceDistillation(Objective):
         if self.skip_scale < 0:
             raise ValueError(f"skip: {self.skip_scale} is not allowed; 0 (no skip-layer guidance) or more")
         if self._skip and not self.blocks:
-            raise ValueError(f"skip_blocks: none, and skip-layer guidance of strength {self._skip:g} compares with a pass without some; name at least one")
+            raise ValueError(f"skip_blocks: none, and skip-layer guidance of scale {self._skip:g} compares with a pass without some; name at least one")
         if not self._guides and not self._skip:
             raise ValueError("guidance: 1 is none, and there is nothing to distil; use more than 1, or skip-layer guidance")
 
@@ -48,7 +48,7 @@ class GuidanceDistillation(Objective):
 
     @property
     def _skip(self) -> float:
-        """The largest strength of skip-layer guidance; 0: its pass is not needed."""
+        """The largest scale of skip-layer guidance; 0: its pass is not needed."""
         return self.skip_scale if self.draw is None else self.draw.skip[1]
 
     @property

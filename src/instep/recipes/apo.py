@@ -56,7 +56,7 @@ def apo(
         offset: deviation of the Gaussian offset from visited levels, in training steps of 1,000; 0 leaves it out.
         uniform: that many levels drawn from all take the window's place: with 1 the baseline, Diffusion-DPO.
         positive: share of labelled samples in the second stage that are chosen ones; 1 needs no rejected ones.
-        skip: strength of skip-layer guidance in the fourth stage.
+        skip: scale of skip-layer guidance in the fourth stage.
         skip_blocks: blocks of the network that its weaker pass leaves out, from 0.
         draw: lowest and highest guidance of the fourth stage, drawn anew for every sample, and the student is told which: one model for all of them, of
             which `guidance` is the one that it is sampled, aligned further and exported with (`instep export --guidance` folds in another). None:

@@ -106,7 +106,7 @@ def _match_guidance(state: TrainState, recipe: Recipe, saved: dict[str, Any], th
     if theirs is not None and (range_there := GuidanceRange.of_json(theirs)) != ours:
         raise ValueError(
             f"start_from: that run's student is told {range_there}, this recipe's {ours or 'nothing'}; give the same draw and draw_skip, or start from its "
-            "export (--model DIR/student), whose strength is in its weights"
+            "export (--model DIR/student), whose guidance is in its weights"
         )
     if theirs is None and ours is not None:
         new = {key: p for key, p in state.module_of("student").state().items() if key.startswith("guidance_embedding.")}
