@@ -120,8 +120,8 @@ def drawn_guidance() -> list[str]:
         cells = [f"{kept[name][w][key]:.3f}" for w in asked for key in ("right", "distance")]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return [
-        f"Guidance distilled over drawn guidance scales, {DISTILL_UPDATES} updates, one seed (`python benchmarks/apo_bundled.py --drawn-guidance`): share right "
-        "by the held-out classifier, and root mean square of the difference in pixels to the guided model at the same strength.",
+        f"Guidance distilled over drawn guidance scales, {DISTILL_UPDATES} updates, one seed (`python benchmarks/apo_bundled.py --drawn-guidance`): share "
+        "right by the held-out classifier, and root mean square of the difference in pixels to the guided model at the same scale.",
         "",
         *lines,
     ]
@@ -154,7 +154,7 @@ FOUND = (
     "of all, and a shift and an offset make no difference to a sampler of ten steps, before or after the guidance is distilled. Distilling it costs "
     "more win rate than preferences had brought: one pass is not quite what guidance made of two, and the last stage recovers a little of that. But it "
     "does not undo what they brought: the same distillation of a model without preferences ends below it by no less than preferences had lifted it. A "
-    "student that is told strengths from 1 to 5 loses nothing by it at 3, and follows the guided model at both ends. From a first frame, where the "
+    "student that is told scales from 1 to 5 loses nothing by it at 3, and follows the guided model at both ends. From a first frame, where the "
     "start has every sample right, there is nothing to win: preferences move the win rate by less than two standard errors, and the distillation of "
     "guidance costs as above."
 )

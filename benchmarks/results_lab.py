@@ -170,7 +170,7 @@ def lab_lines() -> list[str]:
     head = (
         "`python benchmarks/lab.py`; any one by itself: `instep lab dmd2 amd --reward half`. Three seeds (mean ± deviation), 4,000 samples each; "
         "1,500 iterations; what the columns mean: `instep/lab/metrics.py`. Rows are `RECIPE:overrides`. "
-        "`magic` bends its teacher by an adapter, which only a network can have: in every table its teacher is the learned one. Exact samples are 4,000, "
+        "`magic` adapts its teacher, which only a network can have: in every table its teacher is the learned one. Exact samples are 4,000, "
         "particles are 1,024. Where the heading names no guidance it is 1, and AMD's score adaptation then only weighs the matching term."
     )
     return [head, "", *found]

@@ -205,7 +205,7 @@ def test_adapters_find_their_layers(family):
     assert RoleConfig().lora is None
 
 
-def test_classifiers_score_the_class_and_have_a_slope():
+def test_classifiers_score_the_class_and_have_a_gradient():
     classifier, (scans, classes) = load_digit_classifier("training"), scans_of("reference")
     media, names = scans[:50, None].expand(-1, 3, -1, -1), [str(int(c)) for c in classes[:50]]
     assert classifier.correct(media, names).float().mean() > 0.9

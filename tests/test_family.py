@@ -281,7 +281,7 @@ def test_magic_trains_the_teachers_adapter_and_nothing_else_of_it():
     changed = {key for key, p in teacher.named_parameters() if not torch.equal(p, before[key])}
     assert changed and all(".adapter_" in key for key in changed)
     torch.testing.assert_close(teacher(x, t, cond).x0, plain, rtol=0, atol=0)
-    assert (teacher.scaled(1.0)(x, t, cond).x0 - plain).abs().max() > 1e-6, "bent where a force asks for it"
+    assert (teacher.scaled(1.0)(x, t, cond).x0 - plain).abs().max() > 1e-6, "adapted where a force asks for it"
 
 
 @pytest.mark.parametrize("path", [PATH, VariancePreserving.linear()])

@@ -152,7 +152,7 @@ def test_annealed_levels_go_from_high_noise_to_uniform():
     )
 
 
-def test_the_fakes_adapter_bends_the_teacher():
+def test_the_fakes_adapter_adapts_the_teacher():
     """DynaDG with LoRA roles: the real estimate is the shared backbone under the fake's adapter at the annealed scale, not told the exit."""
     asked = []
 

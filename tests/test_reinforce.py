@@ -320,7 +320,7 @@ QUICK = RunOptions(save_every=1, probe_every=50)
 
 
 def test_dmdr_goes_on_from_a_distilled_student_with_its_default_options(tmp_path):
-    """Without a tilted stage nothing bends the teacher, so a plain run has all the roles it needs."""
+    """Without a tilted stage nothing adapts the teacher, so a plain run has all the roles it needs."""
     plain = train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "plain", prompts=PROMPTS, options=QUICK)
     for rl in ("dpo", "grpo"):
         recipe = dmdr(SHORT, warm=0, iterations=1, group=2, rl=rl)
@@ -328,7 +328,7 @@ def test_dmdr_goes_on_from_a_distilled_student_with_its_default_options(tmp_path
         assert set(run.state.trained) == {"student", "fake"}
 
 
-def test_a_reference_beside_a_bent_teacher_is_a_plain_copy(tmp_path):
+def test_a_reference_beside_an_adapted_teacher_is_a_plain_copy(tmp_path):
     """DynaDG puts an adapter into the pretrained network; the reference must not have it."""
     run = train(dmdr(SHORT, warm=1, iterations=2, group=2, rl="dpo"), family(), out=tmp_path / "run", prompts=PROMPTS, reward=brightness, options=QUICK)
     assert run.state.roles["reference"].named_parameters().keys() == run.state.roles["student"].named_parameters().keys()

@@ -78,7 +78,7 @@ def noised(fam, names):
     return torch.randn(2, *fam.latent_shape, generator=rng), torch.tensor([0.9, 0.4]), fam.encode(names[:2])
 
 
-def test_strengths_are_drawn_in_their_ranges():
+def test_guidance_scales_are_drawn_in_their_ranges():
     drawn = RANGE.draw(4000, torch.Generator().manual_seed(0))
     assert drawn.shape == (4000, 2)
     torch.testing.assert_close(drawn.mean(0), torch.tensor([2.75, 0.5]), atol=0.05, rtol=0)
@@ -121,7 +121,7 @@ def test_an_embedding_is_silent_at_first_and_then_tells_each_sample_its_own(name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_stock_model_with_folded_biases_says_what_the_told_student_says(name):
+def test_a_stock_model_with_folded_biases_predicts_what_the_student_does(name):
     make, names = FAMILIES[name]
     fam = make()
     role, (x, t, cond) = told_role(fam), noised(fam, names)
@@ -136,7 +136,7 @@ def test_a_stock_model_with_folded_biases_says_what_the_told_student_says(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_fold_is_exact(name):
+def test_folding_guidance_is_exact(name):
     """In float64, at the layer itself: the time embedding of a bias b + g is that of b, plus g."""
     fam = FAMILIES[name][0]()
     module = fam.new_backbone().double()
@@ -150,7 +150,7 @@ def test_the_fold_is_exact(name):
 
 
 @pytest.mark.parametrize("lora", [None, 4])
-def test_the_pipeline_of_a_told_student_is_stock(lora):
+def test_the_pipeline_of_a_student_with_folded_guidance_is_stock(lora):
     """Stock attention over stock padding, an adapter merged: what an export writes, against the student that is told."""
     fam = family()
     role, (x, t, cond) = told_role(fam, lora=lora), noised(fam, PROMPTS)
@@ -233,7 +233,7 @@ class Untold(Parts):
         return Untold(without.slopes)
 
 
-def test_the_objective_with_drawn_strengths_by_hand():
+def test_the_objective_with_drawn_scales_by_hand():
     real = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
     a, b = (torch.tensor(v, dtype=F64, requires_grad=True) for v in (0.1, -0.2))
     seen = view(real, {"student": Hears(a, b), "reference": Untold()})
@@ -265,7 +265,7 @@ def test_it_costs_what_its_ranges_ask_for():
         GuidanceDistillation(draw=GuidanceRange((1.0, 1.0)))
 
 
-def test_the_recipe_tells_its_own_strength_wherever_guidance_is_in_the_weights():
+def test_the_recipe_gives_its_own_scales_wherever_guidance_is_in_the_weights():
     recipe = apo(ManySteps(guidance=2.0), **BOTH)
     assert [stage.guidance_scales for stage in recipe.stages] == [None, None, None, (2.0, 0.5), (2.0, 0.5)]
     assert recipe.roles["student"].guidance_range == recipe.roles["reference"].guidance_range == RANGE and recipe.roles["teacher"].guidance_range is None
@@ -296,7 +296,7 @@ def test_what_does_not_go_together_is_refused():
         Recipe("r", (1.0,), {"student": RoleConfig(guidance_range=GuidanceRange((3.0, 5.0)))}, (stage,))
 
 
-def test_one_model_follows_the_guided_teacher_at_every_strength():
+def test_one_model_follows_the_guided_teacher_at_every_scale():
     """In the laboratory: at both ends of the range far closer than one that was distilled at the mean, and in its middle as good as done."""
     world = World.named("ring8", members=2)
     start = flow_start(world, 0, steps=1500)
@@ -389,7 +389,7 @@ def whole(request, tmp_path_factory):
     return recipe, train(recipe, family(), out=tmp_path_factory.mktemp("told") / "whole", **GIVEN)
 
 
-def test_a_run_with_drawn_strengths_leaves_a_stock_model_at_the_recipes(whole):
+def test_a_run_with_drawn_scales_leaves_a_stock_model_at_the_recipes(whole):
     from diffusers import DiffusionPipeline
 
     recipe, run = whole
@@ -419,7 +419,7 @@ def compare(pipe, role, guidance_scales, others):
     assert (wanted - other).abs().max() > 100 * (stock - wanted).abs().max(), "the strength makes a difference"
 
 
-def test_another_strength_is_exported_from_the_same_run(whole, tmp_path):
+def test_another_scale_is_exported_from_the_same_run(whole, tmp_path):
     from diffusers import DiffusionPipeline
 
     recipe, run = whole
@@ -443,7 +443,7 @@ def test_another_strength_is_exported_from_the_same_run(whole, tmp_path):
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_killed_where_strengths_are_drawn_or_told_it_ends_the_same(whole, tmp_path, at):
+def test_killed_where_scales_are_drawn_or_fixed_it_ends_the_same(whole, tmp_path, at):
     recipe, run = whole
     with interrupted_before(at):
         train(recipe, family(), out=tmp_path / "cut", **GIVEN)
@@ -451,7 +451,7 @@ def test_killed_where_strengths_are_drawn_or_told_it_ends_the_same(whole, tmp_pa
 
 
 @pytest.mark.parametrize("rank", [None, 4])
-def test_a_run_that_was_told_nothing_is_gone_on_with(tmp_path, rank):
+def test_a_run_without_a_guidance_embedding_is_gone_on_with(tmp_path, rank):
     """Three stages in a run of their own, then drawn guidance scales; the ranges of a told student stay what they are."""
     tiny, none = replace(LOUD, lora_rank=rank), {**dict.fromkeys(STEPS, 0), "half_online": 0}
     before = train(apo(tiny, **{**none, "online": 1}), family(), out=tmp_path / "before", **GIVEN)
@@ -482,7 +482,7 @@ def test_a_run_that_was_told_nothing_is_gone_on_with(tmp_path, rank):
         replace(post.recipe.sampling, guidance=3.0, guidance_scales=(2.0, 0.0))
 
 
-def test_a_cogvideox_is_told_too(tmp_path):
+def test_a_cogvideox_takes_guidance_scales_too(tmp_path):
     fam = cogvideox()
     others = dict.fromkeys(("online", "half_online", "offline", "post_distillation"), 0)
     recipe = apo(replace(LOUD, batch=2, lora_rank=4), **others, distill_guidance=2, draw=(1.0, 5.0))

@@ -45,7 +45,7 @@ class DistributionMatching(Force):
     conditioned on it. All in float32: casting the predictions back to half precision before the difference costs 2 to 24 % of it.
 
     `ca_levels` gives the guidance term (w - 1)(d_cond - d_uncond) levels and noise of its own (Decoupled-DMD); each of the two terms is
-    then normalised by the distance to the estimate at its own level. `adapter` bends the teacher by an adapter, at a scale that is
+    then normalised by the distance to the estimate at its own level. `adapter` adapts the teacher, at a scale that is
     annealed over the stage: its own, or with `adapter_of="fake"` the fake's on the shared backbone (DynaDG in DMDR's released code).
     """
 

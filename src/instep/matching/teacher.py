@@ -1,4 +1,4 @@
-"""The teacher of a matching force: fixed, or bent toward the student by an adapter that is annealed away (MagicDistillation, DynaDG)."""
+"""The teacher of a matching force: fixed, or adapted to the student by an adapter that is annealed away (MagicDistillation, DynaDG)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Annealed:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < 1:
-            raise ValueError(f"start: {self.start} is not allowed; the adapter's scale lies in [0, 1), at 1 the teacher is as bent as the fake")
+            raise ValueError(f"start: {self.start} is not allowed; the adapter's scale lies in [0, 1), at 1 the teacher is as adapted as the fake")
         if not 0 < self.until <= 1:
             raise ValueError(f"until: {self.until} is not allowed; it is a fraction of the stage in (0, 1]")
 

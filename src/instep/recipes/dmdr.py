@@ -66,7 +66,7 @@ def dmdr(
         tilt: how stage 1 uses the reward: a factor on the force (literal: Eq. 4; zscore: of the advantage), the fake's weight (weight: the
             exact tilt), or none.
         dyna_rs: draw re-noise levels from high noise at first, annealed to uniform over stage 1 (DynaRS).
-        dyna_dg: scale at which an adapter bends the teacher at the start of stage 1, annealed to zero (DynaDG): the fake's own with
+        dyna_dg: scale at which an adapter moves the teacher at the start of stage 1, annealed to zero (DynaDG): the fake's own with
             lora_rank, else one of its own; 0 leaves it out.
         rl: the reinforcement-learning branch: refl (gradient of a differentiable reward), dpo (best against worst of a group, any reward), grpo or
             ddpo (any reward, a student of 2 steps or more).

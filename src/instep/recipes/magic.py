@@ -19,7 +19,7 @@ def magic(
     teacher: AdamWConfig = AdamWConfig(4e-4),
     anneal: Annealed = Annealed(),
 ) -> Recipe:
-    """Distil only: an adapter bends the teacher toward the student's samples and is annealed away (MagicDistillation).
+    """Distil only: an adapter moves the teacher toward the student's samples and is annealed away (MagicDistillation).
 
     Args:
         common: options of every recipe.

@@ -53,7 +53,7 @@ class RoleConfig:
     """How a role is made: frozen without `optim`, an adapter on the shared backbone with `lora`, else a full copy.
 
     `copy`: a copy of its own although it is not trained (a reference). `exits`: the role is told which exit a sample comes from. `scale`: of its
-    adapter, where nothing else is asked for (a teacher's is 0: it is the plain teacher except where a force bends it). `head`: it has a
+    adapter, where nothing else is asked for (a teacher's is 0: it is the plain teacher except where a force adapts it). `head`: it has a
     discriminator head. `ema`: decay of an averaged copy (None: no copy). `prediction_type`: what its network's output is taken for, where that is not what
     the model was pretrained to predict (DOLLAR's heterogeneous student: x0); such a student loads in no stock pipeline and is not exported.
     `guidance_range`: it can be told guidance scales in this range.
