@@ -22,8 +22,10 @@ demo: $(STAMP)  ## distil and align the bundled model; before/after table and re
 test: $(STAMP) lint types  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
-lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks
+lint: $(STAMP)  ## style, format, and the layers: imports go downward only
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools
+	$(BIN)/lint-imports --no-cache
 
 types: $(STAMP)
 	$(BIN)/mypy

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instep.files import write_json
+from instep.core.files import write_json
+from instep.lab.networks import VelocityMLP
 from instep.lab.run import Snapshot, ensemble_state, snapshot
 from instep.lab.world import World, flow_start
-from instep.models.small import VelocityMLP
+from instep.methods.recipe import AdamWConfig, Recipe
 from instep.recipes.apo import apo
 from instep.recipes.many_step import ManySteps
-from instep.train.recipe import AdamWConfig, Recipe
-from instep.train.step import TrainState, iteration
+from instep.training.state import TrainState
+from instep.training.step import iteration
 
 RESULTS = Path(__file__).parent / "results" / "apo"
 # Of one network each: nothing is shared between seeds but the world. Guided, so that there is something to distil.
@@ -67,7 +68,7 @@ CELLS = {
     "dpo-beta-20": Cell({"offline": EVALUATIONS, "uniform": 1, "beta": 20.0}, "Diffusion-DPO, beta 20"),
     "dpo-fewer": Cell({"offline": EVALUATIONS // 5, "uniform": 1}, "Diffusion-DPO, as many updates as APO and a fifth of the levels"),
     "apo-beta-0.5": Cell(window(beta=0.5), "Diffusion-APO, beta .5"),
-}  # fmt: skip
+}
 SEQUENCE = {"online": 30, "half_online": 30, "offline": 30, "distill_guidance": DISTILL_UPDATES, "post_distillation": 20}
 BETA = 2.0
 

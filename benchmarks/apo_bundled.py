@@ -24,21 +24,24 @@ import torch
 from apo import NONE, jump
 from torch import Tensor
 
-from instep.commands.evaluate import noise_for
-from instep.commands.export import read_run, sampling_of, student_of
-from instep.data.pictures import read_first_frame
-from instep.data.prompts import text_of, with_first_frame
-from instep.embedded import MovingDigits, MovingDigitsI2V, moving_digits, moving_digits_i2v
-from instep.files import write_json
+from instep.bundled.classifiers import load_classifier
+from instep.bundled.worlds import MovingDigits, MovingDigitsI2V, moving_digits, moving_digits_i2v
+from instep.cli.evaluate import noise_for
+from instep.cli.export import read_run, sampling_of, student_of
+from instep.core.files import write_json
+from instep.core.json_lines import read_rows
+from instep.data.first_frame import read_first_frame
+from instep.data.prompt import text_of, with_first_frame
+from instep.diffusion.guidance import guide_and_skip
+from instep.diffusion.prediction import Denoiser, skipping
+from instep.diffusion.sampling import Sampling
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, load
-from instep.prediction import Denoiser, guide_and_skip, skipping
+from instep.models.backbone import Backbone
+from instep.models.role import Role
 from instep.recipes.apo import apo
 from instep.recipes.many_step import ManySteps
-from instep.rewards.judges import load_classifier
-from instep.roles import Backbone, Role
-from instep.rollout import Sampling
-from instep.train.log import read_rows
-from instep.train.run import RunOptions, train
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 RESULTS = Path(__file__).parent / "results" / "apo_bundled"
 COMMON = ManySteps()
@@ -120,10 +123,13 @@ def metrics(seen: Tensor, model: str = MOVING_DIGITS) -> dict[str, float]:
     score = classifier.score(seen, names)
     wins = (0.5 + 0.5 * (score - classifier.score(before, names)).sign()).reshape(-1, COPIES).mean(1).double()
     kept = {
-        "win": float(wins.mean()), "win_se": float(wins.std() / len(wins) ** 0.5), "score": float(score.mean()),
-        "right": float(classifier.correct(seen, names).both.float().mean()), "motion": float((seen[:, :, 1:] - seen[:, :, :-1]).abs().mean()),
+        "win": float(wins.mean()),
+        "win_se": float(wins.std() / len(wins) ** 0.5),
+        "score": float(score.mean()),
+        "right": float(classifier.correct(seen, names).both.float().mean()),
+        "motion": float((seen[:, :, 1:] - seen[:, :, :-1]).abs().mean()),
         "change": float((seen - before).square().mean().sqrt()),
-    }  # fmt: skip
+    }
     if model == MOVING_DIGITS_I2V:
         given = torch.stack([read_first_frame(name, world(model).family.size) for name in prompts(model)])
         kept["first_frame"] = float((seen[:, :, 0] - given).square().mean().sqrt())
@@ -138,9 +144,16 @@ def run_cell(name: str, seed: int, runs: Path) -> None:
     digits, recipe, began = world(cell.model), apo(COMMON, **cell.options), time.process_time()
     ends = {end: stage.name for stage, end in zip(recipe.stages, recipe.stage_ends(), strict=True)}
     train(
-        recipe, digits.family, out=out, prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor, pairs=digits.pairs(), real=digits.real(),
+        recipe,
+        digits.family,
+        out=out,
+        prompts=digits.prompts,
+        reward=digits.reward,
+        monitor=digits.monitor,
+        pairs=digits.pairs(),
+        real=digits.real(),
         options=RunOptions(seed=seed, save_every=20, probe_every=100),
-    )  # fmt: skip
+    )
     cpu, record = time.process_time() - began, read_run(out)
     after: dict[str, dict[str, float]] = {"start": metrics(start(cell.model), cell.model)}
     for end, stage in ends.items():
@@ -167,9 +180,15 @@ def drawn_guidance(runs: Path) -> None:
         out = runs / f"apo-drawn-guidance-{name}"
         recipe = apo(COMMON, **{**NONE, "distill_guidance": DISTILL_UPDATES}, draw=draw)
         train(
-            recipe, digits.family, out=out, prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor, real=digits.real(),
+            recipe,
+            digits.family,
+            out=out,
+            prompts=digits.prompts,
+            reward=digits.reward,
+            monitor=digits.monitor,
+            real=digits.real(),
             options=RunOptions(save_every=100, probe_every=DISTILL_UPDATES),
-        )  # fmt: skip
+        )
         record = read_run(out)
         role, sampling = student_of(out, record, load(MOVING_DIGITS)), sampling_of(record)
         kept[name] = {}

@@ -19,22 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pretrain.digits import split_media
 from torch import Tensor
 
-from instep.embedded import ClassDigits, class_digits
-from instep.evaluate import metrics as m
-from instep.files import write_json
-from instep.pretrain.digits import split_media
+from instep.bundled.class_classifiers import load_digit_classifier
+from instep.bundled.worlds import ClassDigits, class_digits
+from instep.core.files import write_json
+from instep.diffusion.sampling import sample_few_step, sample_ode
+from instep.methods.recipe import AdamWConfig, Recipe
+from instep.metrics import figures as m
+from instep.models.backbone import Backbone
+from instep.models.role import Role
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.refl import refl
-from instep.rewards.class_judges import load_digit_classifier
-from instep.roles import Backbone, Role
-from instep.rollout import sample_few_step, sample_ode
-from instep.train.recipe import AdamWConfig, Recipe
-from instep.train.run import RunOptions, train
-from instep.train.setup import averaged
+from instep.training.build import averaged
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 RESULTS = Path(__file__).parent / "results" / "class"
 SAMPLES, ITERATIONS = 2000, 150
@@ -155,8 +157,16 @@ def make(cell: Cell, seed: int, n: int = SAMPLES) -> tuple[Tensor, dict[str, flo
     recipe, cpu = cell.recipe(), time.process_time()
     options = RunOptions(seed=seed, save_every=10**6, probe_every=10**6, keep=1)
     with tempfile.TemporaryDirectory() as folder:
-        run = train(recipe, digits.family, out=Path(folder) / "run", prompts=digits.prompts, reward=digits.reward, monitor=digits.monitor,
-                    real=digits.real() if recipe.needs & {"real"} else None, options=options)  # fmt: skip
+        run = train(
+            recipe,
+            digits.family,
+            out=Path(folder) / "run",
+            prompts=digits.prompts,
+            reward=digits.reward,
+            monitor=digits.monitor,
+            real=digits.real() if recipe.needs & {"real"} else None,
+            options=options,
+        )
     about = {"iterations": recipe.steps, "train_cpu_s": round(time.process_time() - cpu, 1)}
     with averaged(run.state.trained["student"]):
         return sample(run.state.roles["student"], digits, cell, seed, n), about

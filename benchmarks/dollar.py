@@ -19,19 +19,19 @@ from moving_digits import CELLS as DISTILLED
 from moving_digits import FEW, MORE, RESULTS, TWO, Cell, run_cell
 from torch import Tensor
 
-from instep.commands.evaluate import sampler_of
-from instep.commands.export import read_run, sampling_of, student_of
-from instep.embedded import MovingDigits, moving_digits
-from instep.evaluate import metrics
-from instep.evaluate.compare import evaluation_set, generate_all
-from instep.files import write_json
+from instep.bundled.worlds import MovingDigits, moving_digits
+from instep.cli.evaluate import sampler_of
+from instep.cli.export import read_run, sampling_of, student_of
+from instep.core.files import write_json
+from instep.core.json_lines import read_rows
+from instep.metrics import figures as metrics
+from instep.metrics.compare import evaluation_set, generate_all
 from instep.recipes.common import Common
 from instep.recipes.dmdr import dmdr
 from instep.recipes.dollar import dollar
 from instep.rewards.base import FunctionReward, Reward
 from instep.rewards.jpeg import JPEG
 from instep.rewards.motion import DynamicDegree
-from instep.train.log import read_rows
 
 OWN = RESULTS / "dollar"
 FIT = 200  # iterations in which the latent reward model learns before it is followed
@@ -81,9 +81,7 @@ CELLS = {
     "dynamic-alone": blind(DynamicDegree(), "dynamic degree, LRM alone, weight .3", matching=0),
     **on(1),
     **on(4),
-}  # fmt: skip
-
-
+}
 KEYFRAMES = (0, 4, 8)  # DOLLAR's Eq. 17 takes frames that are evenly spaced
 
 

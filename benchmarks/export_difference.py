@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 
-from instep.files import write_json
-from instep.levels import few_step_levels
+from instep.core.files import write_json
+from instep.diffusion.levels import few_step_levels
+from instep.diffusion.sampling import Sampling
+from instep.methods.recipe import LoRA
 from instep.models import MOVING_DIGITS, load
-from instep.roles import Backbone, LoRA, Role
-from instep.rollout import Sampling
-from instep.train.finish import export_role
+from instep.models.backbone import Backbone
+from instep.models.role import Role
+from instep.training.finish import export_role
 
 
 def main() -> None:
@@ -35,12 +37,24 @@ def main() -> None:
             role = Role("student", backbone, adapter="student" if lora else None)
             with tempfile.TemporaryDirectory() as folder:
                 report = export_role(
-                    role, family, Sampling(few_step_levels(n, 3.0)), Path(folder) / "student", recipe="none", seed=0, prompts=1, example="a seven",
+                    role,
+                    family,
+                    Sampling(few_step_levels(n, 3.0)),
+                    Path(folder) / "student",
+                    recipe="none",
+                    seed=0,
+                    prompts=1,
+                    example="a seven",
                     command="benchmark",
-                )  # fmt: skip
-            rows.append({
-                "steps": n, "student": "LoRA" if lora else "full copy", "samplers": report.sampler_difference, "end_to_end": report.student_difference,
-            })  # fmt: skip
+                )
+            rows.append(
+                {
+                    "steps": n,
+                    "student": "LoRA" if lora else "full copy",
+                    "samplers": report.sampler_difference,
+                    "end_to_end": report.student_difference,
+                }
+            )
             print(rows[-1], flush=True)
     write_json(Path(__file__).parent / "results" / "export.json", rows)
 

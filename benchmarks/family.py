@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from instep.files import write_bytes
+from instep.core.files import write_bytes
 from instep.recipes.family import markdown, table
 
 DOC = Path(__file__).parents[1] / "docs" / "family.md"

@@ -20,15 +20,16 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
-from instep.files import write_json
-from instep.levels import few_step_levels
+from instep.core.files import write_json
+from instep.diffusion.levels import few_step_levels
+from instep.diffusion.path import RectifiedFlow
+from instep.methods.term import Batch
 from instep.models.wan import WanCondition, WanFamily
-from instep.paths import RectifiedFlow
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
-from instep.terms import Batch
-from instep.train.setup import make_state
-from instep.train.step import TrainState, iteration
+from instep.training.build import make_state
+from instep.training.state import TrainState
+from instep.training.step import iteration
 
 
 class RandomWan(WanFamily):
@@ -37,9 +38,15 @@ class RandomWan(WanFamily):
     def __init__(self, width: int, layers: int, latent: tuple[int, ...], tokens: int) -> None:
         torch.manual_seed(0)
         self.transformer = WanTransformer3DModel(
-            num_attention_heads=width // 32, attention_head_dim=32, text_dim=32, freq_dim=64, ffn_dim=4 * width, num_layers=layers,
-            in_channels=latent[0], out_channels=latent[0],
-        ).eval()  # fmt: skip
+            num_attention_heads=width // 32,
+            attention_head_dim=32,
+            text_dim=32,
+            freq_dim=64,
+            ffn_dim=4 * width,
+            num_layers=layers,
+            in_channels=latent[0],
+            out_channels=latent[0],
+        ).eval()
         self.transformer.requires_grad_(False)
         self.name, self.path, self.latent_shape, self.shift, self.tokens = "random-wan", RectifiedFlow(), latent, 3.0, tokens
 
@@ -113,8 +120,11 @@ def unavoidable(state: TrainState, batch: Batch, levels: Sequence[float], update
             step("fake")
 
     parts = {
-        "rollout": rollouts, "student": lambda: (trained("student"), step("student")), "teacher and fake": predictions, "critic": critic,
-    }  # fmt: skip
+        "rollout": rollouts,
+        "student": lambda: (trained("student"), step("student")),
+        "teacher and fake": predictions,
+        "critic": critic,
+    }
     return parts if reuse else parts | {"fresh rollouts": fresh}
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from instep.commands.lab import LabArgs
-from instep.files import write_json
+from instep.cli.lab import LabArgs
+from instep.core.files import write_json
+from instep.lab.networks import VelocityMLP
 from instep.lab.run import LabRun, common, ensemble_state, train, train_particles
 from instep.lab.spec import build
 from instep.lab.table import as_json
 from instep.lab.world import StartName, World, flow_start
-from instep.models.small import VelocityMLP
 
 RESULTS = Path(__file__).parent / "results" / "lab"
 ITERATIONS = 1500
@@ -53,7 +53,8 @@ EXPERIMENTS = {
     "far-learned": Experiment(("dmd2", "dmd", "dmd2:gan=0.03", "decoupled-dmd", "magic"), world(start="far", teacher="learned"), 15),
     "far-dynamic": Experiment(
         ("dmd2", *(f"dmdr:tilt=none,warm={ITERATIONS},iterations=0,{part}" for part in ("dyna_dg=0", "dyna_rs=False", "dyna_rs=True"))),
-        world(start="far", teacher="learned"), 30,
+        world(start="far", teacher="learned"),
+        30,
     ),
     "far-guided": Experiment(("dmd2", "decoupled-dmd"), world(start="far", guidance=1.5), 15),
     "far-reward": Experiment(("dmd2", "amd", "refl:weight=0.3"), world(start="far", reward="right"), 15),
@@ -68,19 +69,27 @@ EXPERIMENTS = {
     "sweep-tilt": Experiment(("amd:tilt=0.5", "amd:tilt=2", "amd:tilt=4"), world(reward="half", guidance=1.5)),
     "two-stage": Experiment(("dmd2", "amd:distil=1000", "refl:distil=1000,weight=0.1", "dm-align-group:weight=0.05,spread=group"), world(reward="half")),
     "consistency": Experiment(
-        ("dmd2", "dollar:weight=0,matching=0,cd=1", "dollar:weight=0,cd_steps=1", "dollar:weight=0", "dollar:weight=0,cd=2",
-         "dollar:weight=0,prediction_type=x0"), world(),
+        (
+            "dmd2",
+            "dollar:weight=0,matching=0,cd=1",
+            "dollar:weight=0,cd_steps=1",
+            "dollar:weight=0",
+            "dollar:weight=0,cd=2",
+            "dollar:weight=0,prediction_type=x0",
+        ),
+        world(),
     ),
     "consistency-four": Experiment(("dmd2", "dollar:weight=0,matching=0,cd=1", "dollar:weight=0,cd_steps=1", "dollar:weight=0"), world(steps=4)),
     "consistency-far": Experiment(("dmd2", "dollar:weight=0,cd_steps=1", "dollar:weight=0"), world(start="far"), 15),
     "latent": Experiment(
         ("dmd2", "refl:weight=0.1", *(f"dollar:kind=image,{part}" for part in ("cd=0,weight=0.1", "cd=0,weight=0.3", "weight=0.1", "fit=0,cd=0,weight=0.1"))),
-        world(reward="half"), 10,
+        world(reward="half"),
+        10,
     ),
     "particles": Experiment(
         ("dmd2", "amd:tilt=0", "amd:sensitivity=0", "amd", "naive-adaptive", "refl:weight=0.1"), world(reward="half", student="particles", iterations=800)
     ),
-}  # fmt: skip
+}
 
 
 def start_of(args: LabArgs, start: StartName, kept: dict[tuple[str, StartName], VelocityMLP]) -> VelocityMLP:

@@ -15,9 +15,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from instep.embedded import moving_digits
-from instep.files import write_json
-from instep.rewards.latent import LatentRewardShape
+from instep.bundled.worlds import moving_digits
+from instep.core.files import write_json
+from instep.methods.latent_reward_model import LatentRewardShape
 
 BATCH, REPEATS = 8, 7
 
@@ -66,10 +66,15 @@ def main() -> None:
     rows = []
     for name, (parameters, function) in ways.items():
         z = x.clone().requires_grad_()
-        rows.append({
-            "gradient through": name, "parameters": parameters, "kept for the backward, MB a video": round(kept(function, z) / BATCH / 1e6, 3),
-            "CPU ms a video": round(1000 * median(seconds[name]) / BATCH, 2), "times quicker": round(median(seconds[first]) / median(seconds[name]), 1),
-        })  # fmt: skip
+        rows.append(
+            {
+                "gradient through": name,
+                "parameters": parameters,
+                "kept for the backward, MB a video": round(kept(function, z) / BATCH / 1e6, 3),
+                "CPU ms a video": round(1000 * median(seconds[name]) / BATCH, 2),
+                "times quicker": round(median(seconds[first]) / median(seconds[name]), 1),
+            }
+        )
     write_json(Path(__file__).parent / "results" / "latent_cost.json", rows)
     for row in rows:
         print(row)

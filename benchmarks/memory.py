@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from iteration_cost import RandomWan
 
-from instep.files import write_json
+from instep.core.files import write_json
+from instep.methods.term import Batch
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
-from instep.terms import Batch
-from instep.train.setup import make_state
-from instep.train.step import iteration
+from instep.training.build import make_state
+from instep.training.step import iteration
 
 
 def peak() -> float:
@@ -44,12 +44,17 @@ def child(lora_rank: int | None, checkpointing: bool, width: int, layers: int) -
     trained = sum(p.numel() for role in state.trained.values() for p in role.parameters.values())
     weights = 4 * parameters / 1e9
     print(
-        json.dumps({
-            "roles": "full copies" if lora_rank is None else f"LoRA {lora_rank} on one backbone", "checkpointing": checkpointing,
-            "parameters_M": round(parameters / 1e6, 1), "trained_M": round(trained / 1e6, 1), "peak_GB": round(peak() - before, 2),
-            "copies_of_the_weights": round((peak() - before) / weights, 2),
-        })
-    )  # fmt: skip
+        json.dumps(
+            {
+                "roles": "full copies" if lora_rank is None else f"LoRA {lora_rank} on one backbone",
+                "checkpointing": checkpointing,
+                "parameters_M": round(parameters / 1e6, 1),
+                "trained_M": round(trained / 1e6, 1),
+                "peak_GB": round(peak() - before, 2),
+                "copies_of_the_weights": round((peak() - before) / weights, 2),
+            }
+        )
+    )
 
 
 def main() -> None:

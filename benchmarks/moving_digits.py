@@ -21,11 +21,13 @@ from pathlib import Path
 import torch
 from stored import row_of
 
-from instep.commands.evaluate import baseline, load_classifiers, noise_for, sampler_of
-from instep.embedded import MovingDigits, moving_digits
-from instep.evaluate.compare import Row, evaluate, evaluation_set, real_vs_real_row
-from instep.files import write_json
-from instep.levels import Uniform
+from instep.bundled.worlds import MovingDigits, moving_digits
+from instep.cli.evaluate import baseline, load_classifiers, noise_for, sampler_of
+from instep.core.files import write_json
+from instep.core.json_lines import read_rows
+from instep.diffusion.levels import Uniform
+from instep.methods.recipe import Recipe
+from instep.metrics.compare import Row, evaluate, evaluation_set, real_vs_real_row
 from instep.models import MOVING_DIGITS_SIZE
 from instep.models.wan import WanFamily
 from instep.recipes.amd import amd
@@ -35,12 +37,11 @@ from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
 from instep.recipes.refl import refl
 from instep.rewards.base import Reward
-from instep.train.health import examine
-from instep.train.history import number, probes
-from instep.train.log import read_rows
-from instep.train.recipe import Recipe
-from instep.train.run import RunOptions, train
-from instep.train.setup import averaged
+from instep.training.build import averaged
+from instep.training.health import examine
+from instep.training.history import number, probes
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 RESULTS = Path(__file__).parent / "results"
 BASE, MORE, FEW = 80, 40, 80  # iterations: the common start, what is added to it, students of 1 and 2 steps
@@ -79,7 +80,7 @@ CELLS = {
     "group-pull": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="pull"), "dmd2-4", "DM-Align (Group), pull-only"),
     "group-high": Cell(lambda: dm_align_group(distil=0, iterations=MORE, weight=0.7, levels=HIGH), "dmd2-4", "Group at levels above .8 alone, weight .7"),
     "pair-half": Cell(lambda: dm_align_pair(distil=0, iterations=MORE, weight=0.5), "dmd2-4", "DM-Align (Pair), the paper's weight"),
-}  # fmt: skip
+}
 
 
 def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS, results: Path = RESULTS) -> None:
@@ -94,9 +95,16 @@ def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS
     start, cpu = runs / f"{cell.start}-{seed}" if cell.start else None, time.process_time()
     real = digits.real() if recipe.needs & {"real", "preferred"} else None
     run = train(
-        recipe, digits.family, out=runs / f"{name}-{seed}", prompts=digits.prompts, reward=cell.reward(digits) if cell.reward else digits.reward,
-        monitor=digits.monitor, real=real, start_from=start, options=RunOptions(seed=seed, probe_every=cell.probe_every, save_every=20, keep=1),
-    )  # fmt: skip
+        recipe,
+        digits.family,
+        out=runs / f"{name}-{seed}",
+        prompts=digits.prompts,
+        reward=cell.reward(digits) if cell.reward else digits.reward,
+        monitor=digits.monitor,
+        real=real,
+        start_from=start,
+        options=RunOptions(seed=seed, probe_every=cell.probe_every, save_every=20, keep=1),
+    )
     seconds = time.process_time() - cpu
     with averaged(run.state.trained["student"]):
         generate = sampler_of(run.state.roles["student"], digits.family, recipe.sampling)
@@ -150,9 +158,15 @@ def run_export(digits: MovingDigits, runs: Path, seed: int) -> None:
         noise, rng = noise_for(digits.family, prompts, noise_seed)
         torch.set_rng_state(rng.get_state())
         x = pipe(
-            list(prompts), height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=4, guidance_scale=1.0,
-            latents=noise, output_type="latent",
-        ).frames  # fmt: skip
+            list(prompts),
+            height=size.height,
+            width=size.width,
+            num_frames=size.frames,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            latents=noise,
+            output_type="latent",
+        ).frames
         return digits.family.decode(x)
 
     row = evaluate("exported", "student", generate, evaluation_set("full"), load_classifiers(), steps=4, note="group-signed in stock diffusers")

@@ -17,8 +17,9 @@ from moving_digits import CELLS as DISTILLED
 from moving_digits import FEW, MORE, RESULTS, TWO, Cell, hacking, run_cell
 from torch import Tensor
 
-from instep.embedded import MovingDigits
-from instep.files import write_json
+from instep.bundled.classifiers import _wanted
+from instep.bundled.worlds import MovingDigits
+from instep.core.files import write_json
 from instep.recipes.after import rl_after, sft_after
 from instep.recipes.amd import amd
 from instep.recipes.common import Common
@@ -28,7 +29,6 @@ from instep.recipes.dmdr import dmdr
 from instep.recipes.many_step import ManySteps, dance_grpo, flow_dpo
 from instep.recipes.refl import refl
 from instep.rewards.base import FunctionReward
-from instep.rewards.judges import _wanted
 from instep.rewards.several import several
 
 OWN = RESULTS / "reinforce"
@@ -68,11 +68,15 @@ def joint(rl: str, weight: float, **options) -> Cell:
 
 CELLS = {
     "distil-only": Cell(lambda: dmd2(TWO, iterations=MORE), START, "control: distillation alone", probe_every=10),
-    **{f"joint-{w:g}": Cell(lambda w=w: refl(TWO, iterations=MORE, weight=w), START, f"joint, ReFL weight {w:g}", probe_every=10)
-       for w in (0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 2.0)},
+    **{
+        f"joint-{w:g}": Cell(lambda w=w: refl(TWO, iterations=MORE, weight=w), START, f"joint, ReFL weight {w:g}", probe_every=10)
+        for w in (0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 2.0)
+    },
     "one-distil-only": Cell(lambda: dmd2(ONE, iterations=MORE), ONE_START, "1 step, control: distillation alone", probe_every=10),
-    **{f"one-joint-{w:g}": Cell(lambda w=w: refl(ONE, iterations=MORE, weight=w), ONE_START, f"1 step, joint, ReFL weight {w:g}", probe_every=10)
-       for w in (0.05, 0.1)},
+    **{
+        f"one-joint-{w:g}": Cell(lambda w=w: refl(ONE, iterations=MORE, weight=w), ONE_START, f"1 step, joint, ReFL weight {w:g}", probe_every=10)
+        for w in (0.05, 0.1)
+    },
     "rl-refl": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE), START, "ReFL alone after distillation", probe_every=10),
     "rl-dpo": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE, rl="dpo"), START, "online DPO alone after distillation", probe_every=10),
     "rl-grpo": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE, rl="grpo"), START, "GRPO alone after distillation", probe_every=10),
@@ -91,9 +95,14 @@ CELLS = {
     "dpo-then-distil": Cell(lambda: dmd2(TWO, iterations=FEW + MORE), None, "Flow-DPO, then distillation", model="dpo-teacher"),
     "reward-digit": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST), START, "joint, digit alone rewarded", DIGIT, probe_every=10),
     "reward-motion": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST), START, "joint, motion alone rewarded", MOTION, probe_every=10),
-    "reward-both": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST), START, "joint, both as two rewards",
-                        lambda digits: several((DIGIT(digits), 1.0), (MOTION(digits), 1.0)), probe_every=10),
-}  # fmt: skip
+    "reward-both": Cell(
+        lambda: refl(TWO, iterations=MORE, weight=BEST),
+        START,
+        "joint, both as two rewards",
+        lambda digits: several((DIGIT(digits), 1.0), (MOTION(digits), 1.0)),
+        probe_every=10,
+    ),
+}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Writes docs/results.md from what the benchmarks measured (benchmarks/results/*.json). No number in it is typed.
 
-    make results
+make results
 """
 
 from __future__ import annotations
@@ -18,15 +18,25 @@ from results_class import class_lines
 from results_lab import lab_lines
 from stored import row_of, wording
 
-from instep.evaluate.compare import Row, better, combined, difference
-from instep.files import write_text
-from instep.rewards.judges import load_classifier
+from instep.bundled.classifiers import load_classifier
+from instep.core.files import write_text
+from instep.metrics.compare import Row, better, combined, difference
 
 COLUMNS = {
-    "heldout_both": "right digit and motion", "heldout_both_open": "right, open prompts", "train_both": "training classifier", "fd": "FD", "fd_open": "FD open",
-    "precision": "precision", "recall": "recall", "vendi": "Vendi", "modes_motion": "motions of 9", "modes_digit": "digits of 10",
-    "mean_brightness": "mean brightness", "wobble": "wobble", "seconds": "CPU s a video",
-}  # fmt: skip
+    "heldout_both": "right digit and motion",
+    "heldout_both_open": "right, open prompts",
+    "train_both": "training classifier",
+    "fd": "FD",
+    "fd_open": "FD open",
+    "precision": "precision",
+    "recall": "recall",
+    "vendi": "Vendi",
+    "modes_motion": "motions of 9",
+    "modes_digit": "digits of 10",
+    "mean_brightness": "mean brightness",
+    "wobble": "wobble",
+    "seconds": "CPU s a video",
+}
 CLAIMS = ("heldout_both", "fd", "fd_open")
 
 

@@ -9,12 +9,16 @@ from apo_bundled import CELLS, COPIES, DISTILL_UPDATES, RESULTS, UPDATES
 from stored import renamed
 from verdicts import Claim, claims_table, word
 
-from instep.evaluate.metrics import Value
+from instep.metrics.figures import Value
 
 STAGES = {
-    "start": "start", "online": "online", "half-online": "half-online", "offline": "offline", "distill-guidance": "guidance distilled",
+    "start": "start",
+    "online": "online",
+    "half-online": "half-online",
+    "offline": "offline",
+    "distill-guidance": "guidance distilled",
     "post-distillation": "distillation-aware",
-}  # fmt: skip
+}
 
 
 def records(name: str) -> list[dict]:
@@ -85,9 +89,10 @@ def survives() -> tuple[str, str]:
     """What preferences won, against the same distillation without them."""
     post, alone = win("sequence", "post-distillation"), win("distilled", "distill-guidance")
     cells = [
-        ("distilled without preferences", "distilled", "distill-guidance"), ("after online, half-online and offline stages", "sequence", "distill-guidance"),
+        ("distilled without preferences", "distilled", "distill-guidance"),
+        ("after online, half-online and offline stages", "sequence", "distill-guidance"),
         ("and the distillation-aware one", "sequence", "post-distillation"),
-    ]  # fmt: skip
+    ]
     return word(above(post, alone)), said(*cells)
 
 

@@ -12,14 +12,24 @@ from class_conditional import CELLS, ITERATIONS, RESULTS, SAMPLES, rows
 from stored import renamed
 
 COLUMNS = {
-    "fd": "Frechet distance", "recall": "recall", "inception": "inception score", "precision": "precision", "heldout": "right class (held-out)",
-    "diversity": "spread in a class", "vendi": "Vendi in a class", "training_score": "training classifier, log p",
-    "nearest_train": "to the nearest training scan", "mean_brightness": "mean brightness",
-}  # fmt: skip
+    "fd": "Frechet distance",
+    "recall": "recall",
+    "inception": "inception score",
+    "precision": "precision",
+    "heldout": "right class (held-out)",
+    "diversity": "spread in a class",
+    "vendi": "Vendi in a class",
+    "training_score": "training classifier, log p",
+    "nearest_train": "to the nearest training scan",
+    "mean_brightness": "mean brightness",
+}
 PAPER = {  # DMDR, Table 6: FID, recall, inception score, precision
-    "dmd2-1": (2.13, 0.64, 232.15, 0.77), "dmd2-1.5": (5.20, 0.48, 387.24, 0.88), "dmd2-4": (15.70, 0.11, 453.65, 0.86),
-    "dmdr-1": (6.95, 0.40, 416.01, 0.90), "dmdr-1.5": (13.43, 0.24, 494.43, 0.93),
-}  # fmt: skip
+    "dmd2-1": (2.13, 0.64, 232.15, 0.77),
+    "dmd2-1.5": (5.20, 0.48, 387.24, 0.88),
+    "dmd2-4": (15.70, 0.11, 453.65, 0.86),
+    "dmdr-1": (6.95, 0.40, 416.01, 0.90),
+    "dmdr-1.5": (13.43, 0.24, 494.43, 0.93),
+}
 
 
 @dataclass(frozen=True)

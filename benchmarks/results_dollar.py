@@ -13,14 +13,21 @@ from results_reinforce import OWN as REINFORCE
 from stored import renamed, row_of
 from verdicts import Claim, claims_table, differences, measured, word
 
-from instep.evaluate.compare import Row, better, combined, difference
-from instep.evaluate.metrics import Value
+from instep.metrics.compare import Row, better, combined, difference
+from instep.metrics.figures import Value
 
 COLUMNS = {
-    "train_both": "right, training classifier", "heldout_both": "right, held-out classifier", "heldout_both_open": "right, open prompts", "fd": "FD",
-    "fd_open": "FD open", "vendi": "Vendi, features", "vendi_pixels": "Vendi, pixels", "modes_motion": "motions of 9", "modes_digit": "digits of 10",
+    "train_both": "right, training classifier",
+    "heldout_both": "right, held-out classifier",
+    "heldout_both_open": "right, open prompts",
+    "fd": "FD",
+    "fd_open": "FD open",
+    "vendi": "Vendi, features",
+    "vendi_pixels": "Vendi, pixels",
+    "modes_motion": "motions of 9",
+    "modes_digit": "digits of 10",
     "mean_brightness": "mean brightness",
-}  # fmt: skip
+}
 # rows that other benchmarks measured: variational score distillation alone, and where it starts
 ELSEWHERE: dict[str, tuple[Path, str, str]] = {
     "vsd": (REINFORCE, "distil-only", "VSD (control), as many iterations"),
@@ -241,10 +248,15 @@ def lines() -> list[str]:
 
 # cells whose latent reward model is shown while it learns
 FITTED = {
-    "fit": "the classifier's probability, student of 2 steps", "1-fit": "of 1 step", "4-fit": "of 4 steps", "jpeg": "JPEG size",
-    "jpeg-3": "JPEG size of 3 frames", "jpeg-frames": "JPEG size, frame by frame",
-    "dynamic": "dynamic degree", "dynamic-alone": "dynamic degree, climbed alone",
-}  # fmt: skip
+    "fit": "the classifier's probability, student of 2 steps",
+    "1-fit": "of 1 step",
+    "4-fit": "of 4 steps",
+    "jpeg": "JPEG size",
+    "jpeg-3": "JPEG size of 3 frames",
+    "jpeg-frames": "JPEG size, frame by frame",
+    "dynamic": "dynamic degree",
+    "dynamic-alone": "dynamic degree, climbed alone",
+}
 
 
 def fit_lines() -> list[str]:
@@ -260,6 +272,13 @@ def fit_lines() -> list[str]:
             rows.append(f"| {what} (`{name}`) | {len(curves)} | {steps} | {error[0]:.2f} to {error[-1]:.2f} |")
     if not rows:
         return ["not measured"]
-    return ["Correlation with the reward on generated samples it has not learned from yet, by iteration, and squared error in variances of the reward, "
-            "first and last (`python benchmarks/latent_figure.py` draws both):", "", "![Correlation and error while fitting](latent_fit.png)", "",
-            "| reward | seeds | correlation | error |", "|---|---|---|---|", *rows]  # fmt: skip
+    return [
+        "Correlation with the reward on generated samples it has not learned from yet, by iteration, and squared error in variances of the reward, "
+        "first and last (`python benchmarks/latent_figure.py` draws both):",
+        "",
+        "![Correlation and error while fitting](latent_fit.png)",
+        "",
+        "| reward | seeds | correlation | error |",
+        "|---|---|---|---|",
+        *rows,
+    ]

@@ -40,40 +40,54 @@ class Section:
 REWARDED = ("quality", "tv", "energy", "spread", "share", "reached")
 SECTIONS = (
     Section(
-        "one-step", "One step, ring of 8", "The external forces and the adapter beside plain matching. Asked: quality at least .70, TV at most .10.",
+        "one-step",
+        "One step, ring of 8",
+        "The external forces and the adapter beside plain matching. Asked: quality at least .70, TV at most .10.",
         bars=(Bar("dmd2", "quality", low=0.70), Bar("dmd2", "tv", high=0.10)),
     ),
     Section("one-step-guided", "One step, guidance 1.5", "Guidance changes the target, so TV to the unguided mixture is no error here.", keys=REWARDED),
     Section(
-        "four-steps", "Four steps, ring of 8",
-        "A fake told the exit, one that is not, fresh rollouts, a discriminator. Asked of the first: quality at least .87, "
-        "TV at most .07.", bars=(Bar("dmd2", "quality", low=0.87), Bar("dmd2", "tv", high=0.07)),
+        "four-steps",
+        "Four steps, ring of 8",
+        "A fake told the exit, one that is not, fresh rollouts, a discriminator. Asked of the first: quality at least .87, TV at most .07.",
+        bars=(Bar("dmd2", "quality", low=0.87), Bar("dmd2", "tv", high=0.07)),
     ),
     Section("four-steps-guided", "Four steps, guidance 1.5", "Decoupled-DMD's levels against shared ones."),
     *(
         Section(
-            f"one-step-{name}", f"One step, {name}", "Our own bars for this geometry: DMD2 quality at least .60, TV at most .12; AMD's share in [.70, .94].",
-            keys=REWARDED, bars=(Bar("dmd2", "quality", low=0.60), Bar("dmd2", "tv", high=0.12), Bar("amd", "share", 0.70, 0.94)),
+            f"one-step-{name}",
+            f"One step, {name}",
+            "Our own bars for this geometry: DMD2 quality at least .60, TV at most .12; AMD's share in [.70, .94].",
+            keys=REWARDED,
+            bars=(Bar("dmd2", "quality", low=0.60), Bar("dmd2", "tv", high=0.12), Bar("amd", "share", 0.70, 0.94)),
         )
         for name in ("grid9", "moons", "rings")
     ),
     *(
         Section(
-            f"four-steps-{name}", f"Four steps, {name}", "Our own bars: conditioned, quality at least .80, TV at most .08.",
+            f"four-steps-{name}",
+            f"Four steps, {name}",
+            "Our own bars: conditioned, quality at least .80, TV at most .08.",
             bars=(Bar("dmd2", "quality", low=0.80), Bar("dmd2", "tv", high=0.08)),
         )
         for name in ("grid9", "moons", "rings")
     ),
-    Section("far", "A far start, exact teacher (AMD Fig. 2)",
-            "Student and fake begin on a blob at (5, 5), off every mode; the taxonomy says plain DMD stalls there. Without guidance "
+    Section(
+        "far",
+        "A far start, exact teacher (AMD Fig. 2)",
+        "Student and fake begin on a blob at (5, 5), off every mode; the taxonomy says plain DMD stalls there. Without guidance "
         "Decoupled-DMD *is* DMD2: what differs between those two rows is rounding, and shows how far chance goes.",
-            curve="quality"),
+        curve="quality",
+    ),
     Section("far-learned", "A far start, learned teacher", "The same with a network for a teacher, which has never seen what lies at (5, 5).", curve="quality"),
     Section("far-guided", "A far start, guidance 1.5", "The noise reset: guidance at levels of its own.", curve="quality"),
     Section("far-reward", "A far start, with a reward", "The first coordinate is rewarded, up to 2.", keys=REWARDED, curve="quality"),
     Section(
-        "selective", "Selective reward (AMD Fig. 7, top; Fig. 6)", "Half of each class's modes are rewarded; `share` is their part of what is on a "
-        "mode. Asked of AMD: share in [.76, .94] at quality at least .70.", keys=REWARDED, curve="share",
+        "selective",
+        "Selective reward (AMD Fig. 7, top; Fig. 6)",
+        "Half of each class's modes are rewarded; `share` is their part of what is on a mode. Asked of AMD: share in [.76, .94] at quality at least .70.",
+        keys=REWARDED,
+        curve="share",
         bars=(Bar("amd", "share", 0.76, 0.94), Bar("amd", "quality", low=0.70)),
     ),
     Section("selective-gradient", "Selective reward, by its gradient", "Larger weights of the gradient.", keys=REWARDED, curve="share"),
@@ -84,18 +98,34 @@ SECTIONS = (
     Section("sweep-group", "K", "Samples a group; 8 is the ablation's last row.", keys=REWARDED),
     Section("sweep-guidance", "w", "The teacher's guidance; 1.5 is the ablation's.", keys=REWARDED),
     Section("sweep-tilt", "tilt", "The exponent of the critic's weight; 1 (the paper's) is the ablation's last row.", keys=REWARDED),
-    Section("two-stage", "Two stages",
-            "1,000 iterations of DMD, then each method for a further 500 (the paper's SiT protocol); DMD2 for all 1,500 is the control.",
-            keys=REWARDED),
-    Section("consistency", "Consistency distillation beside matching, one step (DOLLAR)", "Of the teacher's own trajectories on exact real samples: alone, "
-            "beside matching with one and five steps, at a larger weight, and with a student whose network predicts x0."),
+    Section(
+        "two-stage",
+        "Two stages",
+        "1,000 iterations of DMD, then each method for a further 500 (the paper's SiT protocol); DMD2 for all 1,500 is the control.",
+        keys=REWARDED,
+    ),
+    Section(
+        "consistency",
+        "Consistency distillation beside matching, one step (DOLLAR)",
+        "Of the teacher's own trajectories on exact real samples: alone, "
+        "beside matching with one and five steps, at a larger weight, and with a student whose network predicts x0.",
+    ),
     Section("consistency-four", "Consistency distillation beside matching, four steps", ""),
-    Section("latent", "A black-box reward through its latent copy (DOLLAR)",
-            "Half of each class's modes are rewarded; `dollar` gets the reward as a number alone and climbs its copy, fitted for 40 iterations before "
-            "(`fit=0`: together from the start). Weights are in deviations of the reward, ReFL's in its own unit.", keys=REWARDED),
-    Section("particles", "Particles: fixed points", "Free points with the exact fake: where a method comes to rest. Theory for AMD's weight: .814.",
-            keys=REWARDED, bars=(Bar("dmd2", "quality", low=0.95), Bar("amd:sensitivity=0", "share", 0.75, 0.87))),
-)  # fmt: skip
+    Section(
+        "latent",
+        "A black-box reward through its latent copy (DOLLAR)",
+        "Half of each class's modes are rewarded; `dollar` gets the reward as a number alone and climbs its copy, fitted for 40 iterations before "
+        "(`fit=0`: together from the start). Weights are in deviations of the reward, ReFL's in its own unit.",
+        keys=REWARDED,
+    ),
+    Section(
+        "particles",
+        "Particles: fixed points",
+        "Free points with the exact fake: where a method comes to rest. Theory for AMD's weight: .814.",
+        keys=REWARDED,
+        bars=(Bar("dmd2", "quality", low=0.95), Bar("amd:sensitivity=0", "share", 0.75, 0.87)),
+    ),
+)
 
 
 def load(name: str) -> dict[str, Any] | None:

@@ -10,12 +10,19 @@ from reinforce import CELLS, OWN
 from stored import row_of
 from verdicts import Claim, claims_table, differences, measured, word
 
-from instep.evaluate.compare import Row, better, combined, difference
+from instep.metrics.compare import Row, better, combined, difference
 
 COLUMNS = {
-    "train_score": "training reward", "train_both": "right, training classifier", "heldout_both": "right, held-out classifier", "fd": "FD",
-    "fd_open": "FD open", "modes_motion": "motions of 9", "modes_digit": "digits of 10", "vendi": "Vendi", "mean_brightness": "mean brightness",
-}  # fmt: skip
+    "train_score": "training reward",
+    "train_both": "right, training classifier",
+    "heldout_both": "right, held-out classifier",
+    "fd": "FD",
+    "fd_open": "FD open",
+    "modes_motion": "motions of 9",
+    "modes_digit": "digits of 10",
+    "vendi": "Vendi",
+    "mean_brightness": "mean brightness",
+}
 LAB = Path(__file__).parent / "results" / "lab"
 REACHED = 0.6  # quality in the laboratory that the iterations to are counted
 # what a cell is a variation of: the same steps, the same number of iterations

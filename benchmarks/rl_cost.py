@@ -13,18 +13,18 @@ from statistics import median
 
 import torch
 
-from instep.embedded import moving_digits
-from instep.files import write_json
+from instep.bundled.worlds import moving_digits
+from instep.core.files import write_json
+from instep.methods.term import View
 from instep.recipes.after import rl_after
 from instep.recipes.common import Common
 from instep.recipes.dmdr import dmdr
 from instep.recipes.many_step import ManySteps, flow_grpo
 from instep.rewards.base import as_reward
-from instep.terms import View
-from instep.train.checks import make_reward_fn
-from instep.train.setup import make_state
-from instep.train.source import BatchSource
-from instep.train.step import iteration, roll_out
+from instep.rewards.decoded import make_reward_fn
+from instep.training.batches import BatchSource
+from instep.training.build import make_state
+from instep.training.step import iteration, roll_out
 
 REPEATS = 3
 RECIPES = {
@@ -59,12 +59,15 @@ def main() -> None:
     first = next(iter(made))
     rows = [
         {
-            "what": name, "samples": made[name][1].batch, "rollout, CPU s": round(median(rollouts[name]), 2), "iteration, CPU s": round(median(whole[name]), 2),
+            "what": name,
+            "samples": made[name][1].batch,
+            "rollout, CPU s": round(median(rollouts[name]), 2),
+            "iteration, CPU s": round(median(whole[name]), 2),
             "rollout, times the first": round(median(rollouts[name]) / median(rollouts[first]), 1),
             "iteration, times the first": round(median(whole[name]) / median(whole[first]), 1),
         }
         for name in made
-    ]  # fmt: skip
+    ]
     write_json(Path(__file__).parent / "results" / "rl_cost.json", rows)
     for row in rows:
         print(row)

@@ -28,17 +28,18 @@ from urllib.request import HTTPCookieProcessor, Request, build_opener
 import torch
 from torch import Tensor
 
-from instep.cli import main as instep
-from instep.commands.evaluate import noise_for
-from instep.commands.export import read_run, sampling_of, student_of
-from instep.data.digits import full_prompts, open_prompts
+from instep.bundled.classifiers import ClassifierName, load_classifier
+from instep.bundled.digits import full_prompts, open_prompts
+from instep.cli.evaluate import noise_for
+from instep.cli.export import read_run, sampling_of, student_of
+from instep.cli.main import main as instep
+from instep.core.files import write_json
 from instep.data.media import repeats
 from instep.data.pairs import read_pairs, write_pairs
-from instep.files import write_json
-from instep.judge.store import Store
+from instep.human_eval.store import Store
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, load
-from instep.rewards.judges import ClassifierName, load_classifier
-from instep.roles import Backbone, Role
+from instep.models.backbone import Backbone
+from instep.models.role import Role
 
 RESULTS = Path(__file__).parent / "results" / "round_trip.json"
 # of log p: two samples whose scores are closer are equal to the annotator
@@ -64,7 +65,7 @@ class Page:
     """A running `instep human-eval`, asked as its page asks it."""
 
     def __init__(self, *args: object) -> None:
-        command = [sys.executable, "-m", "instep.cli", "human-eval", *map(str, args), "--port", "0"]
+        command = [sys.executable, "-m", "instep", "human-eval", *map(str, args), "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         said = ""
@@ -124,8 +125,30 @@ def run(*args: object) -> None:
 def tune(pairs: Path, out: Path, updates: int, seed: int) -> None:
     """The offline stage alone."""
     none = [part for stage in ("online", "half-online", "distill-guidance", "post-distillation") for part in (f"--{stage}", 0)]
-    run("train", "apo", *none, "--offline", updates, "--pairs", pairs, "--steps", STEPS, "--guidance", GUIDANCE, "--out", out, "--no-evaluate",
-        "--seed", seed, "--threads", 1, "--probe-every", updates, "--save-every", updates)  # fmt: skip
+    run(
+        "train",
+        "apo",
+        *none,
+        "--offline",
+        updates,
+        "--pairs",
+        pairs,
+        "--steps",
+        STEPS,
+        "--guidance",
+        GUIDANCE,
+        "--out",
+        out,
+        "--no-evaluate",
+        "--seed",
+        seed,
+        "--threads",
+        1,
+        "--probe-every",
+        updates,
+        "--save-every",
+        updates,
+    )
 
 
 def exchanged(pairs: Path, out: Path, every: int) -> None:
@@ -154,9 +177,13 @@ def against(start: Tensor, tuned: Tensor, names: tuple[str, ...], name: Classifi
     a, b = (classifier.score(x, names) for x in (tuned, start))
     wins = (0.5 + 0.5 * (a - b).sign()).reshape(-1, COPIES).mean(1).double()
     return {
-        "win": float(wins.mean()), "win_se": float(wins.std() / len(wins) ** 0.5), "score_start": float(b.mean()), "score_tuned": float(a.mean()),
-        "both_start": float(classifier.correct(start, names).both.float().mean()), "both_tuned": float(classifier.correct(tuned, names).both.float().mean()),
-    }  # fmt: skip
+        "win": float(wins.mean()),
+        "win_se": float(wins.std() / len(wins) ** 0.5),
+        "score_start": float(b.mean()),
+        "score_tuned": float(a.mean()),
+        "both_start": float(classifier.correct(start, names).both.float().mean()),
+        "both_tuned": float(classifier.correct(tuned, names).both.float().mean()),
+    }
 
 
 def main() -> None:
@@ -175,8 +202,24 @@ def main() -> None:
 
     for folder, seed in (("first", 11), ("second", 12)):
         if not (args.work / folder / "samples.json").is_file():
-            run("sample", MOVING_DIGITS, "--each", args.work / folder, "--out", args.work / f"{folder}.webp", "--steps", STEPS, "--guidance", GUIDANCE,
-                "--copies", 1, "--seed", seed, "--prompts", *shown)  # fmt: skip
+            run(
+                "sample",
+                MOVING_DIGITS,
+                "--each",
+                args.work / folder,
+                "--out",
+                args.work / f"{folder}.webp",
+                "--steps",
+                STEPS,
+                "--guidance",
+                GUIDANCE,
+                "--copies",
+                1,
+                "--seed",
+                seed,
+                "--prompts",
+                *shown,
+            )
     store, pairs = args.work / "human_eval.sqlite", args.work / "pairs.jsonl"
     page = Page(args.work / "first", args.work / "second", "--match", "prompt", "--questions", "overall", "--out", store)
     try:
@@ -202,13 +245,27 @@ def main() -> None:
     # the same pairs and updates, and nothing but the labels between them
     labels = {name: against(media["half exchanged"], media["scripted"], names, name) for name in CLASSIFIERS}
     motion = {label: float((x[:, :, 1:] - x[:, :, :-1]).abs().mean()) for label, x in media.items()}
-    write_json(RESULTS, {
-        "what": "answered by a script through the page's server, no person; exported, tuned by Diffusion-APO's offline stage, compared with the model "
-        "before by the held-out classifier, on other prompts and other noise; controls: the same pairs with chosen and rejected of half, or all, exchanged",
-        "annotator": "a script", "prompts_shown": len(shown), "answers": dict(answers), "pairs_decided": decided, "margin": MARGIN, "steps": STEPS,
-        "guidance": GUIDANCE, "updates": args.updates, "prompts_compared": len(others), "copies": COPIES, "seed": args.seed, "against_start": found,
-        "scripted_against_half_exchanged": labels, "motion": motion,
-    })  # fmt: skip
+    write_json(
+        RESULTS,
+        {
+            "what": "answered by a script through the page's server, no person; exported, tuned by Diffusion-APO's offline stage, compared with the model "
+            "before by the held-out classifier, on other prompts and other noise; controls: the same pairs with chosen and rejected of half, or all, exchanged",
+            "annotator": "a script",
+            "prompts_shown": len(shown),
+            "answers": dict(answers),
+            "pairs_decided": decided,
+            "margin": MARGIN,
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+            "updates": args.updates,
+            "prompts_compared": len(others),
+            "copies": COPIES,
+            "seed": args.seed,
+            "against_start": found,
+            "scripted_against_half_exchanged": labels,
+            "motion": motion,
+        },
+    )
     for label, rows in (*found.items(), ("scripted against half exchanged", labels)):
         print(f"{label}: " + ", ".join(f"{name} {row['win']:.3f} ± {row['win_se']:.3f}" for name, row in rows.items()), flush=True)
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from instep.evaluate.compare import Row
+from instep.metrics.compare import Row
 
-RENAMED = {"ink": "mean_brightness", "prompts_judged": "prompts_shown", "floor": "exact_samples", "scorer": "latent_reward", "absorb": "distill-guidance",
-           "aware": "post-distillation", "pairs_told": "pairs_decided"}
+RENAMED = {
+    "ink": "mean_brightness",
+    "prompts_judged": "prompts_shown",
+    "floor": "exact_samples",
+    "scorer": "latent_reward",
+    "absorb": "distill-guidance",
+    "aware": "post-distillation",
+    "pairs_told": "pairs_decided",
+}
 
 
 def renamed(metrics: Mapping[str, Any]) -> dict[str, Any]:

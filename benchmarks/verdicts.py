@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from instep.evaluate.compare import Row, difference
+from instep.metrics.compare import Row, difference
 
 Claim = tuple[str, Callable[[], tuple[str, str]]]
 

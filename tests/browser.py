@@ -26,9 +26,12 @@ class Browser:
             os.dup2(b, 4)
 
         self.process = subprocess.Popen(
-            [program, *flags, f"--user-data-dir={profile}", "about:blank"], preexec_fn=wire, close_fds=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [program, *flags, f"--user-data-dir={profile}", "about:blank"],
+            preexec_fn=wire,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(read_in)
         os.close(write_out)
         self._number, self._buffer, self.events = 0, b"", list[dict[str, Any]]()

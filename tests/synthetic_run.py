@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from instep import __version__
-from instep.data import digits
-from instep.evaluate.compare import Row
-from instep.evaluate.metrics import Value
-from instep.files import write_json, write_tensors
-from instep.train.views import to_uint8
+from instep.bundled import digits
+from instep.core.files import write_json, write_tensors
+from instep.core.version import __version__
+from instep.metrics.compare import Row
+from instep.metrics.figures import Value
+from instep.training.views import to_uint8
 
 PROMPTS = ("a seven moving left fast", "a three moving up slowly", "an eight", "a digit moving right fast", "a two standing still", "a digit")
 
@@ -24,19 +24,30 @@ def make_run(out: Path, *, recipe: str = "dm-align-group", seed: int = 0, steps:
     out.mkdir(parents=True)
     rng = random.Random(f"{recipe}{seed}")
     stages = [{"name": "distil", "steps": steps // 2}, {"name": "align", "steps": steps - steps // 2}]
-    write_json(out / "recipe.json", {
-        "instep": __version__, "command": f"instep train {recipe} --seed {seed} --out runs/{out.name}", "recipe": recipe, "model": "moving-digits",
-        "seed": seed, "levels": [1.0, 0.9, 0.75, 0.5], "config": {"stages": stages, "guidance": 3.0},
-    })  # fmt: skip
+    write_json(
+        out / "recipe.json",
+        {
+            "instep": __version__,
+            "command": f"instep train {recipe} --seed {seed} --out runs/{out.name}",
+            "recipe": recipe,
+            "model": "moving-digits",
+            "seed": seed,
+            "levels": [1.0, 0.9, 0.75, 0.5],
+            "config": {"stages": stages, "guidance": 3.0},
+        },
+    )
     write_lines(
         out / "log.jsonl",
         [{"step": 0, "stage": "start", "probe/mean_brightness": 0.085, "probe/diversity": 0.15}, *(log_row(step, steps, rng) for step in range(1, steps + 1))],
     )
-    write_lines(out / "health.jsonl", [
-        {"step": 60, "level": "warn", "flag": "oversaturation", "text": "samples are 31% brighter than the teacher's: lower the guidance"},
-        {"step": 100, "level": "ok", "flag": "oversaturation", "text": "cleared: oversaturation"},
-        {"step": 120, "level": "alarm", "flag": "hacking", "text": "the training reward rose by 40% while diversity fell by 35%: lower its weight"},
-    ])  # fmt: skip
+    write_lines(
+        out / "health.jsonl",
+        [
+            {"step": 60, "level": "warn", "flag": "oversaturation", "text": "samples are 31% brighter than the teacher's: lower the guidance"},
+            {"step": 100, "level": "ok", "flag": "oversaturation", "text": "cleared: oversaturation"},
+            {"step": 120, "level": "alarm", "flag": "hacking", "text": "the training reward rose by 40% while diversity fell by 35%: lower its weight"},
+        ],
+    )
     baselines = random.Random("baselines")  # measured once and shared by all runs
     rows = [made_up(f"student ({recipe})", "student", 4, 4, 0.93, 6.0, 7.2, rng)]
     rows.append(made_up("teacher, 50 steps, guided", "teacher", 100, 50, 0.95, 5.2, 8.2, baselines))
@@ -61,10 +72,17 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 def log_row(step: int, steps: int, rng: random.Random) -> dict:
     u, noise = step / steps, rng.gauss
     row = {
-        "step": step, "stage": "distil" if u <= 0.5 else "align", "cpu_s": 1.8 + noise(0, 0.05), "wall_s": 1.0 + noise(0, 0.03),
-        "force/dm/norm": 3 * math.exp(-2 * u) * math.exp(noise(0, 0.2)), "critic/fake": 0.4 + 0.1 * math.exp(-5 * u) + noise(0, 0.02),
-        "grad/student": math.exp(noise(0, 0.3)), "grad/student/skipped": 0.0, "lr/student": 2e-4 * min(1, 2 - 2 * u), "lr/fake": 4e-4,
-    }  # fmt: skip
+        "step": step,
+        "stage": "distil" if u <= 0.5 else "align",
+        "cpu_s": 1.8 + noise(0, 0.05),
+        "wall_s": 1.0 + noise(0, 0.03),
+        "force/dm/norm": 3 * math.exp(-2 * u) * math.exp(noise(0, 0.2)),
+        "critic/fake": 0.4 + 0.1 * math.exp(-5 * u) + noise(0, 0.02),
+        "grad/student": math.exp(noise(0, 0.3)),
+        "grad/student/skipped": 0.0,
+        "lr/student": 2e-4 * min(1, 2 - 2 * u),
+        "lr/fake": 4e-4,
+    }
     if u > 0.5:
         row |= {
             "force/group/norm": 0.4 * math.exp(noise(0, 0.2)),
@@ -74,8 +92,12 @@ def log_row(step: int, steps: int, rng: random.Random) -> dict:
     if step % 20 == 0:
         monitor, rising = 0.9 - 0.4 * math.exp(-4 * u) + noise(0, 0.01), math.exp(-4 * u)
         row |= {"probe/monitor_both": monitor, "probe/monitor_score": -0.3 - rising, "probe/train_score": -0.2 - rising}
-        metrics = {"mean_brightness": (0.09 + 0.01 * u, 0.085), "saturation": (0.01 * u, 0.002), "motion": (0.02 + 0.008 * u, 0.028),
-                   "diversity": (0.16 - 0.04 * u, 0.15)}  # fmt: skip
+        metrics = {
+            "mean_brightness": (0.09 + 0.01 * u, 0.085),
+            "saturation": (0.01 * u, 0.002),
+            "motion": (0.02 + 0.008 * u, 0.028),
+            "diversity": (0.16 - 0.04 * u, 0.15),
+        }
         for key, (student, teacher) in metrics.items():
             row |= {f"probe/{key}": student, f"probe/{key}_teacher": teacher}
         row |= {"probe/train_score_teacher": -0.12, "probe/monitor_score_teacher": -0.25, "probe/monitor_both_teacher": 0.95}
@@ -87,10 +109,21 @@ def made_up(name: str, kind: str, nfe: int, steps: int, both: float, fd: float, 
         return Value(centre + rng.gauss(0, se), se)
 
     values = {f"{classifier}_{part}": value(both, 0.012) for classifier in ("train", "monitor", "heldout") for part in ("digit", "motion", "both")}
-    values |= {"fd": value(fd, 0.3), "fd_open": value(2 * fd, 0.8), "precision": value(0.9, 0.02), "recall": value(0.8, 0.03), "vendi": value(modes / 3, 0.06),
-               "modes_motion": value(modes, 0.25), "modes_digit": value(modes + 0.3, 0.25), "mean_brightness": value(0.08, 0.0006),
-               "saturation": value(0.004, 0.0004), "wobble": value(0.05, 0.002), "flicker": value(0.972, 0.0006), "dynamic": value(10.6, 0.2),
-               "seconds": Value(0.012 * nfe, 0.0)}  # fmt: skip
+    values |= {
+        "fd": value(fd, 0.3),
+        "fd_open": value(2 * fd, 0.8),
+        "precision": value(0.9, 0.02),
+        "recall": value(0.8, 0.03),
+        "vendi": value(modes / 3, 0.06),
+        "modes_motion": value(modes, 0.25),
+        "modes_digit": value(modes + 0.3, 0.25),
+        "mean_brightness": value(0.08, 0.0006),
+        "saturation": value(0.004, 0.0004),
+        "wobble": value(0.05, 0.002),
+        "flicker": value(0.972, 0.0006),
+        "dynamic": value(10.6, 0.2),
+        "seconds": Value(0.012 * nfe, 0.0),
+    }
     return Row(name, kind, values, nfe, steps, 3.0 if "guided" in name else 1.0, 242)  # type: ignore[arg-type]
 
 

@@ -10,26 +10,27 @@ import pytest
 import torch
 from test_run import PROMPTS, brightness, family, rows, same
 
-from instep.commands.export import newest_step, read_run, sampling_of
+from instep.cli.export import newest_step, read_run, sampling_of
+from instep.core.size import VideoSize
+from instep.data.animation import save_animation
 from instep.data.media import fitted, pair_samples, read_media, slow_motion
-from instep.evaluate.video import save_animation
+from instep.data.samples import PairSamples
+from instep.diffusion.level_windows import HighLow
+from instep.diffusion.levels import OneOf, Uniform
 from instep.lab.run import common, ensemble_state, snapshot
 from instep.lab.run import train as train_lab
 from instep.lab.spec import build
 from instep.lab.world import World, flow_start
-from instep.levels import OneOf, Uniform
-from instep.levels_apo import HighLow
-from instep.models import VideoSize
-from instep.objectives.preference import Preference
+from instep.methods.preference import Preference
+from instep.methods.recipe import AdamWConfig
 from instep.recipes.apo import apo
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.many_step import ManySteps
 from instep.rewards.ranker import Ranked, reward_ranker
-from instep.train import run as module
-from instep.train.recipe import AdamWConfig
-from instep.train.run import RunOptions, train
-from instep.train.source import PairSamples
+from instep.training import run as module
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 TINY = ManySteps(steps=6, batch=4)
 QUICK = RunOptions(save_every=1, probe_every=50)
@@ -219,8 +220,8 @@ def test_the_laboratory_takes_its_name():
 
 
 def test_pairs_of_the_bundled_model_are_told_apart_by_a_classifier_that_did_not_make_them():
-    from instep.embedded import moving_digits
-    from instep.rewards.judges import load_classifier
+    from instep.bundled.classifiers import load_classifier
+    from instep.bundled.worlds import moving_digits
 
     digits = moving_digits()
     pairs, again = digits.pairs(48), digits.pairs(48)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
-from instep.models import VideoSize
+from instep.core.size import VideoSize
+from instep.diffusion.prediction import Prediction
+from instep.diffusion.sampling import sample_ode
+from instep.models.backbone import Backbone
+from instep.models.role import Role
 from instep.models.wan import WanFamily
-from instep.prediction import Prediction
-from instep.roles import Backbone, Role
-from instep.rollout import sample_ode
-from instep.train.cache import FILE, PARTS, teacher_samples
+from instep.training.teacher_samples import FILE, PARTS, teacher_samples
 
 PROMPTS = ("a seven moving left fast", "a digit", "three", "a two going up and then down", "nine")
 SETTINGS = {"n": 7, "steps": 3, "guidance": 2.0, "shift": 3.0, "seed": 4, "batch": 3}

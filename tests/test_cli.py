@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from instep.cli import TrainArgs, main
-from instep.commands.parse import rephrased
+from instep.cli.main import main
+from instep.cli.parse import rephrased
+from instep.cli.train import TrainArgs
 from instep.recipes import NAMES
 
 
@@ -100,7 +101,7 @@ def test_mistakes_before_any_work(capsys):
 
 def test_boxes_drawn_in_utf8():
     """A terminal gets another frame than a pipe."""
-    got = child("-X", "utf8", "-c", "import sys; from instep.cli import main; sys.exit(main(['train', 'dmd2', '--steps', 'abc']))")
+    got = child("-X", "utf8", "-c", "import sys; from instep.cli.main import main; sys.exit(main(['train', 'dmd2', '--steps', 'abc']))")
     assert got.returncode == 2 and got.stderr.startswith("error: --steps: 'abc' is not allowed; it takes INT: Steps (network")
     assert got.stderr.count("\n") == 1
 
@@ -164,12 +165,12 @@ def test_importing_instep_is_light():
 
 
 def test_help_needs_no_torch():
-    got = child("-c", "import sys; from instep.cli import main; main(['--help']); print('torch' in sys.modules)")
+    got = child("-c", "import sys; from instep.cli.main import main; main(['--help']); print('torch' in sys.modules)")
     assert got.stdout.splitlines()[-1] == "False"
 
 
 def test_it_runs_as_a_program():
-    got = child("-m", "instep.cli", "train", "nonsense")
+    got = child("-m", "instep", "train", "nonsense")
     assert got.returncode == 2 and got.stderr.startswith("error: recipe: 'nonsense'") and "Traceback" not in got.stderr
 
 
@@ -178,7 +179,7 @@ def test_a_reader_that_has_gone_away_is_no_error(args):
     ours, theirs = os.pipe()
     os.close(ours)
     source = str(Path(__file__).parents[1] / "src")
-    command, env = [sys.executable, "-m", "instep.cli", *args], {**os.environ, "PYTHONPATH": source}
+    command, env = [sys.executable, "-m", "instep", *args], {**os.environ, "PYTHONPATH": source}
     with os.fdopen(theirs, "wb") as gone:
         got = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, env=env, timeout=120)
     assert got.returncode in (141, 1) and got.stderr == b"", "rich's own status is 1"
@@ -187,7 +188,7 @@ def test_a_reader_that_has_gone_away_is_no_error(args):
 def test_several_rewards_on_the_command_line():
     from test_run import brightness
 
-    from instep.commands.train import load_reward
+    from instep.cli.train import load_reward
 
     both = load_reward("test_run:brightness, 0.5*test_run:brightness")
     assert both.weights == (1.0, 0.5) and load_reward("test_run:brightness") is brightness and load_reward("2*test_run:brightness").weights == (2.0,)

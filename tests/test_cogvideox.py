@@ -11,30 +11,39 @@ import torch
 from test_run import rows
 from tiny import tiny_cogvideox_pipeline
 
+from instep.core.size import VideoSize
+from instep.diffusion.levels import few_step_levels
+from instep.diffusion.path import RectifiedFlow, VariancePreserving
+from instep.diffusion.prediction import eps_of_x0, score_of_x0, to_prediction, velocity_of_x0
+from instep.diffusion.sampling import Sampling, sample_few_step, sample_ode
+from instep.diffusion.transitions import CPS, Deterministic, Renoise
 from instep.export import export_many_step, export_student, few_step_scheduler, verify_export
 from instep.export.card import ExportInfo
 from instep.export.scheduler_vp import float32_betas
-from instep.levels import few_step_levels
-from instep.models import VideoSize, load
+from instep.lab.mixture import ExactTeacher, Mixture, labels
+from instep.models import load
+from instep.models.backbone import Backbone
 from instep.models.cogvideox import AXES, CogVideoXFamily, noise_path, training_step
-from instep.models.mixture import ExactTeacher, Mixture, labels
-from instep.paths import RectifiedFlow, VariancePreserving
-from instep.prediction import eps_of_x0, score_of_x0, to_prediction, velocity_of_x0
+from instep.models.role import Role
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
-from instep.roles import Backbone, Role
-from instep.rollout import Sampling, sample_few_step, sample_ode
-from instep.train.run import RunOptions, train
-from instep.transitions import CPS, Deterministic, Renoise
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 F64 = torch.float64
 SIZE = VideoSize(32, 32, 9)
 PROMPTS = ["a seven moving left fast", "a digit", "an eight", "a two standing still"]
 SHORT = Common(steps=2, batch=2, critic_updates=1, shift=1.0)
 INFO = ExportInfo(
-    recipe="dmd2", base_model="cogvideox", seed=0, command="instep train dmd2", instep_version="0.0", training_prompts=4, size=SIZE,
+    recipe="dmd2",
+    base_model="cogvideox",
+    seed=0,
+    command="instep train dmd2",
+    instep_version="0.0",
+    training_prompts=4,
+    size=SIZE,
     example_prompt=PROMPTS[0],
-)  # fmt: skip
+)
 
 
 def family(**options) -> CogVideoXFamily:
@@ -318,8 +327,16 @@ def test_an_exported_student_samples_like_ours(tmp_path, n, rotary):
     assert (x0.permute(AXES) - theirs).abs().max() <= 1e-5
     # the comparison can fail: guidance, and another student
     assert (stock_call(loaded, n, guidance=6.0) - theirs).abs().max() > 1e-3
-    assert verify_export(report.folder, lambda names, rng: sample_few_step(role(family(seed=3, rotary=rotary)), fam.encode(names),
-                         torch.randn(2, 3, 4, 4, 4, generator=rng).permute(AXES), levels, fam.path, rng).permute(AXES), size=SIZE) > 1e-2  # fmt: skip
+    assert (
+        verify_export(
+            report.folder,
+            lambda names, rng: sample_few_step(
+                role(family(seed=3, rotary=rotary)), fam.encode(names), torch.randn(2, 3, 4, 4, 4, generator=rng).permute(AXES), levels, fam.path, rng
+            ).permute(AXES),
+            size=SIZE,
+        )
+        > 1e-2
+    )
     with pytest.raises(ValueError, match="is a few-step student"):
         load(str(report.folder))
 
@@ -388,7 +405,7 @@ def test_shifted_levels_are_refused_before_training(tmp_path):
 
 
 def test_from_the_command_line(tmp_path, capsys):
-    from instep.cli import main
+    from instep.cli.main import main
 
     folder = tmp_path / "cog"
     tiny_cogvideox_pipeline().save_pretrained(folder)
@@ -396,8 +413,25 @@ def test_from_the_command_line(tmp_path, capsys):
     assert fam.size == SIZE and fam.name == "cog" and fam.source == str(folder)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-    command = ["train", "dmd2", "--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path / "run"), "--iterations", "1", "--steps", "2",
-               "--batch", "2", "--critic-updates", "1", "--no-evaluate"]  # fmt: skip
+    command = [
+        "train",
+        "dmd2",
+        "--model",
+        str(folder),
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(tmp_path / "run"),
+        "--iterations",
+        "1",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--critic-updates",
+        "1",
+        "--no-evaluate",
+    ]
     assert main(command) == 2
     assert "train with shift 1" in capsys.readouterr().err
     assert main([*command, "--shift", "1"]) == 0

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from instep.data import digits as D
-from instep.data.digits import MOTIONS, PromptSpec, describe, motions_allowed, parse, render
+from instep.bundled import digits as D
+from instep.bundled.digits import MOTIONS, PromptSpec, describe, motions_allowed, parse, render
 
 torch.set_num_threads(1)
 

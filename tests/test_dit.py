@@ -8,25 +8,28 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pretrain.digits import ClassTeacherConfig, DigitClassifierConfig, DigitsConfig, deform, pretrain_digits, train_class_teacher
 
-from instep.commands.sample import find_pipeline
-from instep.data.digits import WORDS, scans_of
-from instep.embedded import class_digits
-from instep.models import DIGITS, VideoSize, bundled, load
+from instep.bundled.class_classifiers import load_digit_classifier
+from instep.bundled.digits import WORDS, scans_of
+from instep.bundled.worlds import class_digits
+from instep.cli.sample import find_pipeline
+from instep.core.size import VideoSize
+from instep.data.samples import RealSamples
+from instep.diffusion.guidance import predict_guided
+from instep.diffusion.sampling import sample_few_step, sample_ode
+from instep.methods.recipe import LoRA, RoleConfig
+from instep.models import DIGITS, bundled, load
+from instep.models.backbone import Backbone
 from instep.models.dit import DiTFamily
-from instep.prediction import predict_guided
-from instep.pretrain.digits import ClassTeacherConfig, DigitClassifierConfig, DigitsConfig, deform, pretrain_digits, train_class_teacher
+from instep.models.role import Role
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.many_step import ManySteps, flow_grpo
 from instep.recipes.refl import refl
-from instep.rewards.class_judges import load_digit_classifier
-from instep.roles import Backbone, LoRA, Role
-from instep.rollout import sample_few_step, sample_ode
-from instep.train.recipe import RoleConfig
-from instep.train.run import RunOptions, train
-from instep.train.source import RealSamples
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 ONE = Common(steps=1, batch=4, critic_updates=1, shift=1.0, guidance=1.5)
 DIGIT_NAMES = tuple(str(i) for i in range(10))
@@ -36,8 +39,17 @@ def tiny_dit(seed: int = 0, **changes):
     """Two layers of width 16 on four patches; random weights everywhere, so that classes and times differ."""
     from diffusers import DiTTransformer2DModel
 
-    options = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 1, "out_channels": 1, "num_layers": 2, "sample_size": 8,
-               "patch_size": 4, "num_embeds_ada_norm": 10, "attention_bias": True}  # fmt: skip
+    options = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "num_layers": 2,
+        "sample_size": 8,
+        "patch_size": 4,
+        "num_embeds_ada_norm": 10,
+        "attention_bias": True,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DiTTransformer2DModel(**(options | changes))

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from instep.forces.latent import LatentFit, LatentGradient
-from instep.models.mixture import ExactTeacher, LabelCondition, Mixture, labels
+from instep.diffusion.path import RectifiedFlow, VariancePreserving, broadcast
+from instep.diffusion.prediction import Condition, Prediction, eps_of_x0, to_prediction, x0_of_velocity
+from instep.diffusion.rollout import Point, Rollout
+from instep.diffusion.transitions import CPS, Deterministic, Posterior, Renoise
+from instep.lab.mixture import ExactTeacher, LabelCondition, Mixture, labels
+from instep.methods.consistency import Consistency, boundary, consistency_function, distance
+from instep.methods.latent_reward import LatentFit, LatentGradient
+from instep.methods.latent_reward_model import SETTLE, ConvLatentReward, LatentRewardShape
+from instep.methods.term import Batch, View
 from instep.models.wan import WanCondition
-from instep.objectives.consistency import Consistency, boundary, consistency_function, distance
-from instep.paths import RectifiedFlow, VariancePreserving, broadcast
-from instep.prediction import Condition, Prediction, eps_of_x0, to_prediction, x0_of_velocity
 from instep.recipes.common import Common
 from instep.recipes.dollar import dollar
-from instep.rewards.latent import SETTLE, ConvLatentReward, LatentRewardShape
-from instep.rollout import Point, Rollout
-from instep.terms import Batch, View
-from instep.transitions import CPS, Deterministic, Posterior, Renoise
 
 F64 = torch.float64
 PATHS = (VariancePreserving.linear(), VariancePreserving.scaled_linear(), VariancePreserving.cosine(), RectifiedFlow())

@@ -7,6 +7,7 @@ import torch
 from test_health import history
 from test_run import PROMPTS, family, interrupted_before, rows, same
 
+from instep.data.samples import RealSamples
 from instep.lab.run import common, ensemble_state
 from instep.lab.run import train as train_lab
 from instep.lab.spec import build
@@ -17,10 +18,10 @@ from instep.recipes.dollar import dollar
 from instep.rewards.base import FunctionReward
 from instep.rewards.ranker import Ranked, RewardRanker
 from instep.rewards.several import several
-from instep.train import checkpoint
-from instep.train.health import examine
-from instep.train.run import RunOptions, train
-from instep.train.source import RealSamples
+from instep.training import checkpoint
+from instep.training.health import examine
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 SHORT = Common(steps=2, batch=4, critic_updates=1)
 OPTIONS = RunOptions(save_every=1, probe_every=50, keep=9)
@@ -58,15 +59,31 @@ def test_a_run_with_a_latent_reward_and_an_average_resumes_to_the_same_weights(t
 def test_a_latent_reward_is_new_after_a_run_without_and_kept_after_one_with(tmp_path):
     """Pretrained or concurrent: --start-from hands it on."""
     plain = train(dmd2(SHORT, iterations=1), family(), out=tmp_path / "plain", prompts=PROMPTS, options=OPTIONS)
-    fitted = train(dollar(SHORT, fit=2, iterations=0), family(), out=tmp_path / "fit", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS,
-                   start_from=plain.out)  # fmt: skip
+    fitted = train(
+        dollar(SHORT, fit=2, iterations=0),
+        family(),
+        out=tmp_path / "fit",
+        prompts=PROMPTS,
+        reward=BLACK_BOX,
+        real=real(),
+        options=OPTIONS,
+        start_from=plain.out,
+    )
     assert all(torch.equal(p, plain.state.trained["student"].parameters[key]) for key, p in fitted.state.trained["student"].parameters.items())
     more = dollar(SHORT, fit=0, cd=0, iterations=1, latent_reward_updates=1)
     run = train(more, family(), out=tmp_path / "run", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS, start_from=fitted.out)
     assert run.state.trained["latent_reward"].steps == 2 * 4 + 1 and float(run.state.latent_reward.seen) == 3 * 12
     with pytest.raises(ValueError, match="does not fit this one; start from a run with the same --kind"):
-        train(dollar(SHORT, fit=0, kind="video", iterations=1), family(), out=tmp_path / "other", prompts=PROMPTS, reward=BLACK_BOX, real=real(),
-              options=OPTIONS, start_from=fitted.out)  # fmt: skip
+        train(
+            dollar(SHORT, fit=0, kind="video", iterations=1),
+            family(),
+            out=tmp_path / "other",
+            prompts=PROMPTS,
+            reward=BLACK_BOX,
+            real=real(),
+            options=OPTIONS,
+            start_from=fitted.out,
+        )
 
 
 def test_a_latent_reward_of_another_reward_is_not_taken_over(tmp_path, capsys):

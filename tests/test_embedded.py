@@ -7,24 +7,25 @@ import json
 import pytest
 import torch
 
-from instep.cli import main
-from instep.commands import evaluate
-from instep.commands.evaluate import fingerprint, noise_for, sampler_of
-from instep.commands.export import read_run, student_of
-from instep.data import digits
-from instep.embedded import moving_digits
-from instep.evaluate.compare import EvalSet
+from instep.bundled import digits
+from instep.bundled.classifiers import load_classifier
+from instep.bundled.worlds import moving_digits
+from instep.cli import evaluate
+from instep.cli.evaluate import fingerprint, noise_for, sampler_of
+from instep.cli.export import read_run, student_of
+from instep.cli.main import main
+from instep.diffusion.sampling import Sampling, sample_ode
+from instep.methods.recipe import AdamWConfig
+from instep.metrics.compare import EvalSet
 from instep.models import MOVING_DIGITS, bundled, load
+from instep.models.backbone import Backbone
 from instep.recipes.apo import apo
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.many_step import ManySteps
-from instep.rewards.judges import load_classifier
-from instep.roles import Backbone
-from instep.rollout import Sampling, sample_ode
-from instep.train.recipe import AdamWConfig
-from instep.train.run import RunOptions, train
-from instep.train.setup import Role
+from instep.training.build import Role
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 PROMPTS = digits.full_prompts()[::2]
 
@@ -67,9 +68,9 @@ def test_stock_diffusers_draws_the_same_videos(run):
     ours = sampler_of(student, family, Sampling((1.0, 0.75)))(names, 7).clamp(0, 1)
     noise, rng = noise_for(family, names, 7)
     torch.set_rng_state(rng.get_state())
-    stock = pipe(
-        list(names), height=48, width=48, num_frames=9, num_inference_steps=2, guidance_scale=1.0, latents=noise, output_type="pt"
-    ).frames.transpose(1, 2)
+    stock = pipe(list(names), height=48, width=48, num_frames=9, num_inference_steps=2, guidance_scale=1.0, latents=noise, output_type="pt").frames.transpose(
+        1, 2
+    )
     torch.testing.assert_close(stock, ours, rtol=0, atol=1e-4)
     card = (run / "student" / "README.md").read_text()
     assert "num_inference_steps=2" in card and "guidance_scale=1.0" in card

@@ -10,33 +10,33 @@ import pytest
 import torch
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
-from instep.export import (
-    ExportInfo,
-    export_student,
-    lora_state_dict,
-    merge_lora,
-    save_lora,
-    verify_export,
-)
+from instep.core.size import VideoSize
+from instep.diffusion.levels import few_step_levels
+from instep.export import ExportInfo, export_student, lora_state_dict, merge_lora, save_lora, verify_export
 from instep.export.comfyui import comfyui_levels, comfyui_shift, comfyui_state_dict
 from instep.export.scheduler import flow_scheduler
 from instep.export.verify import our_sampler
-from instep.levels import few_step_levels
-from instep.models import VideoSize
 
 torch.set_num_threads(1)
 
 SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
 PROMPTS = ["a seven moving left slowly", "a digit"]
 INFO = ExportInfo(
-    recipe="dm-align-group", base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", seed=3,
-    command="instep train dm-align-group --seed 3", instep_version="0.0", training_prompts=120, size=SIZE,
+    recipe="dm-align-group",
+    base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    seed=3,
+    command="instep train dm-align-group --seed 3",
+    instep_version="0.0",
+    training_prompts=120,
+    size=SIZE,
     example_prompt='a "seven" moving left',
     metrics={
-        "name": "student", "nfe": 4, "n": 270,
+        "name": "student",
+        "nfe": 4,
+        "n": 270,
         "values": {"heldout_both": {"value": 0.931, "se": 0.015}, "seconds": {"value": 0.05}},
     },
-)  # fmt: skip
+)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
@@ -50,9 +50,7 @@ def reference(pipe, transformer, levels, prompts, seed):
         torch.manual_seed(seed)
         x = torch.randn(len(prompts), 16, 3, HEIGHT // 8, WIDTH // 8).to(dtype)
         for j, t in enumerate(levels):
-            v = transformer(
-                hidden_states=x, timestep=torch.full((len(prompts),), 1000 * t), encoder_hidden_states=text
-            ).sample
+            v = transformer(hidden_states=x, timestep=torch.full((len(prompts),), 1000 * t), encoder_hidden_states=text).sample
             x0 = x - t * v
             if j + 1 < len(levels):
                 x = (1 - levels[j + 1]) * x0 + levels[j + 1] * torch.randn(x.shape).to(dtype)
@@ -126,9 +124,7 @@ def test_scheduler_takes_any_three_levels():
     assert len(flow_scheduler((1.0, 0.4, 0.2)).sigmas) == 4
 
 
-@pytest.mark.parametrize(
-    "levels", [(1.0, 0.9, 0.7, 0.2), (0.9, 0.5), (1.0, 1.0, 0.5), (), (1.0, 0.5, 0.0), (1.0, 0.999, 0.001)]
-)
+@pytest.mark.parametrize("levels", [(1.0, 0.9, 0.7, 0.2), (0.9, 0.5), (1.0, 1.0, 0.5), (), (1.0, 0.5, 0.0), (1.0, 0.999, 0.001)])
 def test_scheduler_refuses_what_it_cannot_give(levels):
     with pytest.raises(ValueError, match="levels"):
         flow_scheduler(levels)
@@ -168,9 +164,10 @@ def test_exported_folder_samples_like_ours(n, tmp_path):
 
 
 def test_training_side_roles_sample_like_the_folder(tmp_path):
+    from instep.diffusion.sampling import sample_few_step
+    from instep.models.backbone import Backbone
+    from instep.models.role import Role
     from instep.models.wan import WanFamily
-    from instep.roles import Backbone, Role
-    from instep.rollout import sample_few_step
 
     levels = few_step_levels(4, 5.0)
     family = WanFamily(tiny_wan_pipeline(), SIZE)
@@ -209,9 +206,7 @@ def test_card_is_valid_and_its_snippet_runs(tmp_path, monkeypatch):
     text = (report.folder / "README.md").read_text()
     card = ModelCard(text).data
     assert (card.library_name, card.pipeline_tag, card.base_model) == ("diffusers", "text-to-video", INFO.base_model)
-    assert (
-        "num_inference_steps=4" in text and "guidance_scale=1.0" in text and f"{report.sampler_difference:.1e}" in text
-    )
+    assert "num_inference_steps=4" in text and "guidance_scale=1.0" in text and f"{report.sampler_difference:.1e}" in text
     assert "| heldout_both | 0.931 ± 0.015 |" in text and "| seconds | 0.05 |" in text
     assert "ComfyUI cannot run this model: its text encoder is 16 wide" in text
     monkeypatch.chdir(report.folder)
@@ -350,9 +345,7 @@ def test_carried_adapter_is_not_exported_silently(tmp_path):
 
     pipe, module = with_adapters()
     with pytest.raises(ValueError, match="lora="):
-        export_student(
-            WanPipeline(**{**pipe.components, "transformer": module}), few_step_levels(1), folder_of(tmp_path), INFO
-        )
+        export_student(WanPipeline(**{**pipe.components, "transformer": module}), few_step_levels(1), folder_of(tmp_path), INFO)
 
 
 def test_whole_checkpoint_names_survive_diffusers_own_converter():
@@ -394,8 +387,4 @@ def test_card_tells_comfyui_users_what_holds():
         (1.0, 0.9, 0.7, 0.2),
         replace(measured, comfyui_difference=0.2),
     )
-    assert (
-        "No workflow is included" in odd
-        and "Quality was not measured" in odd
-        and "base_model" not in odd.split("---")[1]
-    )
+    assert "No workflow is included" in odd and "Quality was not measured" in odd and "base_model" not in odd.split("---")[1]

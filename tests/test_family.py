@@ -10,30 +10,31 @@ import torch
 import torch.nn.functional as F
 from test_forces import F64, Fixed, Linear, view
 
-from instep.advantage import constant_groups, group_advantage
-from instep.forces.adversarial import Adversarial
-from instep.forces.reward import RewardGradient
+from instep.diffusion.advantage import constant_groups, group_advantage
+from instep.diffusion.guidance import guide
+from instep.diffusion.levels import AboveExit, AnnealedBeta, LevelSampler
+from instep.diffusion.path import RectifiedFlow, VariancePreserving
+from instep.diffusion.prediction import Prediction, at_scale, score_of_x0
+from instep.lab.mixture import ExactTeacher, LabelCondition, Mixture, labels
+from instep.lab.networks import VelocityMLP
 from instep.lab.run import common, ensemble_state
 from instep.lab.world import World
-from instep.levels import AboveExit, AnnealedBeta, LevelSampler
-from instep.matching.critic import FakeScoreGANLoss, FakeScoreLoss, tilted
-from instep.matching.force import DistributionMatching
-from instep.matching.operator import Adaptive, Decoupled, Displacements, NaiveAdaptive, RewardTilted, Standard
-from instep.matching.teacher import Annealed
-from instep.models.mixture import ExactTeacher, LabelCondition, Mixture, labels
-from instep.models.small import VelocityMLP
-from instep.objectives.regression import Regression
-from instep.paths import RectifiedFlow, VariancePreserving
-from instep.prediction import Prediction, at_scale, guide, score_of_x0
+from instep.methods.adapted_teacher import Annealed
+from instep.methods.adversarial import Adversarial
+from instep.methods.critics import FakeScoreGANLoss, FakeScoreLoss, tilted
+from instep.methods.matching import DistributionMatching
+from instep.methods.operators import Adaptive, Decoupled, Displacements, NaiveAdaptive, RewardTilted, Standard
+from instep.methods.recipe import Advantage
+from instep.methods.regression import Regression
+from instep.methods.reward_gradient import RewardGradient
+from instep.methods.term import Stored
 from instep.recipes.amd import amd, naive_adaptive
 from instep.recipes.decoupled_dmd import decoupled_dmd
 from instep.recipes.dmd import dmd, dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.magic import magic
 from instep.recipes.refl import refl
-from instep.terms import Stored
-from instep.train.recipe import Advantage
-from instep.train.step import iteration
+from instep.training.step import iteration
 
 PATH = RectifiedFlow()
 

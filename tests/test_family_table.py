@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from instep.methods.recipe import describe
 from instep.recipes.family import FAMILY, external, markdown, table
-from instep.train.recipe import describe
 
 DOC = Path(__file__).parents[1] / "docs" / "family.md"
 
@@ -38,6 +38,6 @@ def test_recipes_share_what_the_table_does_not_name():
 
 
 def test_an_unknown_term_goes_by_its_name():
-    from instep.forces.dm_align import AlignGroup
+    from instep.methods.align import AlignGroup
 
     assert external(AlignGroup()) == "group"

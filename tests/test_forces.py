@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from instep.forces.dm_align import AlignGroup, AlignPair, align_direction, group_factor
-from instep.levels import LevelSampler
-from instep.matching.force import DistributionMatching
-from instep.matching.operator import Displacements, Standard
-from instep.models.mixture import LabelCondition, labels
-from instep.paths import RectifiedFlow
-from instep.prediction import Prediction
-from instep.rollout import Point, Rollout
-from instep.terms import Batch, View, as_force
+from instep.diffusion.levels import LevelSampler
+from instep.diffusion.path import RectifiedFlow
+from instep.diffusion.prediction import Prediction
+from instep.diffusion.rollout import Point, Rollout
+from instep.lab.mixture import LabelCondition, labels
+from instep.methods.align import AlignGroup, AlignPair, align_direction, group_factor
+from instep.methods.matching import DistributionMatching
+from instep.methods.operators import Displacements, Standard
+from instep.methods.term import Batch, View, as_force
 
 F64 = torch.float64
 

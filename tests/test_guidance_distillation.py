@@ -11,21 +11,24 @@ from test_forces import F64, view
 from test_run import PROMPTS, family
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_cogvideox_pipeline, tiny_wan_pipeline
 
+from instep.core.size import VideoSize
+from instep.diffusion.guidance import guide, guide_and_skip
+from instep.diffusion.levels import OneOf, Uniform
+from instep.diffusion.path import RectifiedFlow, VariancePreserving
+from instep.diffusion.prediction import Prediction, eps_of_x0, skipping, velocity_of_x0
+from instep.lab.mixture import ExactTeacher, Mixture, labels
+from instep.lab.networks import VelocityMLP
 from instep.lab.run import ensemble_state
 from instep.lab.world import World, flow_start
-from instep.levels import OneOf, Uniform
-from instep.models import VideoSize
+from instep.methods.guidance_distillation import GuidanceDistillation
+from instep.methods.recipe import LoRA
+from instep.models.backbone import Backbone
 from instep.models.cogvideox import CogVideoXFamily
-from instep.models.mixture import ExactTeacher, Mixture, labels
-from instep.models.small import VelocityMLP
+from instep.models.role import Role
 from instep.models.wan import WanFamily
-from instep.objectives.guidance import GuidanceDistillation
-from instep.paths import RectifiedFlow, VariancePreserving
-from instep.prediction import Prediction, eps_of_x0, guide, guide_and_skip, skipping, velocity_of_x0
 from instep.recipes.apo import apo
 from instep.recipes.many_step import ManySteps
-from instep.roles import Backbone, LoRA, Role
-from instep.train.step import iteration
+from instep.training.step import iteration
 
 SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
 TEXT = ["a seven moving left fast", "a digit"]
@@ -175,15 +178,21 @@ def test_one_pass_approaches_the_guided_teacher():
     optim = replace(ManySteps().student, lr=2e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6)
     recipe = apo(
         ManySteps(steps=10, batch=512, guidance=2.0, shift=1.0, student=optim, ema=None),
-        online=0, half_online=0, offline=0, distill_guidance=400, post_distillation=0, skip=0.5, skip_blocks=(1,),
-    )  # fmt: skip
+        online=0,
+        half_online=0,
+        offline=0,
+        distill_guidance=400,
+        post_distillation=0,
+        skip=0.5,
+        skip_blocks=(1,),
+    )
     state = ensemble_state(recipe, world, start, 0)
     (stage,) = recipe.stages
     term = stage.terms[0]
     assert isinstance(term, GuidanceDistillation) and recipe.sampling.guidance == 1 and not stage.guided
 
     def distances():
-        from instep.terms import View
+        from instep.methods.term import View
 
         rng = torch.Generator().manual_seed(9)
         batch = world.batch(stage, 2.0, rng)
@@ -208,8 +217,9 @@ def test_one_pass_approaches_the_guided_teacher():
 
 
 def test_blocks_that_are_not_there_are_refused_before_the_first_stage(tmp_path):
-    from instep.train.run import RunOptions, train
-    from instep.train.source import PairSamples
+    from instep.data.samples import PairSamples
+    from instep.training.options import RunOptions
+    from instep.training.run import train
 
     fam = family()
     x = torch.zeros(2, *fam.latent_shape)

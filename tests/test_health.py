@@ -9,9 +9,9 @@ import pytest
 
 from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group
-from instep.train import health
-from instep.train.health import HealthMonitor, examine
-from instep.train.log import RunLog
+from instep.training import health
+from instep.training.health import HealthMonitor, examine
+from instep.training.log import RunLog
 
 TEACHER = {"mean_brightness_teacher": 0.2, "motion_teacher": 0.05, "diversity_teacher": 0.1, "saturation_teacher": 0.01}
 HEALTHY = {"mean_brightness": 0.2, "motion": 0.05, "diversity": 0.1, "saturation": 0.01, "train_score": -0.5, "monitor_both": 0.9, "monitor_score": -0.5}
@@ -195,7 +195,7 @@ def test_flags_that_can_be_asked_for_are_those_that_are_said():
     import inspect
     import re
 
-    from instep.train import findings
+    from instep.training import findings
 
     source = inspect.getsource(findings).partition("CHECKS = ")[0]
     said = set(re.findall(r'yield "(?:warn|alarm)", f?"(\w+)', source)) | {"nonfinite", "still", "collapse"}
@@ -323,7 +323,7 @@ def feed(folder, rows, *, resume_step: int = 0) -> list:
 
 @pytest.fixture(autouse=True)
 def no_board(monkeypatch):
-    monkeypatch.setattr("instep.train.log._tensorboard", lambda folder, step: None)
+    monkeypatch.setattr("instep.training.log._tensorboard", lambda folder, step: None)
 
 
 def test_a_finding_is_said_once_and_so_is_its_clearing(tmp_path):
@@ -360,7 +360,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
 
 
 def test_probes_write_the_names_that_checks_read():
-    from instep.train import probe as module
+    from instep.training import probe as module
 
     source = module.__loader__.get_source(module.__name__)
     for key in ("mean_brightness", "saturation", "motion", "diversity", "train_score"):
@@ -388,8 +388,8 @@ def test_a_long_run_is_read_in_part_and_says_the_same(tmp_path, monkeypatch):
 
 
 def test_flags_of_a_run_that_was_never_measured(tmp_path):
-    from instep.train.health import Raised
-    from instep.train.health import flags as raised
+    from instep.training.health import Raised
+    from instep.training.health import flags as raised
 
     assert raised(tmp_path) == []
     feed(tmp_path, bad_then_good())

@@ -25,9 +25,9 @@ import pytest
 from judging import PROMPTS, sample_folder
 from PIL import Image
 
-from instep.cli import main
+from instep.cli.main import main
 from instep.data.pairs import read_pairs
-from instep.judge.store import Store
+from instep.human_eval.store import Store
 
 pytest.importorskip("fastapi")
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
@@ -43,7 +43,7 @@ class Server:
         self.start(port)
 
     def start(self, port: int) -> None:
-        command = [sys.executable, "-m", "instep.cli", "human-eval", *self.args, "--port", str(port)]
+        command = [sys.executable, "-m", "instep", "human-eval", *self.args, "--port", str(port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.said = ""
         while self.said.count("http://") < 2:
@@ -231,9 +231,20 @@ def test_it_listens_on_this_machine_alone(shared):
 def test_no_path_leads_out(shared):
     server, cookie = shared
     for path in (
-        "/media/../../../../etc/passwd", "/media/..%2f..%2fetc%2fpasswd", "/media/%2e%2e/page.js", "/media//etc/passwd", "/../pyproject.toml",
-        "/page.js/../server.py", "/media/", "/media/%00", "/media/" + "0" * 16, "/media/" + "a" * 5000, "//etc/passwd", "/server.py", "/index.html",
-    ):  # fmt: skip
+        "/media/../../../../etc/passwd",
+        "/media/..%2f..%2fetc%2fpasswd",
+        "/media/%2e%2e/page.js",
+        "/media//etc/passwd",
+        "/../pyproject.toml",
+        "/page.js/../server.py",
+        "/media/",
+        "/media/%00",
+        "/media/" + "0" * 16,
+        "/media/" + "a" * 5000,
+        "//etc/passwd",
+        "/server.py",
+        "/index.html",
+    ):
         status, _, data = server.ask(path, cookie=cookie)
         assert status == 404 and b"root:" not in data and b"instep" not in data, (path, status)
 
@@ -259,11 +270,23 @@ def test_large_bodies_are_refused(shared):
 @pytest.mark.parametrize(
     "raw",
     [
-        b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"name": 3}', b'{"name": ""}', b'{"name": "a", "more": 1}', b'{"name": "\\ud800"}', b'{"name": "a\\u0000b"}',
-        b'{"name": ' + b"[" * 8000 + b"]" * 7000 + b"}", b'{"name": ' + b"9" * 9000 + b"}", b'{"name": "' + b"x" * 3000 + b'"}',
-        b'{"name": NaN}', b'{"name": "nobody"}',
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"name": 3}',
+        b'{"name": ""}',
+        b'{"name": "a", "more": 1}',
+        b'{"name": "\\ud800"}',
+        b'{"name": "a\\u0000b"}',
+        b'{"name": ' + b"[" * 8000 + b"]" * 7000 + b"}",
+        b'{"name": ' + b"9" * 9000 + b"}",
+        b'{"name": "' + b"x" * 3000 + b'"}',
+        b'{"name": NaN}',
+        b'{"name": "nobody"}',
     ],
-)  # fmt: skip
+)
 def test_malformed_input_is_a_clear_refusal(shared, raw):
     server, cookie = shared
     status, headers, data = server.ask("/api/state", raw=raw, cookie=cookie)
@@ -275,10 +298,20 @@ def test_answers_that_are_none(shared):
     item = server.told("/api/state", {"name": "Ana"}, cookie)["item"]["id"]
     good = {"name": "Ana", "item": item, "request": "request-1", "answers": LEFT}
     for change in (
-        {"item": "../../etc"}, {"item": "0" * 16}, {"item": item + "\n"}, {"item": None}, {"request": "short"}, {"request": "x'; DROP TABLE answer; --"},
-        {"answers": {}}, {"answers": LEFT | {"overall": "best"}}, {"answers": LEFT | {"x": "left"}}, {"answers": LEFT | {"overall": 1}}, {"answers": [1]},
-        {"name": "Nobody"}, {"answers": LEFT | {"\ud800": "left"}},
-    ):  # fmt: skip
+        {"item": "../../etc"},
+        {"item": "0" * 16},
+        {"item": item + "\n"},
+        {"item": None},
+        {"request": "short"},
+        {"request": "x'; DROP TABLE answer; --"},
+        {"answers": {}},
+        {"answers": LEFT | {"overall": "best"}},
+        {"answers": LEFT | {"x": "left"}},
+        {"answers": LEFT | {"overall": 1}},
+        {"answers": [1]},
+        {"name": "Nobody"},
+        {"answers": LEFT | {"\ud800": "left"}},
+    ):
         status, _, data = server.ask("/api/answer", good | change, cookie=cookie)
         assert status == 422 and json.loads(data)["error"], (change, status, data)
     assert server.told("/api/state", {"name": "Ana"}, cookie)["done"] == 0

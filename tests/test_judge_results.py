@@ -7,13 +7,22 @@ import math
 import numpy as np
 import pytest
 
-from instep.judge.results import distortion, fleiss_kappa, mean, preference, score, total, wilson
-from instep.judge.store import Vote
+from instep.core.statistics import wilson
+from instep.human_eval.results import distortion, fleiss_kappa, mean, preference, score, total
+from instep.human_eval.store import Vote
 
 FLEISS_1971 = [  # ten subjects, fourteen raters, five categories: the textbook example, kappa 0.210
-    [0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
-    [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7],
-]  # fmt: skip
+    [0, 0, 0, 0, 14],
+    [0, 2, 6, 4, 2],
+    [0, 0, 3, 5, 6],
+    [0, 3, 9, 2, 0],
+    [2, 2, 8, 1, 1],
+    [7, 7, 0, 0, 0],
+    [3, 2, 6, 3, 0],
+    [2, 5, 3, 2, 2],
+    [6, 5, 2, 1, 0],
+    [0, 2, 2, 3, 7],
+]
 
 
 def vote(item: str, value: str, who: str = "ana", prompt: str | None = None, run: int | None = None, swapped: bool = False, question: str = "overall") -> Vote:

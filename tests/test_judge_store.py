@@ -17,12 +17,12 @@ import pytest
 from judging import PROMPTS, sample_folder
 from PIL import Image
 
-from instep.files import write_json
-from instep.judge import frames
-from instep.judge.create import create
-from instep.judge.questions import choose
-from instep.judge.samples import match, read_samples
-from instep.judge.store import Conflict, Store
+from instep.core.files import write_json
+from instep.human_eval import frames
+from instep.human_eval.create import create
+from instep.human_eval.questions import choose
+from instep.human_eval.samples import match, read_samples
+from instep.human_eval.store import Conflict, Store
 
 ALL = {"visual_quality": "left", "text_alignment": "right", "motion": "equal", "overall": "left"}
 
@@ -136,7 +136,7 @@ def test_many_at_once(store):
 CHILD = """
 import sys
 from pathlib import Path
-from instep.judge.store import Store
+from instep.human_eval.store import Store
 store = Store(Path(sys.argv[1]))
 store.join("Ana")
 for i in range(10**9):
@@ -171,7 +171,7 @@ def test_a_kill_loses_nothing_that_was_acknowledged_and_leaves_nothing_half(stor
 SUICIDE = """
 import os, signal, sys
 from pathlib import Path
-from instep.judge.store import Store
+from instep.human_eval.store import Store
 store, seen = Store(Path(sys.argv[1])), []
 store.join("Ana")
 def look(statement):
@@ -331,7 +331,7 @@ def test_samples_written_one_by_one_belong_together(tmp_path):
     """What `instep sample --each` writes is what `instep human-eval` reads."""
     import torch
 
-    from instep.commands.sample import save_each
+    from instep.cli.sample import save_each
 
     videos = torch.randint(0, 255, (4, 5, 16, 16, 3), dtype=torch.uint8)
     for name, of in (("a", videos), ("b", 255 - videos)):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from instep.data.digits import MOTIONS, describe, motion_spec, parse, render
-from instep.rewards.judges import FOLDER, load_classifier
+from instep.bundled.classifiers import FOLDER, load_classifier
+from instep.bundled.digits import MOTIONS, describe, motion_spec, parse, render
 
 torch.set_num_threads(1)
 NAMES = ("training", "monitor", "heldout")

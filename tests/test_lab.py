@@ -9,21 +9,22 @@ from contextlib import suppress
 import pytest
 import torch
 
-from instep import cli
+from instep.cli import main as cli_main
+from instep.diffusion.levels import Uniform
 from instep.lab.metrics import measure
+from instep.lab.mixture import labels
+from instep.lab.networks import ExactFake, Particles
 from instep.lab.run import common, ensemble_state, train, train_particles
 from instep.lab.spec import build
 from instep.lab.world import World, flow_start
-from instep.levels import Uniform
-from instep.matching.force import DistributionMatching
-from instep.models.mixture import labels
-from instep.models.small import ExactFake, Particles
+from instep.methods.matching import DistributionMatching
+from instep.methods.recipe import AdamWConfig, RolloutConfig, Stage
+from instep.methods.term import Batch
 from instep.recipes.amd import amd, naive_adaptive
 from instep.recipes.dmd import dmd2
 from instep.recipes.refl import refl
-from instep.terms import Batch
-from instep.train.recipe import AdamWConfig, RolloutConfig, Stage
-from instep.train.step import TrainedParams, TrainState, iteration
+from instep.training.state import TrainedParams, TrainState
+from instep.training.step import iteration
 
 HALF = World.named("ring8", members=1, reward="half")
 
@@ -172,7 +173,7 @@ def test_preferred_samples_are_rewarded_ones():
 
 
 def test_what_is_done_stays_when_the_next_recipe_is_interrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr("instep.commands.lab.START_STEPS", 50)
+    monkeypatch.setattr("instep.cli.lab.START_STEPS", 50)
     import instep.lab.run as module
 
     real = module.train
@@ -184,7 +185,7 @@ def test_what_is_done_stays_when_the_next_recipe_is_interrupted(tmp_path, monkey
 
     monkeypatch.setattr(module, "train", second_fails)
     with suppress(KeyboardInterrupt):
-        cli.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "5", "--members", "2", "--no-figures", "--out", str(tmp_path / "lab")])
+        cli_main.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "5", "--members", "2", "--no-figures", "--out", str(tmp_path / "lab")])
     assert [run["name"] for run in json.loads((tmp_path / "lab" / "lab.json").read_text())["runs"]] == ["dmd2"]
 
 
@@ -198,17 +199,17 @@ def test_a_recipe_without_matching_has_no_force_to_draw(start):
 
 
 def test_the_command_writes_table_and_figures(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("instep.commands.lab.START_STEPS", 50)
+    monkeypatch.setattr("instep.cli.lab.START_STEPS", 50)
     out = tmp_path / "lab"
-    assert cli.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "20", "--members", "2", "--out", str(out)]) == 0
+    assert cli_main.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "20", "--members", "2", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "exact" in shown and "amd" in shown
     assert {"lab.json", "table.md", "figure.png", "training.webp"} <= {file.name for file in out.iterdir()}
     saved = json.loads((out / "lab.json").read_text())
     assert [run["name"] for run in saved["runs"]] == ["dmd2", "amd"] and len(saved["runs"][0]["curve"][-1]["figures"]) == 2
-    assert cli.main(["lab", "dmd2", "--out", str(out)]) == 2
+    assert cli_main.main(["lab", "dmd2", "--out", str(out)]) == 2
     assert "is not empty" in capsys.readouterr().err
-    assert cli.main(["lab", "amd", "--out", str(tmp_path / "b")]) == 2
+    assert cli_main.main(["lab", "amd", "--out", str(tmp_path / "b")]) == 2
     assert "reward: amd needs one; add --reward half" in capsys.readouterr().err
-    assert cli.main(["lab", "--out", str(tmp_path / "b")]) == 2
+    assert cli_main.main(["lab", "--out", str(tmp_path / "b")]) == 2
     assert "recipe: none was given" in capsys.readouterr().err

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from instep.diffusion.path import RectifiedFlow
 from instep.lab.figure import Frame, LabFigure, Panel, animate, draw
 from instep.lab.metrics import energy_distance, log_kde, mean_sd, measure, measure_exact, reverse_kl, total_variation
-from instep.models.mixture import Mixture
-from instep.paths import RectifiedFlow
+from instep.lab.mixture import Mixture
 
 RING = Mixture.ring()
 REWARDED = torch.arange(8) % 4 == 1  # a mode of each class: a quarter

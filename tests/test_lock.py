@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from instep.train import lock
-from instep.train.lock import run_lock
+from instep.core import lock
+from instep.core.lock import run_lock
 
 pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="this platform has no such lock")
 
 HOLDER = """
 import sys
 from pathlib import Path
-from instep.train.lock import run_lock
+from instep.training.lock import run_lock
 with run_lock(Path({folder!r})):
     print("held", flush=True)
     sys.stdin.read()

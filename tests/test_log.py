@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from instep.train.health import Finding, HealthMonitor
-from instep.train.log import RunLog, read_rows, trim
+from instep.core.json_lines import read_rows, trim
+from instep.training.health import Finding, HealthMonitor
+from instep.training.log import RunLog
 
 
 def rows(folder) -> list[dict]:
@@ -143,7 +144,7 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys):
 
 
 def test_time_left_counts_from_where_a_run_resumed(tmp_path, monkeypatch):
-    import instep.train.log as module
+    import instep.training.log as module
 
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
@@ -187,6 +188,8 @@ def test_a_tracker_gets_every_row_and_cannot_cost_the_run(tmp_path, capsys):
     assert calls == [1] and len((tmp_path / "b" / "log.jsonl").read_text().splitlines()) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "the tracker raised ConnectionError: no route to host; it is not called again, log.jsonl goes on" in said
+
+
 FULL = Path("/dev/full")  # takes nothing: "no space left on device", from the kernel itself
 
 
@@ -244,7 +247,7 @@ def test_tensorboard_on_a_full_disk(tmp_path, monkeypatch):
 
         close = flush
 
-    monkeypatch.setattr("instep.train.log._tensorboard", lambda *args: Full())
+    monkeypatch.setattr("instep.training.log._tensorboard", lambda *args: Full())
     log = RunLog(tmp_path)
     with pytest.raises(OSError, match="the disk is full: TensorBoard's copy of the log in .*tensorboard was not written and the checkpoints are intact"):
         log.row(1, {"x": 1.0})

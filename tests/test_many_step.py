@@ -9,22 +9,23 @@ import pytest
 import torch
 from test_run import PROMPTS, brightness, family, rows
 
+from instep.diffusion.path import RectifiedFlow
+from instep.diffusion.sampling import Sampling, sample_ode
+from instep.diffusion.transitions import Deterministic, FlowSDE
+from instep.lab.mixture import ExactTeacher, Mixture, labels
 from instep.lab.run import common, ensemble_state
 from instep.lab.run import train as train_lab
 from instep.lab.spec import build
 from instep.lab.world import World, flow_start
+from instep.methods.recipe import RolloutConfig, Stage
+from instep.methods.term import Objective
 from instep.models import load
-from instep.models.mixture import ExactTeacher, Mixture, labels
-from instep.paths import RectifiedFlow
 from instep.recipes import find
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.many_step import ManySteps, dance_grpo, flow_dpo, flow_grpo
-from instep.rollout import Sampling, sample_ode
-from instep.terms import Objective
-from instep.train.recipe import RolloutConfig, Stage
-from instep.train.run import RunOptions, train
-from instep.transitions import Deterministic, FlowSDE
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 TINY = ManySteps(steps=3, batch=4)
 NAMES = ("flow-grpo", "dance-grpo", "flow-dpo")

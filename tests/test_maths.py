@@ -7,22 +7,14 @@ import math
 import pytest
 import torch
 
-from instep.advantage import constant_groups, group_advantage, group_variance, top_n
-from instep.levels import Uniform, check_levels, few_step_levels, shift_level
-from instep.models.mixture import ExactTeacher, LabelCondition, Mixture, labels
-from instep.paths import Path, RectifiedFlow, VariancePreserving
-from instep.prediction import (
-    Condition,
-    eps_of_x0,
-    guide,
-    predict_guided,
-    score_of_x0,
-    to_prediction,
-    velocity_of_x0,
-    x0_of_velocity,
-)
-from instep.rollout import sample_ode
-from instep.transitions import Renoise
+from instep.diffusion.advantage import constant_groups, group_advantage, group_variance, top_n
+from instep.diffusion.guidance import guide, predict_guided
+from instep.diffusion.levels import Uniform, check_levels, few_step_levels, shift_level
+from instep.diffusion.path import Path, RectifiedFlow, VariancePreserving
+from instep.diffusion.prediction import Condition, eps_of_x0, score_of_x0, to_prediction, velocity_of_x0, x0_of_velocity
+from instep.diffusion.sampling import sample_ode
+from instep.diffusion.transitions import Renoise
+from instep.lab.mixture import ExactTeacher, LabelCondition, Mixture, labels
 
 PATHS = [RectifiedFlow(), VariancePreserving.linear(), VariancePreserving.scaled_linear(), VariancePreserving.cosine()]
 F64 = torch.float64

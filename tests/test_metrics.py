@@ -9,13 +9,13 @@ import pytest
 import scipy.linalg
 import torch
 
-from instep.data import digits
-from instep.data.pictures import drawn_video
-from instep.data.prompts import text_of
-from instep.evaluate import compare
-from instep.evaluate import metrics as m
-from instep.evaluate.metrics import Value
-from instep.rewards.judges import Classifier, SpaceTime
+from instep.bundled import digits
+from instep.bundled.classifiers import Classifier, SpaceTime
+from instep.data.first_frame import drawn_video
+from instep.data.prompt import text_of
+from instep.metrics import compare
+from instep.metrics import figures as m
+from instep.metrics.figures import Value
 
 
 def test_frechet_distance_of_gaussians():
@@ -103,10 +103,22 @@ def test_evaluation_set_is_balanced():
 
 
 MEASURED = {
-    "fd", "fd_open", "precision", "recall", "vendi", "modes_motion", "modes_digit", "mean_brightness", "saturation", "wobble", "flicker", "dynamic",
-    "seconds", "seconds_wall",
+    "fd",
+    "fd_open",
+    "precision",
+    "recall",
+    "vendi",
+    "modes_motion",
+    "modes_digit",
+    "mean_brightness",
+    "saturation",
+    "wobble",
+    "flicker",
+    "dynamic",
+    "seconds",
+    "seconds_wall",
     *(f"{classifier}_{part}" for classifier in ("train", "heldout") for part in ("digit", "motion", "both", "both_open", "score")),
-}  # fmt: skip
+}
 
 
 def small_set() -> compare.EvalSet:

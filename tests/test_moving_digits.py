@@ -3,11 +3,11 @@
 import json
 
 import torch
+from pretrain.files import checksums
+from pretrain.measure import Sampler
 
-from instep.data.digits import full_prompts
-from instep.pretrain.files import checksums
-from instep.pretrain.measure import Sampler
-from instep.rewards.judges import FOLDER, load_classifier
+from instep.bundled.classifiers import FOLDER, load_classifier
+from instep.bundled.digits import full_prompts
 
 torch.set_num_threads(1)
 ASSETS = FOLDER.parent

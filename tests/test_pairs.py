@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from judging import sample_folder
 
-from instep.cli import main
+from instep.cli.main import main
 from instep.data.pairs import PreferencePair, read_pairs, write_pairs
-from instep.judge.create import create
-from instep.judge.pairs import pairs_of
-from instep.judge.questions import choose
-from instep.judge.samples import match
+from instep.human_eval.create import create
+from instep.human_eval.pairs import pairs_of
+from instep.human_eval.questions import choose
+from instep.human_eval.samples import match
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_without_pyarrow_the_answer_is_the_command_to_run(media, monkeypatch):
 
 
 def test_pairs_need_no_torch():
-    code = "import sys, instep.data.pairs, instep.files; sys.exit('torch' in sys.modules)"
+    code = "import sys, instep.data.pairs, instep.core.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

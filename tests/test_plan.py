@@ -9,17 +9,25 @@ import pytest
 import torch
 from torch import nn
 
-from instep.models import VideoSize
-from instep.plan import activations, flops, memory, pass_flops, passes, plan
-from instep.throughput import measure_throughput, stated
-from instep.workload import WAN_1_3B, WAN_14B, Workload, recipe_workload, wan_module, wan_tokens, wan_workload
+from instep.core.size import VideoSize
+from instep.planning.plan import activations, flops, memory, pass_flops, passes, plan
+from instep.planning.throughput import measure_throughput, stated
+from instep.planning.workload import WAN_1_3B, WAN_14B, Workload, recipe_workload, wan_module, wan_tokens, wan_workload
 
 torch.set_num_threads(1)
 
 MID = {
-    "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 8, "text_dim": 64,
-    "freq_dim": 64, "in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "rope_max_seq_len": 64,
-}  # fmt: skip
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "ffn_dim": 1024,
+    "num_layers": 8,
+    "text_dim": 64,
+    "freq_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": (1, 2, 2),
+    "rope_max_seq_len": 64,
+}
 SIZE = VideoSize(128, 128, 13)  # latents [16, 4, 16, 16], 256 tokens
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
@@ -68,9 +76,7 @@ def test_tokens_of_a_video():
 
 
 def test_passes_of_four_step_distribution_matching():
-    w = Workload(
-        params=1, tokens=1, width=1, ffn=1, layers=1, levels=4, critic_updates=5, roles="copies", checkpointing=False
-    )
+    w = Workload(params=1, tokens=1, width=1, ffn=1, layers=1, levels=4, critic_updates=5, roles="copies", checkpointing=False)
 
     def count(**changes):
         plain, graph = passes(replace(w, **changes))
@@ -120,9 +126,7 @@ def test_states_are_exact(roles):
     optimizer.step()
     moments = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k != "step")
     got = lines(w)
-    assert (
-        got["gradients"] == gradients and got["AdamW"] == 2 * moments and got["EMA"] == sum(p.nbytes for p in trained)
-    )
+    assert got["gradients"] == gradients and got["AdamW"] == 2 * moments and got["EMA"] == sum(p.nbytes for p in trained)
     whole = sum(p.nbytes for p in module.parameters())
     assert got["weights"] == (3 * whole if roles == "copies" else whole + sum(p.nbytes for p in trained))
 
@@ -132,9 +136,7 @@ def test_states_are_exact(roles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_match_what_autograd_keeps(roles, checkpointing, dtype):
     module = mid().to(dtype)
-    w = replace(
-        wan_workload(module, SIZE), roles=roles, lora_rank=8, batch=2, text_tokens=32, checkpointing=checkpointing
-    )
+    w = replace(wan_workload(module, SIZE), roles=roles, lora_rank=8, batch=2, text_tokens=32, checkpointing=checkpointing)
     if roles == "lora":
         module = with_lora(module, 8)
     if checkpointing:
@@ -222,8 +224,8 @@ def test_workload_of_a_recipe():
 
 def test_every_kind_of_stage_is_counted():
     """A policy gradient predicts each stochastic step again, guided as the rollout was; a stage that only fits rolls out to the exits."""
-    from instep.levels import Uniform
-    from instep.levels_apo import Repeated
+    from instep.diffusion.level_windows import Repeated
+    from instep.diffusion.levels import Uniform
     from instep.recipes.apo import apo
     from instep.recipes.common import Common
     from instep.recipes.dmdr import dmdr

@@ -11,22 +11,22 @@ from test_family import AnyLevel, direction
 from test_forces import F64, Linear, view
 from test_skeletons import batch_of, mlp_state, prompts
 
+from instep.diffusion.levels import AnnealedBeta
+from instep.diffusion.path import RectifiedFlow, VariancePreserving
+from instep.diffusion.prediction import Prediction
+from instep.diffusion.rollout import Trajectory
+from instep.diffusion.transitions import Renoise
+from instep.lab.mixture import LabelCondition
 from instep.lab.run import common, ensemble_state, train, train_particles
 from instep.lab.world import World, flow_start
-from instep.levels import AnnealedBeta
-from instep.matching.force import DistributionMatching
-from instep.matching.operator import Displacements, RewardTilted
-from instep.models.mixture import LabelCondition
-from instep.objectives.policy import DDPO, GRPO, surrogate
-from instep.paths import RectifiedFlow, VariancePreserving
-from instep.prediction import Prediction
+from instep.methods.matching import DistributionMatching
+from instep.methods.operators import Displacements, RewardTilted
+from instep.methods.policy import DDPO, GRPO, surrogate
+from instep.methods.recipe import RolloutConfig, Stage
 from instep.recipes.after import rl_after
 from instep.recipes.common import Common
 from instep.recipes.dmdr import dmdr
-from instep.rollout import Trajectory
-from instep.train.recipe import RolloutConfig, Stage
-from instep.train.step import iteration
-from instep.transitions import Renoise
+from instep.training.step import iteration
 
 LEVELS = (1.0, 0.75, 0.5, 0.25)
 
@@ -163,7 +163,7 @@ def test_the_fakes_adapter_adapts_the_teacher():
 
     x = torch.ones(2, 2, dtype=F64)
     roles = {"teacher": Linear(0.2), "fake": Fake(0.9)}
-    from instep.matching.teacher import Annealed
+    from instep.methods.adapted_teacher import Annealed
 
     force = DistributionMatching(levels=AnyLevel(), adapter=Annealed(0.5, 1.0), adapter_of="fake")
     adapted = force.explain(view(x, roles)).real

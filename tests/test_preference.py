@@ -10,14 +10,14 @@ import torch
 from scipy.stats import chi2, norm
 from test_forces import F64, view
 
-from instep.levels import OneOf, Uniform, few_step_levels
-from instep.levels_apo import SHIFTS, HighLow, NearTrajectory, Repeated
-from instep.models.mixture import labels
-from instep.objectives.preference import Preference
-from instep.prediction import Prediction
-from instep.rollout import Point, Rollout
-from instep.terms import Pairs
-from instep.train.recipe import RolloutConfig, Stage
+from instep.diffusion.level_windows import SHIFTS, HighLow, NearTrajectory, Repeated
+from instep.diffusion.levels import OneOf, Uniform, few_step_levels
+from instep.diffusion.prediction import Prediction
+from instep.diffusion.rollout import Point, Rollout
+from instep.lab.mixture import labels
+from instep.methods.preference import Preference
+from instep.methods.recipe import RolloutConfig, Stage
+from instep.methods.term import Pairs
 
 
 def draw(sampler, n=20000, seed=0):
@@ -205,9 +205,9 @@ def test_a_window_is_backwarded_one_level_at_a_time_and_summed():
     """The gradient that `iteration` leaves is the sum of those of its levels, not their mean."""
     from test_skeletons import batch_of, mlp_state, prompts
 
-    from instep.models.mixture import Mixture
-    from instep.models.small import VelocityMLP
-    from instep.train.step import iteration
+    from instep.lab.mixture import Mixture
+    from instep.lab.networks import VelocityMLP
+    from instep.training.step import iteration
 
     def gradient(levels):
         state = mlp_state()

@@ -12,22 +12,23 @@ import pytest
 import torch
 from tiny import byte_tokenizer
 
-from instep.cli import main
-from instep.commands.rewards import load_reward
-from instep.commands.sample import save_each
-from instep.data import digits
+from instep.bundled import digits
+from instep.bundled.class_classifiers import load_digit_classifier
+from instep.bundled.classifiers import load_classifier
+from instep.bundled.worlds import class_digits
+from instep.cli.main import main
+from instep.cli.rewards import load_reward
+from instep.cli.sample import save_each
+from instep.core.statistics import wilson
 from instep.data.pairs import PreferencePair, write_pairs
-from instep.embedded import class_digits
-from instep.judge.results import wilson
 from instep.recipes.common import Common
 from instep.recipes.refl import refl
 from instep.rewards.base import Reward, checked_scores
 from instep.rewards.bradley_terry import fit
-from instep.rewards.class_judges import load_digit_classifier
 from instep.rewards.features import Preparation, features_of, image_text_features
-from instep.rewards.judges import load_classifier
 from instep.rewards.preferences import learn, load_preferences, read_features, save
-from instep.train.run import RunOptions, train
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 
 def test_pairs_of_a_prompt_are_on_one_side_only():
@@ -284,8 +285,9 @@ def tiny_clip(folder, seed=0):
         torch.manual_seed(seed)
         config = CLIPConfig(
             text_config={**small, "vocab_size": len(tokenizer), "max_position_embeddings": 32, "eos_token_id": 1},
-            vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=24,
-        )  # fmt: skip
+            vision_config={**small, "image_size": 32, "patch_size": 8},
+            projection_dim=24,
+        )
         network = CLIPModel(config)
     processor = CLIPProcessor(image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer=tokenizer)
     network.save_pretrained(folder)
@@ -369,7 +371,7 @@ def test_a_fit_that_is_a_coin_says_so(liked, tmp_path, capsys):
 
 
 def test_long_readings_show_how_far_they_are(capsys, monkeypatch):
-    from instep.commands import pairs as module
+    from instep.cli import pairs as module
 
     clock = iter(range(0, 10_000, 4))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from pretrain.attention import TextBias, TrainingAttention
+from pretrain.measure import wobble
+from pretrain.optim import Muon, Optimisers, orthogonalise
+from pretrain.teacher import Latents, TeacherConfig, TeacherRun, build_transformer, prompt_spec, text_table
+from pretrain.text import VOCABULARY, build_text_encoder, build_tokenizer
 
-from instep.data.digits import describe, motion_spec, motions_allowed, parse
-from instep.pretrain.attention import TextBias, TrainingAttention
-from instep.pretrain.measure import wobble
-from instep.pretrain.optim import Muon, Optimisers, orthogonalise
-from instep.pretrain.teacher import Latents, TeacherConfig, TeacherRun, build_transformer, prompt_spec, text_table
-from instep.pretrain.text import VOCABULARY, build_text_encoder, build_tokenizer
+from instep.bundled.digits import describe, motion_spec, motions_allowed, parse
 
 torch.set_num_threads(1)
 
@@ -107,7 +107,7 @@ def test_an_interrupted_teacher_goes_on_exactly(table, tmp_path):
 
 
 def test_wobble_ignores_motion_and_sees_changing_shapes():
-    from instep.data.digits import render
+    from instep.bundled.digits import render
 
     prompts = [describe(motion_spec(d, d % 9)) for d in range(10)]
     media = render("reference", [parse(p) for p in prompts], 0)

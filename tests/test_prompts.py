@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from instep.data.prompts import load_prompts
+from instep.data.prompt import load_prompts
 
 
 def written(tmp_path, data: bytes, name: str = "prompts.txt"):

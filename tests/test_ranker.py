@@ -14,10 +14,10 @@ from serving import served
 
 from instep.rewards.base import FunctionReward, Reward, checked_scores
 from instep.rewards.bradley_terry import LearnedReward, RewardHead, fit, rao_kupper_log_prob
+from instep.rewards.decoded import chunks
 from instep.rewards.ranker import Ranked, RewardRanker, both_ways, relative, reward_ranker
 from instep.rewards.several import several
 from instep.rewards.vlm import OPTIONS, OpenAIEndpoint, VisionLanguageRanker, instructions, label_of
-from instep.train.checks import chunks
 
 F64 = torch.float64
 
@@ -252,7 +252,7 @@ def test_answers_that_are_none_are_asked_again_and_then_named(serve):
 
 def test_neighbouring_groups_of_one_prompt_are_ranked_apart():
     """Where an order of prompts begins again its last and first may be the same: the tie of the first group below is no preference over the second."""
-    from instep.train.step import scoring_slices
+    from instep.training.step import scoring_slices
 
     assert scoring_slices(["a", "a", "b", "b", "b", "b", "c", "c"], 2) == [slice(0, 4), slice(4, 8)]
     assert scoring_slices(["a", "a", "b", "b"], 2) == [slice(0, 4)]

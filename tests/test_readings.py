@@ -7,18 +7,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from instep.advantage import group_advantage
-from instep.forces.dm_align import AlignGroup, align_direction, group_factor
-from instep.matching.critic import FakeScoreLoss, denoising_error
-from instep.matching.force import DistributionMatching
-from instep.models.mixture import ExactTeacher, Mixture, labels
-from instep.models.small import VelocityMLP
-from instep.paths import RectifiedFlow
-from instep.prediction import score_of_x0
-from instep.rollout import draw_exits, rollout_few_step
-from instep.terms import Batch, View
-from instep.train.recipe import AdamWConfig, RolloutConfig, Stage
-from instep.train.step import TrainedParams, TrainState, iteration
+from instep.diffusion.advantage import group_advantage
+from instep.diffusion.path import RectifiedFlow
+from instep.diffusion.prediction import score_of_x0
+from instep.diffusion.rollout import draw_exits, rollout_few_step
+from instep.lab.mixture import ExactTeacher, Mixture, labels
+from instep.lab.networks import VelocityMLP
+from instep.methods.align import AlignGroup, align_direction, group_factor
+from instep.methods.critics import FakeScoreLoss, denoising_error
+from instep.methods.matching import DistributionMatching
+from instep.methods.recipe import AdamWConfig, RolloutConfig, Stage
+from instep.methods.term import Batch, View
+from instep.training.state import TrainedParams, TrainState
+from instep.training.step import iteration
 
 PATH = RectifiedFlow()
 LEVELS = (1.0, 0.75, 0.5, 0.25)
@@ -65,7 +66,7 @@ class Watched:
         self.samples = 0
 
     def __call__(self, x_t: Tensor, t: Tensor, cond):
-        from instep.prediction import Prediction
+        from instep.diffusion.prediction import Prediction
 
         self.samples += len(x_t)
         index = [LEVELS.index(float(level)) for level in t]
@@ -146,7 +147,7 @@ def test_what_a_group_shares_cancels_when_signed():
 
 def test_predictions_in_half_precision_are_subtracted_in_float32():
     """A bfloat16 network's last digit is still there in the difference of two estimates, which bfloat16 estimates would lose."""
-    from instep.prediction import to_prediction
+    from instep.diffusion.prediction import to_prediction
 
     class Half:
         def __init__(self, v: float) -> None:

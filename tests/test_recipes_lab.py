@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from instep.levels import Uniform
-from instep.models.mixture import ExactTeacher, Mixture, labels
-from instep.models.small import VelocityMLP
-from instep.paths import RectifiedFlow
+from instep.diffusion.levels import Uniform
+from instep.diffusion.path import RectifiedFlow
+from instep.diffusion.sampling import sample_few_step
+from instep.lab.mixture import ExactTeacher, Mixture, labels
+from instep.lab.networks import VelocityMLP
+from instep.methods.recipe import AdamWConfig, Recipe
+from instep.methods.term import Batch
 from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
-from instep.rollout import sample_few_step
-from instep.terms import Batch
-from instep.train.recipe import AdamWConfig, Recipe
-from instep.train.step import TrainedParams, TrainState, iteration
+from instep.training.state import TrainedParams, TrainState
+from instep.training.step import iteration
 
 PATH, RING = RectifiedFlow(), Mixture.ring()
 STUDENT, FAKE = AdamWConfig(1e-3, betas=(0.5, 0.99), clip=5.0, decay=0.6), AdamWConfig(2e-3, betas=(0.5, 0.99), clip=5.0, decay=0.6)

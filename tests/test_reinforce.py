@@ -11,30 +11,32 @@ from test_forces import F64, view
 from test_run import PROMPTS, brightness, family, interrupted_before, rows, same
 from test_skeletons import batch_of, mlp_state, prompts
 
-from instep.advantage import group_advantage, several_advantages
-from instep.forces.reward import RewardGradient, balanced
+from instep.diffusion.advantage import group_advantage, several_advantages
+from instep.diffusion.guidance import GuidedDenoiser, predict_guided
+from instep.diffusion.levels import OneOf
+from instep.diffusion.path import RectifiedFlow, VariancePreserving
+from instep.diffusion.prediction import Prediction, score_of_x0
+from instep.diffusion.rollout import Point, Rollout, Trajectory
+from instep.diffusion.transitions import CPS, DanceSDE, FlowSDE, Renoise, Transition
+from instep.lab.mixture import labels
 from instep.lab.run import common, ensemble_state
 from instep.lab.run import train as train_lab
 from instep.lab.world import World, flow_start
-from instep.levels import OneOf
-from instep.matching.operator import AdvantageGuided, Displacements, MatchingOnly
-from instep.models.mixture import labels
-from instep.objectives.policy import GRPO
-from instep.objectives.preference import Preference, preference_loss
-from instep.objectives.regression import Denoising
-from instep.paths import RectifiedFlow, VariancePreserving
-from instep.prediction import GuidedDenoiser, Prediction, predict_guided, score_of_x0
+from instep.methods.operators import AdvantageGuided, Displacements, MatchingOnly
+from instep.methods.policy import GRPO
+from instep.methods.preference import Preference, preference_loss
+from instep.methods.recipe import RolloutConfig, Stage
+from instep.methods.regression import Denoising
+from instep.methods.reward_gradient import RewardGradient, balanced
 from instep.recipes.after import rl_after, sft_after
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
 from instep.rewards.base import FunctionReward
 from instep.rewards.several import several
-from instep.rollout import Point, Rollout, Trajectory
-from instep.train.recipe import RolloutConfig, Stage
-from instep.train.run import RunOptions, train
-from instep.train.step import iteration
-from instep.transitions import CPS, DanceSDE, FlowSDE, Renoise, Transition
+from instep.training.options import RunOptions
+from instep.training.run import train
+from instep.training.step import iteration
 
 PATH = RectifiedFlow()
 LEVELS = (1.0, 0.75, 0.5, 0.25)
@@ -341,8 +343,8 @@ def test_the_weight_of_a_single_reward_counts_everywhere():
     state = mlp_state(reward_fn=lambda x, names: x[:, 0])
     state.weights = (-2.0,)
     stage = Stage("rl", 1, 16, (Preference(levels=OneOf(LEVELS)),), (), RolloutConfig(LEVELS), group=4)
-    from instep.terms import View
-    from instep.train.step import Scalars, roll_out, score_rollout
+    from instep.methods.term import View
+    from instep.training.step import Scalars, roll_out, score_rollout
 
     batch = batch_of(prompts(4, state.rng))
     view = View(state.roles, state.path, batch, 0.0, state.rng)

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from synthetic_run import made_up, make_run
 
-from instep.evaluate.compare import Row
-from instep.evaluate.metrics import Value
-from instep.evaluate.report import write_report
-from instep.evaluate.report.charts import Dot, Series, dot_chart, line_chart, rolling
-from instep.evaluate.report.tables import best
-from instep.evaluate.report.words import outcome, verdict
-from instep.evaluate.video import save_animation, sprite_sheet, tile
+from instep.data.animation import save_animation, sprite_sheet, tile
+from instep.metrics.compare import Row
+from instep.metrics.figures import Value
+from instep.report import write_report
+from instep.report.charts import Dot, Series, dot_chart, line_chart, rolling
+from instep.report.tables import best
+from instep.report.words import outcome, verdict
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "line", "rect", "circle", "path"}
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"

@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from serving import served
 
-from instep.cli import main
-from instep.commands.rewards import load_reward
-from instep.data import digits
-from instep.embedded import class_digits
+from instep.bundled import digits
+from instep.bundled.worlds import class_digits
+from instep.cli.main import main
+from instep.cli.rewards import load_reward
 from instep.recipes.after import rl_after
 from instep.recipes.common import Common
 from instep.recipes.refl import refl
@@ -37,7 +37,8 @@ from instep.rewards.motion import DynamicDegree
 from instep.rewards.remote import HttpReward
 from instep.rewards.samples import evenly_spaced
 from instep.rewards.several import several
-from instep.train.run import RunOptions, train
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 DOCS = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
 COMMAND_IN_DOCS, SERVER_IN_DOCS = (code.split("```")[0] for code in DOCS.split("```python\n")[1:3])
@@ -587,7 +588,7 @@ def test_rewards_that_are_refused_before_any_work(capsys, tmp_path, monkeypatch,
 
 NAMES = """
 import os, sys
-from instep.commands.rewards import load_reward
+from instep.cli.rewards import load_reward
 texts = ["compressible", "frames=4 incompressible", "dynamic-degree", f"timeout={sys.argv[1]} command:env python3 -c 'print(1, 2)'",
          f"batch={sys.argv[1]} token=MY_TOKEN https://host/score", "clip=3 http://localhost/x"]
 print("\\n".join(load_reward(text).name for text in texts))
@@ -599,10 +600,18 @@ def test_names_are_the_same_in_every_process_and_hold_settings_not_secrets():
     for number in ("2", "3"):
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), "MY_TOKEN": f"s3cret{number}", "PYTHONHASHSEED": number}
         said.append(subprocess.run([sys.executable, "-c", NAMES, number], env=env, capture_output=True, text=True, check=True).stdout.splitlines())
-    assert said[0] == said[1] == [
-        "compressible", "incompressible, 4 frames", "dynamic-degree", "command:env python3 -c 'print(1, 2)'", "https://host/score",
-        "http://localhost/x, 3 frames as a video",
-    ]  # fmt: skip
+    assert (
+        said[0]
+        == said[1]
+        == [
+            "compressible",
+            "incompressible, 4 frames",
+            "dynamic-degree",
+            "command:env python3 -c 'print(1, 2)'",
+            "https://host/score",
+            "http://localhost/x, 3 frames as a video",
+        ]
+    )
 
 
 SHORT = Common(steps=2, batch=4, critic_updates=1, shift=1.0, guidance=1.5)

@@ -10,11 +10,12 @@ import torch
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from instep.models import VideoSize
+from instep.core.size import VideoSize
+from instep.methods.recipe import AdamWConfig, LoRA, Recipe, RoleConfig, Stage
+from instep.models.backbone import Backbone
+from instep.models.role import Role
 from instep.models.wan import STOCK_TEXT_LENGTH, WanFamily
-from instep.roles import Backbone, LoRA, Role
-from instep.train.recipe import AdamWConfig, Recipe, RoleConfig, Stage
-from instep.train.setup import make_state
+from instep.training.build import make_state
 
 PROMPTS = ["a seven moving left fast", "a digit"]
 

@@ -12,27 +12,31 @@ from judging import sample_folder
 from test_apo import NONE, ONE_EACH, PAIRS, QUICK, RANKED, TINY
 from test_run import family, rows
 
-from instep.cli import main
-from instep.commands.sample import save_each
-from instep.commands.train import load_pairs, paired
+from instep.cli.main import main
+from instep.cli.sample import save_each
+from instep.cli.train import load_pairs, paired
+from instep.core.size import VideoSize
+from instep.data.animation import save_animation
 from instep.data.media import pair_samples, read_media, repeats
 from instep.data.pairs import PreferencePair
-from instep.evaluate.video import save_animation
-from instep.judge.samples import match
-from instep.models import VideoSize
-from instep.plan import passes
+from instep.human_eval.samples import match
+from instep.methods.recipe import AdamWConfig
+from instep.planning.plan import passes
+from instep.planning.workload import recipe_workload, wan_module, wan_workload
 from instep.recipes.apo import apo
-from instep.train import run as module
-from instep.train.recipe import AdamWConfig
-from instep.train.run import train
-from instep.workload import recipe_workload, wan_module, wan_workload
+from instep.training import run as module
+from instep.training.run import train
 
 FAST = replace(TINY, batch=8, student=AdamWConfig(1e-3))
 # what the scripts that stand in for people say of each prompt: b, a or equal
 ANSWERS = {
-    "agreed": ("b", "b", "b"), "most": ("b", "b", "a"), "others": ("a", "b", "a"), "one said": ("equal", "b", "equal"), "split": ("b", "a", "equal"),
+    "agreed": ("b", "b", "b"),
+    "most": ("b", "b", "a"),
+    "others": ("a", "b", "a"),
+    "one said": ("equal", "b", "equal"),
+    "split": ("b", "a", "equal"),
     "nothing": ("equal", "equal", "equal"),
-}  # fmt: skip
+}
 NAMES = ("Ana", "Bo", "Cy")
 
 

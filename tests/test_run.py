@@ -17,15 +17,17 @@ import pytest
 import torch
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
-from instep.models import VideoSize
+from instep.core.size import VideoSize
+from instep.data.samples import RealSamples
 from instep.models.wan import WanFamily
 from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward
-from instep.train import checkpoint
-from instep.train.run import Interrupted, RunOptions, train
-from instep.train.source import RealSamples, ShuffledIndices
+from instep.training import checkpoint
+from instep.training.batches import ShuffledIndices
+from instep.training.options import RunOptions
+from instep.training.run import Interrupted, train
 
 PROMPTS = ["a seven moving left fast", "a digit", "an eight", "a two standing still"]
 SMALL = {"common": Common(batch=4, critic_updates=2, steps=2), "distil": 2, "iterations": 3, "group": 2, "top_n": 1}
@@ -54,15 +56,13 @@ def same(a: Path, b: Path) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one), "weights differ"
     timing = {"cpu_s", "wall_s"}
-    assert [{k: v for k, v in r.items() if k not in timing} for r in rows(a)] == [
-        {k: v for k, v in r.items() if k not in timing} for r in rows(b)
-    ]
+    assert [{k: v for k, v in r.items() if k not in timing} for r in rows(a)] == [{k: v for k, v in r.items() if k not in timing} for r in rows(b)]
 
 
 @contextmanager
 def interrupted_before(step: int):
     """A run inside is interrupted before its iteration `step`, and has to be."""
-    from instep.train import run as module
+    from instep.training import run as module
 
     real = module.iteration
 
@@ -111,7 +111,7 @@ def test_the_exported_student_is_the_average_in_stock_diffusers(whole):
 def test_interrupted_anywhere_it_ends_the_same(whole, tmp_path, monkeypatch):
     """Stopped by a signal in the middle, and killed in the middle of a checkpoint's write: the same final weights and log."""
     out, calls = tmp_path / "stopped", []
-    from instep.train import run as module
+    from instep.training import run as module
 
     real = module.iteration
 
@@ -191,9 +191,7 @@ def test_errors_come_first_and_lose_nothing(whole, tmp_path):
     run(group, "returned nan for 2 of 2 samples", reward=lambda m, p: torch.full((len(m),), torch.nan))
     run(group, r"returned \(2, 3\) for 2 samples", reward=lambda m, p: torch.zeros(len(m), 3))
     run(dm_align_pair(distil=1, iterations=1), "real: stage 'align' of dm-align-pair needs preferred samples")
-    run(
-        dm_align_pair(distil=1, iterations=1), "real: latents of shape", real=RealSamples(("a digit",), torch.zeros(1, 3, 2, 2, 2))
-    )
+    run(dm_align_pair(distil=1, iterations=1), "real: latents of shape", real=RealSamples(("a digit",), torch.zeros(1, 3, 2, 2, 2)))
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="holds another run .its config differ"):
         train(dm_align_group(**{**SMALL, "weight": 0.4}), fam, out=whole, prompts=PROMPTS, reward=brightness, options=EVERY)
@@ -248,9 +246,7 @@ def group_run(out: Path):
     return train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
 
 
-@pytest.mark.parametrize(
-    ("name", "after"), [("teacher_probe.json", None), ("step-000002.safetensors", "step-000001"), ("log.jsonl", "step-000003")]
-)
+@pytest.mark.parametrize(("name", "after"), [("teacher_probe.json", None), ("step-000002.safetensors", "step-000001"), ("log.jsonl", "step-000003")])
 def test_a_full_disk_in_the_middle_of_a_run(whole, tmp_path, monkeypatch, name, after):
     """The probe's metrics, its views, a row: one clear line, the last checkpoint intact, and the same run in the end."""
     out, real, writes = tmp_path / "run", open, []
@@ -262,7 +258,7 @@ def test_a_full_disk_in_the_middle_of_a_run(whole, tmp_path, monkeypatch, name, 
                 raise OSError(errno.ENOSPC, "No space left on device")
         return real(file, mode, *args, **kwargs)
 
-    monkeypatch.setattr("instep.files.open", full, raising=False)
+    monkeypatch.setattr("instep.core.files.open", full, raising=False)
     with pytest.raises(OSError, match=f"^.Errno 28. the disk is full: .*{name} was not written and .*; free some space and repeat the same command$"):
         group_run(out)
     monkeypatch.undo()
@@ -279,7 +275,7 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 import os, resource
 import test_run as t
-from instep.train import run
+from instep.training import run
 real, calls = run.iteration, []
 def limited(*args):
     calls.append(1)

@@ -14,8 +14,9 @@ from instep.recipes.dmd import dmd, dmd2
 from instep.recipes.magic import magic
 from instep.recipes.refl import refl
 from instep.rewards.base import FunctionReward
-from instep.train import run as module
-from instep.train.run import RunOptions, train
+from instep.training import run as module
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 SHORT = Common(steps=2, batch=4, critic_updates=1)
 FEW = RunOptions(save_every=1, probe_every=50, teacher_samples=4)
@@ -76,7 +77,8 @@ def test_the_adapter_of_magic_is_not_in_what_the_teacher_says(tmp_path):
     with torch.no_grad():
         plain, adapted = teacher(x, t, cond).x0, teacher.scaled(1.0)(x, t, cond).x0
         fresh = family()
-        from instep.roles import Backbone, Role
+        from instep.models.backbone import Backbone
+        from instep.models.role import Role
 
         pretrained = Role("teacher", Backbone(fresh, fresh.pretrained))(x, t, cond).x0
     torch.testing.assert_close(plain, pretrained, rtol=0, atol=0)
@@ -149,7 +151,7 @@ def test_constant_and_broken_rewards_under_amd(tmp_path):
     """Equal rewards: no advantage, the same weights as plain matching in groups; NaN and wrong shapes are refused at once."""
     amd, plain = recipe_of("amd"), recipe_of("amd")
     stage = plain.stages[-1]
-    from instep.matching.operator import Standard
+    from instep.methods.operators import Standard
 
     unweighed = replace(stage, terms=(replace(stage.terms[0], operator=Standard()),), critics=tuple(replace(c, tilt=0.0) for c in stage.critics))
     plain = replace(plain, stages=(unweighed,))

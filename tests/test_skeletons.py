@@ -1,4 +1,4 @@
-"""Five shapes of method through the same `train/step.py`, in a minimal exact laboratory.
+"""Five shapes of method through the same `training/step.py`, in a minimal exact laboratory.
 
 They settle the central types: two live points (DM-Align), two losses on the fake (DMD2 + GAN), a ratio over inner epochs (GRPO),
 offline preferences without a rollout, and free particles with an exact fake.
@@ -13,19 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instep.forces.adversarial import Adversarial
-from instep.forces.dm_align import AlignGroup
-from instep.levels_apo import HighLow
-from instep.matching.critic import FakeScoreGANLoss, FakeScoreLoss
-from instep.matching.force import DistributionMatching
-from instep.models.mixture import ExactTeacher, Mixture, labels
-from instep.models.small import ExactFake, Particles, VelocityMLP
-from instep.objectives.preference import Preference
-from instep.paths import RectifiedFlow
-from instep.terms import Batch, Objective, Pairs, View, as_force
-from instep.train.recipe import AdamWConfig, RolloutConfig, Stage
-from instep.train.step import TrainedParams, TrainState, iteration
-from instep.transitions import Renoise
+from instep.diffusion.level_windows import HighLow
+from instep.diffusion.path import RectifiedFlow
+from instep.diffusion.transitions import Renoise
+from instep.lab.mixture import ExactTeacher, Mixture, labels
+from instep.lab.networks import ExactFake, Particles, VelocityMLP
+from instep.methods.adversarial import Adversarial
+from instep.methods.align import AlignGroup
+from instep.methods.critics import FakeScoreGANLoss, FakeScoreLoss
+from instep.methods.matching import DistributionMatching
+from instep.methods.preference import Preference
+from instep.methods.recipe import AdamWConfig, RolloutConfig, Stage
+from instep.methods.term import Batch, Objective, Pairs, View, as_force
+from instep.training.state import TrainedParams, TrainState
+from instep.training.step import iteration
 
 PATH = RectifiedFlow()
 RING = Mixture.ring()
@@ -57,9 +58,7 @@ def quality(x: Tensor) -> float:
 def test_dm_align_has_two_live_points():
     """Both forces reach the student, and the sum of their gradients is the gradient of the sum."""
     state = mlp_state(reward_fn=lambda x, names: x[:, 0])
-    stage = Stage(
-        "align", 1, 32, (DistributionMatching(weight=0.5), AlignGroup(weight=0.5, sign="signed")), (FakeScoreLoss(),), RolloutConfig(LEVELS), group=4
-    )
+    stage = Stage("align", 1, 32, (DistributionMatching(weight=0.5), AlignGroup(weight=0.5, sign="signed")), (FakeScoreLoss(),), RolloutConfig(LEVELS), group=4)
     assert stage.live == {"exit", "final"} and stage.to_the_end
 
     def gradient(terms) -> Tensor:
@@ -182,7 +181,7 @@ def test_student_learns_with_a_conditioned_fake():
     assert as_force(torch.ones(4, 2)).sum() == 1
     for step in range(400):
         iteration(state, stage, [batch_of(prompts(256, state.rng))], step / 400)
-    from instep.rollout import sample_few_step
+    from instep.diffusion.sampling import sample_few_step
 
     names = prompts(1000, state.rng)
     noise = torch.randn(1000, 2, generator=state.rng)

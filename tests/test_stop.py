@@ -15,14 +15,15 @@ import pytest
 import torch
 from test_run import PROMPTS, family
 
+from instep.methods.recipe import AdamWConfig
 from instep.recipes.after import rl_after
 from instep.recipes.common import Common
-from instep.train import checkpoint, stop
-from instep.train import run as run_module
-from instep.train.health import Finding, flags
-from instep.train.recipe import AdamWConfig
-from instep.train.run import RunOptions, train
-from instep.train.stop import Probed
+from instep.training import checkpoint, stop
+from instep.training import run as run_module
+from instep.training.health import Finding, flags
+from instep.training.options import RunOptions
+from instep.training.run import train
+from instep.training.stop import Probed
 
 RECIPE = rl_after(Common(batch=4, steps=2, student=AdamWConfig(6e-3)), distil=0, iterations=8)
 
@@ -258,7 +259,7 @@ def test_what_metrics_say_of_a_run(tmp_path, monkeypatch):
     """Flags that were open at the end, all that were raised and when, whether the reward was hacked, and where the run stopped."""
     from synthetic_run import made_up, make_run
 
-    from instep.commands import evaluate as module
+    from instep.cli import evaluate as module
 
     def row(*args, **more):
         return made_up("x", "student", 4, 4, 0.9, 6.0, 7.0, random.Random(0))

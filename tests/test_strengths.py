@@ -16,29 +16,31 @@ from test_guidance_distillation import Parts
 from test_run import PROMPTS, family, interrupted_before, rows, same
 from tiny import tiny_wan_pipeline
 
-from instep.commands.export import ExportArgs, at_guidance_scales, export_command, read_run, sampling_of, student_of
+from instep.cli.export import ExportArgs, at_guidance_scales, export_command, read_run, sampling_of, student_of
+from instep.data.samples import PairSamples
+from instep.diffusion.guidance_scales import GuidanceRange
+from instep.diffusion.levels import OneOf
+from instep.diffusion.path import RectifiedFlow
+from instep.diffusion.prediction import Prediction
+from instep.diffusion.sampling import Sampling
+from instep.diffusion.transitions import Deterministic
+from instep.lab.mixture import labels
+from instep.lab.networks import VelocityMLP
 from instep.lab.run import ensemble_state
 from instep.lab.world import World, flow_start
-from instep.levels import OneOf
+from instep.methods.guidance_distillation import GuidanceDistillation
+from instep.methods.recipe import LoRA, Recipe, RoleConfig, RolloutConfig, Stage, describe
+from instep.methods.term import View
+from instep.models.backbone import Backbone
 from instep.models.dit import DiTFamily
-from instep.models.mixture import labels
-from instep.models.small import VelocityMLP
+from instep.models.embeddings import GuidanceEmbedding, fold_guidance
+from instep.models.role import Role
 from instep.models.wan import STOCK_TEXT_LENGTH
-from instep.objectives.guidance import GuidanceDistillation
-from instep.paths import RectifiedFlow
-from instep.prediction import Prediction
 from instep.recipes.apo import apo
 from instep.recipes.many_step import ManySteps
-from instep.roles import Backbone, LoRA, Role
-from instep.rollout import Sampling
-from instep.strengths import GuidanceEmbedding, GuidanceRange, fold_guidance
-from instep.terms import View
-from instep.train.finish import with_folded_guidance
-from instep.train.recipe import Recipe, RoleConfig, RolloutConfig, Stage, describe
-from instep.train.run import train
-from instep.train.source import PairSamples
-from instep.train.step import iteration
-from instep.transitions import Deterministic
+from instep.training.finish import with_folded_guidance
+from instep.training.run import train
+from instep.training.step import iteration
 
 RANGE = GuidanceRange((1.5, 4.0), (0.0, 1.0))
 BOTH = {"draw": (1.5, 4.0), "draw_skip": (0.0, 1.0), "skip": 0.5, "skip_blocks": (1,)}
@@ -304,10 +306,18 @@ def test_one_model_follows_the_guided_teacher_at_every_scale():
 
     def distances(draw, ends=((1.0, 0.5), (2.0, 0.5), (3.0, 0.5), (2.0, 0.0), (2.0, 1.0))):
         recipe = apo(
-            ManySteps(steps=10, batch=512, guidance=2.0, shift=1.0, student=optim, ema=None), online=0, half_online=0, offline=0, distill_guidance=500,
-            distill_guidance_optim=optim, post_distillation=0, skip=0.5, skip_blocks=(1,), draw=(1.0, 3.0) if draw else None,
+            ManySteps(steps=10, batch=512, guidance=2.0, shift=1.0, student=optim, ema=None),
+            online=0,
+            half_online=0,
+            offline=0,
+            distill_guidance=500,
+            distill_guidance_optim=optim,
+            post_distillation=0,
+            skip=0.5,
+            skip_blocks=(1,),
+            draw=(1.0, 3.0) if draw else None,
             draw_skip=(0.0, 1.0) if draw else None,
-        )  # fmt: skip
+        )
         state = ensemble_state(recipe, world, start, 0)
         (stage,) = recipe.stages
         teacher = copy.deepcopy(state.roles["student"])

@@ -11,8 +11,8 @@ from serving import served
 from test_ranker import Server, brighter, mean_of, videos
 from tiny import byte_tokenizer
 
-from instep.cli import main
-from instep.commands.rewards import load_reward
+from instep.cli.main import main
+from instep.cli.rewards import load_reward
 from instep.rewards.ranker import Ranked
 from instep.rewards.vlm import OpenAIEndpoint, VisionLanguageRanker, instructions
 from instep.rewards.vlm_local import TransformersEndpoint, transformers_endpoint
@@ -31,16 +31,25 @@ def tiny_llava(folder, template=TEMPLATE):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer=tokenizer, patch_size=8,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, image_token="<image>", chat_template=template,
-    )  # fmt: skip
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=template,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = LlavaForConditionalGeneration(LlavaConfig(
-            vision_config=CLIPVisionConfig(**small, num_hidden_layers=2, image_size=32, patch_size=8),
-            text_config=LlamaConfig(**small, num_hidden_layers=1, vocab_size=len(tokenizer), max_position_embeddings=8192, pad_token_id=0, eos_token_id=1),
-            image_token_id=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=16, vision_feature_layer=-2,
-        ))  # fmt: skip
+        network = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=CLIPVisionConfig(**small, num_hidden_layers=2, image_size=32, patch_size=8),
+                text_config=LlamaConfig(**small, num_hidden_layers=1, vocab_size=len(tokenizer), max_position_embeddings=8192, pad_token_id=0, eos_token_id=1),
+                image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+                image_seq_length=16,
+                vision_feature_layer=-2,
+            )
+        )
     network.generation_config.update(do_sample=True, temperature=5.0, top_k=50, repetition_penalty=3.0, no_repeat_ngram_size=1, suppress_tokens=[40, 41, 42])
     network.save_pretrained(folder)
     processor.save_pretrained(folder)

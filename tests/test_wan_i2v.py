@@ -8,41 +8,44 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from pretrain.moving_digits_i2v import first_frame_distances
+from pretrain.teacher import Latents, TeacherConfig, TeacherRun, text_table
 from safetensors.torch import load_file
 from test_apo import ONE_EACH, TINY
 from test_run import brightness, interrupted_before, rows, same
 from test_run_family import FEW, REWARD, SHORT, recipe_of
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
-from instep.cli import main
-from instep.commands.evaluate import fingerprint
-from instep.data import digits
+from instep.bundled import digits
+from instep.bundled import moving_digits_i2v as bundle
+from instep.bundled.classifiers import load_classifier
+from instep.bundled.worlds import MovingDigitsI2V, moving_digits_i2v
+from instep.cli.evaluate import fingerprint
+from instep.cli.main import main
+from instep.core.size import VideoSize
+from instep.data.animation import save_animation
+from instep.data.first_frame import check_first_frames, digest, drawn_video, read_first_frame
 from instep.data.media import pair_samples
 from instep.data.pairs import PreferencePair
-from instep.data.pictures import check_first_frames, digest, drawn_video, read_first_frame
-from instep.data.prompts import first_frame_of, load_prompts, other_text, text_of, with_first_frame
-from instep.embedded import MovingDigitsI2V, moving_digits_i2v
-from instep.evaluate.compare import EvalSet
-from instep.evaluate.video import save_animation
-from instep.models import MOVING_DIGITS, VideoSize, bundled, load
-from instep.models import moving_digits_i2v as bundle
+from instep.data.prompt import first_frame_of, load_prompts, other_text, text_of, with_first_frame
+from instep.data.samples import PairSamples, RealSamples
+from instep.diffusion.sampling import sample_ode
+from instep.metrics.compare import EvalSet
+from instep.models import MOVING_DIGITS, bundled, load
+from instep.models.backbone import Backbone
+from instep.models.role import Role
 from instep.models.stock import draw, stock
 from instep.models.wan import WanFamily
 from instep.models.wan_i2v import WanImageCondition, WanImageFamily, known_latents
-from instep.pretrain.moving_digits_i2v import first_frame_distances
-from instep.pretrain.teacher import Latents, TeacherConfig, TeacherRun, text_table
 from instep.recipes import NAMES
 from instep.recipes.apo import apo
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward, checked_scores
-from instep.rewards.judges import load_classifier
 from instep.rewards.ranker import Ranked, reward_ranker
-from instep.roles import Backbone, Role
-from instep.rollout import sample_ode
-from instep.train import run as module
-from instep.train.run import RunOptions, train
-from instep.train.source import PairSamples, RealSamples
+from instep.training import run as module
+from instep.training.options import RunOptions
+from instep.training.run import train
 
 SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
 TEXTS = ["a seven moving left fast", "a digit", "an eight", "a two standing still"]
@@ -441,7 +444,7 @@ def test_commands_on_the_bundled_model(tmp_path, capsys):
 
 def test_eval_measures_the_bundled_model_from_first_frames(tmp_path, capsys, monkeypatch, image_to_video):
     """A run's student beside the teacher and real videos, by prompts that each name a first frame of the reference split; the teacher's rows are kept."""
-    from instep.commands import evaluate as command
+    from instep.cli import evaluate as command
 
     open_ = [prompt for prompt in ("a seven", "a digit moving left fast") for _ in range(3)]
     small = EvalSet(tuple(digits.full_prompts()[::15]), tuple(open_), image_to_video=True)

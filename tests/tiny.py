@@ -26,9 +26,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=512
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", model_max_length=512)
 
 
 def tiny_wan_pipeline(seed: int = 0, layers: int = 2) -> WanPipeline:
@@ -44,14 +42,32 @@ def tiny_wan_pipeline(seed: int = 0, layers: int = 2) -> WanPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16,
-            text_dim=16, freq_dim=32, ffn_dim=64, num_layers=layers, rope_max_seq_len=32,
-        )  # fmt: skip
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=16,
+            out_channels=16,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=layers,
+            rope_max_seq_len=32,
+        )
         vae = AutoencoderKLWan(
-            base_dim=4, decoder_base_dim=4, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[],
-            temperal_downsample=[True, True], is_residual=True, patch_size=2, in_channels=12, out_channels=12,
-            scale_factor_spatial=8, scale_factor_temporal=4,
-        )  # fmt: skip
+            base_dim=4,
+            decoder_base_dim=4,
+            z_dim=16,
+            dim_mult=[1, 2, 2],
+            num_res_blocks=1,
+            attn_scales=[],
+            temperal_downsample=[True, True],
+            is_residual=True,
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
+            scale_factor_spatial=8,
+            scale_factor_temporal=4,
+        )
         text_encoder = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=len(tokenizer),
@@ -79,7 +95,7 @@ def tiny_wan_pipeline(seed: int = 0, layers: int = 2) -> WanPipeline:
 def tiny_wan_i2v_pipeline(seed: int = 0, layers: int = 2) -> WanImageToVideoPipeline:
     """The same with a transformer that is given a first frame: 16 + 4 + 16 channels in, no image encoder. The first frame's weights are loud, so that two
     of them differ visibly."""
-    from instep.models.moving_digits_i2v import around, widened
+    from instep.bundled.moving_digits_i2v import around, widened
 
     base = tiny_wan_pipeline(seed, layers)
     transformer = widened(base.transformer, base.vae_scale_factor_temporal)
@@ -103,13 +119,29 @@ def tiny_cogvideox_pipeline(seed: int = 0, *, rotary: bool = False, layers: int 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = CogVideoXTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=24, text_embed_dim=16, num_layers=layers,
-            sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=226, use_rotary_positional_embeddings=rotary,
-        )  # fmt: skip
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=24,
+            text_embed_dim=16,
+            num_layers=layers,
+            sample_width=4,
+            sample_height=4,
+            sample_frames=9,
+            max_text_seq_length=226,
+            use_rotary_positional_embeddings=rotary,
+        )
         vae = AutoencoderKLCogVideoX(
-            block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
-            sample_height=32, sample_width=32, scaling_factor=0.7,
-        )  # fmt: skip
+            block_out_channels=(4, 4, 4, 4),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+            sample_height=32,
+            sample_width=32,
+            scaling_factor=0.7,
+        )
         text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
     # a few tokens among 226 of padding say little to random weights: louder values let two prompts differ visibly
     with torch.no_grad():
@@ -117,7 +149,14 @@ def tiny_cogvideox_pipeline(seed: int = 0, *, rotary: bool = False, layers: int 
         for block in transformer.transformer_blocks:
             block.attn1.to_v.weight.mul_(16)
     scheduler = CogVideoXDDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0,
-        timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=3.0,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+    )
     return CogVideoXPipeline(tokenizer=tokenizer, text_encoder=text_encoder.eval(), vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler)

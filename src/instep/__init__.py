@@ -1,7 +1,7 @@
 """instep: few-step diffusion models, distilled and aligned in one training loop.
 
 Everything below is imported when it is first used, so `import instep` costs next to nothing. The function that trains is
-`instep.train.run.train`.
+`instep.training.run.train`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from instep.core.version import __version__
+
 if TYPE_CHECKING:
-    from instep.models import VideoSize, load
+    from instep.core.size import VideoSize
+    from instep.data.samples import RealSamples
+    from instep.models import load
     from instep.models.dit import DiTFamily
     from instep.models.wan import WanFamily
     from instep.recipes.amd import amd
@@ -19,13 +23,11 @@ if TYPE_CHECKING:
     from instep.recipes.dm_align import dm_align_group, dm_align_pair
     from instep.recipes.dmd import dmd, dmd2
     from instep.recipes.magic import magic
-    from instep.train.run import Run, RunOptions
-    from instep.train.source import RealSamples
-
-__version__ = "0.1.0"
+    from instep.training.options import RunOptions
+    from instep.training.run import Run
 
 _WHERE = {
-    "VideoSize": "instep.models",
+    "VideoSize": "instep.core.size",
     "load": "instep.models",
     "WanFamily": "instep.models.wan",
     "DiTFamily": "instep.models.dit",
@@ -37,9 +39,9 @@ _WHERE = {
     "magic": "instep.recipes.magic",
     "amd": "instep.recipes.amd",
     "Common": "instep.recipes.common",
-    "Run": "instep.train.run",
-    "RunOptions": "instep.train.run",
-    "RealSamples": "instep.train.source",
+    "Run": "instep.training.run",
+    "RunOptions": "instep.training.options",
+    "RealSamples": "instep.data.samples",
 }
 __all__ = [
     "Common",

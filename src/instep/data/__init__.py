@@ -1,1 +1,1 @@
-"""Prompts, videos and preference pairs that training reads."""
+"""Prompts, media files as tensors, preference pairs and sets of samples. It may import `diffusion` and `core`."""

@@ -95,7 +95,7 @@ KINDS = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG\r\n\x1a\n", ".png"), (b"GIF8", ".
 
 
 def _written(column: str, data: bytes, store: Path) -> Path:
-    from instep.files import write_bytes
+    from instep.core.files import write_bytes
 
     suffix = next((suffix for magic, suffix in KINDS if data.startswith(magic)), None)
     suffix = suffix or (".webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ".mp4" if data[4:8] == b"ftyp" else None)

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instep.data.prompts import first_frame_of, with_first_frame
-from instep.models import VideoSize
-from instep.models.base import Encodes
-from instep.train.source import PairSamples
+from instep.core.size import VideoSize
+from instep.data.prompt import first_frame_of, with_first_frame
+from instep.data.samples import PairSamples
 
 IMAGES = (".webp", ".gif", ".png", ".jpg", ".jpeg")
 VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv")
@@ -21,6 +20,21 @@ VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv")
 ANIMATED = (".webp", ".gif", ".png")
 # how far the shape of a file may be from the model's, relative
 ASPECT = 0.02
+
+
+class EncodesMedia(Protocol):
+    """What turns media of a size into latents; model families do."""
+
+    size: VideoSize
+
+    @property
+    def pretrained(self) -> torch.nn.Module:
+        """The network whose device the media go to."""
+        ...
+
+    def encode_media(self, media: Tensor) -> Tensor:
+        """Media [B, 3, (F,) H, W] in [0, 1] to latents [B, C, (F,) H, W]."""
+        ...
 
 
 class LabelledPair(Protocol):
@@ -116,13 +130,15 @@ def fitted(media: Tensor, size: VideoSize, name: str) -> Tensor:
     if (height, width) == (size.height, size.width):
         return first
     smaller = height >= size.height
-    return F.interpolate(
-        first.transpose(0, 1), (size.height, size.width), mode="area" if smaller else "bilinear", align_corners=None if smaller else False
-    ).transpose(0, 1).clamp(0, 1)  # fmt: skip
+    return (
+        F.interpolate(first.transpose(0, 1), (size.height, size.width), mode="area" if smaller else "bilinear", align_corners=None if smaller else False)
+        .transpose(0, 1)
+        .clamp(0, 1)
+    )
 
 
 @torch.no_grad()
-def pair_samples(pairs: Sequence[LabelledPair], family: Encodes) -> PairSamples:
+def pair_samples(pairs: Sequence[LabelledPair], family: EncodesMedia) -> PairSamples:
     """Labelled files as latents of `family`, one pair at a time; ties are left out. For an image-to-video family the first frame is the chosen sample's
     first frame, unless the prompt names one.
 

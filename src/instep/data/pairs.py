@@ -38,13 +38,17 @@ class PreferencePair:
         _must(isinstance(self.question, str) and bool(self.question.strip()), "question", self.question, "what was asked, text that is not empty")
         _must(
             isinstance(self.votes, tuple) and len(self.votes) == 3 and all(_whole(n) and n >= 0 for n in self.votes) and sum(self.votes) >= 1,
-            "votes", self.votes, "three whole numbers (for chosen, for rejected, equal) of 0 or more, at least one in all",
-        )  # fmt: skip
+            "votes",
+            self.votes,
+            "three whole numbers (for chosen, for rejected, equal) of 0 or more, at least one in all",
+        )
         _must(self.votes[0] >= self.votes[1], "votes", self.votes, "at least as many for chosen as for rejected; exchange the two")
         _must(
             isinstance(self.annotators, tuple) and all(isinstance(name, str) and name.strip() for name in self.annotators),
-            "annotators", self.annotators, "names, none of them empty",
-        )  # fmt: skip
+            "annotators",
+            self.annotators,
+            "names, none of them empty",
+        )
         _must(self.seed is None or (_whole(self.seed) and abs(self.seed) < 2**63), "seed", self.seed, "a whole number below 2^63, or none")
 
     @property
@@ -61,9 +65,17 @@ class PreferencePair:
         """The pair as a row of a file in folder `base`: paths below it are relative, so that both can move together."""
         chosen, rejected, equal = self.votes
         return {
-            "prompt": self.prompt, "chosen": _relative(self.chosen, base), "rejected": _relative(self.rejected, base), "question": self.question,
-            "tie": self.tie, "votes_chosen": chosen, "votes_rejected": rejected, "votes_tie": equal, "annotators": list(self.annotators), "seed": self.seed,
-        }  # fmt: skip
+            "prompt": self.prompt,
+            "chosen": _relative(self.chosen, base),
+            "rejected": _relative(self.rejected, base),
+            "question": self.question,
+            "tie": self.tie,
+            "votes_chosen": chosen,
+            "votes_rejected": rejected,
+            "votes_tie": equal,
+            "annotators": list(self.annotators),
+            "seed": self.seed,
+        }
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any], base: Path) -> PreferencePair:
@@ -87,10 +99,14 @@ class PreferencePair:
         names = row.get("annotators")
         _must(names is None or isinstance(names, (list, tuple)), "annotators", names, "a list of names")
         pair = cls(
-            prompt=row["prompt"], chosen=base / row["chosen"], rejected=base / row["rejected"],
+            prompt=row["prompt"],
+            chosen=base / row["chosen"],
+            rejected=base / row["rejected"],
             question="overall" if row.get("question") is None else row["question"],
-            votes=(counted["votes_chosen"], counted["votes_rejected"], counted["votes_tie"]), annotators=tuple(names or ()), seed=row.get("seed"),
-        )  # fmt: skip
+            votes=(counted["votes_chosen"], counted["votes_rejected"], counted["votes_tie"]),
+            annotators=tuple(names or ()),
+            seed=row.get("seed"),
+        )
         _must(tie is None or tie == pair.tie, "tie", tie, f"{str(pair.tie).lower()} with {pair.votes[0]} votes for chosen and {pair.votes[1]} for rejected")
         return pair
 
@@ -112,7 +128,7 @@ def read_pairs(path: Path | str) -> list[PreferencePair]:
 
 def write_pairs(path: Path | str, pairs: Sequence[PreferencePair]) -> None:
     """All pairs to a .jsonl or .parquet file, atomically."""
-    from instep.files import write_bytes
+    from instep.core.files import write_bytes
 
     path = Path(path)
     check_format(path)
@@ -123,9 +139,17 @@ def write_pairs(path: Path | str, pairs: Sequence[PreferencePair]) -> None:
     arrow, parquet = _pyarrow()
     whole, text = arrow.int64(), arrow.string()
     types = {
-        "prompt": text, "chosen": text, "rejected": text, "question": text, "tie": arrow.bool_(), "votes_chosen": whole, "votes_rejected": whole,
-        "votes_tie": whole, "annotators": arrow.list_(text), "seed": whole,
-    }  # fmt: skip
+        "prompt": text,
+        "chosen": text,
+        "rejected": text,
+        "question": text,
+        "tie": arrow.bool_(),
+        "votes_chosen": whole,
+        "votes_rejected": whole,
+        "votes_tie": whole,
+        "annotators": arrow.list_(text),
+        "seed": whole,
+    }
     sink = arrow.BufferOutputStream()
     parquet.write_table(arrow.Table.from_pylist(rows, schema=arrow.schema(list(types.items()))), sink)
     write_bytes(path, sink.getvalue().to_pybytes())

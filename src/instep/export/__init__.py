@@ -1,4 +1,6 @@
-"""Taking a student out of the library: a stock diffusers folder, a LoRA file, a model card, a ComfyUI workflow."""
+"""Taking a student out of the library: a stock diffusers folder, a LoRA file, a model card, a ComfyUI workflow. It may import `models`, `rewards` and the rooms
+below these.
+"""
 
 from instep.export.card import ExportInfo
 from instep.export.folder import ExportReport, export_many_step, export_student

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from instep.data.prompts import DRAWN, first_frame_of, text_of, with_first_frame
-from instep.models import VideoSize
-from instep.rollout import Sampling
+from instep.core.size import VideoSize
+from instep.data.prompt import DRAWN, first_frame_of, text_of, with_first_frame
+from instep.diffusion.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,7 @@ def _measured(info: ExportInfo, measured: Measured) -> str:
     if info.metrics is None:
         return text + "- Quality was not measured for this export.\n"
     row = info.metrics
-    text += (
-        f"\n{row['name']}: {row['n']} samples, {row['nfe']} network evaluations a sample; value ± standard error.\n\n|"
-        " metric | value |\n|---|---|\n"
-    )
+    text += f"\n{row['name']}: {row['n']} samples, {row['nfe']} network evaluations a sample; value ± standard error.\n\n| metric | value |\n|---|---|\n"
     for key, entry in row["values"].items():
         se = entry.get("se")
         text += f"| {key} | {entry['value']:.4g}{'' if se is None else f' ± {se:.2g}'} |\n"
@@ -222,28 +219,18 @@ def _comfyui(levels: Sequence[float], measured: Measured) -> str:
     if measured.comfyui_difference is None or measured.comfyui_shift is None:
         return text + f"No workflow is included: they are made for text-to-video Wan models, and this is a {measured.pipeline}.\n"
     if measured.comfyui_obstacle:
-        return (
-            text
-            + f"ComfyUI cannot run this model: {measured.comfyui_obstacle}. `comfyui_workflow.json` shows the settings"
-            " it would need.\n"
-        )
+        return text + f"ComfyUI cannot run this model: {measured.comfyui_obstacle}. `comfyui_workflow.json` shows the settings it would need.\n"
     file = (
         "put `lora.safetensors` into models/loras and the base model into models/diffusion_models"
         if measured.lora
-        else (
-            "put `comfyui_diffusion_model.safetensors` (this student under the names ComfyUI reads) into"
-            " models/diffusion_models"
-        )
+        else ("put `comfyui_diffusion_model.safetensors` (this student under the names ComfyUI reads) into models/diffusion_models")
     )
     if measured.comfyui_difference > LEVELS_EQUAL:
         return (
-            text
-            + f"No workflow is included: the levels {list(levels)} are not uniform-then-shifted, and scheduler `simple`"
+            text + f"No workflow is included: the levels {list(levels)} are not uniform-then-shifted, and scheduler `simple`"
             f" would miss them by up to {measured.comfyui_difference:.2g} (at shift {measured.comfyui_shift:g}).\n"
         )
-    exact = (
-        "equals" if measured.comfyui_difference < 1e-5 else f"differs by at most {measured.comfyui_difference:.1g} from"
-    )
+    exact = "equals" if measured.comfyui_difference < 1e-5 else f"differs by at most {measured.comfyui_difference:.1g} from"
     return (
         text + f"Drop `comfyui_workflow.json` on the window; {file}. The settings: ModelSamplingSD3 shift"
         f" {measured.comfyui_shift:g}, sampler `lcm`, scheduler `simple`, {n} step{'s' if n > 1 else ''}, cfg 1. With"

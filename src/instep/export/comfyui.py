@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from instep.models import VideoSize
+from instep.core.size import VideoSize
 
 # diffusers' module names -> the original Wan names, which ComfyUI keeps; the first rule that matches decides
 _MODULES = (
@@ -87,9 +87,7 @@ def comfyui_shift(levels: Sequence[float]) -> tuple[float, float]:
     return shift, max(abs(a - b) for a, b in zip(comfyui_levels(n, shift), levels, strict=True))
 
 
-def comfyui_workflow(
-    levels: Sequence[float], size: VideoSize, prompt: str, model: str, lora: str | None, seed: int
-) -> dict[str, Any]:
+def comfyui_workflow(levels: Sequence[float], size: VideoSize, prompt: str, model: str, lora: str | None, seed: int) -> dict[str, Any]:
     """A text-to-video graph of stock nodes in ComfyUI's API format: opens by dropping it on the window, or POST to
     /prompt.
 
@@ -116,8 +114,15 @@ def comfyui_workflow(
         "sampler": (
             "KSampler",
             {
-                "seed": seed, "steps": len(levels), "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple",
-                "denoise": 1.0, "model": ["shift", 0], "positive": ["positive", 0], "negative": ["negative", 0],
+                "seed": seed,
+                "steps": len(levels),
+                "cfg": 1.0,
+                "sampler_name": "lcm",
+                "scheduler": "simple",
+                "denoise": 1.0,
+                "model": ["shift", 0],
+                "positive": ["positive", 0],
+                "negative": ["negative", 0],
                 "latent_image": ["latent", 0],
             },
         ),
@@ -125,11 +130,15 @@ def comfyui_workflow(
         "save": (
             "SaveAnimatedWEBP",
             {
-                "images": ["decode", 0], "filename_prefix": "instep", "fps": 16.0, "lossless": False, "quality": 90,
+                "images": ["decode", 0],
+                "filename_prefix": "instep",
+                "fps": 16.0,
+                "lossless": False,
+                "quality": 90,
                 "method": "default",
             },
         ),
-    }  # fmt: skip
+    }
     if lora:
         graph["lora"] = ("LoraLoaderModelOnly", {"lora_name": lora, "strength_model": 1.0, "model": ["model", 0]})
     ids = {name: str(i + 1) for i, name in enumerate(graph)}

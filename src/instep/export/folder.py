@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from instep.data.prompts import other_text
+from instep.core.files import atomic_dir
+from instep.core.quiet import quiet
+from instep.core.size import VideoSize
+from instep.data.prompt import other_text
+from instep.diffusion.sampling import Sampling
 from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, many_step_card, model_card
 from instep.export.comfyui import comfyui_shift, comfyui_state_dict, comfyui_workflow, runs_in_comfyui
 from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler, our_sampler, smallest_size, verify_export
-from instep.files import atomic_dir
-from instep.models import VideoSize
 from instep.models.stock import stock, takes_first_frame
-from instep.quiet import quiet
-from instep.rollout import Sampling
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -80,10 +80,7 @@ def export_student(
     if dtype not in (torch.float16, torch.float32, None):
         raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
     if "transformer_2" in pipeline.components and pipeline.components["transformer_2"] is not None:
-        raise ValueError(
-            "pipeline: it has two transformers (Wan 2.2's experts), one student cannot stand for both; export each"
-            " expert's pipeline alone"
-        )
+        raise ValueError("pipeline: it has two transformers (Wan 2.2's experts), one student cannot stand for both; export each expert's pipeline alone")
     _check_target(out, overwrite)
     how = stock(pipeline)
     scheduler = few_step_scheduler(how.path, levels, how.prediction_type)
@@ -93,9 +90,7 @@ def export_student(
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
         keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
-        (temporary / RECORD).write_text(
-            json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2)
-        )
+        (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2))
         size = info.size if ours else smallest_size(pipeline)
         if takes_first_frame(pipeline):  # a first frame has the shape that it has
             size = VideoSize(info.size.height, info.size.width, size.frames)
@@ -109,19 +104,21 @@ def export_student(
         measured = Measured(
             sampler_difference=verify_export(temporary, levels, prompts=prompts, size=size, device=device),
             student_difference=student_difference,
-            comfyui_shift=shift, comfyui_difference=off, comfyui_obstacle=runs_in_comfyui(pipeline) if is_wan else None,
+            comfyui_shift=shift,
+            comfyui_difference=off,
+            comfyui_obstacle=runs_in_comfyui(pipeline) if is_wan else None,
             lora=lora is not None,
             dtype=str(exported.transformer.proj_out.weight.dtype).removeprefix("torch."),
-            pipeline=type(pipeline).__name__, scheduler=type(scheduler).__name__,
-            usual=(defaults["num_inference_steps"].default, defaults["guidance_scale"].default), passes_generator=how.passes_generator,
-        )  # fmt: skip
+            pipeline=type(pipeline).__name__,
+            scheduler=type(scheduler).__name__,
+            usual=(defaults["num_inference_steps"].default, defaults["guidance_scale"].default),
+            passes_generator=how.passes_generator,
+        )
         if is_wan:
             _write_comfyui(temporary, exported.transformer, levels, info, measured)
         (temporary / "README.md").write_text(model_card(info, levels, measured))
         size_bytes = _sync(temporary)
-    return ExportReport(
-        out, levels, measured.sampler_difference, measured.student_difference, off, len(keys), size_bytes
-    )
+    return ExportReport(out, levels, measured.sampler_difference, measured.student_difference, off, len(keys), size_bytes)
 
 
 def export_many_step(
@@ -146,9 +143,13 @@ def export_many_step(
     student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
     exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=pipeline.scheduler, dtype=dtype)
     record = {
-        "instep": info.instep_version, "levels": sampling.levels, "sampler": "ode", "guidance": sampling.guidance, "guidance_scales": sampling.guidance_scales,
+        "instep": info.instep_version,
+        "levels": sampling.levels,
+        "sampler": "ode",
+        "guidance": sampling.guidance,
+        "guidance_scales": sampling.guidance_scales,
         "info": info.json(),
-    }  # fmt: skip
+    }
     with atomic_dir(out, "export") as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
@@ -162,22 +163,14 @@ def export_many_step(
 def _check_target(out: Path, overwrite: bool) -> None:
     empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not empty and not overwrite and not (out / RECORD).is_file():
-        raise ValueError(
-            f"out: {out} exists and is not an earlier export; allowed: a new path, an earlier export; choose another or"
-            " pass overwrite=True"
-        )
+        raise ValueError(f"out: {out} exists and is not an earlier export; allowed: a new path, an earlier export; choose another or pass overwrite=True")
 
 
 def _plain(transformer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy without hooks and with stock attention, in `dtype`."""
     if any(".lora_" in key for key in transformer.state_dict()):
-        raise ValueError(
-            "pipeline: its transformer carries LoRA layers, which are not weights of a pipeline; pass that module as"
-            " lora="
-        )
-    return _cast(
-        plain_copy(transformer, {key: value.detach().clone() for key, value in transformer.state_dict().items()}), dtype
-    )
+        raise ValueError("pipeline: its transformer carries LoRA layers, which are not weights of a pipeline; pass that module as lora=")
+    return _cast(plain_copy(transformer, {key: value.detach().clone() for key, value in transformer.state_dict().items()}), dtype)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -192,25 +185,17 @@ def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return module
 
 
-def _with_parts(
-    pipeline: DiffusionPipeline, *, transformer: nn.Module, scheduler: Any, dtype: torch.dtype | None
-) -> DiffusionPipeline:
+def _with_parts(pipeline: DiffusionPipeline, *, transformer: nn.Module, scheduler: Any, dtype: torch.dtype | None) -> DiffusionPipeline:
     parts = {**pipeline.components, "transformer": transformer, "scheduler": scheduler}
     if dtype is not None:
         for name in ("vae", "text_encoder"):
             parts[name] = _cast(copy.deepcopy(parts[name]), dtype)
     # what is configuration and not a component: Wan's expand_timesteps, boundary_ratio
-    options = {
-        key: pipeline.config[key]
-        for key in inspect.signature(type(pipeline)).parameters
-        if key not in parts and key in pipeline.config
-    }
+    options = {key: pipeline.config[key] for key in inspect.signature(type(pipeline)).parameters if key not in parts and key in pipeline.config}
     return type(pipeline)(**parts, **options)
 
 
-def _write_comfyui(
-    folder: Path, transformer: nn.Module, levels: Sequence[float], info: ExportInfo, measured: Measured
-) -> None:
+def _write_comfyui(folder: Path, transformer: nn.Module, levels: Sequence[float], info: ExportInfo, measured: Measured) -> None:
     from safetensors.torch import save_file
 
     if not measured.lora and measured.comfyui_obstacle is None:
@@ -218,9 +203,7 @@ def _write_comfyui(
     if measured.comfyui_difference is None or measured.comfyui_difference > LEVELS_EQUAL:
         return
     model = f"{info.base_model.rpartition('/')[2]}.safetensors" if measured.lora else COMFYUI_MODEL
-    graph = comfyui_workflow(
-        levels, info.size, info.example_prompt, model, "lora.safetensors" if measured.lora else None, info.seed
-    )
+    graph = comfyui_workflow(levels, info.size, info.example_prompt, model, "lora.safetensors" if measured.lora else None, info.seed)
     (folder / "comfyui_workflow.json").write_text(json.dumps(graph, indent=2))
 
 

@@ -25,16 +25,10 @@ def _layers(module: nn.Module, adapter: str) -> Iterator[tuple[str, Any, float]]
     found = [(name, layer) for name, layer in lora if adapter in layer.lora_A]
     if not found:
         there = sorted({key for _, layer in lora for key in layer.lora_A})
-        raise ValueError(
-            f"adapter: {adapter!r} is not on this module; allowed: {there or 'none, the module carries no LoRA'}; train"
-            " with a LoRA role"
-        )
+        raise ValueError(f"adapter: {adapter!r} is not on this module; allowed: {there or 'none, the module carries no LoRA'}; train with a LoRA role")
     for name, layer in found:
         if adapter in layer.lora_variant or layer.lora_bias[adapter]:
-            raise ValueError(
-                f"adapter: {adapter!r} on {name} is not a plain LoRA (DoRA or a bias); allowed: plain LoRA; retrain"
-                " with LoraConfig's defaults"
-            )
+            raise ValueError(f"adapter: {adapter!r} on {name} is not a plain LoRA (DoRA or a bias); allowed: plain LoRA; retrain with LoraConfig's defaults")
         rank = layer.r[adapter] ** (0.5 if layer.use_rslora[adapter] else 1)
         yield name, layer, layer.lora_alpha[adapter] / rank
 
@@ -82,9 +76,7 @@ def save_lora(module: nn.Module, path: Path, adapter: str = "student", dtype: to
 
     state = {key: value.to(dtype) if dtype else value for key, value in lora_state_dict(module, adapter).items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(
-        state, temporary, metadata={"format": "pt", "instep": "alpha / rank is folded into lora_B: load at strength 1"}
-    )
+    save_file(state, temporary, metadata={"format": "pt", "instep": "alpha / rank is folded into lora_B: load at strength 1"})
     os.replace(temporary, path)
     return sorted(state)
 

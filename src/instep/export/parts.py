@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from instep.core.files import atomic_dir
+from instep.diffusion.sampling import sample_few_step
 from instep.export.card import ExportInfo
 from instep.export.folder import RECORD, ExportReport, _check_target, _plain, _sync
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler
-from instep.files import atomic_dir
-from instep.roles import Backbone, Role
-from instep.rollout import sample_few_step
+from instep.models.backbone import Backbone
+from instep.models.role import Role
 
 if TYPE_CHECKING:
-    from instep.models.base import Family
+    from instep.models.family import Family
 
 CARD = """# {name}: {steps}-step student ({recipe})
 
@@ -47,9 +48,16 @@ Largest difference of final samples between this loop and the sampler that train
 
 
 def export_parts(
-    family: Family, student: nn.Module, levels: Sequence[float], out: Path, info: ExportInfo, *, ours: Sampler, dtype: torch.dtype | None = None,
+    family: Family,
+    student: nn.Module,
+    levels: Sequence[float],
+    out: Path,
+    info: ExportInfo,
+    *,
+    ours: Sampler,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
-) -> ExportReport:  # fmt: skip
+) -> ExportReport:
     """Writes `out` with transformer/, scheduler/ and README.md, and checks there that the scheduler's plain loop draws what `ours` draws.
 
     student: the network itself (adapters merged). dtype: float16, float32 or None to keep. The folder appears at once, complete, or not at all.
@@ -68,10 +76,20 @@ def export_parts(
         in_memory = sampled(ours, [info.example_prompt] * 2)
         sampler_difference, student_difference = (float((stock - other).abs().max()) for other in (same, in_memory))
         shape = tuple(family.latent_shape)
-        (temporary / "README.md").write_text(CARD.format(
-            name=out.name, steps=len(levels), recipe=info.recipe, version=info.instep_version, base=info.base_model, command=info.command,
-            transformer=type(exported).__name__, shape=shape, sampler=sampler_difference, student=student_difference,
-        ))  # fmt: skip
+        (temporary / "README.md").write_text(
+            CARD.format(
+                name=out.name,
+                steps=len(levels),
+                recipe=info.recipe,
+                version=info.instep_version,
+                base=info.base_model,
+                command=info.command,
+                transformer=type(exported).__name__,
+                shape=shape,
+                sampler=sampler_difference,
+                student=student_difference,
+            )
+        )
         size_bytes = _sync(temporary)
     return ExportReport(out, levels, sampler_difference, student_difference, None, 0, size_bytes)
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from instep.levels import check_levels
-from instep.paths import Path, RectifiedFlow, VariancePreserving
-from instep.prediction import PredictionType
+from instep.diffusion.levels import check_levels
+from instep.diffusion.path import Path, RectifiedFlow, VariancePreserving
+from instep.diffusion.prediction import PredictionType
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
@@ -55,9 +55,7 @@ def flow_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
     best: tuple[float, FlowMatchEulerDiscreteScheduler] | None = None
     # one float32 unit of a level is 1e-6 in a sample: of shifts that no training can tell apart, the bit-equal one
     for nudge in sorted(range(-NUDGES, NUDGES + 1), key=abs):
-        scheduler = FlowMatchEulerDiscreteScheduler(
-            shift=shift * (1 + nudge * 2e-8), shift_terminal=terminal, stochastic_sampling=True
-        )
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift * (1 + nudge * 2e-8), shift_terminal=terminal, stochastic_sampling=True)
         scheduler.set_timesteps(n)
         off = float((scheduler.sigmas[:-1] - wanted).abs().sum())
         if best is None or off < best[0]:
@@ -74,7 +72,7 @@ def flow_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
         raise ValueError(
             f"levels: {list(levels)} cannot be represented by FlowMatchEulerDiscreteScheduler (nearest {nearest}, off"
             f" by {error:.2g}); allowed: uniform levels moved by one timestep shift, or a list of up to 3 levels whose"
-            " second is not next to 1 or 0; train with instep.levels.few_step_levels(n, shift)"
+            " second is not next to 1 or 0; train with instep.diffusion.levels.few_step_levels(n, shift)"
         )
     return scheduler
 
@@ -97,9 +95,7 @@ def solve_shift(levels: Sequence[float]) -> tuple[float, float | None]:
         return 1.0, None
     if n == 2:
         return 1.0, float(levels[-1])
-    r, j = min(
-        (((1 - t) / (1 - levels[-1]), j) for j, t in enumerate(levels[1:-1], 1)), key=lambda pair: abs(pair[0] - 0.5)
-    )
+    r, j = min((((1 - t) / (1 - levels[-1]), j) for j, t in enumerate(levels[1:-1], 1)), key=lambda pair: abs(pair[0] - 0.5))
     k = j / (n - 1)
     a = (k - r) / (k * (1 - r))
     shift = 1.0

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from instep.levels import check_levels
-from instep.paths import VariancePreserving
-from instep.prediction import PredictionType
+from instep.diffusion.levels import check_levels
+from instep.diffusion.path import VariancePreserving
+from instep.diffusion.prediction import PredictionType
 
 if TYPE_CHECKING:
     from diffusers import LCMScheduler
@@ -45,9 +45,15 @@ def vp_scheduler(path: VariancePreserving, levels: Sequence[float], prediction_t
     else:
         raise _no_such(path, levels)
     scheduler = LCMScheduler(
-        num_train_timesteps=path.steps, trained_betas=float32_betas(path), original_inference_steps=m, prediction_type=KINDS[prediction_type],
-        clip_sample=False, timestep_scaling=SCALING, set_alpha_to_one=True, rescale_betas_zero_snr=False,
-    )  # fmt: skip
+        num_train_timesteps=path.steps,
+        trained_betas=float32_betas(path),
+        original_inference_steps=m,
+        prediction_type=KINDS[prediction_type],
+        clip_sample=False,
+        timestep_scaling=SCALING,
+        set_alpha_to_one=True,
+        rescale_betas_zero_snr=False,
+    )
     scheduler.set_timesteps(len(levels))
     off = float((scheduler.alphas_cumprod.double() - path.table()[1:]).abs().max())
     # not <=: a NaN must not pass

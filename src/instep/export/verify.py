@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instep import paths
-from instep.data.prompts import with_first_frame
-from instep.models import VideoSize
+from instep.core.quiet import quiet
+from instep.core.size import VideoSize
+from instep.data.prompt import with_first_frame
+from instep.diffusion import path as paths
+from instep.diffusion.prediction import Condition, Denoiser, Prediction, to_prediction
+from instep.diffusion.sampling import sample_few_step
 from instep.models.stock import calls, draw, stock, takes_first_frame
-from instep.prediction import Condition, Denoiser, Prediction, to_prediction
-from instep.quiet import quiet
-from instep.rollout import sample_few_step
 
 # (prompts, generator) -> final latents in the pipeline's own order of axes; draws x at t_1 first, then one noise a step, in that order, all from generator
 Sampler = Callable[[Sequence[str], torch.Generator], Tensor]
@@ -43,7 +43,7 @@ def sample_as_stock(
 
 
 def our_sampler(pipe: Any, transformer: nn.Module, levels: Sequence[float], size: VideoSize) -> Sampler:
-    """`instep.rollout.sample_few_step` around `transformer`, with the pipeline's text encoding and latent shape."""
+    """`instep.diffusion.sampling.sample_few_step` around `transformer`, with the pipeline's text encoding and latent shape."""
     how = stock(pipe)
 
     def denoise(x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
@@ -97,10 +97,7 @@ def verify_export(
             both.append((stock_draws, sampler(names, rng)))
     theirs, own = (torch.cat(parts) for parts in zip(*both, strict=True))
     if own.shape != theirs.shape:
-        raise ValueError(
-            f"ours: latents {list(own.shape)} do not fit the pipeline's {list(theirs.shape)}; verify at the size the"
-            " sampler draws: size="
-        )
+        raise ValueError(f"ours: latents {list(own.shape)} do not fit the pipeline's {list(theirs.shape)}; verify at the size the sampler draws: size=")
     return float((theirs.float() - own.float()).abs().max())
 
 
@@ -109,8 +106,5 @@ def _steps_of(folder: Path) -> int:
 
     record = folder / "instep_export.json"
     if not record.is_file():
-        raise ValueError(
-            f"folder: {folder} has no instep_export.json, so its number of steps is unknown; pass the levels instead of"
-            " a sampler"
-        )
+        raise ValueError(f"folder: {folder} has no instep_export.json, so its number of steps is unknown; pass the levels instead of a sampler")
     return len(json.loads(record.read_text())["levels"])

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instep.evaluate.video import FORMATS as ANIMATIONS
-from instep.evaluate.video import save_animation
-from instep.files import write_bytes
+from instep.core.files import write_bytes
+from instep.data.animation import FORMATS as ANIMATIONS
+from instep.data.animation import save_animation
+from instep.diffusion.path import RectifiedFlow
 from instep.lab.metrics import REACH, check_rewarded
-from instep.models.mixture import Mixture
-from instep.paths import RectifiedFlow
+from instep.lab.mixture import Mixture
 
 FORMATS = (".svg", ".png")
 ROWS = ("samples", "sampling paths", "descent direction")
@@ -171,9 +171,19 @@ class LabFigure:
         for column, panel in enumerate(panels):
             self._column(column, panel, panels, HEADROOM + bool(title) * TITLE)
         self.figure.legend(
-            handles=marks, loc="lower left", bbox_to_anchor=(LEFT / self.width, 0.04 / self.height), ncols=columns, frameon=False, fontsize=7,
-            labelcolor=SOFT, handlelength=1.4, handletextpad=0.5, columnspacing=1.6, borderaxespad=0, borderpad=0,
-        )  # fmt: skip
+            handles=marks,
+            loc="lower left",
+            bbox_to_anchor=(LEFT / self.width, 0.04 / self.height),
+            ncols=columns,
+            frameon=False,
+            fontsize=7,
+            labelcolor=SOFT,
+            handlelength=1.4,
+            handletextpad=0.5,
+            columnspacing=1.6,
+            borderaxespad=0,
+            borderpad=0,
+        )
 
     def _column(self, column: int, panel: Panel, panels: Sequence[Panel], top: float) -> None:
         """A panel's heading and its axes. Numbers and the row's name stand at the first axes of a row, numbers below at the last of a column."""

@@ -22,8 +22,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from instep.models.mixture import Mixture
-from instep.paths import RectifiedFlow
+from instep.diffusion.path import RectifiedFlow
+from instep.lab.mixture import Mixture
 
 REACH = 3.0  # standard deviations that count as on-mode
 BANDWIDTH = 0.08  # of the kernel density estimate, in the units of x

@@ -9,9 +9,9 @@ import torch
 
 from instep.lab.figure import Panel, animate, draw
 from instep.lab.metrics import mean_sd
+from instep.lab.networks import VelocityMLP
 from instep.lab.run import LabRun, force_field, trajectories
 from instep.lab.world import World
-from instep.models.small import VelocityMLP
 
 SHOWN = 1500  # samples a panel
 
@@ -35,9 +35,12 @@ def panel(run: LabRun) -> Panel:
     points = torch.cartesian_prod(axis, axis)
     network = isinstance(run.state.roles["student"], VelocityMLP)
     return Panel(
-        run.name, run.snapshots[-1].samples[0][:SHOWN], caption, trajectories(run) if network else None,
+        run.name,
+        run.snapshots[-1].samples[0][:SHOWN],
+        caption,
+        trajectories(run) if network else None,
         (points, force_field(run, points)) if network else None,
-    )  # fmt: skip
+    )
 
 
 def frames(runs: Sequence[LabRun]) -> list[tuple[str, list[Panel]]]:

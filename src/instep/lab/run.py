@@ -10,20 +10,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from instep.advantage import group_advantage
-from instep.forces.reward import RewardGradient
+from instep.diffusion.advantage import group_advantage
+from instep.diffusion.rollout import Point, Rollout
+from instep.diffusion.transitions import Deterministic, Renoise
 from instep.lab.metrics import measure
+from instep.lab.mixture import labels
+from instep.lab.networks import ExactFake, LatentRewardMLP, Particles, VelocityMLP
 from instep.lab.world import World
-from instep.matching.critic import FakeScoreLoss
-from instep.matching.force import DistributionMatching
-from instep.models.mixture import labels
-from instep.models.small import ExactFake, LatentRewardMLP, Particles, VelocityMLP
+from instep.methods.critics import FakeScoreLoss
+from instep.methods.matching import DistributionMatching
+from instep.methods.recipe import AdamWConfig, Recipe, RoleConfig, RolloutConfig, Stage
+from instep.methods.reward_gradient import RewardGradient
+from instep.methods.term import Batch, View
 from instep.recipes.common import Common
-from instep.rollout import Point, Rollout
-from instep.terms import Batch, View
-from instep.train.recipe import AdamWConfig, Recipe, RoleConfig, RolloutConfig, Stage
-from instep.train.step import TrainedParams, TrainState, iteration
-from instep.transitions import Deterministic, Renoise
+from instep.training.state import TrainedParams, TrainState
+from instep.training.step import iteration
 
 SAMPLES = 4000  # a member and measurement
 
@@ -36,9 +37,17 @@ def common(steps: int = 1, guidance: float = 1.0, *, condition_on_exit: bool = T
     """
     student = AdamWConfig(2e-3 if steps == 1 else 1e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6)
     return Common(
-        steps=steps, batch=256, guidance=guidance, shift=1.0, critic_updates=critic_updates, reuse=reuse, ema=None,
-        condition_on_exit=condition_on_exit, student=student, fake=AdamWConfig(2e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6),
-    )  # fmt: skip
+        steps=steps,
+        batch=256,
+        guidance=guidance,
+        shift=1.0,
+        critic_updates=critic_updates,
+        reuse=reuse,
+        ema=None,
+        condition_on_exit=condition_on_exit,
+        student=student,
+        fake=AdamWConfig(2e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6),
+    )
 
 
 @dataclass(frozen=True)
@@ -81,9 +90,13 @@ def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, 
         if learned_teacher is not None or recipe.roles["teacher"].lora is not None:
             lora = recipe.roles["teacher"].lora
             roles["teacher"] = VelocityMLP(
-                world.path, members=world.members, classes=classes, width=width, rank=lora.rank if lora else 0,
+                world.path,
+                members=world.members,
+                classes=classes,
+                width=width,
+                rank=lora.rank if lora else 0,
                 scale=recipe.roles["teacher"].scale,
-            )  # fmt: skip
+            )
             _copy(learned_teacher or start, roles["teacher"])
         latent_reward = LatentRewardMLP(members=world.members, classes=classes, width=width) if recipe.latent_reward else None
     _copy(start, student)
@@ -164,9 +177,14 @@ def train_particles(
     fake = ExactFake(particles, world.path, label, log_weight if tilt else None)
     optim = AdamWConfig(3e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
     state = TrainState(
-        {"student": particles, "fake": fake, "teacher": world.teacher}, {"student": TrainedParams(particles.trainable(), optim)}, world.path, (2,), rng,
-        None if world.reward == "none" else world.score, None if world.reward == "none" else world.score,
-    )  # fmt: skip
+        {"student": particles, "fake": fake, "teacher": world.teacher},
+        {"student": TrainedParams(particles.trainable(), optim)},
+        world.path,
+        (2,),
+        rng,
+        None if world.reward == "none" else world.score,
+        None if world.reward == "none" else world.score,
+    )
     prompts = names[::each] if stage.group > 1 else names
     batch = Batch(prompts, labels(prompts), labels([""] * len(prompts)))
     began = time.process_time()

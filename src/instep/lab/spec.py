@@ -9,9 +9,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from instep.lab.run import common as laboratory
+from instep.methods.recipe import Recipe
 from instep.recipes import find
 from instep.recipes.common import Common
-from instep.train.recipe import Recipe
 
 # options that have no meaning here: networks are small and whole, and the student itself is measured
 ELSEWHERE = ("lora_rank", "ema")

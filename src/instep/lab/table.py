@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from instep.lab.metrics import mean_sd, measure_exact
 from instep.lab.run import SAMPLES, LabRun
 from instep.lab.world import World
-from instep.train.recipe import describe
+from instep.methods.recipe import describe
 
 if TYPE_CHECKING:
     from rich.table import Table

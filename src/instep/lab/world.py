@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from instep.models.mixture import ExactTeacher, Mixture, labels
-from instep.models.small import VelocityMLP
-from instep.paths import Path, RectifiedFlow, VariancePreserving
+from instep.diffusion.path import Path, RectifiedFlow, VariancePreserving
+from instep.diffusion.sampling import sample_ode
+from instep.lab.mixture import ExactTeacher, Mixture, labels
+from instep.lab.networks import VelocityMLP
+from instep.methods.recipe import Stage
+from instep.methods.term import Batch, Pairs, Stored
 from instep.rewards.base import FunctionReward, checked_scores
-from instep.rollout import sample_ode
-from instep.terms import Batch, Pairs, Stored
-from instep.train.recipe import Stage
 
 GEOMETRIES: dict[str, Callable[[], Mixture]] = {
     "ring8": Mixture.ring,

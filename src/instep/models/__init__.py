@@ -1,15 +1,18 @@
-"""Model families. `load` imports a family only when it is asked for."""
+"""Model families: one file a family behind one protocol, and the roles that run on their networks. `load` imports a family only when it is asked for; the
+room may import `data`, `methods`, `diffusion` and `core`.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from instep.core.size import VideoSize
+
 if TYPE_CHECKING:
-    from instep.models.base import Family
+    from instep.models.family import Family
 
 MOVING_DIGITS = "moving-digits"
 MOVING_DIGITS_I2V = "moving-digits-i2v"
@@ -17,21 +20,12 @@ DIGITS = "digits"
 BUNDLED = (MOVING_DIGITS, DIGITS, MOVING_DIGITS_I2V)
 
 
-@dataclass(frozen=True)
-class VideoSize:
-    """Size of the videos to train on, in pixels and frames; Wan 2.1's own is 480 x 832, 81 frames."""
-
-    height: int = 480
-    width: int = 832
-    frames: int = 81
-
-
 MOVING_DIGITS_SIZE = VideoSize(48, 48, 9)
 
 
 def bundled(name: str) -> Path:
     """Folder of a model that ships with the package."""
-    return Path(str(files("instep"))) / "assets" / name
+    return Path(str(files("instep"))) / "bundled" / "assets" / name
 
 
 def load(model: str, size: VideoSize | None = None) -> Family:
@@ -41,7 +35,7 @@ def load(model: str, size: VideoSize | None = None) -> Family:
     Raises ValueError if the folder is not there, lacks a part, or holds a pipeline that no family knows, and for a `size` where the network has its own.
     """
     if model == MOVING_DIGITS_I2V:
-        from instep.models.moving_digits_i2v import bundled_pipeline
+        from instep.bundled.moving_digits_i2v import bundled_pipeline
         from instep.models.wan_i2v import WanImageFamily
 
         return WanImageFamily(bundled_pipeline(), size or MOVING_DIGITS_SIZE, model, str(bundled(model)))

@@ -12,11 +12,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from instep.models import VideoSize
-from instep.models.base import skipped
-from instep.paths import VariancePreserving
-from instep.prediction import Condition
-from instep.quiet import quiet
+from instep.core.quiet import quiet
+from instep.core.size import VideoSize
+from instep.diffusion.path import VariancePreserving
+from instep.diffusion.prediction import Condition
+from instep.models.family import skipped
 
 # what CogVideoXPipeline pads every prompt to; the padding is attended to, there is no mask
 STOCK_TEXT_LENGTH = 226
@@ -126,7 +126,7 @@ def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None
 
 
 class CogVideoXFamily:
-    """A `CogVideoXPipeline` seen as a family (see `models/base.py`); latents are scaled as the transformer sees them, [B, C, F, H, W].
+    """A `CogVideoXPipeline` seen as a family (see `models/family.py`); latents are scaled as the transformer sees them, [B, C, F, H, W].
 
     Its levels are the training steps of the pipeline's own scheduler, t = k / N for step k - 1: 1, .75, .5, .25 are the steps 999, 749, 499, 249. No
     timestep shift is added to them (`shift` 1): a shift of the signal-to-noise ratio is in the scheduler's table already.

@@ -13,10 +13,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from instep.models import VideoSize
-from instep.models.base import skipped
-from instep.paths import RectifiedFlow
-from instep.prediction import Condition
+from instep.core.size import VideoSize
+from instep.diffusion.path import RectifiedFlow
+from instep.diffusion.prediction import Condition
+from instep.models.family import skipped
 
 CLASSES = "classes.json"
 
@@ -29,7 +29,7 @@ class ClassCondition(Condition):
 
 
 class DiTFamily:
-    """A `DiTTransformer2DModel` that predicts the rectified flow's velocity, seen as a family (see `models/base.py`).
+    """A `DiTTransformer2DModel` that predicts the rectified flow's velocity, seen as a family (see `models/family.py`).
 
     Latents are pixels: x [B, C, H, W] in [-1, 1] with C = 1 (shown grey) or 3; media [B, 3, H, W] in [0, 1]. Prompts are class names: the
     number ("7"), or the name if `names` has them. There is no stock pipeline (`pipe` is None): diffusers' `DiTPipeline` decodes through a VAE

@@ -9,9 +9,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from instep.models import VideoSize
-from instep.paths import Path
-from instep.prediction import Condition, PredictionType
+from instep.core.size import VideoSize
+from instep.diffusion.path import Path
+from instep.diffusion.prediction import Condition, PredictionType
 
 IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 
@@ -79,7 +79,7 @@ def draw(pipe: Any, prompts: Sequence[str], size: VideoSize, *, steps: int, guid
     call = partial(pipe, height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps, guidance_scale=guidance, output_type=output)
     if not takes_first_frame(pipe):
         return call(prompt=list(prompts)).frames
-    from instep.data.pictures import read_first_frame
-    from instep.data.prompts import text_of
+    from instep.data.first_frame import read_first_frame
+    from instep.data.prompt import text_of
 
     return torch.cat([call(prompt=text_of(prompt), image=read_first_frame(prompt, size)[None]).frames for prompt in prompts])

@@ -14,12 +14,12 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from instep.models import VideoSize
-from instep.models.base import skipped
+from instep.core.quiet import quiet
+from instep.core.size import VideoSize
+from instep.diffusion.path import RectifiedFlow
+from instep.diffusion.prediction import Condition
+from instep.models.family import skipped
 from instep.models.wan_vae import decode_latents, encode_latents
-from instep.paths import RectifiedFlow
-from instep.prediction import Condition
-from instep.quiet import quiet
 
 # WanPipeline pads every prompt to this many tokens, without a mask
 STOCK_TEXT_LENGTH = 512
@@ -39,10 +39,7 @@ class WanCondition(Condition):
         """Batches of unequal text length are padded to the longer one with tokens that weigh nothing."""
         if name in ("text", "bias") and a.shape[1] != b.shape[1]:
             length, fill = max(a.shape[1], b.shape[1]), 0.0 if name == "text" else -math.inf
-            a, b = (
-                torch.cat([v, v.new_full((len(v), length - v.shape[1], *v.shape[2:]), fill)], 1) if v.shape[1] < length else v
-                for v in (a, b)
-            )
+            a, b = (torch.cat([v, v.new_full((len(v), length - v.shape[1], *v.shape[2:]), fill)], 1) if v.shape[1] < length else v for v in (a, b))
         return torch.cat([a, b])
 
 
@@ -64,7 +61,7 @@ class PaddedTextProcessor(WanAttnProcessor):
 
 
 class WanFamily:
-    """A `WanPipeline` seen as a family (see `models/base.py`); latents are normalised as the transformer sees them."""
+    """A `WanPipeline` seen as a family (see `models/family.py`); latents are normalised as the transformer sees them."""
 
     path = RectifiedFlow()
     prediction_type = "velocity"

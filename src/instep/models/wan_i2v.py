@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from instep.data.pictures import check_first_frames, read_first_frame, source_of
-from instep.data.prompts import texts_of
-from instep.models import VideoSize
+from instep.core.quiet import quiet
+from instep.core.size import VideoSize
+from instep.data.first_frame import check_first_frames, read_first_frame, source_of
+from instep.data.prompt import texts_of
+from instep.diffusion.prediction import Condition
 from instep.models.wan import STOCK_TEXT_LENGTH, WanCondition, WanFamily, WanStock, stock_attention
 from instep.models.wan_vae import normalise
-from instep.prediction import Condition
-from instep.quiet import quiet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -62,7 +62,7 @@ class WanImageCondition(WanCondition):
 
 
 class WanImageFamily(WanFamily):
-    """A `WanImageToVideoPipeline` seen as a family; a prompt names its first frame (see `data/prompts.py`)."""
+    """A `WanImageToVideoPipeline` seen as a family; a prompt names its first frame (see `data/prompt.py`)."""
 
     def __init__(self, pipe: Any, size: VideoSize, name: str = "wan-i2v", source: str = "") -> None:
         """ValueError for a variant that is conditioned otherwise: with an image encoder, per-token timesteps or a second transformer."""

@@ -1,11 +1,13 @@
-"""Recipes: plain functions that return a `Recipe`. Their parameters are the command line's options."""
+"""Recipes: one file a paper, plain functions that return a `Recipe` and whose parameters are the command line's options. They may import `methods`, `diffusion`
+and `core`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
 
-from instep.train.recipe import Recipe
+from instep.methods.recipe import Recipe
 
 # name on the command line -> module and function; a recipe is imported when it is asked for
 NAMES: dict[str, tuple[str, str]] = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from instep.levels import OneOf
-from instep.objectives.regression import Denoising
+from instep.diffusion.levels import OneOf
+from instep.methods.recipe import Recipe, Stage
+from instep.methods.regression import Denoising
 from instep.recipes.common import Common
 from instep.recipes.dmdr import Branch, reinforce
-from instep.train.recipe import Recipe, Stage
 
 
 def rl_after(
@@ -36,9 +36,7 @@ def rl_after(
         beta: temperature of dpo.
         inner_epochs: student updates on one rollout.
     """
-    alone = reinforce(
-        common, "reinforce", iterations, rl, weight, group=group, clip=clip, kl=kl, beta=beta, beside=(), critics=(), inner_epochs=inner_epochs
-    )
+    alone = reinforce(common, "reinforce", iterations, rl, weight, group=group, clip=clip, kl=kl, beta=beta, beside=(), critics=(), inner_epochs=inner_epochs)
     return common.recipe("rl-after", common.distil(distil), alone)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from instep.matching.operator import Adaptive, NaiveAdaptive, Operator
+from instep.methods.operators import Adaptive, NaiveAdaptive, Operator
+from instep.methods.recipe import Advantage, Recipe
 from instep.recipes.common import Common
-from instep.train.recipe import Advantage, Recipe
 
 # Eq. 12: each group's own deviation, clipped
 CLIPPED = Advantage(spread="group", clip=1.0)

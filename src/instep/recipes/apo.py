@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from instep.levels import LevelSampler, OneOf, Uniform
-from instep.levels_apo import SHIFTS, HighLow, Repeated
-from instep.objectives.guidance import GuidanceDistillation
-from instep.objectives.preference import PairSource, Preference
+from instep.diffusion.guidance_scales import GuidanceRange
+from instep.diffusion.level_windows import SHIFTS, HighLow, Repeated
+from instep.diffusion.levels import LevelSampler, OneOf, Uniform
+from instep.diffusion.transitions import Deterministic
+from instep.methods.guidance_distillation import GuidanceDistillation
+from instep.methods.preference import PairSource, Preference
+from instep.methods.recipe import AdamWConfig, Recipe, RolloutConfig, Stage
+from instep.methods.term import Objective
 from instep.recipes.many_step import ManySteps
-from instep.strengths import GuidanceRange
-from instep.terms import Objective
-from instep.train.recipe import AdamWConfig, Recipe, RolloutConfig, Stage
-from instep.transitions import Deterministic
 
 
 def apo(
@@ -84,15 +84,32 @@ def apo(
         levels = Repeated(OneOf(common.levels) if few_step else Uniform(low=0.001, high=1.0), max(uniform, 1))
 
     def stage(
-        name: str, steps: int, term: Objective, *, guidance_in_weights: bool = False, group: int = 1, rolls: bool = False, optim: AdamWConfig | None = None,
-    ) -> Stage:  # fmt: skip
+        name: str,
+        steps: int,
+        term: Objective,
+        *,
+        guidance_in_weights: bool = False,
+        group: int = 1,
+        rolls: bool = False,
+        optim: AdamWConfig | None = None,
+    ) -> Stage:
         # a pair is two samples, wherever they come from
         batch = common.batch if group > 1 else max(1, common.batch // 2)
         rollout = RolloutConfig(common.levels) if few_step else RolloutConfig(common.levels, transition=Deterministic(), guidance=common.guidance)
         return Stage(
-            name, steps, batch, (term,), (), rollout if rolls else None, group=group, accumulate=common.accumulate, guided=not guidance_in_weights, fresh=True,
-            guidance_scales=(common.guidance, skip) if guidance_in_weights and guidance_range else None, optim=optim,
-        )  # fmt: skip
+            name,
+            steps,
+            batch,
+            (term,),
+            (),
+            rollout if rolls else None,
+            group=group,
+            accumulate=common.accumulate,
+            guided=not guidance_in_weights,
+            fresh=True,
+            guidance_scales=(common.guidance, skip) if guidance_in_weights and guidance_range else None,
+            optim=optim,
+        )
 
     def prefer(pairs: PairSource) -> Preference:
         return Preference(beta=beta, levels=levels, pairs=pairs, positive=positive)

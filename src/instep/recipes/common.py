@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from instep.levels import LevelSampler, Uniform, few_step_levels
-from instep.matching.critic import FakeScoreGANLoss, FakeScoreLoss
-from instep.matching.force import DistributionMatching
-from instep.matching.operator import Operator, Standard
-from instep.matching.teacher import Annealed
-from instep.prediction import PredictionType
-from instep.roles import LoRA
-from instep.terms import Critic, Term
-from instep.train.recipe import AdamWConfig, Advantage, LatentRewardConfig, Recipe, RoleConfig, RolloutConfig, Stage
+from instep.diffusion.levels import LevelSampler, Uniform, few_step_levels
+from instep.diffusion.prediction import PredictionType
+from instep.methods.adapted_teacher import Annealed
+from instep.methods.critics import FakeScoreGANLoss, FakeScoreLoss
+from instep.methods.matching import DistributionMatching
+from instep.methods.operators import Operator, Standard
+from instep.methods.recipe import AdamWConfig, Advantage, LatentRewardConfig, LoRA, Recipe, RoleConfig, RolloutConfig, Stage
+from instep.methods.term import Critic, Term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,29 +73,53 @@ class Common:
         levels = levels or self.renoise
         if gan:
             return FakeScoreGANLoss(
-                updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, tilt=tilt,
-                gan_weight=gan, gan_levels=levels,
-            )  # fmt: skip
+                updates=self.critic_updates,
+                reuse=self.reuse,
+                condition_on_exit=self.condition_on_exit,
+                levels=levels,
+                tilt=tilt,
+                gan_weight=gan,
+                gan_levels=levels,
+            )
         return FakeScoreLoss(updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, tilt=tilt)
 
     def stage(
-        self, name: str, steps: int, terms: tuple[Term, ...], critics: tuple[Critic, ...], *, group: int = 1,
-        advantage: Advantage | None = None, rollout: RolloutConfig | None = None,
-    ) -> Stage:  # fmt: skip
+        self,
+        name: str,
+        steps: int,
+        terms: tuple[Term, ...],
+        critics: tuple[Critic, ...],
+        *,
+        group: int = 1,
+        advantage: Advantage | None = None,
+        rollout: RolloutConfig | None = None,
+    ) -> Stage:
         """A stage of this batch size on the student's own rollout."""
         return Stage(
-            name, steps, self.batch, terms, critics, rollout or RolloutConfig(self.levels), group=group, accumulate=self.accumulate,
+            name,
+            steps,
+            self.batch,
+            terms,
+            critics,
+            rollout or RolloutConfig(self.levels),
+            group=group,
+            accumulate=self.accumulate,
             advantage=advantage or Advantage(),
-        )  # fmt: skip
+        )
 
     def distil(self, steps: int) -> Stage:
         """A stage of plain matching: what comes before another method, or beside it as a control."""
         return self.stage("distil", steps, (self.matching(),), (self.critic(),))
 
     def recipe(
-        self, name: str, *stages: Stage, head: bool = False, teacher: RoleConfig | None = None, latent_reward: LatentRewardConfig | None = None,
+        self,
+        name: str,
+        *stages: Stage,
+        head: bool = False,
+        teacher: RoleConfig | None = None,
+        latent_reward: LatentRewardConfig | None = None,
         prediction_type: PredictionType | None = None,
-    ) -> Recipe:  # fmt: skip
+    ) -> Recipe:
         """Student and fake are trained, the teacher is frozen unless it is given; with a LoRA rank all three share one backbone.
 
         Stages without steps are left out.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from instep.levels import AboveExit
-from instep.matching.operator import Decoupled
+from instep.diffusion.levels import AboveExit
+from instep.methods.operators import Decoupled
+from instep.methods.recipe import Recipe
 from instep.recipes.common import Common
-from instep.train.recipe import Recipe
 
 
 def decoupled_dmd(common: Common = Common(), *, distil: int = 0, iterations: int = 100) -> Recipe:

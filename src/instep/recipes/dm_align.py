@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from instep.forces.dm_align import AlignGroup, AlignPair, Sign
-from instep.levels import Uniform
+from instep.diffusion.levels import Uniform
+from instep.methods.align import AlignGroup, AlignPair, Sign
+from instep.methods.recipe import Advantage, Recipe, RolloutConfig
+from instep.methods.term import Force
 from instep.recipes.common import Common
-from instep.terms import Force
-from instep.train.recipe import Advantage, Recipe, RolloutConfig
 
 # Near t = 0 the estimates are the samples themselves and their difference is divided by almost nothing: two samples of one
 # prompt that lie apart are blended, and images fade. Signed advantages cancel what a group shares, so Group may go lower than Pair.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from instep.forces.adversarial import Adversarial
-from instep.objectives.regression import Regression
+from instep.methods.adversarial import Adversarial
+from instep.methods.recipe import Recipe
+from instep.methods.regression import Regression
 from instep.recipes.common import Common
-from instep.train.recipe import Recipe
 
 
 def dmd(common: Common = Common(), *, distil: int = 0, iterations: int = 100, regression: float = 0.25) -> Recipe:

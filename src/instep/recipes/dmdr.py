@@ -6,32 +6,46 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from instep.forces.reward import RewardGradient
-from instep.levels import AnnealedBeta, OneOf
-from instep.matching.critic import FakeScoreLoss
-from instep.matching.operator import AdvantageGuided, MatchingOnly, Operator, RewardTilted
-from instep.matching.teacher import Annealed
-from instep.objectives.policy import DDPO, GRPO
-from instep.objectives.preference import Preference
+from instep.diffusion.levels import AnnealedBeta, OneOf
+from instep.methods.adapted_teacher import Annealed
+from instep.methods.critics import FakeScoreLoss
+from instep.methods.operators import AdvantageGuided, MatchingOnly, Operator, RewardTilted
+from instep.methods.policy import DDPO, GRPO
+from instep.methods.preference import Preference
+from instep.methods.recipe import AdamWConfig, LoRA, Recipe, RoleConfig, Stage
+from instep.methods.reward_gradient import RewardGradient
+from instep.methods.term import Critic, Term
 from instep.recipes.common import Common
-from instep.roles import LoRA
-from instep.terms import Critic, Term
-from instep.train.recipe import AdamWConfig, Recipe, RoleConfig, Stage
 
 Branch = Literal["refl", "grpo", "dpo", "ddpo"]
 Tilt = Literal["none", "literal", "zscore", "weight"]
 Beside = Literal["matching", "dm", "advantage"]
 
 
-def reinforce(common: Common, name: str, steps: int, kind: Branch, weight: float, *, group: int, clip: float, kl: float, beta: float, beside: Sequence[Term],
-              critics: Sequence[Critic], inner_epochs: int) -> Stage:  # fmt: skip
+def reinforce(
+    common: Common,
+    name: str,
+    steps: int,
+    kind: Branch,
+    weight: float,
+    *,
+    group: int,
+    clip: float,
+    kl: float,
+    beta: float,
+    beside: Sequence[Term],
+    critics: Sequence[Critic],
+    inner_epochs: int,
+) -> Stage:
     """A stage of reinforcement learning with what acts beside it."""
     if kind == "ddpo" and inner_epochs > 1:
         raise ValueError(f"inner_epochs: {inner_epochs} is not allowed with ddpo, which has no ratio to the student that rolled out; use 1, or grpo")
     branches: dict[Branch, Term] = {
-        "refl": RewardGradient(weight=weight), "grpo": GRPO(weight=weight, clip=clip, kl=kl), "ddpo": DDPO(weight=weight),
+        "refl": RewardGradient(weight=weight),
+        "grpo": GRPO(weight=weight, clip=clip, kl=kl),
+        "ddpo": DDPO(weight=weight),
         "dpo": Preference(weight=weight, beta=beta, levels=OneOf(common.levels)),
-    }  # fmt: skip
+    }
     terms = (*beside, branches[kind])
     parts: tuple[Term | Critic, ...] = (*terms, *critics)
     alone = not any("reward" in part.needs for part in parts)
@@ -80,9 +94,19 @@ def dmdr(
     first, teacher = _warm(common, warm, group, tilt, dyna_rs, dyna_dg if warm else 0.0)
     operators: dict[Beside, Operator | None] = {"matching": None, "dm": MatchingOnly(), "advantage": AdvantageGuided()}
     joint = reinforce(
-        common, "joint", iterations, rl, weight, group=group, clip=clip, kl=kl, beta=beta, beside=(common.matching(operator=operators[beside]),),
-        critics=(common.critic(),), inner_epochs=inner_epochs,
-    )  # fmt: skip
+        common,
+        "joint",
+        iterations,
+        rl,
+        weight,
+        group=group,
+        clip=clip,
+        kl=kl,
+        beta=beta,
+        beside=(common.matching(operator=operators[beside]),),
+        critics=(common.critic(),),
+        inner_epochs=inner_epochs,
+    )
     return common.recipe("dmdr", first, joint, teacher=teacher)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from instep.forces.latent import LatentFit, LatentGradient
-from instep.objectives.consistency import Consistency, Distance, Target
+from instep.methods.consistency import Consistency, Distance, Target
+from instep.methods.latent_reward import LatentFit, LatentGradient
+from instep.methods.latent_reward_model import Frames, Kind, LatentRewardShape
+from instep.methods.recipe import AdamWConfig, LatentRewardConfig, Recipe
+from instep.methods.term import Critic, Term
 from instep.recipes.common import Common
-from instep.rewards.latent import Frames, Kind, LatentRewardShape
-from instep.terms import Critic, Term
-from instep.train.recipe import AdamWConfig, LatentRewardConfig, Recipe
 
 Heterogeneous = Literal["same", "x0"]
 
@@ -74,10 +74,13 @@ def dollar(
     if not (matching or weight):
         main = replace(main, rollout=None)  # consistency distillation starts from real samples: no rollout is needed
     recipe = common.recipe(
-        "dollar", common.distil(distil), *([common.stage("fit", fit, (), learners)] if weight else []), main,
+        "dollar",
+        common.distil(distil),
+        *([common.stage("fit", fit, (), learners)] if weight else []),
+        main,
         latent_reward=LatentRewardConfig(LatentRewardShape(kind, frames), latent_reward) if weight else None,
         prediction_type=None if prediction_type == "same" else prediction_type,
-    )  # fmt: skip
+    )
     if matching or distil:
         return recipe
     return replace(recipe, roles={name: role for name, role in recipe.roles.items() if name != "fake"})  # nothing asks for one

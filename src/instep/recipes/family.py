@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from instep.forces.adversarial import Adversarial
-from instep.forces.reward import RewardGradient
-from instep.levels import AboveExit, AnnealedBeta, LevelSampler
-from instep.matching.critic import FakeScoreGANLoss, FakeScoreLoss
-from instep.matching.force import DistributionMatching
-from instep.objectives.regression import Regression
+from instep.diffusion.levels import AboveExit, AnnealedBeta, LevelSampler
+from instep.methods.adversarial import Adversarial
+from instep.methods.critics import FakeScoreGANLoss, FakeScoreLoss
+from instep.methods.matching import DistributionMatching
+from instep.methods.recipe import Recipe, Stage
+from instep.methods.regression import Regression
+from instep.methods.reward_gradient import RewardGradient
+from instep.methods.term import Term
 from instep.recipes.amd import amd, naive_adaptive
 from instep.recipes.decoupled_dmd import decoupled_dmd
 from instep.recipes.dmd import dmd, dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.magic import magic
 from instep.recipes.refl import refl
-from instep.terms import Term
-from instep.train.recipe import Recipe, Stage
 
 HEADINGS = ("recipe", "operator H", "external force", "re-noise levels", "teacher", "fake")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from instep.matching.critic import FakeScoreLoss
-from instep.matching.teacher import Annealed
+from instep.methods.adapted_teacher import Annealed
+from instep.methods.critics import FakeScoreLoss
+from instep.methods.recipe import AdamWConfig, LoRA, Recipe, RoleConfig
 from instep.recipes.common import Common
-from instep.roles import LoRA
-from instep.train.recipe import AdamWConfig, Recipe, RoleConfig
 
 
 def magic(

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from instep.levels import Uniform, few_step_levels
-from instep.objectives.policy import GRPO
-from instep.objectives.preference import Preference
+from instep.diffusion.guidance_scales import GuidanceRange
+from instep.diffusion.levels import Uniform, few_step_levels
+from instep.diffusion.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Posterior, Transition
+from instep.methods.policy import GRPO
+from instep.methods.preference import Preference
+from instep.methods.recipe import AdamWConfig, Recipe, RoleConfig, RolloutConfig, Stage
+from instep.methods.term import Term
 from instep.recipes.common import adapter, with_copies
-from instep.strengths import GuidanceRange
-from instep.terms import Term
-from instep.train.recipe import AdamWConfig, Recipe, RoleConfig, RolloutConfig, Stage
-from instep.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Posterior, Transition
 
 Kind = Literal["flow", "dance", "cps", "ddpm"]
 

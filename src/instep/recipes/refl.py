@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from instep.forces.reward import RewardGradient
+from instep.methods.recipe import Recipe
+from instep.methods.reward_gradient import RewardGradient
 from instep.recipes.common import Common
-from instep.train.recipe import Recipe
 
 
 def refl(common: Common = Common(), *, distil: int = 0, iterations: int = 100, weight: float = 0.5, matching: float = 1.0) -> Recipe:

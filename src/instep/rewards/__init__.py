@@ -1,1 +1,1 @@
-"""Rewards: one file a reward, each gives `score(media, prompts) -> [B]`, higher is better."""
+"""One file a reward, or kind of reward, and rewards of latents through the decoder. It may import `data`, `methods`, `diffusion` and `core`."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from instep.data.prompts import texts_of
+from instep.data.prompt import texts_of
 
 
 class RewardError(ValueError):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instep.files import write_json, write_tensors
+from instep.core.files import write_json, write_tensors
 
 
 def rao_kupper_log_prob(gap: Tensor, outcome: Tensor, eta: Tensor) -> Tensor:
@@ -90,9 +90,18 @@ class Fitted:
 
 
 def fit(
-    first: Tensor, second: Tensor, outcome: Tensor, *, hidden: int = 0, steps: int = 300, lr: float = 1e-2, decay: float = 1.0, heldout: float = 0.2,
-    seed: int = 0, groups: Sequence[Hashable] | None = None,
-) -> Fitted:  # fmt: skip
+    first: Tensor,
+    second: Tensor,
+    outcome: Tensor,
+    *,
+    hidden: int = 0,
+    steps: int = 300,
+    lr: float = 1e-2,
+    decay: float = 1.0,
+    heldout: float = 0.2,
+    seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
+) -> Fitted:
     """A head trained on features [N, D] of pairs and their outcomes [N] (1: first preferred, -1: second, 0: tie), by likelihood and a Gaussian prior on
     its weights (not on eta) of variance 1 / `decay`, which counts the less the more pairs there are.
 

@@ -77,9 +77,15 @@ class CommandReward:
         """Standard output of one run."""
         try:
             process = subprocess.Popen(
-                self.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace",
+                self.argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
                 start_new_session=True,
-            )  # fmt: skip
+            )
         except OSError as error:
             raise RewardError(f"reward {self.name!r} cannot be started for {span(samples)}: {error}") from error
         try:

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from instep.bundled.class_classifiers import DigitClassifier, load_digit_classifier
+from instep.bundled.classifiers import Classifier, ClassifierName, load_classifier
+from instep.core.fingerprint import weights_fingerprint
+from instep.core.quiet import quiet
+from instep.core.size import VideoSize
 from instep.data.media import fitted, read_media
-from instep.models import BUNDLED, MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, VideoSize
-from instep.models.base import weights_fingerprint
-from instep.quiet import quiet
-from instep.rewards.class_judges import DigitClassifier, load_digit_classifier
-from instep.rewards.judges import Classifier, ClassifierName, load_classifier
+from instep.models import BUNDLED, MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE
 from instep.rewards.samples import evenly_spaced
 
 DIGITS_SIZE = VideoSize(8, 8, 1)

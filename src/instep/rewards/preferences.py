@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from instep import __version__
+from instep.core.files import atomic_dir, write_json
+from instep.core.statistics import Interval, wilson
+from instep.core.version import __version__
 from instep.data.pairs import PreferencePair
-from instep.data.prompts import text_of
-from instep.files import atomic_dir, write_json
-from instep.judge.results import Interval, wilson
+from instep.data.prompt import text_of
 from instep.rewards.bradley_terry import Fitted, LearnedReward, RewardHead, fit
 from instep.rewards.features import Features, features_of
 
@@ -53,9 +53,17 @@ def read_features(
 
 
 def learn(
-    pairs: Sequence[PreferencePair], features: Features, watch: Callable[[list[Shown]], Iterable[Shown]] = iter, *, hidden: int = 0, steps: int = 300,
-    decay: float = 1.0, heldout: float = 0.2, seed: int = 0, device: str = "cpu",
-) -> Learned:  # fmt: skip
+    pairs: Sequence[PreferencePair],
+    features: Features,
+    watch: Callable[[list[Shown]], Iterable[Shown]] = iter,
+    *,
+    hidden: int = 0,
+    steps: int = 300,
+    decay: float = 1.0,
+    heldout: float = 0.2,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Learned:
     """A head fitted to pairs, ties among them; a part of the prompts, with all their pairs, is held out (`bradley_terry.fit`)."""
     prompts = [text_of(pair.prompt) for pair in pairs]
     if len(set(prompts)) < 2:
@@ -75,12 +83,22 @@ def save(learned: Learned, out: Path) -> None:
     fitted, features, accuracy = learned.fitted, learned.features, learned.accuracy
     with atomic_dir(out, "folder") as temporary:
         fitted.head.save(temporary)
-        write_json(temporary / RECORD, {
-            "instep": __version__,
-            "features": {"given": features.given, "frames": features.frames, "name": features.name},
-            "pairs": learned.pairs, "prompts": learned.prompts, "ties": learned.ties, "trained_on": fitted.pairs, "held_out": fitted.heldout,
-            "accuracy": accuracy.value, "interval": [accuracy.low, accuracy.high], "log_prob": fitted.log_prob, "coin": fitted.coin,
-        })  # fmt: skip
+        write_json(
+            temporary / RECORD,
+            {
+                "instep": __version__,
+                "features": {"given": features.given, "frames": features.frames, "name": features.name},
+                "pairs": learned.pairs,
+                "prompts": learned.prompts,
+                "ties": learned.ties,
+                "trained_on": fitted.pairs,
+                "held_out": fitted.heldout,
+                "accuracy": accuracy.value,
+                "interval": [accuracy.low, accuracy.high],
+                "log_prob": fitted.log_prob,
+                "coin": fitted.coin,
+            },
+        )
 
 
 def load_preferences(folder: Path) -> LearnedReward:

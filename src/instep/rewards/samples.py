@@ -102,8 +102,9 @@ def isolated(name: str, attempt: Attempt, samples: Sequence[Sample], retries: in
         middle = len(samples) // 2
         parts = [isolated(name, attempt, part, retries, halved=True) for part in (samples[:middle], samples[middle:])]
         if not halved:
-            warnings.warn(f"reward {name!r} failed on {len(samples)} samples at once and not on parts of them ({failure}); smaller batches are quicker",
-                          stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"reward {name!r} failed on {len(samples)} samples at once and not on parts of them ({failure}); smaller batches are quicker", stacklevel=2
+            )
         return [score for part in parts for score in part]
 
 

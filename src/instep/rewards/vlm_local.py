@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from instep.models.base import weights_fingerprint
-from instep.quiet import quiet
+from instep.core.fingerprint import weights_fingerprint
+from instep.core.quiet import quiet
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -63,9 +63,7 @@ def transformers_endpoint(model: str, device: str = "cpu", dtype: Dtype = "bfloa
         raise ValueError(f"model: {model!r} has no chat template, so it cannot be asked; give one that was tuned to follow instructions")
     # of what it says of decoding only where answers begin and end is kept: penalties and forbidden repetitions could keep an option from being said
     own = network.generation_config
-    network.generation_config = GenerationConfig(
-        do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
+    network.generation_config = GenerationConfig(do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
     network.eval().requires_grad_(False).to(device)
     # how the question and the images are put to it changes answers as the weights do
     image_processor = getattr(processor, "image_processor", None)

@@ -1,0 +1,193 @@
+"""The command line. Each command imports what it needs when it runs, so `instep --help` is quick."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from instep.cli.parse import parse, recipe_args, recipe_name
+from instep.cli.train import TrainArgs
+
+USAGE = """instep: few-step diffusion models, distilled and aligned in one training loop
+
+  instep train RECIPE        distil and align; resumes if the folder holds the same run
+  instep sample DIR          samples of a run, an exported student or a pipeline folder
+  instep eval DIR...         measure runs against the teacher and naive sampling
+  instep report DIR... -o F  one self-contained HTML page
+  instep export DIR --to D   the student as a stock diffusers folder
+  instep recipes             what can be trained
+  instep plan RECIPE         memory and time, before anything runs
+  instep human-eval A B      a local page on which people compare or score samples of two models, blind
+  instep pairs export|import|fit  what people preferred as training pairs, public sets in the same form, a reward learned from them
+  instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, animation
+  instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, moving-digits-i2v, or digits (class-conditional images)
+
+Begin with:  instep train dm-align-group --out runs/first
+Help on one: instep train RECIPE --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status. What a user got wrong is one line on stderr, not a traceback; a reader that has gone away (`| head`) is no
+    error worth a word."""
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at exit goes nowhere
+        return 141  # what a shell says of SIGPIPE
+
+
+def _main(args: list[str]) -> int:
+    commands = {
+        "train": _train,
+        "sample": _sample,
+        "eval": _eval,
+        "report": _report,
+        "export": _export,
+        "recipes": _recipes,
+        "plan": _plan,
+        "pretrain": _pretrain,
+        "lab": _lab,
+        "human-eval": _human_eval,
+        "pairs": _pairs,
+    }
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if args[0] == "--version":
+        from instep.core.version import __version__
+
+        print(__version__)
+        return 0
+    if args[0] not in commands:
+        print(f"error: command {args[0]!r} is not known; allowed: {', '.join(commands)}", file=sys.stderr)
+        return 2
+    try:
+        return commands[args[0]](args[1:]) or 0
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) or os.environ.get("INSTEP_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(args: Sequence[str]) -> int:
+    name = recipe_name(args, "train")
+    recipe, options = recipe_args(name, args[1:], "train", TrainArgs)
+    from instep.cli.train import train_command
+
+    return train_command(recipe, options, "instep train " + shlex.join(args))
+
+
+def _recipes(args: Sequence[str]) -> int:
+    import inspect
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from instep.recipes import NAMES, find
+
+    table = Table("recipe", "what it does", "stages (default steps)")
+    for name in NAMES:
+        function = find(name)
+        stages = ", ".join(f"{stage.name} ({stage.steps})" for stage in function().stages)
+        table.add_row(name, (inspect.getdoc(function) or "").split("\n")[0], stages)
+    Console().print(table)
+    Console().print("Options of one: instep train RECIPE --help", highlight=False)
+    return 0
+
+
+@dataclass(frozen=True)
+class PretrainArgs:
+    """Rebuild a bundled model from raw digits, seeded."""
+
+    out: Path | None = None
+    """Where the model's folder goes, default: its name; an interrupted rebuild of moving-digits of the same seed goes on."""
+    seed: int = 0
+    """Seed of every part."""
+    threads: int = 2
+    """CPU threads."""
+
+
+def _pretrain(args: Sequence[str]) -> int:
+    from instep.models import BUNDLED, DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V
+
+    if not args or args[0] not in BUNDLED:
+        raise ValueError(f"model: {args[0] if args else 'none'} cannot be pretrained; allowed: {', '.join(BUNDLED)}")
+    model = args[0]
+    options = parse(PretrainArgs, args[1:], f"pretrain {model}")
+    from pretrain.digits import pretrain_digits
+    from pretrain.moving_digits import pretrain_moving_digits
+    from pretrain.moving_digits_i2v import pretrain_moving_digits_i2v
+
+    rebuild = {MOVING_DIGITS: pretrain_moving_digits, MOVING_DIGITS_I2V: pretrain_moving_digits_i2v, DIGITS: pretrain_digits}[model]
+    rebuild(options.out or Path(model), options.seed, options.threads)
+    return 0
+
+
+def _sample(args: Sequence[str]) -> int:
+    from instep.cli.sample import SampleArgs, sample_command
+
+    return sample_command(parse(SampleArgs, args, "sample"))
+
+
+def _eval(args: Sequence[str]) -> int:
+    from instep.cli.evaluate import EvalArgs, eval_command
+
+    return eval_command(parse(EvalArgs, args, "eval"))
+
+
+def _report(args: Sequence[str]) -> int:
+    from instep.cli.evaluate import ReportArgs, report_command
+
+    return report_command(parse(ReportArgs, args, "report"))
+
+
+def _export(args: Sequence[str]) -> int:
+    from instep.cli.export import ExportArgs, export_command
+
+    return export_command(parse(ExportArgs, args, "export"))
+
+
+def _lab(args: Sequence[str]) -> int:
+    count = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+    from instep.cli.lab import LabArgs, lab_command
+
+    options = parse(LabArgs, args[count:], "lab RECIPE...", "Recipes side by side in the exact laboratory; RECIPE or RECIPE:key=value,key=value.")
+    return lab_command(args[:count], options)
+
+
+def _human_eval(args: Sequence[str]) -> int:
+    from instep.cli.human_eval import HumanEvalArgs, human_eval_command
+
+    return human_eval_command(parse(HumanEvalArgs, args, "human-eval"))
+
+
+def _pairs(args: Sequence[str]) -> int:
+    from instep.cli import pairs
+
+    if args and args[0] in ("-h", "--help"):
+        print(pairs.USAGE)
+        return 0
+    if args and args[0] == "export":
+        return pairs.export_pairs_command(parse(pairs.ExportPairsArgs, args[1:], "pairs export"))
+    if args and args[0] == "import":
+        return pairs.import_pairs_command(parse(pairs.ImportPairsArgs, args[1:], "pairs import"))
+    if args and args[0] == "fit":
+        return pairs.fit_pairs_command(parse(pairs.FitPairsArgs, args[1:], "pairs fit"))
+    raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import, fit (see instep pairs --help)")
+
+
+def _plan(args: Sequence[str]) -> int:
+    name = recipe_name(args, "plan")
+    from instep.cli.plan import PlanArgs, plan_command
+
+    recipe, options = recipe_args(name, args[1:], "plan", PlanArgs)
+    return plan_command(recipe, options)

@@ -1,0 +1,223 @@
+"""`instep pairs`: what people preferred as rows a training run reads, public preference sets in the same form, and a reward learned from either."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+USAGE = """instep pairs: preference pairs, one row a pair, as JSONL or Parquet
+
+  instep pairs export STORE OUT   what people preferred on the page of `instep human-eval`
+  instep pairs import IN OUT      a preference set with columns of other names
+  instep pairs fit PAIRS OUT      a reward that orders samples as people did, for --reward preferences:OUT
+
+Rows have prompt, chosen, rejected (paths of media), question, tie, votes_chosen, votes_rejected, votes_tie, annotators, seed.
+Help on one: instep pairs export --help
+"""
+
+
+@dataclass(frozen=True)
+class ExportPairsArgs:
+    """What people preferred, from the store of `instep human-eval` to rows (prompt, chosen, rejected, votes).
+
+    instep pairs export human_eval.sqlite pairs.jsonl --questions overall
+    """
+
+    store: Annotated[Path, tyro.conf.Positional]
+    """The store."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """A .jsonl or .parquet file; nothing is overwritten."""
+    questions: tuple[str, ...] = ()
+    """Only the answers to these; default: all, each with rows of its own."""
+    each: bool = False
+    """One row an answer, with who gave it; otherwise one row an item, chosen by most votes."""
+    ties: bool = True
+    """Keep ties, marked as such."""
+
+
+@dataclass(frozen=True)
+class ImportPairsArgs:
+    """A preference set with columns of other names as pairs; images kept inside a Parquet file are written beside OUT.
+
+    The better one in a column of its own: instep pairs import set.parquet pairs.jsonl --prompt-column caption --chosen-column win --rejected-column lose
+
+    Two columns and a label: instep pairs import set.parquet pairs.jsonl --prompt-column caption --first-column jpg_0 --second-column jpg_1
+    --label-column label_0
+    """
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """A .jsonl or .parquet file."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """A .jsonl or .parquet file; nothing is overwritten."""
+    prompt_column: str = "prompt"
+    """Column of the prompts."""
+    chosen_column: str = "chosen"
+    """Column of the preferred media: paths, or images themselves."""
+    rejected_column: str = "rejected"
+    """Column of the others."""
+    first_column: str | None = None
+    """Where a label says which is better: column of the first media, in place of chosen and rejected."""
+    second_column: str | None = None
+    """Column of the second media."""
+    label_column: str | None = None
+    """Column of the label."""
+    first_label: str = "1"
+    """The label that prefers the first."""
+    second_label: str = "0"
+    """The label that prefers the second."""
+    tie_label: str = "0.5"
+    """The label of a tie."""
+    question: str = "overall"
+    """What was asked."""
+    media: Path | None = None
+    """Folder that relative paths begin at; default: that of FILE."""
+
+
+@dataclass(frozen=True)
+class FitPairsArgs:
+    """A reward learned from pairs: a small head on frozen features, with ties, measured on prompts that it has not seen.
+
+    On a model of your own, downloaded once: instep pairs fit pairs.jsonl runs/liked --features models/siglip-base
+
+    instep train refl --reward preferences:runs/liked
+    """
+
+    pairs: Annotated[Path, tyro.conf.Positional]
+    """A .jsonl or .parquet file of pairs."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The reward's folder; nothing is overwritten."""
+    features: str = "moving-digits"
+    """What it looks at: moving-digits or digits (their training classifier; moving-digits:monitor), or the folder of a CLIP or SigLIP of transformers."""
+    frames: int = 8
+    """Evenly spaced frames of each video that a CLIP or SigLIP sees."""
+    questions: tuple[str, ...] = ()
+    """Only the answers to these; default: all, each row a pair of its own."""
+    hidden: int = 0
+    """Width of a hidden layer; 0: the reward is linear in the features."""
+    steps: int = 300
+    """Steps of training."""
+    decay: float = 1.0
+    """How small the weights should be; raise it (10, 100) where pairs are few or people disagree."""
+    heldout: float = 0.2
+    """Part of the prompts that is kept for measuring."""
+    seed: int = 0
+    """Seed of which prompts these are."""
+    device: str = "cpu"
+    """Where the features are computed: cpu, cuda."""
+
+    def __post_init__(self) -> None:
+        for name, value in {"frames": self.frames, "steps": self.steps}.items():
+            if value < 1:
+                raise ValueError(f"{name}: {value} is not allowed; it is 1 or more")
+        for name, number in {"hidden": self.hidden, "decay": self.decay}.items():
+            if number < 0:
+                raise ValueError(f"{name}: {number} is not allowed; it is 0 or more")
+        if not 0 < self.heldout < 1:
+            raise ValueError(f"heldout: {self.heldout} is not allowed; it is above 0 and below 1")
+
+
+def export_pairs_command(args: ExportPairsArgs) -> int:
+    from instep.data.pairs import check_format, write_pairs
+    from instep.human_eval.pairs import pairs_of
+    from instep.human_eval.store import Store
+
+    _free(args.out)
+    check_format(args.out)
+    store = Store(args.store)
+    found = pairs_of(store, args.questions, each=args.each, ties=args.ties)
+    write_pairs(args.out, found)
+    print(f"wrote {args.out}: {len(found)} pairs, {sum(pair.tie for pair in found)} of them ties")
+    return 0
+
+
+def import_pairs_command(args: ImportPairsArgs) -> int:
+    from instep.data.foreign_pairs import Columns, import_pairs
+    from instep.data.pairs import check_format, write_pairs
+
+    _free(args.out)
+    check_format(args.out)
+    columns = Columns(
+        args.prompt_column,
+        args.chosen_column,
+        args.rejected_column,
+        args.first_column,
+        args.second_column,
+        args.label_column,
+        (args.first_label, args.second_label, args.tie_label),
+    )
+    found = import_pairs(args.file, columns, args.media or args.file.parent, args.out.parent / f"{args.out.stem}-media", args.question)
+    write_pairs(args.out, found)
+    print(f"wrote {args.out}: {len(found)} pairs, {sum(pair.tie for pair in found)} of them ties")
+    return 0
+
+
+def fit_pairs_command(args: FitPairsArgs) -> int:
+    import torch
+
+    from instep.cli import checked_device, default_threads
+    from instep.data.pairs import read_pairs
+    from instep.rewards.features import features_of
+    from instep.rewards.preferences import learn, save
+
+    _free(args.out)
+    torch.set_num_threads(default_threads())
+    device = checked_device(args.device)
+    pairs = read_pairs(args.pairs)
+    asked = sorted({pair.question for pair in pairs})
+    if unknown := set(args.questions) - set(asked):
+        raise ValueError(f"questions: {sorted(unknown)[0]!r} is in no row of {args.pairs}; there are {', '.join(asked)}")
+    pairs = [pair for pair in pairs if not args.questions or pair.question in args.questions]
+    found = learn(
+        pairs,
+        features_of(args.features, args.frames),
+        _watched,
+        hidden=args.hidden,
+        steps=args.steps,
+        decay=args.decay,
+        heldout=args.heldout,
+        seed=args.seed,
+        device=device,
+    )
+    save(found, args.out)
+    fitted, right = found.fitted, found.accuracy
+    assert right.low is not None and right.high is not None
+    print(
+        f"pairs      {found.pairs} of {found.prompts} prompts, {100 * found.ties:.0f} % of them ties; {fitted.pairs} trained on\n"
+        f"held out   {fitted.heldout} pairs of other prompts: {100 * right.value:.1f} % of preferences ordered right (95 % interval {100 * right.low:.1f} to "
+        f"{100 * right.high:.1f} %)\n"
+        f"           log probability {fitted.log_prob:.3f} a pair; a coin that knows how many are ties has {fitted.coin:.3f}\n"
+        f"wrote {args.out}: --reward preferences:{args.out}"
+    )
+    if right.low <= 0.5 or fitted.log_prob <= fitted.coin:
+        print("warning: a coin might do as well; give more pairs, other features or more --decay before training on this", file=sys.stderr)
+    return 0
+
+
+def _watched(todo: list[Any]) -> Iterator[Any]:
+    """The items; once they have taken 5 seconds, with a bar on a terminal and a line every 30 seconds elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console, begun = Console(stderr=True), time.monotonic()
+    reported = begun - 25
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("media", total=len(todo), visible=False)
+        for done, item in enumerate(todo):
+            yield item
+            now = time.monotonic()
+            bar.update(task, completed=done + 1, visible=now - begun > 5)
+            if not console.is_terminal and now - reported > 30:
+                reported = now
+                left = (now - begun) / (done + 1) * (len(todo) - done - 1)
+                print(f"media: {done + 1}/{len(todo)}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+
+def _free(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"out: {out} exists; choose another name, nothing is overwritten unasked")

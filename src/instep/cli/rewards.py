@@ -1,0 +1,178 @@
+"""What --reward says: a function, a built-in, a command or an address, each with a weight and settings, several separated by commas."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from instep.rewards.base import Reward, as_reward
+from instep.rewards.external import command
+from instep.rewards.frames import SampledFrames
+from instep.rewards.jpeg import JPEG
+from instep.rewards.motion import DynamicDegree
+from instep.rewards.ranker import Ranked
+from instep.rewards.remote import HttpReward, secret_of
+from instep.rewards.samples import positive
+from instep.rewards.several import several
+from instep.rewards.vlm import OpenAIEndpoint, VisionLanguageRanker, instructions
+
+BUILT_IN = ("compressible", "incompressible", "dynamic-degree")
+FORMS = f"{', '.join(BUILT_IN)}, module:function, command:PROGRAM ARGUMENTS, http://HOST/PATH, preferences:FOLDER, vlm:ADDRESS or FOLDER"
+# settings that every reward takes, and those of commands and addresses
+SEEN: dict[str, Callable[[str], Any]] = {"frames": int, "clip": int}
+OF_COMMANDS: dict[str, Callable[[str], Any]] = {"timeout": float, "retries": int}
+OF_ADDRESSES: dict[str, Callable[[str], Any]] = {**OF_COMMANDS, "backoff": float, "batch": int, "workers": int, "token": str}
+# of rankers, which are shown so many frames of both videos; of those behind an address, and of those in this process
+OF_RANKERS: dict[str, Callable[[str], Any]] = {"domain": str, "frames": int}
+OF_SERVERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "model": str, "token": str, "timeout": float, "retries": int}
+OF_FOLDERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "device": str, "dtype": str}
+
+
+def load_reward(text: str) -> Reward | Callable[..., Any]:
+    """Rewards separated by commas, each `[WEIGHT*][SETTING=VALUE ...] NAME`: 0.5*frames=4 compressible, timeout=30 command:python score.py.
+
+    NAME is one of compressible, incompressible, dynamic-degree, module:function, command:PROGRAM ARGUMENTS, an http(s) address, preferences:FOLDER (of
+    `instep pairs fit`), or vlm: and an address or a model's folder. Commas between quotes belong to a command. ValueError that says what is wrong, before
+    anything is loaded but the rewards' own modules and networks.
+    """
+    parts = [_weighted(part) for part in _split(text)]
+    return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else several(*parts)
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside of quotes, as a shell would see quotes and backslashes."""
+    parts = re.findall(r"""(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^,'"\\])+|,|['"\\]""", text)
+    if any(part in ("'", '"', "\\") for part in parts):
+        raise ValueError(f"reward: {text!r} has a quote that is not closed; write a command's commas between quotes, as command:score.py --scales '1,2'")
+    joined: list[str] = [""]
+    for part in parts:
+        joined.append("") if part == "," else joined.append(joined.pop() + part)
+    return [part.strip() for part in joined]
+
+
+def _weighted(text: str) -> tuple[Any, float]:
+    # the star of a weight comes before anything else; others belong to a command or an address
+    weight, name = (found[1].strip(), found[2].strip()) if (found := re.match(r"([^*:=/]*)\*(.*)", text, re.DOTALL)) else ("", text)
+    try:
+        value = float(weight) if found else 1.0
+    except ValueError:
+        raise ValueError(f"reward: the weight {weight!r} of {name!r} is not a number; write for example module:a,0.5*module:b") from None
+    if not -float("inf") < value < float("inf"):
+        raise ValueError(f"reward: the weight {weight!r} of {name!r} is not allowed; it is a finite number")
+    return _one(name), value
+
+
+def _one(text: str) -> Any:
+    settings: dict[str, str] = {}
+    name = text
+    while found := re.match(r"([A-Za-z_-]+)=(\S*)\s+(.*)", name, re.DOTALL):
+        if found[1] in settings:
+            raise ValueError(f"reward: {found[1]} is given twice for {found[3]!r}; give it once")
+        settings[found[1]], name = found[2], found[3].strip()
+    if not name:
+        raise ValueError(f"reward: {text!r} is empty between commas; give one of {FORMS}")
+    allowed = _settings(name)
+    given: dict[str, Any] = {}
+    for key, said in settings.items():
+        if key not in allowed:
+            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none: its speed is per frame of the whole video"
+            raise ValueError(f"reward: {key!r} is no setting of {name!r}; {takes}")
+        try:
+            given[key] = allowed[key](said)
+        except ValueError:
+            raise ValueError(f"reward: {key}={said} of {name!r} is not allowed; it is a {'whole ' if allowed[key] is int else ''}number") from None
+    ranks = name.startswith("vlm:")
+    frames, clip = (None, None) if ranks else (given.pop("frames", None), given.pop("clip", None))
+    if frames is not None and clip is not None:
+        raise ValueError(f"reward: frames and clip of {name!r} cannot go together; frames scores each as an image, clip the short video that they make")
+    try:
+        return _ranked(name.removeprefix("vlm:"), **given) if ranks else _looking_at(_named(name, given), frames, clip)
+    except ValueError as error:
+        raise error if str(error).startswith("reward:") else ValueError(f"reward: {error}") from None
+
+
+def _settings(name: str) -> dict[str, Callable[[str], Any]]:
+    """The settings that a reward of this name takes."""
+    if name.startswith("vlm:"):
+        return OF_SERVERS if _is_address(name.removeprefix("vlm:")) else OF_FOLDERS
+    own = OF_COMMANDS if name.startswith("command:") else OF_ADDRESSES if _is_address(name) else {}
+    return {**own, **({} if name == "dynamic-degree" else SEEN)}
+
+
+def _named(name: str, given: dict[str, Any]) -> Any:
+    if name in ("compressible", "incompressible"):
+        return JPEG("small" if name == "compressible" else "large")
+    if name == "dynamic-degree":
+        return DynamicDegree()
+    if name.startswith("command:"):
+        return command(name.removeprefix("command:"), **given)
+    if _is_address(name):
+        return HttpReward(name, **given)
+    if name.startswith("preferences:"):
+        from instep.rewards.preferences import load_preferences
+
+        return load_preferences(Path(name.removeprefix("preferences:")))
+    if ":" not in name:
+        raise ValueError(f"reward: {name!r} is not of the form module:function, for example my_functions:brightness, and is none of {FORMS}")
+    return load_function(name, "reward")
+
+
+def _ranked(
+    where: str,
+    domain: Any = "other",
+    frames: int = 40,
+    model: str | None = None,
+    token: str | None = None,
+    timeout: float = 120.0,
+    retries: int = 2,
+    device: str | None = None,
+    dtype: Any = "bfloat16",
+) -> Ranked:
+    """A vision-language model at an address, or in a folder, as the reward of groups."""
+    instructions(domain)
+    if frames < 1:
+        raise ValueError(f"frames: {frames} is not allowed; it is 1 or more of each video")
+    if _is_address(where):
+        if model is None:
+            raise ValueError(f"model: none was given for vlm:{where}; write model=NAME, as the server calls it, before it")
+        positive(timeout=timeout)
+        endpoint = OpenAIEndpoint(where, model, secret_of(token) if token is not None else None, timeout)
+        return Ranked(VisionLanguageRanker(endpoint, domain, frames, retries))
+    import torch
+
+    from instep.cli import checked_device
+    from instep.rewards.vlm_local import transformers_endpoint
+
+    place = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # greedy answers do not change when asked again
+    return Ranked(VisionLanguageRanker(transformers_endpoint(where, place, dtype), domain, frames, retries=0))
+
+
+def _looking_at(reward: Any, frames: int | None, clip: int | None) -> Any:
+    if frames is None and clip is None:
+        return reward
+    if clip is not None:
+        return SampledFrames(as_reward(reward), clip, "video")
+    assert frames is not None
+    return JPEG(reward.prefer, frames) if isinstance(reward, JPEG) else SampledFrames(as_reward(reward), frames)
+
+
+def _is_address(name: str) -> bool:
+    return re.match(r"https?:", name) is not None
+
+
+def load_function(name: str, option: str) -> Callable[..., Any]:
+    """`module:function` (the working directory is searched too) as the function itself; `option` is what it was given for."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"{option}: {name!r} is not of the form module:function, for example my_functions:brightness")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option}: {name!r} cannot be imported ({error}); the module lies in the working directory or is installed") from error

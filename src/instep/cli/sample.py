@@ -1,0 +1,126 @@
+"""`instep sample`: animations of a run's student, or of any pipeline folder, through stock diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from instep.cli import default_threads
+from instep.core.files import atomic_dir, write_json
+from instep.core.quiet import quiet
+from instep.core.size import VideoSize
+from instep.data.animation import save_animation, tile
+from instep.data.prompt import with_first_frame
+from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, bundled
+from instep.models.stock import draw, stock, takes_first_frame
+
+PROMPTS = ("a seven moving left fast", "a digit standing still", "an eight")
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Samples of DIR: a run, an exported student, a pipeline folder, moving-digits (the teacher) or moving-digits-i2v."""
+
+    dir: Annotated[str, tyro.conf.Positional]
+    """Folder of a run, of an exported student or of a diffusers pipeline; or moving-digits, or moving-digits-i2v."""
+    prompts: tuple[str, ...] = PROMPTS
+    """Prompts, each in quotes; for image-to-video each names its first frame: "a cat runs [image: cat.png]"."""
+    steps: int | None = None
+    """Sampling steps; default: the student's own, 50 for a pipeline."""
+    guidance: float | None = None
+    """Classifier-free guidance; default 1 (none) for a student, 3 for a pipeline."""
+    seed: int = 0
+    """Seed of torch's global generator, which pipelines re-noise from."""
+    copies: int = 4
+    """Samples a prompt."""
+    each: Path | None = None
+    """A new folder that gets every sample as a file of its own and a samples.json, for `instep human-eval`: the same prompts, copies and seed through two
+    models make samples that belong together."""
+    out: Path = Path("samples.webp")
+    """Animation: a row a prompt, a column a sample."""
+    size: tuple[int, int, int] | None = None
+    """Height, width, frames; default: what the student was trained at."""
+
+
+def sample_command(args: SampleArgs) -> int:
+    """Samples with stock diffusers and writes one animation."""
+    from diffusers import DiffusionPipeline
+
+    folder, record = find_pipeline(args.dir)
+    steps = args.steps or (len(record["levels"]) if record else 50)
+    usual = record.get("guidance", 1.0) if record else 3.0
+    guidance = usual if args.guidance is None else args.guidance
+    if record and record.get("guidance_scales") and guidance != 1:
+        raise ValueError(
+            f"guidance: {guidance:g} is not allowed; {folder} has its own in its weights, and others come from `instep export RUN --to FOLDER --guidance`"
+        )
+    if record and record.get("sampler", "few-step") == "few-step" and steps != len(record["levels"]):
+        raise ValueError(
+            f"steps: {steps} does not fit {folder}; its scheduler is solved for exactly {len(record['levels'])}, train another student for {steps}"
+        )
+    if args.each is not None and args.each.exists():
+        raise ValueError(f"each: {args.each} exists; choose another folder, nothing is overwritten unasked")
+    if args.out.exists():
+        raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
+    torch.set_num_threads(default_threads())
+    if args.dir == MOVING_DIGITS_I2V:
+        from instep.bundled.moving_digits_i2v import bundled_pipeline
+
+        pipe: Any = bundled_pipeline()
+    else:
+        with quiet():
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    size = VideoSize(*args.size) if args.size else size_of(args.dir, record, pipe)
+    torch.manual_seed(args.seed)
+    prompts = args.prompts
+    if takes_first_frame(pipe) and prompts == PROMPTS:
+        prompts = tuple(with_first_frame(prompt, f"reference/{i}") for i, prompt in enumerate(PROMPTS))
+    names = [prompt for prompt in prompts for _ in range(args.copies)]
+    videos = draw(pipe, names, size, steps=steps, guidance=guidance, output="pt")
+    shown = (videos.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8)
+    save_animation(args.out, tile(shown, columns=args.copies))
+    if args.each is not None:
+        save_each(args.each, shown, names, args.copies, args.seed)
+        print(f"wrote {len(shown)} samples and samples.json to {args.each}")
+    for i, prompt in enumerate(prompts):
+        print(f"row {i + 1}: {prompt}")
+    print(f"wrote {args.out} ({steps} steps, guidance {guidance:g}, seed {args.seed})")
+    return 0
+
+
+def save_each(folder: Path, videos: Tensor, prompts: Sequence[str], copies: int, seed: int) -> None:
+    """Videos uint8 [N, F, H, W, 3] as files, and the manifest that `instep human-eval` reads. Copies of a prompt count their seeds on from `seed`."""
+    rows = [{"file": f"{i:04d}.webp", "prompt": prompt, "seed": seed + i % copies} for i, prompt in enumerate(prompts)]
+    with atomic_dir(folder, "samples") as temporary:
+        for row, video in zip(rows, videos, strict=True):
+            save_animation(temporary / str(row["file"]), video)
+        write_json(temporary / "samples.json", rows)
+
+
+def find_pipeline(name: str) -> tuple[Path, dict | None]:
+    """The diffusers folder that `name` means, and its export record if it is a student."""
+    if name == MOVING_DIGITS_I2V:
+        return bundled(name), None
+    folder = bundled(name) if name == MOVING_DIGITS else Path(name)
+    folder = folder / "student" if (folder / "student" / "model_index.json").is_file() else folder
+    parts = next((f for f in (folder / "student", folder) if (f / "transformer").is_dir() and not (f / "model_index.json").is_file()), None)
+    if parts is not None:
+        raise ValueError(f"dir: {parts} holds a transformer and a scheduler that no stock pipeline samples; the loop that does is in {parts / 'README.md'}")
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"dir: {name!r} is neither a finished run, an exported student nor a diffusers pipeline folder; `instep train` makes a run")
+    record = folder / "instep_export.json"
+    return folder, json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+
+
+def size_of(name: str, record: dict | None, pipe: Any) -> VideoSize:
+    """What a student was trained at, and what a pipeline draws unless told otherwise."""
+    if record is not None:
+        return VideoSize(**record["info"]["size"])
+    return MOVING_DIGITS_SIZE if name in (MOVING_DIGITS, MOVING_DIGITS_I2V) else stock(pipe).size

@@ -1,0 +1,186 @@
+"""`instep train`: a recipe on a model, then measurement, report and a table in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from instep.cli import default_threads
+from instep.cli.rewards import load_function, load_reward
+from instep.core.size import VideoSize
+from instep.data.samples import PairSamples, RealSamples
+from instep.methods.recipe import Recipe
+from instep.models import BUNDLED, DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, load
+from instep.models.family import Family
+from instep.rewards.base import Reward
+from instep.training.options import RunOptions
+from instep.training.probe import Monitor, few_of
+from instep.training.run import Interrupted, Run, final_samples, train
+
+if TYPE_CHECKING:
+    from instep.cli.train import TrainArgs
+    from instep.data.media import LabelledPair
+    from instep.models.family import Encodes
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Where the run goes and what it runs on."""
+
+    out: Path | None = None
+    """Folder of the run; default runs/RECIPE-SEED. The same command on the same folder goes on where it stopped."""
+    model: str = "moving-digits"
+    """The bundled moving-digits (videos), moving-digits-i2v (videos from their first frame) or digits (class-conditional 8 x 8 images), or the path of a
+    diffusers pipeline folder."""
+    prompts: Path | None = None
+    """Text file, one prompt a line (or JSON lines with a "prompt"); for image-to-video each line names its first frame, "a cat runs [image: cat.png]" (or has
+    an "image"). Default: the bundled model's own."""
+    reward: str | None = None
+    """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
+    (motion); "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them;
+    preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares.
+    Settings stand before it: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
+    "frames=4 compressible" (only 4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each
+    normalised before it is weighed; a command's commas between quotes. Default: the bundled model's training classifier. Protocols: docs/rewards.md."""
+    pairs: Path | None = None
+    """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
+    real ones. Default: the bundled model's own."""
+    tracker: str | None = None
+    """Another tracker beside log.jsonl and TensorBoard, as module:function, called with (step, scalars) for every row."""
+    seed: int = 0
+    """One seed for everything; the same seed and thread count give the same weights."""
+    threads: int | None = None
+    """CPU threads; default: all cores."""
+    start_from: Path | None = None
+    """Another run whose student and critics this one begins with."""
+    size: tuple[int, int, int] | None = None
+    """Height, width and frames of the videos; default: 480 832 81, and 48 48 9 for the bundled ones."""
+    save_every: int = 25
+    """Steps between checkpoints."""
+    probe_every: int = 20
+    """Steps between probes (samples that feed the health checks and plots)."""
+    stop_on: tuple[str, ...] = ()
+    """Health flags at which the run stops, goes back to its best checkpoint by the monitor, and exports that. hacking: the training reward rises while
+    the monitor's share of right samples or the variety falls, or the matching force grows. Others: collapse, broken, exploded (a wrong name lists
+    all). Probe often, or it is seen late: --stop-on hacking --probe-every 5. The same command again does not train on; without this it does."""
+    teacher_samples: int = 512
+    """Samples of the teacher that are made and kept for recipes that need real samples or stored pairs, where there are none."""
+    checkpointing: bool = False
+    """Activation checkpointing: less memory, one more forward pass."""
+    evaluate: bool = True
+    """Measure the student against teacher and naive sampling at the end (moving-digits and moving-digits-i2v), and write the report."""
+
+    def __post_init__(self) -> None:
+        whole = {"save_every": self.save_every, "probe_every": self.probe_every, "threads": self.threads, "teacher_samples": self.teacher_samples}
+        for name, value in whole.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is not allowed; it is 1 or more")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is given besides its recipe."""
+
+    family: Family
+    prompts: tuple[str, ...]
+    reward: Reward | Callable[..., Any] | None
+    monitor: Monitor | None
+    real: RealSamples | None
+    pairs: PairSamples | None = None
+
+
+def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
+    """Runs the recipe; 0 when it is done, 130 when it was asked to stop and is saved."""
+    torch.set_num_threads(args.threads or default_threads())
+    out = args.out or Path("runs") / f"{recipe.name}-{args.seed}"
+    options = RunOptions(
+        seed=args.seed,
+        save_every=args.save_every,
+        probe_every=args.probe_every,
+        checkpointing=args.checkpointing,
+        teacher_samples=args.teacher_samples,
+        stop_on=args.stop_on,
+    )
+    setting = prepare(recipe, args)
+    tracker = load_function(args.tracker, "tracker") if args.tracker else None
+    try:
+        run = train(
+            recipe,
+            setting.family,
+            out=out,
+            prompts=setting.prompts,
+            reward=setting.reward,
+            monitor=setting.monitor,
+            real=setting.real,
+            pairs=setting.pairs,
+            start_from=args.start_from,
+            options=options,
+            tracker=tracker,
+            command=command,
+        )
+    except Interrupted as stopped:
+        print(f"stopped by {stopped}:\n  {command}", file=sys.stderr)
+        return 130
+    finish(run, setting, args.evaluate)
+    return 0
+
+
+def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
+    """The model and what the recipe needs with it; errors here come before any training."""
+    from instep.data.prompt import load_prompts
+
+    reward = load_reward(args.reward) if args.reward is not None else None
+    prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
+    labelled = load_pairs(args.pairs) if args.pairs else None
+    if args.model in BUNDLED:
+        from instep.bundled import worlds as embedded
+
+        makers = {MOVING_DIGITS: embedded.moving_digits, MOVING_DIGITS_I2V: embedded.moving_digits_i2v, DIGITS: embedded.class_digits}
+        own: Any = makers[args.model]()
+        # a user's own pairs bring their chosen samples with them
+        real = own.real() if recipe.needs & {"real", "preferred"} and labelled is None else None
+        pairs = paired(labelled, own.family) or (own.pairs() if "pairs" in recipe.needs else None)
+        return Setting(own.family, prompts or own.prompts, reward or own.reward, own.monitor, real, pairs)
+    if prompts is None:
+        raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
+    family = load(args.model, VideoSize(*args.size) if args.size else None)
+    return Setting(family, prompts, reward, None, None, paired(labelled, family))
+
+
+def load_pairs(path: Path) -> Sequence[LabelledPair]:
+    """The pairs of a file, checked, their media not yet read."""
+    from instep.data.pairs import read_pairs
+
+    return read_pairs(path)
+
+
+def paired(labelled: Sequence[LabelledPair] | None, family: Family) -> PairSamples | None:
+    """Labelled media as latents of the family."""
+    if labelled is None:
+        return None
+    from instep.data.media import pair_samples
+
+    if not hasattr(family, "encode_media"):
+        raise ValueError(f"pairs: {family.name} cannot encode media; pass pairs=PairSamples(prompts, chosen, rejected) of latents to train() in Python")
+    return pair_samples(labelled, cast("Encodes", family))
+
+
+def finish(run: Run, setting: Setting, evaluate: bool) -> None:
+    """Samples, metrics and the report of a finished run."""
+    prompts = few_of(setting.prompts, 8)
+    final_samples(run, prompts)
+    if not evaluate:
+        return
+    from instep.cli.evaluate import MEASURED, measure_run, print_rows
+    from instep.report import write_report
+
+    if setting.family.name in MEASURED:
+        print_rows(measure_run(run.out))
+    report = run.out / "report.html"
+    write_report([run.out], report)
+    print(f"student   {run.student or 'not exported'}\nreport    {report}")

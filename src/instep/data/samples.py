@@ -1,0 +1,49 @@
+"""Sets of samples with their prompts: real ones, labelled pairs, and stored outputs of the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TeacherSamples:
+    """What the teacher's many-step sampler makes of noise: noise and latents [N, C, (F,) H, W], float32, on the CPU; one prompt a row."""
+
+    prompts: tuple[str, ...]
+    noise: Tensor
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class RealSamples:
+    """Real samples, each with its prompt: latents [N, C, (F,) H, W]. What a discriminator takes for real, and Pair for preferred."""
+
+    prompts: tuple[str, ...]
+    latents: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.latents) or not self.prompts:
+            raise ValueError(f"real: {len(self.prompts)} prompts for {len(self.latents)} samples; give one prompt a sample, at least one")
+
+
+@dataclass(frozen=True)
+class PairSamples:
+    """Labelled preferences: of each prompt a chosen and a rejected sample, latents [N, C, (F,) H, W]."""
+
+    prompts: tuple[str, ...]
+    chosen: Tensor
+    rejected: Tensor
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(self.prompts) != len(self.chosen) or self.chosen.shape != self.rejected.shape:
+            raise ValueError(
+                f"pairs: {len(self.prompts)} prompts, chosen samples {tuple(self.chosen.shape)} and rejected ones {tuple(self.rejected.shape)}; give one of "
+                "each a prompt, of one shape, at least one pair"
+            )
+
+    @property
+    def preferred(self) -> RealSamples:
+        """The chosen ones alone."""
+        return RealSamples(self.prompts, self.chosen)

@@ -1,0 +1,66 @@
+"""Advantages: how much better a sample is than its group. Groups are consecutive: sample i belongs to group i // K."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _by_group(reward: Tensor, group: int) -> Tensor:
+    if group < 1 or reward.ndim != 1 or len(reward) % group:
+        raise ValueError(f"group: {group} does not divide a batch of {tuple(reward.shape)} rewards; use a divisor of the batch")
+    return reward.reshape(-1, group)
+
+
+def group_variance(reward: Tensor, group: int) -> float:
+    """Mean over groups of the population variance within each."""
+    return float(_by_group(reward, group).var(1, unbiased=False).mean())
+
+
+def group_advantage(reward: Tensor, group: int, *, deviation: float | None = None, floor: float = 1e-6, clip: float | None = None) -> Tensor:
+    """(R - group mean) / (deviation + floor), [B] -> [B]; zero for a group of equal rewards (GRPO; AMD Eq. 12 with clip = 1).
+
+    `deviation` None is each group's own (the population's, divides by K); a number is shared by all groups, so that groups which
+    differ little get small advantages. Without the exact zero a constant group's rounding error would be divided by the floor and
+    saturate.
+    """
+    rewards = _by_group(reward, group)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    own = rewards.std(1, unbiased=False, keepdim=True)
+    constant = _constant(rewards, floor)
+    spread = own if deviation is None else torch.full_like(own, deviation)
+    a = torch.where(constant, torch.zeros_like(centred), centred / (spread + floor)).reshape(-1)
+    return a if clip is None else a.clamp(-clip, clip)
+
+
+def several_advantages(rewards: Tensor, weights: Sequence[float], group: int, deviations: Sequence[float | None], clip: float | None = None) -> Tensor:
+    """Weighted sum of each reward's own advantage, [B, R] -> [B]: normalised within its group first, so that none dominates by its scale.
+
+    One reward of weight 1 gives `group_advantage`. `clip` bounds the sum.
+    """
+    parts = [w * group_advantage(r, group, deviation=d) for r, w, d in zip(rewards.unbind(1), weights, deviations, strict=True)]
+    total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    return total if clip is None else total.clamp(-clip, clip)
+
+
+def constant_groups(reward: Tensor, group: int, floor: float = 1e-6) -> int:
+    """How many groups have no spread in reward, and hence no advantage."""
+    return int(_constant(_by_group(reward, group), floor).sum())
+
+
+def _constant(rewards: Tensor, floor: float) -> Tensor:
+    """Which groups [G, 1] of rewards [G, K] are equal, but for rounding: the mean of equal numbers is off by their own size, and by more than
+    a fixed floor where they are large."""
+    size = rewards.abs().amax(1, keepdim=True).clamp(min=1)
+    return rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) <= floor * size
+
+
+def top_n(reward: Tensor, group: int, n: int) -> Tensor:
+    """Batch indices [B / K, n] of each group's n best samples, best first."""
+    if not 1 <= n <= group:
+        raise ValueError(f"top_n: {n} is not allowed; between 1 and the group size {group}")
+    best = _by_group(reward, group).argsort(dim=1, descending=True, stable=True)[:, :n]
+    start = torch.arange(0, len(reward), group, device=reward.device)
+    return best + start[:, None]

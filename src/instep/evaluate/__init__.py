@@ -1,1 +1,0 @@
-"""Measuring: metrics with standard errors, comparisons on fixed prompts, and the report."""

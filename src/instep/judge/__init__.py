@@ -1,1 +1,0 @@
-"""The human-evaluation page: blind comparisons and scores, what is kept of them, and what they say."""

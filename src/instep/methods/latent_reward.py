@@ -1,0 +1,89 @@
+"""What fits DOLLAR's latent reward model to any reward, and what climbs it (Eq. 14, 15)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from instep.methods.term import Critic, Force, Labels, Need, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentFit(Critic):
+    """Trains the latent reward model by regression on the reward of decoded samples: the student's at their exit (one-step predictions), and with
+    `real` real ones (Eq. 14). The reward is asked once in an iteration, however many `updates` see its scores; `reward/train` in the log is that of
+    the exits, early ones among them.
+
+    With `others` the student's samples are rated once more, each under the next prompt of the batch: where samples mostly are what their prompt says,
+    nothing else shows a reward of text and video what the text is for. Not in the paper.
+    """
+
+    role: str = "latent_reward"
+    updates: int = 1
+    real: bool = True
+    others: bool = False
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"latent_reward_updates: {self.updates} is not allowed; 1 or more (the paper: 1), and weight 0 leaves the latent reward model out")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"labels", "latent_reward", "real"}) if self.real else frozenset({"labels", "latent_reward"})
+
+    @property
+    def passes(self) -> float:
+        return 0.0
+
+    @torch.no_grad()
+    def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[str]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
+        """The rewards. What the model says of the student's samples before it learns from them goes into the log: it has not seen them."""
+        samples, batch, latent_reward = view.samples, view.batch, view.latent_reward
+        assert reward_fn is not None and latent_reward is not None, "a latent reward model imitates a reward; the run must have one"
+        made, prompts, k = samples.point("exit").x.detach(), [prompt for prompt in batch.prompts for _ in range(samples.group)], samples.group
+        x, cond, n = made, samples.cond, len(made)
+        if self.others and len(batch.prompts) > 1:
+            x, cond, prompts = torch.cat([x, made]), cond.stack(cond.rolled(k)), [*prompts, *prompts[k:], *prompts[:k]]
+        if self.real and batch.real is not None:
+            x, cond, prompts = torch.cat([x, batch.real.to(x)]), cond.stack(batch.cond), [*prompts, *batch.prompts]
+        reward = reward_fn(x, prompts).to(x)
+        latent_reward.settle(reward)
+        target = latent_reward.standard(reward, view.weights)
+        note("reward/train", (reward[:n] if reward.ndim == 1 else reward[:n] @ reward.new_tensor(view.weights)).mean())
+        for i in range(reward.shape[1] if reward.ndim > 1 else 0):
+            note(f"reward/train/{i}", reward[:n, i].mean())
+        predicted, expected = latent_reward.rate(made, samples.cond), target[:n]
+        note("latent_reward/error", (predicted - expected).square().mean())
+        if n > 1:
+            note("latent_reward/correlation", torch.corrcoef(torch.stack([predicted, expected]))[0, 1].nan_to_num())
+        return replace(view, labels=Labels(x, cond, target))
+
+    def losses(self, view: View) -> Iterator[Tensor]:
+        labels, latent_reward = view.labels, view.latent_reward
+        assert labels is not None and latent_reward is not None, "the latent reward model needs labelled samples"
+        yield (latent_reward.rate(labels.x, labels.cond) - labels.target).square().mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentGradient(Force):
+    """Gradient with respect to x of -mean R(x) / std(R), R the latent reward model (Eq. 15).
+
+    In deviations of the reward, so that a weight means the same for rewards of any unit.
+    """
+
+    name: str = "latent"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"latent_reward"})
+
+    def __call__(self, view: View) -> Tensor:
+        latent_reward, samples = view.latent_reward, view.samples
+        assert latent_reward is not None, "the latent reward model is missing"
+        x = samples.point(self.on).x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            loss = -latent_reward.rate(x, samples.cond).mean()
+            return torch.autograd.grad(loss, x)[0]

@@ -1,0 +1,151 @@
+"""Policy gradients on the student's own sampler: its stochastic steps are a Gaussian policy with an exact log-probability.
+
+A few-step student goes from x0 predicted at one level to the next by N(a(t') x0, b(t')^2): no step has to be made stochastic for the purpose.
+A many-step model's deterministic steps are, by another `Transition` of its rollout. The last step, to a clean sample, is deterministic and
+left out; a one-step student has no other, and is refused (`Stage`). Log-probabilities are means over elements, as is usual for latents of any
+size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from instep.diffusion.guidance import GuidedDenoiser
+from instep.diffusion.prediction import Denoiser
+from instep.diffusion.rollout import Trajectory
+from instep.methods.term import Need, Objective, View
+
+# before the first update the policy is the one that rolled out: what is beyond rounding is a student that differs from itself
+SAME = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Policy(Objective):
+    """What policy gradients share: one scalar a transition, each with its own forward pass.
+
+    `fraction` of the stored transitions, drawn anew for every update, is trained on (DanceGRPO: .6); all of them by default.
+    """
+
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction: {self.fraction} is not allowed; the part of a trajectory's transitions that is trained on, above 0 up to 1")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"reward", "trajectory"})
+
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        return 0.0, float(max(1, round(self.fraction * transitions)))
+
+    def steps(self, view: View, path: Trajectory) -> Sequence[int]:
+        """Which transitions are trained on."""
+        n = len(path.t)
+        if self.fraction == 1:
+            return range(n)
+        chosen = torch.randperm(n, generator=view.rng, device=view.rng.device)[: max(1, round(self.fraction * n))]
+        return sorted(chosen.tolist())
+
+    def predict(self, view: View, path: Trajectory, s: int, denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor]:
+        """x0 [B, ...] of transition s by `denoiser`, guided as the rollout was, and its two levels [B]."""
+        t, t_next = (level.expand(len(path.x_t[s])) for level in (path.t[s], path.t_next[s]))
+        if path.guidance != 1:
+            denoiser = GuidedDenoiser(denoiser, view.batch.null.repeat(view.samples.group), path.guidance)
+        return denoiser(path.x_t[s], t, view.samples.cond).x0, t, t_next
+
+    def log_prob(self, view: View, path: Trajectory, s: int) -> Tensor:
+        """log pi(x_next | x_t) of transition s under the present student, [B], with its graph."""
+        x0, t, t_next = self.predict(view, path, s, view.roles["student"])
+        return path.transition.log_prob(view.path, x0, path.x_t[s], path.x_next[s], t, t_next)
+
+    @staticmethod
+    def parts(view: View) -> tuple[Trajectory, Tensor]:
+        path, advantage = view.samples.trajectory, view.samples.advantage
+        assert path is not None and advantage is not None
+        return path, advantage
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(_Policy):
+    """-mean min(r A, clip(r, 1 - c, 1 + c) A) over the stored transitions, r the ratio of probabilities to the student that rolled out.
+
+    DMDR's policy branch; matching beside it takes the place of a KL penalty. `kl` adds that penalty to the student as it was when the stage
+    began: kl |mean - mean_reference|^2 / (2 std^2), the exact divergence of the two Gaussians as a mean over elements (Flow-GRPO). With one
+    inner epoch every ratio is 1 and its gradient is the score function's; `Stage.inner_epochs` of 2 or more make use of the clip. `clip` is
+    for log-probabilities that are means over elements.
+    """
+
+    name: str = "grpo"
+    clip: float = 1e-3
+    kl: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.clip < 1:
+            raise ValueError(f"clip: {self.clip} is not allowed; a bound on the ratio between 0 and 1 (1e-3 for latents, .2 in two dimensions)")
+        if self.kl < 0:
+            raise ValueError(f"kl: {self.kl} is not allowed; 0 (no penalty) or more")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return super().needs | {"reference"} if self.kl else super().needs
+
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        n = super().passes(group, transitions)[1]
+        return (n if self.kl else 0.0), n
+
+    def __call__(self, view: View) -> Iterator[Tensor]:
+        path, advantage = self.parts(view)
+        steps = self.steps(view, path)
+        for s in steps:
+            x0, t, t_next = self.predict(view, path, s, view.roles["student"])
+            ratio = (path.transition.log_prob(view.path, x0, path.x_t[s], path.x_next[s], t, t_next) - path.log_prob[s]).exp()
+            if view.epoch == 0 and bool((ratio.detach() - 1).abs().max() > SAME):
+                raise RuntimeError(
+                    f"grpo: before any update the ratio of probabilities is {float(ratio.detach().max()):.3f} and not 1, so the student gives another answer "
+                    "than it rolled out with; dropout, a changed condition or half precision in the network are the usual causes"
+                )
+            loss = surrogate(ratio, advantage, self.clip)
+            if self.kl:
+                loss = loss + self.kl * self.divergence(view, path, s, x0, t, t_next)
+            yield loss.mean() / len(steps)
+
+    def divergence(self, view: View, path: Trajectory, s: int, x0: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """KL of transition s from the reference's, mean over elements, [B]: of two Gaussians of the same std."""
+        with torch.no_grad():
+            before = self.predict(view, path, s, view.roles["reference"])[0]
+            reference_mean, std = path.transition.gaussian(view.path, before, path.x_t[s], t, t_next)
+        mean, _ = path.transition.gaussian(view.path, x0, path.x_t[s], t, t_next)
+        return 0.5 * (mean - reference_mean).flatten(1).square().mean(1) / std.square()
+
+
+def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """PPO's clipped surrogate as a loss, [B] (Schulman et al. 2017, Eq. 7, with its sign turned)."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPO(_Policy):
+    """-mean A log pi over the last `truncate` transitions: the score function (Black et al. 2024; DOLLAR's Algorithm 2 takes the last 2)."""
+
+    name: str = "ddpo"
+    truncate: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.truncate < 1:
+            raise ValueError(f"truncate: {self.truncate} is not allowed; 1 or more transitions")
+
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        return 0.0, min(super().passes(group, transitions)[1], self.truncate)
+
+    def __call__(self, view: View) -> Iterator[Tensor]:
+        path, advantage = self.parts(view)
+        steps = self.steps(view, path)[-self.truncate :]
+        for s in steps:
+            yield -(advantage * self.log_prob(view, path, s)).mean() / len(steps)

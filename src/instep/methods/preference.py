@@ -1,0 +1,119 @@
+"""Direct preference optimisation on denoising errors (Wallace et al. 2024): Diffusion-DPO, Diffusion-APO and online DPO are one objective.
+
+They differ in where their pairs come from (`pairs`) and in the levels they are compared at (`levels`): DPO draws one level of all, APO a window
+of those its sampler visits (`levels_apo.HighLow`), a few-step student its own (`levels.OneOf`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from instep.diffusion.levels import LevelSampler, Uniform
+from instep.diffusion.prediction import Condition
+from instep.methods.critics import denoising_error
+from instep.methods.term import Need, Objective, View
+
+PairSource = Literal["online", "half-online", "offline"]
+
+
+def preference_loss(won: Tensor, lost: Tensor, won_reference: Tensor, lost_reference: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(-beta / 2 ((won - won_reference) - (lost - lost_reference))) of denoising errors [B]; log 2 where nothing has moved."""
+    return -F.logsigmoid(-0.5 * beta * ((won - won_reference) - (lost - lost_reference)))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Pairs x [2 N, ...], the preferred ones first, with their conditions; `has_preference` [N] is False where there is no preference."""
+
+    x: Tensor
+    cond: Condition
+    has_preference: Tensor | float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference(Objective):
+    """The preferred sample of each pair is to be denoised better, against the student as it was when the stage began, and the other worse.
+
+    Errors are those of the velocity, means over elements; both samples are noised to the same level with the same noise. `pairs`:
+
+    - online: the best and the worst sample of each group, by the run's reward (DMDR Table 5b; Flow-DPO; APO's online stage, whose ranker is the
+      reward of a group of two: `rewards.ranker.Ranked`). Groups of equal rewards make no pair.
+    - half-online: a labelled sample against one that the student has just made of the same prompt: a chosen one wins, a rejected one loses
+      (APO 3.3.2). `positive` is the share of chosen ones (paper: 18k of 30k); 1 asks for preferred samples alone.
+    - offline: labelled pairs.
+
+    `levels`: every sampler of its `window` yields one scalar, each backwarded at once, so their gradients add up (APO, total gradient of a window).
+    """
+
+    name: str = "dpo"
+    beta: float = 500.0
+    levels: LevelSampler = field(default_factory=Uniform)
+    pairs: PairSource = "online"
+    positive: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"beta: {self.beta} is not allowed; it is positive, 100 to 5000 on mean squared velocity errors")
+        if not 0 <= self.positive <= 1:
+            raise ValueError(f"positive: {self.positive} is not allowed; the share of labelled samples that are chosen ones, between 0 and 1")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        labelled: Need = "preferred" if self.positive == 1 else "pairs"
+        needed: dict[PairSource, frozenset[Need]] = {
+            "online": frozenset({"reward", "reference"}),
+            "half-online": frozenset({"final", labelled, "reference"}),
+            "offline": frozenset({"pairs", "reference"}),
+        }
+        return needed[self.pairs]
+
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        each = 2 * len(self.levels.window) / group
+        return each, each
+
+    def __call__(self, view: View) -> Iterator[Tensor]:
+        draw = {"online": self.online, "half-online": self.half_online, "offline": self.offline}[self.pairs]
+        pairs = draw(view)
+        n = len(pairs.x) // 2
+        for levels in self.levels.window:
+            t = levels(n, progress=view.progress, t_exit=None, rng=view.rng).to(pairs.x).repeat(2)
+            noise = view.randn_like(pairs.x[:n]).repeat(2, *(1,) * (pairs.x.ndim - 1))
+            with torch.no_grad():
+                before = denoising_error(view.roles["reference"], view, pairs.x, t, noise, pairs.cond, "velocity").chunk(2)
+            now = denoising_error(view.roles["student"], view, pairs.x, t, noise, pairs.cond, "velocity").chunk(2)
+            yield (preference_loss(now[0], now[1], before[0], before[1], self.beta) * pairs.has_preference).mean()
+
+    def online(self, view: View) -> Compared:
+        """Best and worst of each group."""
+        samples = view.samples
+        x, advantage = samples.point("final").x.detach(), samples.advantage
+        assert advantage is not None, "online preferences come from rewards; the stage must score them"
+        groups = advantage.reshape(-1, samples.group)
+        first = torch.arange(len(groups), device=x.device) * samples.group
+        rows = torch.cat([first + groups.argmax(1), first + groups.argmin(1)])
+        return Compared(x[rows], samples.cond[rows], groups.amax(1) > groups.amin(1))
+
+    def half_online(self, view: View) -> Compared:
+        """A labelled sample of each prompt and the student's first one of it."""
+        samples, batch = view.samples, view.batch
+        own = samples.point("final").x.detach()[:: samples.group]
+        if self.positive == 1:
+            assert batch.real is not None, "half-online preferences need preferred samples in the batch"
+            return Compared(torch.cat([batch.real, own]), batch.cond.stack(batch.cond))
+        assert batch.pairs is not None, "half-online preferences need labelled samples in the batch"
+        good = torch.rand(len(own), generator=view.rng, device=view.rng.device) < self.positive
+        good = good.reshape(-1, *(1,) * (own.ndim - 1)).to(own.device)
+        won, lost = torch.where(good, batch.pairs.chosen, own), torch.where(good, own, batch.pairs.rejected)
+        return Compared(torch.cat([won, lost]), batch.cond.stack(batch.cond))
+
+    def offline(self, view: View) -> Compared:
+        """Labelled pairs."""
+        pairs = view.batch.pairs
+        assert pairs is not None, "offline preferences need labelled pairs in the batch"
+        return Compared(torch.cat([pairs.chosen, pairs.rejected]), view.batch.cond.stack(view.batch.cond))

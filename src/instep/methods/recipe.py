@@ -1,0 +1,297 @@
+"""A recipe: which roles, which stages, and in each stage which forces, objectives and critics."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from instep.diffusion.guidance_scales import GuidanceRange, GuidanceScales
+from instep.diffusion.levels import check_levels
+from instep.diffusion.prediction import PredictionType
+from instep.diffusion.rollout import Where
+from instep.diffusion.sampling import Sampling
+from instep.diffusion.transitions import Deterministic, Renoise, Transition
+from instep.methods.guidance_distillation import GuidanceDistillation
+from instep.methods.latent_reward_model import LatentRewardShape
+from instep.methods.term import Critic, Force, Need, Objective, Term
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank adapter in place of a full copy; the effective scale is alpha / rank."""
+
+    rank: int = 32
+    alpha: float = 32.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora_rank: {self.rank} is not allowed; 1 or more, 4 to 128 are usual")
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW for one role, and what happens to its learning rate."""
+
+    lr: float
+    """Learning rate."""
+    betas: tuple[float, float] = (0.0, 0.999)
+    """Decay of the two moments."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float = 10.0
+    """Largest norm of the gradient; longer ones are shortened to it."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from zero, at the start of the run."""
+    decay: float = 0.0
+    """Last fraction of each stage over which the learning rate falls to zero."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr: {self.lr} is not allowed; it is positive")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay: {self.decay} is not allowed; it is the fraction of a stage, between 0 and 1")
+
+    def lr_at(self, step: int, progress: float) -> float:
+        """Learning rate at the run's step (0-based) and a stage's progress in [0, 1)."""
+        rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        falling = min(1.0, (1 - progress) / self.decay) if self.decay else 1.0
+        return self.lr * rising * falling
+
+
+@dataclass(frozen=True)
+class RoleConfig:
+    """How a role is made: frozen without `optim`, an adapter on the shared backbone with `lora`, else a full copy.
+
+    `copy`: a copy of its own although it is not trained (a reference). `exits`: the role is told which exit a sample comes from. `scale`: of its
+    adapter, where nothing else is asked for (a teacher's is 0: it is the plain teacher except where a force adapts it). `head`: it has a
+    discriminator head. `ema`: decay of an averaged copy (None: no copy). `prediction_type`: what its network's output is taken for, where that is not what
+    the model was pretrained to predict (DOLLAR's heterogeneous student: x0); such a student loads in no stock pipeline and is not exported.
+    `guidance_range`: it can be told guidance scales in this range.
+    """
+
+    optim: AdamWConfig | None = None
+    lora: LoRA | None = None
+    copy: bool = False
+    exits: bool = False
+    scale: float = 1.0
+    head: bool = False
+    ema: float | None = None
+    prediction_type: PredictionType | None = None
+    guidance_range: GuidanceRange | None = None
+
+    def __post_init__(self) -> None:
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema: {self.ema} is not allowed; a decay lies in [0, 1), or None for no average")
+
+
+@dataclass(frozen=True)
+class LatentRewardConfig:
+    """A latent reward model: its shape and its optimiser."""
+
+    shape: LatentRewardShape = LatentRewardShape()
+    optim: AdamWConfig = AdamWConfig(1e-3, betas=(0.9, 0.999))
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The student's own rollout. `through`: how far the graph of the final sample reaches.
+
+    A few-step student goes from level to level by `Renoise` and without guidance; a many-step one, whose sampler is made stochastic for a
+    policy gradient, by another `transition`, and with the `guidance` it is used with.
+    """
+
+    levels: tuple[float, ...]
+    through: Literal["last", "trajectory"] = "last"
+    transition: Transition = Renoise()
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """How rewards become advantages: centred in each group, divided by `spread`, and clipped to +-`clip` if there is one (AMD Eq. 12: 1).
+
+    `spread`: each group's own deviation of rewards, or one running over the `run`, with which a group whose samples are all alike says
+    little instead of as much as any other.
+    """
+
+    spread: Literal["group", "run"] = "group"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip: {self.clip} is not allowed; a positive bound on the advantage, or None for no bound")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` student steps of one kind. `batch` samples a micro-batch, in groups of `group` a prompt; `accumulate` micro-batches a step.
+
+    `guided`: a many-step student is sampled with the recipe's guidance in this stage; False where the network itself has learned it. `fresh`: where the
+    stage takes its reference, the student's optimiser forgets the stages before: gradients of another kind and size would set its step for long.
+    `guidance_scales`: what the student is told of guidance in this stage, where it trains and where it is sampled. `optim`: how the student is optimised in
+    this stage; None: as its role says.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    terms: tuple[Term, ...]
+    critics: tuple[Critic, ...] = ()
+    rollout: RolloutConfig | None = None
+    group: int = 1
+    accumulate: int = 1
+    inner_epochs: int = 1
+    advantage: Advantage = Advantage()
+    guided: bool = True
+    fresh: bool = False
+    guidance_scales: GuidanceScales | None = None
+    optim: AdamWConfig | None = None
+
+    def __post_init__(self) -> None:
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stage {self.name!r}: two terms share a name in {names}; give each its own name=, the log needs it")
+        for field, least in (("steps", 0), ("batch", 1), ("group", 1), ("accumulate", 1), ("inner_epochs", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}: {getattr(self, field)} is not allowed in stage {self.name!r}; {least} or more")
+        if self.batch % self.group:
+            raise ValueError(f"stage {self.name!r}: batch {self.batch} is not a multiple of group {self.group}; every prompt needs its whole group")
+        if "reward" in self.needs and self.group < 2:
+            raise ValueError(f"stage {self.name!r}: group {self.group} gives no advantage; compare at least 2 samples a prompt")
+        if "trajectory" in self.needs and self.rollout is not None and isinstance(self.rollout.transition, Deterministic):
+            raise ValueError(f"transition: deterministic steps are no policy, and stage {self.name!r} has a policy gradient; choose FlowSDE, DanceSDE or CPS")
+        if self.live and self.rollout is not None and self.rollout.guidance != 1:
+            raise ValueError(f"guidance: {self.rollout.guidance} is not allowed for the rollout of stage {self.name!r}; forces act on an unguided student")
+        if self.guidance_scales is not None and (self.guided or (self.rollout is not None and self.rollout.guidance != 1)):
+            raise ValueError(
+                f"guidance_scales: {self.guidance_scales} in stage {self.name!r}: a student that is told them is sampled without guidance; set guided=False"
+            )
+        if "trajectory" in self.needs and self.rollout is not None and len(self.rollout.levels) < 2:
+            raise ValueError(
+                f"steps: 1 is not allowed in stage {self.name!r}: a 1-step student has no stochastic step (its only one is deterministic), so there is no "
+                "policy; use 2 or more steps, or a branch that climbs the reward's gradient (refl)"
+            )
+        if any(isinstance(term, Force) for term in self.terms) and self.rollout is None:
+            raise ValueError(f"stage {self.name!r}: it has forces but rollout is None; forces act on rolled-out samples")
+        if "final" in self.needs and self.rollout is None:
+            raise ValueError(f"stage {self.name!r}: it compares with samples of the student but rollout is None; say how to roll out")
+
+    @property
+    def forces(self) -> tuple[Force, ...]:
+        return tuple(term for term in self.terms if isinstance(term, Force))
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        return tuple(term for term in self.terms if isinstance(term, Objective))
+
+    @property
+    def live(self) -> frozenset[Where]:
+        """Points that carry the student's graph: those a force acts on."""
+        return frozenset(force.on for force in self.forces)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What its terms and critics ask for."""
+        parts: tuple[Term | Critic, ...] = (*self.terms, *self.critics)
+        return frozenset().union(*(part.needs for part in parts))
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Whether guidance is given here, in sampling or to learn from: to a student that has it in its weights it would be a second time."""
+        return self.guided or any(isinstance(term, GuidanceDistillation) for term in self.terms)
+
+    @property
+    def to_the_end(self) -> bool:
+        """Whether the rollout is completed past the exits: where something acts on, or is measured on, the final sample."""
+        return bool(self.needs & {"reward", "trajectory", "final"}) or "final" in self.live
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `levels` are those of the exported student; `sampler` is few-step, or ode for a recipe that leaves the student a many-step
+    model, sampled with `guidance` as its teacher is. `latent_reward`: its latent reward model, if it has one."""
+
+    name: str
+    levels: tuple[float, ...]
+    roles: Mapping[str, RoleConfig]
+    stages: tuple[Stage, ...]
+    guidance: float = 1.0
+    sampler: Literal["few-step", "ode"] = "few-step"
+    latent_reward: LatentRewardConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_levels(self.levels)
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"recipe {self.name!r}: two stages share a name in {names}; references, checkpoints and the log tell them apart by it")
+        if "latent_reward" in self.needs and self.latent_reward is None:
+            raise ValueError(
+                f"recipe {self.name!r}: a stage asks for a latent reward model and latent_reward is None; give the recipe latent_reward=LatentRewardConfig()"
+            )
+        if "average" in self.needs and self.roles["student"].ema is None:
+            raise ValueError(f"ema: None is not allowed for {self.name!r}: it aims at the student's average; give a decay below 1, for example .95")
+        for stage in self.stages:
+            if stage.guidance_scales is not None:
+                if (guidance_range := self.roles["student"].guidance_range) is None:
+                    raise ValueError(
+                        f"guidance_scales: stage {stage.name!r} tells the student {stage.guidance_scales}, which takes none; give its role "
+                        "guidance_range=GuidanceRange(...)"
+                    )
+                guidance_range.check(stage.guidance_scales)
+        if not any(stage.steps for stage in self.stages):
+            raise ValueError(f"recipe {self.name!r}: no stage has steps; give at least one of them a positive number")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its student is sampled in the end."""
+        return self.sampling_at(self.steps)
+
+    def sampling_at(self, step: int) -> Sampling:
+        """How the student of the run's step is sampled: without guidance from the stage on that puts it into the network (told how strong, if it can be)."""
+        stage, _ = self.at(max(0, min(step, self.steps) - 1))
+        return Sampling(self.levels, self.sampler, self.guidance if self.sampler == "ode" and stage.guided else 1.0, stage.guidance_scales)
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What its stages ask for."""
+        return frozenset().union(*(stage.needs for stage in self.stages if stage.steps))
+
+    def at(self, step: int) -> tuple[Stage, float]:
+        """The stage of the run's step (0-based) and the fraction of it that is done."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step / stage.steps
+            step -= stage.steps
+        raise IndexError(step)
+
+    def stage_ends(self) -> tuple[int, ...]:
+        """Step counts at which a stage is complete."""
+        ends, total = [], 0
+        for stage in self.stages:
+            total += stage.steps
+            ends.append(total)
+        return tuple(ends)
+
+
+def describe(value: Any) -> Any:
+    """A recipe, or any part of it, as plain JSON values; components say which class they are."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **named}
+    if isinstance(value, Mapping):
+        return {key: describe(v) for key, v in value.items()}
+    if isinstance(value, tuple | list | frozenset):
+        return [describe(v) for v in value]
+    return value

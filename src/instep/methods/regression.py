@@ -1,0 +1,61 @@
+"""Regression on samples: on stored outputs of the teacher (DMD Section 4.2; AMD Eq. 26), and on real ones (fine-tuning)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from instep.diffusion.levels import LevelSampler, Uniform
+from instep.methods.critics import denoising_error
+from instep.methods.term import Need, Objective, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression(Objective):
+    """0.5 mean (G(z) - x_gt)^2 over stored pairs of noise z and what the teacher made of it; its force on G(z) is (x - x_gt) / numel.
+
+    On a batch of its own, as in DMD's Algorithm 1: the pairs are few, and the noise of the rollout stays fresh. It is the student's first step
+    that is held to the pair: later ones start from noise that the teacher never saw. DMD compares with LPIPS; here it is latents.
+    """
+
+    name: str = "regression"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"stored"})
+
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def __call__(self, view: View) -> Iterator[Tensor]:
+        stored = view.batch.stored
+        assert stored is not None, "regression needs stored pairs of noise and the teacher's output in the batch"
+        start = stored.noise.new_ones(len(stored.noise))
+        x = view.roles["student"](stored.noise, start, stored.cond).x0
+        yield 0.5 * (x - stored.x0).square().mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoising(Objective):
+    """mean of the squared velocity error on real samples noised to `levels`: supervised fine-tuning, as a model is pretrained.
+
+    On a few-step student's own levels it teaches the mean of all that a noisy sample could be, which is a blur (DM-Align, Appendix C.1).
+    """
+
+    name: str = "sft"
+    levels: LevelSampler = field(default_factory=Uniform)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"real"})
+
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def __call__(self, view: View) -> Iterator[Tensor]:
+        real = view.batch.real
+        assert real is not None, "fine-tuning needs real samples in the batch"
+        t = self.levels(len(real), progress=view.progress, t_exit=None, rng=view.rng).to(real)
+        yield denoising_error(view.roles["student"], view, real, t, view.randn_like(real), view.batch.cond, "velocity").mean()

@@ -1,0 +1,190 @@
+"""What a recipe is made of: forces on samples, objectives on parameters, critics, and the view they all get.
+
+A force is dL/dx of a **batch-mean** loss, shaped like x, and is descended. An objective is a scalar with its own forward pass.
+`training/step.py` weighs and adds them; it knows nothing else about a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from instep.diffusion.path import Path
+from instep.diffusion.prediction import Condition, Denoiser
+from instep.diffusion.rollout import Rollout, Where
+from instep.methods.latent_reward_model import LatentReward
+
+# what a term or a critic may ask of its stage: the reward of final samples, a reward with a gradient, real samples of the batch's
+# prompts, real ones that people prefer, stored outputs of the teacher with the noise they came from, the trajectory of the rollout, the
+# student as it was when the stage began, the end of the student's rollout, labelled pairs of samples, the student's running average, the latent
+# reward model, rewards of the samples it learns from
+Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory", "reference", "final", "pairs", "average", "latent_reward", "labels"]
+NOTHING: frozenset[Need] = frozenset()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Labelled preferences: latents [B, ...] of the chosen and the rejected sample of each prompt."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Outputs of the teacher `x0` [R, ...] with their prompts' conditions and the noise [R, ...] each was sampled from."""
+
+    cond: Condition
+    noise: Tensor
+    x0: Tensor
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Latents x [N, ...] with their prompts' conditions, and what a latent reward model should say of them [N]."""
+
+    x: Tensor
+    cond: Condition
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a source hands out: B prompts, encoded, and where a method needs them real samples (latents [B, ...]), pairs, or `stored`.
+
+    `cond` and `null` are one row a prompt; `null` is the unconditional prompt. `stored` has prompts of its own.
+    """
+
+    prompts: tuple[str, ...]
+    cond: Condition
+    null: Condition
+    real: Tensor | None = None
+    pairs: Pairs | None = None
+    stored: Stored | None = None
+
+    def rows(self, rows: slice) -> Batch:
+        pairs = self.pairs and Pairs(self.pairs.chosen[rows], self.pairs.rejected[rows])
+        real = None if self.real is None else self.real[rows]
+        return Batch(self.prompts[rows], self.cond[rows], self.null[rows], real, pairs, self.stored)
+
+
+@dataclass(frozen=True)
+class View:
+    """Everything a term may look at. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator.
+
+    `epoch` counts the inner epochs on one rollout. `reward_grad_fn` of latents [B, ...] and their prompts -> [B] can be differentiated, or [B, R] for
+    several rewards with their `weights`; None where the run has no such reward. `latent_reward` is the latent reward model, `labels` what it learns from.
+    """
+
+    roles: Mapping[str, Denoiser]
+    path: Path
+    batch: Batch
+    progress: float
+    rng: torch.Generator
+    rollout: Rollout | None = None
+    reward_grad_fn: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    epoch: int = 0
+    weights: tuple[float, ...] = (1.0,)
+    latent_reward: LatentReward | None = None
+    labels: Labels | None = None
+
+    @property
+    def samples(self) -> Rollout:
+        assert self.rollout is not None, "this stage has no rollout, but a term asks for one"
+        return self.rollout
+
+    def with_rollout(self, rollout: Rollout | None) -> View:
+        return replace(self, rollout=rollout)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=self.rng, device=x.device, dtype=x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """Base of forces and objectives: a name for the log and a weight in the sum."""
+
+    name: str
+    weight: float = 1.0
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return NOTHING
+
+    @property
+    def skips(self) -> tuple[int, ...]:
+        """Blocks of the network that it runs a role without."""
+        return ()
+
+    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
+        """Network evaluations a sample in groups of `group`, without a graph and with one, for `instep plan`; a reward's own are not counted.
+
+        `transitions`: stochastic steps of the rollout, which a policy gradient predicts again.
+        """
+        return 0.0, 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Force(Term):
+    """Acts on the samples at `on`; called with a view it returns dL/dx there, [B, ...], L a batch mean."""
+
+    on: Where = "exit"
+
+    def __call__(self, view: View) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Term):
+    """Acts on the student's parameters: yields scalars, each of which is backwarded before the next is asked for."""
+
+    def __call__(self, view: View) -> Iterator[Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critic:
+    """Base of auxiliary trained models: `updates` optimiser steps on `role` for every student step.
+
+    With `reuse` every update sees the student's own rollout, detached (DM-Align Algorithm 1, line 18: only the noise is
+    fresh); without, each update rolls out anew.
+    """
+
+    role: str
+    updates: int = 5
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"critic_updates: {self.updates} is not allowed; 1 or more (DMD2 uses 5)")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return NOTHING
+
+    @property
+    def passes(self) -> float:
+        """Network evaluations (forward and backward) a sample and update, for `instep plan`."""
+        return 1.0
+
+    def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[str]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
+        """What its updates on one rollout share; `reward_fn` is the run's reward without a gradient, `note` writes a scalar into the log."""
+        return view
+
+    def losses(self, view: View) -> Iterator[Tensor]:
+        """Scalars whose sum this update descends; each is backwarded before the next is asked for."""
+        raise NotImplementedError
+
+
+def scalar_per_sample(x: Tensor) -> Tensor:
+    """Mean over all but the batch axis, shaped to divide x: [B, ...] -> [B, 1, ...]."""
+    return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def as_force(g: Tensor) -> Tensor:
+    """Gradient of mean over batch of 0.5 * mean over elements of (x - sg(x - g))^2, which is g / numel (DMD2's surrogate loss)."""
+    return g / g.numel()

@@ -1,0 +1,40 @@
+"""What a role learns beside its network: the embedding of guidance scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instep.diffusion.guidance_scales import FREQUENCIES, GuidanceRange, GuidanceScales
+
+FEATURES = 2 * (1 + 2 * FREQUENCIES)
+
+
+class GuidanceEmbedding(nn.Module):
+    """Guidance scales [B, 2] to what is added to the time embedding, [B, width]; float32. The last layer starts at zero: at first it says nothing.
+
+    Meng et al. (2023, On Distillation of Guided Diffusion Models) tell w in the same place.
+    """
+
+    def __init__(self, guidance_range: GuidanceRange, width: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.guidance_range = guidance_range
+        self.hidden = nn.Linear(FEATURES, hidden, dtype=torch.float32)
+        self.out = nn.Linear(hidden, width, dtype=torch.float32)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, guidance_scales: Tensor) -> Tensor:
+        return self.out(nn.functional.silu(self.hidden(self.guidance_range.features(guidance_scales).to(self.hidden.weight))))
+
+
+@torch.no_grad()
+def fold_guidance(embedders: Sequence[nn.Module], embedding: GuidanceEmbedding, guidance_scales: GuidanceScales) -> None:
+    """The time embedders (`Family.time_embedders`) say untold what they said when told `guidance_scales`, added to their last layers' biases, in place."""
+    added = embedding(torch.tensor([guidance_scales], device=embedding.out.bias.device))[0]
+    for embedder in embedders:
+        bias: Any = embedder.linear_2.bias  # type: ignore[union-attr]
+        bias.add_(added.to(bias))

@@ -1,0 +1,119 @@
+"""Roles: named denoisers on backbones. A role is a full copy of the network, or a LoRA adapter on a shared frozen one.
+
+One hazard decides the design: with activation checkpointing the blocks run again *during backward*, under whatever adapter is
+active then. So everything that a forward depends on besides its arguments (adapter, scale, condition) is one frozen `CallContext`, set
+for the forward and set again for its recomputation. What a forward leaves behind besides its result (features for a head) is asked
+for by the same `CallContext`, and not asked for again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from instep.diffusion.guidance_scales import GuidanceRange
+from instep.diffusion.prediction import Condition, Prediction, PredictionType, to_prediction
+from instep.models.backbone import Backbone, CallContext
+from instep.models.discriminator import Head
+from instep.models.embeddings import GuidanceEmbedding
+
+if TYPE_CHECKING:
+    pass
+
+
+class Role:
+    """A named denoiser: backbone + adapter + scale (+ an exit embedding, + a discriminator head, + an embedding of guidance scales). Calling it gives a
+    `Prediction` in float32, its output read as `prediction_type` (the family's by default).
+
+    A role with an adapter owns that adapter's parameters, a full copy owns its whole backbone; the teacher owns none to train. A head is
+    evaluated in every call, whether its logit is used or not: next to the backbone it is tiny.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backbone: Backbone,
+        *,
+        adapter: str | None = None,
+        scale: float = 1.0,
+        exits: int | None = None,
+        head: bool = False,
+        prediction_type: PredictionType | None = None,
+        guidance_range: GuidanceRange | None = None,
+    ) -> None:
+        self.name, self.backbone, self.adapter, self.scale = name, backbone, adapter, scale
+        self.prediction_type = prediction_type or backbone.family.prediction_type
+        self.skips: tuple[int, ...] = ()
+        self.exits: nn.Embedding | None = None
+        self.head: Head | None = None
+        self.guidance_embedding: GuidanceEmbedding | None = None
+        device = next(backbone.module.parameters()).device
+        if exits is not None:
+            self.exits = nn.Embedding(exits, backbone.family.time_width(backbone.module)).to(device)
+            # zero: the fake starts as exactly the teacher
+            nn.init.zeros_(self.exits.weight)
+        if head:
+            backbone.watch_features()
+            self.head = Head(backbone.family.feature_width(backbone.module)).to(device)
+        if guidance_range is not None:
+            self.guidance_embedding = GuidanceEmbedding(guidance_range, backbone.family.time_width(backbone.module)).to(device)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        family, module = self.backbone.family, self.backbone.module
+        features: list[Tensor] | None = None if self.head is None else []
+        with self.backbone.active_call(CallContext(self.adapter, self.scale, cond, self.exits, features, self.skips, self.guidance_embedding)):
+            raw = family.forward(module, x_t, t, cond)
+        answer = to_prediction(self.prediction_type, raw, family.path, x_t, t)
+        if self.head is None or features is None:
+            return answer
+        (tokens,) = features
+        return replace(answer, logit=self.head(tokens))
+
+    def scaled(self, scale: float) -> Role:
+        """The same role with its adapter at `scale`."""
+        if self.adapter is None:
+            raise ValueError(f"role {self.name!r} has no adapter to scale; give it a LoRA")
+        other = copy(self)
+        other.scale = scale
+        return other
+
+    def skipping(self, blocks: Sequence[int]) -> Role:
+        """The same role without the blocks of these numbers: each passes on what it is given."""
+        other = copy(self)
+        other.skips = tuple(blocks)
+        return other
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What this role owns: its adapter's parameters or its full copy, its exit embedding, its head and its guidance embedding."""
+        backbone = self.backbone
+        own = backbone.adapter_parameters(self.adapter) if self.adapter else dict(backbone.module.named_parameters())
+        if self.exits is not None:
+            own |= {"exits.weight": self.exits.weight}
+        if self.head is not None:
+            own |= {f"head.{key}": p for key, p in self.head.named_parameters()}
+        if self.guidance_embedding is not None:
+            own |= {f"guidance_embedding.{key}": p for key, p in self.guidance_embedding.named_parameters()}
+        return own
+
+    def state(self) -> dict[str, Tensor]:
+        return {key: p.detach() for key, p in self.named_parameters().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        own = self.named_parameters()
+        if own.keys() != state.keys():
+            wrong = sorted(own.keys() ^ state.keys())[:3]
+            raise ValueError(f"state of role {self.name!r}: {len(wrong)} or more tensors do not fit, for example {wrong}; was it saved by another recipe?")
+        for key, p in own.items():
+            if p.shape != state[key].shape:
+                raise ValueError(
+                    f"state of role {self.name!r}: {key} is {tuple(state[key].shape)} there and {tuple(p.shape)} here; start from a run of the same model, "
+                    "with as many steps (the fake knows each exit) and the same LoRA rank"
+                )
+        for key, p in own.items():
+            p.copy_(state[key])

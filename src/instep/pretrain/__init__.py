@@ -1,1 +1,0 @@
-"""Trains the bundled moving-digits pipeline from the raw scans: `python -m instep.pretrain --out FOLDER`."""

@@ -1,0 +1,131 @@
+"""Moving samples side by side: sprite sheets that one style rule moves, so every animation on the page stays in step and can be stopped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html import escape, unescape
+
+import torch
+from torch import Tensor
+
+from instep.data.animation import sprite_sheet
+from instep.report.read import RunRecord, Samples, Views
+
+MOST_PROMPTS, MOST_VIEWS = 12, 8
+CAPTIONS = {
+    "generator": ("student's sample", "What the student makes now, decoded."),
+    "fake": ("fake prediction", "The sample is noised to level t, and the fake, which knows only the student's videos, says what it was."),
+    "real": ("real prediction", "The teacher is asked the same. It tends towards what real videos, and the prompt, want."),
+    "force": ("force", "Where the two disagree, as a change of the image (target minus sample): grey leaves it, bright adds light, dark takes it away."),
+    "target": ("implied target", "The sample after that change: where this iteration pulls the student."),
+}
+
+
+def sheet(key: str, videos: Tensor) -> tuple[str, int]:
+    """A style rule that holds videos uint8 [N, F, H, W, 3] as the background of `.sheet-KEY`, and the number of frames."""
+    uri, frames = sprite_sheet(videos)
+    h, w = videos.shape[2:4]
+    small = "image-rendering:pixelated;" if max(h, w) <= 64 else ""
+    rule = f".sheet-{key}{{background-image:url({uri});background-size:{100 * frames}% {100 * len(videos)}%;aspect-ratio:{w}/{h};{small}--n:{frames}}}"
+    return f"<style>{rule}</style>", frames
+
+
+def animation(key: str, index: int, count: int, label: str) -> str:
+    y = 100 * index / (count - 1) if count > 1 else 0
+    return f'<div class="film sheet-{key}" role="img" aria-label="{escape(label, quote=True)}" style="background-position-y:{y:.4f}%"></div>'
+
+
+def plain(text: str) -> str:
+    """HTML as text."""
+    return unescape(re.sub("<[^>]*>", " ", text))
+
+
+def grid(key: str, videos: Tensor, heads: Sequence[str], rows: Sequence[str], notes: Sequence[str] = ()) -> str:
+    """Videos uint8 [columns, rows, F, H, W, 3] with a heading above each column and a label on each row (all of them HTML)."""
+    columns, n = videos.shape[:2]
+    style, _ = sheet(key, videos.flatten(0, 1))
+    head = "".join(f"<div class='head'>{name}</div>" for name in heads)
+    body = []
+    for r, row in enumerate(rows):
+        body.append(f"<div class='label'>{row}</div>")
+        body += [animation(key, c * n + r, columns * n, plain(f"{heads[c]}: {row}")) for c in range(columns)]
+    teach = f"<dl class='teach'>{''.join(notes)}</dl>" if notes else ""
+    half = -(-n // 2) if n >= 4 and columns <= 4 else n  # few columns leave room for two grids side by side
+    cut = half * (columns + 1)
+    parts = [part for part in (body[:cut], body[cut:]) if part]
+    grids = "".join(f"<div class='grid' style='--columns:{columns}'><div class='corner'></div>{head}{''.join(part)}</div>" for part in parts)
+    return f"{style}{teach}<div class='grids{' two' if len(parts) > 1 else ''}'>{grids}</div>"
+
+
+def model_name(name: str) -> str:
+    """`teacher_50` in words."""
+    kind, _, steps = name.partition("_")
+    if kind in ("teacher", "naive") and steps.isdigit():
+        return f"teacher, {steps} step{'s' * (steps != '1')}" + (", naive" if kind == "naive" else "")
+    return {"start": "before this run"}.get(name, name.replace("_", " "))
+
+
+def same_inputs(a: Samples, b: Samples) -> bool:
+    return a.prompts == b.prompts and a.seed == b.seed and a.videos.shape[2:] == b.videos.shape[2:]
+
+
+def merged(runs: Sequence[RunRecord]) -> list[tuple[Samples, list[str]]]:
+    """Sample sets with a heading a model: runs with the same prompts and seed share one grid, their baselines shown once."""
+    sets: list[tuple[Samples, list[str]]] = []
+    for run in runs:
+        if run.samples is None:
+            continue
+        own = run.samples
+        heads = [
+            f"{escape(model_name(m))}" + (f"<small>{escape(run.label)}</small>" if len(runs) > 1 and m in ("student", "start") else "") for m in own.models
+        ]
+        for i, (there, names) in enumerate(sets):
+            if same_inputs(there, own):
+                new = [c for c, head in enumerate(heads) if head not in names]
+                videos = torch.cat([there.videos, own.videos[new]])
+                sets[i] = (Samples((*there.models, *(own.models[c] for c in new)), own.prompts, own.seed, videos), names + [heads[c] for c in new])
+                break
+        else:
+            sets.append((own, heads))
+    return sets
+
+
+def samples(runs: Sequence[RunRecord]) -> str:
+    """Every model on the same prompts and noise (HTML)."""
+    parts = []
+    for i, (found, heads) in enumerate(merged(runs)):
+        prompts = found.prompts[:MOST_PROMPTS]
+        parts.append(grid(f"samples{i}", found.videos[:, : len(prompts)], heads, [escape(prompt) for prompt in prompts]))
+        left = f" The first {len(prompts)} of {len(found.prompts)} prompts." if len(found.prompts) > len(prompts) else ""
+        parts.append(f"<p class='note'>Same prompts and starting noise (seed {found.seed}) in every column; nothing was picked.{left}</p>")
+    return "".join(parts) or "<p class='none'>Samples are not recorded (samples.safetensors is missing).</p>"
+
+
+def view_grid(views: Views, key: str, *, teach: bool) -> str:
+    names = [name for name in CAPTIONS if name in views.videos]
+    n = min(MOST_VIEWS, len(views.videos[names[0]]))
+    videos = torch.stack([views.videos[name][:n] for name in names])
+    order = sorted(range(n), key=lambda i: -views.levels[i]) if len(views.levels) >= n else list(range(n))
+    prompts = [views.prompts[i] if i < len(views.prompts) else "" for i in order]
+    labels = [
+        escape(prompt) + (f" <small>t = {views.levels[i]:.2f}</small>" if i < len(views.levels) else "") for i, prompt in zip(order, prompts, strict=True)
+    ]
+    notes = [f"<div><dt>{CAPTIONS[name][0]}</dt><dd>{CAPTIONS[name][1]}</dd></div>" for name in names] if teach else []
+    return grid(key, videos[:, order], [CAPTIONS[name][0] for name in names], labels, notes)
+
+
+def views(runs: Sequence[RunRecord]) -> str:
+    """The matching force of each run as it was at the last recorded step, and folded at the first (HTML)."""
+    parts, first = [], True
+    for i, run in enumerate(runs):
+        if not run.views:
+            continue
+        latest = run.views[-1]
+        name = f"{escape(run.label)}, step {latest.step}" if len(runs) > 1 else f"At step {latest.step}"
+        parts.append(f"<h3>{name}</h3>{view_grid(latest, f'views{i}', teach=first)}")
+        first = False
+        if len(run.views) > 1:
+            early = run.views[0]
+            parts.append(f"<details><summary>The same prompts and noise at step {early.step}</summary>{view_grid(early, f'early{i}', teach=False)}</details>")
+    return "".join(parts) or "<p class='none'>Views of the matching force are not recorded (the views folder is empty or missing).</p>"

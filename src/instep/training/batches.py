@@ -1,0 +1,94 @@
+"""Where an iteration's batches come from: prompts in a seeded order, and real samples where a recipe asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from instep.data.samples import PairSamples, RealSamples
+from instep.methods.recipe import Stage
+from instep.methods.term import Batch, Pairs, Stored
+from instep.models.family import Family
+
+if TYPE_CHECKING:
+    from instep.data.samples import TeacherSamples
+
+
+class ShuffledIndices:
+    """An endless seeded shuffle of 0..n-1; its state is a cursor, and each pass is a pure function of seed and pass number."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed, self.position = n, seed, 0
+        self._pass, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def next(self, k: int) -> list[int]:
+        return [self._one() for _ in range(k)]
+
+    def _one(self) -> int:
+        number, index = divmod(self.position, self.n)
+        if number != self._pass:
+            rng = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+            self._pass, self._order = number, torch.randperm(self.n, generator=rng)
+        self.position += 1
+        return int(self._order[index])
+
+
+class BatchSource:
+    """Batches for any stage: prompts alone, real samples or labelled pairs with theirs; and stored outputs of the teacher where a stage asks for them."""
+
+    def __init__(
+        self,
+        family: Family,
+        prompts: Sequence[str],
+        real: RealSamples | None,
+        seed: int,
+        stored: TeacherSamples | None = None,
+        pairs: PairSamples | None = None,
+    ) -> None:
+        if not prompts:
+            raise ValueError("prompts: the list is empty; give at least one prompt")
+        self.family, self.prompts, self.real, self.stored, self.pairs = family, tuple(prompts), real, stored, pairs
+        self.device = next(family.pretrained.parameters()).device
+        self._orders = {"prompts": ShuffledIndices(len(self.prompts), seed)}
+        if real is not None:
+            self._orders["real"] = ShuffledIndices(len(real.prompts), seed + 1)
+        if stored is not None:
+            self._orders["stored"] = ShuffledIndices(len(stored.prompts), seed + 2)
+        if pairs is not None:
+            self._orders["pairs"] = ShuffledIndices(len(pairs.prompts), seed + 3)
+
+    def next(self, stage: Stage) -> list[Batch]:
+        """The micro-batches of one iteration."""
+        return [self._one(stage) for _ in range(stage.accumulate)]
+
+    def _one(self, stage: Stage) -> Batch:
+        n, latents, pairs = stage.batch // stage.group, None, None
+        if "pairs" in stage.needs:
+            assert self.pairs is not None
+            rows = self._orders["pairs"].next(n)
+            names = tuple(self.pairs.prompts[i] for i in rows)
+            pairs = Pairs(*(x[rows].to(self.device) for x in (self.pairs.chosen, self.pairs.rejected)))
+            latents = pairs.chosen if stage.needs & {"real", "preferred"} else None
+        elif stage.needs & {"real", "preferred"}:
+            assert self.real is not None
+            rows = self._orders["real"].next(n)
+            names = tuple(self.real.prompts[i] for i in rows)
+            latents = self.real.latents[rows].to(self.device)
+        else:
+            names = tuple(self.prompts[i] for i in self._orders["prompts"].next(n))
+        return Batch(names, self.family.encode(names), self.family.null(n), latents, pairs, stored=self._stored(n) if "stored" in stage.needs else None)
+
+    def _stored(self, n: int) -> Stored:
+        assert self.stored is not None
+        rows = self._orders["stored"].next(n)
+        noise, latents = (x[rows].to(self.device) for x in (self.stored.noise, self.stored.latents))
+        return Stored(self.family.encode([self.stored.prompts[i] for i in rows]), noise, latents)
+
+    def state(self) -> dict[str, Any]:
+        return {name: order.position for name, order in self._orders.items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name, order in self._orders.items():
+            order.position = int(state[name])

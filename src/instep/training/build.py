@@ -1,0 +1,104 @@
+"""From a recipe and a family to the roles and optimisers of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from instep.methods.recipe import Recipe
+from instep.models.backbone import Backbone
+from instep.models.family import Family
+from instep.models.role import Role
+from instep.training.state import RewardFn, TrainedParams, TrainState
+
+
+def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -> dict[str, Role]:
+    """Every role of the recipe. Adapters and the frozen teacher share the family's own network; other roles get a copy."""
+    shared = Backbone(family, family.pretrained, checkpointing=checkpointing)
+    # before any adapter is put into the shared network, which a copy would have too
+    copies = {
+        name: Backbone(family, family.new_backbone().requires_grad_(config.optim is not None), checkpointing=checkpointing)
+        for name, config in recipe.roles.items()
+        if config.lora is None and (config.optim is not None or config.copy)
+    }
+    made: dict[str, Role] = {}
+    for name, config in recipe.roles.items():
+        exits = len(recipe.levels) if config.exits else None
+        if config.lora is not None:
+            shared.add_adapter(name, config.lora)
+            made[name] = Role(
+                name,
+                shared,
+                adapter=name,
+                scale=config.scale,
+                exits=exits,
+                head=config.head,
+                prediction_type=config.prediction_type,
+                guidance_range=config.guidance_range,
+            )
+        else:
+            made[name] = Role(
+                name, copies.get(name, shared), exits=exits, head=config.head, prediction_type=config.prediction_type, guidance_range=config.guidance_range
+            )
+    return made
+
+
+def make_state(
+    recipe: Recipe,
+    family: Family,
+    seed: int,
+    reward_fn: RewardFn | None,
+    reward_grad_fn: RewardFn | None = None,
+    *,
+    checkpointing: bool = False,
+    weights: tuple[float, ...] = (1.0,),
+) -> TrainState:
+    """Roles, optimisers and the run's generator, all a function of the seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
+        roles = make_roles(recipe, family, checkpointing=checkpointing)
+        latent_reward = recipe.latent_reward and recipe.latent_reward.shape.build(family.latent_shape, family.null(1), len(weights))
+    trained = {
+        name: TrainedParams(roles[name].named_parameters(), config.optim, config.ema) for name, config in recipe.roles.items() if config.optim is not None
+    }
+    device = next(family.pretrained.parameters()).device
+    if latent_reward is not None and recipe.latent_reward is not None:
+        trained["latent_reward"] = TrainedParams(dict(latent_reward.to(device).named_parameters()), recipe.latent_reward.optim)
+    rng = torch.Generator(device).manual_seed(seed)
+    reference, average = (tuple(roles[name].named_parameters().values()) if name in roles else () for name in ("reference", "average"))
+    return TrainState(
+        roles,
+        trained,
+        family.path,
+        family.latent_shape,
+        rng,
+        reward_fn,
+        reward_grad_fn,
+        weights=weights,
+        reference=reference,
+        average=average,
+        latent_reward=latent_reward,
+    )
+
+
+@contextmanager
+def averaged(trained: TrainedParams) -> Iterator[None]:
+    """The averaged weights in place of the live ones, for sampling and export; the live ones come back bit for bit."""
+    if trained.ema is None:
+        yield
+        return
+    live = {key: p.detach().clone() for key, p in trained.parameters.items()}
+    _fill(trained, trained.ema)
+    try:
+        yield
+    finally:
+        _fill(trained, live)
+
+
+@torch.no_grad()
+def _fill(trained: TrainedParams, values: dict[str, Tensor]) -> None:
+    for key, p in trained.parameters.items():
+        p.copy_(values[key])

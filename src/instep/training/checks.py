@@ -1,0 +1,127 @@
+"""What is made sure of before a run begins: everything that would otherwise fail after minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from instep.data.prompt import first_frame_of
+from instep.data.samples import PairSamples, RealSamples
+from instep.methods.recipe import Recipe
+from instep.models.family import Family
+from instep.rewards.base import Reward, checked_scores
+from instep.rewards.decoded import _media
+from instep.rewards.ranker import relative
+from instep.rewards.several import Several
+
+if TYPE_CHECKING:
+    from instep.models.family import ImageToVideo
+
+
+def check_inputs(
+    recipe: Recipe,
+    family: Family,
+    reward: Reward | None,
+    real: RealSamples | None,
+    prompts: Sequence[str],
+    pairs: PairSamples | None = None,
+    start_from: Path | str | None = None,
+) -> None:
+    """Everything that would otherwise fail after minutes: missing parts, and a reward that does not work on one small batch."""
+    if not prompts:
+        raise ValueError("prompts: the list is empty; give at least one prompt")
+    for names in (prompts, real.prompts if real else (), pairs.prompts if pairs else ()):
+        check_prompts(family, names)
+    if recipe.sampler == "ode" and family.pipe is None:
+        raise ValueError(
+            f"model: {family.name} has no stock pipeline, and {recipe.name} leaves a many-step model, which is exported as one; choose a recipe that distils"
+        )
+    if recipe.sampler == "few-step":
+        from instep.export.scheduler import few_step_scheduler
+        from instep.models.stock import stock
+
+        # a student of a pipeline that is not known, or whose levels no stock scheduler gives, could not be exported once it is trained
+        if family.pipe is not None:
+            stock(family.pipe)
+        few_step_scheduler(family.path, recipe.levels, family.prediction_type)
+    first = next((stage for stage in recipe.stages if stage.steps), None)
+    if first and recipe.sampler == "ode" and not first.uses_guidance and (first.guidance_scales or recipe.guidance != 1) and start_from is None:
+        raise ValueError(
+            f"start_from: none was given, and stage {first.name!r} goes on with a student that has learned its guidance; give the run in which it did"
+            + ("" if first.guidance_scales else ", or guidance 1 for a model that never needed any")
+        )
+    for stage in recipe.stages:
+        if not stage.steps:
+            continue
+        if "preferred" in stage.needs and real is None:
+            raise ValueError(f"real: stage {stage.name!r} of {recipe.name} needs preferred samples; pass real=RealSamples(prompts, latents)")
+        if "pairs" in stage.needs and pairs is None:
+            raise ValueError(
+                f"pairs: stage {stage.name!r} of {recipe.name} needs labelled pairs; pass pairs=PairSamples(prompts, chosen, rejected), --pairs FILE on the "
+                "command line, or give the stage 0 steps"
+            )
+        for term in stage.terms:
+            if term.skips:
+                with family.skip(family.pretrained, term.skips):  # refuses what is no block
+                    pass
+        if "gradient" in stage.needs and (reward is None or not reward.differentiable):
+            raise ValueError(
+                f"reward: stage {stage.name!r} of {recipe.name} climbs its gradient and "
+                + ("none was given" if reward is None else f"{_blunt(reward).name!r} is not differentiable")
+                + "; give one that is (a Reward with differentiable = True), or choose a recipe that only asks for scores, like amd or dm-align-group"
+            )
+        if "labels" in stage.needs and reward is not None and relative(reward):
+            raise ValueError(f"reward: {reward.name!r} compares samples with each other, and stage {stage.name!r} asks for the score of each; give it a reward")
+        if stage.needs & {"reward", "labels"} and reward is None:
+            raise ValueError(f"reward: stage {stage.name!r} of {recipe.name} needs one; pass reward=, for example a function (media, prompts) -> scores")
+    if real is not None and tuple(real.latents.shape[1:]) != family.latent_shape:
+        raise ValueError(
+            f"real: latents of shape {tuple(real.latents.shape[1:])} do not fit the model's {family.latent_shape}; encode them with family.encode_media"
+        )
+    if pairs is not None and tuple(pairs.chosen.shape[1:]) != family.latent_shape:
+        raise ValueError(
+            f"pairs: latents of shape {tuple(pairs.chosen.shape[1:])} do not fit the model's {family.latent_shape}; encode them with family.encode_media"
+        )
+    if reward is not None:
+        # one that compares is given something to compare
+        pair = [prompts[0], prompts[0] if relative(reward) else prompts[-1]]
+        trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
+        trial = trial.to(next(family.pretrained.parameters()).device)
+        with torch.no_grad():
+            checked_scores(reward, _media(family, reward, trial, clamp=True), pair)
+        if "gradient" in recipe.needs:
+            for part in reward.parts if isinstance(reward, Several) else (reward,):
+                _check_gradient(family, part, trial, pair)
+
+
+def check_prompts(family: Family, prompts: Sequence[str]) -> None:
+    """ValueError for a prompt without a first frame where the model begins with one, and for one with a first frame where it takes none."""
+    if hasattr(family, "check_prompts"):
+        cast("ImageToVideo", family).check_prompts(prompts)
+    elif named := next((prompt for prompt in prompts if first_frame_of(prompt)), None):
+        raise ValueError(f"prompts: {named!r} names a first frame, and {family.name} takes text alone; leave [image: ...] out, or choose another model")
+
+
+def _blunt(reward: Reward) -> Reward:
+    """The reward, or of several the first, that has no gradient."""
+    return next(part for part in reward.parts if not part.differentiable) if isinstance(reward, Several) else reward
+
+
+def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequence[str]) -> None:
+    """ValueError if a reward that says it is differentiable gives no gradient on trial latents, or one that is not finite."""
+    x = trial.detach().requires_grad_()
+    with torch.enable_grad():
+        scores = checked_scores(reward, _media(family, reward, x), prompts)
+        if not scores.requires_grad:
+            raise ValueError(
+                f"reward: {reward.name!r} says that it is differentiable and its scores have no gradient; leave out no_grad, .item(), numpy and rounding "
+                "in it, or give it differentiable=False and choose a recipe that only asks for scores, like amd or dm-align-group"
+            )
+        (gradient,) = torch.autograd.grad(scores.sum(), x, allow_unused=True)
+    if gradient is None or not bool(gradient.isfinite().all()):
+        what = "does not depend on the samples" if gradient is None else "is not finite"
+        raise ValueError(f"reward: the gradient of {reward.name!r} {what} on trial latents; check it on such a batch by itself")

@@ -1,0 +1,292 @@
+"""What looks wrong in a run's rows, in words: pure checks, one function a kind.
+
+They may look at the training reward and at the *monitor* classifier; a held-out classifier is for reported metrics only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Literal
+
+from instep.methods.recipe import Stage
+from instep.methods.term import Force
+from instep.training.history import History, Row, mean, number
+
+Level = Literal["ok", "warn", "alarm"]
+Findings = Iterator[tuple[Level, str, str]]
+
+PERSIST = 2  # probes in a row that must agree: one noisy probe of some dozens of samples says little
+WINDOW = 20  # iterations of a rolling mean: one batch's cosine, loss or share of constant groups is noise
+OPPOSED = -0.5  # cosine of two forces below which most of each is spent on undoing the other
+SILENT = 0.01  # share of the strongest force below which another one does nothing
+BRIGHTNESS_OFF = 0.25  # relative deviation of mean brightness from the teacher's that the eye sees as over- or under-saturation
+CLIPPED = 0.05  # share of pixels more than .05 outside [0, 1] (real videos through the VAE: well below .01) ...
+CLIPPED_MORE = 2.0  # ... and this many times the teacher's own: a family whose teacher overshoots is not the student's fault
+HALVED = 0.6  # a metric below this share of its reference has visibly collapsed
+FLICKER = 1 / HALVED  # frames that differ this many times more than the teacher's flicker, or are noise (DM-Align, Section 4.1)
+CRITIC_UP = 2.0  # critic loss over its stage's early value; less is normal: a student that sharpens is harder to denoise than a blurred one
+CONSTANT = 0.5  # share of groups without any spread in reward: healthy runs of the bundled model have below .03
+EXPLODED = 20.0  # gradient norm over its running median: single batches of 53 runs on the bundled model stay below 7
+EXPLODED_ROWS = 3  # of them in a row: one bad batch is clipped and forgotten
+MEDIAN_OF = 50  # rows of that running median
+# relative change of every probe metric below which nothing was learned. Prompts and noise of a probe are fixed, so an untouched student repeats
+# them: 1e-6 at a learning rate of 1e-9; of 53 runs on the bundled model the metric that had moved most had moved by .04 and more
+STUCK = 0.01
+RISE = 0.3  # rise of the training reward in deviations within a group: twice the standard error of a probe of 48 samples
+FALL = 0.1  # fall of the monitor's share of right samples: more than twice the standard error of 48 samples at .9
+# kinds of sample a prompt that leaves them open is given, relative to the stage's beginning. On the bundled model (10 prompts, 8 samples each) 5.0 are
+# seen; four draws of one student had 4.9 to 5.1, chance alone allows a deviation of .3, and 40 healthy iterations (7 runs) changed it by -.1 to +.5
+FEWER = 0.85
+# diversity relative to the stage's beginning and to the teacher, both. Noise is fixed: 40 iterations with a reward beside matching leave .956 and 1.02
+# or more (14 runs on the bundled model, 4 steps), .94 and 1.0 at 2 steps (3 runs, weight .1); a student may lose what it has more than the teacher.
+# Reinforcement alone, after 30 to 40 iterations: .86 and .94 (4 steps), .78 to .90 and .83 to .96 (2 steps, 3 runs; the margin was set with these)
+ALIKE, LEANER = 0.92, 1.0
+# matching force over that of the stage's first ten iterations: 41 runs on the bundled model stay below 1.08
+FARTHER = 1.25
+
+
+def _stage(seen: History) -> Stage | None:
+    """The recipe's stage that the newest row belongs to."""
+    return next((s for s in seen.recipe.stages if s.name == seen.rows[-1].get("stage")), None) if seen.recipe else None
+
+
+def _forces(seen: History) -> Findings:
+    recent = seen.stage[-WINDOW:]
+    if len(recent) < WINDOW:
+        return
+    for key in sorted({k for row in recent for k in row if k.startswith("force/cosine/")}):
+        cosine = mean(recent, key)
+        if cosine is not None and cosine < OPPOSED:
+            pair = key.removeprefix("force/cosine/").replace("~", " and ")
+            text = f"the forces {pair} oppose each other (cosine {cosine:.2f}): lower the weight of one of them"
+            yield "warn", f"opposed:{pair}", text
+    norms = {k.split("/")[1]: mean(recent, k) or 0.0 for k in recent[-1] if k.startswith("force/") and k.endswith("/norm")}
+    for name, norm in norms.items():
+        share = norm / (max(norms.values()) or 1.0)
+        if share < SILENT and max(norms.values()) > 0:
+            yield "warn", f"silent:{name}", f"the force {name} is {share:.1e} of the strongest one: it does nothing; raise its weight or drop it"
+
+
+def _finite(seen: History) -> Findings:
+    recent = seen.rows[-WINDOW:]
+    for key in sorted({k for row in recent for k in row if k.startswith("grad/") and k.endswith("/skipped")}):
+        name, share = key.split("/")[1], mean(recent, key) or 0.0
+        if share > 0:
+            text = f"{share:.0%} of the last {len(recent)} steps of the {name} had a gradient that is not finite and were skipped"
+            fix = "lower the learning rate, or look for a reward with an infinite gradient"
+            yield "alarm", "nonfinite" if name == "student" else f"nonfinite:{name}", f"{text}: {fix}"
+    # a single one counts: samples that are not numbers are never noise
+    if any("probe/mean_brightness" in row and number(row, "probe/mean_brightness") is None for row in seen.rows[-1:]):
+        yield "alarm", "broken", "the student's samples hold values that are not finite: go back to an earlier checkpoint, lower the learning rate"
+
+
+def _critic(seen: History) -> Findings:
+    stage = seen.stage
+    for key in sorted(k for k in stage[-1] if k.startswith("critic/")):
+        early, late = mean(stage[:WINDOW], key), mean(stage[-WINDOW:], key)
+        if len(stage) >= 3 * WINDOW and early and late and late > CRITIC_UP * early:
+            name = key.removeprefix("critic/")
+            text = f"the loss of the critic {name} is {late / early:.1f} times its early value: it no longer follows the student"
+            yield "warn", f"critic:{name}", f"{text}; raise its updates or lower the student's learning rate"
+
+
+def _reward(seen: History) -> Findings:
+    recent = seen.stage[-WINDOW:]
+    constant = mean(recent, "reward/constant_groups")
+    if constant is not None and len(recent) == WINDOW and constant > CONSTANT:
+        stage = _stage(seen)
+        groups = stage.accumulate * stage.batch // stage.group * WINDOW if stage else None
+        share = f"{constant:.0%} of the groups" if groups is None else f"{round(constant * groups)} of {groups} groups"
+        text = f"reward: {share} had equal rewards in the last {WINDOW} iterations and gave no advantage: the reward does not tell samples apart"
+        yield "warn", "constant_reward", f"{text}; use prompts that leave more open, or another reward"
+
+
+def _exploded(seen: History) -> Findings:
+    """Finite gradients far above the norm of the stage so far. (Those that are not finite are skipped, and said by `_finite`.)"""
+    for key in sorted(k for k in seen.stage[-1] if k.startswith("grad/") and not k.endswith("/skipped")):
+        known = [(number(row, key) or 0.0, number(row, f"{key}/skipped") or 0.0) for row in seen.stage[-MEDIAN_OF - EXPLODED_ROWS :]]
+        last, before = known[-EXPLODED_ROWS:], [norm for norm, skipped in known[:-EXPLODED_ROWS] if not skipped]
+        usual = median(before) if len(before) >= WINDOW else 0.0
+        if usual > 0 and all(norm > EXPLODED * usual and not skipped for norm, skipped in last):
+            name, times = key.removeprefix("grad/"), last[-1][0] / usual
+            text = f"the gradient of the {name} has exploded: its norm is {times:.0f} times the median of the steps before"
+            yield "alarm", f"exploded:{name}", f"{text}; go back to an earlier checkpoint, lower the learning rate"
+
+
+def _stuck(seen: History) -> Findings:
+    """After a third of the student's training the samples are those of step 0, in every metric of the probe.
+
+    Forces say nothing of it: a matching force is as large in a run that goes on from a good student, and learns, as in one that stands still.
+    """
+    if not seen.recipe or len(seen.probes) < 2 or seen.probes[0]["step"] > 0 or len(seen.rows) <= WINDOW:
+        return
+    first, now = seen.probes[0], seen.probes[-1]
+    # stages in which only a critic learns leave the student as it is
+    ends = zip(seen.recipe.stages, seen.recipe.stage_ends(), strict=True)
+    idle = [stage.steps for stage, end in ends if not stage.terms and end <= now["step"]]
+    done, total = now["step"] - sum(idle), sum(stage.steps for stage in seen.recipe.stages if stage.terms)
+    # shares of right samples and modes move in leaps: one sample of 48 is more than STUCK
+    keys = [key for key in first if key.startswith("probe/") and not key.endswith("_teacher") and key not in ("probe/monitor_both", "probe/modes")]
+    pairs = [(number(first, key), number(now, key), number(now, f"{key}_teacher")) for key in keys]
+    moved = [abs(b - a) / (max(abs(a), abs(teacher or 0.0)) or 1.0) for a, b, teacher in pairs if a is not None and b is not None]
+    if done > 0 and 3 * done >= total and len(moved) == len(pairs) > 0 and max(moved) < STUCK:
+        text = f"nothing learned: at step {now['step']} of {seen.recipe.steps} every metric of the probe is within {STUCK:.0%} of where it began"
+        yield "warn", "stuck", f"{text}; raise the student's learning rate, shorten its warm-up, or look whether a force reaches it"
+
+
+def _excess(row: Row, key: str, direction: float) -> float | None:
+    """How far a probe metric lies beyond the teacher's, relative to it: above for direction 1, below for -1."""
+    value, teacher = number(row, f"probe/{key}"), number(row, f"probe/{key}_teacher")
+    return None if value is None or not teacher else direction * (value / teacher - 1)
+
+
+def _off(seen: History, key: str, direction: float, limit: float) -> bool:
+    """Beyond the teacher's metric by more than `limit` in the last probes, and not on the way in.
+
+    A student begins as its teacher run in too few steps, so far off is normal for as long as every probe lies nearer than the one before.
+    The untrained student itself (step 0) never counts.
+    """
+    excess = [_excess(row, key, direction) for row in seen.probes]
+    last = [e for row, e in zip(seen.probes, excess, strict=True) if row["step"] > 0][-PERSIST:]
+    if len(last) < PERSIST or any(e is None or e <= limit for e in last):
+        return False
+    known = [e for e in excess if e is not None]
+    return any(late >= early for early, late in zip(known, known[1:], strict=False))
+
+
+def _images(seen: History) -> Findings:
+    if not seen.probes:
+        return
+    now = seen.probes[-1]
+
+    def times(key: str) -> float:
+        return now[f"probe/{key}"] / now[f"probe/{key}_teacher"]
+
+    if _off(seen, "mean_brightness", 1, BRIGHTNESS_OFF):
+        above = times("mean_brightness") - 1
+        yield "warn", "oversaturation", f"samples are {above:.0%} brighter than the teacher's: lower the guidance or the weight of the reward"
+    if _off(seen, "mean_brightness", -1, BRIGHTNESS_OFF):
+        below = 1 - times("mean_brightness")
+        yield "warn", "fading", f"samples are {below:.0%} darker than the teacher's: the student fades; check the learning rates and the reward"
+    clipped = [row for row in seen.probes if row["step"] > 0][-PERSIST:]
+    if len(clipped) == PERSIST and all(
+        (number(row, "probe/saturation") or 0.0) > max(CLIPPED, CLIPPED_MORE * (number(row, "probe/saturation_teacher") or 0.0)) for row in clipped
+    ):
+        yield "warn", "clipping", f"{now['probe/saturation']:.0%} of the pixels lie outside what an image can show: over-saturation; lower the guidance"
+    if _off(seen, "motion", 1, FLICKER - 1):
+        text = f"frames differ {times('motion'):.1f} times as much as the teacher's: flicker or noise, which some rewards take for motion"
+        yield "warn", "flicker", f"{text}; lower the weight of the reward"
+    for key, flag, words in (("motion", "still", "motion has died down"), ("diversity", "collapse", "samples of one prompt have become alike")):
+        if _off(seen, key, -1, 1 - HALVED):
+            yield "alarm", flag, f"{words}: {key} is {times(key):.0%} of the teacher's; lower the weight of the reward, or stop earlier"
+
+
+def _rewarded(seen: History) -> bool:
+    """Whether a reward trains in this stage: only then can it be hacked."""
+    stage = _stage(seen)
+    if stage is not None:
+        return any(term.needs & {"reward", "gradient", "latent_reward"} for term in stage.terms) or "reward" in stage.needs
+    return any("reward/train" in row or "force/reward/norm" in row for row in seen.stage)
+
+
+def _rise(seen: History) -> Callable[[Row], float | None]:
+    """Rise of the training reward since the stage began, in deviations within a group: a reward's zero and unit are its own affair.
+
+    The deviation is that of the stage's own groups, or where it scores none (a reward's gradient) that of the probe's copies as the stage began.
+    """
+    spread = mean(seen.stage, "reward/spread") or number(seen.since[0], "probe/train_spread")
+    before = number(seen.since[0], "probe/train_score")
+
+    def rise(row: Row) -> float | None:
+        now = number(row, "probe/train_score")
+        return None if now is None or before is None or not spread else (now - before) / spread
+
+    return rise
+
+
+def _since(seen: History, key: str) -> tuple[float | None, list[float]]:
+    """A probe metric as the stage began, and in the last probes; nothing of the latter if one of them lacks it."""
+    values = [number(row, f"probe/{key}") for row in seen.since[-PERSIST:]]
+    known = [value for value in values if value is not None]
+    return number(seen.since[0], f"probe/{key}"), known if len(known) == PERSIST else []
+
+
+def _fewer_right(seen: History) -> str | None:
+    first, last = _since(seen, "monitor_both")
+    if first is None or not last or max(last) >= first - FALL:
+        return None
+    return f"the monitor's share of right samples fell from {first:.2f} to {last[-1]:.2f}"
+
+
+def _fewer_modes(seen: History) -> str | None:
+    first, last = _since(seen, "modes")
+    if not first or not last or max(last) >= FEWER * first:
+        return None
+    return f"prompts that leave a choice open are given fewer kinds of sample ({first:.1f} before, {last[-1]:.1f} now)"
+
+
+def _alike(seen: History) -> str | None:
+    """Against the teacher as well: a student that had more variety than it, as after distillation, may lose the surplus."""
+    first, last = _since(seen, "diversity")
+    teacher = number(seen.since[-1], "probe/diversity_teacher")
+    if not first or not last or max(last) >= ALIKE * first or (teacher is not None and max(last) >= LEANER * teacher):
+        return None
+    beside = f", {last[-1] / teacher:.0%} of the teacher's" if teacher else ""
+    return f"samples of one prompt become alike (diversity fell to {last[-1] / first:.0%}{beside})"
+
+
+def _farther(seen: History) -> str | None:
+    """By the force, not by the fake's loss, which doubles in any student that sharpens while it is distilled."""
+    keys = {f"force/{force.name}/norm" for force in stage.forces if _steady(force)} if (stage := _stage(seen)) else {"force/dm/norm"}
+    for key in sorted(keys) if len(seen.stage) >= 3 * WINDOW // 2 else ():
+        early, late = mean(seen.stage[: WINDOW // 2], key), mean(seen.stage[-WINDOW:], key)
+        if early and late and late > FARTHER * early:
+            return f"the matching force is {late / early:.1f} times what it was: the student moves away from the teacher"
+    return None
+
+
+def _steady(force: Force) -> bool:
+    """Matching whose size says how far the student is from the teacher: neither tilted by the reward nor annealed over the stage."""
+    from instep.diffusion.levels import AnnealedBeta
+    from instep.methods.matching import DistributionMatching
+
+    if not isinstance(force, DistributionMatching):
+        return False
+    return not force.operator.needs_advantage and force.adapter is None and not isinstance(force.levels, AnnealedBeta)
+
+
+def _hacking(seen: History) -> Findings:
+    """Training reward up since the stage began while the monitor, the variety or the matching say otherwise; only where a reward trains."""
+    if len(seen.since) <= PERSIST or not _rewarded(seen):
+        return
+    rise = _rise(seen)
+    if not all((rise(row) or 0.0) > RISE for row in seen.since[-PERSIST:]):
+        return
+    signs = [text for sign in (_fewer_right, _fewer_modes, _alike, _farther) if (text := sign(seen))]
+    if signs:
+        text = f"since stage {seen.stage[-1].get('stage')} began the training reward rose by {rise(seen.since[-1]):.1f} deviations of its group while"
+        fix = "the reward is being hacked; lower its weight, add matching or raise its weight, or stop earlier"
+        yield "alarm", "hacking", f"{text} {', and '.join(signs)}: {fix}"
+
+
+CHECKS = (_forces, _finite, _exploded, _critic, _reward, _stuck, _images, _hacking)
+
+# what the checks above can say, without the name of what it is about (opposed:dm and group)
+FLAGS = (
+    "opposed",
+    "silent",
+    "nonfinite",
+    "broken",
+    "exploded",
+    "critic",
+    "constant_reward",
+    "stuck",
+    "oversaturation",
+    "fading",
+    "clipping",
+    "flicker",
+    "still",
+    "collapse",
+    "hacking",
+)

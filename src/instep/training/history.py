@@ -1,0 +1,52 @@
+"""What a run has logged so far, as its checks look at it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from instep.methods.recipe import Recipe
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class History:
+    """Rows up to now (oldest first), those of the present stage, the probes, and the probes of this stage with the one before it.
+
+    Without the `recipe` what depends on a run's length is not looked for. Probes of stages in which only critics learn are left out: the student
+    stands still there.
+    """
+
+    rows: Sequence[Row]
+    stage: Sequence[Row]
+    probes: Sequence[Row]
+    since: Sequence[Row]
+    recipe: Recipe | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], recipe: Recipe | None = None) -> History:
+        stage = [row for row in rows if row.get("stage") == rows[-1].get("stage")]
+        idle = {s.name for s in recipe.stages if not s.terms} if recipe else set()
+        seen = [row for row in probes(rows) if row.get("stage") not in idle]
+        before = [row for row in seen if row["step"] < stage[0]["step"]]
+        return cls(rows, stage, seen, before[-1:] + [row for row in seen if row["step"] >= stage[0]["step"]], recipe)
+
+
+def number(row: Row, key: str) -> float | None:
+    """The scalar at `key`, or None where it is missing or not finite (the log writes null for those)."""
+    value = row.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def probes(rows: Sequence[Row]) -> list[Row]:
+    """Rows that carry probe metrics."""
+    return [row for row in rows if number(row, "probe/mean_brightness") is not None]
+
+
+def mean(rows: Sequence[Row], key: str) -> float | None:
+    """Mean of a scalar over the rows that have it."""
+    values = [value for row in rows if (value := number(row, key)) is not None]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,100 @@
+"""The record of a run: what makes it this run and no other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from instep.core import lock
+from instep.core.files import write_json
+from instep.core.fingerprint import weights_fingerprint
+from instep.core.version import __version__
+from instep.data.first_frame import digest
+from instep.data.samples import PairSamples, RealSamples
+from instep.methods.recipe import Recipe, describe
+from instep.models.family import Family
+from instep.rewards.base import Reward
+
+if TYPE_CHECKING:
+    from instep.training.options import RunOptions
+
+
+def write_manifest(
+    out: Path,
+    recipe: Recipe,
+    family: Family,
+    options: RunOptions,
+    prompts: Sequence[str],
+    start_from: Path | str | None,
+    command: str,
+    *,
+    reward: Reward | None = None,
+    real: RealSamples | None = None,
+    pairs: PairSamples | None = None,
+) -> None:
+    """Writes recipe.json, or makes sure that the folder holds this very run."""
+    named = [*prompts, *(real.prompts if real else ()), *(pairs.prompts if pairs else ())]
+    identity = {
+        "recipe": recipe.name,
+        "model": family.name,
+        "weights": weights_fingerprint(family.pretrained),
+        "seed": options.seed,
+        "levels": list(recipe.levels),
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        **({"first_frames": shown} if (shown := digest(named)) else {}),
+        "reward": reward and reward.name,
+        "real": real and _digest(real.prompts, real.latents),
+        "pairs": pairs and _digest(pairs.prompts, pairs.chosen, pairs.rejected),
+        "start_from": str(Path(start_from).resolve()) if start_from else None,
+        "config": json.loads(json.dumps(describe(recipe))),
+    }
+    file = out / "recipe.json"
+    begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))
+    there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    different = [key for key in identity if there.get(key) != identity[key]]
+    if "instep" in there and (begun or not different):
+        if different:
+            raise ValueError(
+                f"out: {out} holds another run (its {', '.join(different)} differ; it was {there['recipe']} with seed {there['seed']}); choose "
+                "another folder, or repeat that run's command to go on with it"
+            )
+    # the record of a run that was refused before it began is replaced
+    elif "instep" not in there and out.exists() and any(path.name != lock.NAME for path in out.iterdir()):
+        raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
+    else:
+        free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
+        needed = 3 * checkpoint_bytes(recipe, family)
+        if free < needed:
+            raise ValueError(
+                f"out: {free / 1e9:.1f} GB are free where {out} lies, and this run's checkpoints and export need about {needed / 1e9:.1f} GB; "
+                "free some space or choose another disk"
+            )
+        about = {
+            "instep": __version__,
+            "command": command,
+            "model_path": family.source,
+            "size": dataclasses.asdict(family.size),
+            "prompt_count": len(set(prompts)),
+            "example_prompt": prompts[0],
+        }
+        write_json(file, {**about, **identity})
+
+
+def _digest(prompts: Sequence[str], *latents: Tensor) -> str:
+    """Of samples and their prompts."""
+    return hashlib.sha256("\n".join(prompts).encode() + b"".join(x.detach().float().cpu().numpy().tobytes() for x in latents)).hexdigest()[:16]
+
+
+def checkpoint_bytes(recipe: Recipe, family: Family) -> int:
+    """Upper bound of one checkpoint: weights, two AdamW moments and an average in float32, for each trained role; a reference's weights."""
+    parameters = sum(p.numel() for p in family.pretrained.parameters())
+    return sum(4 * parameters * (3 + (c.ema is not None)) for c in recipe.roles.values() if c.optim is not None) + sum(
+        4 * parameters for c in recipe.roles.values() if c.copy
+    )

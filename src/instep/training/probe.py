@@ -1,0 +1,128 @@
+"""Probes: what the student makes of a fixed set of prompts and noise while it trains. They feed health checks and plots.
+
+A probe has its own generator, so a run with probes and one without go through the same numbers. It may look at the training
+reward and at the monitor, never at a held-out classifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from instep.diffusion.prediction import Condition, Denoiser
+from instep.diffusion.sampling import Sampling, sample_ode
+from instep.models.family import Family
+from instep.rewards.base import Reward, checked_scores
+
+
+class Monitor(Protocol):
+    """A classifier that training does not descend: metrics of media [B, 3, F, H, W] for their prompts."""
+
+    def metrics(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]: ...
+
+
+@runtime_checkable
+class ModeMonitor(Monitor, Protocol):
+    """A monitor that also counts the kinds of sample that prompts which leave the kind open are given: what hacking a reward loses first.
+
+    `open_prompts` are sampled `open_copies` times each, beside the probe's own prompts.
+    """
+
+    @property
+    def open_prompts(self) -> tuple[str, ...]: ...
+
+    @property
+    def open_copies(self) -> int: ...
+
+    def modes(self, media: Tensor) -> float:
+        """Mean over the open prompts of the number of kinds seen, 1 to `open_copies`; media [prompts * copies, 3, F, H, W], copies together."""
+        ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fixed set of prompts, each sampled `copies` times, from one seed."""
+
+    family: Family
+    prompts: tuple[str, ...]
+    copies: int = 4
+    seed: int = 1234
+    reward: Reward | None = None
+    monitor: Monitor | None = None
+
+    @torch.no_grad()
+    def student(self, denoiser: Denoiser, sampling: Sampling) -> tuple[dict[str, float], Tensor]:
+        """Metrics of the student's samples, and the samples themselves (media)."""
+
+        def generate(cond: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
+            return sampling(denoiser, cond, self.family.null(len(noise)), noise, self.family.path, rng)
+
+        metrics, media = self._measure(generate)
+        if isinstance(self.monitor, ModeMonitor):
+            names = [prompt for prompt in self.monitor.open_prompts for _ in range(self.monitor.open_copies)]
+            metrics["modes"] = self.monitor.modes(self.family.decode(self._sample(generate, names)).clamp(0, 1))
+        return metrics, media
+
+    def teacher(self, denoiser: Denoiser, guidance: float, steps: int = 25) -> tuple[dict[str, float], Tensor]:
+        """The same metrics of the many-step teacher, which mean brightness, saturation and motion are compared with; modes are left out, for their cost."""
+
+        def generate(cond, noise, rng):
+            null = self.family.null(len(noise))
+            return sample_ode(denoiser, cond, null, noise, steps=steps, path=self.family.path, shift=self.family.shift, guidance=guidance)
+
+        return self._measure(generate)
+
+    @torch.no_grad()
+    def _sample(self, generate: Callable[..., Tensor], names: Sequence[str]) -> Tensor:
+        """Latents of `names`, from the probe's seed."""
+        device = next(self.family.pretrained.parameters()).device
+        rng = torch.Generator(device).manual_seed(self.seed)
+        noise = torch.randn(len(names), *self.family.latent_shape, generator=rng, device=device)
+        return generate(self.family.encode(names), noise, rng)
+
+    @torch.no_grad()
+    def _measure(self, generate: Callable[..., Tensor]) -> tuple[dict[str, float], Tensor]:
+        names = [prompt for prompt in self.prompts for _ in range(self.copies)]
+        x = self._sample(generate, names)
+        raw = self.family.decode(x)
+        media = raw.clamp(0, 1)
+        metrics = {
+            "mean_brightness": float(media.mean()),
+            "saturation": float(((raw < -0.05) | (raw > 1.05)).float().mean()),
+            "motion": motion(media),
+            "diversity": diversity(media, self.copies),
+        }
+        if self.reward is not None:
+            scores = checked_scores(self.reward, x if self.reward.space == "latent" else media, names)
+            metrics["train_score"] = float(scores.mean())
+            # the unit that a rise of the reward is told in: not every stage scores groups of samples itself
+            metrics["train_spread"] = float(scores.reshape(-1, self.copies).std(1, unbiased=False).mean())
+        if self.monitor is not None:
+            metrics |= self.monitor.metrics(media, names)
+        return metrics, media
+
+
+def few_of(prompts: Sequence[str], n: int) -> tuple[str, ...]:
+    """n different prompts, evenly spaced over the list: neighbours in a list are often variations of one."""
+    different = tuple(dict.fromkeys(prompts))
+    return different if len(different) <= n else tuple(different[i * len(different) // n] for i in range(n))
+
+
+def motion(media: Tensor) -> float:
+    """Mean absolute difference of consecutive frames, in [0, 1]; 0 for images."""
+    if media.ndim < 5 or media.shape[2] < 2:
+        return 0.0
+    return float((media[:, :, 1:] - media[:, :, :-1]).abs().mean())
+
+
+def diversity(media: Tensor, copies: int) -> float:
+    """Mean root-mean-square distance between samples of the same prompt, in [0, 1]; 0 means they are all the same."""
+    if copies < 2:
+        return 0.0
+    groups = media.flatten(1).reshape(-1, copies, media[0].numel())
+    distance = torch.cdist(groups, groups) / media[0].numel() ** 0.5
+    return float(distance.sum() / (len(groups) * copies * (copies - 1)))

@@ -1,0 +1,290 @@
+"""A run: the loop around `iteration`, its files, its checkpoints, and what happens when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+
+from instep.core.files import write_json
+from instep.core.lock import run_lock
+from instep.data.samples import PairSamples, RealSamples
+from instep.methods.recipe import Recipe
+from instep.models.family import Family
+from instep.rewards.base import Reward, as_reward
+from instep.rewards.decoded import make_reward_fn, make_reward_grad_fn, weights_of
+from instep.rewards.ranker import relative
+from instep.training import checkpoint, saved, stop
+from instep.training.batches import BatchSource
+from instep.training.build import averaged, make_state
+from instep.training.checks import check_inputs
+from instep.training.finish import export_role, fits_stock
+from instep.training.health import Finding, HealthMonitor
+from instep.training.log import RunLog, Tracker
+from instep.training.manifest import write_manifest
+from instep.training.options import RunOptions
+from instep.training.probe import Monitor, Probe, few_of
+from instep.training.state import TrainState
+from instep.training.step import iteration
+from instep.training.teacher_samples import teacher_samples
+from instep.training.views import matching_views, samples, save_samples, save_views
+
+# steps of the teacher's own sampler where a recipe needs samples of it
+TEACHER_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, roles and recipe; `student` is the exported pipeline's folder, None of a student that no stock pipeline samples.
+    `stopped`: if it stopped itself, where and why."""
+
+    out: Path
+    recipe: Recipe
+    family: Family
+    state: TrainState
+    student: Path | None
+    stopped: stop.Stopped | None = None
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; it is saved and goes on with the same command."""
+
+
+def train(
+    recipe: Recipe,
+    family: Family,
+    *,
+    out: Path | str,
+    prompts: Sequence[str],
+    reward: Reward | Callable[[Tensor, Sequence[str]], Any] | None = None,
+    monitor: Monitor | None = None,
+    real: RealSamples | None = None,
+    pairs: PairSamples | None = None,
+    start_from: Path | str | None = None,
+    options: RunOptions | None = None,
+    tracker: Tracker | None = None,
+    command: str = "",
+) -> Run:
+    """Trains `recipe` on `family` and exports the student; the same call goes on where an interrupted one stopped.
+
+    `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
+    pair recipes; where a discriminator has none, samples of the teacher serve, made once and kept with the run);
+    `pairs` are labelled ones, whose chosen samples serve as real and preferred ones where there are no others;
+    `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
+    log.jsonl and TensorBoard. Raises ValueError before training if something does not fit or another process is at work in
+    `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself (`stop_on`) ends normally, with the
+    student it went back to; the same call does not train on.
+    """
+    out, options = Path(out), options or RunOptions()
+    scored = as_reward(reward) if reward is not None else None
+    if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
+        real = pairs.preferred
+    check_inputs(recipe, family, scored, real, prompts, pairs, start_from)
+    with run_lock(out):
+        write_manifest(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs)
+        state = make_state(
+            recipe,
+            family,
+            options.seed,
+            make_reward_fn(family, scored),
+            make_reward_grad_fn(family, scored),
+            checkpointing=options.checkpointing,
+            weights=weights_of(scored),
+        )
+        stored = None
+        if "stored" in recipe.needs or ("real" in recipe.needs and real is None):
+            stored = teacher_samples(
+                out,
+                family,
+                state.roles["teacher"],
+                prompts,
+                n=options.teacher_samples,
+                steps=TEACHER_STEPS,
+                guidance=recipe.guidance,
+                shift=family.shift,
+                seed=options.seed,
+            )
+            if real is None and "real" in recipe.needs:
+                real = RealSamples(stored.prompts, stored.latents)
+                print(f"no real samples were given: {len(stored.prompts)} samples of the teacher serve as real, so what it gets wrong passes for real")
+        elif real is not None and recipe.needs & {"real", "preferred"}:
+            print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
+        source = BatchSource(family, prompts, real, options.seed, stored, pairs)
+        probe = Probe(family, few_of(prompts, 12), reward=None if scored is None or relative(scored) else scored, monitor=monitor)
+        loop = Loop(recipe, family, out, options, state, source, probe, tracker)
+        loop.restore(start_from)
+        loop.run()
+        student = state.roles["student"]
+        if not fits_stock(student):
+            print(f"not exported: the student predicts {student.prediction_type}, which no stock pipeline of {family.name} samples; it stays in {out}")
+            return Run(out, recipe, family, state, None, loop.stopped)
+        with averaged(state.trained["student"]):
+            export_role(
+                student,
+                family,
+                recipe.sampling_at(state.step),
+                out / "student",
+                recipe=recipe.name,
+                seed=options.seed,
+                prompts=len(set(prompts)),
+                example=prompts[0],
+                command=command,
+            )
+        return Run(out, recipe, family, state, out / "student", loop.stopped)
+
+
+class Loop:
+    """The steps of one run, from wherever it stands to its end."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        family: Family,
+        out: Path,
+        options: RunOptions,
+        state: TrainState,
+        source: BatchSource,
+        probe: Probe,
+        tracker: Tracker | None = None,
+    ) -> None:
+        self.recipe, self.family, self.out, self.options = recipe, family, out, options
+        self.state, self.source, self.probe, self.tracker = state, source, probe, tracker
+        self.stop: str | None = None
+        self.reference: dict[str, float] = {}
+        self.found: Finding | None = None  # what the run stops at
+        self.probed: list[stop.Probed] = []
+        self.stopped: stop.Stopped | None = None
+
+    def run(self) -> None:
+        """Trains to the end or to a finding in `stop_on`; on SIGINT or SIGTERM finishes the iteration, saves and raises `Interrupted`."""
+        state, total = self.state, self.recipe.steps
+        if self._has_stopped() or state.step >= total:
+            return
+        before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
+        log = RunLog(self.out, resume_step=state.step, tracker=self.tracker)
+        health = HealthMonitor(self.out, resume_step=state.step, recipe=self.recipe)
+        self.probed, self.found = stop.probed(self.out), stop.open_finding(self.out, self.options.stop_on)
+        try:
+            with log.progress(total, initial=state.step):
+                if state.step == 0:
+                    self._probe(log, health, {"stage": "start"})
+                    self._save_if_due()
+                while state.step < total and self.stop is None and self.found is None:
+                    self._one(log, health)
+            if self.found is not None:
+                self._go_back(stop.decide(self.out, self.found, self.probed, self.options.stop_on))
+            elif self.stop is not None:
+                self.save()
+                raise Interrupted(f"{self.stop}: saved at step {state.step} of {total} in {self.out}; the same command goes on from there")
+        finally:
+            log.close()
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _one(self, log: RunLog, health: HealthMonitor) -> None:
+        stage, progress = self.recipe.at(self.state.step)
+        cpu, wall = time.process_time(), time.perf_counter()
+        row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress)}
+        row |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+        step = self.state.step
+        if step % self.options.probe_every == 0 or step in self.recipe.stage_ends():
+            self._probe(log, health, row)
+        else:
+            self._note(log, health, row)
+        self._save_if_due()
+
+    def _save_if_due(self) -> None:
+        """A checkpoint now and then; where the run may stop itself, at every probe that is the best so far; none of what it stops at."""
+        step = self.state.step
+        best = bool(self.options.stop_on) and stop.best(self.probed) == step
+        if self.found is None and (best or (step > 0 and (step % self.options.save_every == 0 or step in self.recipe.stage_ends()))):
+            self.save()
+
+    def _has_stopped(self) -> bool:
+        """Whether the run stopped itself before and is to stay so; it has gone back then. Without that flag in `stop_on` it is free to go on."""
+        stopped = stop.read(self.out)
+        if stopped is None:
+            return False
+        if stop.kind(stopped.flag) not in self.options.stop_on:
+            (self.out / stop.NAME).unlink()
+            return False
+        self._go_back(stopped)
+        return True
+
+    def _go_back(self, stopped: stop.Stopped) -> None:
+        """The kept checkpoint is the run's newest from here on."""
+        path = checkpoint.at(self.out / "checkpoints", stopped.kept)
+        if path is None:
+            raise ValueError(f"out: {self.out} stopped itself and the checkpoint of step {stopped.kept} that it kept is gone or damaged; train anew")
+        saved.load(self.state, self.source, checkpoint.load(path))
+        checkpoint.drop_after(self.out / "checkpoints", stopped.kept)
+        self.stopped = stopped
+        print(stopped)
+
+    def _probe(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
+        if not self.reference:
+            self.reference = self._teacher_metrics()
+        stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
+        with averaged(self.state.trained["student"]):
+            metrics, _ = self.probe.student(self.state.roles["student"], self.recipe.sampling_at(self.state.step))
+            if self.state.step in (0, *self.recipe.stage_ends()):
+                prompts = few_of(self.probe.prompts, 6)
+                views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)
+                save_views(self.out / "views", self.state.step, views, prompts)
+        teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
+        row |= {f"probe/{key}": value for key, value in metrics.items()} | teacher
+        # saved: as soon as nothing is found in it
+        self.probed.append(stop.Probed(self.state.step, metrics.get("monitor_both"), True, metrics["diversity"]))
+        self._note(log, health, row)
+
+    def _note(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
+        """A row into the log; what it shows to be wrong, said aloud."""
+        log.row(self.state.step, row)
+        for finding in health.row(self.state.step, row):
+            log.say(finding)
+            if self.found is None and stop.asks(finding, self.options.stop_on):
+                self.found = finding
+
+    def _teacher_metrics(self) -> dict[str, float]:
+        """The teacher's own metrics on the probe's prompts: taken once and kept with the run."""
+        file = self.out / "teacher_probe.json"
+        if not file.is_file():
+            metrics, _ = self.probe.teacher(self.state.roles["teacher"], self.recipe.guidance)
+            write_json(file, metrics)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def save(self) -> None:
+        kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()))
+        checkpoint.save(self.out / "checkpoints", self.state.step, saved.contents(self.state, self.source), keep=self.options.keep, protect=kept)
+
+    def restore(self, start_from: Path | str | None) -> None:
+        """The newest whole checkpoint of this run; if it has none at all, the roles of `start_from`. ValueError if all it has are damaged."""
+        own = checkpoint.latest(self.out / "checkpoints")
+        if own is not None:
+            saved.load(self.state, self.source, checkpoint.load(own))
+        elif start_from is not None:
+            saved.begin_from(self.state, self.recipe, Path(start_from), reward=self.probe.reward and self.probe.reward.name)
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stop is not None:
+            raise KeyboardInterrupt
+        self.stop = signal.Signals(number).name
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def final_samples(run: Run, prompts: Sequence[str], seed: int = 4321) -> None:
+    """Samples of teacher, naive teacher and student on the same prompts and noise, for the report."""
+    with averaged(run.state.trained["student"]):
+        save_samples(run.out, samples(run.state, run.recipe, run.family, prompts, seed), prompts, seed)

@@ -1,0 +1,221 @@
+"""One iteration of training, of every recipe and every model, in a straight line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instep.diffusion.advantage import constant_groups, group_variance, several_advantages
+from instep.diffusion.guidance import GuidedDenoiser
+from instep.diffusion.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
+from instep.methods.recipe import AdamWConfig, Stage
+from instep.methods.term import Batch, Critic, Force, View
+from instep.training.state import TrainState
+
+# micro-batches over which the spread of rewards is averaged where a stage shares one
+REWARD_HORIZON = 10
+
+
+def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float) -> dict[str, Any]:
+    """One student step and its critics' steps on `batches` (the micro-batches). Returns scalars for the log.
+
+    The student goes first and the critics follow on its detached samples, as in DM-Align's Algorithm 1: no graph is alive while
+    critics train, and a re-used rollout costs nothing.
+    """
+    log = Scalars()
+    snapshot_reference(state, stage)
+    sync_average(state, stage)
+    views: list[View] = []
+    for epoch in range(stage.inner_epochs):
+        for i, batch in enumerate(batches):
+            if epoch == 0:
+                batch = batch if stage.guidance_scales is None else replace(batch, cond=batch.cond.with_guidance(stage.guidance_scales))
+                view = View(
+                    state.roles,
+                    state.path,
+                    batch,
+                    progress,
+                    state.rng,
+                    reward_grad_fn=state.reward_grad_fn,
+                    weights=state.weights,
+                    latent_reward=state.latent_reward,
+                )
+                view = view.with_rollout(score_rollout(state, stage, view, roll_out(state, stage, view, with_graph=True), log))
+                views.append(view.with_rollout(view.rollout and view.rollout.detach()))
+            else:
+                view = replace(views[i], rollout=recompute(state, stage, views[i].rollout), epoch=epoch)
+            backward(stage, view, 1 / len(batches), log)
+        if stage.terms:
+            optimizer_step(state, "student", progress, log, stage.optim)
+    for critic in stage.critics:
+        views = [critic.prepare(view, state.reward_fn, log.add) for view in views]
+        for _ in range(critic.updates):
+            for view in views:
+                seen = view if critic.reuse else fresh_rollout(state, stage, view, critic, log)
+                for loss in critic.losses(seen):
+                    (loss / len(views)).backward()
+                    log.add(f"critic/{critic.role}", loss.detach())
+            optimizer_step(state, critic.role, progress, log)
+    state.step += 1
+    return log.means()
+
+
+@torch.no_grad()
+def snapshot_reference(state: TrainState, stage: Stage) -> None:
+    """Where a stage that compares with a reference begins: the reference becomes the student as it stands."""
+    if "reference" in stage.needs and state.reference_stage != stage.name:
+        for mine, theirs in zip(state.reference, state.trained["student"].parameters.values(), strict=True):
+            mine.copy_(theirs)
+        state.reference_stage = stage.name
+        if stage.fresh:
+            state.trained["student"].optimizer.state.clear()
+
+
+@torch.no_grad()
+def sync_average(state: TrainState, stage: Stage) -> None:
+    """The role `average` becomes the student's running average, where the stage asks for one."""
+    mean = state.trained["student"].ema
+    if "average" in stage.needs and mean is not None:
+        torch._foreach_copy_(list(state.average), list(mean.values()))
+
+
+def fresh_rollout(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:
+    """The view with a fresh rollout for a critic that does not re-use the student's, scored if it asks for rewards."""
+    scored = "reward" in critic.needs
+    rollout = roll_out(state, stage, view, with_graph=False, to_the_end=scored)
+    return view.with_rollout(score_rollout(state, stage, view, rollout, log) if scored else rollout)
+
+
+def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, to_the_end: bool = False) -> Rollout | None:
+    """Rolls out the student on the view's prompts, `stage.group` samples a prompt; none for stages that only read data."""
+    if stage.rollout is None:
+        return None
+    cond = view.batch.cond.repeat(stage.group)
+    levels, guidance = stage.rollout.levels, stage.rollout.guidance
+    student = state.roles["student"]
+    if guidance != 1:
+        student = GuidedDenoiser(student, view.batch.null.repeat(stage.group), guidance)
+    exits = draw_exits(len(view.batch.prompts), stage.group, len(levels), state.rng)
+    with torch.set_grad_enabled(with_graph):
+        return rollout_few_step(
+            student,
+            cond,
+            levels,
+            state.path,
+            state.shape,
+            exits,
+            state.rng,
+            group=stage.group,
+            live=stage.live if with_graph else frozenset(),
+            to_the_end=to_the_end or (stage.to_the_end and with_graph),
+            through=stage.rollout.through,
+            record="trajectory" in stage.needs and with_graph,
+            transition=stage.rollout.transition,
+            guidance=guidance,
+        )
+
+
+@torch.no_grad()
+def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, log: Scalars) -> Rollout | None:
+    """Reward of the final samples, and each one's advantage in its group; groups of equal rewards get none and are counted."""
+    if rollout is None or "reward" not in stage.needs:
+        return rollout
+    if state.reward_fn is None:
+        raise ValueError(f"reward: stage {stage.name!r} needs one and none was given; pass reward= to train(), or choose a recipe without")
+    prompts = [prompt for prompt in view.batch.prompts for _ in range(stage.group)]
+    x = rollout.point("final").x.detach()
+    each = torch.cat([state.reward_fn(x[rows], prompts[rows]) for rows in scoring_slices(prompts, stage.group)]).to(x)
+    each = each[:, None] if each.ndim == 1 else each
+    weights = each.new_tensor(state.weights)
+    reward = weights[0] * each[:, 0] if len(weights) == 1 else each @ weights
+    log.add("reward/train", reward.mean())
+    for i in range(len(weights) if len(weights) > 1 else 0):
+        log.add(f"reward/train/{i}", each[:, i].mean())
+    log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
+    log.add("reward/constant_groups", reward.new_tensor(constant_groups(reward, stage.group) * stage.group / len(reward)))
+    deviations: Sequence[float | None] = [None] * len(weights)
+    if stage.advantage.spread == "run":
+        now = [group_variance(column, stage.group) for column in each.unbind(1)]
+        before = state.reward_variance or now
+        state.reward_variance = [old + (new - old) / REWARD_HORIZON for old, new in zip(before, now, strict=True)]
+        deviations = [variance**0.5 for variance in state.reward_variance]
+    return replace(rollout, reward=reward, advantage=several_advantages(each, state.weights, stage.group, deviations, stage.advantage.clip))
+
+
+def scoring_slices(prompts: Sequence[str], group: int) -> list[slice]:
+    """Rows that are scored in one call: all, unless two groups of the same prompt are neighbours, which a ranker would take for one group."""
+    starts = [0] + [i for i in range(group, len(prompts), group) if prompts[i] == prompts[i - 1]]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
+
+
+def recompute(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout | None:
+    """The stored rollout with its live points predicted again by the present student: for a second inner epoch."""
+    if rollout is None:
+        return None
+
+    def predicted(where: Where, point: Point | None) -> Point | None:
+        return point.predicted_again(state.roles["student"], rollout.cond) if point and where in stage.live else point
+
+    return replace(rollout, exit=predicted("exit", rollout.exit), final=predicted("final", rollout.final))
+
+
+def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
+    """Weighs and adds the forces of each point and calls autograd once; then each objective's scalars, one by one."""
+    forces = [(force, force(view)) for force in stage.forces]
+    log_forces(forces, view, log)
+    points, gradients = [], []
+    for where in sorted(stage.live):
+        total = torch.stack([force.weight * g for force, g in forces if force.on == where]).sum(0)
+        points.append(view.samples.point(where).x)
+        gradients.append((scale * total).to(points[-1]))
+    if points:
+        torch.autograd.backward(points, gradients)
+    for objective in stage.objectives:
+        for loss in objective(view):
+            (scale * objective.weight * loss).backward()
+            log.add(f"objective/{objective.name}", loss.detach())
+
+
+def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, optim: AdamWConfig | None = None) -> None:
+    """One optimiser step of a role, as `optim` says (None: as the role's own does)."""
+    trained = state.trained[name]
+    optim = optim or trained.optim
+    lr = optim.lr_at(state.step, progress)
+    norm, finite = trained.step(lr, optim)
+    log.add(f"grad/{name}", torch.tensor(norm if finite else 0.0))
+    log.add(f"grad/{name}/skipped", torch.tensor(0.0 if finite else 1.0))
+    log.add(f"lr/{name}", torch.tensor(lr))
+
+
+@torch.no_grad()
+def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, log: Scalars) -> None:
+    """Weighted norm of each force a sample (of the batch-mean gradient times B), and the cosine of any two where their points coincide."""
+    for force, g in forces:
+        log.add(f"force/{force.name}/norm", force.weight * g.flatten(1).norm(dim=1).mean() * len(g))
+    for (f, g), (other, h) in combinations(forces, 2):
+        same = torch.ones(len(g), dtype=torch.bool, device=g.device)
+        if f.on != other.on:
+            same = view.samples.point("exit").exit_id == view.samples.point("final").exit_id
+        # rows that a force leaves alone have no direction to compare
+        same = same & (g.flatten(1).abs().sum(1) > 0) & (h.flatten(1).abs().sum(1) > 0)
+        if bool(same.any()):
+            cosine = nn.functional.cosine_similarity(g[same].flatten(1), h[same].flatten(1))
+            log.add(f"force/cosine/{f.name}~{other.name}", cosine.mean())
+
+
+class Scalars:
+    """Scalars of one iteration, averaged over micro-batches, epochs and updates; read off the device once, at the end."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        self._values.setdefault(name, []).append(value)
+
+    def means(self) -> dict[str, float]:
+        return {name: float(torch.stack([v.float().cpu() for v in values]).mean()) for name, values in self._values.items()}

@@ -1,0 +1,84 @@
+"""What the matching force sees, decoded (DM-Align, Fig. 5), and samples for the report; all as uint8 videos on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instep.core.files import write_json, write_tensors
+from instep.diffusion.rollout import rollout_few_step
+from instep.diffusion.sampling import sample_ode
+from instep.methods.matching import DistributionMatching
+from instep.methods.recipe import Recipe, Stage
+from instep.methods.term import Batch, View
+from instep.models.family import Family
+from instep.training.state import TrainState
+
+
+def to_uint8(media: Tensor) -> Tensor:
+    """Media [N, 3, F, H, W] (or images [N, 3, H, W], one frame) to uint8 [N, F, H, W, 3]."""
+    media = media if media.ndim == 5 else media[:, :, None]
+    return (media.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().contiguous()
+
+
+@torch.no_grad()
+def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Family, prompts: Sequence[str], seed: int) -> dict[str, Tensor]:
+    """Generator, fake and real prediction, force and implied target of the stage's matching force, one sample a prompt."""
+    force = next((term for term in stage.forces if isinstance(term, DistributionMatching)), None)
+    if force is None:
+        return {}
+    rng = torch.Generator(state.rng.device).manual_seed(seed)
+    n, levels = len(prompts), recipe.levels
+    batch = Batch(tuple(prompts), family.encode(prompts), family.null(n))
+    exits = torch.arange(n, device=rng.device) % len(levels)
+    rollout = rollout_few_step(state.roles["student"], batch.cond, levels, state.path, state.shape, exits, rng)
+    # no rewards are taken here: all alike, and the teacher as it is at the end of the stage
+    alike = torch.zeros(n, device=rng.device)
+    rollout = replace(rollout, reward=alike, advantage=alike)
+    seen = force.explain(View(state.roles, state.path, batch, 1.0, rng, rollout))
+    decoded = {"generator": seen.x, "fake": seen.fake, "real": seen.real, "target": seen.target}
+    views = {name: to_uint8(family.decode(x)) for name, x in decoded.items()}
+    # a force is a difference: shown as what it changes in the image, grey where nothing
+    change = family.decode(seen.target) - family.decode(seen.x)
+    views["force"] = to_uint8(0.5 + change)
+    return views | {"levels": seen.level.cpu().float(), "exits": exits.cpu()}
+
+
+def save_views(folder: Path, step: int, views: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+    if views:
+        write_tensors(folder / f"step-{step:06d}.safetensors", dict(views))
+        write_json(folder / f"step-{step:06d}.json", {"step": step, "prompts": list(prompts)})
+
+
+@torch.no_grad()
+def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence[str], seed: int, teacher_steps: int = 50) -> dict[str, Tensor]:
+    """The same prompts and noise through the teacher (many guided steps, and naively at the student's cost) and the student."""
+    device, n = state.rng.device, len(prompts)
+    cond, null = family.encode(prompts), family.null(n)
+    noise = torch.randn(n, *state.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+    def teacher(steps: int, guidance: float) -> Tensor:
+        ode = sample_ode(state.roles["teacher"], cond, null, noise, steps=steps, path=family.path, shift=family.shift, guidance=guidance)
+        return to_uint8(family.decode(ode))
+
+    rng = torch.Generator(device).manual_seed(seed + 1)
+    q = len(recipe.levels)
+    student = recipe.sampling_at(state.step)(state.roles["student"], cond, null, noise, family.path, rng)
+    return {
+        f"teacher_{teacher_steps}": teacher(teacher_steps, recipe.guidance),
+        f"naive_{q}": teacher(q, 1.0),
+        "student": to_uint8(family.decode(student)),
+    }
+
+
+def save_samples(out: Path, videos: dict[str, Tensor], prompts: Sequence[str], seed: int) -> None:
+    """`samples.safetensors` holds one row of N videos a model, `samples.json` what they are."""
+    names = list(videos)
+    write_tensors(out / "samples.safetensors", {"samples": torch.cat([videos[name] for name in names])})
+    rows: list[dict[str, Any]] = [{"name": name, "prompt": prompt} for name in names for prompt in prompts]
+    write_json(out / "samples.json", {"models": names, "prompts": list(prompts), "seed": seed, "rows": rows})
