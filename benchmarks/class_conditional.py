@@ -22,7 +22,7 @@ import torch
 from pretrain.digits import split_media
 from torch import Tensor
 
-from instep.bundled.class_classifiers import load_digit_classifier
+from instep.bundled.digit_classifiers import load_digit_classifier
 from instep.bundled.worlds import ClassDigits, class_digits
 from instep.core.files import write_json
 from instep.diffusion.sampling import sample_few_step, sample_ode

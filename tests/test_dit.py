@@ -10,7 +10,7 @@ import pytest
 import torch
 from pretrain.digits import ClassTeacherConfig, DigitClassifierConfig, DigitsConfig, deform, pretrain_digits, train_class_teacher
 
-from instep.bundled.class_classifiers import load_digit_classifier
+from instep.bundled.digit_classifiers import load_digit_classifier
 from instep.bundled.digits import WORDS, scans_of
 from instep.bundled.worlds import class_digits
 from instep.cli.sample import find_pipeline

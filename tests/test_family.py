@@ -184,7 +184,7 @@ def test_discriminator_losses_by_hand():
 
 
 def test_reward_force_is_autograd_of_its_loss(monkeypatch):
-    import instep.forces.reward as module
+    import instep.methods.reward_gradient as module
 
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
     reward = lambda x, prompts: x.sin().sum(1) * torch.tensor([float(p) + 1 for p in prompts], dtype=F64)  # noqa: E731

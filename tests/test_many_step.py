@@ -68,7 +68,7 @@ def test_every_recipe_runs_and_leaves_a_pipeline_with_its_own_scheduler(tmp_path
 
 def test_a_policy_gradient_through_a_guided_stochastic_sampler_starts_at_ratio_one(monkeypatch):
     """On the exact mixture's students: every ratio is 1 before the first update, at each of the trained steps, and leaves 1 after it."""
-    import instep.objectives.policy as module
+    import instep.methods.policy as module
 
     seen = []
     real = module.surrogate

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from judging import sample_folder
+from human_eval_helpers import sample_folder
 
 from instep.cli.main import main
 from instep.data.pairs import PreferencePair, read_pairs, write_pairs

@@ -54,7 +54,7 @@ def policy_state(objective, epochs, seed=0):
 
 
 def test_ratio_is_one_before_the_update_and_the_clip_acts_after_it(monkeypatch):
-    import instep.objectives.policy as module
+    import instep.methods.policy as module
 
     seen = []
     real = module.surrogate

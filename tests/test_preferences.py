@@ -13,8 +13,8 @@ import torch
 from tiny import byte_tokenizer
 
 from instep.bundled import digits
-from instep.bundled.class_classifiers import load_digit_classifier
 from instep.bundled.classifiers import load_classifier
+from instep.bundled.digit_classifiers import load_digit_classifier
 from instep.bundled.worlds import class_digits
 from instep.cli.main import main
 from instep.cli.rewards import load_reward

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from judging import sample_folder
+from human_eval_helpers import sample_folder
 from test_apo import NONE, ONE_EACH, PAIRS, QUICK, RANKED, TINY
 from test_run import family, rows
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instep.bundled.class_classifiers import ARCHITECTURES, DigitClassifier, load_digit_classifier
 from instep.bundled.classifiers import ClassifierName
+from instep.bundled.digit_classifiers import ARCHITECTURES, DigitClassifier, load_digit_classifier
 from instep.bundled.digits import WORDS, Split, scans_of
 from instep.core.files import write_tensors
 from instep.core.progress import Progress
@@ -24,8 +24,8 @@ from instep.diffusion.sampling import sample_ode
 from instep.models.backbone import Backbone
 from instep.models.dit import CLASSES, DiTFamily
 from instep.models.role import Role
+from pretrain.classifiers import SPLITS
 from pretrain.files import checksums, write_folder, write_json
-from pretrain.judges import SPLITS
 from pretrain.optim import Average, Optimisers, finite
 
 if TYPE_CHECKING:

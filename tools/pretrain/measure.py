@@ -15,7 +15,7 @@ from instep.bundled.digits import FRAMES, MOTIONS, SIZE, PromptSpec, describe, f
 from instep.core.progress import Progress
 from instep.models.wan_vae import decode_latents, encode_latents
 from pretrain.attention import TextBias, TrainingAttention
-from pretrain.judges import reference_videos
+from pretrain.classifiers import reference_videos
 from pretrain.teacher import STOCK_PADDING, TextTable, text_table
 
 CLASSIFIER_NAMES: tuple[ClassifierName, ...] = ("training", "monitor", "heldout")

@@ -20,8 +20,8 @@ from torch import nn
 from instep.bundled.digits import describe
 from instep.core.files import write_tensors
 from instep.models.wan_vae import decode_latents, encode_latents
+from pretrain.classifiers import CLASSIFIERS, SPLITS, ClassifierConfig, accuracy, reference_videos, train_classifier
 from pretrain.files import checksums, stage_done, write_folder, write_json
-from pretrain.judges import CLASSIFIERS, SPLITS, ClassifierConfig, accuracy, reference_videos, train_classifier
 from pretrain.measure import MeasureConfig, measure
 from pretrain.teacher import Latents, TeacherConfig, TeacherRun, cache_latents, text_table, train_teacher
 from pretrain.text import build_text_encoder, build_tokenizer

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from instep.bundled import digits
-from instep.bundled.class_classifiers import DigitClassifier, Scale, load_digit_classifier
 from instep.bundled.classifiers import Classifier, load_classifier
+from instep.bundled.digit_classifiers import DigitClassifier, Scale, load_digit_classifier
 from instep.data.first_frame import drawn_path, drawn_video
 from instep.data.media import slow_motion
 from instep.data.prompt import with_first_frame

@@ -87,7 +87,7 @@ def lab_command(specs: Sequence[str], options: LabArgs) -> int:
     console = Console()
     console.print(rich_table(runs, world))
     if options.figures:
-        from instep.lab.pictures import draw_runs
+        from instep.lab.animation import draw_runs
 
         for file in draw_runs(options.out, runs, world):
             console.print(f"[bold]{file}[/bold]", highlight=False)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from instep.cli.parse import parse, recipe_args, recipe_name
-from instep.cli.train import TrainArgs
 
 USAGE = """instep: few-step diffusion models, distilled and aligned in one training loop
 
@@ -80,8 +79,9 @@ def _main(args: list[str]) -> int:
 
 def _train(args: Sequence[str]) -> int:
     name = recipe_name(args, "train")
+    from instep.cli.train import TrainArgs, train_command
+
     recipe, options = recipe_args(name, args[1:], "train", TrainArgs)
-    from instep.cli.train import train_command
 
     return train_command(recipe, options, "instep train " + shlex.join(args))
 

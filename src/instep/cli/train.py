@@ -23,7 +23,6 @@ from instep.training.probe import Monitor, few_of
 from instep.training.run import Interrupted, Run, final_samples, train
 
 if TYPE_CHECKING:
-    from instep.cli.train import TrainArgs
     from instep.data.media import LabelledPair
     from instep.models.family import Encodes
 

@@ -1,4 +1,4 @@
-"""Sampling: few-step rollouts with a supervised exit, and the teacher's many-step ODE sampler.
+"""Few-step rollouts of the student with a supervised exit.
 
 A few-step student predicts x0 at level t_1 = 1, re-noises it with fresh noise to t_2, and so on. Training supervises one
 of the steps, the *exit* (backward simulation, DMD2): samples at their exit carry the student's graph, everything before
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
+from instep.diffusion.sampling import Step, sample
 from instep.diffusion.transitions import Renoise, Transition
 
 Where = Literal["exit", "final"]
@@ -115,34 +116,37 @@ def rollout_few_step(
     n, last = len(cond), len(levels) - 1
     assert len(exit_id) == n and (to_the_end or not record)
     chained = through == "trajectory" and "final" in live
-    x_t = torch.randn(n, *shape, generator=rng, device=rng.device)
     exits: list[tuple[Tensor, Tensor, Tensor]] = []
     steps: list[tuple[Tensor, Tensor, Tensor]] = []
-    x0 = x_t
-    for j, level in enumerate(levels):
-        t = x_t.new_full((n,), level)
-        here = exit_id == j
-        alive = torch.ones_like(here) if to_the_end else exit_id >= j
+    final: Point | None = None
+
+    def predict(step: Step) -> Tensor:
+        nonlocal final
+        x_t, t, here = step.x_t, step.t, exit_id == step.index
+        alive = torch.ones_like(here) if to_the_end else exit_id >= step.index
         graph = alive & (here if "exit" in live else torch.zeros_like(here))
-        if chained or (j == last and "final" in live):
+        if chained or (step.index == last and "final" in live):
             graph = alive
         x0 = _predict_rows(student, x_t, t, cond, graph, alive & ~graph)
         rows = here.nonzero().flatten()
         if len(rows):
             supervised = x0[rows]
-            if chained and j > 0 and "exit" in live:
+            if chained and step.index > 0 and "exit" in live:
                 supervised = student(x_t[rows].detach(), t[rows], cond[rows]).x0
             exits.append((rows, supervised, x_t[rows].detach()))
-        if j < last:
-            # the noise is drawn for the whole batch whatever the exits are, so a sample does not depend on its neighbours' exits
-            noise = torch.randn(n, *shape, generator=rng, device=rng.device)
-            before, t_next = x_t.detach(), x_t.new_full((n,), levels[j + 1])
-            x_t = transition.step(path, x0 if chained else x0.detach(), x_t if chained else before, noise, t, t_next)
-            if record:
-                steps.append((before, x_t.detach(), transition.log_prob(path, x0.detach(), before, x_t.detach(), t, t_next)))
+        if step.index == last and to_the_end:
+            final = Point(x0, x_t.detach(), t, exit_id.new_full((n,), last))
+        return x0 if chained else x0.detach()
+
+    def record_step(step: Step, x0: Tensor, x_next: Tensor) -> None:
+        if step.t_next is not None:
+            before, after = step.x_t.detach(), x_next.detach()
+            steps.append((before, after, transition.log_prob(path, x0.detach(), before, after, step.t, step.t_next)))
+
+    noise = torch.randn(n, *shape, generator=rng, device=rng.device)
+    # the noise of each transition is drawn for the whole batch whatever the exits are, so a sample does not depend on its neighbours' exits
+    sample(predict, noise, levels, path, transition, rng, record_step if record else None)
     point = _gather(exits, levels, exit_id) if exits else None
-    end = exit_id.new_full((n,), last)
-    final = Point(x0, x_t.detach(), x_t.new_full((n,), levels[-1]), end) if to_the_end else None
     return Rollout(cond, group, exit=point, final=final, trajectory=_stacked(steps, levels, transition, guidance) if record else None)
 
 

@@ -1,8 +1,8 @@
-"""Sampling: the few-step sampler, the many-step ODE sampler, and how a student is sampled."""
+"""Sampling: one loop along a list of levels, and the samplers that are made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,20 +14,67 @@ from instep.diffusion.guidance_scales import GuidanceScales
 from instep.diffusion.levels import shift_level
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
-from instep.diffusion.transitions import Deterministic
+from instep.diffusion.transitions import Deterministic, Renoise, Transition
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the loop: samples x_t [B, ...] at level t [B], on their way to t_next [B] (None at the last level)."""
+
+    index: int
+    x_t: Tensor
+    t: Tensor
+    t_next: Tensor | None
+
+
+Predict = Callable[[Step], Tensor]  # the x0 [B, ...] predicted from a step
+Callback = Callable[[Step, Tensor, Tensor], None]  # called with a step, its x0 and the samples at the next level (x0 itself after the last)
+
+
+def sample(
+    predict: Predict,
+    noise: Tensor,
+    levels: Sequence[float] | Tensor,
+    path: Path,
+    transition: Transition,
+    rng: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Runs the sampling loop, noise [B, ...] -> x0 [B, ...]: predicts x0 at each of `levels` and goes to the next one by `transition`.
+
+    The step after the last level is the x0 predicted there. Each transition takes fresh noise from `rng`, drawn for the whole batch; with `rng` None it is
+    deterministic and takes its mean. Gradients flow through whatever `predict` returns.
+    """
+    x_t, last = noise, len(levels) - 1
+    for j, level in enumerate(levels):
+        t = noise.new_full((len(noise),), float(level))
+        t_next = noise.new_full((len(noise),), float(levels[j + 1])) if j < last else None
+        step = Step(j, x_t, t, t_next)
+        x0 = predict(step)
+        if t_next is None:
+            x_t = x0
+        elif rng is None:
+            x_t, _ = transition.gaussian(path, x0, x_t, t, t_next)
+        else:
+            fresh = torch.randn(noise.shape, generator=rng, device=rng.device, dtype=noise.dtype)
+            x_t = transition.step(path, x0, x_t, fresh, t, t_next)
+        if callback is not None:
+            callback(step, x0, x_t)
+    return x_t
 
 
 @torch.no_grad()
-def sample_few_step(denoiser: Denoiser, cond: Condition, noise: Tensor, levels: Sequence[float], path: Path, rng: torch.Generator) -> Tensor:
-    """Few-step sampling: predict x0, re-noise to the next level, ...; noise [B, ...] -> x0 [B, ...]; one evaluation a level."""
-    x_t = x0 = noise
-    for j, level in enumerate(levels):
-        t = noise.new_full((len(noise),), level)
-        x0 = denoiser(x_t, t, cond).x0
-        if j + 1 < len(levels):
-            fresh = torch.randn(noise.shape, generator=rng, device=rng.device, dtype=noise.dtype)
-            x_t = path.renoise(x0, fresh, noise.new_full((len(noise),), levels[j + 1]))
-    return x0
+def sample_few_step(
+    denoiser: Denoiser,
+    cond: Condition,
+    noise: Tensor,
+    levels: Sequence[float],
+    path: Path,
+    rng: torch.Generator,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Samples a few-step student, noise [B, ...] -> x0 [B, ...]: predicts x0 and re-noises it to the next level; one evaluation a level."""
+    return sample(lambda step: denoiser(step.x_t, step.t, cond).x0, noise, levels, path, Renoise(), rng, callback)
 
 
 @torch.no_grad()
@@ -41,31 +88,39 @@ def sample_ode(
     path: Path,
     shift: float = 1.0,
     guidance: float = 1.0,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """Deterministic many-step sampling, noise [B, ...] -> x0 [B, ...]; steps evaluations, twice that if guidance is not 1.
+    """Samples the probability-flow ODE, noise [B, ...] -> x0 [B, ...]; `steps` evaluations, twice that if guidance is not 1.
 
     From level t to s the predicted x0 and eps are kept and re-mixed, x_s = a(s) x0 + b(s) eps: DDIM (eta = 0) on any path, which
     on the rectified flow is the Euler step of the probability-flow ODE. The levels are uniform, then shifted.
     """
     levels = shift_level(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
-    return _along(denoiser, cond, null, noise, levels, path, guidance)
+    return _deterministic(denoiser, cond, null, noise, levels[:-1], path, guidance, callback)
 
 
-def _along(denoiser: Denoiser, cond: Condition, null: Condition, noise: Tensor, levels: Tensor, path: Path, guidance: float) -> Tensor:
-    """Deterministic sampling along `levels` [S + 1], 1 to 0."""
-    levels = levels.to(noise)
-    x_t = noise
-    for j in range(len(levels) - 1):
-        t, s = levels[j].expand(len(noise)), levels[j + 1].expand(len(noise))
-        x0 = predict_guided(denoiser, x_t, t, cond, null, guidance).x0
-        x_t, _ = Deterministic().gaussian(path, x0, x_t, t, s)
-    return x_t
+def _deterministic(
+    denoiser: Denoiser,
+    cond: Condition,
+    null: Condition,
+    noise: Tensor,
+    levels: Sequence[float] | Tensor,
+    path: Path,
+    guidance: float,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Guided deterministic sampling along `levels`, then to a clean sample."""
+
+    def predict(step: Step) -> Tensor:
+        return predict_guided(denoiser, step.x_t, step.t, cond, null, guidance).x0
+
+    return sample(predict, noise, levels, path, Deterministic(), callback=callback)
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How a student is sampled: `few-step` at its levels (predict x0, re-noise), or a many-step one by its model's own deterministic sampler
-    (`ode`) at those levels, with `guidance`; one that is told `guidance_scales` (`diffusion/guidance_scales.py`) needs none."""
+    (`ode`) at those levels, with `guidance`. A student that is conditioned on `guidance_scales` (`diffusion/guidance_scales.py`) needs none."""
 
     levels: tuple[float, ...]
     kind: Literal["few-step", "ode"] = "few-step"
@@ -75,7 +130,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.guidance_scales is not None and (self.kind != "ode" or self.guidance != 1):
             raise ValueError(
-                f"guidance_scales: {self.guidance_scales} are not allowed for a {self.kind} sampler with guidance {self.guidance:g}; it would not hear them"
+                f"guidance_scales: {self.guidance_scales} are not allowed for a {self.kind} sampler with guidance {self.guidance:g}, which ignores them; "
+                "use the ode sampler with guidance 1"
             )
 
     def conditioned(self, cond: Condition) -> Condition:
@@ -83,9 +139,11 @@ class Sampling:
         return cond if self.guidance_scales is None else cond.with_guidance(self.guidance_scales)
 
     @torch.no_grad()
-    def __call__(self, student: Denoiser, cond: Condition, null: Condition, noise: Tensor, path: Path, rng: torch.Generator) -> Tensor:
-        """noise [B, ...] -> x0 [B, ...]."""
+    def __call__(
+        self, student: Denoiser, cond: Condition, null: Condition, noise: Tensor, path: Path, rng: torch.Generator, callback: Callback | None = None
+    ) -> Tensor:
+        """Samples, noise [B, ...] -> x0 [B, ...]."""
         cond = self.conditioned(cond)
         if self.kind == "few-step":
-            return sample_few_step(student, cond, noise, self.levels, path, rng)
-        return _along(student, cond, null, noise, torch.tensor([*self.levels, 0.0], dtype=torch.float64), path, self.guidance)
+            return sample_few_step(student, cond, noise, self.levels, path, rng, callback)
+        return _deterministic(student, cond, null, noise, self.levels, path, self.guidance, callback)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from instep.diffusion.advantage import group_advantage
 from instep.diffusion.rollout import Point, Rollout
+from instep.diffusion.sampling import Step, sample
 from instep.diffusion.transitions import Deterministic, Renoise
 from instep.lab.metrics import measure
 from instep.lab.mixture import labels
@@ -213,14 +214,14 @@ def trajectories(run: LabRun, n: int = 60, member: int = 0) -> Tensor:
     """Samples of one member on their way through the student's steps, [steps + 1, n, 2]: the noise, then each step's estimate of x0."""
     world, rng = run.world, torch.Generator().manual_seed(7)
     cond = run.recipe.sampling.conditioned(labels([str(i % world.mixture.label_count) for i in range(n)], torch.full((n,), member)))
-    x_t = torch.randn(n, 2, generator=rng)
-    seen = [x_t]
-    for j, level in enumerate(run.recipe.levels):
-        x0 = run.state.roles["student"](x_t, x_t.new_full((n,), level), cond).x0
-        seen.append(x0)
-        if j + 1 < len(run.recipe.levels):
-            step = Renoise() if run.recipe.sampler == "few-step" else Deterministic()
-            x_t = step.step(world.path, x0, x_t, torch.randn(n, 2, generator=rng), x_t.new_full((n,), level), x_t.new_full((n,), run.recipe.levels[j + 1]))
+    noise = torch.randn(n, 2, generator=rng)
+    seen = [noise]
+    transition = Renoise() if run.recipe.sampler == "few-step" else Deterministic()
+
+    def predict(step: Step) -> Tensor:
+        return run.state.roles["student"](step.x_t, step.t, cond).x0
+
+    sample(predict, noise, run.recipe.levels, world.path, transition, rng, lambda step, x0, x_next: seen.append(x0))
     return torch.stack(seen)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from instep.core.files import write_text
 from instep.core.version import __version__
 from instep.metrics.compare import Row
-from instep.report import curves, pictures, tables, words
+from instep.report import curves, figures, tables, words
 from instep.report.columns import EVERY, with_error
 from instep.report.read import RunRecord, read_runs
 from instep.report.rows import by_protocol, real_vs_real_of, rows_of, students
@@ -43,10 +43,10 @@ def page(runs: Sequence[RunRecord]) -> str:
     bodies = {
         "verdict": verdict(runs),
         "health": health(runs),
-        "samples": pictures.samples(runs),
+        "samples": figures.samples(runs),
         "metrics": tables.all_tables(runs),
         "curves": curves.curves(runs),
-        "force": pictures.views(runs),
+        "force": figures.views(runs),
         "recipe": recipes(runs),
     }
     links = "".join(f"<a href='#{key}'>{escape(short)}</a>" for key, short, _ in SECTIONS)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instep.bundled.class_classifiers import DigitClassifier, load_digit_classifier
 from instep.bundled.classifiers import Classifier, ClassifierName, load_classifier
+from instep.bundled.digit_classifiers import DigitClassifier, load_digit_classifier
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.quiet import quiet
 from instep.core.size import VideoSize

@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from judging import PROMPTS, sample_folder
+from human_eval_helpers import PROMPTS, sample_folder
 from PIL import Image
 
 from instep.cli.main import main
@@ -326,7 +326,7 @@ def test_headers_keep_a_page_to_itself(shared):
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
         assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer" and headers["cache-control"] == "no-store"
-    page = Path(main.__code__.co_filename).parent / "judge" / "page"
+    page = Path(main.__code__.co_filename).parents[1] / "human_eval" / "page"
     for file in page.iterdir():
         assert not re.search(r"https?://|//[a-z]+\.", file.read_text(encoding="utf-8")), f"{file.name} asks another machine"
 
@@ -397,7 +397,7 @@ def test_hostile_text_stays_text(tmp_path):
         status, headers, page = server.ask(server.results.split(str(server.port), 1)[1])
         assert status == 200 and b"<script" not in page and b"<img" not in page and b"<b " not in page and b"&lt;b onload=x&gt;" in page
         assert headers["content-security-policy"].startswith("default-src 'none'")
-        script = (Path(main.__code__.co_filename).parent / "judge" / "page" / "page.js").read_text(encoding="utf-8")
+        script = (Path(main.__code__.co_filename).parents[1] / "human_eval" / "page" / "page.js").read_text(encoding="utf-8")
         assert "innerHTML" not in script and "insertAdjacent" not in script and "eval" not in script
     finally:
         server.kill()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from judging import PROMPTS, sample_folder
+from human_eval_helpers import PROMPTS, sample_folder
 from PIL import Image
 
 from instep.core.files import write_json
