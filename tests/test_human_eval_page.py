@@ -86,7 +86,7 @@ class Server:
         assert status == 200
         return headers["set-cookie"].split(";")[0]
 
-    def told(self, path: str, body: object, cookie: str | None = None) -> dict:
+    def post(self, path: str, body: object, cookie: str | None = None) -> dict:
         status, _, data = self.ask(path, body, cookie=cookie or self.cookie())
         assert status == 200, data
         return json.loads(data)
@@ -112,17 +112,17 @@ def shared(tmp_path_factory, folders):
     """A server for tests that leave no answers."""
     started = Server(*folders, "--out", tmp_path_factory.mktemp("shared") / "human_eval.sqlite")
     cookie = started.cookie()
-    started.told("/api/join", {"name": "Ana"}, cookie)
+    started.post("/api/join", {"name": "Ana"}, cookie)
     yield started, cookie
     started.kill()
     assert "Traceback" not in started.said, started.said
 
 
 def answer(server: Server, name: str, count: int, answers: dict[str, str] = LEFT) -> dict:
-    state = server.told("/api/join", {"name": name})
+    state = server.post("/api/join", {"name": name})
     for i in range(count):
         body = {"name": name, "item": state["item"]["id"], "request": f"{name.encode().hex()[:20]}-request-{state['done']}-{i}", "answers": answers}
-        state = server.told("/api/answer", body)
+        state = server.post("/api/answer", body)
     return state
 
 
@@ -133,10 +133,10 @@ def test_a_killed_server_goes_on_where_it_was(server, tmp_path):
         server.kill()
         server.start(port)
         assert server.annotator == link, "open pages go on with the same link"
-        state = server.told("/api/state", {"name": "Ana"}, cookie)
+        state = server.post("/api/state", {"name": "Ana"}, cookie)
         last = {"name": "Ana", "item": state["item"]["id"], "request": f"after-kill-{state['done']}", "answers": LEFT}
-        assert server.told("/api/answer", last, cookie)["done"] == state["done"] + 1
-        assert server.told("/api/answer", last, cookie)["done"] == state["done"] + 1, "sent again, counted once"
+        assert server.post("/api/answer", last, cookie)["done"] == state["done"] + 1
+        assert server.post("/api/answer", last, cookie)["done"] == state["done"] + 1, "sent again, counted once"
     assert answer(server, "Bo", 6)["item"] is None
     store = Store(tmp_path / "human_eval.sqlite")
     assert store.progress() == [("Ana", 4, 6), ("Bo", 6, 6)] and len(store.votes()) == 40
@@ -146,11 +146,11 @@ def test_a_killed_server_goes_on_where_it_was(server, tmp_path):
 
 def test_undo_and_conflicts(server):
     state = answer(server, "Ana", 1)
-    undone = server.told("/api/undo", {"name": "Ana", "request": "undo-0001"})
-    again = server.told("/api/undo", {"name": "Ana", "request": "undo-0001"})
+    undone = server.post("/api/undo", {"name": "Ana", "request": "undo-0001"})
+    again = server.post("/api/undo", {"name": "Ana", "request": "undo-0001"})
     assert undone == again and undone["done"] == 0 and undone["item"]["before"] == LEFT and undone["item"]["id"] != state["item"]["id"]
     body = {"name": "Ana", "item": undone["item"]["id"], "request": "request-b", "answers": LEFT | {"overall": "equal"}}
-    assert server.told("/api/answer", body)["done"] == 1
+    assert server.post("/api/answer", body)["done"] == 1
     status, _, data = server.ask("/api/answer", body | {"request": "request-c", "answers": LEFT}, cookie=server.cookie())
     assert status == 409 and b"undo it first" in data
 
@@ -159,7 +159,7 @@ def test_the_page_is_blind(server, tmp_path):
     """Nothing that is sent to annotators names a run, a file or a folder, in words, headers or images."""
     cookie = server.cookie()
     answers = [server.ask(path, cookie=cookie) for path in ("/", "/page.js", "/style.css")]
-    state, shown = server.told("/api/join", {"name": "Ana"}, cookie), Counter()
+    state, shown = server.post("/api/join", {"name": "Ana"}, cookie), Counter()
     while state["item"]:
         answers.append((200, {}, json.dumps(state).encode()))
         for side in ("left", "right"):
@@ -169,7 +169,7 @@ def test_the_page_is_blind(server, tmp_path):
             colours = {colour for _, colour in sheet.convert("RGB").getcolors()}
         shown["red" if (255, 0, 0) in colours else "blue"] += 1
         body = {"name": "Ana", "item": state["item"]["id"], "request": f"request-{state['done']}", "answers": LEFT}
-        state = server.told("/api/answer", body, cookie)
+        state = server.post("/api/answer", body, cookie)
     assert shown == {"red": 3, "blue": 3}, "on the left as often"
     answers.append(server.ask("/media/none", cookie=cookie))
     for _, headers, body in answers:
@@ -295,7 +295,7 @@ def test_malformed_input_is_a_clear_refusal(shared, raw):
 
 def test_answers_that_are_none(shared):
     server, cookie = shared
-    item = server.told("/api/state", {"name": "Ana"}, cookie)["item"]["id"]
+    item = server.post("/api/state", {"name": "Ana"}, cookie)["item"]["id"]
     good = {"name": "Ana", "item": item, "request": "request-1", "answers": LEFT}
     for change in (
         {"item": "../../etc"},
@@ -314,7 +314,7 @@ def test_answers_that_are_none(shared):
     ):
         status, _, data = server.ask("/api/answer", good | change, cookie=cookie)
         assert status == 422 and json.loads(data)["error"], (change, status, data)
-    assert server.told("/api/state", {"name": "Ana"}, cookie)["done"] == 0
+    assert server.post("/api/state", {"name": "Ana"}, cookie)["done"] == 0
     for method_path in ("/api/answer", "/api/join"):
         assert server.ask(method_path, cookie=cookie)[0] == 405
 
@@ -339,7 +339,7 @@ def test_videos_are_sent_in_ranges(tmp_path):
     server = Server(tmp_path / "one", tmp_path / "two", "--out", tmp_path / "v.sqlite", "--questions", "overall", "waves=Which waves look wet?")
     try:
         cookie = server.cookie()
-        state = server.told("/api/join", {"name": "Ana"}, cookie)
+        state = server.post("/api/join", {"name": "Ana"}, cookie)
         assert [q["label"] for q in state["questions"]] == ["Overall", "Which waves look wet?"] and state["item"]["left"]["kind"] == "video"
         status, headers, data = server.ask(f"/media/{state['item']['left']['id']}", cookie=cookie, Range="bytes=4-7")
         assert (status, data, headers["content-type"]) == (206, b"ftyp", "video/mp4")
@@ -412,7 +412,7 @@ def test_a_store_that_cannot_be_written_keeps_the_answer_waiting(server, tmp_pat
     assert status == 503 and b"nothing was kept" in data
     holder.execute("ALTER TABLE away RENAME TO answer")
     holder.close()
-    assert server.told("/api/answer", body)["done"] == 1
+    assert server.post("/api/answer", body)["done"] == 1
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: the page itself is not tried")

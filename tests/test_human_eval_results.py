@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instep.core.statistics import wilson
-from instep.human_eval.results import distortion, fleiss_kappa, mean, preference, score, total
+from instep.human_eval.results import distortion, fleiss_kappa, mean, preference, question_score, total
 from instep.human_eval.store import Vote
 
 FLEISS_1971 = [  # ten subjects, fourteen raters, five categories: the textbook example, kappa 0.210
@@ -100,14 +100,14 @@ def test_scores_and_their_difference():
     votes = []
     for i in range(12):
         votes += [vote(f"a{i}", "2" if i % 3 else "1", prompt=f"p{i}", run=0), vote(f"b{i}", "1" if i % 3 else "0", prompt=f"p{i}", run=1)]
-    got = score("motion_aesthetics", votes)
+    got = question_score("motion_aesthetics", votes)
     assert got.a.value == pytest.approx(20 / 12) and got.b.value == pytest.approx(8 / 12)
     # both runs move with the prompt, so their difference is known exactly although neither mean is
     assert (got.difference.value, got.difference.low, got.difference.high) == pytest.approx((1, 1, 1)) and got.a.high - got.a.low > 0.3
     summed = total([votes, votes])
     assert summed.a.value == pytest.approx(2 * got.a.value) and summed.difference.value == pytest.approx(2)
     assert (summed.a.low, summed.a.high) == pytest.approx((2 * got.a.low, 2 * got.a.high))
-    only = score("x", [v for v in votes if v.run == 0])
+    only = question_score("x", [v for v in votes if v.run == 0])
     assert only.b is None and only.difference is None
 
 

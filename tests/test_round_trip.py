@@ -63,14 +63,14 @@ def evaluated(tmp_path_factory):
     try:
         cookie, lefts = server.cookie(), set()
         for i, name in enumerate(NAMES):
-            state = server.told("/api/join", {"name": name}, cookie)
+            state = server.post("/api/join", {"name": name}, cookie)
             while (item := state["item"]) is not None:
                 light = {side: brightness(server, item[side]["id"], cookie) for side in ("left", "right")}
                 sides_of = {"b": max(light, key=light.get), "a": min(light, key=light.get), "equal": "equal"}
                 lefts.add(sides_of["b"])
                 answer = {"overall": sides_of[ANSWERS[item["prompt"]][i]]}
                 body = {"name": name, "item": item["id"], "request": f"{name}-{item['id']}", "answers": answer}
-                state = server.told("/api/answer", body, cookie)
+                state = server.post("/api/answer", body, cookie)
     finally:
         server.kill()
     assert lefts == {"left", "right"}, "B is shown on both sides"

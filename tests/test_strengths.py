@@ -261,7 +261,7 @@ def test_it_costs_what_its_ranges_ask_for():
     assert drawn.passes(1) == (2.0, 1.0) and drawn.skips == ()
     assert GuidanceDistillation(draw=RANGE, blocks=(1,)).passes(1) == (3.0, 1.0) and GuidanceDistillation(draw=RANGE, blocks=(1,)).skips == (1,)
     assert GuidanceDistillation(draw=GuidanceRange((1.0, 1.0), (0.0, 1.0)), blocks=(1,)).passes(1) == (2.0, 1.0)
-    with pytest.raises(ValueError, match="skip_blocks: none, and skip-layer guidance of strength 1"):
+    with pytest.raises(ValueError, match="skip_blocks: none, and skip-layer guidance of scale 1"):
         GuidanceDistillation(draw=RANGE)
     with pytest.raises(ValueError, match="guidance: 1 is none, and there is nothing to distil"):
         GuidanceDistillation(draw=GuidanceRange((1.0, 1.0)))

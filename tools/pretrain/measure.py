@@ -67,8 +67,8 @@ class Sampler:
                 if guidance == 1:
                     v = self._velocity(x, t, rows, padding)
                 else:
-                    said, unsaid = self._velocity(torch.cat([x, x]), t, torch.cat([rows, null]), padding).chunk(2)
-                    v = unsaid + guidance * (said - unsaid)
+                    conditional, unconditional = self._velocity(torch.cat([x, x]), t, torch.cat([rows, null]), padding).chunk(2)
+                    v = unconditional + guidance * (conditional - unconditional)
                 x = x + (after - t) * v
             out.append(decode_latents(self.pipe.vae, x).clamp(0, 1))
         return torch.cat(out)

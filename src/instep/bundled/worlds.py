@@ -78,8 +78,8 @@ class MovingDigits:
         images, so that what is learned is motion).
         """
         rng = torch.Generator().manual_seed(seed)
-        said = [spec for spec in map(digits.parse, self.prompts) if spec.digit is not None or spec.direction is not None]
-        specs = [said[i] for i in torch.randint(len(said), (n,), generator=rng).tolist()]
+        specific = [spec for spec in map(digits.parse, self.prompts) if spec.digit is not None or spec.direction is not None]
+        specs = [specific[i] for i in torch.randint(len(specific), (n,), generator=rng).tolist()]
         scans, shown, motions = digits.draw("train", specs, rng)
         paths = digits.random_paths(motions, rng)
         good = digits.place(scans, *paths)[:, None].expand(-1, 3, -1, -1, -1)
@@ -132,8 +132,8 @@ class MovingDigitsI2V:
         slow motion is drawn as often where the video moves.
         """
         rng = torch.Generator().manual_seed(seed)
-        said = [p for p in digits.training_prompts() if (spec := digits.parse(p)).digit is not None or spec.direction is not None]
-        names = self._with_first_frames(n, seed, said)
+        specific = [p for p in digits.training_prompts() if (spec := digits.parse(p)).digit is not None or spec.direction is not None]
+        names = self._with_first_frames(n, seed, specific)
         made = [_begun_alike(name, rng) for name in names]
         return PairSamples(names, *(encoded(self.family, torch.stack(media)) for media in zip(*made, strict=True)))
 

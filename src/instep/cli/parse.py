@@ -15,14 +15,14 @@ def parse(kind: Any, args: Sequence[str], command: str, description: str | None 
     """Options as an object; what is wrong with them comes as a ValueError in one line, as everywhere else, in place of tyro's box."""
     import tyro
 
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             return tyro.cli(kind, args=list(args), prog=f"instep {command}", description=description)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(f"{rephrased(said.getvalue())} (see instep {command} --help)") from None
+        raise ValueError(f"{rephrased(errors.getvalue())} (see instep {command} --help)") from None
 
 
 def rephrased(box: str) -> str:

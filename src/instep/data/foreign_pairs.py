@@ -57,7 +57,7 @@ def _pair(row: dict[str, Any], columns: Columns, root: Path, store: Path, questi
         return PreferencePair(prompt, _media(row, columns.chosen, root, store), _media(row, columns.rejected, root, store), question)
     first, second = _media(row, columns.first, root, store), _media(row, columns.second, root, store)
     label = row[columns.label]
-    matches = [_same(label, meant) for meant in columns.labels]
+    matches = [_same(label, target) for target in columns.labels]
     if not any(matches):
         raise ValueError(f"{columns.label}: {label!r} is not allowed; allowed: {', '.join(columns.labels)} (first, second, tie)")
     if matches[2]:
@@ -65,12 +65,12 @@ def _pair(row: dict[str, Any], columns: Columns, root: Path, store: Path, questi
     return PreferencePair(prompt, *((first, second) if matches[0] else (second, first)), question)
 
 
-def _same(label: Any, meant: str) -> bool:
+def _same(label: Any, target: str) -> bool:
     """A label as text, or as a number: 1, 1.0 and "1" are alike."""
-    if str(label).strip().casefold() == meant.strip().casefold():
+    if str(label).strip().casefold() == target.strip().casefold():
         return True
     try:
-        return not isinstance(label, bool) and float(label) == float(meant)
+        return not isinstance(label, bool) and float(label) == float(target)
     except (TypeError, ValueError):
         return False
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import Literal
 
 from instep.core.statistics import Interval
-from instep.human_eval.results import Distortion, Results, Score
+from instep.human_eval.results import Distortion, QuestionScore, Results
 
 WIDTH, LEFT, RIGHT, TOP = 520, 8, 64, 6  # narrow: the letters stay legible on a phone
 FEW = 20
@@ -61,7 +61,7 @@ def _scores(results: Results) -> str:
     if results.scores:
         rows = [(results.label(s.question), [(x, side) for x, side in ((s.a, "a"), (s.b, "b")) if x]) for s in results.scores]
         out += f"<h2>Mean opinion scores, 0 to 2, 95% interval</h2>{forest(rows, (0.0, 2.0), _plain, ends=('poor', 'good'))}"
-        scores: list[Score] = [*results.scores, *([results.overall] if results.overall else [])]
+        scores: list[QuestionScore] = [*results.scores, *([results.overall] if results.overall else [])]
         names = [results.label(s.question) for s in results.scores] + ["Overall (sum)"]
         cells = [
             [name, *(_of(x, _plain) if x else "-" for x in (s.a, s.b)), _of(s.difference, _difference) if s.difference else "-", kappa_text(s.kappa)]
@@ -113,8 +113,8 @@ def forest(
         parts.append(f'<text class="end" x="{x(low):.1f}" y="{bottom + 36}">← {escape(ends[0])}</text>')
         parts.append(f'<text class="end" x="{x(high):.1f}" y="{bottom + 36}" text-anchor="end">{escape(ends[1])} →</text>')
     height = bottom + (46 if ends else 28)
-    said = "; ".join(f"{name}: {', '.join(_words(interval, shown) for interval, _ in marks)}" for name, marks in rows)
-    return f'<div class="forest"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(said, quote=True)}">{"".join(parts)}</svg></div>'
+    description = "; ".join(f"{name}: {', '.join(_words(interval, shown) for interval, _ in marks)}" for name, marks in rows)
+    return f'<div class="forest"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(description, quote=True)}">{"".join(parts)}</svg></div>'
 
 
 def interval_text(interval: Interval | None, kind: Literal["percent", "plain", "signed"]) -> str:

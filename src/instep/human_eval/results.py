@@ -40,7 +40,7 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Score:
+class QuestionScore:
     """Mean opinion score of one question, in [0, 2], of A and of B, and their difference (A - B)."""
 
     question: str
@@ -69,8 +69,8 @@ class Results:
     prompts: int  # of which there are answers
     labels: tuple[tuple[str, str], ...]  # the questions' keys and words
     preferences: tuple[Preference, ...] = ()
-    scores: tuple[Score, ...] = ()
-    overall: Score | None = None
+    scores: tuple[QuestionScore, ...] = ()
+    overall: QuestionScore | None = None
     distortion: Distortion | None = None
 
     def label(self, key: str) -> str:
@@ -85,10 +85,10 @@ def results(store: Store, seed: int = 0) -> Results:
         by_question[vote.question].append(vote)
     head = (store.runs, store.mode, tuple(store.progress()), len({vote.prompt for vote in votes}), tuple((q.key, q.label) for q in store.questions))
     if store.mode == "pairs":
-        told = tuple(preference(question, rows, seed) for question, rows in by_question.items() if rows)
-        return Results(*head, preferences=told)
+        preferences = tuple(preference(question, rows, seed) for question, rows in by_question.items() if rows)
+        return Results(*head, preferences=preferences)
     scored = {question: rows for question, rows in by_question.items() if question != DISTORTED and rows}
-    scores = tuple(score(question, rows, seed) for question, rows in scored.items())
+    scores = tuple(question_score(question, rows, seed) for question, rows in scored.items())
     overall = total(list(scored.values()), seed) if len(scored) > 1 else None
     seen = by_question.get(DISTORTED)
     return Results(*head, scores=scores, overall=overall, distortion=distortion(seen) if seen else None)
@@ -119,14 +119,14 @@ def preference(question: str, votes: Sequence[Vote], seed: int = 0) -> Preferenc
     )
 
 
-def score(question: str, votes: Sequence[Vote], seed: int = 0) -> Score:
+def question_score(question: str, votes: Sequence[Vote], seed: int = 0) -> QuestionScore:
     """Mean opinion scores of one question's answers 0, 1, 2."""
-    return Score(question, *_both([votes], seed), kappa=kappa_of(votes, ("0", "1", "2")))
+    return QuestionScore(question, *_both([votes], seed), kappa=kappa_of(votes, ("0", "1", "2")))
 
 
-def total(questions: Sequence[Sequence[Vote]], seed: int = 0) -> Score:
+def total(questions: Sequence[Sequence[Vote]], seed: int = 0) -> QuestionScore:
     """Sum of the questions' mean scores; every question is resampled with the same prompts."""
-    return Score("overall", *_both(questions, seed), kappa=None)
+    return QuestionScore("overall", *_both(questions, seed), kappa=None)
 
 
 def distortion(votes: Sequence[Vote]) -> Distortion:
@@ -150,10 +150,10 @@ def fleiss_kappa(table: Sequence[Sequence[int]]) -> float | None:
     P is the mean over items of (sum_j n_ij^2 - n_i) / (n_i (n_i - 1)), P_e the sum of the categories' squared shares. Items with fewer than two
     answers say nothing of agreement and are left out; n_i may differ. 1 is perfect, 0 chance. None without such items, or if only one category occurs.
     """
-    told = [row for row in table if sum(row) >= 2]
-    if not told:
+    rated = [row for row in table if sum(row) >= 2]
+    if not rated:
         return None
-    counts = np.asarray(told, dtype=np.float64)
+    counts = np.asarray(rated, dtype=np.float64)
     n = counts.sum(1)
     observed = float((((counts**2).sum(1) - n) / (n * (n - 1))).mean())
     chance = float(((counts.sum(0) / n.sum()) ** 2).sum())

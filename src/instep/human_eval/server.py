@@ -58,8 +58,8 @@ def create_app(store: Store) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
         # without the input itself, which need not be text that can be sent
-        said = "; ".join(f"{'.'.join(str(part)[:40] for part in e['loc'][1:])}: {e['msg']}" for e in error.errors()[:5])
-        return _error(422, said.encode("ascii", "replace").decode())
+        problems = "; ".join(f"{'.'.join(str(part)[:40] for part in e['loc'][1:])}: {e['msg']}" for e in error.errors()[:5])
+        return _error(422, problems.encode("ascii", "replace").decode())
 
     @app.exception_handler(AnyHTTPException)
     def refused(request: Request, error: AnyHTTPException) -> Response:
@@ -74,7 +74,7 @@ def create_app(store: Store) -> FastAPI:
         return _error(422, str(error).encode("ascii", "replace").decode())
 
     @app.exception_handler(sqlite3.OperationalError)
-    def unwritten(request: Request, error: sqlite3.OperationalError) -> Response:
+    def unavailable(request: Request, error: sqlite3.OperationalError) -> Response:
         return _error(503, f"store: nothing was kept ({error}); the page sends it again")  # a full disk, a lock: the page repeats what gets a 5xx
 
     @app.get("/")

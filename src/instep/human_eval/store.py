@@ -209,8 +209,8 @@ class Store:
             ).fetchall()
         pairs, votes = self.mode == "pairs", []
         for name, item, prompt, seed, question, value, run, swapped in rows:
-            told = _told(value, bool(swapped)) if pairs else value
-            votes.append(Vote(name, item, prompt, seed, question, told, None if pairs else run, bool(swapped)))
+            answer = _by_side(value, bool(swapped)) if pairs else value
+            votes.append(Vote(name, item, prompt, seed, question, answer, None if pairs else run, bool(swapped)))
         return votes
 
     def items(self) -> dict[str, tuple[Media, Media | None]]:
@@ -247,7 +247,7 @@ def clean_name(name: str) -> tuple[str, str]:
     return text, unicodedata.normalize("NFKC", text).casefold()
 
 
-def _told(value: str, swapped: bool) -> str:
+def _by_side(value: str, swapped: bool) -> str:
     """left, right or equal as a, b or equal."""
     return "equal" if value == "equal" else "b" if (value == "left") == swapped else "a"
 

@@ -152,6 +152,6 @@ def health(run: RunRecord) -> str:
     for flag, f in sorted(flags.items(), key=lambda item: (item[1]["until"] is not None, item[1]["level"])):
         when = f"from step {f['from']}, still open at the end" if f["until"] is None else f"step {f['from']} to {f['until']}, then cleared"
         badge = f["level"] if f["until"] is None else "cleared"
-        said = f"<b>{escape(flag)}</b> {escape(f['text'])}<small>{escape(when)}</small>"
-        lines.append(f"<li class='{badge}'><span class='badge'>{badge}</span><div>{said}</div></li>")
+        item = f"<b>{escape(flag)}</b> {escape(f['text'])}<small>{escape(when)}</small>"
+        lines.append(f"<li class='{badge}'><span class='badge'>{badge}</span><div>{item}</div></li>")
     return f"<ul class='health'>{''.join(lines)}</ul>"

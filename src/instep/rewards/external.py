@@ -91,14 +91,14 @@ class CommandReward:
         try:
             out, err = process.communicate(given, timeout=self.timeout)
         except subprocess.TimeoutExpired as slow:
-            said = _end(process) or (slow.stderr or b"").decode("utf-8", "replace")
-            raise _TooSlow(f"the command did not end within {self.timeout:g} seconds" + _said(said)) from None
+            stderr = _end(process) or (slow.stderr or b"").decode("utf-8", "replace")
+            raise _TooSlow(f"the command did not end within {self.timeout:g} seconds" + _stderr_text(stderr)) from None
         except BaseException:
             _end(process)
             raise
         if process.returncode:
             how = f"exit status {process.returncode}" if process.returncode > 0 else f"signal {signal.Signals(-process.returncode).name}"
-            raise _Crashed(f"the command ended with {how}" + _said(err))
+            raise _Crashed(f"the command ended with {how}" + _stderr_text(err))
         return out
 
     def _numbers(self, out: str) -> list[object]:
@@ -147,5 +147,5 @@ def _end(process: subprocess.Popen[str]) -> str:
     return ""
 
 
-def _said(err: str) -> str:
+def _stderr_text(err: str) -> str:
     return f" and said on standard error: {tail(err)}" if err.strip() else " and said nothing on standard error"

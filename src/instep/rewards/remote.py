@@ -134,11 +134,11 @@ class HttpReward:
                 f"reward {self.name!r}: the server answered {status} to {where!r}, and no redirect is followed; give that address if it is right"
             )
         try:
-            said = error.read(2000).decode("utf-8", "replace")
+            body = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
-            said = ""
-        said = said.replace(secret_of(self.token), "***") if self.token is not None else said
-        text = f"the server answered {status}" + (f": {tail(said)}" if said.strip() else "")
+            body = ""
+        body = body.replace(secret_of(self.token), "***") if self.token is not None else body
+        text = f"the server answered {status}" + (f": {tail(body)}" if body.strip() else "")
         if error.code >= 500:
             return _Again(text, of_the_samples=True)
         if error.code in NOT_THE_SAMPLES:

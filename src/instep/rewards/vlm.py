@@ -60,10 +60,10 @@ def label_of(answer: str, domain: Domain) -> int:
     number, sentence = (int(found[1]), found[2]) if found else (None, text)
     plain = [option.rstrip(".").lower() for option in OPTIONS[domain]]
     if sentence:
-        said = plain.index(sentence.rstrip(".").lower()) + 1 if sentence.rstrip(".").lower() in plain else None
-        if said is None or number not in (None, said):
+        named = plain.index(sentence.rstrip(".").lower()) + 1 if sentence.rstrip(".").lower() in plain else None
+        if named is None or number not in (None, named):
             raise ValueError(f"{answer!r} is none of the four options")
-        return said
+        return named
     if number is None:
         raise ValueError(f"{answer!r} is none of the four options")
     return number
@@ -110,8 +110,8 @@ class OpenAIEndpoint:
             with opener(self.base_url).open(request, timeout=self.timeout) as reply:
                 return str(json.load(reply)["choices"][0]["message"]["content"])
         except urllib.error.HTTPError as error:
-            said = error.read(300).decode(errors="replace")
-            raise OSError(f"HTTP {error.code}: {said.replace(self.api_key, '***') if self.api_key else said}") from error
+            reply_text = error.read(300).decode(errors="replace")
+            raise OSError(f"HTTP {error.code}: {reply_text.replace(self.api_key, '***') if self.api_key else reply_text}") from error
         except http.client.HTTPException as error:
             raise OSError(f"no complete answer ({type(error).__name__})") from error
         except (KeyError, IndexError, TypeError) as error:

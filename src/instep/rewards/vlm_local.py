@@ -39,8 +39,8 @@ class TransformersEndpoint:
         given = self.processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt")
         given = given.to(self.network.device, self.network.dtype)
         with torch.no_grad():
-            said = self.network.generate(**given, max_new_tokens=self.max_new_tokens)
-        return self.processor.batch_decode(said[:, given["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+            output = self.network.generate(**given, max_new_tokens=self.max_new_tokens)
+        return self.processor.batch_decode(output[:, given["input_ids"].shape[1] :], skip_special_tokens=True)[0]
 
 
 def transformers_endpoint(model: str, device: str = "cpu", dtype: Dtype = "bfloat16", max_new_tokens: int = 64) -> TransformersEndpoint:
@@ -61,7 +61,7 @@ def transformers_endpoint(model: str, device: str = "cpu", dtype: Dtype = "bfloa
         raise ValueError(f"model: {model!r} cannot be loaded ({reason}); give the folder of an image-text-to-text model with .safetensors") from error
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"model: {model!r} has no chat template, so it cannot be asked; give one that was tuned to follow instructions")
-    # of what it says of decoding only where answers begin and end is kept: penalties and forbidden repetitions could keep an option from being said
+    # of what it says of decoding only where answers begin and end is kept: penalties and forbidden repetitions could keep an option from being output
     own = network.generation_config
     network.generation_config = GenerationConfig(do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
     network.eval().requires_grad_(False).to(device)

@@ -28,10 +28,10 @@ async function post(path, body) {
   for (;;) {
     try {
       const answer = await fetch(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
-      const told = await answer.json();
+      const data = await answer.json();
       if (answer.status < 500) {
         trouble("");
-        return { status: answer.status, told };
+        return { status: answer.status, data };
       }
     } catch { /* not reached */ }
     trouble("The server does not answer. Your answer is kept on this page and sent again until it does.");
@@ -47,16 +47,16 @@ async function send(path, body) {
   if (busy) return;
   busy = true;
   kept.set("pending", { path, body });
-  const { status, told } = await post(path, body);
+  const { status, data } = await post(path, body);
   kept.set("pending", null);
   busy = false;
-  if (status === 200) return show(told);
+  if (status === 200) return show(data);
   if (status === 409) {
     const now = await post("/api/state", { name });
-    if (now.status === 200) show(now.told);
+    if (now.status === 200) show(now.data);
     return trouble("This item was answered already, in another window perhaps. Undo to change it.");
   }
-  trouble(told.error);
+  trouble(data.error);
   if (status === 422 && path !== "/api/answer") { name = null; kept.set("name", null); view("start"); }
 }
 
@@ -244,12 +244,12 @@ $("next").addEventListener("click", submit);
 $("undo").addEventListener("click", (event) => { event.currentTarget.blur(); undo(); });
 $("join").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const { status, told } = await post("/api/join", { name: $("name").value });
-  if (status !== 200) return trouble(told.error);
-  name = told.name;
+  const { status, data } = await post("/api/join", { name: $("name").value });
+  if (status !== 200) return trouble(data.error);
+  name = data.name;
   kept.set("name", name);
   kept.set("draft", null);
-  show(told);
+  show(data);
 });
 
 document.addEventListener("keydown", (event) => {
@@ -272,9 +272,9 @@ document.addEventListener("keydown", (event) => {
   const pending = kept.get("pending");
   if (name && pending) return send(pending.path, pending.body);
   if (name) {
-    const { status, told } = await post("/api/state", { name });
-    if (status === 200) return show(told);
-    if (status === 401) return trouble(told.error);
+    const { status, data } = await post("/api/state", { name });
+    if (status === 200) return show(data);
+    if (status === 401) return trouble(data.error);
     name = null;
   }
   $("task").textContent = "You will see samples of the same prompt and say how good they are. What made them is hidden, and the order is drawn for you alone.";
