@@ -77,14 +77,14 @@ def _one(text: str) -> Any:
         raise ValueError(f"reward: {text!r} is empty between commas; give one of {FORMS}")
     allowed = _settings(name)
     given: dict[str, Any] = {}
-    for key, text in settings.items():
+    for key, value in settings.items():
         if key not in allowed:
             takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none: its speed is per frame of the whole video"
             raise ValueError(f"reward: {key!r} is no setting of {name!r}; {takes}")
         try:
-            given[key] = allowed[key](text)
+            given[key] = allowed[key](value)
         except ValueError:
-            raise ValueError(f"reward: {key}={text} of {name!r} is not allowed; it is a {'whole ' if allowed[key] is int else ''}number") from None
+            raise ValueError(f"reward: {key}={value} of {name!r} is not allowed; it is a {'whole ' if allowed[key] is int else ''}number") from None
     ranks = name.startswith("vlm:")
     frames, clip = (None, None) if ranks else (given.pop("frames", None), given.pop("clip", None))
     if frames is not None and clip is not None:
