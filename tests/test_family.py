@@ -240,7 +240,7 @@ def test_a_constant_group_moves_as_under_plain_matching():
 
 @pytest.mark.parametrize(("k", "value"), [(12, 12.7), (3, 1000.1), (7, 100.1), (6, 25.3)])
 def test_equal_rewards_of_any_size_give_no_advantage(k, value):
-    """The mean of equal float32 numbers is off by rounding of their own size; divided by a fixed floor it was an advantage near 1."""
+    """The mean of equal float32 numbers is off by rounding of their own size; divided by eps it was an advantage near 1."""
     reward = torch.full((k,), value)
     assert not group_advantage(reward, k, clip=1.0).any() and constant_groups(reward, k) == 1
     reward[0] += 0.01 * value

@@ -266,7 +266,7 @@ def test_what_metrics_say_of_a_run(tmp_path, monkeypatch):
 
     for name in ("evaluate", "real_vs_real_row", "baseline"):
         monkeypatch.setattr(module, name, row)
-    for name in ("load", "student_of", "drawn"):
+    for name in ("load", "student_of", "sampler_of"):
         monkeypatch.setattr(module, name, lambda *args, **more: None)
     run = make_run(tmp_path / "run")
 

@@ -19,19 +19,19 @@ def group_variance(reward: Tensor, group: int) -> float:
     return float(_by_group(reward, group).var(1, unbiased=False).mean())
 
 
-def group_advantage(reward: Tensor, group: int, *, deviation: float | None = None, floor: float = 1e-6, clip: float | None = None) -> Tensor:
-    """(R - group mean) / (deviation + floor), [B] -> [B]; zero for a group of equal rewards (GRPO; AMD Eq. 12 with clip = 1).
+def group_advantage(reward: Tensor, group: int, *, deviation: float | None = None, eps: float = 1e-6, clip: float | None = None) -> Tensor:
+    """(R - group mean) / (deviation + eps), [B] -> [B]; zero for a group of equal rewards (GRPO; AMD Eq. 12 with clip = 1).
 
     `deviation` None is each group's own (the population's, divides by K); a number is shared by all groups, so that groups which
-    differ little get small advantages. Without the exact zero a constant group's rounding error would be divided by the floor and
+    differ little get small advantages. Without the exact zero a constant group's rounding error would be divided by eps and
     saturate.
     """
     rewards = _by_group(reward, group)
     centred = rewards - rewards.mean(1, keepdim=True)
     own = rewards.std(1, unbiased=False, keepdim=True)
-    constant = _constant(rewards, floor)
+    constant = _constant(rewards, eps)
     spread = own if deviation is None else torch.full_like(own, deviation)
-    a = torch.where(constant, torch.zeros_like(centred), centred / (spread + floor)).reshape(-1)
+    a = torch.where(constant, torch.zeros_like(centred), centred / (spread + eps)).reshape(-1)
     return a if clip is None else a.clamp(-clip, clip)
 
 
@@ -45,16 +45,16 @@ def several_advantages(rewards: Tensor, weights: Sequence[float], group: int, de
     return total if clip is None else total.clamp(-clip, clip)
 
 
-def constant_groups(reward: Tensor, group: int, floor: float = 1e-6) -> int:
+def constant_groups(reward: Tensor, group: int, eps: float = 1e-6) -> int:
     """How many groups have no spread in reward, and hence no advantage."""
-    return int(_constant(_by_group(reward, group), floor).sum())
+    return int(_constant(_by_group(reward, group), eps).sum())
 
 
-def _constant(rewards: Tensor, floor: float) -> Tensor:
+def _constant(rewards: Tensor, eps: float) -> Tensor:
     """Which groups [G, 1] of rewards [G, K] are equal, but for rounding: the mean of equal numbers is off by their own size, and by more than
-    a fixed floor where they are large."""
+    eps alone where they are large."""
     size = rewards.abs().amax(1, keepdim=True).clamp(min=1)
-    return rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) <= floor * size
+    return rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) <= eps * size
 
 
 def top_n(reward: Tensor, group: int, n: int) -> Tensor:
