@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="this platform has no
 HOLDER = """
 import sys
 from pathlib import Path
-from instep.training.lock import run_lock
+from instep.core.lock import run_lock
 with run_lock(Path({folder!r})):
     print("held", flush=True)
     sys.stdin.read()

@@ -215,7 +215,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, name):
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from instep.files import append_text
+from instep.core.files import append_text
 file = Path({file!r})
 append_text(file, "first\\n")
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))

@@ -53,7 +53,7 @@ def videos(seed: int, bright: int) -> torch.Tensor:
 def evaluated(tmp_path_factory):
     """Samples of two seeds, evaluated through a running server by scripts that see what the page shows, and exported."""
     pytest.importorskip("fastapi")
-    from test_judge_page import Server
+    from test_human_eval_page import Server
 
     folder = tmp_path_factory.mktemp("trip")
     sides = {"a": videos(0, 0), "b": videos(1, 1)}
