@@ -25,6 +25,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, animation
   instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, moving-digits-i2v, or digits (class-conditional images)
 
+RECIPE is one that `instep recipes` lists, or module:function for one of your own.
 Begin with:  instep train dm-align-group --out runs/first
 Help on one: instep train RECIPE --help
 """

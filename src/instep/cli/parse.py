@@ -53,7 +53,7 @@ def recipe_args(name: str, args: Sequence[str], command: str, options: type) -> 
     """The recipe with its overrides, and the command's own options: the recipe function's parameters are options too."""
     import tyro
 
-    from instep.recipes import find
+    from instep.recipes import as_recipe, find
 
     function = find(name)
     fields = [
@@ -61,7 +61,7 @@ def recipe_args(name: str, args: Sequence[str], command: str, options: type) -> 
         ("options", Annotated[options, tyro.conf.arg(name="")]),  # type: ignore[valid-type]
     ]
     parsed = parse(dataclasses.make_dataclass("Args", fields), args, f"{command} {name}", (function.__doc__ or "").split("\n")[0])
-    return parsed.recipe, parsed.options
+    return as_recipe(parsed.recipe, function, name if ":" in name else None), parsed.options
 
 
 def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,5 +87,5 @@ def recipe_name(args: Sequence[str], command: str) -> str:
     from instep.recipes import NAMES
 
     if not args or args[0].startswith("-"):
-        raise ValueError(f"recipe: none was given; write `instep {command} RECIPE`, one of {', '.join(NAMES)}")
+        raise ValueError(f"recipe: none was given; write `instep {command} RECIPE`, one of {', '.join(NAMES)}, or module:function for one of your own")
     return args[0]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from instep.core.user_code import load_function
 from instep.rewards.base import Reward, as_reward
 from instep.rewards.external import command
 from instep.rewards.frames import SampledFrames
@@ -163,16 +162,3 @@ def _looking_at(reward: Any, frames: int | None, clip: int | None) -> Any:
 
 def _is_address(name: str) -> bool:
     return re.match(r"https?:", name) is not None
-
-
-def load_function(name: str, option: str) -> Callable[..., Any]:
-    """`module:function` (the working directory is searched too) as the function itself; `option` is what it was given for."""
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(f"{option}: {name!r} is not of the form module:function, for example my_functions:brightness")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option}: {name!r} cannot be imported ({error}); the module lies in the working directory or is installed") from error

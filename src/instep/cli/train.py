@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from instep.cli import default_threads
-from instep.cli.rewards import load_function, load_reward
+from instep.cli.rewards import load_reward
 from instep.core.size import VideoSize
+from instep.core.user_code import load_function
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models import BUNDLED, DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, load

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -16,3 +13,13 @@ class VideoSize:
     height: int = 480
     width: int = 832
     frames: int = 81
+
+
+def as_size(given: VideoSize | Sequence[int]) -> VideoSize:
+    """Return a size as it is, and one of (height, width) or (height, width, frames); ValueError for anything else."""
+    if isinstance(given, VideoSize):
+        return given
+    whole = isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
+    if not whole or len(given) not in (2, 3):
+        raise ValueError(f"size: {given!r} is not allowed; it is (height, width, frames) or (height, width), in pixels and frames")
+    return VideoSize(*given) if len(given) == 3 else VideoSize(*given, 1)

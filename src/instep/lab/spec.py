@@ -1,4 +1,4 @@
-"""What a laboratory comparison is asked for: recipes with their overrides, written RECIPE or RECIPE:key=value,key=value."""
+"""What a laboratory comparison is asked for: recipes with their overrides, written RECIPE or RECIPE:key=value,key=value; RECIPE may be module:function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from instep.lab.run import common as laboratory
 from instep.methods.recipe import Recipe
-from instep.recipes import find
+from instep.recipes import NAMES, as_recipe, find
 from instep.recipes.common import Common
 
 # options that have no meaning here: networks are small and whole, and the student itself is measured
@@ -29,7 +29,7 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
     Keys are the recipe's own options or common ones (steps, guidance, condition_on_exit, ...). A recipe that has a first stage by default
     gets its part of the iterations for it (`FIRST_STAGE`). ValueError for unknown recipes, keys and values.
     """
-    name, _, rest = spec.partition(":")
+    name, rest = parts_of(spec)
     function = find(name)
     own = {key: p for key, p in inspect.signature(function).parameters.items() if key != "common"}
     kind = inspect.get_annotations(function, eval_str=True)["common"]
@@ -55,7 +55,18 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
         mine.setdefault("iterations", iterations - before)
     if "iterations" in own:
         mine.setdefault("iterations", iterations)
-    return function(common, **mine)
+    if missing := [key for key, p in own.items() if p.default is p.empty and key not in mine]:
+        raise ValueError(f"recipe {spec!r}: {missing[0]} has no default; write {name}:{missing[0]}=VALUE")
+    return as_recipe(function(common=common, **mine), function, name if ":" in name else None)
+
+
+def parts_of(spec: str) -> tuple[str, str]:
+    """Split RECIPE:key=value,... into the recipe and its overrides; RECIPE may be module:function."""
+    name, _, rest = spec.partition(":")
+    if name in NAMES or not rest or "=" in rest.partition(":")[0]:
+        return name, rest
+    function, _, rest = rest.partition(":")
+    return f"{name}:{function}", rest
 
 
 def _value(spec: str, key: str, text: str, default: Any) -> Any:

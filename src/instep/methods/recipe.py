@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
 
 from instep.diffusion.guidance_scales import GuidanceRange, GuidanceScales
 from instep.diffusion.levels import check_levels
@@ -16,9 +16,6 @@ from instep.diffusion.transitions import Deterministic, Renoise, Transition
 from instep.methods.guidance_distillation import GuidanceDistillation
 from instep.methods.latent_reward_model import LatentRewardShape
 from instep.methods.term import Critic, Force, Need, Objective, Term
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -156,6 +153,7 @@ class Stage:
     optim: AdamWConfig | None = None
 
     def __post_init__(self) -> None:
+        _check_parts(self)
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"stage {self.name!r}: two terms share a name in {names}; give each its own name=, the log needs it")
@@ -217,7 +215,8 @@ class Stage:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. `levels` are those of the exported student; `sampler` is few-step, or ode for a recipe that leaves the student a many-step
-    model, sampled with `guidance` as its teacher is. `latent_reward`: its latent reward model, if it has one."""
+    model, sampled with `guidance` as its teacher is. `latent_reward`: its latent reward model, if it has one.
+    `source`: of a user's own recipe, the function that made it and the hash of its file; None of a bundled one."""
 
     name: str
     levels: tuple[float, ...]
@@ -226,6 +225,7 @@ class Recipe:
     guidance: float = 1.0
     sampler: Literal["few-step", "ode"] = "few-step"
     latent_reward: LatentRewardConfig | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
@@ -283,6 +283,24 @@ class Recipe:
             total += stage.steps
             ends.append(total)
         return tuple(ends)
+
+
+def _check_parts(stage: Stage) -> None:
+    """Make lists of terms and critics tuples; ValueError for what is none, and for one at a point that no rollout has."""
+    allowed: tuple[tuple[str, Any, type | tuple[type, ...]], ...] = (("terms", stage.terms, (Force, Objective)), ("critics", stage.critics, Critic))
+    for field, parts, kinds in allowed:
+        if isinstance(parts, list):
+            parts = tuple(parts)
+            object.__setattr__(stage, field, parts)
+        if not isinstance(parts, tuple):
+            raise ValueError(f"{field}: {type(parts).__name__} is not allowed in stage {stage.name!r}; it is a tuple of {field}")
+        for part in parts:
+            if not isinstance(part, kinds):
+                shown = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+                raise ValueError(f"{field}: {shown} is not allowed in stage {stage.name!r}; {'a Force or an Objective' if field == 'terms' else 'a Critic'} is")
+            if (on := getattr(part, "on", "exit")) not in get_args(Where):
+                name = getattr(part, "name", type(part).__name__)
+                raise ValueError(f"on: {on!r} of {name!r} in stage {stage.name!r} is not allowed; allowed: {', '.join(get_args(Where))}")
 
 
 def describe(value: Any) -> Any:

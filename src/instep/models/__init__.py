@@ -5,11 +5,12 @@ room may import `data`, `methods`, `diffusion` and `core`.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from instep.core.size import VideoSize
+from instep.core.size import VideoSize, as_size
 
 if TYPE_CHECKING:
     from instep.models.family import Family
@@ -28,12 +29,13 @@ def bundled(name: str) -> Path:
     return Path(str(files("instep"))) / "bundled" / "assets" / name
 
 
-def load(model: str, size: VideoSize | None = None) -> Family:
+def load(model: str, size: VideoSize | Sequence[int] | None = None) -> Family:
     """The family of `model`: the bundled `moving-digits`, `moving-digits-i2v` or `digits`, a diffusers pipeline folder, or the parts of a class-conditional DiT
     (transformer/ and scheduler/, without an index: no stock pipeline samples it).
 
     Raises ValueError if the folder is not there, lacks a part, or holds a pipeline that no family knows, and for a `size` where the network has its own.
     """
+    size = None if size is None else as_size(size)
     if model == MOVING_DIGITS_I2V:
         from instep.bundled.moving_digits_i2v import bundled_pipeline
         from instep.models.wan_i2v import WanImageFamily
@@ -80,6 +82,26 @@ def load(model: str, size: VideoSize | None = None) -> Family:
 
         return CogVideoXFamily.load(folder, size, name=_name(model, folder))
     raise ValueError(f"model: {folder} holds a {kind}, which no family knows yet; allowed: WanPipeline, WanImageToVideoPipeline, CogVideoXPipeline")
+
+
+def family_of(pipe: Any, size: VideoSize | Sequence[int] | None = None) -> Family:
+    """Wrap a diffusers pipeline in its family, at `size` or the model's own. Raises ValueError for a pipeline that no family knows."""
+    kind, source = type(pipe).__name__, str(getattr(pipe, "name_or_path", None) or "")
+    name = _name("", Path(source)) if source else kind
+    chosen = None if size is None else as_size(size)
+    if kind == "WanPipeline":
+        from instep.models.wan import WanFamily
+
+        return WanFamily(pipe, chosen or VideoSize(), name, source)
+    if kind == "WanImageToVideoPipeline":
+        from instep.models.wan_i2v import WanImageFamily
+
+        return WanImageFamily(pipe, chosen or VideoSize(), name, source)
+    if kind == "CogVideoXPipeline":
+        from instep.models.cogvideox import CogVideoXFamily
+
+        return CogVideoXFamily(pipe, chosen, name, source)
+    raise ValueError(f"family: {kind} is not a pipeline that a family knows; allowed: WanPipeline, WanImageToVideoPipeline, CogVideoXPipeline")
 
 
 def _name(model: str, folder: Path) -> str:

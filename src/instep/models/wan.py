@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from instep.core.quiet import quiet
-from instep.core.size import VideoSize
+from instep.core.size import VideoSize, as_size
 from instep.diffusion.path import RectifiedFlow
 from instep.diffusion.prediction import Condition
 from instep.models.family import skipped
@@ -67,8 +67,9 @@ class WanFamily:
     prediction_type = "velocity"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
-    def __init__(self, pipe: Any, size: VideoSize, name: str = "wan", source: str = "") -> None:
+    def __init__(self, pipe: Any, size: VideoSize | Sequence[int], name: str = "wan", source: str = "") -> None:
         """`source` is where the pipeline was loaded from, for the run's record."""
+        size = as_size(size)
         self.pipe, self.size, self.name, self.source = pipe, size, name, source
         self.shift = float(pipe.scheduler.config.get("flow_shift") or pipe.scheduler.config.get("shift") or 1.0)
         spatial, temporal = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal

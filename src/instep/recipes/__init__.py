@@ -4,9 +4,13 @@ and `core`.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
+from instep.core.user_code import load_function, source_identity
 from instep.methods.recipe import Recipe
 
 # name on the command line -> module and function; a recipe is imported when it is asked for
@@ -32,8 +36,59 @@ NAMES: dict[str, tuple[str, str]] = {
 
 
 def find(name: str) -> Callable[..., Recipe]:
-    """The recipe function called `name`; ValueError with the list of names otherwise."""
+    """Return the recipe function called `name`, or the user's own of `module:function`.
+
+    Raises ValueError for a name that is not in the list, and for an object that cannot serve as a recipe: it is a function with a parameter `common`
+    (a `Common` or a dataclass derived from it), each of whose parameters has a type.
+    """
+    if ":" in name:
+        return _own(name)
     if name not in NAMES:
-        raise ValueError(f"recipe: {name!r} is not known; allowed: {', '.join(NAMES)} (`instep recipes` describes them)")
+        raise ValueError(
+            f"recipe: {name!r} is not known; allowed: {', '.join(NAMES)} (`instep recipes` describes them), or module:function for one of your own"
+        )
     module, function = NAMES[name]
     return getattr(import_module(module), function)
+
+
+def _own(name: str) -> Callable[..., Recipe]:
+    """The user's function, made sure of."""
+    function = load_function(name, "recipe")
+    if not inspect.isfunction(function):
+        raise ValueError(f"recipe: {name!r} is {_article(type(function).__name__)}, not a function; write def my_recipe(common: Common = Common()) -> Recipe")
+    try:
+        hints = inspect.get_annotations(function, eval_str=True)
+    except Exception as error:
+        raise ValueError(f"recipe: the types of {name!r} cannot be read ({error}); import what they name in its module") from error
+    kind = hints.get("common")
+    if not (inspect.isclass(kind) and dataclasses.is_dataclass(kind)):
+        raise ValueError(f"recipe: {name!r} has no parameter `common` with the type Common; write def {function.__name__}(common: Common = Common(), ...)")
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ValueError(f"recipe: {name!r} takes *{parameter.name}; name each parameter, since each is an option")
+        if parameter.name not in hints:
+            raise ValueError(f"recipe: the parameter {parameter.name!r} of {name!r} has no type; write for example {parameter.name}: float = 1.0")
+    return function
+
+
+def as_recipe(given: Any, function: Callable[..., Any] | None = None, name: str | None = None) -> Recipe:
+    """Return `given` if it is a recipe; a recipe function is called with its defaults.
+
+    `function` is what returned it and `name` the `module:function` it was called by, if it is the user's own: the recipe then carries its `source`. Raises
+    ValueError for anything else, and for a function that needs arguments.
+    """
+    if callable(given) and not isinstance(given, type):
+        function = given
+        shown = getattr(given, "__name__", type(given).__name__)
+        needed = [p.name for p in inspect.signature(given).parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if needed:
+            raise ValueError(f"recipe: the function {shown} was given, which needs {', '.join(needed)}; call it, {shown}({needed[0]}=...)")
+        given = given()
+    if not isinstance(given, Recipe):
+        what = f"{name or function.__name__!r} returned {type(given).__name__}" if function is not None else f"{given!r} is not allowed"
+        raise ValueError(f"recipe: {what}; a recipe function returns a Recipe, for example common.recipe(NAME, common.stage(...))")
+    return given if name is None or function is None else dataclasses.replace(given, source=source_identity(function))
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"

@@ -40,18 +40,34 @@ class FunctionReward:
     name: str = "reward"
     differentiable: bool = False
     space: Literal["pixel", "latent"] = "pixel"
+    sees_first_frames: bool = False
+
+    def __post_init__(self) -> None:
+        if self.space not in ("pixel", "latent"):
+            raise ValueError(f"space: {self.space!r} of reward {self.name!r} is not allowed; pixel or latent")
+        if not isinstance(self.differentiable, bool):
+            raise ValueError(f"differentiable: {self.differentiable!r} of reward {self.name!r} is not allowed; True or False")
 
     def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.as_tensor(self.function(media, prompts), dtype=torch.float32, device=media.device)
 
 
 def as_reward(reward: Reward | Callable[[Tensor, Sequence[str]], Any]) -> Reward:
-    """A reward as it is, a plain function wrapped as one."""
+    """Return a reward as it is, and a function, or an object with `score` or `__call__` alone, wrapped as one.
+
+    What the object says of itself (`name`, `differentiable`, `space`, `sees_first_frames`) is kept. Raises ValueError for a class in place of an object
+    and for what cannot score.
+    """
+    if isinstance(reward, type):
+        raise ValueError(f"reward: {reward.__name__} is a class; give an object of it, {reward.__name__}(...)")
     if isinstance(reward, Reward):
         return reward
-    if callable(reward):
-        return FunctionReward(reward, name=reward.__name__ if hasattr(reward, "__name__") else type(reward).__name__)
-    raise ValueError(f"reward: {reward!r} is neither a Reward nor a function (media, prompts) -> scores")
+    function = getattr(reward, "score", reward)
+    if not callable(function):
+        raise ValueError(f"reward: {reward!r} is neither a Reward nor a function (media, prompts) -> scores")
+    given = {key: getattr(reward, key) for key in ("differentiable", "space", "sees_first_frames") if hasattr(reward, key)}
+    name = next((getattr(reward, key) for key in ("name", "__name__") if hasattr(reward, key)), type(reward).__name__)
+    return FunctionReward(function, name=name, **given)
 
 
 def prompts_for(reader: object, prompts: Sequence[str]) -> Sequence[str]:

@@ -53,7 +53,8 @@ def write_manifest(
         "real": real and _digest(real.prompts, real.latents),
         "pairs": pairs and _digest(pairs.prompts, pairs.chosen, pairs.rejected),
         "start_from": str(Path(start_from).resolve()) if start_from else None,
-        "config": json.loads(json.dumps(describe(recipe))),
+        **({"recipe_source": recipe.source} if recipe.source else {}),
+        "config": {k: v for k, v in json.loads(json.dumps(describe(recipe))).items() if k != "source"},
     }
     file = out / "recipe.json"
     begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))

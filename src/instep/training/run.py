@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from instep.core.lock import run_lock
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
+from instep.recipes import as_recipe
 from instep.rewards.base import Reward, as_reward
 from instep.rewards.decoded import make_reward_fn, make_reward_grad_fn, weights_of
 from instep.rewards.ranker import relative
@@ -27,6 +28,7 @@ from instep.training.build import averaged, make_state
 from instep.training.checks import check_inputs
 from instep.training.finish import export_role, fits_stock
 from instep.training.health import Finding, HealthMonitor
+from instep.training.inputs import as_family, as_prompt_list
 from instep.training.log import RunLog, Tracker
 from instep.training.manifest import write_manifest
 from instep.training.options import RunOptions
@@ -35,6 +37,9 @@ from instep.training.state import TrainState
 from instep.training.step import iteration
 from instep.training.teacher_samples import teacher_samples
 from instep.training.views import matching_views, samples, save_samples, save_views
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # steps of the teacher's own sampler where a recipe needs samples of it
 TEACHER_STEPS = 50
@@ -58,11 +63,11 @@ class Interrupted(Exception):
 
 
 def train(
-    recipe: Recipe,
-    family: Family,
+    recipe: Recipe | Callable[..., Recipe],
+    family: Family | DiffusionPipeline | Path | str,
     *,
     out: Path | str,
-    prompts: Sequence[str],
+    prompts: Iterable[str] | Path,
     reward: Reward | Callable[[Tensor, Sequence[str]], Any] | None = None,
     monitor: Monitor | None = None,
     real: RealSamples | None = None,
@@ -74,6 +79,7 @@ def train(
 ) -> Run:
     """Trains `recipe` on `family` and exports the student; the same call goes on where an interrupted one stopped.
 
+    A recipe function stands for its defaults, a diffusers pipeline for the family around it, one text for a list of one prompt, a path for the prompts in it.
     `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
     pair recipes; where a discriminator has none, samples of the teacher serve, made once and kept with the run);
     `pairs` are labelled ones, whose chosen samples serve as real and preferred ones where there are no others;
@@ -82,6 +88,7 @@ def train(
     `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself (`stop_on`) ends normally, with the
     student it went back to; the same call does not train on.
     """
+    recipe, prompts, family = as_recipe(recipe), as_prompt_list(prompts), as_family(family)
     out, options = Path(out), options or RunOptions()
     scored = as_reward(reward) if reward is not None else None
     if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:

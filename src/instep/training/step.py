@@ -166,7 +166,7 @@ def recompute(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollo
 
 def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
     """Weighs and adds the forces of each point and calls autograd once; then each objective's scalars, one by one."""
-    forces = [(force, force(view)) for force in stage.forces]
+    forces = [(force, checked_force(force, view)) for force in stage.forces]
     log_forces(forces, view, log)
     points, gradients = [], []
     for where in sorted(stage.live):
@@ -179,6 +179,19 @@ def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
         for loss in objective(view):
             (scale * objective.weight * loss).backward()
             log.add(f"objective/{objective.name}", loss.detach())
+
+
+def checked_force(force: Force, view: View) -> Tensor:
+    """The force on the view's samples. ValueError that names it if it is no tensor of their shape, or in a stage's first iteration not finite."""
+    g = force(view)
+    point = view.samples.point(force.on)
+    what = f"force {force.name!r} ({type(force).__name__})"
+    if not isinstance(g, Tensor) or g.shape != point.x.shape:
+        got = f"a tensor of shape {tuple(g.shape)}" if isinstance(g, Tensor) else repr(g) if g is None else type(g).__name__
+        raise ValueError(f"{what} returned {got}; it returns dL/dx of the samples at {force.on!r}, a tensor of their shape {tuple(point.x.shape)}")
+    if view.progress == 0 and view.epoch == 0 and not bool(g.isfinite().all()):
+        raise ValueError(f"{what} returned values that are not finite, at its first call; look for a division by zero or the root of zero")
+    return g
 
 
 def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, optim: AdamWConfig | None = None) -> None:

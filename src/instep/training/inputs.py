@@ -1,0 +1,53 @@
+"""What `train` is given, in the forms that people write it in, as the values that a run works with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from instep import models
+from instep.data.prompt import load_prompts
+from instep.models.family import Family
+
+FILES = (".txt", ".jsonl")
+
+
+def as_family(given: Any) -> Family:
+    """Return a family as it is, a diffusers pipeline wrapped in its family, and the family of a model that is named by its folder.
+
+    Raises ValueError for anything else, and for a pipeline that no family knows.
+    """
+    if isinstance(given, str | Path):
+        return models.load(str(given))
+    if _is_pipeline(given):
+        return models.family_of(given)
+    if given is None or isinstance(given, type) or not (hasattr(given, "latent_shape") and hasattr(given, "encode")):
+        fix = f"call it, {given.__name__}(pipe, ...)" if isinstance(given, type) else "give a diffusers pipeline, a family, or the path of a model"
+        raise ValueError(f"family: {given!r} is not allowed; {fix}")
+    return given
+
+
+def _is_pipeline(given: Any) -> bool:
+    """Whether it is a diffusers pipeline; diffusers is not imported to find out."""
+    return any(kind.__name__ == "DiffusionPipeline" and kind.__module__.startswith("diffusers.") for kind in type(given).__mro__)
+
+
+def as_prompt_list(given: Any) -> list[Any]:
+    """Return the prompts as a list: of one text, that text; of a file, what `load_prompts` reads there; of a generator, all it yields.
+
+    Raises ValueError for None, for a text that names a file of prompts (a Path is read), and for items that are no prompts.
+    """
+    if isinstance(given, Path):
+        return list(load_prompts(given))
+    if isinstance(given, str):
+        if given.lower().endswith(FILES):
+            raise ValueError(f"prompts: {given!r} names a file; give Path({given!r}), or [{given!r}] if it is a prompt")
+        return [given]
+    if not isinstance(given, Iterable) or isinstance(given, bytes | dict):
+        raise ValueError(f"prompts: {given if given is None else type(given).__name__} is not allowed; give a list of texts")
+    prompts = list(given)
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompts: item {i} is {prompt!r}, which is not allowed; every prompt is a text")
+    return prompts
