@@ -54,7 +54,7 @@ def test_unknown_names(capsys):
     allowed = ", ".join(NAMES)
     assert said(capsys, "train nonsense").startswith(f"recipe: 'nonsense' is not known; allowed: {allowed}")
     for command in ("train", "plan"):
-        assert said(capsys, command) == f"recipe: none was given; write `instep {command} RECIPE`, one of {allowed}"
+        assert said(capsys, command) == f"recipe: none was given; write `instep {command} RECIPE`, one of {allowed}, or module:function for one of your own"
     assert said(capsys, "train --out x").startswith("recipe: none was given")
     assert said(capsys, "pretrain sd3") == "model: sd3 cannot be pretrained; allowed: moving-digits, digits, moving-digits-i2v"
 

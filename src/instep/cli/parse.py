@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ def recipe_args(name: str, args: Sequence[str], command: str, options: type) -> 
     from instep.recipes import as_recipe, find
 
     function = find(name)
+    _check_names(name, function, command, options)
     fields = [
         ("recipe", Annotated[Any, tyro.conf.arg(name="", constructor=_flat(function))]),
         ("options", Annotated[options, tyro.conf.arg(name="")]),  # type: ignore[valid-type]
@@ -64,10 +66,16 @@ def recipe_args(name: str, args: Sequence[str], command: str, options: type) -> 
     return as_recipe(parsed.recipe, function, name if ":" in name else None), parsed.options
 
 
+def _check_names(name: str, function: Callable[..., Any], command: str, options: type) -> None:
+    """ValueError if a parameter of the recipe is called as an option that is there already."""
+    hints = inspect.get_annotations(function, eval_str=True)
+    for owner, kind in (("Common", hints["common"]), (f"`instep {command}`", options)):
+        if clash := hints.keys() & {field.name for field in dataclasses.fields(kind)} - {"return"}:
+            raise ValueError(f"recipe: the parameter {sorted(clash)[0]!r} of {name!r} is an option of {owner} itself; choose another name")
+
+
 def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
     """The recipe function with its `common` options unnested: --steps, not --common.steps."""
-    import inspect
-
     import tyro
 
     @functools.wraps(function)

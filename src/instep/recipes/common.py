@@ -44,6 +44,12 @@ class Common:
     accumulate: int = 1
     """Micro-batches a student update."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "critic_updates", "accumulate"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}: {value!r} is not allowed; it is a whole number")
+
     @property
     def levels(self) -> tuple[float, ...]:
         """The student's few-step levels."""
