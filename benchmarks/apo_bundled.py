@@ -25,13 +25,13 @@ from apo import NONE, jump
 from torch import Tensor
 
 from instep.bundled.classifiers import load_classifier
+from instep.bundled.drawn_frames import first_frame
 from instep.bundled.worlds import MovingDigits, MovingDigitsI2V, moving_digits, moving_digits_i2v
 from instep.cli.evaluate import noise_for
 from instep.cli.export import read_run, sampling_of, student_of
 from instep.core.files import write_json
 from instep.core.json_lines import read_rows
-from instep.data.first_frame import read_first_frame
-from instep.data.prompt import text_of, with_first_frame
+from instep.data.prompt import Prompt, texts_of
 from instep.diffusion.guidance import guide_and_skip
 from instep.diffusion.prediction import Denoiser, skipping
 from instep.diffusion.sampling import Sampling
@@ -88,11 +88,11 @@ def world(model: str) -> MovingDigits | MovingDigitsI2V:
 
 
 @cache
-def prompts(model: str = MOVING_DIGITS) -> tuple[str, ...]:
+def prompts(model: str = MOVING_DIGITS) -> tuple[Prompt, ...]:
     """Every second prompt of training; each COPIES times in a row."""
     names = moving_digits().prompts[::2]
     if model == MOVING_DIGITS_I2V:
-        names = tuple(with_first_frame(name, f"reference/{i}") for i, name in enumerate(names))
+        names = tuple(Prompt(name.text, f"reference/{i}") for i, name in enumerate(names))
     return tuple(name for name in names for _ in range(COPIES))
 
 
@@ -104,7 +104,7 @@ def media(role: Denoiser, sampling: Sampling, model: str = MOVING_DIGITS) -> Ten
     parts = []
     for rows in torch.arange(len(names)).split(33):
         part = [names[i] for i in rows]
-        x = sampling(role, family.encode(part), family.null(len(part)), noise[rows], family.path, rng)
+        x = sampling(role, family.encode(part), family.unconditional(part), noise[rows], family.path, rng)
         parts.append(family.decode(x).clamp(0, 1))
     return torch.cat(parts)
 
@@ -119,7 +119,7 @@ def start(model: str = MOVING_DIGITS) -> Tensor:
 def metrics(seen: Tensor, model: str = MOVING_DIGITS) -> dict[str, float]:
     """Against the start, by the held-out classifier; the standard error is over prompts, whose samples are not independent."""
     classifier, before = load_classifier("heldout"), start(model)
-    names = [text_of(name) for name in prompts(model)]
+    names = texts_of(prompts(model))
     score = classifier.score(seen, names)
     wins = (0.5 + 0.5 * (score - classifier.score(before, names)).sign()).reshape(-1, COPIES).mean(1).double()
     kept = {
@@ -131,7 +131,7 @@ def metrics(seen: Tensor, model: str = MOVING_DIGITS) -> dict[str, float]:
         "change": float((seen - before).square().mean().sqrt()),
     }
     if model == MOVING_DIGITS_I2V:
-        given = torch.stack([read_first_frame(name, world(model).family.size) for name in prompts(model)])
+        given = torch.stack([first_frame(name, world(model).family.size) for name in prompts(model)])
         kept["first_frame"] = float((seen[:, :, 0] - given).square().mean().sqrt())
     return kept
 
@@ -205,7 +205,7 @@ def speed(pairs: int = 15) -> None:
     family = load(MOVING_DIGITS)
     role = Role("teacher", Backbone(family, family.pretrained))
     names = prompts()[:16]
-    cond, null = family.encode(names), family.null(len(names))
+    cond, null = family.encode(names), family.unconditional(names)
     noise, _ = noise_for(family, names, NOISE)
     t = torch.full((len(names),), 0.5)
 

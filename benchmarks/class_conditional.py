@@ -92,7 +92,7 @@ def sample(role: Role, digits: ClassDigits, cell: Cell, seed: int, n: int) -> Te
     cond = family.encode(prompts(n))
     if cell.recipe is not None:
         return family.decode(sample_few_step(role, cond, noise, (1.0,), family.path, rng))
-    x = sample_ode(role, cond, family.null(n), noise, steps=cell.steps, path=family.path, shift=family.shift, guidance=cell.guidance)
+    x = sample_ode(role, cond, family.unconditional(prompts(n)), noise, steps=cell.steps, path=family.path, shift=family.shift, guidance=cell.guidance)
     return family.decode(x)
 
 

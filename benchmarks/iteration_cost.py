@@ -21,6 +21,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from instep.core.files import write_json
+from instep.data.prompt import Prompt, as_prompts
 from instep.diffusion.levels import few_step_levels
 from instep.diffusion.path import RectifiedFlow
 from instep.methods.term import Batch
@@ -59,12 +60,12 @@ class RandomWan(WanFamily):
 
         return copy.deepcopy(self.transformer)
 
-    def encode(self, prompts: Sequence[str]) -> WanCondition:
+    def encode(self, prompts: Sequence[Prompt | str]) -> WanCondition:
         n = len(prompts)
         return WanCondition(text=torch.ones(n, self.tokens, 32), bias=torch.zeros(n, self.tokens))
 
-    def null(self, n: int) -> WanCondition:
-        return self.encode([""] * n)
+    def unconditional(self, prompts: Sequence[Prompt | str]) -> WanCondition:
+        return self.encode(prompts)
 
 
 def cpu(function: Callable[[], object]) -> float:
@@ -132,8 +133,8 @@ def measure(width: int, layers: int, batch_size: int, repeats: int, reuse: bool)
     family = RandomWan(width, layers, (16, 3, 6, 6), 8)
     recipe = dmd2(Common(batch=batch_size, reuse=reuse, ema=None, condition_on_exit=False))
     state = make_state(recipe, family, 0, None)
-    prompts = ("a",) * batch_size
-    batch = Batch(prompts, family.encode(prompts), family.null(batch_size))
+    prompts = as_prompts(["a"] * batch_size)
+    batch = Batch(prompts, family.encode(prompts), family.unconditional(prompts))
     parts = unavoidable(state, batch, few_step_levels(4, 3.0), 5, reuse)
     stage = recipe.stages[0]
 

@@ -19,6 +19,7 @@ import torch
 from iteration_cost import RandomWan
 
 from instep.core.files import write_json
+from instep.data.prompt import as_prompts
 from instep.methods.term import Batch
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
@@ -37,7 +38,7 @@ def child(lora_rank: int | None, checkpointing: bool, width: int, layers: int) -
     family = RandomWan(width, layers, (16, 3, 6, 6), 8)
     recipe = dmd2(Common(batch=2, critic_updates=1, lora_rank=lora_rank))
     state = make_state(recipe, family, 0, None, checkpointing=checkpointing)
-    batch = Batch(("a", "b"), family.encode(["a", "b"]), family.null(2))
+    batch = Batch(as_prompts(["a", "b"]), family.encode(["a", "b"]), family.unconditional(["a", "b"]))
     for _ in range(2):
         iteration(state, recipe.stages[0], [batch], 0.0)
     parameters = sum(p.numel() for name, p in family.pretrained.named_parameters() if "lora_" not in name)

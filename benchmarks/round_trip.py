@@ -166,7 +166,7 @@ def samples(folder: Path, names: tuple[str, ...], tuned: bool) -> Tensor:
     parts = []
     for rows in torch.arange(len(names)).split(32):
         part = [names[i] for i in rows]
-        x = sampling_of(record)(role, family.encode(part), family.null(len(part)), noise[rows], family.path, rng)
+        x = sampling_of(record)(role, family.encode(part), family.unconditional(part), noise[rows], family.path, rng)
         parts.append(family.decode(x).clamp(0, 1))
     return torch.cat(parts)
 

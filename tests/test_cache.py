@@ -62,7 +62,7 @@ def test_what_is_kept_is_what_the_teacher_makes_of_the_noise(whole):
     assert set(samples.prompts[:5]) == set(PROMPTS) and samples.prompts[:5] != PROMPTS, "all of them before any again, shuffled"
     assert teacher.calls == 3 * 3, "three batches of three steps, conditional and unconditional in one call"
     row = slice(4, 6)  # across the border of two batches
-    cond, null = family.encode(samples.prompts[row]), family.null(2)
+    cond, null = family.encode(samples.prompts[row]), family.unconditional(samples.prompts[row])
     again = sample_ode(teacher.role, cond, null, samples.noise[row], steps=3, path=family.path, shift=3.0, guidance=2.0)
     torch.testing.assert_close(samples.latents[row], again, rtol=1e-4, atol=1e-5)
     assert samples.noise.std() == pytest.approx(1, abs=0.05)

@@ -180,7 +180,7 @@ def test_our_ode_sampler_is_the_stock_ddim_pipeline(steps, guidance, rotary):
     theirs = stock_call(fam.pipe, steps, guidance=guidance)
     noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(5)).permute(AXES)
     teacher = Role("teacher", Backbone(fam, fam.pretrained))
-    ours = sample_ode(teacher, fam.encode(PROMPTS[:2]), fam.null(2), noise, steps=steps, path=fam.path, shift=fam.shift, guidance=guidance)
+    ours = sample_ode(teacher, fam.encode(PROMPTS[:2]), fam.unconditional(PROMPTS[:2]), noise, steps=steps, path=fam.path, shift=fam.shift, guidance=guidance)
     assert (ours.permute(AXES) - theirs).abs().max() <= 1e-5
     assert (ours.permute(AXES) - stock_call(fam.pipe, steps + 1, guidance=guidance)).abs().max() > 1e-3
 
@@ -242,8 +242,8 @@ def test_one_text_beside_another_and_without_limit():
     fam.encode(many)
     assert len(fam._texts) == 256
     torch.testing.assert_close(fam.encode(many[:3]).text, first, rtol=0, atol=1e-6)
-    assert fam.null(2).text.shape == (2, 226, 16)
-    torch.testing.assert_close(fam.null(1).text, fam.encode([""]).text)
+    assert fam.unconditional(PROMPTS[:2]).text.shape == (2, 226, 16)
+    torch.testing.assert_close(fam.unconditional(["a cat"]).text, fam.encode([""]).text)
 
 
 def test_variants_and_sizes_that_do_not_fit_are_named(tmp_path):

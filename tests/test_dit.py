@@ -74,7 +74,7 @@ def test_a_role_predicts_the_flow_at_a_thousandfold_time(family):
 
 def test_the_null_condition_is_the_extra_row_and_guidance_goes_away_from_it(family):
     role, x_t, t = Role("teacher", Backbone(family, family.pretrained)), noise(4), torch.full((4,), 0.7)
-    cond, null = family.encode(DIGIT_NAMES[:4]), family.null(4)
+    cond, null = family.encode(DIGIT_NAMES[:4]), family.unconditional(DIGIT_NAMES[:4])
     assert null.label.tolist() == [10] * 4 and len(family.pretrained.transformer_blocks[0].norm1.emb.class_embedder.embedding_table.weight) == 11
     guided = predict_guided(role, x_t, t, cond, null, 3.0)
     c, u = role(x_t, t, cond).x0, role(x_t, t, null).x0
@@ -250,7 +250,7 @@ def test_the_bundled_teacher_draws_the_class_that_is_asked_for():
     with pytest.raises(ValueError, match="8 x 8"):
         load(DIGITS, VideoSize(48, 48, 9))
     teacher, names = Role("teacher", Backbone(family, family.pretrained)), list(DIGIT_NAMES) * 10
-    cond, null = family.encode(names), family.null(100)
+    cond, null = family.encode(names), family.unconditional(names)
 
     def draw(steps, guidance):
         x = sample_ode(teacher, cond, null, noise(100), steps=steps, path=family.path, shift=family.shift, guidance=guidance)

@@ -51,7 +51,7 @@ def test_the_student_beats_naive_sampling_at_its_cost(run):
     student = student_of(run, read_run(run), family)
     noise, _ = noise_for(family, PROMPTS, 0)
     teacher = Role("teacher", Backbone(family, family.pretrained))
-    cond, null = family.encode(PROMPTS), family.null(len(PROMPTS))
+    cond, null = family.encode(PROMPTS), family.unconditional(PROMPTS)
     naive = sample_ode(teacher, cond, null, noise, steps=2, path=family.path, shift=family.shift)
     assert right(sampler_of(student, family, Sampling((1.0, 0.75)))(PROMPTS, 0)) > right(family.decode(naive)) + 0.15
 

@@ -11,8 +11,8 @@ import torch
 
 from instep.bundled import digits
 from instep.bundled.classifiers import Classifier, SpaceTime
-from instep.data.first_frame import drawn_video
-from instep.data.prompt import text_of
+from instep.bundled.drawn_frames import drawn_video
+from instep.data.prompt import texts_of
 from instep.metrics import compare
 from instep.metrics import figures as m
 from instep.metrics.figures import Value
@@ -153,7 +153,7 @@ def test_evaluation_measures_generators_alike():
 def test_in_image_to_video_each_sample_has_its_own_first_frame():
     classifiers = {name: Classifier(name, SpaceTime(), {}) for name in ("train", "heldout")}
     chosen = replace(small_set(), image_to_video=True)
-    assert len(set(chosen.asked)) == len(chosen.prompts) and tuple(map(text_of, chosen.asked)) == chosen.prompts
+    assert len(set(chosen.asked)) == len(chosen.prompts) and tuple(texts_of(chosen.asked)) == chosen.prompts
     first = lambda media: compare.evaluate("x", "student", media, chosen, classifiers, steps=4).values["first_frame"].value  # noqa: E731
     shown = lambda names: torch.stack([drawn_video(name) for name in names])  # noqa: E731
     assert first(lambda names, seed: shown(names)) == 0

@@ -249,7 +249,7 @@ def test_one_padding_key_stands_for_all(family, pipe):
     with torch.no_grad():
         stock = pipe.transformer(x_t, t * 1000, padded, return_dict=False)[0]
         ours = role(x_t, t, cond).v
-        stacked = role(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(family.null(2))).v
+        stacked = role(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(family.unconditional(["", ""]))).v
         assert torch.equal(family.pipe.transformer(x_t, t * 1000, padded, return_dict=False)[0], stock), "the caller's own pipeline is unharmed"
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=5e-6)
     torch.testing.assert_close(stacked[:2], stock, rtol=1e-4, atol=5e-6)

@@ -19,15 +19,17 @@ from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 from instep.bundled import digits
 from instep.bundled import moving_digits_i2v as bundle
 from instep.bundled.classifiers import load_classifier
+from instep.bundled.drawn_frames import drawn_video, first_frame
+from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily
 from instep.bundled.worlds import MovingDigitsI2V, moving_digits_i2v
 from instep.cli.evaluate import fingerprint
 from instep.cli.main import main
 from instep.core.size import VideoSize
 from instep.data.animation import save_animation
-from instep.data.first_frame import check_first_frames, digest, drawn_video, read_first_frame
+from instep.data.first_frame import digest, read_first_frame
 from instep.data.media import pair_samples
 from instep.data.pairs import PreferencePair
-from instep.data.prompt import first_frame_of, load_prompts, other_text, text_of, with_first_frame
+from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.sampling import sample_ode
 from instep.metrics.compare import EvalSet
@@ -49,12 +51,12 @@ from instep.training.run import train
 
 SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
 TEXTS = ["a seven moving left fast", "a digit", "an eight", "a two standing still"]
-PROMPTS = [with_first_frame(text, f"train/{i}") for i, text in enumerate(TEXTS)]
+PROMPTS = [Prompt(text, f"train/{i}") for i, text in enumerate(TEXTS)]
 QUICK = RunOptions(save_every=1, probe_every=50, teacher_samples=4)
 
 
 def family() -> WanImageFamily:
-    return WanImageFamily(tiny_wan_i2v_pipeline(), SIZE, name="tiny-i2v")
+    return MovingDigitsImageFamily(tiny_wan_i2v_pipeline(), SIZE, name="tiny-i2v")
 
 
 def some_latents(seed, n=4):
@@ -73,54 +75,30 @@ def few_teacher_steps(monkeypatch):
 # prompts and first frames
 
 
-def test_a_prompt_names_its_first_frame():
-    prompt = with_first_frame("a cat, [sic] runs", "folder/my cat.png")
-    assert (prompt, text_of(prompt), first_frame_of(prompt)) == ("a cat, [sic] runs [image: folder/my cat.png]", "a cat, [sic] runs", "folder/my cat.png")
-    assert (text_of("a cat"), first_frame_of("a cat"), other_text("a cat", "")) == ("a cat", None, "")
-    empty = other_text(prompt, "")
-    assert (text_of(empty), first_frame_of(empty)) == ("", "folder/my cat.png")
-    assert digits.parse(PROMPTS[0]) == digits.parse(TEXTS[0])
-    for name in ("a]b.png", "[a"):
-        with pytest.raises(ValueError, match="one name without square brackets a prompt"):
-            with_first_frame("a cat", name)
-    with pytest.raises(ValueError, match="is not allowed; one name"):
-        with_first_frame(prompt, "other.png")
-
-
-def test_prompt_files_name_first_frames_from_where_they_lie(tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    lines = [{"prompt": "a cat ", "image": "cat.png"}, {"prompt": "a seven", "image": "train/7"}, {"prompt": "alone"}]
-    file.write_text("\n".join(map(json.dumps, lines)))
-    assert load_prompts(file) == [f"a cat [image: {tmp_path / 'cat.png'}]", "a seven [image: train/7]", "alone"]
-    file.write_text('{"prompt": "a cat", "image": 3}')
-    with pytest.raises(ValueError, match="line 1 has the image 3; it is the name of a file"):
-        load_prompts(file)
-
-
 def test_first_frames_are_read_or_drawn(tmp_path):
-    drawn = read_first_frame(PROMPTS[0], SIZE)
+    drawn = first_frame(PROMPTS[0], SIZE)
     assert torch.equal(drawn, digits.render("train", [digits.parse(TEXTS[0])], 0)[0, :, 0]) and torch.equal(drawn_video(PROMPTS[0])[:, 0], drawn)
     frames = (torch.rand(3, 48, 48, 3, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     Image.fromarray(frames[0].numpy()).save(tmp_path / "a.png")
-    assert torch.equal(read_first_frame(with_first_frame("x", tmp_path / "a.png"), SIZE), frames[0].permute(2, 0, 1).float() / 255)
-    assert read_first_frame(with_first_frame("x", tmp_path / "a.png"), VideoSize(32, 32, 9)).shape == (3, 32, 32)
+    assert torch.equal(read_first_frame(Prompt("x", tmp_path / "a.png"), SIZE), frames[0].permute(2, 0, 1).float() / 255)
+    assert read_first_frame(Prompt("x", tmp_path / "a.png"), VideoSize(32, 32, 9)).shape == (3, 32, 32)
     save_animation(tmp_path / "b.webp", frames)
-    found = read_first_frame(with_first_frame("x", tmp_path / "b.webp"), SIZE)
+    found = read_first_frame(Prompt("x", tmp_path / "b.webp"), SIZE)
     assert (found * 255 - frames[0].permute(2, 0, 1)).abs().max() <= 1, "the first frame of a video"
     with pytest.raises(ValueError, match="'a seven' names no first frame, and this model begins its videos with one; write 'a seven .image: FILE.'"):
-        read_first_frame("a seven", SIZE)
+        read_first_frame(Prompt("a seven"), SIZE)
     with pytest.raises(ValueError, match="image: .*gone.png of prompt .* is not a file that exists"):
-        check_first_frames([PROMPTS[0], with_first_frame("x", tmp_path / "gone.png")], SIZE)
+        family().check_prompts([PROMPTS[0], Prompt("x", tmp_path / "gone.png")])
     with pytest.raises(ValueError, match="is 48 x 48, not of the shape of 48 x 96"):
-        read_first_frame(with_first_frame("x", tmp_path / "a.png"), VideoSize(48, 96, 9))
+        read_first_frame(Prompt("x", tmp_path / "a.png"), VideoSize(48, 96, 9))
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    for prompt in (with_first_frame("a seven", tmp_path / "broken.png"), "a cat runs [image: train/3]"):
+    for prompt in (Prompt("a seven", tmp_path / "broken.png"), Prompt("a cat runs", "train/3")):
         with pytest.raises(ValueError):  # before a run begins, not where the prompt is drawn
-            check_first_frames([PROMPTS[0], prompt], SIZE)
+            family().check_prompts([PROMPTS[0], prompt])
 
 
 def test_another_image_under_the_same_name_is_another_run(tmp_path):
-    named = [with_first_frame("a seven", tmp_path / "a.png"), PROMPTS[0], with_first_frame("an eight", tmp_path / "a.png")]
+    named = [Prompt("a seven", tmp_path / "a.png"), PROMPTS[0], Prompt("an eight", tmp_path / "a.png")]
     found = []
     for level in (10, 20, 10):
         Image.fromarray(torch.full((48, 48, 3), level, dtype=torch.uint8).numpy()).save(tmp_path / "a.png")
@@ -133,8 +111,8 @@ def test_latents_of_first_frames_are_kept_up_to_a_size(monkeypatch, tmp_path):
 
     for i in range(3):
         Image.fromarray(torch.full((48, 48, 3), 40 * i, dtype=torch.uint8).numpy()).save(tmp_path / f"{i}.png")
-    made, names = family(), [with_first_frame("a seven", tmp_path / f"{i}.png") for i in range(3)]
-    first = made.encode([*names, with_first_frame("an eight", tmp_path / "1.png")])
+    made, names = family(), [Prompt("a seven", tmp_path / f"{i}.png") for i in range(3)]
+    first = made.encode([*names, Prompt("an eight", tmp_path / "1.png")])
     assert len(made._first_frames) == 3 and torch.equal(first.first_frame[1], first.first_frame[3]), "two prompts of one first frame share its latents"
     monkeypatch.setattr(module, "KEPT_BYTES", int(1.5 * first.first_frame[0].nbytes))
     again = made.encode(names)
@@ -157,7 +135,7 @@ def test_rewards_are_told_the_text_unless_they_ask_for_the_first_frame():
     assert seen == [TEXTS, PROMPTS]
     # two first frames of one text are two groups
     seen.clear()
-    names = [with_first_frame("a digit", f"train/{i}") for i in (0, 0, 1, 1)]
+    names = [Prompt("a digit", f"train/{i}") for i in (0, 0, 1, 1)]
     ranked = checked_scores(Ranked(reward_ranker(plain)), media, names)
     assert ranked.reshape(2, 2).sum(1).tolist() == [0, 0] and seen[0] == ["a digit"] * 2
     assert load_classifier("training").correct(media, PROMPTS).both.shape == (4,)
@@ -168,18 +146,18 @@ def test_rewards_are_told_the_text_unless_they_ask_for_the_first_frame():
 
 def test_what_is_known_is_what_the_stock_pipeline_joins():
     fam = family()
-    pipe, first_frame = fam.pipe, read_first_frame(PROMPTS[1], SIZE)[None]
-    image = pipe.video_processor.preprocess(first_frame, height=48, width=48)
+    pipe, shown = fam.pipe, first_frame(PROMPTS[1], SIZE)[None]
+    image = pipe.video_processor.preprocess(shown, height=48, width=48)
     noise = torch.zeros(1, *fam.latent_shape)
     _, theirs = pipe.prepare_latents(image, 1, 16, 48, 48, 9, torch.float32, torch.device("cpu"), None, noise)
-    torch.testing.assert_close(known_latents(pipe.vae, first_frame, 9), theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(known_latents(pipe.vae, shown, 9), theirs, rtol=0, atol=1e-6)
     torch.testing.assert_close(fam.encode(PROMPTS[:2]).first_frame[1:], theirs, rtol=0, atol=1e-6)
     assert fam.latent_shape == (16, 3, 6, 6) and theirs.shape == (1, 20, 3, 6, 6)
 
 
 def test_the_unconditional_prompt_takes_the_first_frame_of_its_rows():
     fam = family()
-    cond, null = fam.encode(PROMPTS), fam.null(4)
+    cond, null = fam.encode(PROMPTS), fam.unconditional(PROMPTS)
     assert isinstance(null, WanImageCondition) and null.first_frame is None and len(null) == 4
     both = cond.stack(null)
     assert torch.equal(both.first_frame, torch.cat([cond.first_frame, cond.first_frame])) and len(both) == len(both.text) == 8
@@ -192,7 +170,7 @@ def by_the_pipelines_levels(fam, teacher, prompts, noise, steps, guidance):
     """The family's sampler at the levels of the pipeline's own scheduler."""
     fam.pipe.scheduler.set_timesteps(steps)
     levels, x = fam.pipe.scheduler.sigmas.tolist(), noise
-    cond, null = fam.encode(prompts), fam.null(len(prompts))
+    cond, null = fam.encode(prompts), fam.unconditional(prompts)
     for t, s in zip(levels[:-1], levels[1:], strict=True):
         v = teacher(x.repeat(2, 1, 1, 1, 1), torch.full((2 * len(x),), t), cond.stack(null)).v
         c, u = v.chunk(2)
@@ -209,13 +187,13 @@ def test_stock_and_ours_draw_the_same_videos_and_the_first_frame_matters():
     fam.pipe.set_progress_bar_config(disable=True)
 
     def stock_call(prompt, x):
-        image = read_first_frame(prompt, SIZE)[None]
+        image = first_frame(prompt, SIZE)[None]
         options = {"height": 48, "width": 48, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
-        return fam.pipe(image=image, prompt=text_of(prompt), latents=x[None], **options).frames[0]
+        return fam.pipe(image=image, prompt=prompt.text, latents=x[None], **options).frames[0]
 
     theirs = torch.stack([stock_call(name, x) for name, x in zip(names, noise, strict=True)])
     assert (ours - theirs).abs().max() < 2e-4
-    other = by_the_pipelines_levels(fam, teacher, [with_first_frame(text_of(names[0]), "train/99")], noise[:1], 4, 3.0)
+    other = by_the_pipelines_levels(fam, teacher, [Prompt(names[0].text, "train/99")], noise[:1], 4, 3.0)
     assert (other - ours[:1]).abs().max() > 0.05
 
 
@@ -266,12 +244,12 @@ def test_apo_runs_and_exports_what_the_stock_pipeline_samples_alike(aligned):
     assert [row["stage"] for row in rows(run.out)] == ["start", "online", "half-online", "offline", "distill-guidance", "post-distillation"]
     pipe = WanImageToVideoPipeline.from_pretrained(run.student, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    fam = WanImageFamily(pipe, SIZE)
+    fam = MovingDigitsImageFamily(pipe, SIZE)
     before = family().pretrained.state_dict()
     assert any(not torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items()), "it was trained"
     with torch.no_grad():
         torch.manual_seed(3)
-        theirs = draw(pipe, PROMPTS[:2], SIZE, steps=4, guidance=1.5, output="latent")
+        theirs = draw(pipe, PROMPTS[:2], SIZE, steps=4, guidance=1.5, output="latent", first_frame=first_frame)
         torch.manual_seed(3)
         noise = torch.cat([torch.randn(1, *fam.latent_shape) for _ in range(2)])
         ours = by_the_pipelines_levels(fam, Role("student", Backbone(fam, fam.new_backbone())), PROMPTS[:2], noise, 4, 1.5)
@@ -295,8 +273,8 @@ def test_a_few_step_student_is_exported_and_checked_against_the_stock_pipeline(t
     assert main(["sample", str(run.student), "--copies", "1", "--out", str(tmp_path / "s.webp")]) == 0
     from instep.export.verify import verify_export
 
-    assert verify_export(run.student, [1.0, 0.75], prompts=PROMPTS[:2], size=SIZE) < 2e-4
-    assert verify_export(run.student, [1.0, 0.5], prompts=PROMPTS[:1], size=SIZE) > 1e-3, "other levels are other videos"
+    assert verify_export(run.student, [1.0, 0.75], prompts=PROMPTS[:2], size=SIZE, first_frame=first_frame) < 2e-4
+    assert verify_export(run.student, [1.0, 0.5], prompts=PROMPTS[:1], size=SIZE, first_frame=first_frame) > 1e-3, "other levels are other videos"
     assert verify_export(run.student, [1.0, 0.75]) < 2e-4, "prompts and size of its own"
     card = (run.student / "README.md").read_text()
     assert "pipeline_tag: image-to-video" in card and "this is a WanImageToVideoPipeline" in card
@@ -309,7 +287,7 @@ def test_a_wide_first_frame_is_exported_with_as_it_is(tmp_path):
 
     wide = VideoSize(HEIGHT, 2 * WIDTH, FRAMES)
     Image.new("RGB", (wide.width, wide.height), (90, 20, 200)).save(tmp_path / "wide.png")
-    prompt = with_first_frame("a seven", str(tmp_path / "wide.png"))
+    prompt = Prompt("a seven", str(tmp_path / "wide.png"))
     info = ExportInfo(recipe="dmd2", base_model="tiny", seed=0, command="", instep_version="0", training_prompts=1, size=wide, example_prompt=prompt)
     report = export_student(tiny_wan_i2v_pipeline(), (1.0, 0.75), tmp_path / "out", info)
     assert report.student_difference < 2e-4
@@ -340,11 +318,11 @@ def test_a_users_pairs_begin_with_the_chosen_one(tmp_path):
     for name, video in zip(("a.webp", "b.webp"), media, strict=True):
         save_animation(tmp_path / name, video)
     pair = PreferencePair("a seven", tmp_path / "a.webp", tmp_path / "b.webp")
-    named = PreferencePair(with_first_frame("a seven", "train/1"), tmp_path / "a.webp", tmp_path / "b.webp")
+    named = PreferencePair("a seven [image: train/1]", tmp_path / "a.webp", tmp_path / "b.webp")
     found = pair_samples([pair, named], family())
-    assert found.prompts == (with_first_frame("a seven", tmp_path / "a.webp"), "a seven [image: train/1]")
-    assert pair_samples([pair], WanFamily(tiny_wan_pipeline(), SIZE)).prompts == ("a seven",)
-    check_first_frames(found.prompts, SIZE)
+    assert found.prompts == (Prompt("a seven", tmp_path / "a.webp"), Prompt("a seven", "train/1"))
+    assert pair_samples([pair], WanFamily(tiny_wan_pipeline(), SIZE)).prompts == (Prompt("a seven"),)
+    family().check_prompts(found.prompts)
 
 
 # the bundled model
@@ -402,12 +380,12 @@ def test_what_ships_is_small_and_shares_the_rest(image_to_video):
 @torch.no_grad()
 def test_the_bundled_model_begins_with_its_first_frame_and_follows_the_prompt(image_to_video):
     fam = image_to_video.family
-    names = [with_first_frame(prompt, f"reference/{1000 + i}") for i, prompt in enumerate(digits.full_prompts()[::6])]
+    names = [Prompt(prompt, f"reference/{1000 + i}") for i, prompt in enumerate(digits.full_prompts()[::6])]
     teacher = Role("teacher", Backbone(fam, fam.new_backbone()))
     noise = torch.randn(len(names), *fam.latent_shape, generator=torch.Generator().manual_seed(0))
-    x = sample_ode(teacher, fam.encode(names), fam.null(len(names)), noise, steps=8, path=fam.path, shift=fam.shift, guidance=2.0)
+    x = sample_ode(teacher, fam.encode(names), fam.unconditional(names), noise, steps=8, path=fam.path, shift=fam.shift, guidance=2.0)
     media = fam.decode(x).clamp(0, 1)
-    first_frames = torch.stack([read_first_frame(name, SIZE) for name in names])
+    first_frames = torch.stack([first_frame(name, SIZE) for name in names])
     decoded = fam.decode(fam.encode_media(torch.stack([drawn_video(name) for name in names]))).clamp(0, 1)[:, :, 0]
     found = first_frame_distances(media, first_frames, decoded)
     assert found["first_frame_to_given"] < 0.4 * found["first_frame_to_another_given"], found
@@ -449,7 +427,7 @@ def test_eval_measures_the_bundled_model_from_first_frames(tmp_path, capsys, mon
     open_ = [prompt for prompt in ("a seven", "a digit moving left fast") for _ in range(3)]
     small = EvalSet(tuple(digits.full_prompts()[::15]), tuple(open_), image_to_video=True)
     chosen = []
-    monkeypatch.setattr(command, "evaluation_set", lambda *args, image_to_video: chosen.append(image_to_video) or small)
+    monkeypatch.setattr(command, "evaluation_set", lambda *args, image_to_video, negative: chosen.append(image_to_video) or small)
     monkeypatch.setenv("INSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "300")
     recipe = dmd2(Common(steps=2, batch=2), iterations=1)

@@ -2,6 +2,7 @@
 
 from instep.core.size import VideoSize as VideoSize
 from instep.core.version import __version__ as __version__
+from instep.data.prompt import Prompt as Prompt
 from instep.data.prompt import load_prompts as load_prompts
 from instep.data.samples import PairSamples as PairSamples
 from instep.data.samples import RealSamples as RealSamples

@@ -186,7 +186,7 @@ def measure_teacher(family: DiTFamily, classifiers: dict[ClassifierName, DigitCl
     """Right classes of every classifier for 50- and 1-step samples, and denoising errors on seen and unseen scans (memory shows as a gap)."""
     teacher, n = Role("teacher", Backbone(family, family.pretrained)), config.samples
     prompts = [str(i % 10) for i in range(n)]
-    cond, null = family.encode(prompts), family.null(n)
+    cond, null = family.encode(prompts), family.unconditional(prompts)
     found: dict[str, Any] = {}
     for steps in (50, 1):
         for w in config.guidances if steps == 50 else (1.0,):

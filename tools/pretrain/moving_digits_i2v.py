@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from instep.bundled.classifiers import load_classifier
 from instep.bundled.digits import full_prompts
-from instep.bundled.moving_digits_i2v import CHANGED, around, changed, widened
+from instep.bundled.drawn_frames import drawn_video
+from instep.bundled.moving_digits_i2v import CHANGED, MovingDigitsImageFamily, around, changed, widened
 from instep.core.files import write_tensors
 from instep.core.progress import Progress
-from instep.data.first_frame import drawn_video, read_first_frame
-from instep.data.prompt import with_first_frame
+from instep.data.prompt import Prompt, texts_of
 from instep.diffusion.sampling import sample_ode
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, bundled
 from instep.models.backbone import Backbone
 from instep.models.role import Role
-from instep.models.wan_i2v import WanImageFamily, known_latents
+from instep.models.wan_i2v import known_latents
 from instep.models.wan_vae import decode_latents, encode_latents
 from pretrain.files import checksums, write_folder, write_json
 from pretrain.measure import CLASSIFIER_NAMES, shares_right
@@ -96,9 +96,9 @@ def _train(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
     return {"steps": run.step, "parameters": sum(p.numel() for p in run.net.parameters()), "trained": trained}
 
 
-def image_to_video_prompts(repeats: int, split: str = "reference") -> list[str]:
+def image_to_video_prompts(repeats: int, split: str = "reference") -> list[Prompt]:
     """The 90 prompts that say everything, `repeats` times, each with a first frame of its own from `split`."""
-    return [with_first_frame(prompt, f"{split}/{90 * i + j}") for i in range(repeats) for j, prompt in enumerate(full_prompts())]
+    return [Prompt(prompt, f"{split}/{90 * i + j}") for i in range(repeats) for j, prompt in enumerate(full_prompts())]
 
 
 def first_frame_distances(media: Tensor, first_frames: Tensor, reconstructed: Tensor) -> dict[str, float]:
@@ -121,18 +121,19 @@ def first_frame_distances(media: Tensor, first_frames: Tensor, reconstructed: Te
 @torch.no_grad()
 def measure_image_to_video(out: Path, config: ImageConfig, seed: int) -> dict[str, Any]:
     """Classifiers' shares and first-frame distances of the model in `out`, on first frames of the reference split; and of real videos."""
-    family = WanImageFamily.load(out, MOVING_DIGITS_SIZE)
+    family = MovingDigitsImageFamily.load(out, MOVING_DIGITS_SIZE)
     teacher, classifiers = Role("teacher", Backbone(family, family.pretrained)), {name: load_classifier(name) for name in CLASSIFIER_NAMES}
     prompts = image_to_video_prompts(config.repeats)
+    texts = texts_of(prompts)
     real = torch.stack([drawn_video(prompt) for prompt in prompts])
-    first_frames = torch.stack([read_first_frame(prompt, family.size) for prompt in prompts])
+    first_frames = torch.stack([family.first_frame(prompt, family.size) for prompt in prompts])
     decoded = torch.cat([decode_latents(family.pipe.vae, encode_latents(family.pipe.vae, part)) for part in real.split(90)]).clamp(0, 1)
-    found: dict[str, Any] = {"real": shares_right(classifiers, real, prompts), "real through the VAE": shares_right(classifiers, decoded, prompts)}
+    found: dict[str, Any] = {"real": shares_right(classifiers, real, texts), "real through the VAE": shares_right(classifiers, decoded, texts)}
 
-    def sampled(names: Sequence[str], steps: int, guidance: float) -> Tensor:
+    def sampled(names: Sequence[Prompt], steps: int, guidance: float) -> Tensor:
         parts = []
         for i in range(0, len(names), 90):
-            cond, null = family.encode(names[i : i + 90]), family.null(len(names[i : i + 90]))
+            cond, null = family.encode(names[i : i + 90]), family.unconditional(names[i : i + 90])
             noise = torch.randn(len(cond), *family.latent_shape, generator=torch.Generator().manual_seed(seed + 7 + i))
             x = sample_ode(teacher, cond, null, noise, steps=steps, path=family.path, shift=family.shift, guidance=guidance)
             parts.append(family.decode(x).clamp(0, 1))
@@ -143,7 +144,7 @@ def measure_image_to_video(out: Path, config: ImageConfig, seed: int) -> dict[st
             for w in config.guidances:
                 media = sampled(prompts, steps, w)
                 distances = first_frame_distances(media, first_frames, decoded[:, :, 0])
-                found[f"{steps} steps, guidance {w:g}"] = shares_right(classifiers, media, prompts) | distances
+                found[f"{steps} steps, guidance {w:g}"] = shares_right(classifiers, media, texts) | distances
                 progress.step()
     return found
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instep.data.prompt import text_of
+from instep.data.prompt import Prompt, texts_of
 
 FRAMES, SIZE, DIGIT_SIZE = 9, 48, 24
 SOURCE_SIZE = 8  # the scans are 8 x 8
@@ -60,10 +60,11 @@ def describe(spec: PromptSpec) -> str:
     return " ".join(words)
 
 
-def parse(prompt: str) -> PromptSpec:
-    """What a prompt says, whatever first frame it names; ValueError for a prompt outside the grammar."""
-    help_ = f"prompt: {prompt!r} is outside the grammar; write for example 'a seven moving left fast', 'a digit moving up', 'an eight', 'a two standing still'"
-    words = text_of(prompt).lower().split()
+def parse(prompt: Prompt | str) -> PromptSpec:
+    """What a prompt's text says; ValueError for a prompt outside the grammar."""
+    (text,) = texts_of([prompt])
+    help_ = f"prompt: {text!r} is outside the grammar; write for example 'a seven moving left fast', 'a digit moving up', 'an eight', 'a two standing still'"
+    words = text.lower().split()
     if len(words) < 2 or words[0] not in ("a", "an") or words[1] not in ("digit", *WORDS):
         raise ValueError(help_)
     digit = None if words[1] == "digit" else WORDS.index(words[1])

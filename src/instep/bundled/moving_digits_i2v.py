@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from instep.bundled import digits, drawn_frames
 from instep.core.quiet import quiet
+from instep.core.size import VideoSize
+from instep.data.prompt import Prompt, as_prompts
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, bundled
+from instep.models.wan_i2v import WanImageFamily
 
 if TYPE_CHECKING:
     from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
@@ -18,6 +23,26 @@ if TYPE_CHECKING:
 CHANGED = "changed.safetensors"
 # what stays the text-to-video model's: how text and levels are read
 FROZEN = (".condition_embedder.", ".attn2.", ".norm2.")
+
+
+class MovingDigitsImageFamily(WanImageFamily):
+    """The image-to-video family of the moving digits, whose prompts also name first frames that are drawn: `Prompt("a seven", "train/17")`."""
+
+    def first_frame(self, prompt: Prompt, size: VideoSize) -> Tensor:
+        """The prompt's first frame [3, H, W] in [0, 1] at `size`, drawn or from a file."""
+        return drawn_frames.first_frame(prompt, size)
+
+    def first_frame_key(self, prompt: Prompt) -> str:
+        """What the first frame depends on: a drawn one on the text too."""
+        return str(Prompt(prompt.text, prompt.image)) if drawn_frames.is_drawn(prompt) else super().first_frame_key(prompt)
+
+    def check_prompts(self, prompts: Sequence[Prompt | str]) -> None:
+        """ValueError for the first prompt without a first frame, with a file that cannot be read, or with a drawn one and a text outside the grammar."""
+        found = as_prompts(prompts)
+        for prompt in found:
+            if drawn_frames.is_drawn(prompt):  # drawing it takes longer and finds no more
+                digits.parse(prompt.text or "a digit")
+        super().check_prompts([prompt for prompt in found if not drawn_frames.is_drawn(prompt)])
 
 
 def widened(base: WanTransformer3DModel, stride: int) -> WanTransformer3DModel:

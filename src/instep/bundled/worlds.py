@@ -12,9 +12,9 @@ from torch import Tensor
 from instep.bundled import digits
 from instep.bundled.classifiers import Classifier, load_classifier
 from instep.bundled.digit_classifiers import DigitClassifier, Scale, load_digit_classifier
-from instep.data.first_frame import drawn_path, drawn_video
+from instep.bundled.drawn_frames import drawn_path, drawn_video
 from instep.data.media import slow_motion
-from instep.data.prompt import with_first_frame
+from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
 from instep.models import DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, load
 from instep.models.dit import DiTFamily
@@ -31,7 +31,7 @@ class ClassifierMonitor:
     where a prompt names a digit only."""
 
     classifier: Classifier
-    open_prompts: tuple[str, ...] = tuple(digits.describe(digits.PromptSpec(digit)) for digit in range(10))
+    open_prompts: tuple[Prompt, ...] = tuple(Prompt(digits.describe(digits.PromptSpec(digit))) for digit in range(10))
     open_copies: int = 8
 
     @torch.no_grad()
@@ -59,7 +59,7 @@ class MovingDigits:
     """Everything a recipe may ask for on the embedded default."""
 
     family: WanFamily
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     reward: Classifier
     monitor: ClassifierMonitor
 
@@ -87,7 +87,7 @@ class MovingDigits:
         bad = digits.render("train", [spec if other is None else other for spec, other in zip(specs, wrong, strict=True)], seed + 1)
         slowed = torch.tensor([other is None for other in wrong])
         bad[slowed] = slow_motion(good[slowed])
-        return PairSamples(tuple(map(digits.describe, specs)), encoded(self.family, good), encoded(self.family, bad))
+        return PairSamples(as_prompts(list(map(digits.describe, specs))), encoded(self.family, good), encoded(self.family, bad))
 
 
 def _wrong(spec: digits.PromptSpec, motion: int, rng: torch.Generator) -> digits.PromptSpec | None:
@@ -108,7 +108,7 @@ def moving_digits() -> MovingDigits:
     """Loads the bundled pipeline and classifiers; half a second."""
     family = load(MOVING_DIGITS)
     assert isinstance(family, WanFamily)
-    return MovingDigits(family, tuple(digits.training_prompts()), load_classifier("training"), ClassifierMonitor(load_classifier("monitor")))
+    return MovingDigits(family, as_prompts(digits.training_prompts()), load_classifier("training"), ClassifierMonitor(load_classifier("monitor")))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class MovingDigitsI2V:
     """Everything a recipe may ask for on the embedded image-to-video model: every prompt names a first frame of the training split."""
 
     family: WanImageFamily
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     reward: Classifier
     monitor: ClassifierMonitor
 
@@ -137,13 +137,13 @@ class MovingDigitsI2V:
         made = [_begun_alike(name, rng) for name in names]
         return PairSamples(names, *(encoded(self.family, torch.stack(media)) for media in zip(*made, strict=True)))
 
-    def _with_first_frames(self, n: int, seed: int, prompts: Sequence[str]) -> tuple[str, ...]:
+    def _with_first_frames(self, n: int, seed: int, prompts: Sequence[str]) -> tuple[Prompt, ...]:
         rng = torch.Generator().manual_seed(seed)
         chosen = torch.randint(len(prompts), (n,), generator=rng).tolist()
-        return tuple(with_first_frame(prompts[i], f"train/{1000 * seed + j}") for j, i in enumerate(chosen))
+        return tuple(Prompt(prompts[i], f"train/{1000 * seed + j}") for j, i in enumerate(chosen))
 
 
-def _begun_alike(prompt: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _begun_alike(prompt: Prompt, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """The real video [3, 9, 48, 48] that the prompt's first frame begins, and a wrong one with the same first frame."""
     spec, shown = digits.parse(prompt), drawn_video(prompt)
     scans, motions, start = drawn_path(prompt)
@@ -169,9 +169,9 @@ def moving_digits_i2v() -> MovingDigitsI2V:
     family = load(MOVING_DIGITS_I2V)
     assert isinstance(family, WanImageFamily)
     names = digits.training_prompts()
-    prompts = tuple(with_first_frame(name, f"train/{len(names) * k + i}") for k in range(FIRST_FRAMES) for i, name in enumerate(names))
+    prompts = tuple(Prompt(name, f"train/{len(names) * k + i}") for k in range(FIRST_FRAMES) for i, name in enumerate(names))
     monitor = load_classifier("monitor")
-    open_prompts = tuple(with_first_frame(name, f"monitor/{i}") for i, name in enumerate(ClassifierMonitor(monitor).open_prompts))
+    open_prompts = tuple(Prompt(prompt.text, f"monitor/{i}") for i, prompt in enumerate(ClassifierMonitor(monitor).open_prompts))
     return MovingDigitsI2V(family, prompts, load_classifier("training"), ClassifierMonitor(monitor, open_prompts))
 
 
@@ -180,14 +180,14 @@ class ClassDigits:
     """Everything a recipe may ask for on the class-conditional digits."""
 
     family: DiTFamily
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     reward: DigitClassifier
     monitor: DigitClassifier
 
     def real(self) -> RealSamples:
         """The 800 scans of the training split, each with its class."""
         scans, classes = digits.scans_of("train")
-        return RealSamples(tuple(str(int(c)) for c in classes), scans[:, None] * 2 - 1)
+        return RealSamples(_names(classes), scans[:, None] * 2 - 1)
 
     def pairs(self, seed: int = 78) -> PairSamples:
         """Each scan of the training split, preferred to one of another class under its own class."""
@@ -195,7 +195,12 @@ class ClassDigits:
         rng = torch.Generator().manual_seed(seed)
         others = [(classes != c).nonzero()[:, 0] for c in range(10)]
         wrong = torch.stack([others[int(c)][torch.randint(len(others[int(c)]), (), generator=rng)] for c in classes])
-        return PairSamples(tuple(str(int(c)) for c in classes), scans[:, None] * 2 - 1, scans[wrong][:, None] * 2 - 1)
+        return PairSamples(_names(classes), scans[:, None] * 2 - 1, scans[wrong][:, None] * 2 - 1)
+
+
+def _names(classes: Tensor) -> tuple[Prompt, ...]:
+    """Classes [N] as prompts."""
+    return tuple(Prompt(str(int(c))) for c in classes)
 
 
 def class_digits(scale: Scale = "log") -> ClassDigits:
@@ -203,4 +208,4 @@ def class_digits(scale: Scale = "log") -> ClassDigits:
     family = load(DIGITS)
     assert isinstance(family, DiTFamily)
     reward, monitor = load_digit_classifier("training", scale=scale), load_digit_classifier("monitor")
-    return ClassDigits(family, tuple(str(i) for i in range(10)), reward, monitor)
+    return ClassDigits(family, _names(torch.arange(10)), reward, monitor)

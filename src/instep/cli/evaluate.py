@@ -19,6 +19,7 @@ from instep.bundled.classifiers import Classifier, load_classifier
 from instep.cli import default_threads
 from instep.cli.export import newest_step, read_run, sampling_of, student_of
 from instep.core.files import write_json
+from instep.data.prompt import Prompt
 from instep.diffusion.prediction import Denoiser
 from instep.diffusion.sampling import Sampling, sample_ode
 from instep.metrics.compare import EvalSet, Generate, Row, evaluate, evaluation_set, real_vs_real_row
@@ -97,7 +98,7 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> li
     model, known = model_of(record, folder)
     # a student with an adapter puts it into its family's network: the teacher's rows are those of a network of their own
     family, plain, classifiers = load(model), load(model), load_classifiers()
-    eval_set = evaluation_set(protocol, seed, image_to_video=known == MOVING_DIGITS_I2V)
+    eval_set = evaluation_set(protocol, seed, image_to_video=known == MOVING_DIGITS_I2V, negative=record.get("negative_prompt"))
     sampling, guidance = sampling_of(record, newest_step(folder)), float(record["config"]["guidance"])
     levels = sampling.levels
     student = student_of(folder, record, family)
@@ -153,14 +154,14 @@ def stage_ends(record: dict[str, Any]) -> list[tuple[str, int]]:
 def sampler_of(student: Denoiser, family: Family, sampling: Sampling) -> Generate:
     """The student's own sampler as a generator of unclamped media."""
 
-    def generate(prompts: Sequence[str], seed: int) -> Tensor:
+    def generate(prompts: Sequence[Prompt], seed: int) -> Tensor:
         noise, rng = noise_for(family, prompts, seed)
-        return family.decode(sampling(student, family.encode(prompts), family.null(len(prompts)), noise, family.path, rng))
+        return family.decode(sampling(student, family.encode(prompts), family.unconditional(prompts), noise, family.path, rng))
 
     return generate
 
 
-def noise_for(family: Family, prompts: Sequence[str], seed: int) -> tuple[Tensor, torch.Generator]:
+def noise_for(family: Family, prompts: Sequence[Prompt], seed: int) -> tuple[Tensor, torch.Generator]:
     """Starting noise, the same for every model, and the generator that goes on from it."""
     rng = torch.Generator().manual_seed(seed)
     return torch.randn(len(prompts), *family.latent_shape, generator=rng), rng
@@ -173,9 +174,11 @@ def baseline(family: Family, classifiers: dict[str, Classifier], eval_set: EvalS
         return Row.of_json(json.loads(file.read_text(encoding="utf-8")))
     teacher = Role("teacher", Backbone(family, family.pretrained))
 
-    def generate(prompts: Sequence[str], seed: int) -> Tensor:
+    def generate(prompts: Sequence[Prompt], seed: int) -> Tensor:
         noise, _ = noise_for(family, prompts, seed)
-        x = sample_ode(teacher, family.encode(prompts), family.null(len(prompts)), noise, steps=steps, path=family.path, shift=family.shift, guidance=guidance)
+        x = sample_ode(
+            teacher, family.encode(prompts), family.unconditional(prompts), noise, steps=steps, path=family.path, shift=family.shift, guidance=guidance
+        )
         return family.decode(x)
 
     kind: Literal["teacher", "naive"] = "teacher" if steps >= 20 else "naive"
@@ -194,7 +197,7 @@ def cache_folder() -> Path:
 
 def fingerprint(eval_set: EvalSet, family: Family) -> str:
     """Of the model's weights, the classifiers, the measuring code and the protocol: what a cached row depends on."""
-    digest = hashlib.sha256(f"{eval_set.name}{eval_set.seed}{'image_to_video' * eval_set.image_to_video}".encode())
+    digest = hashlib.sha256(f"{eval_set.name}{eval_set.seed}{'image_to_video' * eval_set.image_to_video}{eval_set.negative or ''}".encode())
     for part in (family.pipe.transformer, family.pipe.vae, family.pipe.text_encoder):
         for name, p in part.state_dict().items():
             digest.update(name.encode() + p.detach().cpu().numpy().tobytes())

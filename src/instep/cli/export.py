@@ -11,6 +11,7 @@ import torch
 import tyro
 
 from instep.core.size import VideoSize
+from instep.data.prompt import Prompt
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.sampling import Sampling
 from instep.methods.recipe import LoRA
@@ -59,7 +60,7 @@ def export_command(args: ExportArgs) -> int:
         recipe=record["recipe"],
         seed=record["seed"],
         prompts=record["prompt_count"],
-        example=record["example_prompt"],
+        example=Prompt.parse(record["example_prompt"]),
         command=record["command"],
         dtype=getattr(torch, args.dtype),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +12,13 @@ import torch
 import tyro
 from torch import Tensor
 
+from instep.bundled.drawn_frames import first_frame
 from instep.cli import default_threads
 from instep.core.files import atomic_dir, write_json
 from instep.core.quiet import quiet
 from instep.core.size import VideoSize
 from instep.data.animation import save_animation, tile
-from instep.data.prompt import with_first_frame
+from instep.data.prompt import Prompt, with_negative
 from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, bundled
 from instep.models.stock import draw, stock, takes_first_frame
 
@@ -31,7 +32,10 @@ class SampleArgs:
     dir: Annotated[str, tyro.conf.Positional]
     """Folder of a run, of an exported student or of a diffusers pipeline; or moving-digits, or moving-digits-i2v."""
     prompts: tuple[str, ...] = PROMPTS
-    """Prompts, each in quotes; for image-to-video each names its first frame: "a cat runs [image: cat.png]"."""
+    """Prompts, each in quotes; for image-to-video each names its first frame: "a cat runs [image: cat.png]". A prompt may have a negative prompt of its own:
+    "a cat runs [negative: blurry]"."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, for prompts that have no negative prompt of their own; at guidance 1 it has no effect."""
     steps: int | None = None
     """Sampling steps; default: the student's own, 50 for a pipeline."""
     guidance: float | None = None
@@ -79,11 +83,13 @@ def sample_command(args: SampleArgs) -> int:
             pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     size = VideoSize(*args.size) if args.size else size_of(args.dir, record, pipe)
     torch.manual_seed(args.seed)
-    prompts = args.prompts
-    if takes_first_frame(pipe) and prompts == PROMPTS:
-        prompts = tuple(with_first_frame(prompt, f"reference/{i}") for i, prompt in enumerate(PROMPTS))
+    prompts = with_negative([Prompt.parse(prompt) for prompt in args.prompts], args.negative_prompt)
+    if takes_first_frame(pipe) and args.prompts == PROMPTS:
+        prompts = tuple(replace(prompt, image=f"reference/{i}") for i, prompt in enumerate(prompts))
+    if guidance == 1 and any(prompt.negative for prompt in prompts):
+        print("negative prompts have no effect: guidance is 1, which leads away from nothing")
     names = [prompt for prompt in prompts for _ in range(args.copies)]
-    videos = draw(pipe, names, size, steps=steps, guidance=guidance, output="pt")
+    videos = draw(pipe, names, size, steps=steps, guidance=guidance, output="pt", first_frame=first_frame)
     shown = (videos.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8)
     save_animation(args.out, tile(shown, columns=args.copies))
     if args.each is not None:
@@ -95,9 +101,9 @@ def sample_command(args: SampleArgs) -> int:
     return 0
 
 
-def save_each(folder: Path, videos: Tensor, prompts: Sequence[str], copies: int, seed: int) -> None:
+def save_each(folder: Path, videos: Tensor, prompts: Sequence[Prompt], copies: int, seed: int) -> None:
     """Videos uint8 [N, F, H, W, 3] as files, and the manifest that `instep human-eval` reads. Copies of a prompt count their seeds on from `seed`."""
-    rows = [{"file": f"{i:04d}.webp", "prompt": prompt, "seed": seed + i % copies} for i, prompt in enumerate(prompts)]
+    rows = [{"file": f"{i:04d}.webp", "prompt": str(prompt), "seed": seed + i % copies} for i, prompt in enumerate(prompts)]
     with atomic_dir(folder, "samples") as temporary:
         for row, video in zip(rows, videos, strict=True):
             save_animation(temporary / str(row["file"]), video)

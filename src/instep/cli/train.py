@@ -14,6 +14,7 @@ from instep.cli import default_threads
 from instep.cli.rewards import load_reward
 from instep.core.size import VideoSize
 from instep.core.user_code import load_function
+from instep.data.prompt import Prompt, load_prompts, with_negative
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models import BUNDLED, DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, load
@@ -39,7 +40,9 @@ class TrainArgs:
     diffusers pipeline folder."""
     prompts: Path | None = None
     """Text file, one prompt a line (or JSON lines with a "prompt"); for image-to-video each line names its first frame, "a cat runs [image: cat.png]" (or has
-    an "image"). Default: the bundled model's own."""
+    an "image"). A line may have a negative prompt too, "a cat runs [negative: blurry]" (or "negative"). Default: the bundled model's own."""
+    negative_prompt: str | None = None
+    """What the teacher's guidance leads away from, for prompts that have no negative prompt of their own; without guidance it has no effect."""
     reward: str | None = None
     """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
     (motion); "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them;
@@ -87,7 +90,7 @@ class Setting:
     """What a run is given besides its recipe."""
 
     family: Family
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     reward: Reward | Callable[..., Any] | None
     monitor: Monitor | None
     real: RealSamples | None
@@ -114,6 +117,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
             setting.family,
             out=out,
             prompts=setting.prompts,
+            negative_prompt=args.negative_prompt,
             reward=setting.reward,
             monitor=setting.monitor,
             real=setting.real,
@@ -132,8 +136,6 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
 
 def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     """The model and what the recipe needs with it; errors here come before any training."""
-    from instep.data.prompt import load_prompts
-
     reward = load_reward(args.reward) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     labelled = load_pairs(args.pairs) if args.pairs else None
@@ -145,11 +147,11 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         # a user's own pairs bring their chosen samples with them
         real = own.real() if recipe.needs & {"real", "preferred"} and labelled is None else None
         pairs = paired(labelled, own.family) or (own.pairs() if "pairs" in recipe.needs else None)
-        return Setting(own.family, prompts or own.prompts, reward or own.reward, own.monitor, real, pairs)
+        return Setting(own.family, with_negative(prompts or own.prompts, args.negative_prompt), reward or own.reward, own.monitor, real, pairs)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     family = load(args.model, VideoSize(*args.size) if args.size else None)
-    return Setting(family, prompts, reward, None, None, paired(labelled, family))
+    return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, None, paired(labelled, family))
 
 
 def load_pairs(path: Path) -> Sequence[LabelledPair]:

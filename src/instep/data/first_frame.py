@@ -1,84 +1,39 @@
-"""The first frames that prompts of image-to-video models name: read from files, or drawn."""
+"""The first frames that image-to-video models begin with, read from the files that prompts name."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from instep.bundled import digits
 from instep.core.size import VideoSize
-from instep.data.prompt import DRAWN, first_frame_of, text_of, with_first_frame
+from instep.data.media import fitted, read_media
+from instep.data.prompt import Prompt, as_prompts
+
+# the first frame [3, H, W] in [0, 1] of a prompt at a size; ValueError for a prompt that has none
+FirstFrameReader = Callable[[Prompt, VideoSize], Tensor]
 
 
-def read_first_frame(prompt: str, size: VideoSize) -> Tensor:
-    """A prompt's first frame [3, H, W] in [0, 1] at `size`: an image file, or the first frame of an animation or video.
+def read_first_frame(prompt: Prompt, size: VideoSize) -> Tensor:
+    """A prompt's first frame [3, H, W] in [0, 1] at `size`: its image file, or the first frame of an animation or video.
 
-    `train/17` (monitor, heldout, reference) is drawn: the first frame of the moving-digits video that `drawn_video` draws of the prompt's text from
-    that split with seed 17. ValueError where the prompt names none, and for a file that is missing, cannot be read or has another shape.
+    ValueError for a prompt without an image, and for a file that is missing, cannot be read or has another shape.
     """
-    from instep.data.media import fitted, read_media
-
-    name = first_frame_of(prompt)
-    if name is None:
+    if prompt.image is None:
         raise ValueError(
-            f"prompt: {prompt!r} names no first frame, and this model begins its videos with one; write {with_first_frame(prompt, 'FILE')!r}, or in a prompt "
-            'file of JSON lines {"prompt": ..., "image": FILE}'
+            f"prompt: {prompt.text!r} names no first frame, and this model begins its videos with one; write {str(Prompt(prompt.text, 'FILE'))!r} in a text "
+            f'file or on the command line, {{"prompt": ..., "image": FILE}} in a file of JSON lines, or give Prompt({prompt.text!r}, image=FILE)'
         )
-    if DRAWN.fullmatch(name):
-        frame = drawn_video(prompt)[:, 0]
-        if frame.shape[1:] != (size.height, size.width):
-            frame = F.interpolate(frame[None], (size.height, size.width), mode="bilinear", align_corners=False)[0]
-        return frame
+    name = str(prompt.image)
     if not Path(name).is_file():
-        raise ValueError(f"image: {name} of prompt {prompt!r} is not a file that exists; give an image or a video, or split/seed for a drawn digit")
+        raise ValueError(f"image: {name} of prompt {prompt.text!r} is not a file that exists; give an image or a video")
     return fitted(read_media(Path(name))[:, :1], VideoSize(size.height, size.width, 1), name)[:, 0]
 
 
-def drawn_video(prompt: str) -> Tensor:
-    """The moving-digits video [3, 9, 48, 48] whose first frame a prompt like `a seven [image: train/17]` names; ValueError for any other."""
-    scans, motions, start = drawn_path(prompt)
-    return digits.place(scans, start, digits.travels(motions))[0].expand(3, -1, -1, -1)
-
-
-def drawn_path(prompt: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What that video shows: scan [1, 8, 8], motion [1] and the digit's first corner [1, 2]; ValueError for a prompt that names no drawn first frame.
-
-    An empty text leaves everything open.
-    """
-    found = DRAWN.fullmatch(first_frame_of(prompt) or "")
-    if not found:
-        raise ValueError(f"image: {prompt!r} names no drawn first frame; write for example {with_first_frame(text_of(prompt), 'train/17')!r}")
-    split: digits.Split = found[1]  # type: ignore[assignment]
-    rng = torch.Generator().manual_seed(int(found[2]))
-    scans, _, motions = digits.draw(split, [digits.parse(text_of(prompt) or "a digit")], rng)
-    return scans, motions, digits.random_paths(motions, rng)[0]
-
-
-def source_of(prompt: str) -> str:
-    """What a first frame depends on: the name of its file, or where it is drawn the whole prompt."""
-    name = first_frame_of(prompt)
-    return prompt if name is None or DRAWN.fullmatch(name) else name
-
-
-def check_first_frames(prompts: Sequence[str], size: VideoSize) -> None:
-    """ValueError for the first prompt that names no first frame, or one that cannot be read; every file is read once."""
-    seen: dict[str, str] = {}
-    for prompt in prompts:
-        seen.setdefault(source_of(prompt), prompt)
-    for prompt in seen.values():
-        name = first_frame_of(prompt)
-        if name and DRAWN.fullmatch(name):
-            digits.parse(text_of(prompt) or "a digit")  # drawing it takes longer and says no more
-        else:
-            read_first_frame(prompt, size)
-
-
-def digest(prompts: Sequence[str]) -> str | None:
-    """Of what the files show that prompts name, in their order; None where none names a file."""
-    files = [name for name in dict.fromkeys(map(first_frame_of, prompts)) if name is not None and not DRAWN.fullmatch(name)]
+def digest(prompts: Sequence[Prompt]) -> str | None:
+    """Of what the image files of prompts show, in their order; None where none names a file."""
+    names = dict.fromkeys(prompt.image for prompt in as_prompts(prompts))
+    files = [name for name in names if name is not None and Path(name).is_file()]
     return hashlib.sha256(b"".join(hashlib.sha256(Path(name).read_bytes()).digest() for name in files)).hexdigest()[:16] if files else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instep.core.size import VideoSize
-from instep.data.prompt import first_frame_of, with_first_frame
+from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples
 
 IMAGES = (".webp", ".gif", ".png", ".jpg", ".jpeg")
@@ -140,7 +141,7 @@ def fitted(media: Tensor, size: VideoSize, name: str) -> Tensor:
 @torch.no_grad()
 def pair_samples(pairs: Sequence[LabelledPair], family: EncodesMedia) -> PairSamples:
     """Labelled files as latents of `family`, one pair at a time; ties are left out. For an image-to-video family the first frame is the chosen sample's
-    first frame, unless the prompt names one.
+    first frame, unless the prompt names one. The pairs' prompts are in their written form (`data/prompt.py`).
 
     ValueError if none is left, a file does not fit, or all are images and the model makes videos.
     """
@@ -159,7 +160,8 @@ def pair_samples(pairs: Sequence[LabelledPair], family: EncodesMedia) -> PairSam
     if family.size.frames > 1 and not moves:
         raise ValueError(f"pairs: no sample of {len(decided)} pairs moves, and the model makes videos of {family.size.frames} frames; give videos, not images")
     image_to_video = hasattr(family, "check_prompts")
-    names = (with_first_frame(pair.prompt, pair.chosen) if image_to_video and not first_frame_of(pair.prompt) else pair.prompt for pair in decided)
+    prompts = [(Prompt.parse(pair.prompt), pair.chosen) for pair in decided]
+    names = (replace(prompt, image=chosen) if image_to_video and prompt.image is None else prompt for prompt, chosen in prompts)
     return PairSamples(tuple(names), chosen, rejected)
 
 

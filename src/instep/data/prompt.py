@@ -1,7 +1,7 @@
-"""Prompts, and files of them: one prompt a line, or JSON lines with a "prompt" and, for image-to-video, an "image".
+"""Prompts: what a sample is asked for, as a value; and files of prompts, one a line or as JSON lines.
 
-A prompt of an image-to-video model names its first frame: `a cat runs [image: cat.png]`. So the first frame goes wherever the prompt goes (batches, stored
-samples, probes, records), and a prompt stays one string. What only reads text is given the text alone.
+A prompt has one written form, `a cat runs [image: cat.png] [negative: blurry]`, in which either bracket may be missing. It is parsed where people write
+prompts (text files, the command line) and where prompts were stored as text (records, pairs, samples); everything else carries `Prompt` values.
 """
 
 from __future__ import annotations
@@ -10,48 +10,101 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
-# a drawn first frame instead of a file: split/seed of a moving-digits video
-DRAWN = re.compile(r"(train|monitor|heldout|reference)/(\d+)")
-_NAMED = re.compile(r"(.*?)\s*\[image: ([^\[\]]+)\]\s*", re.DOTALL)
+_FORM = re.compile(r"(.*?)\s*(?:\[image: ([^\[\]]+)\]\s*)?(?:\[negative: (.*)\]\s*)?", re.DOTALL)
+_NAME = re.compile(r"[^\[\]]+")
 
 
-def with_first_frame(text: str, first_frame: str | Path) -> str:
-    """The prompt that says `text` and whose first frame is `first_frame`: the name of a file, or what `read_first_frame` draws.
+@dataclass(frozen=True)
+class Prompt:
+    """A text, the image that an image-to-video model begins with, and the negative prompt that guidance leads away from.
 
-    ValueError for a name with square brackets, or a text that names one already.
+    `image` is the name of a file, or a name that the model itself gives a meaning; it is kept as text. `negative` is None where there is none, so that a
+    run's own may fill it in; an empty text stays empty. Raises ValueError for a value that its written form would not give back: an image's name with
+    square brackets, or a text that is itself written with an image.
     """
-    prompt = f"{text} [image: {first_frame}]"
-    if first_frame_of(text) is not None or text_of(prompt) != text.rstrip():
-        raise ValueError(f"image: {str(first_frame)!r} for prompt {text!r} is not allowed; one name without square brackets a prompt")
-    return prompt
+
+    text: str
+    image: Path | str | None = None
+    negative: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("text", self.text, str), ("image", self.image, Path | str | None), ("negative", self.negative, str | None)):
+            if not isinstance(value, allowed):
+                raise ValueError(f"{name}: {value!r} is not allowed in a prompt; it is text{' or None' if name != 'text' else ''}")
+        if self.image is not None:
+            object.__setattr__(self, "image", str(self.image).strip())
+        if self.image is not None or self.negative is not None:
+            object.__setattr__(self, "text", self.text.rstrip())
+        if _parts(self.text) != (self.text, None, None):
+            text, image, negative = _parts(self.text)
+            given = "".join(f", {name}={value!r}" for name, value in (("image", image), ("negative", negative)) if value is not None)
+            raise ValueError(f"text: {self.text!r} is the written form of a prompt; give Prompt({text!r}{given}), or Prompt.parse of it")
+        if self.image is not None and not _NAME.fullmatch(str(self.image)):
+            raise ValueError(f"image: {str(self.image)!r} for prompt {self.text!r} is not allowed; one name without square brackets a prompt")
+        if _parts(str(self)) != (self.text, self.image, self.negative):
+            raise ValueError(f"text: {self.text!r} is not allowed; leave '[image: ' and '[negative: ' out of it")
+
+    def __str__(self) -> str:
+        """The written form; `parse` is its inverse."""
+        image = "" if self.image is None else f" [image: {self.image}]"
+        return f"{self.text}{image}" + ("" if self.negative is None else f" [negative: {self.negative}]")
+
+    @classmethod
+    def parse(cls, written: str) -> Self:
+        """The prompt of a written form; spaces before and after the brackets do not count."""
+        return cls(*_parts(written))
 
 
-def first_frame_of(prompt: str) -> str | None:
-    """The name of a prompt's first frame; None of a prompt of text alone."""
-    found = _NAMED.fullmatch(prompt)
-    return found[2].strip() if found else None
+def _parts(written: str) -> tuple[str, str | None, str | None]:
+    found = _FORM.fullmatch(written)
+    if found is None or (found[2] is None and found[3] is None):
+        return written, None, None
+    return found[1], found[2] and found[2].strip(), found[3]
 
 
-def text_of(prompt: str) -> str:
-    """What a prompt says, without its first frame."""
-    found = _NAMED.fullmatch(prompt)
-    return found[1] if found else prompt
+def as_prompts(given: Sequence[Prompt | str]) -> tuple[Prompt, ...]:
+    """Prompts of a list or tuple of prompts and plain texts; ValueError for anything else, such as one text alone or a generator."""
+    if isinstance(given, str | Prompt):
+        raise ValueError(f"prompts: {given!r} is one prompt alone; give a list of prompts, [{given!r}]")
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise ValueError(f"prompts: {type(given).__name__} is not allowed; give a list of texts or Prompt values (of a generator: list(...))")
+    for i, prompt in enumerate(given):
+        if not isinstance(prompt, str | Prompt):
+            raise ValueError(f"prompts: item {i} is {prompt!r}, which is not allowed; every prompt is a text or a Prompt value")
+    return tuple(prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in given)
 
 
-def texts_of(prompts: Sequence[str]) -> list[str]:
-    return [text_of(prompt) for prompt in prompts]
+def texts_of(prompts: Sequence[Prompt | str]) -> list[str]:
+    """The texts alone."""
+    return [prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts]
 
 
-def other_text(prompt: str, text: str) -> str:
-    """`text` with the first frame of `prompt`, if it has one."""
-    first_frame = first_frame_of(prompt)
-    return text if first_frame is None else with_first_frame(text, first_frame)
+def negatives_of(prompts: Sequence[Prompt | str]) -> list[str]:
+    """The negative prompt of each, an empty text where it has none."""
+    return [prompt.negative or "" for prompt in as_prompts(prompts)]
 
 
-def load_prompts(path: Path | str) -> list[str]:
-    """The prompts of a .txt (one a line, blank lines skipped) or .jsonl file; ValueError names the file and the line that is wrong."""
+def with_negative(prompts: Sequence[Prompt | str], negative: str | None) -> tuple[Prompt, ...]:
+    """The prompts, `negative` filled in where a prompt has none of its own."""
+    found = as_prompts(prompts)
+    return found if negative is None else tuple(replace(p, negative=negative) if p.negative is None else p for p in found)
+
+
+def is_file_name(image: Path | str) -> bool:
+    """Whether an image is named as a file, with an ending (cat.png); other names have the meaning that a model gives them."""
+    return bool(Path(image).suffix)
+
+
+def load_prompts(path: Path | str) -> list[Prompt]:
+    """The prompts of a .txt (one a line in their written form, blank lines skipped) or .jsonl file.
+
+    A line of the latter is an object with "prompt" and, if it has them, "image" (a file, from where the prompt file lies) and "negative" (or
+    "negative_prompt"). ValueError names the file and the line that is wrong.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"prompts: {path} is not a file that exists; give a text file with one prompt a line")
@@ -65,21 +118,25 @@ def load_prompts(path: Path | str) -> list[str]:
     lines = [(i, line.strip()) for i, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"prompts: {path} is empty; write at least one prompt, one a line")
-    return [_from_json(path, i, line) for i, line in lines] if path.suffix.lower() == ".jsonl" else [line for _, line in lines]
+    return [_from_json(path, i, line) if path.suffix.lower() == ".jsonl" else Prompt.parse(line) for i, line in lines]
 
 
-def _from_json(path: Path, i: int, line: str) -> str:
+def _from_json(path: Path, i: int, line: str) -> Prompt:
     try:
-        row = json.loads(line)
-        prompt, image = row["prompt"], row.get("image")
+        row: dict[str, Any] = json.loads(line)
+        text, image = row["prompt"], row.get("image")
+        negatives = [row[name] for name in ("negative", "negative_prompt") if row.get(name) is not None]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         form = '{"prompt": "..."}'
         raise ValueError(f"prompts: {path}, line {i} is not of the form {form} ({type(error).__name__}); fix or remove it") from error
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"prompts: {path}, line {i} holds {prompt!r}; a prompt is text that is not empty")
-    if image is None:
-        return prompt.strip()
-    if not isinstance(image, str) or not image.strip():
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"prompts: {path}, line {i} holds {text!r}; a prompt is text that is not empty")
+    if image is not None and (not isinstance(image, str) or not image.strip()):
         raise ValueError(f"prompts: {path}, line {i} has the image {image!r}; it is the name of a file, from where the prompt file lies")
-    # drawn first frames are no files
-    return with_first_frame(prompt.strip(), image.strip() if DRAWN.fullmatch(image.strip()) else (path.parent / image.strip()).resolve())
+    if len(negatives) > 1 or not all(isinstance(negative, str) for negative in negatives):
+        raise ValueError(f'prompts: {path}, line {i} has the negative prompt {negatives!r}; it is one text, as "negative" or as "negative_prompt"')
+    name = image and image.strip()
+    try:
+        return Prompt(text.strip(), (path.parent / name).resolve() if name and is_file_name(name) else name, negatives[0] if negatives else None)
+    except ValueError as error:
+        raise ValueError(f"prompts: {path}, line {i}: {error}") from error

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from instep.core.size import VideoSize
-from instep.data.prompt import DRAWN, first_frame_of, text_of, with_first_frame
+from instep.data.prompt import Prompt, as_prompts, is_file_name
 from instep.diffusion.sampling import Sampling
 
 
@@ -29,14 +29,17 @@ class ExportInfo:
     instep_version: str
     training_prompts: int
     size: VideoSize
-    example_prompt: str
+    example_prompt: Prompt
     metrics: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "example_prompt", *as_prompts([self.example_prompt]))
 
     def json(self) -> dict[str, Any]:
         """For the export's record; of a first frame's file its name alone, as on the card."""
-        text, first_frame = text_of(self.example_prompt), first_frame_of(self.example_prompt)
-        shown = self.example_prompt if first_frame is None or DRAWN.fullmatch(first_frame) else with_first_frame(text, Path(first_frame).name)
-        return asdict(self) | {"example_prompt": shown}
+        image = self.example_prompt.image
+        shown = replace(self.example_prompt, image=Path(image).name) if image is not None and is_file_name(image) else self.example_prompt
+        return asdict(self) | {"example_prompt": str(shown)}
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
     usage = (
         f"import torch\nfrom diffusers import DiffusionPipeline\n{_loads(info)}\n"
         'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", dtype=torch.float32)\n'
-        f"video = pipe({_asked(info)}, num_inference_steps={steps}, guidance_scale={guidance:g}, height={size.height}, width={size.width}, "
-        f"num_frames={size.frames}).frames[0]\n"
+        f"video = pipe({_asked(info, guided=guidance != 1)}, num_inference_steps={steps}, guidance_scale={guidance:g}, height={size.height}, "
+        f"width={size.width}, num_frames={size.frames}).frames[0]\n"
     )
     return (
         f"---\nlibrary_name: diffusers\n---\n\n# {name}, aligned ({info.recipe})\n\n`{info.base_model}` after the recipe `{info.recipe}` of instep"
@@ -105,20 +108,22 @@ def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
     )
 
 
-def _asked(info: ExportInfo) -> str:
-    """What the pipeline is called with; a drawn first frame stands for a file, and of a file its name: where it lay is nobody's business."""
-    text, first_frame = json.dumps(text_of(info.example_prompt)), first_frame_of(info.example_prompt)
-    if first_frame is None:
-        return text
-    return f"prompt={text}, image=load_image({json.dumps('first_frame.png' if DRAWN.fullmatch(first_frame) else Path(first_frame).name)})"
+def _asked(info: ExportInfo, guided: bool = False) -> str:
+    """What the pipeline is called with, with guidance also the negative prompt; of an image's file its name, because the folder is a private matter."""
+    prompt = info.example_prompt
+    text, image = json.dumps(prompt.text), prompt.image
+    negative = f", negative_prompt={json.dumps(prompt.negative, ensure_ascii=False)}" if guided and prompt.negative else ""
+    if image is None:
+        return text + negative
+    return f"prompt={text}, image=load_image({json.dumps(Path(image).name if is_file_name(image) else 'first_frame.png')}){negative}"
 
 
 def _loads(info: ExportInfo) -> str:
-    return "" if first_frame_of(info.example_prompt) is None else "from diffusers.utils import load_image\n"
+    return "" if info.example_prompt.image is None else "from diffusers.utils import load_image\n"
 
 
 def _kind(info: ExportInfo) -> str:
-    return "text-to-video" if first_frame_of(info.example_prompt) is None else "image-to-video"
+    return "text-to-video" if info.example_prompt.image is None else "image-to-video"
 
 
 def _head(info: ExportInfo, n: int, measured: Measured) -> str:

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from instep.core.files import atomic_dir
 from instep.core.quiet import quiet
 from instep.core.size import VideoSize
-from instep.data.prompt import other_text
+from instep.data.first_frame import FirstFrameReader, read_first_frame
 from instep.diffusion.sampling import Sampling
 from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, many_step_card, model_card
 from instep.export.comfyui import comfyui_shift, comfyui_state_dict, comfyui_workflow, runs_in_comfyui
@@ -64,6 +64,7 @@ def export_student(
     adapter: str = "student",
     dtype: torch.dtype | None = None,
     ours: Sampler | None = None,
+    first_frame: FirstFrameReader = read_first_frame,
     overwrite: bool = False,
 ) -> ExportReport:
     """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA file and (Wan) ComfyUI workflow,
@@ -72,7 +73,7 @@ def export_student(
     pipeline: one that `models/stock.py` knows, around the student (its other parts are saved too; nothing in it is changed). lora: the
     module that carries the PEFT adapter `adapter`; then the folder's transformer is that module with the adapter
     merged. dtype: float16, float32 or None to keep. ours: the training-side sampler to compare with, at info.size
-    (None: our sampler around the weights in memory, at a small size). The folder appears at once, complete, or not at
+    (None: our sampler around the weights in memory, at a small size). first_frame: reads the example prompt's. The folder appears at once, complete, or not at
     all. Raises ValueError if `out` holds something that is not an earlier export and `overwrite` is not set, if the
     levels cannot be represented, or for a pipeline with two transformers.
     """
@@ -94,15 +95,16 @@ def export_student(
         size = info.size if ours else smallest_size(pipeline)
         if takes_first_frame(pipeline):  # a first frame has the shape that it has
             size = VideoSize(info.size.height, info.size.width, size.frames)
-        in_memory = ours or our_sampler(pipeline, student if lora is None else lora, levels, size)
-        device, prompts = next((pipeline.transformer if lora is None else lora).parameters()).device, (info.example_prompt, other_text(info.example_prompt, ""))
+        in_memory = ours or our_sampler(pipeline, student if lora is None else lora, levels, size, first_frame)
+        device = next((pipeline.transformer if lora is None else lora).parameters()).device
+        prompts = (info.example_prompt, replace(info.example_prompt, text=""))
         with nullcontext() if lora is None else adapter_active(lora, adapter):
-            student_difference = verify_export(temporary, in_memory, prompts=prompts, size=size, device=device)
+            student_difference = verify_export(temporary, in_memory, prompts=prompts, size=size, device=device, first_frame=first_frame)
         is_wan = type(exported).__name__ == "WanPipeline"
         shift, off = comfyui_shift(levels) if is_wan else (None, None)
         defaults = inspect.signature(type(pipeline).__call__).parameters
         measured = Measured(
-            sampler_difference=verify_export(temporary, levels, prompts=prompts, size=size, device=device),
+            sampler_difference=verify_export(temporary, levels, prompts=prompts, size=size, device=device, first_frame=first_frame),
             student_difference=student_difference,
             comfyui_shift=shift,
             comfyui_difference=off,
@@ -203,7 +205,7 @@ def _write_comfyui(folder: Path, transformer: nn.Module, levels: Sequence[float]
     if measured.comfyui_difference is None or measured.comfyui_difference > LEVELS_EQUAL:
         return
     model = f"{info.base_model.rpartition('/')[2]}.safetensors" if measured.lora else COMFYUI_MODEL
-    graph = comfyui_workflow(levels, info.size, info.example_prompt, model, "lora.safetensors" if measured.lora else None, info.seed)
+    graph = comfyui_workflow(levels, info.size, info.example_prompt.text, model, "lora.safetensors" if measured.lora else None, info.seed)
     (folder / "comfyui_workflow.json").write_text(json.dumps(graph, indent=2))
 
 

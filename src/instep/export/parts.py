@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.files import atomic_dir
+from instep.data.prompt import Prompt
 from instep.diffusion.sampling import sample_few_step
 from instep.export.card import ExportInfo
 from instep.export.folder import RECORD, ExportReport, _check_target, _plain, _sync
@@ -94,7 +95,7 @@ def export_parts(
     return ExportReport(out, levels, sampler_difference, student_difference, None, 0, size_bytes)
 
 
-def sampled(sampler: Sampler, prompts: Sequence[str]) -> Tensor:
+def sampled(sampler: Sampler, prompts: Sequence[Prompt]) -> Tensor:
     """Final latents from torch's global generator at seed 0, whose state is put back: the scheduler re-noises from it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -102,7 +103,7 @@ def sampled(sampler: Sampler, prompts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def stock_loop(family: Family, folder: Path, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def stock_loop(family: Family, folder: Path, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
     """Final latents [B, ...] of the exported parts, in float32: by the stock scheduler's loop, and by our sampler around the same network."""
     import diffusers
 
@@ -112,7 +113,7 @@ def stock_loop(family: Family, folder: Path, prompts: Sequence[str]) -> tuple[Te
     levels = json.loads((folder / RECORD).read_text())["levels"]
     cond = family.encode(prompts).to("cpu")
 
-    def stock(names: Sequence[str], rng: torch.Generator) -> Tensor:
+    def stock(names: Sequence[Prompt], rng: torch.Generator) -> Tensor:
         scheduler.set_timesteps(len(levels))
         x = torch.randn(len(names), *family.latent_shape, generator=rng)
         for t in scheduler.timesteps:
@@ -120,7 +121,7 @@ def stock_loop(family: Family, folder: Path, prompts: Sequence[str]) -> tuple[Te
             x = scheduler.step(v, t, x, return_dict=False)[0]
         return x
 
-    def own(names: Sequence[str], rng: torch.Generator) -> Tensor:
+    def own(names: Sequence[Prompt], rng: torch.Generator) -> Tensor:
         noise = torch.randn(len(names), *family.latent_shape, generator=rng)
         return sample_few_step(Role("student", Backbone(family, network)), cond, noise, levels, family.path, rng)
 

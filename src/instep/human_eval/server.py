@@ -16,7 +16,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from instep.data.prompt import text_of
+from instep.data.prompt import Prompt
 from instep.human_eval import frames
 from instep.human_eval.clip import VIDEOS
 from instep.human_eval.guard import Guard, Tokens
@@ -137,7 +137,7 @@ def shown(store: Store, state: State) -> dict[str, Any]:
         if item is None
         else {
             "id": item.id,
-            "prompt": text_of(item.prompt),
+            "prompt": Prompt.parse(item.prompt).text,
             "before": dict(item.before),
             "left": _clip(item.left),
             "right": _clip(item.right) if item.right else None,

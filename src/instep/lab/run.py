@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from instep.data.prompt import as_prompts
 from instep.diffusion.advantage import group_advantage
 from instep.diffusion.rollout import Point, Rollout
 from instep.diffusion.sampling import Step, sample
@@ -187,7 +188,7 @@ def train_particles(
         None if world.reward == "none" else world.score,
     )
     prompts = names[::each] if stage.group > 1 else names
-    batch = Batch(prompts, labels(prompts), labels([""] * len(prompts)))
+    batch = Batch(as_prompts(prompts), labels(prompts), labels([""] * len(prompts)))
     began = time.process_time()
     for step in range(steps):
         iteration(state, stage, [batch], step / steps)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from instep.data.prompt import as_prompts
 from instep.diffusion.path import Path, RectifiedFlow, VariancePreserving
 from instep.diffusion.sampling import sample_ode
 from instep.lab.mixture import ExactTeacher, Mixture, labels
@@ -103,7 +104,7 @@ class World:
             noise = torch.randn(n, 2, generator=rng)
             x0 = sample_ode(self.teacher, cond, null, noise, steps=ODE_STEPS, path=self.path, guidance=guidance)
             stored = Stored(cond, noise, x0)
-        return Batch(names, cond, null, real, pairs, stored)
+        return Batch(as_prompts(names), cond, null, real, pairs, stored)
 
     def member(self, n: int) -> Tensor:
         """Which member each of n rows belongs to: blocks of n / members."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from instep.data.prompt import Prompt
 from instep.methods.term import Critic, Force, Labels, Need, View
 
 
@@ -39,7 +40,7 @@ class LatentFit(Critic):
         return 0.0
 
     @torch.no_grad()
-    def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[str]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
+    def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[Prompt]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
         """The rewards. What the model says of the student's samples before it learns from them goes into the log: it has not seen them."""
         samples, batch, latent_reward = view.samples, view.batch, view.latent_reward
         assert reward_fn is not None and latent_reward is not None, "a latent reward model imitates a reward; the run must have one"

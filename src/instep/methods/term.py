@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from instep.data.prompt import Prompt
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.rollout import Rollout, Where
@@ -56,10 +57,10 @@ class Labels:
 class Batch:
     """What a source hands out: B prompts, encoded, and where a method needs them real samples (latents [B, ...]), pairs, or `stored`.
 
-    `cond` and `null` are one row a prompt; `null` is the unconditional prompt. `stored` has prompts of its own.
+    `cond` and `null` are one row a prompt; `null` is what guidance leads away from (the negative or the empty prompt). `stored` has prompts of its own.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     cond: Condition
     null: Condition
     real: Tensor | None = None
@@ -86,7 +87,7 @@ class View:
     progress: float
     rng: torch.Generator
     rollout: Rollout | None = None
-    reward_grad_fn: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    reward_grad_fn: Callable[[Tensor, Sequence[Prompt]], Tensor] | None = None
     epoch: int = 0
     weights: tuple[float, ...] = (1.0,)
     latent_reward: LatentReward | None = None
@@ -171,7 +172,7 @@ class Critic:
         """Network evaluations (forward and backward) a sample and update, for `instep plan`."""
         return 1.0
 
-    def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[str]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
+    def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[Prompt]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
         """What its updates on one rollout share; `reward_fn` is the run's reward without a gradient, `note` writes a scalar into the log."""
         return view
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from instep.bundled import digits
 from instep.bundled.classifiers import Classifier
-from instep.data.first_frame import drawn_video
-from instep.data.prompt import with_first_frame
+from instep.bundled.drawn_frames import drawn_video
+from instep.data.prompt import Prompt, with_negative
 from instep.metrics import figures as m
 from instep.metrics.figures import Value
 
-Generate = Callable[[Sequence[str], int], Tensor]  # prompts and a seed -> unclamped media [B, 3, F, H, W]
+Generate = Callable[[Sequence[Prompt], int], Tensor]  # prompts and a seed -> unclamped media [B, 3, F, H, W]
 Kind = Literal["student", "control", "teacher", "naive", "real"]
 BATCH = 45
 REFERENCE_DRAWS = 4  # real videos a prompt: the fewer, the more the Frechet distance is biased upward
@@ -60,7 +60,7 @@ class Row:
 class EvalSet:
     """Prompts of an evaluation: fully specified ones, then open ones with many samples each, so that modes can be counted.
 
-    `image_to_video`: each sample begins with a first frame of its own, that of a real video of its prompt.
+    `negative` is the negative prompt of all. `image_to_video`: each sample begins with a first frame of its own, that of a real video of its prompt.
     """
 
     full: tuple[str, ...]
@@ -68,6 +68,7 @@ class EvalSet:
     seed: int = 0
     name: str = "quick"
     image_to_video: bool = False
+    negative: str | None = None
     reference: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -75,11 +76,11 @@ class EvalSet:
         return self.full + self.open
 
     @property
-    def asked(self) -> tuple[str, ...]:
-        """What a model is asked for: the prompts, with their first frames."""
+    def asked(self) -> tuple[Prompt, ...]:
+        """What a model is asked for: the prompts, with their first frames and the negative prompt."""
         if not self.image_to_video:
-            return self.prompts
-        return tuple(with_first_frame(prompt, f"reference/{FIRST_FRAME_SEED + i}") for i, prompt in enumerate(self.prompts))
+            return with_negative(self.prompts, self.negative)
+        return tuple(Prompt(prompt, f"reference/{FIRST_FRAME_SEED + i}", self.negative) for i, prompt in enumerate(self.prompts))
 
     @property
     def order(self) -> Tensor:
@@ -94,12 +95,12 @@ class EvalSet:
         return torch.tensor([rank[prompt] for prompt in self.prompts])
 
 
-def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0, image_to_video: bool = False) -> EvalSet:
+def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0, image_to_video: bool = False, negative: str | None = None) -> EvalSet:
     """`quick`: each of the 90 full prompts once and 19 open ones (10 name a digit only, 9 a motion only) 8 times; `full`: 3 times and 18 times."""
     each, many = {"quick": (1, 8), "full": (3, 18)}[name]
     digit_only = [digits.describe(digits.PromptSpec(digit=d)) for d in range(10)]
     motion_only = [digits.describe(digits.motion_spec(None, k)) for k in range(len(digits.MOTIONS))]
-    return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name, image_to_video)
+    return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name, image_to_video, negative)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Cost:
 
 
 @torch.no_grad()
-def generate_all(generate: Generate, prompts: Sequence[str], seed: int, label: str) -> tuple[Tensor, Cost]:
+def generate_all(generate: Generate, prompts: Sequence[Prompt], seed: int, label: str) -> tuple[Tensor, Cost]:
     """Unclamped media of all prompts, batch by batch with progress, and what a video cost."""
     from rich.progress import track
 

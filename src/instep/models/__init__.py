@@ -37,10 +37,9 @@ def load(model: str, size: VideoSize | Sequence[int] | None = None) -> Family:
     """
     size = None if size is None else as_size(size)
     if model == MOVING_DIGITS_I2V:
-        from instep.bundled.moving_digits_i2v import bundled_pipeline
-        from instep.models.wan_i2v import WanImageFamily
+        from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily, bundled_pipeline
 
-        return WanImageFamily(bundled_pipeline(), size or MOVING_DIGITS_SIZE, model, str(bundled(model)))
+        return MovingDigitsImageFamily(bundled_pipeline(), size or MOVING_DIGITS_SIZE, model, str(bundled(model)))
     folder = bundled(model) if model in BUNDLED else Path(model)
     index = folder / "model_index.json"
     if not index.is_file() and _class_of(folder / "transformer" / "config.json") == "DiTTransformer2DModel":
@@ -76,6 +75,10 @@ def load(model: str, size: VideoSize | Sequence[int] | None = None) -> Family:
     if kind == "WanImageToVideoPipeline":
         from instep.models.wan_i2v import WanImageFamily
 
+        if record and record.get("info", {}).get("base_model") == MOVING_DIGITS_I2V:
+            from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily
+
+            return MovingDigitsImageFamily.load(folder, size or VideoSize(), name=_name(model, folder))
         return WanImageFamily.load(folder, size or VideoSize(), name=_name(model, folder))
     if kind == "CogVideoXPipeline":
         from instep.models.cogvideox import CogVideoXFamily

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from instep.core.quiet import quiet
 from instep.core.size import VideoSize
+from instep.data.first_frame import FirstFrameReader, read_first_frame
+from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.path import VariancePreserving
 from instep.diffusion.prediction import Condition
 from instep.models.family import skipped
@@ -179,11 +181,12 @@ class CogVideoXFamily:
         self._texts = {p: kept[p] for p in list(kept)[-KEPT_TEXTS:]}
         return [texts[p] for p in prompts]
 
-    def encode(self, prompts: Sequence[str]) -> CogVideoXCondition:
-        return CogVideoXCondition(text=torch.stack(self._text(prompts)).to(self.pipe.transformer.device))
+    def encode(self, prompts: Sequence[Prompt | str]) -> CogVideoXCondition:
+        return CogVideoXCondition(text=torch.stack(self._text(texts_of(prompts))).to(self.pipe.transformer.device))
 
-    def null(self, n: int) -> CogVideoXCondition:
-        return self.encode([""] * n)
+    def unconditional(self, prompts: Sequence[Prompt | str]) -> CogVideoXCondition:
+        """The negative prompts; each is encoded alone, so that what it is does not depend on its neighbours."""
+        return CogVideoXCondition(text=torch.cat([self._text([negative])[0][None] for negative in negatives_of(prompts)]).to(self.pipe.transformer.device))
 
     def decode(self, x: Tensor) -> Tensor:
         # AutoencoderKLCogVideoX does not clamp; the pipeline does so afterwards
@@ -250,8 +253,8 @@ class CogVideoXStock:
         return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
-        text, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+    def encode(self, prompts: Sequence[Prompt | str], size: VideoSize, first_frame: FirstFrameReader = read_first_frame) -> Condition:
+        text, _ = self.pipe.encode_prompt(texts_of(prompts), do_classifier_free_guidance=False)
         return CogVideoXCondition(text=text)
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

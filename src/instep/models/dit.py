@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import VideoSize
+from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.path import RectifiedFlow
 from instep.diffusion.prediction import Condition
 from instep.models.family import skipped
@@ -97,11 +98,17 @@ class DiTFamily:
             raise ValueError(f"prompts: {unknown[0]!r} is no class of {self.name}; allowed: {', '.join(self._rows)}")
         return torch.tensor([self._rows[p.strip().lower()] for p in prompts], device=self.transformer.device)
 
-    def encode(self, prompts: Sequence[str]) -> ClassCondition:
-        return ClassCondition(label=self.labels(prompts))
+    def encode(self, prompts: Sequence[Prompt | str]) -> ClassCondition:
+        return ClassCondition(label=self.labels(texts_of(prompts)))
 
-    def null(self, n: int) -> ClassCondition:
-        return ClassCondition(label=torch.full((n,), self.classes, device=self.transformer.device))
+    def unconditional(self, prompts: Sequence[Prompt | str]) -> ClassCondition:
+        """The class that a negative prompt names; the class that stands for none where there is no negative prompt."""
+        negatives = negatives_of(prompts)
+        label = torch.full((len(negatives),), self.classes, device=self.transformer.device)
+        given = [i for i, negative in enumerate(negatives) if negative.strip()]
+        if given:
+            label[given] = self.labels([negatives[i] for i in given])
+        return ClassCondition(label=label)
 
     def decode(self, x: Tensor) -> Tensor:
         media = (x + 1) / 2

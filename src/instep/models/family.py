@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from instep.core.size import VideoSize
+from instep.data.prompt import Prompt
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, PredictionType
 
@@ -29,12 +30,12 @@ class Family(Protocol):
     shift: float
     lora_targets: tuple[str, ...]
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """Frozen text encoders, one row a prompt."""
         ...
 
-    def null(self, n: int) -> Condition:
-        """The unconditional prompt, n rows."""
+    def unconditional(self, prompts: Sequence[Prompt]) -> Condition:
+        """What guidance leads away from, one row a prompt: its negative prompt, the empty text where it has none."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
@@ -103,8 +104,12 @@ class Encodes(Family, Protocol):
 class ImageToVideo(Encodes, Protocol):
     """A family whose prompts name the first frame of a video (`data/prompt.py`)."""
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """ValueError for the first prompt that names no first frame, or one that cannot be read."""
+    def first_frame(self, prompt: Prompt, size: VideoSize) -> Tensor:
+        """The prompt's first frame [3, H, W] in [0, 1] at `size`; ValueError for a prompt without one, or one that cannot be read."""
+        ...
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """ValueError for the first prompt without a first frame, or with one that cannot be read."""
         ...
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import VideoSize
+from instep.data.first_frame import FirstFrameReader, read_first_frame
+from instep.data.prompt import Prompt, as_prompts, negatives_of
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, PredictionType
 
@@ -37,8 +39,8 @@ class Stock(Protocol):
         """A few tokens' worth of video: the identity of two samplers does not depend on the size, its price does."""
         ...
 
-    def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
-        """Text, and the first frames that prompts name for an image-to-video pipeline, as the pipeline's call encodes them."""
+    def encode(self, prompts: Sequence[Prompt | str], size: VideoSize, first_frame: FirstFrameReader = read_first_frame) -> Condition:
+        """Text, and for an image-to-video pipeline the first frames that `first_frame` reads, as the pipeline's call encodes them."""
         ...
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -69,17 +71,31 @@ def takes_first_frame(pipe: Any) -> bool:
     return type(pipe).__name__ == IMAGE_TO_VIDEO
 
 
-def calls(pipe: Any, prompts: Sequence[str]) -> list[list[str]]:
+def calls(pipe: Any, prompts: Sequence[Prompt | str]) -> list[list[Prompt]]:
     """The prompts of each call that draws them: all at once, or one by one where a call takes one first frame."""
-    return [[prompt] for prompt in prompts] if takes_first_frame(pipe) else [list(prompts)]
+    found = as_prompts(prompts)
+    return [[prompt] for prompt in found] if takes_first_frame(pipe) else [list(found)]
 
 
-def draw(pipe: Any, prompts: Sequence[str], size: VideoSize, *, steps: int, guidance: float, output: Literal["pt", "latent"]) -> Tensor:
-    """What the pipeline's calls give for `prompts`: latents in its own order of axes, or videos [B, F, 3, H, W] in [0, 1] ("pt")."""
+def draw(
+    pipe: Any,
+    prompts: Sequence[Prompt | str],
+    size: VideoSize,
+    *,
+    steps: int,
+    guidance: float,
+    output: Literal["pt", "latent"],
+    first_frame: FirstFrameReader = read_first_frame,
+) -> Tensor:
+    """What the pipeline's calls give for `prompts`: latents in its own order of axes, or videos [B, F, 3, H, W] in [0, 1] ("pt").
+
+    With guidance (other than 1) the pipeline gets the negative prompts; `first_frame` reads the first frames for an image-to-video pipeline.
+    """
+    found = as_prompts(prompts)
     call = partial(pipe, height=size.height, width=size.width, num_frames=size.frames, num_inference_steps=steps, guidance_scale=guidance, output_type=output)
+    guided_away = guidance != 1 and any(prompt.negative is not None for prompt in found)
+    negatives = negatives_of(found) if guided_away else [None] * len(found)
     if not takes_first_frame(pipe):
-        return call(prompt=list(prompts)).frames
-    from instep.data.first_frame import read_first_frame
-    from instep.data.prompt import text_of
-
-    return torch.cat([call(prompt=text_of(prompt), image=read_first_frame(prompt, size)[None]).frames for prompt in prompts])
+        return call(prompt=[prompt.text for prompt in found], negative_prompt=negatives if guided_away else None).frames
+    given = zip(found, negatives, strict=True)
+    return torch.cat([call(prompt=p.text, negative_prompt=negative, image=first_frame(p, size)[None]).frames for p, negative in given])

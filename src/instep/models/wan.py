@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from instep.core.quiet import quiet
 from instep.core.size import VideoSize, as_size
+from instep.data.first_frame import FirstFrameReader, read_first_frame
+from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.path import RectifiedFlow
 from instep.diffusion.prediction import Condition
 from instep.models.family import skipped
@@ -109,12 +111,16 @@ class WanFamily:
                 self._texts[prompt] = row[: int(used.max()) + 1 if len(used) else 0].float()
         return [self._texts[p] for p in prompts]
 
-    def encode(self, prompts: Sequence[str]) -> WanCondition:
+    def encode(self, prompts: Sequence[Prompt | str]) -> WanCondition:
         """Embeddings up to the longest prompt and one padding token, which carries the weight of all padding."""
-        texts = self._text(prompts)
-        return self._pad(texts, max(len(text) for text in texts) + 1)
+        return self._pad(self._text(texts_of(prompts)))
 
-    def _pad(self, texts: Sequence[Tensor], length: int) -> WanCondition:
+    def unconditional(self, prompts: Sequence[Prompt | str]) -> WanCondition:
+        """The negative prompts, padded likewise; each is encoded alone, so that what it is does not depend on its neighbours."""
+        return self._pad([self._text([negative])[0] for negative in negatives_of(prompts)])
+
+    def _pad(self, texts: Sequence[Tensor]) -> WanCondition:
+        length = max(len(text) for text in texts) + 1
         device = self.pipe.transformer.device
         width = self.pipe.transformer.config.text_dim
         embeddings = torch.zeros(len(texts), length, width)
@@ -125,10 +131,6 @@ class WanFamily:
             if len(text) < length:
                 bias[i, len(text)] = math.log(STOCK_TEXT_LENGTH - len(text)) if len(text) < STOCK_TEXT_LENGTH else -math.inf
         return WanCondition(text=embeddings.to(device), bias=bias.to(device))
-
-    def null(self, n: int) -> WanCondition:
-        (text,) = self._text([""])
-        return self._pad([text] * n, len(text) + 1)
 
     def decode(self, x: Tensor) -> Tensor:
         return decode_latents(self.pipe.vae, x)
@@ -205,8 +207,8 @@ class WanStock:
         return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
-        text, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
+    def encode(self, prompts: Sequence[Prompt | str], size: VideoSize, first_frame: FirstFrameReader = read_first_frame) -> Condition:
+        text, _ = self.pipe.encode_prompt(texts_of(prompts), do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
         return _Text(text=text)
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

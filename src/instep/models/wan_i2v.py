@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from instep.core.quiet import quiet
 from instep.core.size import VideoSize
-from instep.data.first_frame import check_first_frames, read_first_frame, source_of
-from instep.data.prompt import texts_of
+from instep.data.first_frame import FirstFrameReader, read_first_frame
+from instep.data.prompt import Prompt, as_prompts, texts_of
 from instep.diffusion.prediction import Condition
 from instep.models.wan import STOCK_TEXT_LENGTH, WanCondition, WanFamily, WanStock, stock_attention
 from instep.models.wan_vae import normalise
@@ -62,7 +62,10 @@ class WanImageCondition(WanCondition):
 
 
 class WanImageFamily(WanFamily):
-    """A `WanImageToVideoPipeline` seen as a family; a prompt names its first frame (see `data/prompt.py`)."""
+    """A `WanImageToVideoPipeline` seen as a family; a prompt names its first frame, a file (see `data/prompt.py`).
+
+    A subclass may give other names of first frames a meaning (`first_frame`, `first_frame_key`).
+    """
 
     def __init__(self, pipe: Any, size: VideoSize, name: str = "wan-i2v", source: str = "") -> None:
         """ValueError for a variant that is conditioned otherwise: with an image encoder, per-token timesteps or a second transformer."""
@@ -78,32 +81,45 @@ class WanImageFamily(WanFamily):
 
             return cls(WanImageToVideoPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True), size, name, str(folder))
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """ValueError for the first prompt without a first frame, or with one that cannot be read."""
-        check_first_frames(prompts, self.size)
+    def first_frame(self, prompt: Prompt, size: VideoSize) -> Tensor:
+        """The prompt's first frame [3, H, W] in [0, 1] at `size`; ValueError for a prompt without one, or one that cannot be read."""
+        return read_first_frame(prompt, size)
 
-    def encode(self, prompts: Sequence[str]) -> WanImageCondition:
+    def first_frame_key(self, prompt: Prompt) -> str:
+        """What the prompt's first frame depends on: prompts of one key share it."""
+        return str(prompt.image)
+
+    def check_prompts(self, prompts: Sequence[Prompt | str]) -> None:
+        """ValueError for the first prompt without a first frame, or with one that cannot be read; every file is read once."""
+        seen: dict[str, Prompt] = {}
+        for prompt in as_prompts(prompts):
+            seen.setdefault(self.first_frame_key(prompt), prompt)
+        for prompt in seen.values():
+            self.first_frame(prompt, self.size)
+
+    def encode(self, prompts: Sequence[Prompt | str]) -> WanImageCondition:
         """Text and first frames; ValueError for a prompt that names none."""
-        plain = super().encode(texts_of(prompts))
-        return WanImageCondition(text=plain.text, bias=plain.bias, first_frame=self._known(prompts))
+        plain = super().encode(prompts)
+        return WanImageCondition(text=plain.text, bias=plain.bias, first_frame=self._known(as_prompts(prompts)))
 
-    def null(self, n: int) -> WanImageCondition:
-        plain = super().null(n)
+    def unconditional(self, prompts: Sequence[Prompt | str]) -> WanImageCondition:
+        """The negative prompts, without first frames: stacked on rows that have one they take theirs."""
+        plain = super().unconditional(prompts)
         return WanImageCondition(text=plain.text, bias=plain.bias)
 
-    def _known(self, prompts: Sequence[str]) -> Tensor:
+    def _known(self, prompts: Sequence[Prompt]) -> Tensor:
         """One row a prompt; each first frame is encoded alone, so that what it is does not depend on its neighbours."""
         found = {}
-        for source, prompt in {source_of(prompt): prompt for prompt in prompts}.items():
-            known = self._first_frames.pop(source, None)
-            found[source] = self._encode_first_frame(prompt).cpu() if known is None else known
+        for key, prompt in {self.first_frame_key(prompt): prompt for prompt in prompts}.items():
+            known = self._first_frames.pop(key, None)
+            found[key] = self._encode_first_frame(prompt).cpu() if known is None else known
         kept = self._first_frames | found
         room = KEPT_BYTES // next(iter(found.values())).nbytes
-        self._first_frames = {source: kept[source] for source in list(kept)[max(0, len(kept) - room) :]}
-        return torch.stack([found[source_of(prompt)] for prompt in prompts]).to(self.pipe.transformer.device)
+        self._first_frames = {key: kept[key] for key in list(kept)[max(0, len(kept) - room) :]}
+        return torch.stack([found[self.first_frame_key(prompt)] for prompt in prompts]).to(self.pipe.transformer.device)
 
-    def _encode_first_frame(self, prompt: str) -> Tensor:
-        first_frame = read_first_frame(prompt, self.size).to(self.pipe.transformer.device)
+    def _encode_first_frame(self, prompt: Prompt) -> Tensor:
+        first_frame = self.first_frame(prompt, self.size).to(self.pipe.transformer.device)
         return known_latents(self.pipe.vae, first_frame[None], self.size.frames)[0]
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -147,9 +163,9 @@ class WanImageStock(WanStock):
         super().__init__(pipe)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], size: VideoSize) -> Condition:
+    def encode(self, prompts: Sequence[Prompt | str], size: VideoSize, first_frame: FirstFrameReader = read_first_frame) -> Condition:
         text, _ = self.pipe.encode_prompt(texts_of(prompts), do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
-        first_frames = torch.stack([read_first_frame(prompt, size) for prompt in prompts]).to(self.pipe.transformer.device)
+        first_frames = torch.stack([first_frame(prompt, size) for prompt in as_prompts(prompts)]).to(self.pipe.transformer.device)
         return _TextAndFirstFrame(text=text, first_frame=known_latents(self.pipe.vae, first_frames, size.frames))
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from instep.data.prompt import texts_of
+from instep.data.prompt import Prompt, as_prompts, texts_of
 
 
 class RewardError(ValueError):
@@ -21,8 +21,8 @@ class Reward(Protocol):
     """Scores media [B, 3, F, H, W] in [0, 1] for B prompts: [B], higher is better.
 
     `name` is also the reward's fingerprint: a run goes on only with a reward of the same name. It says every setting that changes a score, and
-    nothing that differs between processes (no object id, no token). Prompts are told without the first frame that an image-to-video prompt names, unless
-    a reward has an attribute `sees_first_frames` that is true.
+    nothing that differs between processes (no object id, no token). It gets the prompts' texts alone; with an attribute `sees_first_frames` that is true it
+    gets `Prompt` values, with the first frames that image-to-video prompts name.
     """
 
     name: str
@@ -70,12 +70,12 @@ def as_reward(reward: Reward | Callable[[Tensor, Sequence[str]], Any]) -> Reward
     return FunctionReward(function, name=name, **given)
 
 
-def prompts_for(reader: object, prompts: Sequence[str]) -> Sequence[str]:
-    """Prompts as a reward or a ranker is told them: without their first frames, unless it says that it `sees_first_frames`."""
-    return prompts if getattr(reader, "sees_first_frames", False) else texts_of(prompts)
+def prompts_for(reader: object, prompts: Sequence[Prompt | str]) -> Sequence[Any]:
+    """Prompts as a reward, a ranker or a monitor gets them: their texts, or `Prompt` values where it has a true `sees_first_frames`."""
+    return as_prompts(prompts) if getattr(reader, "sees_first_frames", False) else texts_of(prompts)
 
 
-def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[str]) -> Tensor:
+def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
     """Scores [B], or a ValueError that names the reward and the first sample that it failed on."""
     try:
         scores = reward.score(media, prompts_for(reward, prompts))
@@ -84,7 +84,7 @@ def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[str]) -> Ten
     except Exception as error:
         raise ValueError(
             f"reward {reward.name!r} raised {type(error).__name__}: {error}. It was given media {tuple(media.shape)} in [0, 1] and "
-            f"{len(prompts)} prompts, the first {prompts[0]!r}; call it on such a batch by itself to find the cause"
+            f"{len(prompts)} prompts, the first {str(prompts[0])!r}; call it on such a batch by itself to find the cause"
         ) from error
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (len(prompts),):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -93,7 +93,7 @@ def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[str]) -> Ten
     if len(bad):
         i = int(bad[0])
         raise ValueError(
-            f"reward {reward.name!r} returned {float(scores[i])} for {len(bad)} of {len(prompts)} samples, first for prompt {prompts[i]!r} "
+            f"reward {reward.name!r} returned {float(scores[i])} for {len(bad)} of {len(prompts)} samples, first for prompt {str(prompts[i])!r} "
             f"(sample {i} of the batch); every score is a finite number"
         )
     return scores

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from instep.data.prompt import Prompt
 from instep.rewards.base import Reward, checked_scores
 from instep.rewards.ranker import relative
 from instep.rewards.several import Several
@@ -25,13 +26,13 @@ class Decodes(Protocol):
 DECODE_BATCH = 32
 
 
-def make_reward_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
+def make_reward_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, Sequence[Prompt | str]], Tensor] | None:
     """Reward of latents: decoded a few at a time, clamped to what a file would hold."""
     if reward is None:
         return None
 
     @torch.no_grad()
-    def reward_fn(x: Tensor, prompts: Sequence[str]) -> Tensor:
+    def reward_fn(x: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         parts = []
         for rows in chunks(prompts, whole=relative(reward)):
             parts.append(_scores(reward, _media(family, reward, x[rows], clamp=True), prompts[rows]))
@@ -40,7 +41,7 @@ def make_reward_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, 
     return reward_fn
 
 
-def chunks(prompts: Sequence[str], *, whole: bool) -> list[slice]:
+def chunks(prompts: Sequence[Prompt | str], *, whole: bool) -> list[slice]:
     """Rows that are decoded together: `DECODE_BATCH` at a time, or with `whole` as many more as keep neighbours of one prompt together."""
     ends, n = [0], len(prompts)
     while ends[-1] < n:
@@ -51,14 +52,14 @@ def chunks(prompts: Sequence[str], *, whole: bool) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def make_reward_grad_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, Sequence[str]], Tensor] | None:
+def make_reward_grad_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, Sequence[Prompt | str]], Tensor] | None:
     """Reward of latents with a graph, through the unclamped decoder (a clamped one has no gradient where it saturates); None if it has none."""
     if reward is None or not reward.differentiable:
         return None
     return lambda x, prompts: _scores(reward, _media(family, reward, x), prompts)
 
 
-def _scores(reward: Reward, media: Tensor, prompts: Sequence[str]) -> Tensor:
+def _scores(reward: Reward, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
     """Checked scores [B], or [B, R] of several rewards."""
     return reward.each(media, prompts) if isinstance(reward, Several) else checked_scores(reward, media, prompts)
 

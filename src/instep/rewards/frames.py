@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from instep.data.prompt import Prompt
 from instep.rewards.base import Reward, checked_scores
 from instep.rewards.samples import evenly_spaced
 from instep.rewards.several import Several
@@ -48,7 +49,7 @@ class SampledFrames:
     def space(self) -> Literal["pixel", "latent"]:
         return self.reward.space
 
-    def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         """[B] of videos [B, 3, F, H, W]."""
         if media.ndim != 5:
             raise ValueError(f"media: shape {tuple(media.shape)} has no frames; videos are [B, 3, F, H, W], and for images the reward needs no wrapper")

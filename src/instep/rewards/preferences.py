@@ -15,7 +15,7 @@ from instep.core.files import atomic_dir, write_json
 from instep.core.statistics import Interval, wilson
 from instep.core.version import __version__
 from instep.data.pairs import PreferencePair
-from instep.data.prompt import text_of
+from instep.data.prompt import Prompt
 from instep.rewards.bradley_terry import Fitted, LearnedReward, RewardHead, fit
 from instep.rewards.features import Features, features_of
 
@@ -45,7 +45,8 @@ def read_features(
 ) -> tuple[Tensor, Tensor]:
     """Features of the chosen and of the rejected media, [N, D] each on the CPU; every file is read once. `watch` passes them on and shows how far it is."""
     # rewards are told the text alone, whatever first frame a prompt names
-    sides = [(pair.chosen, text_of(pair.prompt)) for pair in pairs], [(pair.rejected, text_of(pair.prompt)) for pair in pairs]
+    texts = _texts(pairs)
+    sides = [[(file, text) for file, text in zip(files, texts, strict=True)] for files in ([p.chosen for p in pairs], [p.rejected for p in pairs])]
     todo = list(dict.fromkeys(shown for both in zip(*sides, strict=True) for shown in both))
     rows = {shown: features(features.read(shown[0]).to(device), [shown[1]])[0].cpu() for shown in watch(todo)}
     first, second = (torch.stack([rows[shown] for shown in side]) for side in sides)
@@ -65,7 +66,7 @@ def learn(
     device: str = "cpu",
 ) -> Learned:
     """A head fitted to pairs, ties among them; a part of the prompts, with all their pairs, is held out (`bradley_terry.fit`)."""
-    prompts = [text_of(pair.prompt) for pair in pairs]
+    prompts = _texts(pairs)
     if len(set(prompts)) < 2:
         raise ValueError(f"pairs: {len(pairs)} of {len(set(prompts))} prompt are too few; it takes two prompts, one of them to measure on")
     outcome = torch.tensor([0.0 if pair.tie else 1.0 for pair in pairs])
@@ -74,6 +75,11 @@ def learn(
     first, second = read_features(pairs, features, watch, device)
     fitted = fit(first, second, outcome, hidden=hidden, steps=steps, decay=decay, heldout=heldout, seed=seed, groups=prompts)
     return Learned(fitted, features, len(pairs), len(set(prompts)), float((outcome == 0).float().mean()))
+
+
+def _texts(pairs: Sequence[PreferencePair]) -> list[str]:
+    """The texts of pairs, whose prompts are in their written form."""
+    return [Prompt.parse(pair.prompt).text for pair in pairs]
 
 
 def save(learned: Learned, out: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from instep.data.prompt import Prompt
 from instep.rewards.base import Reward, as_reward, checked_scores, prompts_for
 from instep.rewards.several import parts_of
 
@@ -39,7 +40,7 @@ class RewardRanker:
     def name(self) -> str:
         return self.reward.name
 
-    def compare(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
+    def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         gap = checked_scores(self.reward, first, prompts) - checked_scores(self.reward, second, prompts)
         return gap.sign() * (gap.abs() > self.margin)
 
@@ -66,7 +67,7 @@ class Ranked:
     def name(self) -> str:
         return f"ranked by {self.ranker.name}"
 
-    def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         groups = [[i for i, _ in rows] for _, rows in groupby(enumerate(prompts), key=lambda row: row[1])]
         pairs = [pair for rows in groups for pair in combinations(rows, 2)]
         scores = torch.zeros(len(media))
@@ -83,7 +84,7 @@ def relative(reward: Reward) -> bool:
     return any(isinstance(part, Ranked) for part in parts_of(reward))
 
 
-def checked_comparisons(ranker: Ranker, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
+def checked_comparisons(ranker: Ranker, first: Tensor, second: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
     """Comparisons [B] on the CPU; ValueError unless each is 1, 0 or -1."""
     got = ranker.compare(first, second, prompts_for(ranker, prompts))
     shape = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__

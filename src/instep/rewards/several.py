@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from instep.data.prompt import Prompt
 from instep.rewards.base import Reward, as_reward, checked_scores
 
 
@@ -42,11 +43,11 @@ class Several:
     def space(self) -> Literal["pixel", "latent"]:
         return self.parts[0].space
 
-    def each(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+    def each(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         """Every reward's own scores, [B, R]."""
         return torch.stack([checked_scores(part, media, prompts) for part in self.parts], 1)
 
-    def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         each = self.each(media, prompts)
         return each @ each.new_tensor(self.weights)
 

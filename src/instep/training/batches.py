@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Stage
 from instep.methods.term import Batch, Pairs, Stored
@@ -41,7 +42,7 @@ class BatchSource:
     def __init__(
         self,
         family: Family,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt | str],
         real: RealSamples | None,
         seed: int,
         stored: TeacherSamples | None = None,
@@ -49,7 +50,7 @@ class BatchSource:
     ) -> None:
         if not prompts:
             raise ValueError("prompts: the list is empty; give at least one prompt")
-        self.family, self.prompts, self.real, self.stored, self.pairs = family, tuple(prompts), real, stored, pairs
+        self.family, self.prompts, self.real, self.stored, self.pairs = family, as_prompts(prompts), real, stored, pairs
         self.device = next(family.pretrained.parameters()).device
         self._orders = {"prompts": ShuffledIndices(len(self.prompts), seed)}
         if real is not None:
@@ -78,7 +79,8 @@ class BatchSource:
             latents = self.real.latents[rows].to(self.device)
         else:
             names = tuple(self.prompts[i] for i in self._orders["prompts"].next(n))
-        return Batch(names, self.family.encode(names), self.family.null(n), latents, pairs, stored=self._stored(n) if "stored" in stage.needs else None)
+        cond, null = self.family.encode(names), self.family.unconditional(names)
+        return Batch(names, cond, null, latents, pairs, stored=self._stored(n) if "stored" in stage.needs else None)
 
     def _stored(self, n: int) -> Stored:
         assert self.stored is not None

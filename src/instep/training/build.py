@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from instep.data.prompt import Prompt
 from instep.methods.recipe import Recipe
 from instep.models.backbone import Backbone
 from instep.models.family import Family
@@ -60,7 +61,7 @@ def make_state(
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
         roles = make_roles(recipe, family, checkpointing=checkpointing)
-        latent_reward = recipe.latent_reward and recipe.latent_reward.shape.build(family.latent_shape, family.null(1), len(weights))
+        latent_reward = recipe.latent_reward and recipe.latent_reward.shape.build(family.latent_shape, family.unconditional([Prompt("")]), len(weights))
     trained = {
         name: TrainedParams(roles[name].named_parameters(), config.optim, config.ema) for name, config in recipe.roles.items() if config.optim is not None
     }

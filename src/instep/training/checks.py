@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from instep.data.prompt import first_frame_of
+from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
@@ -27,7 +27,7 @@ def check_inputs(
     family: Family,
     reward: Reward | None,
     real: RealSamples | None,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     pairs: PairSamples | None = None,
     start_from: Path | str | None = None,
 ) -> None:
@@ -98,12 +98,12 @@ def check_inputs(
                 _check_gradient(family, part, trial, pair)
 
 
-def check_prompts(family: Family, prompts: Sequence[str]) -> None:
+def check_prompts(family: Family, prompts: Sequence[Prompt]) -> None:
     """ValueError for a prompt without a first frame where the model begins with one, and for one with a first frame where it takes none."""
     if hasattr(family, "check_prompts"):
         cast("ImageToVideo", family).check_prompts(prompts)
-    elif named := next((prompt for prompt in prompts if first_frame_of(prompt)), None):
-        raise ValueError(f"prompts: {named!r} names a first frame, and {family.name} takes text alone; leave [image: ...] out, or choose another model")
+    elif named := next((prompt for prompt in prompts if prompt.image is not None), None):
+        raise ValueError(f"prompts: {str(named)!r} names a first frame, and {family.name} takes text alone; leave the image out, or choose another model")
 
 
 def _blunt(reward: Reward) -> Reward:
@@ -111,7 +111,7 @@ def _blunt(reward: Reward) -> Reward:
     return next(part for part in reward.parts if not part.differentiable) if isinstance(reward, Several) else reward
 
 
-def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequence[str]) -> None:
+def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequence[Prompt]) -> None:
     """ValueError if a reward that says it is differentiable gives no gradient on trial latents, or one that is not finite."""
     x = trial.detach().requires_grad_()
     with torch.enable_grad():

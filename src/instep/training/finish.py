@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from instep.core.version import __version__
+from instep.data.first_frame import read_first_frame
+from instep.data.prompt import Prompt
 from instep.diffusion.guidance_scales import GuidanceScales
 from instep.diffusion.sampling import Sampling
 from instep.models.embeddings import fold_guidance
@@ -34,7 +36,7 @@ def export_role(
     recipe: str,
     seed: int,
     prompts: int,
-    example: str,
+    example: Prompt,
     command: str,
     dtype: torch.dtype | None = None,
 ) -> ExportReport:
@@ -68,15 +70,16 @@ def export_role(
 
     axes = tuple(range(1 + len(family.latent_shape))) if family.pipe is None else stock(family.pipe).axes
 
-    def ours(names: Sequence[str], rng: torch.Generator) -> Tensor:
+    def ours(names: Sequence[Prompt | str], rng: torch.Generator) -> Tensor:
         return sample_as_stock(student, family.encode(names), family.latent_shape, sampling.levels, family.path, rng, axes)
 
+    first_frame = getattr(family, "first_frame", read_first_frame)
     if family.pipe is None:
         plain = module if student.adapter is None else merge_lora(module, student.adapter)
         return export_parts(family, plain, sampling.levels, to, info, dtype=dtype, ours=ours)
     if student.adapter is None:
-        return export_student(family.pipeline(module), sampling.levels, to, info, dtype=dtype, ours=ours)
-    return export_student(family.pipe, sampling.levels, to, info, lora=module, adapter=student.adapter, dtype=dtype, ours=ours)
+        return export_student(family.pipeline(module), sampling.levels, to, info, dtype=dtype, ours=ours, first_frame=first_frame)
+    return export_student(family.pipe, sampling.levels, to, info, lora=module, adapter=student.adapter, dtype=dtype, ours=ours, first_frame=first_frame)
 
 
 def with_folded_guidance(student: Role, guidance_scales: GuidanceScales) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from instep import models
-from instep.data.prompt import load_prompts
+from instep.data.prompt import Prompt, as_prompts, load_prompts
 from instep.models.family import Family
 
 FILES = (".txt", ".jsonl")
@@ -33,21 +33,19 @@ def _is_pipeline(given: Any) -> bool:
     return any(kind.__name__ == "DiffusionPipeline" and kind.__module__.startswith("diffusers.") for kind in type(given).__mro__)
 
 
-def as_prompt_list(given: Any) -> list[Any]:
-    """Return the prompts as a list: of one text, that text; of a file, what `load_prompts` reads there; of a generator, all it yields.
+def as_prompt_list(given: Any) -> tuple[Prompt, ...]:
+    """Return prompts as values: of one text or prompt, that one; of a file, what `load_prompts` reads there; of a generator, all it yields.
 
     Raises ValueError for None, for a text that names a file of prompts (a Path is read), and for items that are no prompts.
     """
     if isinstance(given, Path):
-        return list(load_prompts(given))
+        return tuple(load_prompts(given))
     if isinstance(given, str):
         if given.lower().endswith(FILES):
             raise ValueError(f"prompts: {given!r} names a file; give Path({given!r}), or [{given!r}] if it is a prompt")
-        return [given]
+        return as_prompts([given])
+    if isinstance(given, Prompt):
+        return (given,)
     if not isinstance(given, Iterable) or isinstance(given, bytes | dict):
         raise ValueError(f"prompts: {given if given is None else type(given).__name__} is not allowed; give a list of texts")
-    prompts = list(given)
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompts: item {i} is {prompt!r}, which is not allowed; every prompt is a text")
-    return prompts
+    return as_prompts(list(given))

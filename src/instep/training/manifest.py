@@ -17,6 +17,7 @@ from instep.core.files import write_json
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.version import __version__
 from instep.data.first_frame import digest
+from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe, describe
 from instep.models.family import Family
@@ -31,13 +32,14 @@ def write_manifest(
     recipe: Recipe,
     family: Family,
     options: RunOptions,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     start_from: Path | str | None,
     command: str,
     *,
     reward: Reward | None = None,
     real: RealSamples | None = None,
     pairs: PairSamples | None = None,
+    negative_prompt: str | None = None,
 ) -> None:
     """Writes recipe.json, or makes sure that the folder holds this very run."""
     named = [*prompts, *(real.prompts if real else ()), *(pairs.prompts if pairs else ())]
@@ -47,7 +49,8 @@ def write_manifest(
         "weights": weights_fingerprint(family.pretrained),
         "seed": options.seed,
         "levels": list(recipe.levels),
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        "prompts": hashlib.sha256("\n".join(map(str, prompts)).encode()).hexdigest()[:16],
+        "negative_prompt": negative_prompt,
         **({"first_frames": shown} if (shown := digest(named)) else {}),
         "reward": reward and reward.name,
         "real": real and _digest(real.prompts, real.latents),
@@ -83,14 +86,14 @@ def write_manifest(
             "model_path": family.source,
             "size": dataclasses.asdict(family.size),
             "prompt_count": len(set(prompts)),
-            "example_prompt": prompts[0],
+            "example_prompt": str(prompts[0]),
         }
         write_json(file, {**about, **identity})
 
 
-def _digest(prompts: Sequence[str], *latents: Tensor) -> str:
+def _digest(prompts: Sequence[Prompt], *latents: Tensor) -> str:
     """Of samples and their prompts."""
-    return hashlib.sha256("\n".join(prompts).encode() + b"".join(x.detach().float().cpu().numpy().tobytes() for x in latents)).hexdigest()[:16]
+    return hashlib.sha256("\n".join(map(str, prompts)).encode() + b"".join(x.detach().float().cpu().numpy().tobytes() for x in latents)).hexdigest()[:16]
 
 
 def checkpoint_bytes(recipe: Recipe, family: Family) -> int:

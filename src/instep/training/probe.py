@@ -13,14 +13,15 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from instep.data.prompt import Prompt, as_prompts, with_negative
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.sampling import Sampling, sample_ode
 from instep.models.family import Family
-from instep.rewards.base import Reward, checked_scores
+from instep.rewards.base import Reward, checked_scores, prompts_for
 
 
 class Monitor(Protocol):
-    """A classifier that training does not descend: metrics of media [B, 3, F, H, W] for their prompts."""
+    """A classifier that training does not descend: metrics of media [B, 3, F, H, W] for the texts of their prompts."""
 
     def metrics(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]: ...
 
@@ -33,7 +34,7 @@ class ModeMonitor(Monitor, Protocol):
     """
 
     @property
-    def open_prompts(self) -> tuple[str, ...]: ...
+    def open_prompts(self) -> tuple[Prompt | str, ...]: ...
 
     @property
     def open_copies(self) -> int: ...
@@ -45,44 +46,47 @@ class ModeMonitor(Monitor, Protocol):
 
 @dataclass(frozen=True)
 class Probe:
-    """A fixed set of prompts, each sampled `copies` times, from one seed."""
+    """A fixed set of prompts, each sampled `copies` times, from one seed; the monitor's open prompts get the negative prompt `negative`."""
 
     family: Family
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     copies: int = 4
     seed: int = 1234
     reward: Reward | None = None
     monitor: Monitor | None = None
+    negative: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", as_prompts(self.prompts))
 
     @torch.no_grad()
     def student(self, denoiser: Denoiser, sampling: Sampling) -> tuple[dict[str, float], Tensor]:
         """Metrics of the student's samples, and the samples themselves (media)."""
 
-        def generate(cond: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
-            return sampling(denoiser, cond, self.family.null(len(noise)), noise, self.family.path, rng)
+        def generate(cond: Condition, null: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
+            return sampling(denoiser, cond, null, noise, self.family.path, rng)
 
         metrics, media = self._measure(generate)
         if isinstance(self.monitor, ModeMonitor):
-            names = [prompt for prompt in self.monitor.open_prompts for _ in range(self.monitor.open_copies)]
+            names = [prompt for prompt in with_negative(self.monitor.open_prompts, self.negative) for _ in range(self.monitor.open_copies)]
             metrics["modes"] = self.monitor.modes(self.family.decode(self._sample(generate, names)).clamp(0, 1))
         return metrics, media
 
     def teacher(self, denoiser: Denoiser, guidance: float, steps: int = 25) -> tuple[dict[str, float], Tensor]:
         """The same metrics of the many-step teacher, which mean brightness, saturation and motion are compared with; modes are left out, for their cost."""
 
-        def generate(cond, noise, rng):
-            null = self.family.null(len(noise))
+        def generate(cond: Condition, null: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
             return sample_ode(denoiser, cond, null, noise, steps=steps, path=self.family.path, shift=self.family.shift, guidance=guidance)
 
         return self._measure(generate)
 
     @torch.no_grad()
-    def _sample(self, generate: Callable[..., Tensor], names: Sequence[str]) -> Tensor:
+    def _sample(self, generate: Callable[..., Tensor], names: Sequence[Prompt]) -> Tensor:
         """Latents of `names`, from the probe's seed."""
         device = next(self.family.pretrained.parameters()).device
         rng = torch.Generator(device).manual_seed(self.seed)
         noise = torch.randn(len(names), *self.family.latent_shape, generator=rng, device=device)
-        return generate(self.family.encode(names), noise, rng)
+        return generate(self.family.encode(names), self.family.unconditional(names), noise, rng)
 
     @torch.no_grad()
     def _measure(self, generate: Callable[..., Tensor]) -> tuple[dict[str, float], Tensor]:
@@ -102,11 +106,11 @@ class Probe:
             # the unit that a rise of the reward is told in: not every stage scores groups of samples itself
             metrics["train_spread"] = float(scores.reshape(-1, self.copies).std(1, unbiased=False).mean())
         if self.monitor is not None:
-            metrics |= self.monitor.metrics(media, names)
+            metrics |= self.monitor.metrics(media, prompts_for(self.monitor, names))
         return metrics, media
 
 
-def few_of(prompts: Sequence[str], n: int) -> tuple[str, ...]:
+def few_of(prompts: Sequence[Prompt], n: int) -> tuple[Prompt, ...]:
     """n different prompts, evenly spaced over the list: neighbours in a list are often variations of one."""
     different = tuple(dict.fromkeys(prompts))
     return different if len(different) <= n else tuple(different[i * len(different) // n] for i in range(n))

@@ -6,7 +6,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from instep.core.files import write_json
 from instep.core.lock import run_lock
+from instep.data.prompt import Prompt, with_negative
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
@@ -67,7 +68,8 @@ def train(
     family: Family | DiffusionPipeline | Path | str,
     *,
     out: Path | str,
-    prompts: Iterable[str] | Path,
+    prompts: Iterable[Prompt | str] | Path,
+    negative_prompt: str | None = None,
     reward: Reward | Callable[[Tensor, Sequence[str]], Any] | None = None,
     monitor: Monitor | None = None,
     real: RealSamples | None = None,
@@ -80,6 +82,7 @@ def train(
     """Trains `recipe` on `family` and exports the student; the same call goes on where an interrupted one stopped.
 
     A recipe function stands for its defaults, a diffusers pipeline for the family around it, one text for a list of one prompt, a path for the prompts in it.
+    `prompts` are texts or `Prompt` values; `negative_prompt` is what the teacher's guidance leads away from where a prompt has none of its own.
     `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
     pair recipes; where a discriminator has none, samples of the teacher serve, made once and kept with the run);
     `pairs` are labelled ones, whose chosen samples serve as real and preferred ones where there are no others;
@@ -88,14 +91,18 @@ def train(
     `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself (`stop_on`) ends normally, with the
     student it went back to; the same call does not train on.
     """
-    recipe, prompts, family = as_recipe(recipe), as_prompt_list(prompts), as_family(family)
+    recipe, prompts, family = as_recipe(recipe), with_negative(as_prompt_list(prompts), negative_prompt), as_family(family)
     out, options = Path(out), options or RunOptions()
     scored = as_reward(reward) if reward is not None else None
     if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
         real = pairs.preferred
+    real = real and replace(real, prompts=with_negative(real.prompts, negative_prompt))
+    pairs = pairs and replace(pairs, prompts=with_negative(pairs.prompts, negative_prompt))
     check_inputs(recipe, family, scored, real, prompts, pairs, start_from)
     with run_lock(out):
-        write_manifest(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs)
+        write_manifest(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
+        if not guides(recipe) and any(prompt.negative for prompt in prompts):
+            print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which leads away from nothing")
         state = make_state(
             recipe,
             family,
@@ -124,7 +131,7 @@ def train(
         elif real is not None and recipe.needs & {"real", "preferred"}:
             print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
         source = BatchSource(family, prompts, real, options.seed, stored, pairs)
-        probe = Probe(family, few_of(prompts, 12), reward=None if scored is None or relative(scored) else scored, monitor=monitor)
+        probe = Probe(family, few_of(prompts, 12), reward=None if scored is None or relative(scored) else scored, monitor=monitor, negative=negative_prompt)
         loop = Loop(recipe, family, out, options, state, source, probe, tracker)
         loop.restore(start_from)
         loop.run()
@@ -291,7 +298,12 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def final_samples(run: Run, prompts: Sequence[str], seed: int = 4321) -> None:
+def guides(recipe: Recipe) -> bool:
+    """Whether anything in a run of the recipe is guided: its teacher or student, or a student that learns guidance scales."""
+    return recipe.guidance != 1 or any(stage.guidance_scales is not None for stage in recipe.stages if stage.steps)
+
+
+def final_samples(run: Run, prompts: Sequence[Prompt], seed: int = 4321) -> None:
     """Samples of teacher, naive teacher and student on the same prompts and noise, for the report."""
     with averaged(run.state.trained["student"]):
         save_samples(run.out, samples(run.state, run.recipe, run.family, prompts, seed), prompts, seed)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instep.data.prompt import Prompt
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Denoiser
 from instep.methods.latent_reward_model import LatentReward
 from instep.methods.recipe import AdamWConfig
 
-RewardFn = Callable[[Tensor, Sequence[str]], Tensor]
+RewardFn = Callable[[Tensor, Sequence[Prompt]], Tensor]
 
 
 class TrainedParams:

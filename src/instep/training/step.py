@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instep.data.prompt import Prompt
 from instep.diffusion.advantage import constant_groups, group_variance, several_advantages
 from instep.diffusion.guidance import GuidedDenoiser
 from instep.diffusion.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
@@ -147,7 +148,7 @@ def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout 
     return replace(rollout, reward=reward, advantage=several_advantages(each, state.weights, stage.group, deviations, stage.advantage.clip))
 
 
-def scoring_slices(prompts: Sequence[str], group: int) -> list[slice]:
+def scoring_slices(prompts: Sequence[Prompt], group: int) -> list[slice]:
     """Rows that are scored in one call: all, unless two groups of the same prompt are neighbours, which a ranker would take for one group."""
     starts = [0] + [i for i in range(group, len(prompts), group) if prompts[i] == prompts[i - 1]]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from instep.core.files import write_bytes
 from instep.core.progress import Progress
+from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import TeacherSamples
 from instep.diffusion.prediction import Denoiser
 from instep.diffusion.sampling import sample_ode
@@ -36,7 +37,7 @@ def teacher_samples(
     folder: Path,
     family: Family,
     teacher: Denoiser,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     *,
     n: int,
     steps: int,
@@ -52,11 +53,12 @@ def teacher_samples(
     same samples, interrupted or not; another `batch` changes them by rounding only. Raises ValueError if `folder` holds samples that
     were made with other arguments.
     """
+    prompts = as_prompts(prompts)
     _check(prompts, n=n, steps=steps, guidance=guidance, shift=shift, batch=batch)
     record = {
         "model": family.name,
         "shape": list(family.latent_shape),
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        "prompts": hashlib.sha256("\n".join(map(str, prompts)).encode()).hexdigest()[:16],
         "n": n,
         "steps": steps,
         "guidance": float(guidance),
@@ -87,7 +89,7 @@ def teacher_samples(
     return samples
 
 
-def _check(prompts: Sequence[str], *, n: int, steps: int, guidance: float, shift: float, batch: int) -> None:
+def _check(prompts: Sequence[Prompt], *, n: int, steps: int, guidance: float, shift: float, batch: int) -> None:
     if not prompts:
         raise ValueError("prompts: the list is empty; give at least one prompt")
     for name, value in (("n", n), ("steps", steps), ("batch", batch)):
@@ -108,12 +110,12 @@ def _rows(made: Sequence[TeacherSamples]) -> int:
     return sum(len(part.prompts) for part in made)
 
 
-def _sample(family: Family, teacher: Denoiser, names: Sequence[str], noise: Tensor, *, steps: int, guidance: float, shift: float) -> Tensor:
+def _sample(family: Family, teacher: Denoiser, names: Sequence[Prompt], noise: Tensor, *, steps: int, guidance: float, shift: float) -> Tensor:
     device = next(family.pretrained.parameters()).device
-    cond, null = family.encode(names), family.null(len(names))
+    cond, null = family.encode(names), family.unconditional(names)
     x = sample_ode(teacher, cond, null, noise.to(device), steps=steps, path=family.path, shift=shift, guidance=guidance).cpu()
     if not bool(x.isfinite().all()):
-        raise ValueError(f"teacher: its sample for {names[0]!r} or a neighbour is not finite; check the model's weights and number format")
+        raise ValueError(f"teacher: its sample for {str(names[0])!r} or a neighbour is not finite; check the model's weights and number format")
     return x
 
 
@@ -126,7 +128,7 @@ def _write(path: Path, record: Mapping[str, Any], samples: TeacherSamples) -> No
     """Tensors and what they are in one file, so that the two cannot part."""
     from safetensors.torch import save
 
-    header = {RECORD: json.dumps({**record, "names": samples.prompts})}
+    header = {RECORD: json.dumps({**record, "names": list(map(str, samples.prompts))})}
     write_bytes(path, save({"noise": samples.noise.contiguous(), "latents": samples.latents.contiguous()}, header))
 
 
@@ -137,7 +139,7 @@ def _read(path: Path, record: Mapping[str, Any], remove: Path) -> TeacherSamples
     try:
         with safe_open(path, "pt") as file:
             there = json.loads((file.metadata() or {})[RECORD])
-            samples = TeacherSamples(tuple(there["names"]), file.get_tensor("noise"), file.get_tensor("latents"))
+            samples = TeacherSamples(tuple(map(Prompt.parse, there["names"])), file.get_tensor("noise"), file.get_tensor("latents"))
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"folder: {path} does not hold samples of a teacher ({error}); remove {remove}, they are made again") from error
     for field, value in record.items():

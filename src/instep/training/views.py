@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from instep.core.files import write_json, write_tensors
+from instep.data.prompt import Prompt
 from instep.diffusion.rollout import rollout_few_step
 from instep.diffusion.sampling import sample_ode
 from instep.methods.matching import DistributionMatching
@@ -27,14 +28,14 @@ def to_uint8(media: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Family, prompts: Sequence[str], seed: int) -> dict[str, Tensor]:
+def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Family, prompts: Sequence[Prompt], seed: int) -> dict[str, Tensor]:
     """Generator, fake and real prediction, force and implied target of the stage's matching force, one sample a prompt."""
     force = next((term for term in stage.forces if isinstance(term, DistributionMatching)), None)
     if force is None:
         return {}
     rng = torch.Generator(state.rng.device).manual_seed(seed)
     n, levels = len(prompts), recipe.levels
-    batch = Batch(tuple(prompts), family.encode(prompts), family.null(n))
+    batch = Batch(tuple(prompts), family.encode(prompts), family.unconditional(prompts))
     exits = torch.arange(n, device=rng.device) % len(levels)
     rollout = rollout_few_step(state.roles["student"], batch.cond, levels, state.path, state.shape, exits, rng)
     # no rewards are taken here: all alike, and the teacher as it is at the end of the stage
@@ -49,17 +50,17 @@ def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Fami
     return views | {"levels": seen.level.cpu().float(), "exits": exits.cpu()}
 
 
-def save_views(folder: Path, step: int, views: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+def save_views(folder: Path, step: int, views: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> None:
     if views:
         write_tensors(folder / f"step-{step:06d}.safetensors", dict(views))
-        write_json(folder / f"step-{step:06d}.json", {"step": step, "prompts": list(prompts)})
+        write_json(folder / f"step-{step:06d}.json", {"step": step, "prompts": list(map(str, prompts))})
 
 
 @torch.no_grad()
-def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence[str], seed: int, teacher_steps: int = 50) -> dict[str, Tensor]:
+def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence[Prompt], seed: int, teacher_steps: int = 50) -> dict[str, Tensor]:
     """The same prompts and noise through the teacher (many guided steps, and naively at the student's cost) and the student."""
     device, n = state.rng.device, len(prompts)
-    cond, null = family.encode(prompts), family.null(n)
+    cond, null = family.encode(prompts), family.unconditional(prompts)
     noise = torch.randn(n, *state.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
     def teacher(steps: int, guidance: float) -> Tensor:
@@ -76,9 +77,9 @@ def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence
     }
 
 
-def save_samples(out: Path, videos: dict[str, Tensor], prompts: Sequence[str], seed: int) -> None:
+def save_samples(out: Path, videos: dict[str, Tensor], prompts: Sequence[Prompt], seed: int) -> None:
     """`samples.safetensors` holds one row of N videos a model, `samples.json` what they are."""
     names = list(videos)
     write_tensors(out / "samples.safetensors", {"samples": torch.cat([videos[name] for name in names])})
-    rows: list[dict[str, Any]] = [{"name": name, "prompt": prompt} for name in names for prompt in prompts]
-    write_json(out / "samples.json", {"models": names, "prompts": list(prompts), "seed": seed, "rows": rows})
+    rows: list[dict[str, Any]] = [{"name": name, "prompt": str(prompt)} for name in names for prompt in prompts]
+    write_json(out / "samples.json", {"models": names, "prompts": list(map(str, prompts)), "seed": seed, "rows": rows})
