@@ -131,7 +131,7 @@ def test_evaluation_measures_generators_alike():
     chosen, asked = small_set(), []
 
     def real(prompts, seed):
-        asked.append((tuple(prompts), seed))
+        asked.append((tuple(texts_of(prompts)), seed))
         return digits.render("reference", [digits.parse(p) for p in prompts], seed)
 
     def frozen(prompts, seed):

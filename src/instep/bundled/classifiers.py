@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.bundled.digits import MOTIONS, motions_allowed, parse
+from instep.data.prompt import Prompt
 
 ClassifierName = Literal["training", "monitor", "heldout"]
 FOLDER = Path(__file__).parent / "assets" / "moving-digits" / "classifiers"
@@ -151,7 +152,7 @@ class _Wanted:
     motions: Tensor
 
 
-def _wanted(prompts: Sequence[str], device: torch.device) -> _Wanted:
+def _wanted(prompts: Sequence[Prompt | str], device: torch.device) -> _Wanted:
     digits = torch.zeros(len(prompts), 10, dtype=torch.bool)
     motions = torch.zeros(len(prompts), len(MOTIONS), dtype=torch.bool)
     for i, spec in enumerate(map(parse, prompts)):
@@ -183,7 +184,7 @@ class Classifier:
         """Penultimate features [B, 128]: 64 of the digit, then 64 of the motion."""
         return torch.cat(self._embed(media), 1)
 
-    def asked(self, prompts: Sequence[str]) -> Tensor:
+    def asked(self, prompts: Sequence[Prompt | str]) -> Tensor:
         """What prompts ask for, in the space of `features` [B, 128]: the last layers' weights, mean over the classes allowed less the mean over all.
 
         Its scalar product with `features` is the logits' mean over what was asked, above their mean (without biases); zeros for what is left open.
@@ -192,7 +193,7 @@ class Classifier:
         parts = zip((wanted.digits, wanted.motions), (self.net.digit.weight, self.net.motion.weight), strict=True)
         return torch.cat([mask.float() / mask.sum(1, keepdim=True) @ weight - weight.mean(0) for mask, weight in parts], 1)
 
-    def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         """log p of what the prompts say, [B] <= 0, higher is better: digit plus motion; what is left open adds 0.
 
         A motion of open speed has the summed probability of both speeds.
@@ -202,7 +203,7 @@ class Classifier:
         return sum((logits.log_softmax(1).masked_fill(~mask, -torch.inf).logsumexp(1) for logits, mask in parts), media.new_zeros(len(media)))
 
     @torch.no_grad()
-    def correct(self, media: Tensor, prompts: Sequence[str]) -> Correct:
+    def correct(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Correct:
         """Whether the most probable digit and motion are ones the prompts allow."""
         wanted = _wanted(prompts, media.device)
         digit, motion = (logits.argmax(1, keepdim=True) for logits in self.logits(media))

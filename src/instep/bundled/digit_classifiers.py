@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from instep.bundled.classifiers import FEATURES, ClassifierName, Residual
 from instep.bundled.digits import WORDS
+from instep.data.prompt import Prompt, texts_of
 
 FOLDER = Path(__file__).parent / "assets" / "digits" / "classifiers"
 Scale = Literal["log", "probability"]
@@ -117,33 +118,34 @@ class DigitClassifier:
         """Penultimate features [B, 64]."""
         return self.net.embed(self._grey(media))
 
-    def asked(self, prompts: Sequence[str]) -> Tensor:
+    def asked(self, prompts: Sequence[Prompt | str]) -> Tensor:
         """What prompts ask for, in the space of `features` [B, 64]: their classes' rows of the last layer, less the mean of all."""
         weight = self.net.digit.weight
         return weight[_classes(prompts, weight.device)] - weight.mean(0)
 
-    def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         """log p (or p) of the prompts' classes, [B]; higher is better."""
         log_p = self.logits(media).log_softmax(1).gather(1, _classes(prompts, media.device)[:, None])[:, 0]
         return log_p if self.scale == "log" else log_p.exp()
 
     @torch.no_grad()
-    def correct(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
+    def correct(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         """Whether the most probable class is the asked one, [B] booleans."""
         return self.logits(media).argmax(1) == _classes(prompts, media.device)
 
-    def metrics(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    def metrics(self, media: Tensor, prompts: Sequence[Prompt | str]) -> dict[str, float]:
         """As a run's monitor: share of right classes and mean log-probability."""
         log_p = F.cross_entropy(self.logits(media), _classes(prompts, media.device))
         return {"monitor_both": float(self.correct(media, prompts).float().mean()), "monitor_score": -float(log_p)}
 
 
-def _classes(prompts: Sequence[str], device: torch.device) -> Tensor:
+def _classes(prompts: Sequence[Prompt | str], device: torch.device) -> Tensor:
+    texts = texts_of(prompts)
     rows = {str(i): i for i in range(10)} | {word: i for i, word in enumerate(WORDS)}
-    unknown = [p for p in prompts if p not in rows]
+    unknown = [text for text in texts if text not in rows]
     if unknown:
         raise ValueError(f"prompts: {unknown[0]!r} is no digit; allowed: {', '.join(rows)}")
-    return torch.tensor([rows[p] for p in prompts], device=device)
+    return torch.tensor([rows[text] for text in texts], device=device)
 
 
 def load_digit_classifier(name: ClassifierName, folder: Path = FOLDER, scale: Scale = "log") -> DigitClassifier:

@@ -243,6 +243,6 @@ def force_field(run: LabRun, points: Tensor, draws: int = 64, member: int = 0) -
         # rewards all alike: what an operator that adapts does to a sample like any other
         alike = torch.zeros(len(points))
         rollout = Rollout(cond, 1, exit=placed, reward=alike, advantage=alike)
-        view = View(run.state.roles, world.path, Batch(names, cond, labels([""] * len(points), cond.member)), 1.0, rng, rollout)
+        view = View(run.state.roles, world.path, Batch(as_prompts(names), cond, labels([""] * len(points), cond.member)), 1.0, rng, rollout)
         total += force.explain(view).direction
     return total / draws

@@ -70,7 +70,7 @@ def export_role(
 
     axes = tuple(range(1 + len(family.latent_shape))) if family.pipe is None else stock(family.pipe).axes
 
-    def ours(names: Sequence[Prompt | str], rng: torch.Generator) -> Tensor:
+    def ours(names: Sequence[Prompt], rng: torch.Generator) -> Tensor:
         return sample_as_stock(student, family.encode(names), family.latent_shape, sampling.levels, family.path, rng, axes)
 
     first_frame = getattr(family, "first_frame", read_first_frame)
