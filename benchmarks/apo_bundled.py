@@ -24,10 +24,11 @@ import torch
 from apo import NONE, jump
 from torch import Tensor
 
+from instep.bundled import MOVING_DIGITS, MOVING_DIGITS_I2V, load
+from instep.bundled.baselines import noise_for
 from instep.bundled.classifiers import load_classifier
 from instep.bundled.drawn_frames import first_frame
 from instep.bundled.worlds import MovingDigits, MovingDigitsI2V, moving_digits, moving_digits_i2v
-from instep.cli.evaluate import noise_for
 from instep.cli.export import read_run, sampling_of, student_of
 from instep.core.files import write_json
 from instep.core.json_lines import read_rows
@@ -35,7 +36,6 @@ from instep.data.prompt import Prompt, texts_of
 from instep.diffusion.guidance import guide_and_skip
 from instep.diffusion.prediction import Denoiser, skipping
 from instep.diffusion.sampling import Sampling
-from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, load
 from instep.models.backbone import Backbone
 from instep.models.role import Role
 from instep.recipes.apo import apo

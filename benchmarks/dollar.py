@@ -19,13 +19,14 @@ from moving_digits import CELLS as DISTILLED
 from moving_digits import FEW, MORE, RESULTS, TWO, Cell, run_cell
 from torch import Tensor
 
+from instep.bundled.evaluation import evaluation_set
 from instep.bundled.worlds import MovingDigits, moving_digits
 from instep.cli.evaluate import sampler_of
 from instep.cli.export import read_run, sampling_of, student_of
 from instep.core.files import write_json
 from instep.core.json_lines import read_rows
 from instep.metrics import figures as metrics
-from instep.metrics.compare import evaluation_set, generate_all
+from instep.metrics.compare import generate_all
 from instep.recipes.common import Common
 from instep.recipes.dmdr import dmdr
 from instep.recipes.dollar import dollar

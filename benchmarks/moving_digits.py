@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from stored import row_of
 
-from instep.bundled.worlds import MovingDigits, moving_digits
-from instep.cli.evaluate import baseline, load_classifiers, noise_for, sampler_of
+from instep.bundled.baselines import Baselines, noise_for
+from instep.bundled.evaluation import DigitsEvaluation, evaluate, evaluation_set, load_classifiers, real_vs_real_row
+from instep.bundled.worlds import VIDEO, MovingDigits, moving_digits
+from instep.cli.evaluate import sampler_of
 from instep.core.files import write_json
 from instep.core.json_lines import read_rows
 from instep.diffusion.levels import Uniform
 from instep.methods.recipe import Recipe
-from instep.metrics.compare import Row, evaluate, evaluation_set, real_vs_real_row
-from instep.models import MOVING_DIGITS_SIZE
+from instep.metrics.compare import Row
 from instep.models.wan import WanFamily
 from instep.recipes.amd import amd
 from instep.recipes.common import Common
@@ -90,7 +91,7 @@ def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS
         return
     cell, digits = cells[name], moving_digits()
     if cell.model:
-        digits = replace(digits, family=WanFamily.load(runs / f"{cell.model}-{seed}" / "student", MOVING_DIGITS_SIZE, name=cell.model))
+        digits = replace(digits, family=WanFamily.load(runs / f"{cell.model}-{seed}" / "student", VIDEO, name=cell.model))
     recipe = cell.recipe()
     start, cpu = runs / f"{cell.start}-{seed}" if cell.start else None, time.process_time()
     real = digits.real() if recipe.needs & {"real", "preferred"} else None
@@ -135,7 +136,7 @@ def run_baselines(digits: MovingDigits) -> None:
         for guidance in (3.0, 1.0):
             file = RESULTS / f"teacher-{steps}-{guidance:g}.json"
             if not file.is_file():
-                write_json(file, {"row": baseline(digits.family, classifiers, eval_set, steps, guidance).json()})
+                write_json(file, {"row": Baselines(digits.family, DigitsEvaluation(), eval_set).teacher(steps, guidance).json()})
     if not (RESULTS / "floor.json").is_file():
         write_json(RESULTS / "floor.json", {"row": real_vs_real_row(eval_set, classifiers).json()})
         family = digits.family

@@ -28,16 +28,17 @@ from urllib.request import HTTPCookieProcessor, Request, build_opener
 import torch
 from torch import Tensor
 
+from instep.bundled import MOVING_DIGITS, load
+from instep.bundled.baselines import noise_for
 from instep.bundled.classifiers import ClassifierName, load_classifier
 from instep.bundled.digits import full_prompts, open_prompts
-from instep.cli.evaluate import noise_for
+from instep.bundled.worlds import VIDEO
 from instep.cli.export import read_run, sampling_of, student_of
 from instep.cli.main import main as instep
 from instep.core.files import write_json
 from instep.data.media import repeats
 from instep.data.pairs import read_pairs, write_pairs
 from instep.human_eval.store import Store
-from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, load
 from instep.models.backbone import Backbone
 from instep.models.role import Role
 
@@ -94,8 +95,8 @@ class Page:
         h, w, across = shown["height"], shown["width"], shown["columns"]
         places = [divmod(i, across) for i in range(len(shown["durations"]))]
         frames = [sheet[row * h : (row + 1) * h, column * w : (column + 1) * w] for row, column in places]
-        again = torch.tensor(repeats(shown["durations"], MOVING_DIGITS_SIZE.frames))
-        return torch.stack(frames).repeat_interleave(again, 0)[: MOVING_DIGITS_SIZE.frames].permute(3, 0, 1, 2).float() / 255
+        again = torch.tensor(repeats(shown["durations"], VIDEO.frames))
+        return torch.stack(frames).repeat_interleave(again, 0)[: VIDEO.frames].permute(3, 0, 1, 2).float() / 255
 
     def answer(self, name: str, prefers: Callable[[Seen], str]) -> None:
         """Answers every item of an annotator of that name."""

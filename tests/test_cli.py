@@ -36,7 +36,7 @@ def elsewhere(tmp_path, monkeypatch):
 def test_help(capsys, args):
     assert main(args) == 0
     out = capsys.readouterr().out
-    for command in ("train", "sample", "eval", "report", "export", "recipes", "plan", "pretrain", "lab", "human-eval", "pairs"):
+    for command in ("train", "sample", "eval", "report", "export", "recipes", "plan", "lab", "human-eval", "pairs"):
         assert f"instep {command}" in out
     assert "instep train dm-align-group --out runs/first" in out, "one line to begin with"
 
@@ -49,14 +49,13 @@ def test_recipes_are_listed_with_what_they_do(capsys):
 
 
 def test_unknown_names(capsys):
-    commands = "train, sample, eval, report, export, recipes, plan, pretrain, lab, human-eval, pairs"
+    commands = "train, sample, eval, report, export, recipes, plan, lab, human-eval, pairs"
     assert said(capsys, "nonsense") == f"command 'nonsense' is not known; allowed: {commands}"
     allowed = ", ".join(NAMES)
     assert said(capsys, "train nonsense").startswith(f"recipe: 'nonsense' is not known; allowed: {allowed}")
     for command in ("train", "plan"):
         assert said(capsys, command) == f"recipe: none was given; write `instep {command} RECIPE`, one of {allowed}, or module:function for one of your own"
     assert said(capsys, "train --out x").startswith("recipe: none was given")
-    assert said(capsys, "pretrain sd3") == "model: sd3 cannot be pretrained; allowed: moving-digits, digits, moving-digits-i2v"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pretrain.digits import ClassTeacherConfig, DigitClassifierConfig, DigitsConfig, deform, pretrain_digits, train_class_teacher
 
+from instep.bundled import DIGITS, folder_of, load
 from instep.bundled.digit_classifiers import load_digit_classifier
 from instep.bundled.digits import WORDS, scans_of
 from instep.bundled.worlds import class_digits
@@ -19,7 +20,6 @@ from instep.data.samples import RealSamples
 from instep.diffusion.guidance import predict_guided
 from instep.diffusion.sampling import sample_few_step, sample_ode
 from instep.methods.recipe import LoRA, RoleConfig
-from instep.models import DIGITS, bundled, load
 from instep.models.backbone import Backbone
 from instep.models.dit import DiTFamily
 from instep.models.role import Role
@@ -235,7 +235,7 @@ def test_classifiers_score_the_class_and_have_a_gradient():
 
 
 def test_the_bundled_model_is_what_its_record_says():
-    folder = bundled(DIGITS)
+    folder = folder_of(DIGITS)
     about = json.loads((folder / "pretrain.json").read_text())
     assert about["bytes"] <= 4e6
     for name, expected in about["sha256"].items():

@@ -7,17 +7,17 @@ import json
 import pytest
 import torch
 
-from instep.bundled import digits
+from instep.bundled import MOVING_DIGITS, digits, folder_of, load
+from instep.bundled.baselines import Baselines, noise_for
 from instep.bundled.classifiers import load_classifier
+from instep.bundled.evaluation import EvalSet
 from instep.bundled.worlds import moving_digits
 from instep.cli import evaluate
-from instep.cli.evaluate import fingerprint, noise_for, sampler_of
+from instep.cli.evaluate import evaluation_of, sampler_of
 from instep.cli.export import read_run, student_of
 from instep.cli.main import main
 from instep.diffusion.sampling import Sampling, sample_ode
 from instep.methods.recipe import AdamWConfig
-from instep.metrics.compare import EvalSet
-from instep.models import MOVING_DIGITS, bundled, load
 from instep.models.backbone import Backbone
 from instep.recipes.apo import apo
 from instep.recipes.common import Common
@@ -92,7 +92,7 @@ def test_bundled_files_are_those_of_the_pretraining():
     """At most 8 MB, safetensors only, and every checksum in pretrain.json holds."""
     import hashlib
 
-    folder = bundled(MOVING_DIGITS)
+    folder = folder_of(MOVING_DIGITS)
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt", ".model"}
@@ -101,11 +101,15 @@ def test_bundled_files_are_those_of_the_pretraining():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
 
 
+def fingerprint(eval_set, family):
+    return Baselines(family, evaluation_of(MOVING_DIGITS), eval_set).fingerprint
+
+
 def test_a_student_of_a_tuned_teacher_is_measured_beside_that_teacher(tmp_path, monkeypatch):
     """The model is then an export of a run on the bundled one: its rows are its own, not those of the model that it was tuned from."""
     open_ = ("a seven", "a seven", "a digit moving left fast", "a digit moving left fast")
     bundled_one, small = moving_digits(), EvalSet(tuple(digits.full_prompts()[::15]), open_)
-    monkeypatch.setattr(evaluate, "evaluation_set", lambda *args, **more: small)
+    monkeypatch.setattr("instep.bundled.evaluation.evaluation_set", lambda *args, **more: small)
     monkeypatch.setenv("INSTEP_CACHE", str(tmp_path / "cache"))
     options = RunOptions(probe_every=50, teacher_samples=4)
     tuned = apo(ManySteps(batch=2, student=AdamWConfig(1e-2), ema=None), online=0, half_online=0, offline=1, distill_guidance=0, post_distillation=0)

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from instep.bundled import digits
+from instep.bundled import digits, evaluation
 from instep.bundled.classifiers import Classifier, SpaceTime
 from instep.bundled.drawn_frames import drawn_video
 from instep.data.prompt import texts_of
@@ -97,7 +97,7 @@ def test_comparisons_respect_direction_and_error():
 
 
 def test_evaluation_set_is_balanced():
-    quick = compare.evaluation_set("quick")
+    quick = evaluation.evaluation_set("quick")
     assert len(quick.full) == 90 and len(set(quick.full)) == 90 and len(quick.open) == 19 * 8
     assert not set(quick.full) & set(quick.open)
 
@@ -121,9 +121,9 @@ MEASURED = {
 }
 
 
-def small_set() -> compare.EvalSet:
+def small_set() -> evaluation.EvalSet:
     open_ = [prompt for prompt in ("a seven", "an eight", "a digit moving left fast", "a digit standing still") for _ in range(6)]
-    return compare.EvalSet(tuple(digits.full_prompts()[::6]), tuple(open_), seed=3)
+    return evaluation.EvalSet(tuple(digits.full_prompts()[::6]), tuple(open_), seed=3)
 
 
 def test_evaluation_measures_generators_alike():
@@ -137,35 +137,35 @@ def test_evaluation_measures_generators_alike():
     def frozen(prompts, seed):
         return real(prompts, seed)[:, :, :1].expand(-1, -1, 9, -1, -1)
 
-    good = compare.evaluate("real", "student", real, chosen, classifiers, steps=4)
+    good = evaluation.evaluate("real", "student", real, chosen, classifiers, steps=4)
     assert set(good.values) == MEASURED and all(math.isfinite(v.value) and v.se >= 0 for v in good.values.values())
     assert (good.nfe, good.n) == (4, len(chosen.prompts)) and sum((p for p, _ in asked), ()) == chosen.prompts
-    still = compare.evaluate("frozen", "naive", frozen, chosen, classifiers, steps=4, guidance=3.0)
+    still = evaluation.evaluate("frozen", "naive", frozen, chosen, classifiers, steps=4, guidance=3.0)
     assert still.nfe == 8 and still.values["dynamic"].value < 1e-4 < good.values["dynamic"].value
     assert compare.better(good, still, "fd") and compare.better(still, good, "flicker")
-    real_vs_real = compare.real_vs_real_row(chosen, classifiers)
+    real_vs_real = evaluation.real_vs_real_row(chosen, classifiers)
     brightness = compare.difference(good, real_vs_real, "mean_brightness")
     assert real_vs_real.kind == "real" and abs(brightness.value) < 4 * brightness.se
     with pytest.raises(ValueError, match="one video a prompt"):
-        compare.evaluate("short", "student", lambda prompts, seed: real(prompts, seed)[1:], chosen, classifiers, steps=4)
+        evaluation.evaluate("short", "student", lambda prompts, seed: real(prompts, seed)[1:], chosen, classifiers, steps=4)
 
 
 def test_in_image_to_video_each_sample_has_its_own_first_frame():
     classifiers = {name: Classifier(name, SpaceTime(), {}) for name in ("train", "heldout")}
     chosen = replace(small_set(), image_to_video=True)
     assert len(set(chosen.asked)) == len(chosen.prompts) and tuple(texts_of(chosen.asked)) == chosen.prompts
-    first = lambda media: compare.evaluate("x", "student", media, chosen, classifiers, steps=4).values["first_frame"].value  # noqa: E731
+    first = lambda media: evaluation.evaluate("x", "student", media, chosen, classifiers, steps=4).values["first_frame"].value  # noqa: E731
     shown = lambda names: torch.stack([drawn_video(name) for name in names])  # noqa: E731
     assert first(lambda names, seed: shown(names)) == 0
     other = first(lambda names, seed: digits.render("reference", [digits.parse(name) for name in names], seed))
     assert other > 0.1, "videos of the same prompts that begin otherwise"
-    real_vs_real = compare.real_vs_real_row(chosen, classifiers)
+    real_vs_real = evaluation.real_vs_real_row(chosen, classifiers)
     assert real_vs_real.values["first_frame"].value == 0 and real_vs_real.values["fd"].value < 10
-    assert "first_frame" not in compare.real_vs_real_row(small_set(), classifiers).values
+    assert "first_frame" not in evaluation.real_vs_real_row(small_set(), classifiers).values
 
 
 def test_order_puts_like_prompts_together():
-    chosen = compare.evaluation_set("quick")
+    chosen = evaluation.evaluation_set("quick")
     pairs = chosen.order.argsort(stable=True)[: len(chosen.prompts) // 2 * 2].reshape(-1, 2).tolist()
     for a, b in pairs:
         x, y = digits.parse(chosen.prompts[a]), digits.parse(chosen.prompts[b])

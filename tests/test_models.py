@@ -7,8 +7,8 @@ import json
 import pytest
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
+from instep.bundled import load
 from instep.core.size import VideoSize
-from instep.models import load
 
 SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
 

@@ -15,6 +15,7 @@ from tiny import byte_tokenizer
 from instep.bundled import digits
 from instep.bundled.classifiers import load_classifier
 from instep.bundled.digit_classifiers import load_digit_classifier
+from instep.bundled.features import features_of
 from instep.bundled.worlds import class_digits
 from instep.cli.main import main
 from instep.cli.rewards import load_reward
@@ -25,7 +26,7 @@ from instep.recipes.common import Common
 from instep.recipes.refl import refl
 from instep.rewards.base import Reward, checked_scores
 from instep.rewards.bradley_terry import fit
-from instep.rewards.features import Preparation, features_of, image_text_features
+from instep.rewards.features import Preparation, image_text_features
 from instep.rewards.preferences import learn, load_preferences, read_features, save
 from instep.training.options import RunOptions
 from instep.training.run import train
@@ -185,7 +186,7 @@ def test_names_are_the_heads(liked, tmp_path):
     _, pairs = liked
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         save(learn(pairs, features_of("digits"), steps=3, seed=seed), tmp_path / name)
-    a, b, c = (load_preferences(tmp_path / name).name for name in "abc")
+    a, b, c = (load_preferences(tmp_path / name, features_of).name for name in "abc")
     assert a == b != c and a.startswith("preferences ") and " of digits:training " in a
     with pytest.raises(ValueError, match="out: .*a exists; choose another name"):
         save(learn(pairs, features_of("digits"), steps=3), tmp_path / "a")
@@ -350,14 +351,14 @@ def test_a_reward_on_an_image_text_model(tmp_path, capsys):
     clip, out = str(tmp_path / "clip"), tmp_path / "out"
     assert main(["pairs", "fit", str(tmp_path / "pairs.jsonl"), str(out), "--features", clip, "--frames", "2"]) == 0
     assert "100.0 % of preferences ordered right (95 % interval 67.6 to 100.0 %)" in capsys.readouterr().out, "8 of 8"
-    reward = load_preferences(out)
+    reward = load_preferences(out, features_of)
     assert reward.name.endswith(", 2 frames") and " of clip " in reward.name
     scores = reward.score(torch.cat([light + 0.7, light]), names * 2)
     assert bool((scores[:40] > scores[40:]).all())
     shutil.rmtree(clip)
     tiny_clip(tmp_path / "clip", seed=1)
     with pytest.raises(ValueError, match="was fitted on clip .*, and .*clip is now clip .*; give that back"):
-        load_preferences(out)
+        load_preferences(out, features_of)
 
 
 def test_a_fit_that_is_a_coin_says_so(liked, tmp_path, capsys):

@@ -264,8 +264,9 @@ def test_what_metrics_say_of_a_run(tmp_path, monkeypatch):
     def row(*args, **more):
         return made_up("x", "student", 4, 4, 0.9, 6.0, 7.0, random.Random(0))
 
-    for name in ("evaluate", "real_vs_real_row", "baseline"):
-        monkeypatch.setattr(module, name, row)
+    for name in ("teacher", "real", "decoded"):
+        monkeypatch.setattr(f"instep.bundled.baselines.Baselines.{name}", row)
+    monkeypatch.setattr("instep.bundled.evaluation.evaluate", row)
     for name in ("load", "student_of", "sampler_of"):
         monkeypatch.setattr(module, name, lambda *args, **more: None)
     run = make_run(tmp_path / "run")

@@ -16,13 +16,14 @@ from test_run import brightness, interrupted_before, rows, same
 from test_run_family import FEW, REWARD, SHORT, recipe_of
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
-from instep.bundled import digits
+from instep.bundled import MOVING_DIGITS, digits, folder_of, load
 from instep.bundled import moving_digits_i2v as bundle
+from instep.bundled.baselines import Baselines
 from instep.bundled.classifiers import load_classifier
 from instep.bundled.drawn_frames import drawn_video, first_frame
+from instep.bundled.evaluation import DigitsEvaluation, EvalSet
 from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily
 from instep.bundled.worlds import MovingDigitsI2V, moving_digits_i2v
-from instep.cli.evaluate import fingerprint
 from instep.cli.main import main
 from instep.core.size import VideoSize
 from instep.data.animation import save_animation
@@ -32,8 +33,6 @@ from instep.data.pairs import PreferencePair
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.sampling import sample_ode
-from instep.metrics.compare import EvalSet
-from instep.models import MOVING_DIGITS, bundled, load
 from instep.models.backbone import Backbone
 from instep.models.role import Role
 from instep.models.stock import draw, stock
@@ -368,7 +367,7 @@ def image_to_video() -> MovingDigitsI2V:
 
 
 def test_what_ships_is_small_and_shares_the_rest(image_to_video):
-    folder = bundled("moving-digits-i2v")
+    folder = folder_of("moving-digits-i2v")
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 3e6
     base, own = load(MOVING_DIGITS).pretrained.state_dict(), image_to_video.family.pretrained.state_dict()
     stored = load_file(folder / bundle.CHANGED)
@@ -422,12 +421,10 @@ def test_commands_on_the_bundled_model(tmp_path, capsys):
 
 def test_eval_measures_the_bundled_model_from_first_frames(tmp_path, capsys, monkeypatch, image_to_video):
     """A run's student beside the teacher and real videos, by prompts that each name a first frame of the reference split; the teacher's rows are kept."""
-    from instep.cli import evaluate as command
-
     open_ = [prompt for prompt in ("a seven", "a digit moving left fast") for _ in range(3)]
     small = EvalSet(tuple(digits.full_prompts()[::15]), tuple(open_), image_to_video=True)
     chosen = []
-    monkeypatch.setattr(command, "evaluation_set", lambda *args, image_to_video, negative: chosen.append(image_to_video) or small)
+    monkeypatch.setattr("instep.bundled.evaluation.evaluation_set", lambda *args, image_to_video, negative: chosen.append(image_to_video) or small)
     monkeypatch.setenv("INSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "300")
     recipe = dmd2(Common(steps=2, batch=2), iterations=1)
@@ -438,7 +435,8 @@ def test_eval_measures_the_bundled_model_from_first_frames(tmp_path, capsys, mon
     by_name = {row["name"]: row["values"]["first_frame"]["value"] for row in said["rows"]}
     assert by_name["teacher, 50 steps, guided"] < 0.1 and by_name["real videos through the VAE"] < 0.05
     kept = {file.name for file in (tmp_path / "cache").iterdir()}
-    mark = fingerprint(small, image_to_video.family)
-    assert mark != fingerprint(replace(small, image_to_video=False), image_to_video.family) and all(mark in name for name in kept) and len(kept) == 4
+    mark = Baselines(image_to_video.family, DigitsEvaluation(True), small).fingerprint
+    other = Baselines(image_to_video.family, DigitsEvaluation(True), replace(small, image_to_video=False)).fingerprint
+    assert mark != other and all(mark in name for name in kept) and len(kept) == 6
     assert main(["report", str(run.out), "-o", str(tmp_path / "report.html")]) == 0
     assert "first frame" in (tmp_path / "report.html").read_text()

@@ -1,5 +1,6 @@
 """What `instep` holds; `__init__.py` reads this list at run time and imports each name when it is first used."""
 
+from instep.bundled import load as load
 from instep.core.size import VideoSize as VideoSize
 from instep.core.version import __version__ as __version__
 from instep.data.prompt import Prompt as Prompt
@@ -19,7 +20,6 @@ from instep.methods.term import Objective as Objective
 from instep.methods.term import View as View
 from instep.methods.term import as_force as as_force
 from instep.models import family_of as family_of
-from instep.models import load as load
 from instep.models.cogvideox import CogVideoXFamily as CogVideoXFamily
 from instep.models.dit import DiTFamily as DiTFamily
 from instep.models.family import Family as Family

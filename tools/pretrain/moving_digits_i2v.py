@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from instep.bundled import MOVING_DIGITS, folder_of
 from instep.bundled.classifiers import load_classifier
 from instep.bundled.digits import full_prompts
 from instep.bundled.drawn_frames import drawn_video
 from instep.bundled.moving_digits_i2v import CHANGED, MovingDigitsImageFamily, around, changed, widened
+from instep.bundled.worlds import VIDEO
 from instep.core.files import write_tensors
 from instep.core.progress import Progress
 from instep.data.prompt import Prompt, texts_of
 from instep.diffusion.sampling import sample_ode
-from instep.models import MOVING_DIGITS, MOVING_DIGITS_SIZE, bundled
 from instep.models.backbone import Backbone
 from instep.models.role import Role
 from instep.models.wan_i2v import known_latents
@@ -55,7 +56,7 @@ def base_pipeline() -> WanPipeline:
     """The bundled text-to-video pipeline, float32."""
     from diffusers import WanPipeline
 
-    return WanPipeline.from_pretrained(bundled(MOVING_DIGITS), torch_dtype=torch.float32, local_files_only=True)
+    return WanPipeline.from_pretrained(folder_of(MOVING_DIGITS), torch_dtype=torch.float32, local_files_only=True)
 
 
 @torch.no_grad()
@@ -121,7 +122,7 @@ def first_frame_distances(media: Tensor, first_frames: Tensor, reconstructed: Te
 @torch.no_grad()
 def measure_image_to_video(out: Path, config: ImageConfig, seed: int) -> dict[str, Any]:
     """Classifiers' shares and first-frame distances of the model in `out`, on first frames of the reference split; and of real videos."""
-    family = MovingDigitsImageFamily.load(out, MOVING_DIGITS_SIZE)
+    family = MovingDigitsImageFamily.load(out, VIDEO)
     teacher, classifiers = Role("teacher", Backbone(family, family.pretrained)), {name: load_classifier(name) for name in CLASSIFIER_NAMES}
     prompts = image_to_video_prompts(config.repeats)
     texts = texts_of(prompts)
@@ -161,7 +162,7 @@ def _about(out: Path, config: ImageConfig, seed: int, threads: int) -> dict[str,
         "seconds": {name: note["seconds"] for name, note in notes.items()},
         "cpu_seconds": {name: note["cpu_seconds"] for name, note in notes.items()},
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "scikit-learn")},
-        "base": checksums(bundled(MOVING_DIGITS) / "transformer"),
+        "base": checksums(folder_of(MOVING_DIGITS) / "transformer"),
         "measured": {name: note["measured"] for name, note in notes.items()},
         "bytes": sum((out / SHIPPED / name).stat().st_size for name in sums),
         "sha256": sums,

@@ -1,3 +1,74 @@
 """The miniature worlds that ship with the package: weights, grammar, classifiers, prompts and their evaluation. It may import every room below the
-command line except the laboratory and human evaluation; no other room names a bundled model.
+command line except the laboratory and human evaluation; no other room names a bundled model. A world registers itself by its line in `WORLDS`.
 """
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from instep.core.size import VideoSize, as_size
+
+if TYPE_CHECKING:
+    from instep.bundled.world import World
+    from instep.models.family import Family
+
+
+class Entry(NamedTuple):
+    """One bundled world: what it is, in a clause, and where its `World` stands, as module:name."""
+
+    about: str
+    where: str
+
+
+MOVING_DIGITS, DIGITS, MOVING_DIGITS_I2V = "moving-digits", "digits", "moving-digits-i2v"
+WORLDS = {
+    MOVING_DIGITS: Entry("videos", "instep.bundled.worlds:MOVING_DIGITS_WORLD"),
+    DIGITS: Entry("class-conditional 8 x 8 images", "instep.bundled.worlds:DIGITS_WORLD"),
+    MOVING_DIGITS_I2V: Entry("videos from their first frame", "instep.bundled.worlds:MOVING_DIGITS_I2V_WORLD"),
+}
+NAMES = tuple(WORLDS)
+DEFAULT = NAMES[0]
+LISTED = ", ".join(NAMES)
+DESCRIBED = ", ".join(f"{name} ({entry.about})" for name, entry in WORLDS.items())
+
+
+def find(name: str) -> World:
+    """The bundled world of that name, imported now; ValueError for a name that is none."""
+    if name not in WORLDS:
+        raise ValueError(f"world: {name!r} is not bundled; allowed: {LISTED}")
+    module, attribute = WORLDS[name].where.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def folder_of(name: str) -> Path:
+    """Folder of a model that ships with the package."""
+    return Path(__file__).parent / "assets" / name
+
+
+def load(model: str | Path, size: VideoSize | Sequence[int] | None = None) -> Family:
+    """The family of a bundled model by its name, or of a folder, as `instep.models.load` reads it. A folder may not pass for a bundled model: if it has the
+    name of one, the family is called by its whole path.
+    """
+    size = None if size is None else as_size(size)
+    if model in WORLDS:
+        return find(str(model)).load(size)
+    from instep import models
+
+    folder = Path(model)
+    if not folder.is_dir():
+        raise ValueError(
+            f"model: {str(model)!r} is not a model folder; allowed: {LISTED}, or the path of a diffusers pipeline folder as save_pretrained writes it"
+        )
+    family = models.load(folder, size, name=str(folder) if folder.name in WORLDS else None)
+    base = base_model(folder)
+    return find(base).adopt(family) if base in WORLDS else family
+
+
+def base_model(folder: Path) -> str | None:
+    """The model that a folder was tuned from, if it is an export of a run; else None."""
+    file = folder / "instep_export.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("info", {}).get("base_model") if file.is_file() else None

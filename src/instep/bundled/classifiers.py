@@ -145,6 +145,22 @@ class Correct:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """Penultimate features of videos by what they tell of: digit and motion, each [B, 64]."""
+
+    digit: Tensor
+    motion: Tensor
+
+    @property
+    def features(self) -> Tensor:
+        """[B, 128]: 64 of the digit, then 64 of the motion."""
+        return torch.cat([self.digit, self.motion], 1)
+
+    def __getitem__(self, rows: slice) -> Embedded:
+        return Embedded(self.digit[rows], self.motion[rows])
+
+
+@dataclass(frozen=True)
 class _Wanted:
     """Prompts as masks over classes: digits [B, 10], motions [B, 9]; True where the prompt allows the class."""
 
@@ -170,19 +186,23 @@ class Classifier:
     def __init__(self, name: str, net: Trunk, accuracy: dict[str, float]) -> None:
         self.name, self.net, self.accuracy = name, net.eval().requires_grad_(False), accuracy
 
-    def _embed(self, media: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, media: Tensor) -> Embedded:
+        """Penultimate features of media [B, 3, 9, 48, 48], from which everything else follows; whoever needs several figures embeds once."""
         if media.ndim != 5 or media.shape[1:] != (3, 9, 48, 48):
             raise ValueError(f"media: shape {tuple(media.shape)} is not allowed; this classifier reads [B, 3, 9, 48, 48] in [0, 1]")
-        return self.net.embed(media.float().mean(1))
+        return Embedded(*self.net.embed(media.float().mean(1)))
 
     def logits(self, media: Tensor) -> tuple[Tensor, Tensor]:
         """Digit [B, 10] and motion [B, 9] logits of media [B, 3, 9, 48, 48]."""
-        digit, motion = self._embed(media)
-        return self.net.digit(digit), self.net.motion(motion)
+        return self.logits_of(self.embed(media))
+
+    def logits_of(self, embedded: Embedded) -> tuple[Tensor, Tensor]:
+        """Digit [B, 10] and motion [B, 9] logits of embedded videos."""
+        return self.net.digit(embedded.digit), self.net.motion(embedded.motion)
 
     def features(self, media: Tensor) -> Tensor:
         """Penultimate features [B, 128]: 64 of the digit, then 64 of the motion."""
-        return torch.cat(self._embed(media), 1)
+        return self.embed(media).features
 
     def asked(self, prompts: Sequence[Prompt | str]) -> Tensor:
         """What prompts ask for, in the space of `features` [B, 128]: the last layers' weights, mean over the classes allowed less the mean over all.
@@ -198,15 +218,25 @@ class Classifier:
 
         A motion of open speed has the summed probability of both speeds.
         """
-        wanted = _wanted(prompts, media.device)
-        parts = zip(self.logits(media), (wanted.digits, wanted.motions), strict=True)
-        return sum((logits.log_softmax(1).masked_fill(~mask, -torch.inf).logsumexp(1) for logits, mask in parts), media.new_zeros(len(media)))
+        return self.score_of(self.embed(media), prompts)
+
+    def score_of(self, embedded: Embedded, prompts: Sequence[str]) -> Tensor:
+        """The score of embedded videos, [B]."""
+        wanted = _wanted(prompts, embedded.digit.device)
+        parts = zip(self.logits_of(embedded), (wanted.digits, wanted.motions), strict=True)
+        zeros = embedded.digit.new_zeros(len(embedded.digit))
+        return sum((logits.log_softmax(1).masked_fill(~mask, -torch.inf).logsumexp(1) for logits, mask in parts), zeros)
 
     @torch.no_grad()
     def correct(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Correct:
         """Whether the most probable digit and motion are ones the prompts allow."""
-        wanted = _wanted(prompts, media.device)
-        digit, motion = (logits.argmax(1, keepdim=True) for logits in self.logits(media))
+        return self.correct_of(self.embed(media), prompts)
+
+    @torch.no_grad()
+    def correct_of(self, embedded: Embedded, prompts: Sequence[str]) -> Correct:
+        """`correct` of embedded videos."""
+        wanted = _wanted(prompts, embedded.digit.device)
+        digit, motion = (logits.argmax(1, keepdim=True) for logits in self.logits_of(embedded))
         digit_right, motion_right = wanted.digits.gather(1, digit)[:, 0], wanted.motions.gather(1, motion)[:, 0]
         return Correct(digit_right, motion_right, digit_right & motion_right)
 

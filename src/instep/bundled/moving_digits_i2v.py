@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from instep.bundled import digits, drawn_frames
+from instep.bundled import MOVING_DIGITS, MOVING_DIGITS_I2V, digits, drawn_frames, folder_of
 from instep.core.quiet import quiet
 from instep.core.size import VideoSize
 from instep.data.prompt import Prompt, as_prompts
-from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, bundled
 from instep.models.wan_i2v import WanImageFamily
 
 if TYPE_CHECKING:
@@ -74,9 +73,9 @@ def bundled_pipeline(folder: Path | None = None) -> WanImageToVideoPipeline:
     with quiet():
         from diffusers import WanPipeline
 
-        base = WanPipeline.from_pretrained(bundled(MOVING_DIGITS), dtype=torch.float32, local_files_only=True)
+        base = WanPipeline.from_pretrained(folder_of(MOVING_DIGITS), dtype=torch.float32, local_files_only=True)
         net = widened(base.transformer, base.vae_scale_factor_temporal)
-        net.load_state_dict(net.state_dict() | {k: v.float() for k, v in load_file((folder or bundled(MOVING_DIGITS_I2V)) / CHANGED).items()})
+        net.load_state_dict(net.state_dict() | {k: v.float() for k, v in load_file((folder or folder_of(MOVING_DIGITS_I2V)) / CHANGED).items()})
         return around(base, net)
 
 

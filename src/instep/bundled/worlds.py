@@ -3,26 +3,41 @@ monitor and real samples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from instep.bundled import digits
-from instep.bundled.classifiers import Classifier, load_classifier
+from instep import models
+from instep.bundled import DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, digits, folder_of, load
+from instep.bundled.classifiers import FEATURES, Classifier, load_classifier
 from instep.bundled.digit_classifiers import DigitClassifier, Scale, load_digit_classifier
 from instep.bundled.drawn_frames import drawn_path, drawn_video
+from instep.bundled.evaluation import DigitsEvaluation
+from instep.bundled.features import ClassifierFeatures
+from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily, bundled_pipeline
+from instep.bundled.world import World
+from instep.core.quiet import quiet
+from instep.core.size import VideoSize
 from instep.data.media import slow_motion
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
-from instep.models import DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, load
 from instep.models.dit import DiTFamily
 from instep.models.wan import WanFamily
 from instep.models.wan_i2v import WanImageFamily
+from instep.rewards.features import Features
 
+if TYPE_CHECKING:
+    from diffusers import WanPipeline
+
+VIDEO = VideoSize(digits.SIZE, digits.SIZE, digits.FRAMES)
+IMAGE = VideoSize(digits.SOURCE_SIZE, digits.SOURCE_SIZE, 1)
 # first frames of each training prompt of the image-to-video model
 FIRST_FRAMES = 4
+# what `instep sample` draws
+SHOWN = ("a seven moving left fast", "a digit standing still", "an eight")
 
 
 @dataclass(frozen=True)
@@ -209,3 +224,51 @@ def class_digits(scale: Scale = "log") -> ClassDigits:
     assert isinstance(family, DiTFamily)
     reward, monitor = load_digit_classifier("training", scale=scale), load_digit_classifier("monitor")
     return ClassDigits(family, _names(torch.arange(10)), reward, monitor)
+
+
+def _video_features(model: str) -> Callable[[Literal["training", "monitor"]], Features]:
+    return lambda name: ClassifierFeatures(model, load_classifier(name), VIDEO, 3 * 2 * FEATURES)
+
+
+def _text_to_video_pipeline() -> WanPipeline:
+    """The stock pipeline in float32."""
+    from diffusers import WanPipeline
+
+    with quiet():
+        return WanPipeline.from_pretrained(folder_of(MOVING_DIGITS), dtype=torch.float32, local_files_only=True)
+
+
+MOVING_DIGITS_WORLD = World(
+    name=MOVING_DIGITS,
+    folder=folder_of(MOVING_DIGITS),
+    size=VIDEO,
+    ready=moving_digits,
+    load=lambda size: models.load(folder_of(MOVING_DIGITS), size or VIDEO, name=MOVING_DIGITS),
+    pipeline=_text_to_video_pipeline,
+    shown=as_prompts(SHOWN),
+    features=_video_features(MOVING_DIGITS),
+    evaluation=DigitsEvaluation(),
+)
+MOVING_DIGITS_I2V_WORLD = World(
+    name=MOVING_DIGITS_I2V,
+    folder=folder_of(MOVING_DIGITS_I2V),
+    size=VIDEO,
+    ready=moving_digits_i2v,
+    load=lambda size: MovingDigitsImageFamily(bundled_pipeline(), size or VIDEO, MOVING_DIGITS_I2V, str(folder_of(MOVING_DIGITS_I2V))),
+    pipeline=bundled_pipeline,
+    shown=tuple(Prompt(text, f"reference/{i}") for i, text in enumerate(SHOWN)),
+    adopt=lambda family: MovingDigitsImageFamily(family.pipe, family.size, family.name, family.source),
+    features=_video_features(MOVING_DIGITS_I2V),
+    evaluation=DigitsEvaluation(image_to_video=True),
+)
+DIGITS_WORLD = World(
+    name=DIGITS,
+    folder=folder_of(DIGITS),
+    size=IMAGE,
+    ready=class_digits,
+    load=lambda size: models.load(folder_of(DIGITS), size, name=DIGITS),
+    pipeline=None,
+    shown=as_prompts(digits.WORDS),
+    features=lambda name: ClassifierFeatures(DIGITS, load_digit_classifier(name), IMAGE, 3 * FEATURES),
+    evaluation=None,
+)

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from instep.bundled import WORLDS, load
 from instep.core.size import VideoSize
 from instep.data.prompt import Prompt
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.sampling import Sampling
 from instep.methods.recipe import LoRA
-from instep.models import BUNDLED, load
 from instep.models.backbone import Backbone
 from instep.models.family import Family
 from instep.models.role import Role
@@ -47,10 +47,9 @@ class ExportArgs:
 def export_command(args: ExportArgs) -> int:
     """Exports and prints how far stock diffusers is from our own sampler."""
     record = read_run(args.dir)
-    bundled = record["model"] in BUNDLED
     # what cannot be asked for is refused before anything is loaded
     sampling = at_guidance_scales(sampling_of(record, newest_step(args.dir)), record, args.guidance, args.skip)
-    family = load(args.model or (record["model"] if bundled else record["model_path"]), VideoSize(**record["size"]))
+    family = load(args.model or (record["model"] if record["model"] in WORLDS else record["model_path"]), VideoSize(**record["size"]))
     student = student_of(args.dir, record, family, raw=args.raw)
     report = export_role(
         student,

@@ -6,8 +6,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from instep.cli.parse import parse, recipe_args, recipe_name
 
@@ -23,7 +21,6 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep human-eval A B      a local page on which people compare or score samples of two models, blind
   instep pairs export|import|fit  what people preferred as training pairs, public sets in the same form, a reward learned from them
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, animation
-  instep pretrain MODEL      rebuild a bundled model from raw digits: moving-digits, moving-digits-i2v, or digits (class-conditional images)
 
 RECIPE is one that `instep recipes` lists, or module:function for one of your own.
 Begin with:  instep train dm-align-group --out runs/first
@@ -53,7 +50,6 @@ def _main(args: list[str]) -> int:
         "export": _export,
         "recipes": _recipes,
         "plan": _plan,
-        "pretrain": _pretrain,
         "lab": _lab,
         "human-eval": _human_eval,
         "pairs": _pairs,
@@ -102,34 +98,6 @@ def _recipes(args: Sequence[str]) -> int:
         table.add_row(name, (inspect.getdoc(function) or "").split("\n")[0], stages)
     Console().print(table)
     Console().print("Options of one: instep train RECIPE --help", highlight=False)
-    return 0
-
-
-@dataclass(frozen=True)
-class PretrainArgs:
-    """Rebuild a bundled model from raw digits, seeded."""
-
-    out: Path | None = None
-    """Where the model's folder goes, default: its name; an interrupted rebuild of moving-digits of the same seed goes on."""
-    seed: int = 0
-    """Seed of every part."""
-    threads: int = 2
-    """CPU threads."""
-
-
-def _pretrain(args: Sequence[str]) -> int:
-    from instep.models import BUNDLED, DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V
-
-    if not args or args[0] not in BUNDLED:
-        raise ValueError(f"model: {args[0] if args else 'none'} cannot be pretrained; allowed: {', '.join(BUNDLED)}")
-    model = args[0]
-    options = parse(PretrainArgs, args[1:], f"pretrain {model}")
-    from pretrain.digits import pretrain_digits
-    from pretrain.moving_digits import pretrain_moving_digits
-    from pretrain.moving_digits_i2v import pretrain_moving_digits_i2v
-
-    rebuild = {MOVING_DIGITS: pretrain_moving_digits, MOVING_DIGITS_I2V: pretrain_moving_digits_i2v, DIGITS: pretrain_digits}[model]
-    rebuild(options.out or Path(model), options.seed, options.threads)
     return 0
 
 

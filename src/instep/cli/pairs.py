@@ -11,6 +11,12 @@ from typing import Annotated, Any
 
 import tyro
 
+from instep.bundled import DEFAULT, LISTED
+
+FEATURES_HELP = (
+    f"What it looks at: the training classifier of a bundled model ({LISTED}; of the monitor with :monitor after it), or the folder of a CLIP or SigLIP of "
+    "transformers."
+)
 USAGE = """instep pairs: preference pairs, one row a pair, as JSONL or Parquet
 
   instep pairs export STORE OUT   what people preferred on the page of `instep human-eval`
@@ -92,8 +98,7 @@ class FitPairsArgs:
     """A .jsonl or .parquet file of pairs."""
     out: Annotated[Path, tyro.conf.Positional]
     """The reward's folder; nothing is overwritten."""
-    features: str = "moving-digits"
-    """What it looks at: moving-digits or digits (their training classifier; moving-digits:monitor), or the folder of a CLIP or SigLIP of transformers."""
+    features: Annotated[str, tyro.conf.arg(help=FEATURES_HELP)] = DEFAULT
     frames: int = 8
     """Evenly spaced frames of each video that a CLIP or SigLIP sees."""
     questions: tuple[str, ...] = ()
@@ -160,9 +165,9 @@ def import_pairs_command(args: ImportPairsArgs) -> int:
 def fit_pairs_command(args: FitPairsArgs) -> int:
     import torch
 
+    from instep.bundled.features import features_of
     from instep.cli import checked_device, default_threads
     from instep.data.pairs import read_pairs
-    from instep.rewards.features import features_of
     from instep.rewards.preferences import learn, save
 
     _free(args.out)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
+from instep.bundled import DEFAULT, LISTED, WORLDS, find
 from instep.core.size import VideoSize
 from instep.methods.recipe import Recipe
-from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, bundled
 from instep.planning.plan import duration, plan
 from instep.planning.throughput import measure_throughput, stated
 from instep.planning.workload import WAN_1_3B, WAN_14B, Workload, recipe_workload, wan_module, wan_workload
 
-BUNDLED_WAN = (MOVING_DIGITS, MOVING_DIGITS_I2V)
-KNOWN = f"{', '.join(BUNDLED_WAN)}, 1.3B, 14B, or a Wan pipeline folder"
+KNOWN = f"a bundled video model ({LISTED}), 1.3B, 14B, or a Wan pipeline folder"
+MODEL_HELP = f"A bundled video model ({LISTED}), 1.3B or 14B (Wan 2.1's sizes), or the path of a Wan pipeline folder."
 Device = Literal["cpu", "cuda", "A100", "H100", "H200"]
 CAPACITY = {"A100": 80.0, "H100": 80.0, "H200": 141.0}  # GB
 
@@ -26,8 +27,7 @@ CAPACITY = {"A100": 80.0, "H100": 80.0, "H200": 141.0}  # GB
 class PlanArgs:
     """What it would run on."""
 
-    model: str = MOVING_DIGITS
-    """moving-digits, moving-digits-i2v, 1.3B or 14B (Wan 2.1's sizes), or the path of a Wan pipeline folder."""
+    model: Annotated[str, tyro.conf.arg(help=MODEL_HELP)] = DEFAULT
     device: Device = "cpu"
     """cpu and cuda are measured for two seconds; A100, H100 and H200 are 40 %% of the vendor's bf16 peak, an assumption."""
     memory: float | None = None
@@ -35,7 +35,7 @@ class PlanArgs:
     gpus: int = 1
     """Devices that weights, gradients and optimiser states would be sharded over."""
     size: tuple[int, int, int] | None = None
-    """Height, width and frames; default: 480 832 81, and 48 48 9 for the bundled ones."""
+    """Height, width and frames; default: 480 832 81, and a bundled model's own."""
     float32: bool = False
     """Weights in float32 instead of bfloat16 (always so on a CPU)."""
     checkpointing: bool = True
@@ -60,11 +60,12 @@ def plan_command(recipe: Recipe, args: PlanArgs) -> int:
 
 def network(args: PlanArgs) -> Workload:
     """The network at the size of video that is planned."""
-    size = VideoSize(*args.size) if args.size else MOVING_DIGITS_SIZE if args.model in BUNDLED_WAN else VideoSize()
+    world = find(args.model) if args.model in WORLDS else None
+    size = VideoSize(*args.size) if args.size else world.size if world else VideoSize()
     if args.model in ("1.3B", "14B"):
         module = wan_module(WAN_1_3B if args.model == "1.3B" else WAN_14B)
     else:
-        file = (bundled(args.model) if args.model in BUNDLED_WAN else Path(args.model)) / "transformer" / "config.json"
+        file = (world.folder if world else Path(args.model)) / "transformer" / "config.json"
         if not file.is_file():
             raise ValueError(f"model: {args.model!r} is not known ({file} is missing); allowed: {KNOWN}")
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

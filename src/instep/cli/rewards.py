@@ -112,9 +112,10 @@ def _named(name: str, given: dict[str, Any]) -> Any:
     if _is_address(name):
         return HttpReward(name, **given)
     if name.startswith("preferences:"):
+        from instep.bundled.features import features_of
         from instep.rewards.preferences import load_preferences
 
-        return load_preferences(Path(name.removeprefix("preferences:")))
+        return load_preferences(Path(name.removeprefix("preferences:")), features_of)
     if ":" not in name:
         raise ValueError(f"reward: {name!r} is not of the form module:function, for example my_functions:brightness, and is none of {FORMS}")
     return load_function(name, "reward")

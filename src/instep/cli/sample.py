@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from instep.bundled import LISTED, WORLDS, find, folder_of
 from instep.bundled.drawn_frames import first_frame
 from instep.cli import default_threads
 from instep.core.files import atomic_dir, write_json
@@ -19,21 +20,19 @@ from instep.core.quiet import quiet
 from instep.core.size import VideoSize
 from instep.data.animation import save_animation, tile
 from instep.data.prompt import Prompt, with_negative
-from instep.models import MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE, bundled
-from instep.models.stock import draw, stock, takes_first_frame
+from instep.models.stock import draw, stock
 
-PROMPTS = ("a seven moving left fast", "a digit standing still", "an eight")
+DIR_HELP = f"Folder of a run, of an exported student or of a diffusers pipeline; or the name of a bundled model ({LISTED})."
 
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Samples of DIR: a run, an exported student, a pipeline folder, moving-digits (the teacher) or moving-digits-i2v."""
+    """Samples of DIR: a run, an exported student, a pipeline folder, or a bundled model (the teacher)."""
 
-    dir: Annotated[str, tyro.conf.Positional]
-    """Folder of a run, of an exported student or of a diffusers pipeline; or moving-digits, or moving-digits-i2v."""
-    prompts: tuple[str, ...] = PROMPTS
+    dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=DIR_HELP)]
+    prompts: tuple[str, ...] = ()
     """Prompts, each in quotes; for image-to-video each names its first frame: "a cat runs [image: cat.png]". A prompt may have a negative prompt of its own:
-    "a cat runs [negative: blurry]"."""
+    "a cat runs [negative: blurry]". Default, of bundled models and students: a few of their own."""
     negative_prompt: str | None = None
     """What guidance leads away from, for prompts that have no negative prompt of their own; at guidance 1 it has no effect."""
     steps: int | None = None
@@ -55,8 +54,6 @@ class SampleArgs:
 
 def sample_command(args: SampleArgs) -> int:
     """Samples with stock diffusers and writes one animation."""
-    from diffusers import DiffusionPipeline
-
     folder, record = find_pipeline(args.dir)
     steps = args.steps or (len(record["levels"]) if record else 50)
     usual = record.get("guidance", 1.0) if record else 3.0
@@ -74,18 +71,10 @@ def sample_command(args: SampleArgs) -> int:
     if args.out.exists():
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
     torch.set_num_threads(default_threads())
-    if args.dir == MOVING_DIGITS_I2V:
-        from instep.bundled.moving_digits_i2v import bundled_pipeline
-
-        pipe: Any = bundled_pipeline()
-    else:
-        with quiet():
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    prompts = with_negative([Prompt.parse(prompt) for prompt in args.prompts] or shown_by(args.dir, record), args.negative_prompt)
+    pipe = pipeline_of(args.dir, folder)
     size = VideoSize(*args.size) if args.size else size_of(args.dir, record, pipe)
     torch.manual_seed(args.seed)
-    prompts = with_negative([Prompt.parse(prompt) for prompt in args.prompts], args.negative_prompt)
-    if takes_first_frame(pipe) and args.prompts == PROMPTS:
-        prompts = tuple(replace(prompt, image=f"reference/{i}") for i, prompt in enumerate(prompts))
     if guidance == 1 and any(prompt.negative for prompt in prompts):
         print("negative prompts have no effect: guidance is 1, which leads away from nothing")
     names = [prompt for prompt in prompts for _ in range(args.copies)]
@@ -112,9 +101,9 @@ def save_each(folder: Path, videos: Tensor, prompts: Sequence[Prompt], copies: i
 
 def find_pipeline(name: str) -> tuple[Path, dict | None]:
     """The diffusers folder that `name` means, and its export record if it is a student."""
-    if name == MOVING_DIGITS_I2V:
-        return bundled(name), None
-    folder = bundled(name) if name == MOVING_DIGITS else Path(name)
+    if name in WORLDS and find(name).pipeline is not None:
+        return folder_of(name), None
+    folder = folder_of(name) if name in WORLDS else Path(name)
     folder = folder / "student" if (folder / "student" / "model_index.json").is_file() else folder
     parts = next((f for f in (folder / "student", folder) if (f / "transformer").is_dir() and not (f / "model_index.json").is_file()), None)
     if parts is not None:
@@ -129,4 +118,27 @@ def size_of(name: str, record: dict | None, pipe: Any) -> VideoSize:
     """What a student was trained at, and what a pipeline draws unless told otherwise."""
     if record is not None:
         return VideoSize(**record["info"]["size"])
-    return MOVING_DIGITS_SIZE if name in (MOVING_DIGITS, MOVING_DIGITS_I2V) else stock(pipe).size
+    return find(name).size if name in WORLDS else stock(pipe).size
+
+
+def shown_by(name: str, record: dict | None) -> Sequence[Prompt]:
+    """The prompts that are drawn where none are given: those of a bundled model, also of students of one, or the one that a student's record shows. ValueError
+    for other models.
+    """
+    base = name if name in WORLDS else record["info"]["base_model"] if record else None
+    if base in WORLDS:
+        return find(base).shown
+    example = Prompt.parse(record["info"]["example_prompt"]) if record else None
+    if example is None or example.image is not None:
+        raise ValueError(f"prompts: none for {name}; give some with --prompts, each in quotes (only bundled models and students have some of their own)")
+    return [example]
+
+
+def pipeline_of(name: str, folder: Path) -> Any:
+    """The stock pipeline, float32."""
+    from diffusers import DiffusionPipeline
+
+    if name in WORLDS and (bundled := find(name).pipeline) is not None:
+        return bundled()
+    with quiet():
+        return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)

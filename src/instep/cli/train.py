@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
+import tyro
 
+from instep.bundled import DEFAULT, DESCRIBED, WORLDS, find, load
 from instep.cli import default_threads
 from instep.cli.rewards import load_reward
 from instep.core.size import VideoSize
@@ -17,7 +19,6 @@ from instep.core.user_code import load_function
 from instep.data.prompt import Prompt, load_prompts, with_negative
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
-from instep.models import BUNDLED, DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, load
 from instep.models.family import Family
 from instep.rewards.base import Reward
 from instep.training.options import RunOptions
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from instep.data.media import LabelledPair
     from instep.models.family import Encodes
 
+MODEL_HELP = f"A bundled model: {DESCRIBED}; or the path of a diffusers pipeline folder."
+
 
 @dataclass(frozen=True)
 class TrainArgs:
@@ -35,9 +38,7 @@ class TrainArgs:
 
     out: Path | None = None
     """Folder of the run; default runs/RECIPE-SEED. The same command on the same folder goes on where it stopped."""
-    model: str = "moving-digits"
-    """The bundled moving-digits (videos), moving-digits-i2v (videos from their first frame) or digits (class-conditional 8 x 8 images), or the path of a
-    diffusers pipeline folder."""
+    model: Annotated[str, tyro.conf.arg(help=MODEL_HELP)] = DEFAULT
     prompts: Path | None = None
     """Text file, one prompt a line (or JSON lines with a "prompt"); for image-to-video each line names its first frame, "a cat runs [image: cat.png]" (or has
     an "image"). A line may have a negative prompt too, "a cat runs [negative: blurry]" (or "negative"). Default: the bundled model's own."""
@@ -62,7 +63,7 @@ class TrainArgs:
     start_from: Path | None = None
     """Another run whose student and critics this one begins with."""
     size: tuple[int, int, int] | None = None
-    """Height, width and frames of the videos; default: 480 832 81, and 48 48 9 for the bundled ones."""
+    """Height, width and frames of the videos; default: 480 832 81, and a bundled model's own."""
     save_every: int = 25
     """Steps between checkpoints."""
     probe_every: int = 20
@@ -76,7 +77,7 @@ class TrainArgs:
     checkpointing: bool = False
     """Activation checkpointing: less memory, one more forward pass."""
     evaluate: bool = True
-    """Measure the student against teacher and naive sampling at the end (moving-digits and moving-digits-i2v), and write the report."""
+    """Measure the student against teacher and naive sampling at the end (bundled video models), and write the report."""
 
     def __post_init__(self) -> None:
         whole = {"save_every": self.save_every, "probe_every": self.probe_every, "threads": self.threads, "teacher_samples": self.teacher_samples}
@@ -139,11 +140,8 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     reward = load_reward(args.reward) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     labelled = load_pairs(args.pairs) if args.pairs else None
-    if args.model in BUNDLED:
-        from instep.bundled import worlds as embedded
-
-        makers = {MOVING_DIGITS: embedded.moving_digits, MOVING_DIGITS_I2V: embedded.moving_digits_i2v, DIGITS: embedded.class_digits}
-        own: Any = makers[args.model]()
+    if args.model in WORLDS:
+        own = find(args.model).ready()
         # a user's own pairs bring their chosen samples with them
         real = own.real() if recipe.needs & {"real", "preferred"} and labelled is None else None
         pairs = paired(labelled, own.family) or (own.pairs() if "pairs" in recipe.needs else None)
@@ -178,10 +176,10 @@ def finish(run: Run, setting: Setting, evaluate: bool) -> None:
     final_samples(run, prompts)
     if not evaluate:
         return
-    from instep.cli.evaluate import MEASURED, measure_run, print_rows
+    from instep.cli.evaluate import measure_run, measured_worlds, print_rows
     from instep.report import write_report
 
-    if setting.family.name in MEASURED:
+    if setting.family.name in measured_worlds():
         print_rows(measure_run(run.out))
     report = run.out / "report.html"
     write_report([run.out], report)

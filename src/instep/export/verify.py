@@ -22,7 +22,7 @@ from instep.models.stock import calls, draw, stock
 Sampler = Callable[[Sequence[Prompt], torch.Generator], Tensor]
 
 
-EXAMPLES = (Prompt("a seven moving left slowly"), Prompt("a digit"))
+EXAMPLES = (Prompt("a cat runs through snow"), Prompt("a street in the rain"))
 
 
 def noise_frame(prompt: Prompt, size: VideoSize) -> Tensor:

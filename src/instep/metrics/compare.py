@@ -1,38 +1,31 @@
-"""Comparisons on fixed prompts: rows of metrics for models, baselines and real videos, all measured alike."""
+"""Comparisons of models: rows of metrics with standard errors, whatever was measured and on whichever prompts."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from instep.bundled import digits
-from instep.bundled.classifiers import Classifier
-from instep.bundled.drawn_frames import drawn_video
-from instep.data.prompt import Prompt, with_negative
-from instep.metrics import figures as m
+from instep.data.prompt import Prompt
 from instep.metrics.figures import Value
 
 Generate = Callable[[Sequence[Prompt], int], Tensor]  # prompts and a seed -> unclamped media [B, 3, F, H, W]
 Kind = Literal["student", "control", "teacher", "naive", "real"]
 BATCH = 45
-REFERENCE_DRAWS = 4  # real videos a prompt: the fewer, the more the Frechet distance is biased upward
-FIRST_FRAME_SEED = 900_000_000  # seed of the first given frame
 
-HIGHER = ("digit", "motion", "both", "score", "precision", "recall", "vendi", "modes")
+# by how a metric's key begins; what begins with a classifier's name is a share of right samples or a log-probability
+HIGHER = ("heldout", "monitor", "train", "precision", "recall", "vendi", "modes", "flicker")
 LOWER = ("fd", "first_frame", "wobble", "saturation", "seconds")
 
 
 def direction(key: str) -> int:
     """+1 if more of a metric is better, -1 if less is, 0 if neither (mean_brightness, dynamic: compare with real videos)."""
-    if key.startswith(LOWER):
-        return -1
-    return 1 if any(part in HIGHER for part in key.split("_")) or key == "flicker" else 0
+    return -1 if key.startswith(LOWER) else int(key.startswith(HIGHER))
 
 
 @dataclass(frozen=True)
@@ -57,53 +50,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class EvalSet:
-    """Prompts of an evaluation: fully specified ones, then open ones with many samples each, so that modes can be counted.
-
-    `negative` is the negative prompt of all. `image_to_video`: each sample begins with a first frame of its own, that of a real video of its prompt.
-    """
-
-    full: tuple[str, ...]
-    open: tuple[str, ...]
-    seed: int = 0
-    name: str = "quick"
-    image_to_video: bool = False
-    negative: str | None = None
-    reference: dict[str, Any] = field(default_factory=dict, compare=False)
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        return self.full + self.open
-
-    @property
-    def asked(self) -> tuple[Prompt, ...]:
-        """What a model is asked for: the prompts, with their first frames and the negative prompt."""
-        if not self.image_to_video:
-            return with_negative(self.prompts, self.negative)
-        return tuple(Prompt(prompt, f"reference/{FIRST_FRAME_SEED + i}", self.negative) for i, prompt in enumerate(self.prompts))
-
-    @property
-    def order(self) -> Tensor:
-        """A number for each prompt [N]; equal ones are equal, near ones have the same motion or else the same digit."""
-        specs = {prompt: digits.parse(prompt) for prompt in dict.fromkeys(self.prompts)}
-
-        def key(prompt: str) -> tuple[bool, list[int], int]:
-            digit = specs[prompt].digit
-            return prompt in self.open, digits.motions_allowed(specs[prompt]), -1 if digit is None else digit
-
-        rank = {prompt: i for i, prompt in enumerate(sorted(specs, key=key))}
-        return torch.tensor([rank[prompt] for prompt in self.prompts])
-
-
-def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0, image_to_video: bool = False, negative: str | None = None) -> EvalSet:
-    """`quick`: each of the 90 full prompts once and 19 open ones (10 name a digit only, 9 a motion only) 8 times; `full`: 3 times and 18 times."""
-    each, many = {"quick": (1, 8), "full": (3, 18)}[name]
-    digit_only = [digits.describe(digits.PromptSpec(digit=d)) for d in range(10)]
-    motion_only = [digits.describe(digits.motion_spec(None, k)) for k in range(len(digits.MOTIONS))]
-    return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name, image_to_video, negative)
-
-
-@dataclass(frozen=True)
 class Cost:
     """Seconds a video of generating: of all CPU threads together, and on the clock."""
 
@@ -122,101 +68,6 @@ def generate_all(generate: Generate, prompts: Sequence[Prompt], seed: int, label
         parts.append(generate(prompts[first : first + BATCH], seed * 1000 + i))
     cost = Cost((time.process_time() - cpu) / len(prompts), (time.perf_counter() - wall) / len(prompts))
     return torch.cat(parts), cost
-
-
-@torch.no_grad()
-def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, classifiers: Mapping[str, Classifier]) -> dict[str, Value]:
-    """All metrics of unclamped media [N, 3, F, H, W] for the set's prompts, in their order; `classifiers` by short name, "heldout" among them."""
-    if len(raw) != len(eval_set.prompts):
-        raise ValueError(f"raw: {len(raw)} videos for {len(eval_set.prompts)} prompts; generate returns one video a prompt")
-    media, prompts, full, order = raw.clamp(0, 1), list(eval_set.prompts), len(eval_set.full), eval_set.order
-    values: dict[str, Value] = {}
-    for name, classifier in classifiers.items():
-        right = classifier.correct(media, prompts)
-        values |= {f"{name}_{part}": m.of_share(ok[:full]) for part, ok in (("digit", right.digit), ("motion", right.motion), ("both", right.both))}
-        values[f"{name}_both_open"] = m.of_share(right.both[full:])
-        values[f"{name}_score"] = m.of_mean(classifier.score(media, prompts)[:full], order[:full])
-    heldout = classifiers["heldout"]
-    features, drawn = heldout.features(media), reference_features(eval_set, heldout)
-    reference, one_each = drawn.flatten(0, 1), drawn[:, 0]
-    fake, real = features[full:], drawn[full:].flatten(0, 1)
-    values |= {
-        "fd": m.of_set(lambda rows: m.frechet_distance(features[rows], reference), order),
-        "fd_open": m.of_set(lambda rows: m.frechet_distance(fake[rows], real), order[full:]),
-        "precision": m.of_set(lambda rows: m.precision(features[rows], one_each), order),
-        "recall": m.of_set(lambda rows: m.recall(features[rows], one_each), order),
-    }
-    values |= open_prompt_metrics(media[full:], fake, eval_set.open, heldout)
-    per_sample = {
-        "mean_brightness": m.mean_brightness(media),
-        "saturation": m.saturation(raw),
-        "wobble": m.wobble(media),
-        "flicker": m.flicker(media),
-        "dynamic": m.dynamic(media),
-    }
-    if eval_set.image_to_video:
-        per_sample["first_frame"] = (media[:, :, 0] - given_videos(eval_set)[:, :, 0]).square().mean((1, 2, 3)).sqrt()
-    values |= {key: m.of_mean(x, order) for key, x in per_sample.items()}
-    return values | {"seconds": Value(cost.cpu, 0.0), "seconds_wall": Value(cost.wall, 0.0)}
-
-
-def open_prompt_metrics(media: Tensor, features: Tensor, prompts: Sequence[str], classifier: Classifier) -> dict[str, Value]:
-    """Diversity on open prompts: motions seen for a digit-only prompt, digits seen for a motion-only one, Vendi score of centred features."""
-    order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    group = torch.tensor([order[prompt] for prompt in prompts])
-    names_digit = torch.tensor([digits.parse(prompt).digit is not None for prompt in prompts])
-    digit, motion = (logits.argmax(1) for logits in classifier.logits(media))
-    return {
-        "modes_motion": m.modes_covered(motion[names_digit], group[names_digit]),
-        "modes_digit": m.modes_covered(digit[~names_digit], group[~names_digit]),
-        "vendi": m.vendi_by_group(features, group),
-    }
-
-
-def reference_features(eval_set: EvalSet, classifier: Classifier) -> Tensor:
-    """Features of real reference videos, `REFERENCE_DRAWS` for each of the set's prompts, [N, draws, D]."""
-    if classifier.name not in eval_set.reference:
-        draws = [classifier.features(real_videos(eval_set, 900_100 + i)) for i in range(REFERENCE_DRAWS)]
-        eval_set.reference[classifier.name] = torch.stack(draws, 1)
-    return eval_set.reference[classifier.name]
-
-
-def real_videos(eval_set: EvalSet, seed: int) -> Tensor:
-    """Real videos of the reference split that fit the set's prompts."""
-    return digits.render("reference", [digits.parse(prompt) for prompt in eval_set.prompts], seed)
-
-
-def given_videos(eval_set: EvalSet) -> Tensor:
-    """The real videos [N, 3, F, H, W] that an image-to-video set's first frames begin; drawn once for all rows."""
-    if "given" not in eval_set.reference:
-        eval_set.reference["given"] = torch.stack([drawn_video(prompt) for prompt in eval_set.asked])
-    return eval_set.reference["given"]
-
-
-def real_vs_real_row(eval_set: EvalSet, classifiers: Mapping[str, Classifier], seed: int = 900_002, through: Callable[[Tensor], Tensor] | None = None) -> Row:
-    """Real-vs-real: another draw of reference videos (of an image-to-video set: those that its first frames begin) measured as if it had been generated, or
-    `through` a VAE first."""
-    real = given_videos(eval_set) if eval_set.image_to_video else real_videos(eval_set, seed)
-    media = real if through is None else torch.cat([through(part) for part in real.split(BATCH)])
-    name = "real videos (another draw)" if through is None else "real videos through the VAE"
-    return Row(name, "real", measure(media, Cost(), eval_set, classifiers), n=len(eval_set.prompts))
-
-
-def evaluate(
-    name: str,
-    kind: Kind,
-    generate: Generate,
-    eval_set: EvalSet,
-    classifiers: Mapping[str, Classifier],
-    *,
-    steps: int,
-    guidance: float = 1.0,
-    note: str = "",
-) -> Row:
-    """Generates for every prompt of the set and measures; NFE counts both halves of guidance."""
-    raw, cost = generate_all(generate, eval_set.asked, eval_set.seed, name)
-    nfe = steps * (1 if guidance == 1 else 2)
-    return Row(name, kind, measure(raw, cost, eval_set, classifiers), nfe, steps, guidance, len(raw), note)
 
 
 def difference(a: Row, b: Row, key: str) -> Value:

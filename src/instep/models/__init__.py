@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,44 +14,27 @@ from instep.core.size import VideoSize, as_size
 if TYPE_CHECKING:
     from instep.models.family import Family
 
-MOVING_DIGITS = "moving-digits"
-MOVING_DIGITS_I2V = "moving-digits-i2v"
-DIGITS = "digits"
-BUNDLED = (MOVING_DIGITS, DIGITS, MOVING_DIGITS_I2V)
 
-
-MOVING_DIGITS_SIZE = VideoSize(48, 48, 9)
-
-
-def bundled(name: str) -> Path:
-    """Folder of a model that ships with the package."""
-    return Path(str(files("instep"))) / "bundled" / "assets" / name
-
-
-def load(model: str, size: VideoSize | Sequence[int] | None = None) -> Family:
-    """The family of `model`: the bundled `moving-digits`, `moving-digits-i2v` or `digits`, a diffusers pipeline folder, or the parts of a class-conditional DiT
-    (transformer/ and scheduler/, without an index: no stock pipeline samples it).
+def load(model: str | Path, size: VideoSize | Sequence[int] | None = None, *, name: str | None = None) -> Family:
+    """The family of a diffusers pipeline folder, or of the parts of a class-conditional DiT (transformer/ and scheduler/, without an index: no stock pipeline
+    samples it). `name` is what the family is called, by default as its folder.
 
     Raises ValueError if the folder is not there, lacks a part, or holds a pipeline that no family knows, and for a `size` where the network has its own.
     """
     size = None if size is None else as_size(size)
-    if model == MOVING_DIGITS_I2V:
-        from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily, bundled_pipeline
-
-        return MovingDigitsImageFamily(bundled_pipeline(), size or MOVING_DIGITS_SIZE, model, str(bundled(model)))
-    folder = bundled(model) if model in BUNDLED else Path(model)
+    folder = Path(model)
+    name = name or folder.name
     index = folder / "model_index.json"
     if not index.is_file() and _class_of(folder / "transformer" / "config.json") == "DiTTransformer2DModel":
         from instep.models.dit import DiTFamily
 
-        family = DiTFamily.load(folder, name=_name(model, folder))
+        family = DiTFamily.load(folder, name=name)
         if size not in (None, family.size):
             raise ValueError(f"size: {size} is not allowed; {family.name} draws {family.size.height} x {family.size.width} images; leave the size out")
         return family
     if not index.is_file():
         raise ValueError(
-            f"model: {model!r} is not a model folder ({index} is missing); allowed: {', '.join(map(repr, BUNDLED))}, or the path of a "
-            "diffusers pipeline folder as save_pretrained writes it"
+            f"model: {str(model)!r} is not a model folder ({index} is missing); give the path of a diffusers pipeline folder as save_pretrained writes it"
         )
     record = _export_record(folder)
     if record and record.get("sampler", "few-step") == "few-step":
@@ -70,27 +52,22 @@ def load(model: str, size: VideoSize | Sequence[int] | None = None) -> Family:
     if kind == "WanPipeline":
         from instep.models.wan import WanFamily
 
-        chosen = size or (MOVING_DIGITS_SIZE if model == MOVING_DIGITS else VideoSize())
-        return WanFamily.load(folder, chosen, name=_name(model, folder))
+        return WanFamily.load(folder, size or VideoSize(), name=name)
     if kind == "WanImageToVideoPipeline":
         from instep.models.wan_i2v import WanImageFamily
 
-        if record and record.get("info", {}).get("base_model") == MOVING_DIGITS_I2V:
-            from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily
-
-            return MovingDigitsImageFamily.load(folder, size or VideoSize(), name=_name(model, folder))
-        return WanImageFamily.load(folder, size or VideoSize(), name=_name(model, folder))
+        return WanImageFamily.load(folder, size or VideoSize(), name=name)
     if kind == "CogVideoXPipeline":
         from instep.models.cogvideox import CogVideoXFamily
 
-        return CogVideoXFamily.load(folder, size, name=_name(model, folder))
+        return CogVideoXFamily.load(folder, size, name=name)
     raise ValueError(f"model: {folder} holds a {kind}, which no family knows yet; allowed: WanPipeline, WanImageToVideoPipeline, CogVideoXPipeline")
 
 
 def family_of(pipe: Any, size: VideoSize | Sequence[int] | None = None) -> Family:
     """Wrap a diffusers pipeline in its family, at `size` or the model's own. Raises ValueError for a pipeline that no family knows."""
     kind, source = type(pipe).__name__, str(getattr(pipe, "name_or_path", None) or "")
-    name = _name("", Path(source)) if source else kind
+    name = Path(source).name or kind
     chosen = None if size is None else as_size(size)
     if kind == "WanPipeline":
         from instep.models.wan import WanFamily
@@ -105,13 +82,6 @@ def family_of(pipe: Any, size: VideoSize | Sequence[int] | None = None) -> Famil
 
         return CogVideoXFamily(pipe, chosen, name, source)
     raise ValueError(f"family: {kind} is not a pipeline that a family knows; allowed: WanPipeline, WanImageToVideoPipeline, CogVideoXPipeline")
-
-
-def _name(model: str, folder: Path) -> str:
-    """Of a family: a bundled model's, or its folder's, which may not pass for a bundled one."""
-    if model in BUNDLED:
-        return model
-    return folder.name if folder.name not in BUNDLED else str(folder)
 
 
 def _export_record(folder: Path) -> dict | None:

@@ -1,4 +1,5 @@
-"""What a reward learned from preferences looks at: numbers of media and their prompts, from a bundled classifier or an image-text model of your own.
+"""What a reward learned from preferences looks at: numbers of media and their prompts, from an image-text model of your own or a classifier that whoever calls
+brings along (`FeaturesOf`).
 
 Both see the sample and its prompt in one space. The features are (sample, prompt, sample * prompt): by its products a linear head weighs how well a sample
 fits what was asked, direction by direction.
@@ -7,7 +8,7 @@ fits what was asked, direction by direction.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,23 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instep.bundled.classifiers import Classifier, ClassifierName, load_classifier
-from instep.bundled.digit_classifiers import DigitClassifier, load_digit_classifier
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.quiet import quiet
-from instep.core.size import VideoSize
-from instep.data.media import fitted, read_media
-from instep.models import BUNDLED, MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_DIGITS_SIZE
+from instep.data.media import read_media
 from instep.rewards.samples import evenly_spaced
 
-DIGITS_SIZE = VideoSize(8, 8, 1)
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in processors' files
 
 
 class Features(Protocol):
     """Media [B, 3, (F,) H, W] in [0, 1] and their prompts to [B, width], differentiable with respect to the pixels.
 
-    `given` and `frames` make the same features again (`features_of`); `name` says every setting and the network's fingerprint.
+    `given` and `frames` make the same features again (a `FeaturesOf`); `name` says every setting and the network's fingerprint.
     """
 
     @property
@@ -54,55 +50,13 @@ class Features(Protocol):
     def __call__(self, media: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
 
-def features_of(given: str, frames: int = 8) -> Features:
-    """`moving-digits` or `digits` (of the training classifier; of the monitor with `:monitor` after it), or the folder of an image-text model such as CLIP or
-    SigLIP, which sees `frames` evenly spaced frames. ValueError for the held-out classifier, which no training may look at, and for what is no such model.
-    """
-    model, _, classifier = given.partition(":")
-    if model not in BUNDLED:
-        return image_text_features(given, frames)
-    if classifier not in ("", "training", "monitor"):
-        raise ValueError(f"features: {given!r} is not allowed; {model}:training or {model}:monitor (the held-out classifier measures what others train on)")
-    name: ClassifierName = "monitor" if classifier == "monitor" else "training"
-    if model in (MOVING_DIGITS, MOVING_DIGITS_I2V):
-        return ClassifierFeatures(model, load_classifier(name), MOVING_DIGITS_SIZE, 3 * 128)
-    return ClassifierFeatures(model, load_digit_classifier(name), DIGITS_SIZE, 3 * 64)
+# a name or folder, and frames of each video, to features; ValueError for what is no such model
+FeaturesOf = Callable[[str, int], Features]
 
 
 def joined(sample: Tensor, prompt: Tensor) -> Tensor:
     """[B, D] of samples and of their prompts to [B, 3 D]: both and their product."""
     return torch.cat([sample, prompt, sample * prompt], 1)
-
-
-@dataclass(frozen=True)
-class ClassifierFeatures:
-    """A bundled classifier's penultimate features, and its last layer's weights of what the prompt asks for."""
-
-    model: str
-    classifier: Classifier | DigitClassifier
-    size: VideoSize
-    width: int
-
-    @property
-    def given(self) -> str:
-        return f"{self.model}:{self.classifier.name}"
-
-    @property
-    def frames(self) -> int:
-        return self.size.frames
-
-    @property
-    def name(self) -> str:
-        return f"{self.given} {weights_fingerprint(self.classifier.net)}"
-
-    def read(self, path: Path) -> Tensor:
-        media = fitted(read_media(path, self.size.frames), self.size, str(path))[None]
-        return media if self.size.frames > 1 else media[:, :, 0]
-
-    def __call__(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.classifier.net.to(media.device)
-        sample = self.classifier.features(media)
-        return joined(sample, self.classifier.asked(prompts).to(sample))
 
 
 @dataclass(frozen=True)
@@ -201,7 +155,7 @@ def image_text_features(folder: str, frames: int = 8) -> ImageTextFeatures:
         raise ValueError(f"frames: {frames} is not allowed; it is 1 or more")
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(
-            f"features: {folder!r} is not a model folder (it has no config.json); give {', '.join(BUNDLED)}, or the folder of a CLIP or SigLIP, "
+            f"features: {folder!r} is not a model folder (it has no config.json); give the folder of a CLIP or SigLIP, "
             "downloaded once with `hf download MODEL --local-dir FOLDER`"
         )
     try:

@@ -17,7 +17,7 @@ from instep.core.version import __version__
 from instep.data.pairs import PreferencePair
 from instep.data.prompt import Prompt
 from instep.rewards.bradley_terry import Fitted, LearnedReward, RewardHead, fit
-from instep.rewards.features import Features, features_of
+from instep.rewards.features import Features, FeaturesOf, image_text_features
 
 RECORD = "preferences.json"
 Shown = tuple[Path, str]  # a media file and its prompt
@@ -107,8 +107,10 @@ def save(learned: Learned, out: Path) -> None:
         )
 
 
-def load_preferences(folder: Path) -> LearnedReward:
-    """The reward of such a folder. Its name says the digest of the head's files and the features, whose network has to be the one it was fitted on."""
+def load_preferences(folder: Path, features_of: FeaturesOf = image_text_features) -> LearnedReward:
+    """The reward of such a folder. Its name says the digest of the head's files and the features, whose network has to be the one it was fitted on.
+    `features_of` makes the features that the folder names.
+    """
     from safetensors import SafetensorError
 
     try:

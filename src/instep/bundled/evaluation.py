@@ -1,0 +1,308 @@
+"""How moving digits are measured: fixed prompts, three classifiers, real reference videos, and what the metrics are called."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from instep.bundled import digits
+from instep.bundled.classifiers import FOLDER, Classifier, ClassifierName, Embedded, load_classifier
+from instep.bundled.drawn_frames import drawn_video
+from instep.data.prompt import Prompt, with_negative
+from instep.metrics import figures as m
+from instep.metrics.columns import Column
+from instep.metrics.compare import BATCH, Cost, Generate, Kind, Row, generate_all
+from instep.metrics.figures import Value
+
+Size = Literal["quick", "full"]
+# raise it whenever a row comes out otherwise than before (other prompts, metrics, keys or seeds): rows that were kept are then measured anew
+VERSION = 1
+CLASSIFIERS: dict[str, ClassifierName] = {"train": "training", "monitor": "monitor", "heldout": "heldout"}
+REFERENCE_DRAWS = 4  # real videos a prompt: the fewer, the more the Frechet distance is biased upward
+FIRST_FRAME_SEED = 900_000_000  # seed of the first given frame
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Prompts of an evaluation: fully specified ones, then open ones with many samples each, so that modes can be counted.
+
+    `negative` is the negative prompt of all. `image_to_video`: each sample begins with a first frame of its own, that of a real video of its prompt.
+    """
+
+    full: tuple[str, ...]
+    open: tuple[str, ...]
+    seed: int = 0
+    name: str = "quick"
+    image_to_video: bool = False
+    negative: str | None = None
+    reference: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return self.full + self.open
+
+    @property
+    def asked(self) -> tuple[Prompt, ...]:
+        """What a model is asked for: the prompts, with their first frames and the negative prompt."""
+        if not self.image_to_video:
+            return with_negative(self.prompts, self.negative)
+        return tuple(Prompt(prompt, f"reference/{FIRST_FRAME_SEED + i}", self.negative) for i, prompt in enumerate(self.prompts))
+
+    @property
+    def order(self) -> Tensor:
+        """A number for each prompt [N]; equal ones are equal, near ones have the same motion or else the same digit."""
+        specs = {prompt: digits.parse(prompt) for prompt in dict.fromkeys(self.prompts)}
+
+        def key(prompt: str) -> tuple[bool, list[int], int]:
+            digit = specs[prompt].digit
+            return prompt in self.open, digits.motions_allowed(specs[prompt]), -1 if digit is None else digit
+
+        rank = {prompt: i for i, prompt in enumerate(sorted(specs, key=key))}
+        return torch.tensor([rank[prompt] for prompt in self.prompts])
+
+
+def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0, image_to_video: bool = False, negative: str | None = None) -> EvalSet:
+    """`quick`: each of the 90 full prompts once and 19 open ones (10 name a digit only, 9 a motion only) 8 times; `full`: 3 times and 18 times."""
+    each, many = {"quick": (1, 8), "full": (3, 18)}[name]
+    digit_only = [digits.describe(digits.PromptSpec(digit=d)) for d in range(10)]
+    motion_only = [digits.describe(digits.motion_spec(None, k)) for k in range(len(digits.MOTIONS))]
+    return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name, image_to_video, negative)
+
+
+@torch.no_grad()
+def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, classifiers: Mapping[str, Classifier]) -> dict[str, Value]:
+    """All metrics of unclamped media [N, 3, F, H, W] for the set's prompts, in their order; `classifiers` by short name, "heldout" among them."""
+    if len(raw) != len(eval_set.prompts):
+        raise ValueError(f"raw: {len(raw)} videos for {len(eval_set.prompts)} prompts; generate returns one video a prompt")
+    media, prompts, full, order = raw.clamp(0, 1), list(eval_set.prompts), len(eval_set.full), eval_set.order
+    values: dict[str, Value] = {}
+    embedded = {name: classifier.embed(media) for name, classifier in classifiers.items()}
+    for name, classifier in classifiers.items():
+        right = classifier.correct_of(embedded[name], prompts)
+        values |= {f"{name}_{part}": m.of_share(ok[:full]) for part, ok in (("digit", right.digit), ("motion", right.motion), ("both", right.both))}
+        values[f"{name}_both_open"] = m.of_share(right.both[full:])
+        values[f"{name}_score"] = m.of_mean(classifier.score_of(embedded[name], prompts)[:full], order[:full])
+    heldout = classifiers["heldout"]
+    features, drawn = embedded["heldout"].features, reference_features(eval_set, heldout)
+    reference, one_each = drawn.flatten(0, 1), drawn[:, 0]
+    fake, real = features[full:], drawn[full:].flatten(0, 1)
+    values |= {
+        "fd": m.of_set(lambda rows: m.frechet_distance(features[rows], reference), order),
+        "fd_open": m.of_set(lambda rows: m.frechet_distance(fake[rows], real), order[full:]),
+        "precision": m.of_set(lambda rows: m.precision(features[rows], one_each), order),
+        "recall": m.of_set(lambda rows: m.recall(features[rows], one_each), order),
+    }
+    values |= open_prompt_metrics(embedded["heldout"][full:], eval_set.open, heldout)
+    per_sample = {
+        "mean_brightness": m.mean_brightness(media),
+        "saturation": m.saturation(raw),
+        "wobble": m.wobble(media),
+        "flicker": m.flicker(media),
+        "dynamic": m.dynamic(media),
+    }
+    if eval_set.image_to_video:
+        per_sample["first_frame"] = (media[:, :, 0] - given_videos(eval_set)[:, :, 0]).square().mean((1, 2, 3)).sqrt()
+    values |= {key: m.of_mean(x, order) for key, x in per_sample.items()}
+    return values | {"seconds": Value(cost.cpu, 0.0), "seconds_wall": Value(cost.wall, 0.0)}
+
+
+def open_prompt_metrics(embedded: Embedded, prompts: Sequence[str], classifier: Classifier) -> dict[str, Value]:
+    """Diversity on open prompts: motions seen for a digit-only prompt, digits seen for a motion-only one, Vendi score of centred features."""
+    order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    group = torch.tensor([order[prompt] for prompt in prompts])
+    names_digit = torch.tensor([digits.parse(prompt).digit is not None for prompt in prompts])
+    digit, motion = (logits.argmax(1) for logits in classifier.logits_of(embedded))
+    return {
+        "modes_motion": m.modes_covered(motion[names_digit], group[names_digit]),
+        "modes_digit": m.modes_covered(digit[~names_digit], group[~names_digit]),
+        "vendi": m.vendi_by_group(embedded.features, group),
+    }
+
+
+def reference_features(eval_set: EvalSet, classifier: Classifier) -> Tensor:
+    """Features of real reference videos, `REFERENCE_DRAWS` for each of the set's prompts, [N, draws, D]."""
+    if classifier.name not in eval_set.reference:
+        draws = [classifier.features(real_videos(eval_set, 900_100 + i)) for i in range(REFERENCE_DRAWS)]
+        eval_set.reference[classifier.name] = torch.stack(draws, 1)
+    return eval_set.reference[classifier.name]
+
+
+def real_videos(eval_set: EvalSet, seed: int) -> Tensor:
+    """Real videos of the reference split that fit the set's prompts."""
+    return digits.render("reference", [digits.parse(prompt) for prompt in eval_set.prompts], seed)
+
+
+def given_videos(eval_set: EvalSet) -> Tensor:
+    """The real videos [N, 3, F, H, W] that an image-to-video set's first frames begin; drawn once for all rows."""
+    if "given" not in eval_set.reference:
+        eval_set.reference["given"] = torch.stack([drawn_video(prompt) for prompt in eval_set.asked])
+    return eval_set.reference["given"]
+
+
+def real_vs_real_row(eval_set: EvalSet, classifiers: Mapping[str, Classifier], seed: int = 900_002, through: Callable[[Tensor], Tensor] | None = None) -> Row:
+    """Real-vs-real: another draw of reference videos (of an image-to-video set: those that its first frames begin) measured as if it had been generated, or
+    `through` a VAE first."""
+    real = given_videos(eval_set) if eval_set.image_to_video else real_videos(eval_set, seed)
+    media = real if through is None else torch.cat([through(part) for part in real.split(BATCH)])
+    name = "real videos (another draw)" if through is None else "real videos through the VAE"
+    return Row(name, "real", measure(media, Cost(), eval_set, classifiers), n=len(eval_set.prompts))
+
+
+def evaluate(
+    name: str,
+    kind: Kind,
+    generate: Generate,
+    eval_set: EvalSet,
+    classifiers: Mapping[str, Classifier],
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    note: str = "",
+) -> Row:
+    """Generates for every prompt of the set and measures; NFE counts both halves of guidance."""
+    raw, cost = generate_all(generate, eval_set.asked, eval_set.seed, name)
+    nfe = steps * (1 if guidance == 1 else 2)
+    return Row(name, kind, measure(raw, cost, eval_set, classifiers), nfe, steps, guidance, len(raw), note)
+
+
+COLUMNS = (
+    Column(
+        "heldout_both",
+        "prompt followed",
+        "share of samples whose digit and motion are both right for a held-out classifier (fully specified prompts)",
+        3,
+        "main",
+        "both (held-out)",
+        "Share of prompts that a held-out classifier finds followed. Up is better.",
+        verdict=True,
+    ),
+    Column(
+        "train_both",
+        "training",
+        "training classifier (the reward itself): both right; far above the others means that it was hacked",
+        3,
+        short="both (training)",
+    ),
+    Column(
+        "fd",
+        "FD",
+        "Fréchet distance to real videos in a held-out classifier's features, all prompts; depends on the number of samples",
+        1,
+        "main",
+        "FD",
+        "Distance to real videos over all prompts. Down is better.",
+        verdict=True,
+    ),
+    Column(
+        "fd_open",
+        "FD (open prompts)",
+        "the same on prompts that leave digit or motion open: where few-step models lose variety",
+        1,
+        "main",
+        "FD open",
+        "Distance to real videos where the prompt leaves something open. Down is better.",
+        verdict=True,
+    ),
+    Column(
+        "modes_motion",
+        "motions seen",
+        "different motions among the samples of “a seven”: of 9, and of no more than samples were drawn",
+        2,
+        "main",
+        "motions of 9",
+        "Variety: motions seen for “a seven”. Few-step sampling loses it first.",
+        verdict=True,
+    ),
+    Column(
+        "modes_digit",
+        "digits seen",
+        "different digits among the samples of “a digit moving left fast”: of 10, and of no more than samples were drawn",
+        2,
+        "main",
+        "digits of 10",
+        "Variety: digits seen when only a motion is asked for.",
+        verdict=True,
+    ),
+    Column(
+        "mean_brightness",
+        "mean brightness",
+        "of all pixels; compare with real videos: more is thicker strokes or over-saturation",
+        4,
+        "main",
+        "mean brightness",
+        "Mean brightness. Best where real videos are: above it strokes are too thick or too bright.",
+        verdict=True,
+    ),
+    Column(
+        "wobble", "wobble", "change of shape from frame to frame once motion is taken out, relative to the mean brightness", 3, "main", "wobble", verdict=True
+    ),
+    Column(
+        "first_frame",
+        "first frame",
+        "of image-to-video: root mean square of the difference between the first frame and the given one, in [0, 1]",
+        3,
+        "main",
+        "first frame",
+        verdict=True,
+    ),
+    Column("seconds", "CPU s / video", "seconds of all threads to generate one video", 3, "main"),
+    Column("heldout_digit", "digit", "held-out classifier: digit right", 3),
+    Column("heldout_motion", "motion", "held-out classifier: motion right", 3),
+    Column("heldout_both_open", "followed, open", "held-out classifier: what an open prompt does say is right", 3),
+    Column("heldout_score", "log p", "held-out classifier: mean log-probability of what the prompt says", 2),
+    Column("monitor_both", "monitor", "monitor classifier (watched during training, never descended): both right", 3),
+    Column("train_score", "reward", "training classifier: mean log-probability, the reward", 2),
+    Column("precision", "precision", "share of samples that look like real ones (nearest neighbours in held-out features)", 3),
+    Column("recall", "recall", "share of real videos that the samples come near to", 3),
+    Column("vendi", "Vendi", "effective number of different samples per open prompt", 2, verdict=True),
+    Column("saturation", "saturated", "share of raw values more than .05 outside [0, 1]", 4),
+    Column("flicker", "steadiness", "VBench temporal flickering: 1 minus the mean difference of consecutive frames", 4),
+    Column("dynamic", "travel, px", "distance that the centre of brightness travels", 2),
+    Column("seconds_wall", "s / video", "seconds on the clock to generate one video", 3),
+)
+
+
+def load_classifiers() -> dict[str, Classifier]:
+    """The three classifiers by their short names in metrics."""
+    return {short: load_classifier(name) for short, name in CLASSIFIERS.items()}
+
+
+@cache
+def _classifier_files() -> bytes:
+    """The digest of the classifiers' weights."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.safetensors")))).digest()
+
+
+@dataclass(frozen=True)
+class DigitsEvaluation:
+    """The protocol of moving digits; `image_to_video`: from first frames, each sample from one of its own."""
+
+    image_to_video: bool = False
+    columns: tuple[Column, ...] = COLUMNS
+
+    @property
+    def accuracies(self) -> Mapping[str, Mapping[str, float]]:
+        return {short: classifier.accuracy for short, classifier in load_classifiers().items()}
+
+    def prompts(self, size: Size = "quick", seed: int = 0, negative: str | None = None) -> EvalSet:
+        return evaluation_set(size, seed, image_to_video=self.image_to_video, negative=negative)
+
+    def protocol(self, eval_set: EvalSet) -> str:
+        return f"{eval_set.name}{', from a first frame' * eval_set.image_to_video}"
+
+    def fingerprint(self, eval_set: EvalSet) -> bytes:
+        asked: Any = [VERSION, eval_set.name, eval_set.seed, eval_set.full, eval_set.open, eval_set.image_to_video, eval_set.negative]
+        return json.dumps(asked).encode() + _classifier_files()
+
+    def row(self, name: str, kind: Kind, generate: Generate, eval_set: EvalSet, *, steps: int, guidance: float = 1.0) -> Row:
+        return evaluate(name, kind, generate, eval_set, load_classifiers(), steps=steps, guidance=guidance)
+
+    def real_row(self, eval_set: EvalSet, through: Callable[[Tensor], Tensor] | None = None) -> Row:
+        return real_vs_real_row(eval_set, load_classifiers(), through=through)

@@ -1,0 +1,100 @@
+"""What a bundled world offers to the command line, which hands it on to the generic rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from instep.core.size import VideoSize
+from instep.data.prompt import Prompt
+from instep.data.samples import PairSamples, RealSamples
+from instep.metrics.columns import Column
+from instep.metrics.compare import Generate, Kind, Row
+from instep.models.family import Family
+from instep.rewards.base import Reward
+from instep.rewards.features import Features
+from instep.training.probe import Monitor
+
+Size = Literal["quick", "full"]
+
+
+class Ready(Protocol):
+    """A bundled world with its networks loaded: everything that a recipe may need."""
+
+    @property
+    def family(self) -> Any: ...
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]: ...
+
+    @property
+    def reward(self) -> Reward: ...
+
+    @property
+    def monitor(self) -> Monitor: ...
+
+    def real(self) -> RealSamples:
+        """Real samples of the training split."""
+        ...
+
+    def pairs(self) -> PairSamples:
+        """Labelled pairs of the training split."""
+        ...
+
+
+class Evaluation(Protocol):
+    """How samples of a world are measured: on which prompts, by which classifiers, and what the metrics are called."""
+
+    @property
+    def columns(self) -> tuple[Column, ...]: ...
+
+    @property
+    def accuracies(self) -> Mapping[str, Mapping[str, float]]:
+        """Of each classifier, on real samples."""
+        ...
+
+    def prompts(self, size: Size, seed: int, negative: str | None = None) -> Any:
+        """The prompts of an evaluation, `negative` the negative prompt of all; the other members take them."""
+        ...
+
+    def protocol(self, eval_set: Any) -> str:
+        """The name of what is measured; only rows of one protocol can be compared."""
+        ...
+
+    def fingerprint(self, eval_set: Any) -> bytes:
+        """Of everything but the model that a row depends on: prompts, classifiers and the version of the protocol."""
+        ...
+
+    def row(self, name: str, kind: Kind, generate: Generate, eval_set: Any, *, steps: int, guidance: float = 1.0) -> Row:
+        """Generates a sample for every prompt and measures them."""
+        ...
+
+    def real_row(self, eval_set: Any, through: Callable[[Tensor], Tensor] | None = None) -> Row:
+        """Real samples, measured as if they had been generated, or `through` a VAE first."""
+        ...
+
+
+@dataclass(frozen=True)
+class World:
+    """A bundled model by name. Nothing is loaded until one of its functions is called.
+
+    ready: the model with prompts, reward, monitor, real samples and pairs. load: the family alone, at a size (None: its own). pipeline: the stock pipeline,
+    None where no stock pipeline samples the model. shown: the prompts that `instep sample` draws. features: what a learned reward reads, of the training or
+    the monitor classifier. evaluation: None for a world that `instep eval` does not measure. adopt: the family of an export of a run on this
+    world, which reads prompts as the world does.
+    """
+
+    name: str
+    folder: Path
+    size: VideoSize
+    ready: Callable[[], Ready]
+    load: Callable[[VideoSize | None], Family]
+    pipeline: Callable[[], Any] | None
+    shown: Sequence[Prompt]
+    features: Callable[[Literal["training", "monitor"]], Features]
+    evaluation: Evaluation | None
+    adopt: Callable[[Family], Family] = lambda family: family
