@@ -17,6 +17,7 @@ from tiny import tiny_wan_pipeline
 
 import instep
 from instep import Common, Force, RunOptions, Stage, VideoSize, WanFamily, dm_align_group, dmd2, train
+from instep.bundled import folder_of
 from instep.cli.main import main
 from instep.core.size import as_size
 from instep.lab.spec import parts_of
@@ -201,8 +202,11 @@ def test_a_function_in_place_of_a_recipe():
 
 
 def test_prompts_in_every_form(tmp_path):
-    assert as_prompt_list("a cat") == ["a cat"], "one text is one prompt, not its letters"
-    assert as_prompt_list(f"a {i}" for i in range(2)) == ["a 0", "a 1"] and as_prompt_list(("a", "b")) == ["a", "b"]
+    def texts(given):
+        return [prompt.text for prompt in as_prompt_list(given)]
+
+    assert texts("a cat") == ["a cat"], "one text is one prompt, not its letters"
+    assert texts(f"a {i}" for i in range(2)) == ["a 0", "a 1"] and texts(("a", "b")) == ["a", "b"]
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\n\na dog\n")
     assert [str(prompt) for prompt in as_prompt_list(file)] == ["a cat", "a dog"]
@@ -328,7 +332,7 @@ def test_a_pipeline_in_place_of_a_family(tmp_path, monkeypatch):
     pipe = tiny_wan_pipeline()
     family = as_family(pipe)
     assert isinstance(family, WanFamily) and family.pipe is pipe and family.size == VideoSize()
-    assert as_family("digits").name == "digits" and as_family(family) is family
+    assert as_family(folder_of("digits")).name == "digits" and as_family(family) is family
     for wrong, answer in (
         (None, "None"),
         (WanFamily, "call it, WanFamily\\(pipe"),
