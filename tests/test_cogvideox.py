@@ -310,7 +310,7 @@ def test_an_exported_student_samples_like_ours(tmp_path, n, rotary):
     with torch.no_grad():
         for p in student.backbone.module.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    report = export_student(fam.pipeline(student.backbone.module), levels, tmp_path / "student", INFO)
+    report = export_student(fam, student.backbone.module, levels, tmp_path / "student", INFO)
     assert report.sampler_difference <= 1e-5 and report.student_difference <= 1e-5 and report.comfyui_difference is None
     loaded = CogVideoXPipeline.from_pretrained(report.folder, local_files_only=True)
     assert isinstance(loaded.scheduler, LCMScheduler)
@@ -342,11 +342,12 @@ def test_an_exported_student_samples_like_ours(tmp_path, n, rotary):
 
 
 def test_the_card_says_how_to_run_it(tmp_path):
-    report = export_student(tiny_cogvideox_pipeline(), few_step_levels(4), tmp_path / "student", INFO)
+    fam = CogVideoXFamily(tiny_cogvideox_pipeline())
+    report = export_student(fam, fam.pretrained, few_step_levels(4), tmp_path / "student", INFO)
     text = (report.folder / "README.md").read_text()
     assert "num_inference_steps=4, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)," in text
     assert "must be given: the pipeline's own defaults are 50 and 6" in text and "stock `LCMScheduler`" in text
-    assert "No workflow is included: they are made for text-to-video Wan models" in text and "Wan pipelines do not" not in text
+    assert "No workflow is included: there is none for a CogVideoXPipeline" in text and "Wan pipelines do not" not in text
     assert sorted(p.name for p in report.folder.iterdir() if p.is_file()) == ["README.md", "instep_export.json", "model_index.json"]
     code = text.split("```python\n")[1].split("```")[0].replace('"."', repr(str(report.folder))).replace('"video.gif"', repr(str(tmp_path / "video.gif")))
     exec(compile(code, "card", "exec"), {})
@@ -357,7 +358,7 @@ def test_a_many_step_export_keeps_the_pipelines_scheduler(tmp_path):
     from diffusers import CogVideoXPipeline
 
     fam = family()
-    report = export_many_step(fam.pipeline(fam.new_backbone()), Sampling(few_step_levels(10), "ode", 6.0), tmp_path / "student", INFO)
+    report = export_many_step(fam, fam.new_backbone(), Sampling(few_step_levels(10), "ode", 6.0), tmp_path / "student", INFO)
     pipe = CogVideoXPipeline.from_pretrained(report.folder, local_files_only=True)
     assert type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler" and pipe.scheduler.config.timestep_spacing == "trailing"
     assert "guidance_scale=6" in (report.folder / "README.md").read_text()

@@ -12,10 +12,12 @@ from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
 from instep.core.size import VideoSize
 from instep.diffusion.levels import few_step_levels
-from instep.export import ExportInfo, export_student, lora_state_dict, merge_lora, save_lora, verify_export
-from instep.export.comfyui import comfyui_levels, comfyui_shift, comfyui_state_dict
+from instep.export import ExportInfo, export_student, lora_state_dict, save_loras, verify_export
 from instep.export.scheduler import flow_scheduler
 from instep.export.verify import our_sampler
+from instep.models.adapters import merge_lora
+from instep.models.wan import WanFamily
+from instep.models.wan_comfyui import comfyui_levels, comfyui_module, comfyui_shift, comfyui_state_dict
 
 torch.set_num_threads(1)
 
@@ -91,6 +93,15 @@ def with_adapters(alpha: float = 12.0, targets=TARGETS):
     return pipe, module
 
 
+def exported(pipe, levels, out, info, **options):
+    """An export of the pipeline's own transformer."""
+    return export_student(WanFamily(pipe, SIZE), pipe.transformer, levels, out, info, **options)
+
+
+def lora_tensors(module, adapter="student"):
+    return lora_state_dict(module, adapter, lambda name: f"diffusion_model.{comfyui_module(name)}")
+
+
 def folder_of(tmp_path: Path) -> Path:
     return tmp_path / "student"
 
@@ -150,8 +161,9 @@ def test_exported_folder_samples_like_ours(n, tmp_path):
     from diffusers import DiffusionPipeline
 
     pipe, levels = tiny_wan_pipeline(), few_step_levels(n, 5.0)
-    report = export_student(pipe, levels, folder_of(tmp_path), INFO)
-    assert report.sampler_difference <= 1e-6 and report.student_difference <= 1e-6
+    report = exported(pipe, levels, folder_of(tmp_path), INFO)
+    # the family attends to one weighted padding token instead of 500: equal up to the order of a sum
+    assert report.sampler_difference <= 5e-6 and report.student_difference <= 5e-6
     loaded = DiffusionPipeline.from_pretrained(report.folder, local_files_only=True)
     expected = reference(pipe, pipe.transformer, levels, PROMPTS, seed=5)
     difference = (stock(loaded, n) - expected).abs().max()
@@ -160,14 +172,13 @@ def test_exported_folder_samples_like_ours(n, tmp_path):
     assert (stock(loaded, n + 1) - expected).abs().max() > 1e-3
     assert (stock(loaded, n, ["four", "a dog"]) - expected).abs().max() > 1e-3
     other = tiny_wan_pipeline(seed=7)
-    assert verify_export(report.folder, our_sampler(pipe, other.transformer, levels, SIZE), size=SIZE) > 1e-2
+    assert verify_export(report.folder, our_sampler(WanFamily(other, SIZE), other.transformer, levels), size=SIZE) > 1e-2
 
 
 def test_training_side_roles_sample_like_the_folder(tmp_path):
     from instep.diffusion.sampling import sample_few_step
     from instep.models.backbone import Backbone
     from instep.models.role import Role
-    from instep.models.wan import WanFamily
 
     levels = few_step_levels(4, 5.0)
     family = WanFamily(tiny_wan_pipeline(), SIZE)
@@ -177,7 +188,7 @@ def test_training_side_roles_sample_like_the_folder(tmp_path):
         noise = torch.randn(len(prompts), *family.latent_shape, generator=rng)
         return sample_few_step(student, family.encode(prompts), noise, levels, family.path, rng)
 
-    report = export_student(family.pipeline(student.backbone.module), levels, folder_of(tmp_path), INFO, ours=ours)
+    report = export_student(family, student.backbone.module, levels, folder_of(tmp_path), INFO, ours=ours)
     # the family attends to one weighted padding token instead of 500: equal up to the order of a sum
     assert report.student_difference < 5e-6
 
@@ -188,11 +199,11 @@ def test_float16_keeps_norms_wide_and_says_how_far_off_it_is(tmp_path):
 
     pipe = tiny_wan_pipeline()
     before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
-    report = export_student(pipe, few_step_levels(2, 5.0), folder_of(tmp_path), INFO, dtype=torch.float16)
+    report = exported(pipe, few_step_levels(2, 5.0), folder_of(tmp_path), INFO, dtype=torch.float16)
     saved = load_file(report.folder / "transformer" / "diffusion_pytorch_model.safetensors")
     assert saved["blocks.0.attn1.to_q.weight"].dtype == torch.float16
     assert saved["blocks.0.scale_shift_table"].dtype == torch.float32
-    assert report.sampler_difference <= 1e-6 < report.student_difference < 5e-2
+    assert report.sampler_difference <= 5e-6 < report.student_difference < 5e-2
     assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
     assert {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
     half = DiffusionPipeline.from_pretrained(report.folder, torch_dtype=torch.float16, local_files_only=True)
@@ -202,7 +213,7 @@ def test_float16_keeps_norms_wide_and_says_how_far_off_it_is(tmp_path):
 def test_card_is_valid_and_its_snippet_runs(tmp_path, monkeypatch):
     from huggingface_hub import ModelCard
 
-    report = export_student(tiny_wan_pipeline(), few_step_levels(4, 5.0), folder_of(tmp_path), INFO)
+    report = exported(tiny_wan_pipeline(), few_step_levels(4, 5.0), folder_of(tmp_path), INFO)
     text = (report.folder / "README.md").read_text()
     card = ModelCard(text).data
     assert (card.library_name, card.pipeline_tag, card.base_model) == ("diffusers", "text-to-video", INFO.base_model)
@@ -220,25 +231,25 @@ def test_an_existing_folder_is_replaced_only_if_it_is_an_export(tmp_path):
     out.mkdir()
     (out / "thesis.txt").write_text("irreplaceable")
     with pytest.raises(ValueError, match="overwrite=True"):
-        export_student(pipe, levels, out, INFO)
+        exported(pipe, levels, out, INFO)
     assert [p.name for p in tmp_path.rglob("*")] == ["student", "thesis.txt"]
-    export_student(pipe, levels, out, INFO, overwrite=True)
+    exported(pipe, levels, out, INFO, overwrite=True)
     assert not (out / "thesis.txt").exists()
     (out / "stale").write_text("")
-    export_student(pipe, few_step_levels(2), out, INFO)
+    exported(pipe, few_step_levels(2), out, INFO)
     assert not (out / "stale").exists() and [p.name for p in tmp_path.iterdir()] == ["student"]
 
 
 def test_a_failed_export_leaves_the_earlier_one(tmp_path):
     out, pipe = folder_of(tmp_path), tiny_wan_pipeline()
-    export_student(pipe, few_step_levels(1), out, INFO)
+    exported(pipe, few_step_levels(1), out, INFO)
     record = (out / "instep_export.json").read_text()
 
     def broken(prompts, rng):
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        export_student(pipe, few_step_levels(2), out, INFO, ours=broken)
+        exported(pipe, few_step_levels(2), out, INFO, ours=broken)
     assert (out / "instep_export.json").read_text() == record and [p.name for p in tmp_path.iterdir()] == ["student"]
 
 
@@ -252,7 +263,7 @@ def test_lora_file_in_stock_diffusers_equals_the_adapter(tmp_path, dtype, tolera
     pipe.transformer.to(dtype), module.to(dtype)
     expected = reference(pipe, module, [1.0, 0.7], PROMPTS, seed=5)
     base = reference(pipe, pipe.transformer, [1.0, 0.7], PROMPTS, seed=5)
-    keys = save_lora(module, tmp_path / "lora.safetensors")
+    keys = save_loras(WanFamily(pipe, SIZE), module, tmp_path)
     assert len(keys) == 2 * 2 * 10 and "diffusion_model.blocks.1.ffn.2.lora_B.weight" in keys
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     got = reference(pipe, pipe.transformer, [1.0, 0.7], PROMPTS, seed=5)
@@ -265,7 +276,7 @@ def test_lora_on_every_named_layer(tmp_path):
     pipe, module = with_adapters(targets=targets)
     pipe.transformer.double(), module.double()
     expected = reference(pipe, module, [1.0], PROMPTS, seed=5)
-    keys = save_lora(module, tmp_path / "lora.safetensors")
+    keys = save_loras(WanFamily(pipe, SIZE), module, tmp_path)
     assert len(keys) == 2 * (2 * 10 + 6) and "diffusion_model.head.head.lora_A.weight" in keys
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     assert (reference(pipe, pipe.transformer, [1.0], PROMPTS, seed=5) - expected).abs().max() <= 1e-12
@@ -273,11 +284,11 @@ def test_lora_on_every_named_layer(tmp_path):
 
 def test_lora_scale_comes_from_alpha_not_from_the_last_call():
     _, module = with_adapters()
-    before = lora_state_dict(module)
+    before = lora_tensors(module)
     for layer in module.modules():
         if hasattr(layer, "lora_A"):
             layer.set_scale("student", 0.25)
-    assert all(torch.equal(value, before[key]) for key, value in lora_state_dict(module).items())
+    assert all(torch.equal(value, before[key]) for key, value in lora_tensors(module).items())
 
 
 def test_merged_module_is_plain_and_leaves_the_fake_out():
@@ -300,7 +311,7 @@ def test_export_with_lora_writes_both_and_wires_the_workflow(tmp_path):
             layer.set_scale("student", 0.5)
     before = {key: p.requires_grad for key, p in module.named_parameters()}
     levels = few_step_levels(4, 5.0)
-    report = export_student(pipe, levels, folder_of(tmp_path), INFO, lora=module)
+    report = export_student(WanFamily(pipe, SIZE), module, levels, folder_of(tmp_path), INFO, adapter="student")
     # merged against adapter-carrying weights: the same function, rounded differently, four times in a row
     assert report.lora_tensors == 40 and 0 < report.student_difference <= 1e-5
     assert {key: p.requires_grad for key, p in module.named_parameters()} == before
@@ -331,21 +342,19 @@ def test_lora_errors_say_what_is_wrong():
 
     pipe, module = with_adapters()
     with pytest.raises(ValueError, match=r"'teacher' is not on this module; allowed: \['fake', 'student'\]"):
-        lora_state_dict(module, "teacher")
+        lora_tensors(module, "teacher")
     with pytest.raises(ValueError, match="carries no LoRA"):
         merge_lora(pipe.transformer)
     conv = tiny_wan_pipeline().transformer
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["patch_embedding"]), conv, adapter_name="student")
     with pytest.raises(ValueError, match="'patch_embedding' has no name in ComfyUI"):
-        lora_state_dict(conv)
+        lora_tensors(conv)
 
 
 def test_carried_adapter_is_not_exported_silently(tmp_path):
-    from diffusers import WanPipeline
-
     pipe, module = with_adapters()
-    with pytest.raises(ValueError, match="lora="):
-        export_student(WanPipeline(**{**pipe.components, "transformer": module}), few_step_levels(1), folder_of(tmp_path), INFO)
+    with pytest.raises(ValueError, match="adapter="):
+        export_student(WanFamily(pipe, SIZE), module, few_step_levels(1), folder_of(tmp_path), INFO)
 
 
 def test_whole_checkpoint_names_survive_diffusers_own_converter():

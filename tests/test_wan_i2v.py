@@ -34,8 +34,8 @@ from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.sampling import sample_ode
 from instep.models.backbone import Backbone
+from instep.models.families import family_of
 from instep.models.role import Role
-from instep.models.stock import draw, stock
 from instep.models.wan import WanFamily
 from instep.models.wan_i2v import WanImageCondition, WanImageFamily, known_latents
 from instep.recipes import NAMES
@@ -200,7 +200,7 @@ def test_variants_that_are_conditioned_otherwise_are_refused():
     pipe = tiny_wan_i2v_pipeline()
     pipe.register_to_config(expand_timesteps=True)
     with pytest.raises(ValueError, match="expand_timesteps .* is not built"):
-        stock(pipe)
+        family_of(pipe)
     pipe = tiny_wan_i2v_pipeline()
     pipe.transformer_2 = pipe.transformer
     with pytest.raises(ValueError, match="two transformers"):
@@ -248,7 +248,7 @@ def test_apo_runs_and_exports_what_the_stock_pipeline_samples_alike(aligned):
     assert any(not torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items()), "it was trained"
     with torch.no_grad():
         torch.manual_seed(3)
-        theirs = draw(pipe, PROMPTS[:2], SIZE, steps=4, guidance=1.5, output="latent", first_frame=first_frame)
+        theirs = fam.stock_sample(pipe, PROMPTS[:2], steps=4, guidance=1.5, output="latent")
         torch.manual_seed(3)
         noise = torch.cat([torch.randn(1, *fam.latent_shape) for _ in range(2)])
         ours = by_the_pipelines_levels(fam, Role("student", Backbone(fam, fam.new_backbone())), PROMPTS[:2], noise, 4, 1.5)
@@ -272,11 +272,11 @@ def test_a_few_step_student_is_exported_and_checked_against_the_stock_pipeline(t
     assert main(["sample", str(run.student), "--copies", "1", "--out", str(tmp_path / "s.webp")]) == 0
     from instep.export.verify import verify_export
 
-    assert verify_export(run.student, [1.0, 0.75], prompts=PROMPTS[:2], size=SIZE, first_frame=first_frame) < 2e-4
-    assert verify_export(run.student, [1.0, 0.5], prompts=PROMPTS[:1], size=SIZE, first_frame=first_frame) > 1e-3, "other levels are other videos"
+    assert verify_export(run.student, [1.0, 0.75], prompts=PROMPTS[:2], size=SIZE, family=family()) < 2e-4
+    assert verify_export(run.student, [1.0, 0.5], prompts=PROMPTS[:1], size=SIZE, family=family()) > 1e-3, "other levels are other videos"
     assert verify_export(run.student, [1.0, 0.75]) < 2e-4, "prompts and size of its own"
     card = (run.student / "README.md").read_text()
-    assert "pipeline_tag: image-to-video" in card and "this is a WanImageToVideoPipeline" in card
+    assert "pipeline_tag: image-to-video" in card and "there is none for a WanImageToVideoPipeline" in card
     assert not (run.student / "comfyui_workflow.json").exists()
 
 
@@ -288,7 +288,8 @@ def test_a_wide_first_frame_is_exported_with_as_it_is(tmp_path):
     Image.new("RGB", (wide.width, wide.height), (90, 20, 200)).save(tmp_path / "wide.png")
     prompt = Prompt("a seven", str(tmp_path / "wide.png"))
     info = ExportInfo(recipe="dmd2", base_model="tiny", seed=0, command="", instep_version="0", training_prompts=1, size=wide, example_prompt=prompt)
-    report = export_student(tiny_wan_i2v_pipeline(), (1.0, 0.75), tmp_path / "out", info)
+    fam = WanImageFamily(tiny_wan_i2v_pipeline(), SIZE)
+    report = export_student(fam, fam.pretrained, (1.0, 0.75), tmp_path / "out", info)
     assert report.student_difference < 2e-4
     told = [(report.folder / name).read_text() for name in ("README.md", "instep_export.json")]
     assert all("wide.png" in text and str(tmp_path) not in text for text in told), "where the first frame lies is nobody's business"

@@ -6,21 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
 from torch import Tensor
 
 from instep.bundled import LISTED, WORLDS, find, folder_of
-from instep.bundled.drawn_frames import first_frame
 from instep.cli import default_threads
 from instep.core.files import atomic_dir, write_json
-from instep.core.quiet import quiet
 from instep.core.size import VideoSize
 from instep.data.animation import save_animation, tile
 from instep.data.prompt import Prompt, with_negative
-from instep.models.stock import draw, stock
+from instep.models.families import family_class
+from instep.models.family import Family
 
 DIR_HELP = f"Folder of a run, of an exported student or of a diffusers pipeline; or the name of a bundled model ({LISTED})."
 
@@ -72,13 +71,15 @@ def sample_command(args: SampleArgs) -> int:
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
     torch.set_num_threads(default_threads())
     prompts = with_negative([Prompt.parse(prompt) for prompt in args.prompts] or shown_by(args.dir, record), args.negative_prompt)
-    pipe = pipeline_of(args.dir, folder)
-    size = VideoSize(*args.size) if args.size else size_of(args.dir, record, pipe)
+    family = family_in(args.dir, folder, record, VideoSize(*args.size) if args.size else None)
     torch.manual_seed(args.seed)
     if guidance == 1 and any(prompt.negative for prompt in prompts):
         print("negative prompts have no effect: guidance is 1, which leads away from nothing")
     names = [prompt for prompt in prompts for _ in range(args.copies)]
-    videos = draw(pipe, names, size, steps=steps, guidance=guidance, output="pt", first_frame=first_frame)
+    videos = family.stock_sample(family.pipe, names, steps=steps, guidance=guidance, output="media")
+    if videos.ndim == 4:
+        videos = videos[:, :, None]
+    videos = videos.transpose(1, 2)
     shown = (videos.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8)
     save_animation(args.out, tile(shown, columns=args.copies))
     if args.each is not None:
@@ -114,13 +115,6 @@ def find_pipeline(name: str) -> tuple[Path, dict | None]:
     return folder, json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
 
 
-def size_of(name: str, record: dict | None, pipe: Any) -> VideoSize:
-    """What a student was trained at, and what a pipeline draws unless told otherwise."""
-    if record is not None:
-        return VideoSize(**record["info"]["size"])
-    return find(name).size if name in WORLDS else stock(pipe).size
-
-
 def shown_by(name: str, record: dict | None) -> Sequence[Prompt]:
     """The prompts that are drawn where none are given: those of a bundled model, also of students of one, or the one that a student's record shows. ValueError
     for other models.
@@ -134,11 +128,13 @@ def shown_by(name: str, record: dict | None) -> Sequence[Prompt]:
     return [example]
 
 
-def pipeline_of(name: str, folder: Path) -> Any:
-    """The stock pipeline, float32."""
-    from diffusers import DiffusionPipeline
-
-    if name in WORLDS and (bundled := find(name).pipeline) is not None:
-        return bundled()
-    with quiet():
-        return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+def family_in(name: str, folder: Path, record: dict | None, size: VideoSize | None) -> Family:
+    """The family around the pipeline in `folder`; its size is what was asked for, what a student was trained at, or the model's own."""
+    if name in WORLDS:
+        return find(name).load(size)
+    if size is None and record is not None:
+        size = VideoSize(**record["info"]["size"])
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    family = family_class(index.get("_class_name", ""), index).load(folder, size, name)
+    base = record["info"]["base_model"] if record is not None else None
+    return find(base).adopt(family) if base in WORLDS else family

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
@@ -27,7 +27,6 @@ from instep.training.run import Interrupted, Run, final_samples, train
 
 if TYPE_CHECKING:
     from instep.data.media import LabelledPair
-    from instep.models.family import Encodes
 
 MODEL_HELP = f"A bundled model: {DESCRIBED}; or the path of a diffusers pipeline folder."
 
@@ -165,9 +164,7 @@ def paired(labelled: Sequence[LabelledPair] | None, family: Family) -> PairSampl
         return None
     from instep.data.media import pair_samples
 
-    if not hasattr(family, "encode_media"):
-        raise ValueError(f"pairs: {family.name} cannot encode media; pass pairs=PairSamples(prompts, chosen, rejected) of latents to train() in Python")
-    return pair_samples(labelled, cast("Encodes", family))
+    return pair_samples(labelled, family)
 
 
 def finish(run: Run, setting: Setting, evaluate: bool) -> None:

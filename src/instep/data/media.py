@@ -27,6 +27,7 @@ class EncodesMedia(Protocol):
     """What turns media of a size into latents; model families do."""
 
     size: VideoSize
+    takes_first_frame: bool
 
     @property
     def pretrained(self) -> torch.nn.Module:
@@ -159,7 +160,7 @@ def pair_samples(pairs: Sequence[LabelledPair], family: EncodesMedia) -> PairSam
     chosen, rejected = (torch.stack([latent(path) for path in paths]) for paths in ([p.chosen for p in decided], [p.rejected for p in decided]))
     if family.size.frames > 1 and not moves:
         raise ValueError(f"pairs: no sample of {len(decided)} pairs moves, and the model makes videos of {family.size.frames} frames; give videos, not images")
-    image_to_video = hasattr(family, "check_prompts")
+    image_to_video = family.takes_first_frame
     prompts = [(Prompt.parse(pair.prompt), pair.chosen) for pair in decided]
     names = (replace(prompt, image=chosen) if image_to_video and prompt.image is None else prompt for prompt, chosen in prompts)
     return PairSamples(tuple(names), chosen, rejected)

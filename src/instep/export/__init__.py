@@ -4,7 +4,7 @@ below these.
 
 from instep.export.card import ExportInfo
 from instep.export.folder import ExportReport, export_many_step, export_student
-from instep.export.lora import lora_state_dict, merge_lora, save_lora
+from instep.export.lora import lora_state_dict, save_loras
 from instep.export.parts import export_parts
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import verify_export
@@ -17,7 +17,6 @@ __all__ = [
     "export_student",
     "few_step_scheduler",
     "lora_state_dict",
-    "merge_lora",
-    "save_lora",
+    "save_loras",
     "verify_export",
 ]

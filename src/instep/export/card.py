@@ -11,6 +11,7 @@ from typing import Any
 from instep.core.size import VideoSize
 from instep.data.prompt import Prompt, as_prompts, is_file_name
 from instep.diffusion.sampling import Sampling
+from instep.models.family import Task
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Measured:
     """What the export found out about itself; differences are the largest of final latents, in float32.
 
     comfyui_shift, comfyui_difference: None where no workflow is made for the family. usual: steps and guidance that the pipeline's call takes unless
-    told otherwise. passes_generator: whether it hands `generator=` on to the scheduler.
+    told otherwise. passes_generator: whether it hands `generator=` on to the scheduler. task: what the pipeline does. loras: the LoRA files that were written.
     """
 
     sampler_difference: float
@@ -61,6 +62,8 @@ class Measured:
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     usual: tuple[int, float] = (50, 5.0)
     passes_generator: bool = False
+    task: Task = "text-to-video"
+    loras: tuple[str, ...] = ()
 
 
 # above this a level is visibly another one: ComfyUI's rounding to thousandths stays below
@@ -82,7 +85,7 @@ def model_card(info: ExportInfo, levels: Sequence[float], measured: Measured) ->
     return "\n".join(sections)
 
 
-def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
+def many_step_card(info: ExportInfo, sampling: Sampling, task: Task = "text-to-video") -> str:
     """README.md of a student that keeps its model's own many-step sampler."""
     name, size, steps, guidance = info.base_model.rpartition("/")[2], info.size, len(sampling.levels), sampling.guidance
     inside = ""
@@ -95,8 +98,8 @@ def many_step_card(info: ExportInfo, sampling: Sampling) -> str:
     usage = (
         f"import torch\nfrom diffusers import DiffusionPipeline\n{_loads(info)}\n"
         'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", dtype=torch.float32)\n'
-        f"video = pipe({_asked(info, guided=guidance != 1)}, num_inference_steps={steps}, guidance_scale={guidance:g}, height={size.height}, "
-        f"width={size.width}, num_frames={size.frames}).frames[0]\n"
+        f"{_medium(task)} = pipe({_asked(info, guided=guidance != 1)}, num_inference_steps={steps}, guidance_scale={guidance:g}, {_size_arguments(size, task)})"
+        f"{_result(task)}\n"
     )
     return (
         f"---\nlibrary_name: diffusers\n---\n\n# {name}, aligned ({info.recipe})\n\n`{info.base_model}` after the recipe `{info.recipe}` of instep"
@@ -122,19 +125,29 @@ def _loads(info: ExportInfo) -> str:
     return "" if info.example_prompt.image is None else "from diffusers.utils import load_image\n"
 
 
-def _kind(info: ExportInfo) -> str:
-    return "text-to-video" if info.example_prompt.image is None else "image-to-video"
+def _medium(task: Task) -> str:
+    return "image" if task == "text-to-image" else "video"
+
+
+def _result(task: Task) -> str:
+    return ".images[0]" if task == "text-to-image" else ".frames[0]"
+
+
+def _size_arguments(size: VideoSize, task: Task) -> str:
+    frames = "" if task == "text-to-image" else f", num_frames={size.frames}"
+    return f"height={size.height}, width={size.width}{frames}"
 
 
 def _head(info: ExportInfo, n: int, measured: Measured) -> str:
     text = (
         f"# {info.base_model.rpartition('/')[2]}, {n} step{'s' if n > 1 else ''} ({info.recipe})\n\nA {n}-step student"
         f" of `{info.base_model}`, distilled with the recipe `{info.recipe}` of instep {info.instep_version}: {n}"
-        f" network evaluation{'s' if n > 1 else ''} a video, no guidance.\n"
+        f" network evaluation{'s' if n > 1 else ''} a {_medium(measured.task)}, no guidance.\n"
     )
     if measured.lora:
+        files = " and ".join(f"`{name}`" for name in measured.loras) or "`lora.safetensors`"
         text += (
-            "\n`lora.safetensors` is the same student as a LoRA on the base model (strength 1; diffusers"
+            f"\n{files} {'are' if len(measured.loras) > 1 else 'is'} the same student as a LoRA on the base model (strength 1; diffusers"
             f"{' and ComfyUI read' if measured.comfyui_difference is not None else ' reads'} it).\n"
         )
     return text
@@ -150,12 +163,12 @@ def _training(info: ExportInfo, levels: Sequence[float]) -> str:
 
 def _front_matter(info: ExportInfo, measured: Measured) -> str:
     # a JSON string is a YAML string, and needs no quoting rules of its own
-    lines = ["---", "library_name: diffusers", f"pipeline_tag: {_kind(info)}"]
+    lines = ["---", "library_name: diffusers", f"pipeline_tag: {measured.task}"]
     if info.base_model.count("/") == 1:
         lines += [f"base_model: {json.dumps(info.base_model)}", "base_model_relation: finetune"]
     lines += [
         "tags:",
-        *(f"- {json.dumps(tag)}" for tag in (_kind(info), "distillation", "few-step", "instep", info.recipe)),
+        *(f"- {json.dumps(tag)}" for tag in (measured.task, "distillation", "few-step", "instep", info.recipe)),
     ]
     if measured.lora:
         lines.append("- lora")
@@ -171,7 +184,7 @@ def _usage(info: ExportInfo, levels: Sequence[float], measured: Measured) -> str
     else:
         seeding, argument = "torch.manual_seed(0)  # and not generator=: see below\n", ""
         repeat = (
-            "- `torch.manual_seed(...)` makes a sample repeatable. A `generator=` alone does not: Wan pipelines do not pass it on\n"
+            "- `torch.manual_seed(...)` makes a sample repeatable. A `generator=` alone does not: this pipeline does not pass it on\n"
             "  to `scheduler.step`, which draws the noise of every later step."
         )
     if measured.scheduler == "LCMScheduler":
@@ -184,16 +197,16 @@ def _usage(info: ExportInfo, levels: Sequence[float], measured: Measured) -> str
 ```python
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import export_to_gif
+{"" if measured.task == "text-to-image" else "from diffusers.utils import export_to_gif"}
 {_loads(info)}
 # "." is this folder; a hub id works as well
 pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.{measured.dtype})
-{seeding}video = pipe(
+{seeding}{_medium(measured.task)} = pipe(
     {_asked(info)},
-    height={size.height}, width={size.width}, num_frames={size.frames},
+    {_size_arguments(size, measured.task)},
     num_inference_steps={n}, guidance_scale=1.0, {argument}output_type="pil",
-).frames[0]
-export_to_gif(video, "video.gif", fps=8)
+){_result(measured.task)}
+{'image.save("image.png")' if measured.task == "text-to-image" else 'export_to_gif(video, "video.gif", fps=8)'}
 ```
 
 - `num_inference_steps={n}` and `guidance_scale=1.0` must be given: the pipeline's own defaults are {steps} and {guidance:g}. The
@@ -222,7 +235,7 @@ def _comfyui(levels: Sequence[float], measured: Measured) -> str:
     n = len(levels)
     text = "## ComfyUI\n\n"
     if measured.comfyui_difference is None or measured.comfyui_shift is None:
-        return text + f"No workflow is included: they are made for text-to-video Wan models, and this is a {measured.pipeline}.\n"
+        return text + f"No workflow is included: there is none for a {measured.pipeline}.\n"
     if measured.comfyui_obstacle:
         return text + f"ComfyUI cannot run this model: {measured.comfyui_obstacle}. `comfyui_workflow.json` shows the settings it would need.\n"
     file = (

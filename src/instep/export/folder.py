@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import math
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +18,13 @@ from torch import nn
 from instep.core.files import atomic_dir
 from instep.core.quiet import quiet
 from instep.core.size import VideoSize
-from instep.data.first_frame import FirstFrameReader, read_first_frame
 from instep.diffusion.sampling import Sampling
 from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, many_step_card, model_card
-from instep.export.comfyui import comfyui_shift, comfyui_state_dict, comfyui_workflow, runs_in_comfyui
-from instep.export.lora import adapter_active, merge_lora, plain_copy, save_lora
+from instep.export.lora import lora_files, save_loras
 from instep.export.scheduler import few_step_scheduler
-from instep.export.verify import Sampler, our_sampler, smallest_size, verify_export
-from instep.models.stock import stock, takes_first_frame
+from instep.export.verify import Sampler, our_sampler, verify_export
+from instep.models.adapters import has_adapter, merge_lora, plain_copy, without_adapters
+from instep.models.family import ComfyUI, Family
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -55,95 +53,87 @@ class ExportReport:
 
 
 def export_student(
-    pipeline: DiffusionPipeline,
+    family: Family,
+    network: nn.Module,
     levels: Sequence[float],
     out: Path,
     info: ExportInfo,
     *,
-    lora: nn.Module | None = None,
-    adapter: str = "student",
+    adapter: str | None = None,
     dtype: torch.dtype | None = None,
     ours: Sampler | None = None,
-    first_frame: FirstFrameReader = read_first_frame,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA file and (Wan) ComfyUI workflow,
-    and checks it (on the student's device).
+    """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA files and (where ComfyUI has the model) a workflow, and checks it.
 
-    pipeline: one that `models/stock.py` knows, around the student (its other parts are saved too; nothing in it is changed). lora: the
-    module that carries the PEFT adapter `adapter`; then the folder's transformer is that module with the adapter
-    merged. dtype: float16, float32 or None to keep. ours: the training-side sampler to compare with, at info.size
-    (None: our sampler around the weights in memory, at a small size). first_frame: reads the example prompt's. The folder appears at once, complete, or not at
-    all. Raises ValueError if `out` holds something that is not an earlier export and `overwrite` is not set, if the
-    levels cannot be represented, or for a pipeline with two transformers.
+    network: the student's, of `family`; nothing in it or in the family's pipeline is changed, and the pipeline's other parts are saved too. adapter: the PEFT
+    adapter on `network` that is the student; the folder's networks then have it merged. dtype: float16, float32 or None to keep. ours: the training-side
+    sampler to compare with, at info.size (None: our sampler around the weights in memory, at a small size). The folder appears at once, complete, or not at
+    all. Raises ValueError if `out` holds something that is not an earlier export and `overwrite` is not set, or if the levels cannot be represented.
     """
     out, levels = Path(out), tuple(float(t) for t in levels)
-    if dtype not in (torch.float16, torch.float32, None):
-        raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
-    if "transformer_2" in pipeline.components and pipeline.components["transformer_2"] is not None:
-        raise ValueError("pipeline: it has two transformers (Wan 2.2's experts), one student cannot stand for both; export each expert's pipeline alone")
+    _check_dtype(dtype)
     _check_target(out, overwrite)
-    how = stock(pipeline)
-    scheduler = few_step_scheduler(how.path, levels, how.prediction_type)
-    student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
-    exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=scheduler, dtype=dtype)
+    scheduler = few_step_scheduler(family.path, levels, family.prediction_type)
+    parts = merged_parts(family, network, adapter)
+    exported = _pipeline(family, parts, scheduler, dtype)
+    device = next(network.parameters()).device
     with atomic_dir(out, "export") as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
-        keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
+        keys = save_loras(family, network, temporary, adapter, dtype) if adapter else []
         (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2))
-        size = info.size if ours else smallest_size(pipeline)
-        if takes_first_frame(pipeline):  # a first frame has the shape that it has
-            size = VideoSize(info.size.height, info.size.width, size.frames)
-        in_memory = ours or our_sampler(pipeline, student if lora is None else lora, levels, size, first_frame)
-        device = next((pipeline.transformer if lora is None else lora).parameters()).device
+        small = family.smallest()
+        if family.takes_first_frame:  # a first frame has the shape that it has
+            small = VideoSize(info.size.height, info.size.width, small.frames)
+        check = family.at(info.size if ours else small)
         prompts = (info.example_prompt, replace(info.example_prompt, text=""))
-        with nullcontext() if lora is None else adapter_active(lora, adapter):
-            student_difference = verify_export(temporary, in_memory, prompts=prompts, size=size, device=device, first_frame=first_frame)
-        is_wan = type(exported).__name__ == "WanPipeline"
-        shift, off = comfyui_shift(levels) if is_wan else (None, None)
-        defaults = inspect.signature(type(pipeline).__call__).parameters
+        in_memory = ours or our_sampler(check, family.join(parts), levels)
+        student_difference = verify_export(temporary, in_memory, family=check, prompts=prompts, size=check.size, device=device)
+        shift, off = family.comfyui.shift(levels) if family.comfyui else (None, None)
         measured = Measured(
-            sampler_difference=verify_export(temporary, levels, prompts=prompts, size=size, device=device, first_frame=first_frame),
+            sampler_difference=verify_export(temporary, levels, family=check, prompts=prompts, size=check.size, device=device),
             student_difference=student_difference,
             comfyui_shift=shift,
             comfyui_difference=off,
-            comfyui_obstacle=runs_in_comfyui(pipeline) if is_wan else None,
-            lora=lora is not None,
-            dtype=str(exported.transformer.proj_out.weight.dtype).removeprefix("torch."),
-            pipeline=type(pipeline).__name__,
+            comfyui_obstacle=family.comfyui.obstacle(family.pipe) if family.comfyui else None,
+            lora=adapter is not None,
+            dtype=_stored_dtype(getattr(exported, family.denoisers[0])),
+            pipeline=type(exported).__name__,
             scheduler=type(scheduler).__name__,
-            usual=(defaults["num_inference_steps"].default, defaults["guidance_scale"].default),
-            passes_generator=how.passes_generator,
+            usual=family.usual(),
+            passes_generator=family.passes_generator,
+            task=family.task,
+            loras=tuple(lora_files(family).values()) if adapter else (),
         )
-        if is_wan:
-            _write_comfyui(temporary, exported.transformer, levels, info, measured)
+        if family.comfyui:
+            _write_comfyui(temporary, family.comfyui, getattr(exported, family.denoisers[0]), levels, info, measured)
         (temporary / "README.md").write_text(model_card(info, levels, measured))
         size_bytes = _sync(temporary)
     return ExportReport(out, levels, measured.sampler_difference, measured.student_difference, off, len(keys), size_bytes)
 
 
 def export_many_step(
-    pipeline: DiffusionPipeline,
+    family: Family,
+    network: nn.Module,
     sampling: Sampling,
     out: Path,
     info: ExportInfo,
     *,
-    lora: nn.Module | None = None,
-    adapter: str = "student",
+    adapter: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Writes a student that is still a many-step model: the pipeline with its own scheduler, its weights in place of the pretrained ones.
 
-    `sampling` is what it was trained with, and what the card and `instep sample` say. Otherwise as `export_student`; nothing is compared with our
-    sampler: the scheduler is the pipeline's own, whose levels are other ones for the same number of steps (diffusers' last lies next to 0). Of a student
-    that is told guidance scales the pipeline holds those of `sampling` in its weights already.
+    `sampling` is what it was trained with, and what the card and `instep sample` take. Otherwise as `export_student`; nothing is compared with our sampler: the
+    scheduler is the pipeline's own, whose levels are other ones for the same number of steps (diffusers' last lies next to 0). The weights of a student
+    that is conditioned on guidance scales hold those of `sampling` already.
     """
     out = Path(out)
+    _check_dtype(dtype)
     _check_target(out, overwrite)
-    student = merge_lora(lora, adapter) if lora is not None else pipeline.transformer
-    exported = _with_parts(pipeline, transformer=_plain(student, dtype), scheduler=pipeline.scheduler, dtype=dtype)
+    exported = _pipeline(family, merged_parts(family, network, adapter), family.pipe.scheduler, dtype)
     record = {
         "instep": info.instep_version,
         "levels": sampling.levels,
@@ -155,24 +145,30 @@ def export_many_step(
     with atomic_dir(out, "export") as temporary:
         with quiet():
             exported.save_pretrained(temporary, safe_serialization=True)
-        keys = save_lora(lora, temporary / "lora.safetensors", adapter, dtype) if lora is not None else []
+        keys = save_loras(family, network, temporary, adapter, dtype) if adapter else []
         (temporary / RECORD).write_text(json.dumps(record, indent=2))
-        (temporary / "README.md").write_text(many_step_card(info, sampling))
+        (temporary / "README.md").write_text(many_step_card(info, sampling, family.task))
         size_bytes = _sync(temporary)
     return ExportReport(out, sampling.levels, math.nan, math.nan, math.nan, len(keys), size_bytes)
+
+
+def merged_parts(family: Family, network: nn.Module, adapter: str | None = None) -> dict[str, nn.Module]:
+    """Plain copies of a network's parts, with `adapter` merged into those that carry it."""
+    if adapter is None:
+        return {name: plain_copy(part) for name, part in family.parts(network).items()}
+    alone = len(family.denoisers) == 1  # merge_lora then names what is wrong
+    return {name: merge_lora(part, adapter) if alone or has_adapter(part, adapter) else without_adapters(part) for name, part in family.parts(network).items()}
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (torch.float16, torch.float32, None):
+        raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
     empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not empty and not overwrite and not (out / RECORD).is_file():
         raise ValueError(f"out: {out} exists and is not an earlier export; allowed: a new path, an earlier export; choose another or pass overwrite=True")
-
-
-def _plain(transformer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy without hooks and with stock attention, in `dtype`."""
-    if any(".lora_" in key for key in transformer.state_dict()):
-        raise ValueError("pipeline: its transformer carries LoRA layers, which are not weights of a pipeline; pass that module as lora=")
-    return _cast(plain_copy(transformer, {key: value.detach().clone() for key, value in transformer.state_dict().items()}), dtype)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -187,25 +183,35 @@ def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return module
 
 
-def _with_parts(pipeline: DiffusionPipeline, *, transformer: nn.Module, scheduler: Any, dtype: torch.dtype | None) -> DiffusionPipeline:
-    parts = {**pipeline.components, "transformer": transformer, "scheduler": scheduler}
+def _pipeline(family: Family, parts: Mapping[str, nn.Module], scheduler: Any, dtype: torch.dtype | None) -> DiffusionPipeline:
+    """The stock pipeline around copies of `parts` with `scheduler`; every network of it, text encoders and VAE too, in `dtype` (None: as it is)."""
+    others: dict[str, Any] = {"scheduler": scheduler}
     if dtype is not None:
-        for name in ("vae", "text_encoder"):
-            parts[name] = _cast(copy.deepcopy(parts[name]), dtype)
-    # what is configuration and not a component: Wan's expand_timesteps, boundary_ratio
-    options = {key: pipeline.config[key] for key in inspect.signature(type(pipeline)).parameters if key not in parts and key in pipeline.config}
-    return type(pipeline)(**parts, **options)
+        networks = {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module) and name not in parts}
+        others |= {name: _cast(copy.deepcopy(part), dtype) for name, part in networks.items()}
+    exported = family.pipeline(parts, **others)
+    for name in parts:
+        _cast(getattr(exported, name), dtype)
+    return exported
 
 
-def _write_comfyui(folder: Path, transformer: nn.Module, levels: Sequence[float], info: ExportInfo, measured: Measured) -> None:
+def _stored_dtype(network: nn.Module) -> str:
+    """The number format that most of a network's weights are in."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in network.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def _write_comfyui(folder: Path, comfyui: ComfyUI, denoiser: nn.Module, levels: Sequence[float], info: ExportInfo, measured: Measured) -> None:
     from safetensors.torch import save_file
 
     if not measured.lora and measured.comfyui_obstacle is None:
-        save_file(comfyui_state_dict(transformer), folder / COMFYUI_MODEL, metadata={"format": "pt"})
+        save_file(comfyui.state_dict(denoiser), folder / COMFYUI_MODEL, metadata={"format": "pt"})
     if measured.comfyui_difference is None or measured.comfyui_difference > LEVELS_EQUAL:
         return
     model = f"{info.base_model.rpartition('/')[2]}.safetensors" if measured.lora else COMFYUI_MODEL
-    graph = comfyui_workflow(levels, info.size, info.example_prompt.text, model, "lora.safetensors" if measured.lora else None, info.seed)
+    graph = comfyui.workflow(levels, info.size, info.example_prompt.text, model, "lora.safetensors" if measured.lora else None, info.seed)
     (folder / "comfyui_workflow.json").write_text(json.dumps(graph, indent=2))
 
 

@@ -14,7 +14,7 @@ from instep.core.files import atomic_dir
 from instep.data.prompt import Prompt
 from instep.diffusion.sampling import sample_few_step
 from instep.export.card import ExportInfo
-from instep.export.folder import RECORD, ExportReport, _check_target, _plain, _sync
+from instep.export.folder import RECORD, ExportReport, _cast, _check_dtype, _check_target, _sync, merged_parts
 from instep.export.scheduler import few_step_scheduler
 from instep.export.verify import Sampler
 from instep.models.backbone import Backbone
@@ -50,25 +50,26 @@ Largest difference of final samples between this loop and the sampler that train
 
 def export_parts(
     family: Family,
-    student: nn.Module,
+    network: nn.Module,
     levels: Sequence[float],
     out: Path,
     info: ExportInfo,
     *,
     ours: Sampler,
+    adapter: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Writes `out` with transformer/, scheduler/ and README.md, and checks there that the scheduler's plain loop draws what `ours` draws.
 
-    student: the network itself (adapters merged). dtype: float16, float32 or None to keep. The folder appears at once, complete, or not at all.
+    network: the student's, with `adapter` to be merged into it. dtype: float16, float32 or None to keep. The folder appears at once, complete, or not at all.
     Raises ValueError as `export_student` does.
     """
     out, levels = Path(out), tuple(float(t) for t in levels)
-    if dtype not in (torch.float16, torch.float32, None):
-        raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
+    _check_dtype(dtype)
     _check_target(out, overwrite)
-    scheduler, exported = few_step_scheduler(family.path, levels, family.prediction_type), _plain(student, dtype)
+    scheduler = few_step_scheduler(family.path, levels, family.prediction_type)
+    exported: Any = _cast(family.join(merged_parts(family, network, adapter)), dtype)
     with atomic_dir(out, "export") as temporary:
         exported.save_pretrained(temporary / "transformer")
         scheduler.save_pretrained(temporary / "scheduler")

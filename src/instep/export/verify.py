@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path as FilePath
 
 import torch
 from torch import Tensor, nn
 
 from instep.core.quiet import quiet
 from instep.core.size import VideoSize
-from instep.data.first_frame import FirstFrameReader, read_first_frame
-from instep.data.prompt import Prompt
-from instep.diffusion import path as paths
-from instep.diffusion.prediction import Condition, Denoiser, Prediction, to_prediction
+from instep.data.prompt import Prompt, as_prompts
+from instep.diffusion.path import Path
+from instep.diffusion.prediction import Condition, Denoiser, Prediction
 from instep.diffusion.sampling import sample_few_step
-from instep.models.stock import calls, draw, stock
+from instep.models.backbone import Backbone
+from instep.models.families import family_of
+from instep.models.family import Family
+from instep.models.role import Role
 
 # (prompts, generator) -> final latents in the pipeline's own order of axes; draws x at t_1 first, then one noise a step, in that order, all from generator
 Sampler = Callable[[Sequence[Prompt], torch.Generator], Tensor]
 
 
-EXAMPLES = (Prompt("a cat runs through snow"), Prompt("a street in the rain"))
+EXAMPLES = ("a cat runs through snow", "a street in the rain")
 
 
-def noise_frame(prompt: Prompt, size: VideoSize) -> Tensor:
-    """A first frame [3, H, W] in [0, 1] of noise, another one for every prompt: the identity of two samplers does not depend on what it shows."""
-    rng = torch.Generator().manual_seed(len(prompt.text))
-    return torch.rand(3, size.height, size.width, generator=rng)
+def examples(family: Family, folder: FilePath) -> list[Prompt]:
+    """Two prompts that any text model takes; where it begins with a first frame, with images of noise that are written into `folder`."""
+    if not family.takes_first_frame:
+        return [Prompt(text) for text in EXAMPLES]
+    from PIL import Image
 
-
-def smallest_size(pipe: Any) -> VideoSize:
-    """A few tokens' worth of video: the identity of two samplers does not depend on the size, its price does."""
-    return stock(pipe).smallest()
+    rng, prompts = torch.Generator().manual_seed(0), []
+    for i, text in enumerate(EXAMPLES):
+        noise = torch.randint(256, (family.size.height, family.size.width, 3), generator=rng, dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
+        prompts.append(Prompt(text, image=folder / f"{i}.png"))
+    return prompts
 
 
 @torch.no_grad()
 def sample_as_stock(
-    denoiser: Denoiser, cond: Condition, shape: Sequence[int], levels: Sequence[float], path: paths.Path, rng: torch.Generator, axes: tuple[int, ...]
+    denoiser: Denoiser, cond: Condition, shape: Sequence[int], levels: Sequence[float], path: Path, rng: torch.Generator, axes: tuple[int, ...]
 ) -> Tensor:
-    """`sample_few_step` of len(cond) samples of `shape` with its noise drawn, and its result given, in a pipeline's order of axes (`Stock.axes`)."""
+    """`sample_few_step` of len(cond) samples of `shape` with its noise drawn, and its result given, in a pipeline's order of axes (`Family.axes`)."""
     back = [axes.index(i) for i in range(len(axes))]
 
     def turned(x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
@@ -52,66 +57,71 @@ def sample_as_stock(
     return sample_few_step(turned, cond, noise, levels, path, rng)
 
 
-def our_sampler(pipe: Any, transformer: nn.Module, levels: Sequence[float], size: VideoSize, first_frame: FirstFrameReader = read_first_frame) -> Sampler:
-    """`instep.diffusion.sampling.sample_few_step` around `transformer`, with the pipeline's text encoding and latent shape."""
-    how = stock(pipe)
-
-    def denoise(x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        return to_prediction(how.prediction_type, how.forward(transformer, x_t, t, cond), how.path, x_t, t)
+def our_sampler(family: Family, network: nn.Module, levels: Sequence[float]) -> Sampler:
+    """The library's own few-step sampler around a plain `network` of the family, at the family's size."""
+    student = Role("student", Backbone(family, network))
 
     def sample(prompts: Sequence[Prompt], rng: torch.Generator) -> Tensor:
-        return sample_as_stock(denoise, how.encode(prompts, size, first_frame).to(rng.device), how.latent_shape(size), levels, how.path, rng, how.axes)
+        return sample_as_stock(student, family.encode(prompts).to(rng.device), family.latent_shape, levels, family.path, rng, family.axes)
 
     return sample
 
 
 def verify_export(
-    folder: Path,
+    folder: FilePath,
     ours: Sampler | Sequence[float],
     *,
+    family: Family | None = None,
     prompts: Sequence[Prompt | str] | None = None,
     size: VideoSize | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    first_frame: FirstFrameReader = read_first_frame,
 ) -> float:
     """Largest absolute difference of final latents between stock diffusers on `folder`, in float32, and `ours`.
 
-    ours: the student's sampler in memory (then weights and sampler are compared), or the levels (then our sampler runs
-    around the folder's own transformer, and the sampler alone is compared). Both see the same noise: the device's
-    global generator, seeded with `seed` (one more for each further call, where a call takes one first frame), because the Wan
-    pipeline does not hand a generator to `scheduler.step`. prompts None: two texts, for an image-to-video pipeline with
-    first frames of noise; those of other prompts are read by `first_frame`. size None: the smallest. device: where `ours` runs. Raises
-    ValueError if the two shapes differ. The global random state is put back.
+    ours: the student's sampler in memory (then weights and sampler are compared), or the levels (then our sampler runs around the folder's own network, and the
+    sampler alone is compared). family: the one that the folder's pipeline is of; None finds it. Both sides see the same noise: the device's global generator,
+    seeded with `seed` (one more for each further call, where a call takes one first frame), because some pipelines do not hand a generator to
+    `scheduler.step`. prompts None: two texts, with first frames of noise where the model takes them. size None: the smallest. device: where `ours` runs.
+    Raises ValueError if the two shapes differ. The global random state is put back.
     """
     from diffusers import DiffusionPipeline
 
     with quiet():
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True).to(device)
     pipe.set_progress_bar_config(disable=True)
-    size = size or smallest_size(pipe)
-    if prompts is None:
-        prompts, first_frame = EXAMPLES, noise_frame
+    there: Family = family_of(pipe) if family is None else family.with_pipe(pipe, family.size)
+    there = there.at(size or there.smallest())
     steps = _steps_of(folder) if callable(ours) else len(ours)
-    sampler = ours if callable(ours) else our_sampler(pipe, pipe.transformer, ours, size, first_frame)
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    index = device.index if device.index is not None else torch.cuda.current_device() if on_gpu else 0
-    rng = torch.cuda.default_generators[index] if on_gpu else torch.default_generator
-    with torch.random.fork_rng(devices=[index] if on_gpu else []):
-        both = []
-        for i, names in enumerate(calls(pipe, prompts)):
+    rng, devices = _global_generator(torch.device(device))
+    with tempfile.TemporaryDirectory() as images, torch.random.fork_rng(devices=devices):
+        asked = examples(there, FilePath(images)) if prompts is None else as_prompts(prompts)
+        groups = there.calls(asked)
+        theirs = []
+        for i, group in enumerate(groups):
             torch.manual_seed(seed + i)
-            stock_draws = draw(pipe, names, size, steps=steps, guidance=1.0, output="latent", first_frame=first_frame)
+            theirs.append(there.stock_sample(pipe, group, steps=steps, guidance=1.0, output="latent"))
+        # after the stock samples: our sampler's attention takes the place of the stock one
+        sampler = ours if callable(ours) else our_sampler(there, there.pretrained, ours)
+        own = []
+        for i, group in enumerate(groups):
             torch.manual_seed(seed + i)
-            both.append((stock_draws, sampler(names, rng)))
-    theirs, own = (torch.cat(parts) for parts in zip(*both, strict=True))
-    if own.shape != theirs.shape:
-        raise ValueError(f"ours: latents {list(own.shape)} do not fit the pipeline's {list(theirs.shape)}; verify at the size the sampler draws: size=")
-    return float((theirs.float() - own.float()).abs().max())
+            own.append(sampler(group, rng))
+    stock, mine = torch.cat(theirs), torch.cat(own)
+    if mine.shape != stock.shape:
+        raise ValueError(f"ours: latents {list(mine.shape)} do not fit the pipeline's {list(stock.shape)}; verify at the size the sampler draws: size=")
+    return float((stock.float() - mine.float()).abs().max())
 
 
-def _steps_of(folder: Path) -> int:
+def _global_generator(device: torch.device) -> tuple[torch.Generator, list[int]]:
+    """The global generator of a device, and the devices whose state is to be put back."""
+    if device.type != "cuda":
+        return torch.default_generator, []
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return torch.cuda.default_generators[index], [index]
+
+
+def _steps_of(folder: FilePath) -> int:
     import json
 
     record = folder / "instep_export.json"

@@ -7,9 +7,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from instep.core.size import VideoSize, as_size
+from instep.models.families import family_class, family_of
+
+__all__ = ["family_of", "load"]
 
 if TYPE_CHECKING:
     from instep.models.family import Family
@@ -48,40 +51,9 @@ def load(model: str | Path, size: VideoSize | Sequence[int] | None = None, *, na
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise ValueError(f"model: {folder} lacks the part {missing[0]!r} that its model_index.json names; copy or download it again")
-    kind = json.loads(index.read_text()).get("_class_name")
-    if kind == "WanPipeline":
-        from instep.models.wan import WanFamily
-
-        return WanFamily.load(folder, size or VideoSize(), name=name)
-    if kind == "WanImageToVideoPipeline":
-        from instep.models.wan_i2v import WanImageFamily
-
-        return WanImageFamily.load(folder, size or VideoSize(), name=name)
-    if kind == "CogVideoXPipeline":
-        from instep.models.cogvideox import CogVideoXFamily
-
-        return CogVideoXFamily.load(folder, size, name=name)
-    raise ValueError(f"model: {folder} holds a {kind}, which no family knows yet; allowed: WanPipeline, WanImageToVideoPipeline, CogVideoXPipeline")
-
-
-def family_of(pipe: Any, size: VideoSize | Sequence[int] | None = None) -> Family:
-    """Wrap a diffusers pipeline in its family, at `size` or the model's own. Raises ValueError for a pipeline that no family knows."""
-    kind, source = type(pipe).__name__, str(getattr(pipe, "name_or_path", None) or "")
-    name = Path(source).name or kind
-    chosen = None if size is None else as_size(size)
-    if kind == "WanPipeline":
-        from instep.models.wan import WanFamily
-
-        return WanFamily(pipe, chosen or VideoSize(), name, source)
-    if kind == "WanImageToVideoPipeline":
-        from instep.models.wan_i2v import WanImageFamily
-
-        return WanImageFamily(pipe, chosen or VideoSize(), name, source)
-    if kind == "CogVideoXPipeline":
-        from instep.models.cogvideox import CogVideoXFamily
-
-        return CogVideoXFamily(pipe, chosen, name, source)
-    raise ValueError(f"family: {kind} is not a pipeline that a family knows; allowed: WanPipeline, WanImageToVideoPipeline, CogVideoXPipeline")
+    index_of = json.loads(index.read_text())
+    family = family_class(index_of.get("_class_name"), index_of)
+    return family.load(folder, size, name=name)
 
 
 def _export_record(folder: Path) -> dict | None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from instep.core.quiet import quiet
 from instep.core.size import VideoSize
-from instep.data.first_frame import FirstFrameReader, read_first_frame
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.path import VariancePreserving
-from instep.diffusion.prediction import Condition
+from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.family import skipped
+from instep.models.pipeline_family import PipelineFamily
+from instep.models.preset import Preset
 
 # what CogVideoXPipeline pads every prompt to; the padding is attended to, there is no mask
 STOCK_TEXT_LENGTH = 226
@@ -79,32 +77,6 @@ def check_pipeline(pipe: Any) -> None:
         )
 
 
-def check_size(pipe: Any, size: VideoSize) -> None:
-    """ValueError for a size that the model cannot draw."""
-    spatial, temporal, config = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal, pipe.transformer.config
-    unit = spatial * config.patch_size
-    # an even number of latent frames decodes to 4 more frames than went in: the VAE works on pairs of them after the first
-    if size.height % unit or size.width % unit or (size.frames - 1) % (2 * temporal):
-        raise ValueError(
-            f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; height and width are multiples of "
-            f"{unit}, frames are {2 * temporal} k + 1"
-        )
-    if config.use_learned_positional_embeddings and size != native_size(pipe):
-        raise ValueError(f"size: {size} is not allowed; this model's positions are learned for {native_size(pipe)} alone")
-
-
-def native_size(pipe: Any) -> VideoSize:
-    """What the pipeline draws unless told otherwise, 480 x 720 and 49 frames for the published ones."""
-    config, spatial = pipe.transformer.config, pipe.vae_scale_factor_spatial
-    return VideoSize(config.sample_height * spatial, config.sample_width * spatial, config.sample_frames)
-
-
-def latent_shape(pipe: Any, size: VideoSize) -> tuple[int, ...]:
-    """[C, F, H, W] of one sample."""
-    spatial, frames = pipe.vae_scale_factor_spatial, (size.frames - 1) // pipe.vae_scale_factor_temporal + 1
-    return (pipe.transformer.config.in_channels, frames, size.height // spatial, size.width // spatial)
-
-
 def call(pipe: Any, path: VariancePreserving, module: nn.Module, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """v [B, C, F, H, W] of `module` as the pipeline calls its transformer; x_t [B, C, F, H, W], t [B] in [0, 1], text [B, 226, D]."""
     dtype, (height, width) = next(module.parameters()).dtype, x_t.shape[-2:]
@@ -127,45 +99,51 @@ def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None
     block.tokens(output[0])
 
 
-class CogVideoXFamily:
-    """A `CogVideoXPipeline` seen as a family (see `models/family.py`); latents are scaled as the transformer sees them, [B, C, F, H, W].
+class CogVideoXFamily(PipelineFamily):
+    """A `CogVideoXPipeline` seen as a family; latents are scaled as the transformer sees them, [B, C, F, H, W].
 
-    Its levels are the training steps of the pipeline's own scheduler, t = k / N for step k - 1: 1, .75, .5, .25 are the steps 999, 749, 499, 249. No
+    Its levels are the training steps of the pipeline's own scheduler, t = k / N for step k - 1: 1, 0.75, 0.5, 0.25 are the steps 999, 749, 499, 249. No
     timestep shift is added to them (`shift` 1): a shift of the signal-to-noise ratio is in the scheduler's table already.
     """
 
-    prediction_type = "v_prediction"
-    shift = 1.0
+    pipeline_class = "CogVideoXPipeline"
+    prediction_type: PredictionType = "v_prediction"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    axes = AXES
+    passes_generator = True
+    preset = Preset(source="CogVideoX-2b and CogVideoX-5b model cards", guidance=6.0, sampler_steps=50)
 
-    def __init__(self, pipe: Any, size: VideoSize | None = None, name: str = "cogvideox", source: str = "") -> None:
-        """`size` None: the model's own. `source` is where the pipeline was loaded from, for the run's record. ValueError for a size or a variant of
-        the model that does not fit, naming it.
-        """
-        check_pipeline(pipe)
-        self.size = size or native_size(pipe)
-        check_size(pipe, self.size)
-        self.pipe, self.name, self.source, self.path = pipe, name, source, noise_path(pipe.scheduler)
-        self.latent_shape = latent_shape(pipe, self.size)
+    def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
+        super().__init__(pipe, size, name, source)
+        self.path = noise_path(pipe.scheduler)
         self._texts: dict[str, Tensor] = {}
-        for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
-            part.eval().requires_grad_(False)
 
-    @classmethod
-    def load(cls, folder: Path, size: VideoSize | None = None, name: str = "cogvideox") -> Self:
-        """From a diffusers folder, in float32, offline; safetensors only."""
-        with quiet():
-            from diffusers import CogVideoXPipeline
+    def check_pipeline(self, pipe: Any) -> None:
+        check_pipeline(pipe)
 
-            pipe = CogVideoXPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-        return cls(pipe, size, name, str(folder))
+    def native_size(self) -> VideoSize:
+        """480 x 720 and 49 frames for the published models."""
+        config, spatial = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
+        return VideoSize(config.sample_height * spatial, config.sample_width * spatial, config.sample_frames)
 
-    @property
-    def pretrained(self) -> nn.Module:
-        return self.pipe.transformer
+    def fit_size(self, size: VideoSize) -> tuple[int, ...]:
+        spatial, temporal, config = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal, self.pipe.transformer.config
+        unit = spatial * config.patch_size
+        # an even number of latent frames decodes to 4 more frames than went in: the VAE works on pairs of them after the first
+        if size.height % unit or size.width % unit or (size.frames - 1) % (2 * temporal):
+            raise ValueError(
+                f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; height and width are multiples of "
+                f"{unit}, frames are {2 * temporal} k + 1"
+            )
+        if config.use_learned_positional_embeddings and size != self.native_size():
+            raise ValueError(f"size: {size} is not allowed; this model's positions are learned for {self.native_size()} alone")
+        return (config.in_channels, (size.frames - 1) // temporal + 1, size.height // spatial, size.width // spatial)
 
-    def new_backbone(self) -> nn.Module:
-        return copy.deepcopy(self.pipe.transformer).eval()
+    def smallest(self) -> VideoSize:
+        if self.pipe.transformer.config.use_learned_positional_embeddings:
+            return self.native_size()
+        side = 2 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size
+        return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
     @torch.no_grad()
     def _text(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -196,9 +174,6 @@ class CogVideoXFamily:
         """Media [B, 3, F, H, W] in [0, 1] to latents [B, C, f, h, w]: the posterior's mean."""
         return self.pipe.vae.encode(media * 2 - 1).latent_dist.mode() * self.pipe.vae.config.scaling_factor
 
-    def prepare(self, module: nn.Module, current: Callable[[], Condition | None]) -> None:
-        """Nothing: text and its padding are arguments of the network's own forward."""
-
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, CogVideoXCondition)
         return call(self.pipe, self.path, module, x_t, t, cond.text)
@@ -224,39 +199,3 @@ class CogVideoXFamily:
 
     def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
         return skipped(module.transformer_blocks, blocks, _pass_on)
-
-    def pipeline(self, module: nn.Module) -> Any:
-        """A stock CogVideoXPipeline around a copy of `module`."""
-        from diffusers import CogVideoXPipeline
-
-        return CogVideoXPipeline(**{**self.pipe.components, "transformer": copy.deepcopy(module)})
-
-
-class CogVideoXStock:
-    """A `CogVideoXPipeline` as `models/stock.py` asks for it."""
-
-    prediction_type = "v_prediction"
-    axes = AXES
-    passes_generator = True
-
-    def __init__(self, pipe: Any) -> None:
-        check_pipeline(pipe)
-        self.pipe, self.path, self.size = pipe, noise_path(pipe.scheduler), native_size(pipe)
-
-    def latent_shape(self, size: VideoSize) -> tuple[int, ...]:
-        return latent_shape(self.pipe, size)
-
-    def smallest(self) -> VideoSize:
-        if self.pipe.transformer.config.use_learned_positional_embeddings:
-            return self.size
-        side = 2 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size
-        return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[Prompt | str], size: VideoSize, first_frame: FirstFrameReader = read_first_frame) -> Condition:
-        text, _ = self.pipe.encode_prompt(texts_of(prompts), do_classifier_free_guidance=False)
-        return CogVideoXCondition(text=text)
-
-    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        assert isinstance(cond, CogVideoXCondition)
-        return call(self.pipe, self.path, module, x_t, t, cond.text)

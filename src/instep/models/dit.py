@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 
 from instep.core.size import VideoSize
 from instep.data.prompt import Prompt, negatives_of, texts_of
-from instep.diffusion.path import RectifiedFlow
 from instep.diffusion.prediction import Condition
-from instep.models.family import skipped
+from instep.models.family import Task, skipped
+from instep.models.pipeline_family import PipelineFamily
+from instep.models.preset import Preset
 
 CLASSES = "classes.json"
 
@@ -29,7 +29,7 @@ class ClassCondition(Condition):
     label: Tensor
 
 
-class DiTFamily:
+class DiTFamily(PipelineFamily):
     """A `DiTTransformer2DModel` that predicts the rectified flow's velocity, seen as a family (see `models/family.py`).
 
     Latents are pixels: x [B, C, H, W] in [-1, 1] with C = 1 (shown grey) or 3; media [B, 3, H, W] in [0, 1]. Prompts are class names: the
@@ -37,8 +37,10 @@ class DiTFamily:
     and expects a DDPM's noise prediction, so it cannot sample this model; exports hold transformer and scheduler.
     """
 
-    path = RectifiedFlow()
-    prediction_type = "velocity"
+    pipeline_class = ""
+    task: Task = "class-to-image"
+    axes = (0, 1, 2, 3)
+    preset = Preset(source="SiT (flow matching on the DiT architecture), class-conditional ImageNet", guidance=1.5, sampler_steps=50)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     pipe: Any = None
 
@@ -60,14 +62,14 @@ class DiTFamily:
         self.name, self.source, self.shift, self.names = name, source, shift, tuple(names)
         side = config.sample_size
         self.size, self.latent_shape = VideoSize(side, side, 1), (config.in_channels, side, side)
-        self.transformer = transformer.eval().requires_grad_(False)
+        self.transformer = self._network = transformer.eval().requires_grad_(False)
         for block in self.transformer.transformer_blocks:
             # labels are dropped in the teacher's own training and nowhere else, whatever mode a module is put in
             block.norm1.emb.class_embedder.dropout_prob = 0.0
         self._rows = {str(i): i for i in range(self.classes)} | {word.lower(): i for i, word in enumerate(self.names)}
 
     @classmethod
-    def load(cls, folder: Path, name: str = "dit") -> Self:
+    def load(cls, folder: Path, size: VideoSize | None = None, name: str = "dit") -> Self:
         """From a folder with `transformer/` and `scheduler/` as save_pretrained writes them (and classes.json with names, if it is there), in
         float32, offline. ValueError if the scheduler is not a flow's.
         """
@@ -84,12 +86,13 @@ class DiTFamily:
         transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32, local_files_only=True)
         return cls(transformer, names, float(scheduler.get("shift", 1.0)), name, str(folder))
 
-    @property
-    def pretrained(self) -> nn.Module:
-        return self.transformer
+    def fit_size(self, size: VideoSize) -> tuple[int, ...]:
+        if size != self.size:
+            raise ValueError(f"size: {size} is not allowed; {self.name} draws {self.size.height} x {self.size.width} images; leave the size out")
+        return self.latent_shape
 
-    def new_backbone(self) -> nn.Module:
-        return copy.deepcopy(self.transformer).eval()
+    def smallest(self) -> VideoSize:
+        return self.size
 
     def labels(self, prompts: Sequence[str]) -> Tensor:
         """Class of each prompt, [B]; ValueError for one that is no class."""
@@ -119,9 +122,6 @@ class DiTFamily:
         x = media * 2 - 1
         return x.mean(1, keepdim=True) if self.latent_shape[0] == 1 else x
 
-    def prepare(self, module: nn.Module, current: Callable[[], Condition | None]) -> None:
-        """Nothing: labels are arguments of the network's own forward."""
-
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, ClassCondition)
         return module(x_t.to(module.dtype), timestep=t.float() * 1000, class_labels=cond.label, return_dict=False)[0]
@@ -143,6 +143,6 @@ class DiTFamily:
     def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
         return skipped(module.transformer_blocks, blocks)
 
-    def pipeline(self, module: nn.Module) -> Any:
-        """ValueError: there is no stock pipeline that samples this model; see the class."""
+    def pipeline(self, parts: Mapping[str, nn.Module], **others: Any) -> Any:
+        """Raises ValueError: there is no stock pipeline that samples this model; see the class."""
         raise ValueError(f"pipeline: diffusers has none for {self.name} (DiTPipeline wants a VAE and a DDPM's variances); export_parts writes the parts")

@@ -1,10 +1,11 @@
-"""What the library asks of a model family: one file a family implements it, nothing outside `models/` knows more."""
+"""What the library asks of a model family: one file a family implements it, and nothing outside `models/` knows more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -12,12 +13,57 @@ from instep.core.size import VideoSize
 from instep.data.prompt import Prompt
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, PredictionType
+from instep.models.preset import Preset
+
+Task = Literal["text-to-image", "text-to-video", "image-to-video", "class-to-image"]
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What memory and time of a network follow from: tokens of one sample, text tokens, width of a token, width of the feed-forward layer, blocks."""
+
+    tokens: int
+    text_tokens: int
+    width: int
+    ffn: int
+    layers: int
+
+
+class ComfyUI(Protocol):
+    """How ComfyUI runs a family's models."""
+
+    def module(self, name: str) -> str:
+        """ComfyUI's name of a layer that a LoRA may adapt; ValueError if it has none."""
+        ...
+
+    def state_dict(self, denoiser: nn.Module) -> dict[str, Tensor]:
+        """A whole denoiser under the names that ComfyUI's loader reads."""
+        ...
+
+    def obstacle(self, pipe: Any) -> str | None:
+        """None if ComfyUI can run the pipeline's model, else the reason why it cannot."""
+        ...
+
+    def shift(self, levels: Sequence[float]) -> tuple[float, float]:
+        """The timestep shift at which ComfyUI's second level is ours, and the largest difference of all levels at that shift."""
+        ...
+
+    def workflow(self, levels: Sequence[float], size: VideoSize, prompt: str, model: str, lora: str | None, seed: int) -> dict[str, Any]:
+        """A graph of stock nodes in ComfyUI's API format; `model` and `lora` are file names."""
+        ...
 
 
 class Family(Protocol):
-    """A pretrained pipeline seen through what training needs. Latents x [B, C, (F,) H, W]; media [B, 3, (F,) H, W] in [0, 1].
+    """A pretrained diffusers pipeline as training, sampling, planning and export see it. Latents x are [B, C, (F,) H, W], media [B, 3, (F,) H, W] in [0, 1].
 
-    `pipe` is the diffusers pipeline, or None for a network that no stock pipeline samples: its students are exported as transformer and scheduler.
+    name, source: for records. size: height, width and frames of its samples (1 frame: images). pipe: the diffusers pipeline, or None for a network that no
+    stock pipeline samples; its students are exported as transformer and scheduler. shift: the timestep shift of the model's own sampler.
+
+    denoisers: the pipeline's component names of the network's parts, one, or one an expert. boundary: None for one network; of two experts the level in (0, 1)
+    at and above which the first one predicts. takes_first_frame: samples begin with a given image, which prompts carry.
+
+    axes: our axes in the order of the pipeline's latents, which is also the order it draws its noise in. passes_generator: whether the pipeline's call hands
+    `generator=` on to the scheduler, which re-noises with it.
     """
 
     name: str
@@ -28,27 +74,67 @@ class Family(Protocol):
     prediction_type: PredictionType
     latent_shape: tuple[int, ...]
     shift: float
+    preset: Preset
+    task: Task
     lora_targets: tuple[str, ...]
+    denoisers: tuple[str, ...]
+    boundary: float | None
+    takes_first_frame: bool
+    axes: tuple[int, ...]
+    passes_generator: bool
+    comfyui: ComfyUI | None
+
+    def at(self, size: VideoSize) -> Self:
+        """The same family at another size, around the same pipeline; ValueError for a size that the model cannot draw."""
+        ...
+
+    def with_pipe(self, pipe: Any, size: VideoSize) -> Self:
+        """The same kind of family around another pipeline."""
+        ...
+
+    def smallest(self) -> VideoSize:
+        """A size of a few tokens: whether two samplers agree does not depend on the size, but what asking costs does."""
+        ...
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first prompt that the model cannot take: without the first frame it needs, or with one that it has no use for."""
+        ...
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
-        """Frozen text encoders, one row a prompt."""
+        """Encodes prompts with the frozen text encoders, one row a prompt."""
         ...
 
     def unconditional(self, prompts: Sequence[Prompt]) -> Condition:
-        """What guidance leads away from, one row a prompt: its negative prompt, the empty text where it has none."""
+        """Encodes what guidance leads away from, one row a prompt: its negative prompt, the empty text where it has none."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to media: differentiable and *not* clamped (a clamped decode has no gradient where it saturates)."""
         ...
 
-    @property
-    def pretrained(self) -> nn.Module:
-        """The pretrained network itself, in eval mode: the teacher's, and under LoRA everybody's."""
+    def encode_media(self, media: Tensor) -> Tensor:
+        """Media [B, 3, (F,) H, W] in [0, 1] to latents [B, C, (F,) H, W]; ValueError where the model cannot."""
         ...
 
-    def new_backbone(self) -> nn.Module:
-        """A copy of the pretrained network for a role of its own, in eval mode."""
+    @property
+    def pretrained(self) -> nn.Module:
+        """The pretrained network itself, in eval mode: the teacher's, and under LoRA that of every role."""
+        ...
+
+    def new_backbone(self, trained: Sequence[str] | None = None) -> nn.Module:
+        """A copy of the pretrained network for a role of its own, in eval mode; parts that are not in `trained` (None: all are) are shared, not copied."""
+        ...
+
+    def parts(self, network: nn.Module) -> dict[str, nn.Module]:
+        """The parts of a network by their component names (`denoisers`)."""
+        ...
+
+    def join(self, parts: Mapping[str, nn.Module]) -> nn.Module:
+        """The network made of these parts: the inverse of `parts`."""
+        ...
+
+    def pipeline(self, parts: Mapping[str, nn.Module], **others: Any) -> Any:
+        """A stock diffusers pipeline around `parts`, and `others` in place of further components."""
         ...
 
     def prepare(self, module: nn.Module, current: Callable[[], Condition | None]) -> None:
@@ -59,11 +145,11 @@ class Family(Protocol):
         ...
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Raw network output in `prediction_type`; t in [0, 1]."""
+        """Raw network output in `prediction_type`; t [B] in [0, 1]."""
         ...
 
     def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
-        """The submodules whose outputs [B, width] are the time embedding (one, or one a block): what a role is told besides is added to each.
+        """The submodules whose outputs [B, width] are the time embedding (one, or one a block); a role adds its own embeddings to each output.
 
         Each is diffusers' `TimestepEmbedding`, whose last layer is `linear_2`: an export folds guidance scales into its bias.
         """
@@ -82,34 +168,32 @@ class Family(Protocol):
         ...
 
     def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
-        """A context in which the blocks of these numbers (0-based) pass on what they are given (skip-layer guidance); `skipped` is one.
+        """A context in which the blocks of these numbers (0-based) pass their input on unchanged (skip-layer guidance); `skipped` is one.
 
-        ValueError for a number that is no block's.
+        Raises ValueError for a number that is no block's.
         """
         ...
 
-    def pipeline(self, module: nn.Module) -> Any:
-        """A diffusers pipeline around `module` as its denoiser."""
+    def lora_key(self, part: str, layer: str) -> str:
+        """The name of a part's layer in a LoRA file, without `.lora_A.weight`."""
         ...
 
-
-class Encodes(Family, Protocol):
-    """A family that also turns media into latents: what training on people's own videos needs."""
-
-    def encode_media(self, media: Tensor) -> Tensor:
-        """Media [B, 3, (F,) H, W] in [0, 1] to latents [B, C, (F,) H, W]."""
+    def usual(self) -> tuple[int, float]:
+        """Steps and guidance that the pipeline's call takes unless they are given."""
         ...
 
-
-class ImageToVideo(Encodes, Protocol):
-    """A family whose prompts name the first frame of a video (`data/prompt.py`)."""
-
-    def first_frame(self, prompt: Prompt, size: VideoSize) -> Tensor:
-        """The prompt's first frame [3, H, W] in [0, 1] at `size`; ValueError for a prompt without one, or one that cannot be read."""
+    def stock_sample(
+        self, pipe: Any, prompts: Sequence[Prompt], *, steps: int, guidance: float, output: Literal["media", "latent"], guidance_2: float | None = None
+    ) -> Tensor:
+        """Samples of the stock pipeline at this family's size: media [B, 3, (F,) H, W] in [0, 1], or latents in the pipeline's order of axes."""
         ...
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """ValueError for the first prompt without a first frame, or with one that cannot be read."""
+    def calls(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+        """The prompts of each call of the stock pipeline: all at once, or one by one where a call takes one first frame."""
+        ...
+
+    def dimensions(self, network: nn.Module) -> Dimensions:
+        """What memory and time follow from, at this family's size; ValueError where that was not counted for the architecture."""
         ...
 
 
@@ -119,7 +203,7 @@ def _identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 @contextmanager
 def skipped(blocks: Sequence[nn.Module], numbers: Sequence[int], pass_on: Callable[..., Any] = _identity) -> Iterator[None]:
-    """Inside, `blocks[i].forward` is `pass_on` (by default, its first argument) for every i in `numbers`; ValueError for a number out of range."""
+    """A context in which `blocks[i].forward` is `pass_on` (by default, its first argument) for every i in `numbers`; ValueError for a number out of range."""
     chosen = block_numbers(numbers, len(blocks))
     for i in chosen:
         blocks[i].forward = pass_on  # type: ignore[method-assign]

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from instep.core.quiet import quiet
-from instep.core.size import VideoSize, as_size
-from instep.data.first_frame import FirstFrameReader, read_first_frame
+from instep.core.size import VideoSize
 from instep.data.prompt import Prompt, negatives_of, texts_of
-from instep.diffusion.path import RectifiedFlow
 from instep.diffusion.prediction import Condition
-from instep.models.family import skipped
+from instep.models.family import ComfyUI, Dimensions, skipped
+from instep.models.pipeline_family import PipelineFamily, has_part
+from instep.models.preset import Preset
+from instep.models.wan_comfyui import WanComfyUI, comfyui_module
 from instep.models.wan_vae import decode_latents, encode_latents
 
 # WanPipeline pads every prompt to this many tokens, without a mask
@@ -62,43 +60,56 @@ class PaddedTextProcessor(WanAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
-class WanFamily:
-    """A `WanPipeline` seen as a family (see `models/family.py`); latents are normalised as the transformer sees them."""
+# Wan 2.1 text-to-video: its card (50 steps, guidance 5) and the published few-step distillation of the 1.3B model (DMD2 as in Self-Forcing and DM-Align)
+WAN21 = Preset(
+    source="Wan 2.1 model card; DMD2 on Wan 2.1 1.3B as published with Self-Forcing",
+    guidance=5.0,
+    sampler_steps=50,
+    levels=(1.0, 0.9375, 0.8333333, 0.625),
+    student_lr=2e-6,
+    fake_lr=4e-7,
+    betas=(0.0, 0.999),
+    ema=0.99,
+    batch=64,
+)
 
-    path = RectifiedFlow()
-    prediction_type = "velocity"
+
+class WanFamily(PipelineFamily):
+    """A `WanPipeline` of one transformer seen as a family; latents are normalised as the transformer sees them."""
+
+    pipeline_class = "WanPipeline"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    comfyui: ComfyUI | None = WanComfyUI()
+    preset = WAN21
 
-    def __init__(self, pipe: Any, size: VideoSize | Sequence[int], name: str = "wan", source: str = "") -> None:
-        """`source` is where the pipeline was loaded from, for the run's record."""
-        size = as_size(size)
-        self.pipe, self.size, self.name, self.source = pipe, size, name, source
+    def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
+        super().__init__(pipe, size, name, source)
         self.shift = float(pipe.scheduler.config.get("flow_shift") or pipe.scheduler.config.get("shift") or 1.0)
-        spatial, temporal = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+        self._texts: dict[str, Tensor] = {}
+
+    @classmethod
+    def accepts(cls, parts: Mapping[str, Any]) -> bool:
+        return not has_part(parts, "transformer_2")
+
+    def check_pipeline(self, pipe: Any) -> None:
+        if getattr(pipe, "transformer_2", None) is not None:
+            raise ValueError("pipeline: it has two transformers (Wan 2.2's experts); load it with instep.load, which chooses the family of two experts")
+
+    def native_size(self) -> VideoSize:
+        return VideoSize(480, 832, 81)
+
+    def fit_size(self, size: VideoSize) -> tuple[int, ...]:
+        spatial, temporal = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
         if size.height % (2 * spatial) or size.width % (2 * spatial) or (size.frames - 1) % temporal:
             raise ValueError(
                 f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; height and width are multiples of "
                 f"{2 * spatial}, frames are {temporal} k + 1"
             )
-        self.latent_shape = WanStock(pipe).latent_shape(size)
-        self._texts: dict[str, Tensor] = {}
-        for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
-            part.eval().requires_grad_(False)
+        return (self.pipe.vae.config.z_dim, (size.frames - 1) // temporal + 1, size.height // spatial, size.width // spatial)
 
-    @classmethod
-    def load(cls, folder: Path, size: VideoSize, name: str = "wan") -> Self:
-        """From a diffusers folder, in float32, offline."""
-        with quiet():
-            from diffusers import WanPipeline
-
-            return cls(WanPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True), size, name, str(folder))
-
-    @property
-    def pretrained(self) -> nn.Module:
-        return self.pipe.transformer
-
-    def new_backbone(self) -> nn.Module:
-        return copy.deepcopy(self.pipe.transformer).eval()
+    def smallest(self) -> VideoSize:
+        side = 3 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size[1]
+        return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
     @torch.no_grad()
     def _text(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -164,53 +175,17 @@ class WanFamily:
     def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
         return skipped(module.blocks, blocks)
 
-    def pipeline(self, module: nn.Module) -> Any:
-        """A stock WanPipeline around `module`, whose attention processors are the stock ones again."""
-        from diffusers import WanPipeline
+    def lora_key(self, part: str, layer: str) -> str:
+        """The names that ComfyUI maps onto Wan and that diffusers converts by itself."""
+        return f"diffusion_model.{comfyui_module(layer)}"
 
-        return WanPipeline(**{**self.pipe.components, "transformer": stock_attention(module)})
-
-
-def stock_attention(module: nn.Module) -> nn.Module:
-    """A copy of a Wan transformer with the stock attention processors."""
-    plain = copy.deepcopy(module)
-    for block in plain.blocks:
-        block.attn2.set_processor(WanAttnProcessor())
-    return plain
+    def dimensions(self, network: nn.Module) -> Dimensions:
+        return wan_dimensions(network, self.size, self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Text(Condition):
-    """Text embeddings [B, 512, D] with the stock padding."""
-
-    text: Tensor
-
-
-class WanStock:
-    """A `WanPipeline` as `models/stock.py` asks for it."""
-
-    path = RectifiedFlow()
-    prediction_type = "velocity"
-    axes = (0, 1, 2, 3, 4)
-    passes_generator = False
-    size = VideoSize()
-
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
-
-    def latent_shape(self, size: VideoSize) -> tuple[int, ...]:
-        spatial, temporal = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
-        return (self.pipe.vae.config.z_dim, (size.frames - 1) // temporal + 1, size.height // spatial, size.width // spatial)
-
-    def smallest(self) -> VideoSize:
-        side = 3 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size[1]
-        return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[Prompt | str], size: VideoSize, first_frame: FirstFrameReader = read_first_frame) -> Condition:
-        text, _ = self.pipe.encode_prompt(texts_of(prompts), do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
-        return _Text(text=text)
-
-    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        assert isinstance(cond, _Text)
-        return module(x_t, t * 1000, cond.text.to(x_t), return_dict=False)[0]
+def wan_dimensions(network: Any, size: VideoSize, spatial: int = 8, temporal: int = 4) -> Dimensions:
+    """Of a Wan transformer at `size`; spatial, temporal: the compression of its VAE."""
+    config = network.config
+    pt, ph, pw = config.patch_size
+    tokens = ((size.frames - 1) // temporal + 1) // pt * (size.height // spatial // ph) * (size.width // spatial // pw)
+    return Dimensions(tokens, STOCK_TEXT_LENGTH, config.num_attention_heads * config.attention_head_dim, config.ffn_dim, config.num_layers)

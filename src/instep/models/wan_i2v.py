@@ -6,20 +6,19 @@ The transformer sees the noisy latents, a mask of what is known and the latents 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from instep.core.quiet import quiet
 from instep.core.size import VideoSize
-from instep.data.first_frame import FirstFrameReader, read_first_frame
-from instep.data.prompt import Prompt, as_prompts, texts_of
+from instep.data.first_frame import read_first_frame
+from instep.data.prompt import Prompt, as_prompts
 from instep.diffusion.prediction import Condition
-from instep.models.wan import STOCK_TEXT_LENGTH, WanCondition, WanFamily, WanStock, stock_attention
+from instep.models.family import ComfyUI, Task
+from instep.models.wan import WanCondition, WanFamily
 from instep.models.wan_vae import normalise
 
 if TYPE_CHECKING:
@@ -67,19 +66,22 @@ class WanImageFamily(WanFamily):
     A subclass may give other names of first frames a meaning (`first_frame`, `first_frame_key`).
     """
 
-    def __init__(self, pipe: Any, size: VideoSize, name: str = "wan-i2v", source: str = "") -> None:
-        """ValueError for a variant that is conditioned otherwise: with an image encoder, per-token timesteps or a second transformer."""
-        check_variant(pipe)
+    pipeline_class = "WanImageToVideoPipeline"
+    task: Task = "image-to-video"
+    takes_first_frame = True
+    comfyui: ComfyUI | None = None
+
+    def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
         self._first_frames: dict[str, Tensor] = {}
 
     @classmethod
-    def load(cls, folder: Path, size: VideoSize, name: str = "wan-i2v") -> Self:
-        """From a diffusers folder, in float32, offline."""
-        with quiet():
-            from diffusers import WanImageToVideoPipeline
+    def accepts(cls, parts: Mapping[str, Any]) -> bool:
+        return True
 
-            return cls(WanImageToVideoPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True), size, name, str(folder))
+    def check_pipeline(self, pipe: Any) -> None:
+        """Raises ValueError for a variant that is conditioned otherwise: with an image encoder, timesteps a token or a second transformer."""
+        check_variant(pipe)
 
     def first_frame(self, prompt: Prompt, size: VideoSize) -> Tensor:
         """The prompt's first frame [3, H, W] in [0, 1] at `size`; ValueError for a prompt without one, or one that cannot be read."""
@@ -126,11 +128,9 @@ class WanImageFamily(WanFamily):
         assert isinstance(cond, WanImageCondition) and cond.first_frame is not None, "a first frame is needed; an unconditional prompt is stacked on one"
         return super().forward(module, torch.cat([x_t, cond.first_frame.to(x_t)], 1), t, cond)
 
-    def pipeline(self, module: nn.Module) -> Any:
-        """A stock WanImageToVideoPipeline around a copy of `module`, whose attention processors are the stock ones again."""
-        from diffusers import WanImageToVideoPipeline
-
-        return WanImageToVideoPipeline(**{**self.pipe.components, "transformer": stock_attention(module)})
+    def call_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        (prompt,) = prompts
+        return {"image": self.first_frame(prompt, self.size)[None]}
 
 
 def check_variant(pipe: Any) -> None:
@@ -145,29 +145,3 @@ def check_variant(pipe: Any) -> None:
     expected = 2 * z + pipe.vae_scale_factor_temporal
     if (config.in_channels, config.out_channels) != (expected, z):
         raise ValueError(f"pipeline: a transformer of {config.in_channels} channels in, {config.out_channels} out does not fit its VAE; {expected} and {z} do")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TextAndFirstFrame(Condition):
-    """Text embeddings [B, 512, D] with the stock padding, and what is known [B, k + z, f, h, w]."""
-
-    text: Tensor
-    first_frame: Tensor
-
-
-class WanImageStock(WanStock):
-    """A `WanImageToVideoPipeline` as `models/stock.py` asks for it."""
-
-    def __init__(self, pipe: Any) -> None:
-        check_variant(pipe)
-        super().__init__(pipe)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[Prompt | str], size: VideoSize, first_frame: FirstFrameReader = read_first_frame) -> Condition:
-        text, _ = self.pipe.encode_prompt(texts_of(prompts), do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
-        first_frames = torch.stack([first_frame(prompt, size) for prompt in as_prompts(prompts)]).to(self.pipe.transformer.device)
-        return _TextAndFirstFrame(text=text, first_frame=known_latents(self.pipe.vae, first_frames, size.frames))
-
-    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        assert isinstance(cond, _TextAndFirstFrame)
-        return module(torch.cat([x_t, cond.first_frame], 1), t * 1000, cond.text.to(x_t), return_dict=False)[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +16,6 @@ from instep.rewards.base import Reward, checked_scores
 from instep.rewards.decoded import _media
 from instep.rewards.ranker import relative
 from instep.rewards.several import Several
-
-if TYPE_CHECKING:
-    from instep.models.family import ImageToVideo
 
 
 def check_inputs(
@@ -35,18 +31,15 @@ def check_inputs(
     if not prompts:
         raise ValueError("prompts: the list is empty; give at least one prompt")
     for names in (prompts, real.prompts if real else (), pairs.prompts if pairs else ()):
-        check_prompts(family, names)
+        family.check_prompts(names)
     if recipe.sampler == "ode" and family.pipe is None:
         raise ValueError(
             f"model: {family.name} has no stock pipeline, and {recipe.name} leaves a many-step model, which is exported as one; choose a recipe that distils"
         )
     if recipe.sampler == "few-step":
         from instep.export.scheduler import few_step_scheduler
-        from instep.models.stock import stock
 
-        # a student of a pipeline that is not known, or whose levels no stock scheduler gives, could not be exported once it is trained
-        if family.pipe is not None:
-            stock(family.pipe)
+        # a student whose levels no stock scheduler gives could not be exported once it is trained
         few_step_scheduler(family.path, recipe.levels, family.prediction_type)
     first = next((stage for stage in recipe.stages if stage.steps), None)
     if first and recipe.sampler == "ode" and not first.uses_guidance and (first.guidance_scales or recipe.guidance != 1) and start_from is None:
@@ -96,14 +89,6 @@ def check_inputs(
         if "gradient" in recipe.needs:
             for part in reward.parts if isinstance(reward, Several) else (reward,):
                 _check_gradient(family, part, trial, pair)
-
-
-def check_prompts(family: Family, prompts: Sequence[Prompt]) -> None:
-    """ValueError for a prompt without a first frame where the model begins with one, and for one with a first frame where it takes none."""
-    if hasattr(family, "check_prompts"):
-        cast("ImageToVideo", family).check_prompts(prompts)
-    elif named := next((prompt for prompt in prompts if prompt.image is not None), None):
-        raise ValueError(f"prompts: {str(named)!r} names a first frame, and {family.name} takes text alone; leave the image out, or choose another model")
 
 
 def _blunt(reward: Reward) -> Reward:

@@ -152,7 +152,7 @@ def comfyui_workflow(levels: Sequence[float], size: VideoSize, prompt: str, mode
     }
 
 
-def runs_in_comfyui(pipeline: Any) -> str | None:
+def comfyui_obstacle(pipeline: Any) -> str | None:
     """None if text encoder and VAE are the ones ComfyUI has for Wan 2.1, else the reason why ComfyUI cannot run the
     model.
     """
@@ -162,3 +162,22 @@ def runs_in_comfyui(pipeline: Any) -> str | None:
     if vae.is_residual or vae.base_dim != 96 or vae.z_dim != 16:
         return "its VAE is not the Wan 2.1 one"
     return None
+
+
+class WanComfyUI:
+    """ComfyUI's Wan, as `models/family.py` asks for it."""
+
+    def module(self, name: str) -> str:
+        return comfyui_module(name)
+
+    def state_dict(self, denoiser: nn.Module) -> dict[str, Tensor]:
+        return comfyui_state_dict(denoiser)
+
+    def obstacle(self, pipe: Any) -> str | None:
+        return comfyui_obstacle(pipe)
+
+    def shift(self, levels: Sequence[float]) -> tuple[float, float]:
+        return comfyui_shift(levels)
+
+    def workflow(self, levels: Sequence[float], size: VideoSize, prompt: str, model: str, lora: str | None, seed: int) -> dict[str, Any]:
+        return comfyui_workflow(levels, size, prompt, model, lora, seed)

@@ -1,0 +1,39 @@
+"""The list of families: which class reads which diffusers pipeline. A new family is one file in this room and its line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from instep.core.size import VideoSize
+from instep.models.pipeline_family import PipelineFamily
+
+# the pipeline's class in diffusers -> the families that read it, as module:class; the first that accepts a pipeline's parts takes it
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "WanPipeline": ("instep.models.wan:WanFamily",),
+    "WanImageToVideoPipeline": ("instep.models.wan_i2v:WanImageFamily",),
+    "CogVideoXPipeline": ("instep.models.cogvideox:CogVideoXFamily",),
+}
+
+
+def family_class(kind: str, parts: Mapping[str, Any]) -> type[PipelineFamily]:
+    """The family of a pipeline class by its name and its parts (of model_index.json, or the components); ValueError for one that no family knows."""
+    for entry in FAMILIES.get(kind, ()):
+        module, _, name = entry.partition(":")
+        found: type[PipelineFamily] = getattr(import_module(module), name)
+        if found.accepts(parts):
+            return found
+    raise ValueError(f"model: it is a {kind}, which no family knows yet; allowed: {', '.join(FAMILIES)}")
+
+
+def family_of(pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> PipelineFamily:
+    """Wrap a diffusers pipeline in its family, at `size` or the model's own; its networks are frozen and put into eval mode.
+
+    Raises ValueError for a pipeline that no family knows.
+    """
+    kind, source = type(pipe).__name__, source or str(getattr(pipe, "name_or_path", None) or "")
+    if kind not in FAMILIES:
+        raise ValueError(f"family: {kind} is not a pipeline that a family knows; allowed: {', '.join(FAMILIES)}")
+    return family_class(kind, pipe.components)(pipe, size, name or Path(source).name or kind, source)
