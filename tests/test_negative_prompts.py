@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from instep.models.stock import draw
 from test_run import EVERY, PROMPTS, family, interrupted_before, same
 from test_run_family import SHORT
 from tiny import tiny_cogvideox_pipeline, tiny_wan_i2v_pipeline
@@ -22,7 +23,6 @@ from instep.models import load
 from instep.models.backbone import Backbone
 from instep.models.cogvideox import CogVideoXFamily
 from instep.models.role import Role
-from instep.models.stock import draw
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.training import run as module
