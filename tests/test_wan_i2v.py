@@ -269,7 +269,10 @@ def test_killed_anywhere_it_ends_the_same(aligned, tmp_path, at):
 @pytest.mark.parametrize("lora", [None, 4])
 def test_a_few_step_student_is_exported_and_checked_against_the_stock_pipeline(tmp_path, lora):
     run = train(dmd2(replace(SHORT, lora_rank=lora), iterations=1), family(), out=tmp_path / "run", prompts=PROMPTS, options=QUICK)
-    assert main(["sample", str(run.student), "--copies", "1", "--out", str(tmp_path / "s.webp")]) == 0
+    Image.new("RGB", (WIDTH, HEIGHT), (90, 20, 200)).save(tmp_path / "first.png")
+    assert (
+        main(["sample", str(run.student), "--prompts", f"a seven [image: {tmp_path / 'first.png'}]", "--copies", "1", "--out", str(tmp_path / "s.webp")]) == 0
+    )
     from instep.export.verify import verify_export
 
     assert verify_export(run.student, [1.0, 0.75], prompts=PROMPTS[:2], size=SIZE, family=family()) < 2e-4
