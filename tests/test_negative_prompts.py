@@ -7,19 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from instep.models.stock import draw
 from test_run import EVERY, PROMPTS, family, interrupted_before, same
 from test_run_family import SHORT
 from tiny import tiny_cogvideox_pipeline, tiny_wan_i2v_pipeline
 
+from instep.bundled import load
 from instep.bundled.drawn_frames import first_frame
 from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily
 from instep.cli.main import main
 from instep.core.size import VideoSize
-from instep.data.prompt import Prompt, with_negative
+from instep.data.prompt import Prompt, as_prompts, with_negative
 from instep.data.samples import RealSamples
 from instep.diffusion.guidance import GuidedDenoiser
-from instep.models import load
 from instep.models.backbone import Backbone
 from instep.models.cogvideox import CogVideoXFamily
 from instep.models.role import Role
@@ -101,7 +100,7 @@ def test_the_stock_pipeline_gets_it_where_it_is_guided():
 
     def drawn(prompts, guidance):
         torch.manual_seed(0)
-        return draw(fam.pipe, prompts, fam.size, steps=2, guidance=guidance, output="latent")
+        return fam.stock_sample(fam.pipe, as_prompts(prompts), steps=2, guidance=guidance, output="latent")
 
     negative = with_negative(PROMPTS[:2], NEGATIVE)
     assert torch.equal(drawn(negative, 1.0), drawn(PROMPTS[:2], 1.0))
