@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from instep.diffusion.path import broadcast
 from instep.diffusion.prediction import Condition, Denoiser, Prediction
 
 
@@ -47,11 +48,34 @@ class GuidedDenoiser:
         return Prediction(guide(c, u, self.guidance), guide(vc, vu, self.guidance))
 
 
-def predict_guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition, w: float) -> Guided:
+@dataclass(frozen=True)
+class GuidanceByLevel:
+    """Guidance of a model of two experts: `scale` at levels from `boundary` up, `scale_2` below it (diffusers' guidance_scale and guidance_scale_2)."""
+
+    scale: float
+    scale_2: float
+    boundary: float
+
+    def at(self, t: Tensor) -> Tensor:
+        """The scale of each level, [B] -> [B]."""
+        return torch.where(t >= self.boundary, self.scale, self.scale_2)
+
+
+def by_level(guidance: float, guidance_2: float | None, boundary: float | None) -> float | GuidanceByLevel:
+    """One scale for all levels, unless a model of two experts has a second one."""
+    return guidance if boundary is None or guidance_2 in (None, guidance) else GuidanceByLevel(guidance, float(guidance_2), boundary)  # type: ignore[arg-type]
+
+
+def scale_at(w: float | GuidanceByLevel, t: Tensor, like: Tensor) -> float | Tensor:
+    """The scale at levels t [B], shaped to multiply `like` [B, ...]; a number where it is the same at all levels."""
+    return w if isinstance(w, int | float) else broadcast(w.at(t).to(like), like)
+
+
+def predict_guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition, w: float | GuidanceByLevel) -> Guided:
     """Conditional and unconditional prediction in one stacked call of 2 B samples (one of B if w = 1)."""
     if w == 1:
         x0 = denoiser(x_t, t, cond).x0
         return Guided(x0, x0, x0)
     both = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(null)).x0
     c, u = both.chunk(2)
-    return Guided(guide(c, u, w), c, u)
+    return Guided(guide(c, u, scale_at(w, t, c)), c, u)

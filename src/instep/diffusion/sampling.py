@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from instep.diffusion.guidance import predict_guided
+from instep.diffusion.guidance import GuidanceByLevel, predict_guided
 from instep.diffusion.guidance_scales import GuidanceScales
 from instep.diffusion.levels import shift_level
 from instep.diffusion.path import Path
@@ -87,7 +87,7 @@ def sample_ode(
     steps: int,
     path: Path,
     shift: float = 1.0,
-    guidance: float = 1.0,
+    guidance: float | GuidanceByLevel = 1.0,
     callback: Callback | None = None,
 ) -> Tensor:
     """Samples the probability-flow ODE, noise [B, ...] -> x0 [B, ...]; `steps` evaluations, twice that if guidance is not 1.
@@ -106,7 +106,7 @@ def _deterministic(
     noise: Tensor,
     levels: Sequence[float] | Tensor,
     path: Path,
-    guidance: float,
+    guidance: float | GuidanceByLevel,
     callback: Callback | None = None,
 ) -> Tensor:
     """Guided deterministic sampling along `levels`, then to a clean sample."""

@@ -34,7 +34,7 @@ class Adversarial(Force):
     def __call__(self, view: View) -> Tensor:
         samples = view.samples
         point = samples.point(self.on).detach()
-        t = self.levels(len(point.x), progress=view.progress, t_exit=point.level, rng=view.rng).to(point.x)
+        t = view.levels(self.levels, len(point.x), point.level).to(point.x)
         noise = view.randn_like(point.x)
         with torch.enable_grad():
             x = point.x.detach().requires_grad_()

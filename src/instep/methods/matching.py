@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from instep.diffusion.guidance import guide, predict_guided
+from instep.diffusion.guidance import guide, predict_guided, scale_at
 from instep.diffusion.levels import LevelSampler, Uniform
 from instep.diffusion.prediction import at_scale
 from instep.diffusion.rollout import Point, Where
@@ -42,7 +42,7 @@ class Matching:
 class DistributionMatching(Force):
     """g = H(x - x0_real, x - x0_fake) / mean|x - x0_real| per sample, at a re-noised level.
 
-    x0_real is the teacher's prediction with `guidance` (w = 1 is none), x0_fake the fake's without, told the exit if it is
+    x0_real is the teacher's prediction with `guidance` (w = 1 is none; `guidance_2` of a second expert), x0_fake the fake's without, told the exit if it is
     conditioned on it. All in float32: casting the predictions back to half precision before the difference costs 2 to 24 % of it.
 
     `ca_levels` gives the guidance term (w - 1)(d_cond - d_uncond) levels and noise of its own (Decoupled-DMD); each of the two terms is
@@ -54,17 +54,23 @@ class DistributionMatching(Force):
     on: Where = "exit"
     levels: LevelSampler = field(default_factory=Uniform)
     guidance: float = 1.0
+    guidance_2: float | None = None
     operator: Operator = field(default_factory=Standard)
     ca_levels: LevelSampler | None = None
     adapter: Annealed | None = None
     adapter_of: str = "teacher"
 
     @property
+    def second(self) -> float:
+        """The guidance of a second expert."""
+        return self.guidance if self.guidance_2 is None else self.guidance_2
+
+    @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"reward"}) if self.operator.needs_advantage else NOTHING
 
     def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        teacher = 1.0 if self.guidance == 1 else 2.0 if self.ca_levels is None else 3.0
+        teacher = 1.0 if self.guidance == self.second == 1 else 2.0 if self.ca_levels is None else 3.0
         return teacher + 1.0, 0.0
 
     def __call__(self, view: View) -> Tensor:
@@ -78,9 +84,10 @@ class DistributionMatching(Force):
         t, x_t = self._renoised(view, point, self.levels)
         null = view.batch.null.repeat(samples.group)
         teacher = view.roles["teacher"] if self.adapter is None else at_scale(view.roles[self.adapter_of], self.adapter.at(view.progress))
-        if self.ca_levels is None or self.guidance == 1:
-            here = predict_guided(teacher, x_t, t, samples.cond, null, self.guidance)
-            real, cond, ca = here.x0, here.cond, (self.guidance - 1) * (here.uncond - here.cond)
+        if self.ca_levels is None or self.guidance == self.second == 1:
+            w = view.guidance(self.guidance, self.guidance_2)
+            here = predict_guided(teacher, x_t, t, samples.cond, null, w)
+            real, cond, ca = here.x0, here.cond, (scale_at(w, t, x) - 1) * (here.uncond - here.cond)
             scale = distance(x, real)
         else:
             t_ca, x_ca = self._renoised(view, point, self.ca_levels)
@@ -89,14 +96,15 @@ class DistributionMatching(Force):
             cond, cond_ca, uncond_ca = stacked.chunk(3)
             scale = distance(x, cond)
             # each term in the units of its own level: divided by `scale` below, this is its own normalisation
-            ca = (self.guidance - 1) * (uncond_ca - cond_ca) * scale / distance(x, guide(cond_ca, uncond_ca, self.guidance))
+            w_ca = scale_at(view.guidance(self.guidance, self.guidance_2), t_ca, x)
+            ca = (w_ca - 1) * (uncond_ca - cond_ca) * scale / distance(x, guide(cond_ca, uncond_ca, w_ca))
             real = cond - ca
         fake = view.roles["fake"](x_t, t, samples.cond.at_exit(point.exit_id)).x0
         d = Displacements(x - real, x - fake, fake - cond, ca)
         return Matching(x, t, real, fake, self.operator(d, samples.advantage, samples.reward) / scale)
 
     def _renoised(self, view: View, point: Point, levels: LevelSampler) -> tuple[Tensor, Tensor]:
-        t = levels(len(point.x), progress=view.progress, t_exit=point.level, rng=view.rng).to(point.x)
+        t = view.levels(levels, len(point.x), point.level).to(point.x)
         return t, view.path.renoise(point.x, view.randn_like(point.x), t)
 
 

@@ -82,7 +82,7 @@ class Preference(Objective):
         pairs = draw(view)
         n = len(pairs.x) // 2
         for levels in self.levels.window:
-            t = levels(n, progress=view.progress, t_exit=None, rng=view.rng).to(pairs.x).repeat(2)
+            t = view.levels(levels, n).to(pairs.x).repeat(2)
             noise = view.randn_like(pairs.x[:n]).repeat(2, *(1,) * (pairs.x.ndim - 1))
             with torch.no_grad():
                 before = denoising_error(view.roles["reference"], view, pairs.x, t, noise, pairs.cond, "velocity").chunk(2)

@@ -212,10 +212,14 @@ class Stage:
         return bool(self.needs & {"reward", "trajectory", "final"}) or "final" in self.live
 
 
+Experts = Literal["both", "high", "low"]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. `levels` are those of the exported student; `sampler` is few-step, or ode for a recipe that leaves the student a many-step
     model, sampled with `guidance` as its teacher is. `latent_reward`: its latent reward model, if it has one.
+    `guidance_2`: of the second expert of a model that has two; `experts`: which of them student and fake train.
     `source`: of a user's own recipe, the function that made it and the hash of its file; None of a bundled one."""
 
     name: str
@@ -226,6 +230,8 @@ class Recipe:
     sampler: Literal["few-step", "ode"] = "few-step"
     latent_reward: LatentRewardConfig | None = None
     source: str | None = None
+    guidance_2: float | None = None
+    experts: Experts = "both"
 
     def __post_init__(self) -> None:
         check_levels(self.levels)

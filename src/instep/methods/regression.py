@@ -57,5 +57,5 @@ class Denoising(Objective):
     def __call__(self, view: View) -> Iterator[Tensor]:
         real = view.batch.real
         assert real is not None, "fine-tuning needs real samples in the batch"
-        t = self.levels(len(real), progress=view.progress, t_exit=None, rng=view.rng).to(real)
+        t = view.levels(self.levels, len(real)).to(real)
         yield denoising_error(view.roles["student"], view, real, t, view.randn_like(real), view.batch.cond, "velocity").mean()

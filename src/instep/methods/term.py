@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from instep.data.prompt import Prompt
+from instep.diffusion.bands import WHOLE, Band, draw_in_band
+from instep.diffusion.guidance import GuidanceByLevel, by_level
+from instep.diffusion.levels import LevelSampler
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.rollout import Rollout, Where
@@ -79,6 +82,7 @@ class View:
 
     `epoch` counts the inner epochs on one rollout. `reward_grad_fn` of latents [B, ...] and their prompts -> [B] can be differentiated, or [B, R] for
     several rewards with their `weights`; None where the run has no such reward. `latent_reward` is the latent reward model, `labels` what it learns from.
+    `boundary` is the level between two experts, and `band` the levels of the one that this micro-batch trains; all of them for a model of one network.
     """
 
     roles: Mapping[str, Denoiser]
@@ -92,11 +96,21 @@ class View:
     weights: tuple[float, ...] = (1.0,)
     latent_reward: LatentReward | None = None
     labels: Labels | None = None
+    band: Band = WHOLE
+    boundary: float | None = None
 
     @property
     def samples(self) -> Rollout:
         assert self.rollout is not None, "this stage has no rollout, but a term asks for one"
         return self.rollout
+
+    def levels(self, sampler: LevelSampler, n: int, t_exit: Tensor | None = None) -> Tensor:
+        """n levels of the sampler within the view's band, [n]; `t_exit` [n] are the levels that the samples were predicted at."""
+        return draw_in_band(lambda: sampler(n, progress=self.progress, t_exit=t_exit, rng=self.rng), self.band)
+
+    def guidance(self, guidance: float, guidance_2: float | None) -> float | GuidanceByLevel:
+        """The guidance of this model: of two experts, each one's own scale."""
+        return by_level(guidance, guidance_2, self.boundary)
 
     def with_rollout(self, rollout: Rollout | None) -> View:
         return replace(self, rollout=rollout)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
@@ -56,8 +57,10 @@ class ActiveCall:
 class Backbone:
     """A network of a family that one or several roles run on."""
 
-    def __init__(self, family: Family, module: nn.Module, *, checkpointing: bool = False) -> None:
+    def __init__(self, family: Family, module: nn.Module, *, checkpointing: bool = False, trained: Sequence[str] | None = None) -> None:
+        """`trained`: the parts of the network (of two experts) that roles on it own and adapt; None: all."""
         self.family, self.module = family, module
+        self.trained = None if trained is None or set(trained) == set(family.denoisers) else tuple(trained)
         self._call: CallContext | None = None
         self._adapters: dict[str, LoRA] = {}
         self._watched = False
@@ -103,7 +106,7 @@ class Backbone:
 
         if not self._adapters:
             self.module.requires_grad_(False)
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(self.family.lora_targets), init_lora_weights=True)
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=self._lora_targets(), init_lora_weights=True)
         with warnings.catch_warnings():
             # student and fake are two adapters on one module: meant, and peft asks whether it is
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
@@ -111,6 +114,17 @@ class Backbone:
         self._adapters[name] = lora
         for layer in self._lora_layers():
             layer.set_requires_grad(list(self._adapters), True)
+
+    def _lora_targets(self) -> list[str] | str:
+        """The layers that an adapter touches: names, or where only some parts are trained a pattern."""
+        if self.trained is None:
+            return list(self.family.lora_targets)
+        return rf"({'|'.join(map(re.escape, self.trained))})\..*\b({'|'.join(map(re.escape, self.family.lora_targets))})"
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the trained parts."""
+        named = dict(self.module.named_parameters())
+        return named if self.trained is None else {key: p for key, p in named.items() if key.split(".")[0] in self.trained}
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         return {key: p for key, p in self.module.named_parameters() if f".{name}." in key and "lora_" in key}

@@ -91,7 +91,7 @@ class Role:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What this role owns: its adapter's parameters or its full copy, its exit embedding, its head and its guidance embedding."""
         backbone = self.backbone
-        own = backbone.adapter_parameters(self.adapter) if self.adapter else dict(backbone.module.named_parameters())
+        own = backbone.adapter_parameters(self.adapter) if self.adapter else backbone.own_parameters()
         if self.exits is not None:
             own |= {"exits.weight": self.exits.weight}
         if self.head is not None:

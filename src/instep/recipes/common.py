@@ -11,7 +11,7 @@ from instep.methods.adapted_teacher import Annealed
 from instep.methods.critics import FakeScoreGANLoss, FakeScoreLoss
 from instep.methods.matching import DistributionMatching
 from instep.methods.operators import Operator, Standard
-from instep.methods.recipe import AdamWConfig, Advantage, LatentRewardConfig, LoRA, Recipe, RoleConfig, RolloutConfig, Stage
+from instep.methods.recipe import AdamWConfig, Advantage, Experts, LatentRewardConfig, LoRA, Recipe, RoleConfig, RolloutConfig, Stage
 from instep.methods.term import Critic, Term
 
 
@@ -43,6 +43,10 @@ class Common:
     """Train adapters of this rank on one shared backbone instead of full copies."""
     accumulate: int = 1
     """Micro-batches a student update."""
+    guidance_2: float | None = None
+    """Guidance of the teacher's second, low-noise expert (Wan 2.2); default: the same as guidance."""
+    experts: Experts = "both"
+    """Which experts of a model of two (Wan 2.2) student and fake train: both, or the high-noise or the low-noise one with the other frozen."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "critic_updates", "accumulate"):
@@ -71,7 +75,13 @@ class Common:
     ) -> DistributionMatching:
         """The matching force: DMD's, but for what is given."""
         return DistributionMatching(
-            weight=weight, guidance=self.guidance, levels=levels or self.renoise, operator=operator or Standard(), ca_levels=ca_levels, adapter=adapter
+            weight=weight,
+            guidance=self.guidance,
+            guidance_2=self.guidance_2,
+            levels=levels or self.renoise,
+            operator=operator or Standard(),
+            ca_levels=ca_levels,
+            adapter=adapter,
         )
 
     def critic(self, *, tilt: float = 0.0, gan: float = 0.0, levels: LevelSampler | None = None) -> Critic:
@@ -137,7 +147,9 @@ class Common:
             "fake": RoleConfig(self.fake, lora, exits=self.condition_on_exit, head=head),
             "teacher": teacher or RoleConfig(),
         }
-        return Recipe(name, self.levels, with_copies(roles, stages), stages, self.guidance, latent_reward=latent_reward)
+        return Recipe(
+            name, self.levels, with_copies(roles, stages), stages, self.guidance, latent_reward=latent_reward, guidance_2=self.guidance_2, experts=self.experts
+        )
 
 
 def adapter(rank: int | None) -> LoRA | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from instep.data.prompt import Prompt
+from instep.diffusion.bands import Band, bands_of
 from instep.methods.recipe import Recipe
 from instep.models.backbone import Backbone
 from instep.models.family import Family
@@ -18,10 +19,11 @@ from instep.training.state import RewardFn, TrainedParams, TrainState
 
 def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -> dict[str, Role]:
     """Every role of the recipe. Adapters and the frozen teacher share the family's own network; other roles get a copy."""
-    shared = Backbone(family, family.pretrained, checkpointing=checkpointing)
+    trained = trained_parts(recipe, family)
+    shared = Backbone(family, family.pretrained, checkpointing=checkpointing, trained=trained)
     # before any adapter is put into the shared network, which a copy would have too
     copies = {
-        name: Backbone(family, family.new_backbone().requires_grad_(config.optim is not None), checkpointing=checkpointing)
+        name: Backbone(family, _copy(family, trained, config.optim is not None), checkpointing=checkpointing, trained=trained)
         for name, config in recipe.roles.items()
         if config.lora is None and (config.optim is not None or config.copy)
     }
@@ -45,6 +47,26 @@ def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -
                 name, copies.get(name, shared), exits=exits, head=config.head, prediction_type=config.prediction_type, guidance_range=config.guidance_range
             )
     return made
+
+
+def trained_parts(recipe: Recipe, family: Family) -> tuple[str, ...]:
+    """The parts of the network that student and fake train: all, or of two experts those that the recipe names."""
+    return {"both": family.denoisers, "high": family.denoisers[:1], "low": family.denoisers[1:]}[recipe.experts]
+
+
+def trained_bands(recipe: Recipe, family: Family) -> tuple[Band, ...]:
+    """The levels of those parts."""
+    bands = bands_of(family.boundary)
+    return {"both": bands, "high": bands[:1], "low": bands[1:]}[recipe.experts]
+
+
+def _copy(family: Family, trained: Sequence[str], requires_grad: bool) -> nn.Module:
+    """A copy of the trained parts; a frozen expert is the pretrained one itself."""
+    network = family.new_backbone(trained)
+    for name, part in family.parts(network).items():
+        if name in trained:
+            part.requires_grad_(requires_grad)
+    return network
 
 
 def make_state(
@@ -82,6 +104,8 @@ def make_state(
         reference=reference,
         average=average,
         latent_reward=latent_reward,
+        boundary=family.boundary,
+        bands=trained_bands(recipe, family),
     )
 
 

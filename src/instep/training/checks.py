@@ -10,12 +10,14 @@ from torch import Tensor
 
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
+from instep.diffusion.bands import in_band
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.rewards.base import Reward, checked_scores
 from instep.rewards.decoded import _media
 from instep.rewards.ranker import relative
 from instep.rewards.several import Several
+from instep.training.build import trained_bands
 
 
 def check_inputs(
@@ -32,6 +34,7 @@ def check_inputs(
         raise ValueError("prompts: the list is empty; give at least one prompt")
     for names in (prompts, real.prompts if real else (), pairs.prompts if pairs else ()):
         family.check_prompts(names)
+    _check_experts(recipe, family)
     if recipe.sampler == "ode" and family.pipe is None:
         raise ValueError(
             f"model: {family.name} has no stock pipeline, and {recipe.name} leaves a many-step model, which is exported as one; choose a recipe that distils"
@@ -89,6 +92,24 @@ def check_inputs(
         if "gradient" in recipe.needs:
             for part in reward.parts if isinstance(reward, Several) else (reward,):
                 _check_gradient(family, part, trial, pair)
+
+
+def _check_experts(recipe: Recipe, family: Family) -> None:
+    """Raises ValueError for experts of a model that has one network, and for trained experts that none of the student's levels belongs to."""
+    if family.boundary is None:
+        if recipe.experts != "both" or recipe.guidance_2 is not None:
+            name = "experts" if recipe.experts != "both" else "guidance_2"
+            raise ValueError(f"{name}: {getattr(recipe, name)} is not allowed; {family.name} has one network, not two experts; leave it out")
+        return
+    levels, bands = torch.tensor(recipe.levels), trained_bands(recipe, family)
+    if not any(bool(in_band(levels, band).any()) for band in bands):
+        raise ValueError(
+            f"experts: {recipe.experts} is not allowed; the student's levels {list(recipe.levels)} all lie in the other expert's band (boundary "
+            f"{family.boundary:g}); use more steps, another shift, or experts both"
+        )
+    last = any(bool(in_band(levels[-1], band)) for band in bands)
+    if not last and any("final" in stage.live for stage in recipe.stages if stage.steps):
+        raise ValueError(f"experts: {recipe.experts} is not allowed; {recipe.name} has forces at the final sample, whose last step the frozen expert makes")
 
 
 def _blunt(reward: Reward) -> Reward:

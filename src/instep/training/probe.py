@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from instep.data.prompt import Prompt, as_prompts, with_negative
+from instep.diffusion.guidance import GuidanceByLevel
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.sampling import Sampling, sample_ode
 from instep.models.family import Family
@@ -72,7 +73,7 @@ class Probe:
             metrics["modes"] = self.monitor.modes(self.family.decode(self._sample(generate, names)).clamp(0, 1))
         return metrics, media
 
-    def teacher(self, denoiser: Denoiser, guidance: float, steps: int = 25) -> tuple[dict[str, float], Tensor]:
+    def teacher(self, denoiser: Denoiser, guidance: float | GuidanceByLevel, steps: int = 25) -> tuple[dict[str, float], Tensor]:
         """The same metrics of the many-step teacher, which mean brightness, saturation and motion are compared with; modes are left out, for their cost."""
 
         def generate(cond: Condition, null: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from instep.core.files import write_json
 from instep.core.lock import run_lock
 from instep.data.prompt import Prompt, with_negative
 from instep.data.samples import PairSamples, RealSamples
+from instep.diffusion.guidance import by_level
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.recipes import as_recipe
@@ -122,6 +123,7 @@ def train(
                 n=options.teacher_samples,
                 steps=TEACHER_STEPS,
                 guidance=recipe.guidance,
+                guidance_2=recipe.guidance_2,
                 shift=family.shift,
                 seed=options.seed,
             )
@@ -270,7 +272,8 @@ class Loop:
         """The teacher's own metrics on the probe's prompts: taken once and kept with the run."""
         file = self.out / "teacher_probe.json"
         if not file.is_file():
-            metrics, _ = self.probe.teacher(self.state.roles["teacher"], self.recipe.guidance)
+            guidance = by_level(self.recipe.guidance, self.recipe.guidance_2, self.family.boundary)
+            metrics, _ = self.probe.teacher(self.state.roles["teacher"], guidance)
             write_json(file, metrics)
         return json.loads(file.read_text(encoding="utf-8"))
 

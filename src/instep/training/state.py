@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.data.prompt import Prompt
+from instep.diffusion.bands import WHOLE, Band
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Denoiser
 from instep.methods.latent_reward_model import LatentReward
@@ -62,6 +63,8 @@ class TrainState:
     advantages where a stage shares one. `reference` are the parameters of the role of that name, in the student's order, and `reference_stage` the
     stage at whose beginning they were taken from the student. `average` are those of the role of that name, which is kept at the student's running
     average; `latent_reward` is the latent reward model.
+
+    `boundary` is the level between two experts, `bands` are those of the experts that are trained; all levels for a model of one network.
     """
 
     roles: Mapping[str, Denoiser]
@@ -78,6 +81,8 @@ class TrainState:
     reference_stage: str | None = None
     average: Sequence[nn.Parameter] = ()
     latent_reward: LatentReward | None = None
+    boundary: float | None = None
+    bands: tuple[Band, ...] = (WHOLE,)
 
     def module_of(self, name: str) -> Any:
         """Whose parameters `trained[name]` are: a role, or the latent reward model; both have `state` and `load_state`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from instep.data.prompt import Prompt
 from instep.diffusion.advantage import constant_groups, group_variance, several_advantages
+from instep.diffusion.bands import Band, in_band
 from instep.diffusion.guidance import GuidedDenoiser
 from instep.diffusion.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
 from instep.methods.recipe import AdamWConfig, Stage
@@ -45,11 +46,13 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                     reward_grad_fn=state.reward_grad_fn,
                     weights=state.weights,
                     latent_reward=state.latent_reward,
+                    band=draw_band(state, stage),
+                    boundary=state.boundary,
                 )
                 view = view.with_rollout(score_rollout(state, stage, view, roll_out(state, stage, view, with_graph=True), log))
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
             else:
-                view = replace(views[i], rollout=recompute(state, stage, views[i].rollout), epoch=epoch)
+                view = replace(views[i], rollout=recompute(state, stage, views[i]), epoch=epoch)
             backward(stage, view, 1 / len(batches), log)
         if stage.terms:
             optimizer_step(state, "student", progress, log, stage.optim)
@@ -64,6 +67,25 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
             optimizer_step(state, critic.role, progress, log)
     state.step += 1
     return log.means()
+
+
+def draw_band(state: TrainState, stage: Stage) -> Band:
+    """The levels that a micro-batch trains at: all of them, or of two experts those of one, as often as the student's levels lie in each trained band.
+
+    Nothing is drawn where there is no choice.
+    """
+    levels = torch.tensor(stage.rollout.levels if stage.rollout else [(low + high) / 2 for low, high in state.bands])
+    choices = [band for level in levels for band in state.bands if bool(in_band(level, band))]
+    if len(set(choices)) < 2:
+        return choices[0]
+    return choices[int(torch.randint(len(choices), (), generator=state.rng, device=state.rng.device))]
+
+
+def live_points(stage: Stage, view: View) -> frozenset[Where]:
+    """Points of the rollout that carry the student's graph in this micro-batch. The final sample does only where its last step lies in the view's band."""
+    if stage.rollout is None or bool(in_band(torch.tensor(stage.rollout.levels[-1]), view.band)):
+        return stage.live
+    return stage.live - {"final"}
 
 
 @torch.no_grad()
@@ -101,7 +123,8 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
     student = state.roles["student"]
     if guidance != 1:
         student = GuidedDenoiser(student, view.batch.null.repeat(stage.group), guidance)
-    exits = draw_exits(len(view.batch.prompts), stage.group, len(levels), state.rng)
+    here = in_band(torch.tensor(levels), view.band).nonzero().flatten().to(state.rng.device)
+    exits = here[draw_exits(len(view.batch.prompts), stage.group, len(here), state.rng)]
     with torch.set_grad_enabled(with_graph):
         return rollout_few_step(
             student,
@@ -112,7 +135,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
             exits,
             state.rng,
             group=stage.group,
-            live=stage.live if with_graph else frozenset(),
+            live=live_points(stage, view) if with_graph else frozenset(),
             to_the_end=to_the_end or (stage.to_the_end and with_graph),
             through=stage.rollout.through,
             record="trajectory" in stage.needs and with_graph,
@@ -154,23 +177,25 @@ def scoring_slices(prompts: Sequence[Prompt], group: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
 
 
-def recompute(state: TrainState, stage: Stage, rollout: Rollout | None) -> Rollout | None:
+def recompute(state: TrainState, stage: Stage, view: View) -> Rollout | None:
     """The stored rollout with its live points predicted again by the present student: for a second inner epoch."""
+    rollout, live = view.rollout, live_points(stage, view)
     if rollout is None:
         return None
 
     def predicted(where: Where, point: Point | None) -> Point | None:
-        return point.predicted_again(state.roles["student"], rollout.cond) if point and where in stage.live else point
+        return point.predicted_again(state.roles["student"], rollout.cond) if point and where in live else point
 
     return replace(rollout, exit=predicted("exit", rollout.exit), final=predicted("final", rollout.final))
 
 
 def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
     """Weighs and adds the forces of each point and calls autograd once; then each objective's scalars, one by one."""
-    forces = [(force, checked_force(force, view)) for force in stage.forces]
+    live = live_points(stage, view)
+    forces = [(force, checked_force(force, view)) for force in stage.forces if force.on in live]
     log_forces(forces, view, log)
     points, gradients = [], []
-    for where in sorted(stage.live):
+    for where in sorted(live):
         total = torch.stack([force.weight * g for force, g in forces if force.on == where]).sum(0)
         points.append(view.samples.point(where).x)
         gradients.append((scale * total).to(points[-1]))

@@ -22,6 +22,7 @@ from instep.core.files import write_bytes
 from instep.core.progress import Progress
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import TeacherSamples
+from instep.diffusion.guidance import GuidanceByLevel, by_level
 from instep.diffusion.prediction import Denoiser
 from instep.diffusion.sampling import sample_ode
 from instep.models.family import Family
@@ -44,6 +45,7 @@ def teacher_samples(
     guidance: float,
     shift: float,
     seed: int,
+    guidance_2: float | None = None,
     batch: int = 16,
 ) -> TeacherSamples:
     """n samples of the teacher on `prompts` in a seeded order, from `folder` if they are there, else made (`rollout.sample_ode`) and kept.
@@ -62,6 +64,7 @@ def teacher_samples(
         "n": n,
         "steps": steps,
         "guidance": float(guidance),
+        **({} if guidance_2 is None else {"guidance_2": float(guidance_2)}),
         "shift": float(shift),
         "seed": seed,
     }
@@ -79,7 +82,7 @@ def teacher_samples(
         with Progress("batches of the teacher's samples", math.ceil((n - _rows(made)) / batch)) as bar:
             while (start := _rows(made)) < n:
                 rows = slice(start, start + batch)
-                latents = _sample(family, teacher, names[rows], noise[rows], steps=steps, guidance=guidance, shift=shift)
+                latents = _sample(family, teacher, names[rows], noise[rows], steps=steps, guidance=by_level(guidance, guidance_2, family.boundary), shift=shift)
                 made.append(TeacherSamples(names[rows], noise[rows], latents))
                 _write(parts / f"{start:06d}.safetensors", record, made[-1])
                 bar.step()
@@ -110,7 +113,9 @@ def _rows(made: Sequence[TeacherSamples]) -> int:
     return sum(len(part.prompts) for part in made)
 
 
-def _sample(family: Family, teacher: Denoiser, names: Sequence[Prompt], noise: Tensor, *, steps: int, guidance: float, shift: float) -> Tensor:
+def _sample(
+    family: Family, teacher: Denoiser, names: Sequence[Prompt], noise: Tensor, *, steps: int, guidance: float | GuidanceByLevel, shift: float
+) -> Tensor:
     device = next(family.pretrained.parameters()).device
     cond, null = family.encode(names), family.unconditional(names)
     x = sample_ode(teacher, cond, null, noise.to(device), steps=steps, path=family.path, shift=shift, guidance=guidance).cpu()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from instep.core.files import write_json, write_tensors
 from instep.data.prompt import Prompt
+from instep.diffusion.guidance import GuidanceByLevel, by_level
 from instep.diffusion.rollout import rollout_few_step
 from instep.diffusion.sampling import sample_ode
 from instep.methods.matching import DistributionMatching
@@ -63,7 +64,7 @@ def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence
     cond, null = family.encode(prompts), family.unconditional(prompts)
     noise = torch.randn(n, *state.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
-    def teacher(steps: int, guidance: float) -> Tensor:
+    def teacher(steps: int, guidance: float | GuidanceByLevel) -> Tensor:
         ode = sample_ode(state.roles["teacher"], cond, null, noise, steps=steps, path=family.path, shift=family.shift, guidance=guidance)
         return to_uint8(family.decode(ode))
 
@@ -71,7 +72,7 @@ def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence
     q = len(recipe.levels)
     student = recipe.sampling_at(state.step)(state.roles["student"], cond, null, noise, family.path, rng)
     return {
-        f"teacher_{teacher_steps}": teacher(teacher_steps, recipe.guidance),
+        f"teacher_{teacher_steps}": teacher(teacher_steps, by_level(recipe.guidance, recipe.guidance_2, family.boundary)),
         f"naive_{q}": teacher(q, 1.0),
         "student": to_uint8(family.decode(student)),
     }
