@@ -92,6 +92,14 @@ def tiny_wan_pipeline(seed: int = 0, layers: int = 2) -> WanPipeline:
     )
 
 
+def tiny_wan22_pipeline(seed: int = 0, boundary: float = 0.875) -> WanPipeline:
+    """`tiny_wan_pipeline` with two experts of equal shape and different random weights, as Wan 2.2 A14B has them."""
+    from diffusers import WanPipeline
+
+    pipe, other = tiny_wan_pipeline(seed), tiny_wan_pipeline(seed + 100)
+    return WanPipeline(**{**pipe.components, "transformer_2": other.transformer}, boundary_ratio=boundary)
+
+
 def tiny_wan_i2v_pipeline(seed: int = 0, layers: int = 2) -> WanImageToVideoPipeline:
     """The same with a transformer that is given a first frame: 16 + 4 + 16 channels in, no image encoder. The first frame's weights are loud, so that two
     of them differ visibly."""

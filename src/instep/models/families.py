@@ -12,7 +12,7 @@ from instep.models.pipeline_family import PipelineFamily
 
 # the pipeline's class in diffusers -> the families that read it, as module:class; the first that accepts a pipeline's parts takes it
 FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "WanPipeline": ("instep.models.wan:WanFamily",),
+    "WanPipeline": ("instep.models.wan:WanFamily", "instep.models.wan22:Wan22Family"),
     "WanImageToVideoPipeline": ("instep.models.wan_i2v:WanImageFamily",),
     "CogVideoXPipeline": ("instep.models.cogvideox:CogVideoXFamily",),
 }
