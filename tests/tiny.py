@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import CogVideoXPipeline, WanImageToVideoPipeline, WanPipeline
-    from transformers import PreTrainedTokenizerFast
+    from diffusers import CogVideoXPipeline, StableDiffusion3Pipeline, WanImageToVideoPipeline, WanPipeline
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 # 9 frames of 48 x 48 are latents [B, 16, 3, 6, 6], 27 tokens
 HEIGHT = WIDTH = 48
@@ -168,3 +168,79 @@ def tiny_cogvideox_pipeline(seed: int = 0, *, rotary: bool = False, layers: int 
         clip_sample=False,
     )
     return CogVideoXPipeline(tokenizer=tokenizer, text_encoder=text_encoder.eval(), vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler)
+
+
+def clip_tokenizer(folder: str) -> CLIPTokenizer:
+    """CLIP's tokenizer without merges, made in `folder`: any prompt tokenizes, byte by byte."""
+    import json
+    from pathlib import Path
+
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    Path(folder, "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    return CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", model_max_length=77)
+
+
+def tiny_sd3_pipeline(seed: int = 0, layers: int = 2) -> StableDiffusion3Pipeline:
+    """Transformer of 2 layers (or `layers`) and width 32, two CLIPs and T5 of width 16, VAE of factor 2; eval, float32. Images of 16 x 16 are latents
+    [B, 4, 8, 8]. The same seed gives the same weights; the global random state is left as it was.
+    """
+    import tempfile
+
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        clip = clip_tokenizer(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=layers,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=16,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.5,
+            shift_factor=0.06,
+        )
+        clips = [
+            CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    vocab_size=len(clip),
+                    hidden_size=16,
+                    intermediate_size=32,
+                    projection_dim=16,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    max_position_embeddings=77,
+                    bos_token_id=clip.bos_token_id,
+                    eos_token_id=clip.eos_token_id,
+                )
+            )
+            for _ in range(2)
+        ]
+        t5 = T5EncoderModel(T5Config(vocab_size=512, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    parts = {"transformer": transformer, "vae": vae, "text_encoder": clips[0], "text_encoder_2": clips[1], "text_encoder_3": t5}
+    for part in parts.values():
+        part.eval()
+    tokenizers = {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": byte_tokenizer()}
+    return StableDiffusion3Pipeline(**parts, **tokenizers, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))

@@ -14,6 +14,7 @@ from instep.models.pipeline_family import PipelineFamily
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "WanPipeline": ("instep.models.wan:WanFamily", "instep.models.wan22:Wan22Family"),
     "WanImageToVideoPipeline": ("instep.models.wan_i2v:WanImageFamily",),
+    "StableDiffusion3Pipeline": ("instep.models.sd3:SD3Family",),
     "CogVideoXPipeline": ("instep.models.cogvideox:CogVideoXFamily",),
 }
 

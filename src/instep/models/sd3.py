@@ -1,0 +1,144 @@
+"""Stable Diffusion 3 and 3.5 text-to-image: an MMDiT with three text encoders on the rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instep.core.size import VideoSize
+from instep.data.prompt import Prompt, negatives_of, texts_of
+from instep.diffusion.prediction import Condition
+from instep.models.family import Task, skipped
+from instep.models.pipeline_family import PipelineFamily
+from instep.models.preset import Preset
+
+# the pipeline's own limit of T5 tokens; CLIP's 77 tokens come before them, and the padding of both is attended to
+T5_TOKENS = 256
+# a prompt's embeddings are 5 MB at full size, padding included
+KEPT_TEXTS = 256
+
+SD3 = Preset(source="Stable Diffusion 3 medium model card", guidance=7.0, sampler_steps=28)
+SD35_MEDIUM = Preset(source="Stable Diffusion 3.5 medium model card", guidance=4.5, sampler_steps=40)
+SD35_LARGE = Preset(source="Stable Diffusion 3.5 large model card", guidance=3.5, sampler_steps=28)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD3Condition(Condition):
+    """Text embeddings of all encoders with the stock padding [B, 77 + 256, D], and the pooled ones of the two CLIPs [B, P]."""
+
+    text: Tensor
+    pooled: Tensor
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """All of them, padding included, as the transformer sees them."""
+        return self.text, torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
+
+
+def _pass_on(hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """A block that is left out: text and image tokens as they came, in the order in which a block returns them."""
+    return encoder_hidden_states, hidden_states
+
+
+def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+    block.tokens(output[1])
+
+
+class SD3Family(PipelineFamily):
+    """A `StableDiffusion3Pipeline` seen as a family; latents [B, C, H, W] are shifted and scaled as the transformer sees them."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    task: Task = "text-to-image"
+    axes = (0, 1, 2, 3)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+    def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
+        super().__init__(pipe, size, name, source)
+        self.shift = float(pipe.scheduler.config.shift)
+        config = pipe.transformer.config
+        self.preset = SD3 if config.qk_norm is None else SD35_MEDIUM if config.dual_attention_layers else SD35_LARGE
+        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def check_pipeline(self, pipe: Any) -> None:
+        """Raises ValueError for a scheduler whose shift depends on the size: a student's levels are one list."""
+        if pipe.scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError("scheduler: use_dynamic_shifting is not allowed; SD3's own scheduler has one fixed shift (3.0): copy the model's scheduler folder")
+
+    def native_size(self) -> VideoSize:
+        """1024 x 1024 for the published models."""
+        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        return VideoSize(side, side, 1)
+
+    def fit_size(self, size: VideoSize) -> tuple[int, ...]:
+        unit = self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
+        largest = unit * self.pipe.transformer.config.pos_embed_max_size
+        if size.frames != 1 or size.height % unit or size.width % unit or max(size.height, size.width) > largest:
+            raise ValueError(
+                f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; it draws one image, height and width multiples of {unit} "
+                f"up to {largest}"
+            )
+        return (self.pipe.transformer.config.in_channels, size.height // self.pipe.vae_scale_factor, size.width // self.pipe.vae_scale_factor)
+
+    def smallest(self) -> VideoSize:
+        side = 2 * self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
+        return VideoSize(side, side, 1)
+
+    @torch.no_grad()
+    def _encoded(self, texts: Sequence[str]) -> SD3Condition:
+        """The texts as the pipeline encodes them, each alone, so that what it is does not depend on its neighbours."""
+        kept = dict(self._texts)
+        for text in dict.fromkeys(texts):
+            if text not in kept:
+                embeddings, _, pooled, _ = self.pipe.encode_prompt([text], None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS)
+                kept[text] = embeddings[0].float(), pooled[0].float()
+        rows = [kept[text] for text in texts]
+        self._texts = {text: kept[text] for text in list(kept)[-KEPT_TEXTS:]}
+        return SD3Condition(text=torch.stack([row[0] for row in rows]).to(self.device), pooled=torch.stack([row[1] for row in rows]).to(self.device))
+
+    def encode(self, prompts: Sequence[Prompt | str]) -> SD3Condition:
+        return self._encoded(texts_of(prompts))
+
+    def unconditional(self, prompts: Sequence[Prompt | str]) -> SD3Condition:
+        return self._encoded(negatives_of(prompts))
+
+    def decode(self, x: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        return self.pipe.vae.decode(x / config.scaling_factor + config.shift_factor).sample / 2 + 0.5
+
+    def encode_media(self, media: Tensor) -> Tensor:
+        """Media [B, 3, H, W] in [0, 1] to latents [B, C, h, w]: the posterior's mean."""
+        config = self.pipe.vae.config
+        return (self.pipe.vae.encode(media * 2 - 1).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+
+    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        assert isinstance(cond, SD3Condition)
+        dtype = next(module.parameters()).dtype
+        text, pooled = cond.text.to(dtype), cond.pooled.to(dtype)
+        return module(x_t.to(dtype), encoder_hidden_states=text, pooled_projections=pooled, timestep=t.float() * 1000, return_dict=False)[0]
+
+    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
+        return [module.time_text_embed.timestep_embedder]  # type: ignore[union-attr, list-item]
+
+    def time_width(self, module: nn.Module) -> int:
+        config: Any = module.config
+        return config.num_attention_heads * config.attention_head_dim
+
+    def feature_block(self, module: nn.Module) -> nn.Module:
+        """At two thirds of the depth, as for Wan. A block returns text and image tokens; an identity beside it is shown the image's."""
+        blocks: Any = module.transformer_blocks
+        block = blocks[(2 * len(blocks) - 1) // 3]
+        # a copy of a module brings its hook along, and one is enough
+        if not hasattr(block, "tokens"):
+            block.tokens = nn.Identity()
+            block.register_forward_hook(_show_tokens)
+        return block.tokens
+
+    def feature_width(self, module: nn.Module) -> int:
+        return self.time_width(module)
+
+    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        return skipped(module.transformer_blocks, blocks, _pass_on)  # type: ignore[arg-type]
