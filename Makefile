@@ -23,8 +23,8 @@ test: $(STAMP) lint types  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)  ## style, format, and the layers: imports go downward only
-	$(BIN)/ruff check src tests benchmarks tools
-	$(BIN)/ruff format --check src tests benchmarks tools
+	$(BIN)/ruff check src tests benchmarks tools examples
+	$(BIN)/ruff format --check src tests benchmarks tools examples
 	$(BIN)/lint-imports --no-cache
 
 types: $(STAMP)
