@@ -23,7 +23,9 @@ from instep.models import family_of as family_of
 from instep.models.cogvideox import CogVideoXFamily as CogVideoXFamily
 from instep.models.dit import DiTFamily as DiTFamily
 from instep.models.family import Family as Family
+from instep.models.sd3 import SD3Family as SD3Family
 from instep.models.wan import WanFamily as WanFamily
+from instep.models.wan22 import Wan22Family as Wan22Family
 from instep.models.wan_i2v import WanImageFamily as WanImageFamily
 from instep.recipes.after import rl_after as rl_after
 from instep.recipes.after import sft_after as sft_after
