@@ -52,7 +52,7 @@ class ReportArgs:
     """One self-contained HTML page of one or several runs."""
 
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs."""
+    """Folders of runs: first the run in question, then its controls; runs that differ from it in the seed alone are averaged with it."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page; an earlier report is replaced."""
 

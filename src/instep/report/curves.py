@@ -54,7 +54,7 @@ PANELS = (
     ),
     Panel("Mean brightness", "Above the teacher's: too much guidance, or a reward that likes thick strokes.", r"probe/(mean_brightness(?:_teacher)?)"),
     Panel("Motion", "Mean change from frame to frame. A student that stands still is falling short of its teacher.", r"probe/(motion(?:_teacher)?)"),
-    Panel("Saturation", "Share of raw values outside [0, 1] by more than .05.", r"probe/(saturation(?:_teacher)?)"),
+    Panel("Saturation", "Share of raw values outside [0, 1] by more than 0.05.", r"probe/(saturation(?:_teacher)?)"),
     Panel("Size of the forces", "Norm of each force on a sample. A force a hundred times weaker than another does nothing.", r"force/([^/]+)/norm", log=True),
     Panel(
         "Angle between forces",
@@ -123,5 +123,9 @@ def curves(runs: Sequence[RunRecord]) -> str:
         shown[panel.folded].append(chart)
     charts, folded = ("".join(parts) for parts in (shown[False], shown[True]))
     more = f"<details><summary>Gradient, learning rates, time</summary><div class='charts'>{folded}</div></details>" if folded else ""
-    about = f"<p class='note'>Over training steps; strong lines are means of {WINDOW} iterations. A dashed upright line is where a stage begins.</p>"
-    return f"{note}<div class='charts'>{charts}</div>{about}{more}"
+    about = (
+        f"<p class='note'>Curves run over training steps; strong lines are means of {WINDOW} iterations. A dashed upright line marks the start of a stage. "
+        "A <b>probe</b> measures the student on fixed prompts and noise while it trains. "
+        "The <b>fake</b> is the critic that follows the student's distribution.</p>"
+    )
+    return f"{note}{about}<div class='charts'>{charts}</div>{more}"

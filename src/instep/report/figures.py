@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape, unescape
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from instep.data.animation import sprite_sheet
 from instep.report.read import RunRecord, Samples, Views
+from instep.report.rows import role_in
 
 MOST_PROMPTS, MOST_VIEWS = 12, 8
 CAPTIONS = {
@@ -36,6 +38,11 @@ def animation(key: str, index: int, count: int, label: str) -> str:
     return f'<div class="film sheet-{key}" role="img" aria-label="{escape(label, quote=True)}" style="background-position-y:{y:.4f}%"></div>'
 
 
+def tile(film: str, head: str) -> str:
+    """An animation with its column's heading below it, which the page shows where the headings above are out of sight."""
+    return f"<div class='tile'>{film}<span class='of'>{head}</span></div>"
+
+
 def plain(text: str) -> str:
     """HTML as text."""
     return unescape(re.sub("<[^>]*>", " ", text))
@@ -49,7 +56,7 @@ def grid(key: str, videos: Tensor, heads: Sequence[str], rows: Sequence[str], no
     body = []
     for r, row in enumerate(rows):
         body.append(f"<div class='label'>{row}</div>")
-        body += [animation(key, c * n + r, columns * n, plain(f"{heads[c]}: {row}")) for c in range(columns)]
+        body += [tile(animation(key, c * n + r, columns * n, plain(f"{heads[c]}: {row}")), heads[c]) for c in range(columns)]
     teach = f"<dl class='teach'>{''.join(notes)}</dl>" if notes else ""
     half = -(-n // 2) if n >= 4 and columns <= 4 else n  # few columns leave room for two grids side by side
     cut = half * (columns + 1)
@@ -62,8 +69,8 @@ def model_name(name: str) -> str:
     """`teacher_50` in words."""
     kind, _, steps = name.partition("_")
     if kind in ("teacher", "naive") and steps.isdigit():
-        return f"teacher, {steps} step{'s' * (steps != '1')}" + (", naive" if kind == "naive" else "")
-    return {"start": "before this run"}.get(name, name.replace("_", " "))
+        return f"{'naive sampling' if kind == 'naive' else 'teacher'}, {steps} step{'s' * (steps != '1')}"
+    return name.replace("_", " ")
 
 
 def same_inputs(a: Samples, b: Samples) -> bool:
@@ -77,9 +84,8 @@ def merged(runs: Sequence[RunRecord]) -> list[tuple[Samples, list[str]]]:
         if run.samples is None:
             continue
         own = run.samples
-        heads = [
-            f"{escape(model_name(m))}" + (f"<small>{escape(run.label)}</small>" if len(runs) > 1 and m in ("student", "start") else "") for m in own.models
-        ]
+        roles = {"student": role_in(run, runs), "start": "before this run"}
+        heads = [roles.get(m, escape(model_name(m))) + (f"<small>{escape(run.label)}</small>" if len(runs) > 1 and m in roles else "") for m in own.models]
         for i, (there, names) in enumerate(sets):
             if same_inputs(there, own):
                 new = [c for c, head in enumerate(heads) if head not in names]
@@ -88,17 +94,26 @@ def merged(runs: Sequence[RunRecord]) -> list[tuple[Samples, list[str]]]:
                 break
         else:
             sets.append((own, heads))
-    return sets
+    return [in_order(found, heads) for found, heads in sets]
+
+
+def in_order(found: Samples, heads: Sequence[str]) -> tuple[Samples, list[str]]:
+    """The columns with the student first, then what it is compared with: controls, naive sampling, the teacher."""
+    ranks = ("student", "control", "before", "naive", "teacher")
+    order = sorted(range(len(heads)), key=lambda c: next((i for i, rank in enumerate(ranks) if heads[c].startswith(rank)), len(ranks)))
+    return replace(found, models=tuple(found.models[c] for c in order), videos=found.videos[order]), [heads[c] for c in order]
 
 
 def samples(runs: Sequence[RunRecord]) -> str:
     """Every model on the same prompts and noise (HTML)."""
-    parts = []
-    for i, (found, heads) in enumerate(merged(runs)):
+    parts, sets = [], merged(runs)
+    if len(sets) > 1:
+        parts.append("<p class='note'>The runs were sampled on different prompts or noise, so their samples stand in grids of their own.</p>")
+    for i, (found, heads) in enumerate(sets):
         prompts = found.prompts[:MOST_PROMPTS]
+        left = f" These are the first {len(prompts)} of {len(found.prompts)} prompts." if len(found.prompts) > len(prompts) else ""
+        parts.append(f"<p class='note'>All models start from the same prompts and the same noise (seed {found.seed}). Nothing was picked.{left}</p>")
         parts.append(grid(f"samples{i}", found.videos[:, : len(prompts)], heads, [escape(prompt) for prompt in prompts]))
-        left = f" The first {len(prompts)} of {len(found.prompts)} prompts." if len(found.prompts) > len(prompts) else ""
-        parts.append(f"<p class='note'>Same prompts and starting noise (seed {found.seed}) in every column; nothing was picked.{left}</p>")
     return "".join(parts) or "<p class='none'>Samples are not recorded (samples.safetensors is missing).</p>"
 
 

@@ -10,20 +10,18 @@ from pathlib import Path
 
 from instep.core.files import write_text
 from instep.core.version import __version__
-from instep.metrics.compare import Row
-from instep.report import curves, figures, tables, words
-from instep.report.columns import EVERY, with_error
+from instep.report import curves, figures, tables, verdict, words
 from instep.report.read import RunRecord, read_runs
 from instep.report.rows import by_protocol, real_vs_real_of, rows_of, students
 
 SECTIONS = (
-    ("verdict", "Verdict", "Did it help?"),
+    ("verdict", "Table", "The student beside the others"),
     ("health", "Health", "Health"),
     ("samples", "Samples", "Samples"),
     ("metrics", "Metrics", "Metrics"),
     ("curves", "Curves", "Learning curves"),
     ("force", "Force", "What the matching force sees"),
-    ("recipe", "Recipe", "Recipe"),
+    ("recipe", "Recipe", "How it was made"),
 )
 
 
@@ -41,7 +39,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> None:
 def page(runs: Sequence[RunRecord]) -> str:
     """The whole document."""
     bodies = {
-        "verdict": verdict(runs),
+        "verdict": comparison(runs),
         "health": health(runs),
         "samples": figures.samples(runs),
         "metrics": tables.all_tables(runs),
@@ -57,42 +55,29 @@ def page(runs: Sequence[RunRecord]) -> str:
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>"
         f"<meta name='color-scheme' content='light dark'><title>{title}</title><style>{style}</style></head><body>"
-        f"<header><p class='kicker'>instep report</p><h1>{title}</h1>{''.join(words.what_was_done(run) for run in runs)}{facts(runs)}{problems(runs)}</header>"
+        f"<header><p class='kicker'>{title}</p><h1>Did it help?</h1>{answer(runs)}{problems(runs)}</header>"
         f"<nav aria-label='Sections'>{links}<button id='play' type='button' aria-pressed='true'>Pause animations</button></nav>"
         f"<main>{sections}</main><footer>Written by instep {escape(__version__)}. Metrics compare like with like only at equal numbers of samples and "
         f"the same protocol.</footer><div id='tip' role='status'></div><script>{script}</script></body></html>\n"
     )
 
 
+def answer(runs: Sequence[RunRecord]) -> str:
+    """The sentence that the page is read for, and what its words mean."""
+    found = verdict.answer(runs)
+    notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in found.notes)
+    control = any(row.kind == "control" for _, same in by_protocol(runs) for row in rows_of(same))
+    return f"<p class='answer {found.outcome}'>{found.sentence}</p>{notes}{verdict.terms(control) if any(run.metrics for run in runs) else ''}"
+
+
 def heading(runs: Sequence[RunRecord]) -> str:
-    if len(runs) > 1:
-        return f"{len(runs)} runs compared"
-    recipe = runs[0].recipe
+    """The first run, and how many others stand beside it."""
+    recipe, beside = runs[0].recipe, len(runs) - 1
     if recipe is None:
-        return runs[0].folder.name
-    return f"{recipe.get('model')} in {words.plural(len(recipe.get('levels') or []), 'step')}, by {recipe.get('recipe')}"
-
-
-def facts(runs: Sequence[RunRecord]) -> str:
-    """Large metrics of a single run beside the teacher's."""
-    student = next(iter(students(runs)), None)
-    if student is None or len(runs) > 1:
-        return ""
-    teachers = [row for row in rows_of(runs) if row.kind == "teacher"]
-    teacher = max(teachers, key=lambda row: row.nfe) if teachers else None
-    tiles = [_tile("network evaluations", str(student.nfe), f"teacher {teacher.nfe}" if teacher else "")]
-    tiles += [_fact(student, teacher, key) for key in ("heldout_both", "fd_open", "modes_motion", "seconds") if key in student.values]
-    return f"<dl class='facts'>{''.join(tiles)}</dl>"
-
-
-def _fact(student: Row, teacher: Row | None, key: str) -> str:
-    column = EVERY[key]
-    beside = f"teacher {column.text(teacher.values[key].value)}" if teacher and key in teacher.values else ""
-    return _tile(column.head, with_error(column, student.values[key]), beside)
-
-
-def _tile(name: str, value: str, beside: str) -> str:
-    return f"<div><dt>{escape(name)}</dt><dd>{value}<span>{escape(beside)}</span></dd></div>"
+        first = runs[0].folder.name
+    else:
+        first = f"{recipe.get('model')} in {words.plural(len(recipe.get('levels') or []), 'step')}, by {recipe.get('recipe')}"
+    return f"{first}, beside {words.plural(beside, 'other run')}" if beside else first
 
 
 def problems(runs: Sequence[RunRecord]) -> str:
@@ -100,26 +85,28 @@ def problems(runs: Sequence[RunRecord]) -> str:
     return f"<ul class='problems'>{''.join(lines)}</ul>" if lines else ""
 
 
-def verdict(runs: Sequence[RunRecord]) -> str:
-    """Each student against its baselines."""
-    parts = []
-    for _, same in by_protocol(runs):
-        for student in students(same):
-            title = f"<h3>{escape(student.name)}, NFE {student.nfe}{', ' + escape(student.note) if student.note else ''}</h3>" if len(runs) > 1 else ""
-            parts.append(title + words.verdict(student, rows_of(same), real_vs_real_of(same)))
+def comparison(runs: Sequence[RunRecord]) -> str:
+    """The table of the student and its opponents; runs of other protocols apart."""
+    parts, groups = [], by_protocol(runs)
+    for protocol, same in groups:
+        student = next(iter(students(same)), None)
+        if student is not None:
+            title = f"<h3>{escape(student.name)}, protocol {escape(protocol or 'not recorded')}</h3>" if len(groups) > 1 else ""
+            parts.append(title + verdict.table(student, rows_of(same), real_vs_real_of(same)))
     return "".join(parts) or tables.UNMEASURED
 
 
 def health(runs: Sequence[RunRecord]) -> str:
-    return "".join((f"<h3>{escape(run.label)}</h3>" if len(runs) > 1 else "") + words.health(run) for run in runs)
+    about = "<p class='note'>Health watches every run on fixed prompts while it trains. A warning or an alarm stays open until its cause is gone.</p>"
+    return about + "".join((f"<h3>{escape(run.label)}</h3>" if len(runs) > 1 else "") + words.health(run) for run in runs)
 
 
 def recipes(runs: Sequence[RunRecord]) -> str:
-    """The command that repeats each run, and its resolved recipe, folded."""
+    """What each run did, the command that repeats it, and its resolved recipe, folded."""
     parts = []
     for run in runs:
         if run.recipe is None:
-            parts.append(f"<p class='none'>{escape(run.label)}: the recipe is not recorded.</p>")
+            parts.append(words.what_was_done(run))
             continue
         command = str(run.recipe.get("command") or "")
         shown = f"<pre class='command'><code>{escape(command)}</code></pre>" if command else "<p class='none'>The command is not recorded.</p>"
@@ -127,7 +114,7 @@ def recipes(runs: Sequence[RunRecord]) -> str:
         title = f"<h3>{escape(run.label)}</h3>" if len(runs) > 1 else ""
         version = escape(str(run.recipe.get("instep", "of an unknown version")))
         parts.append(
-            f"{title}<p>Repeated with instep {version} by:</p>{shown}"
+            f"{title}{words.what_was_done(run)}<p>To repeat it with instep {version}:</p>{shown}"
             f"<details><summary>Resolved recipe: every setting, defaults included</summary><pre><code>{resolved}</code></pre></details>"
         )
     return "".join(parts)

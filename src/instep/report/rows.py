@@ -19,23 +19,32 @@ def by_protocol(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
     return list(groups.items())
 
 
-def _settings(run: RunRecord) -> str:
+def role_in(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    """`student` if the run differs from the first of `runs` in its seed at most, else `control`."""
+    return "student" if settings(run) == settings(runs[0]) else "control"
+
+
+def settings(run: RunRecord) -> str:
     """What makes two runs the same up to their seed: recipe, levels and every setting."""
     recipe = run.recipe or {"unknown": str(run.folder)}
     return json.dumps({key: recipe.get(key) for key in ("unknown", "recipe", "model", "levels", "prompts", "start_from", "config")}, sort_keys=True)
 
 
 def students(runs: Sequence[RunRecord]) -> list[Row]:
-    """Student rows; runs that differ in nothing but the seed as their mean. Equal names of different settings are told apart by the run."""
+    """The first run's student, then its controls: students of other settings. Runs that differ in nothing but the seed are one row, their mean.
+
+    Equal names of different settings are told apart by the run.
+    """
     groups: dict[tuple[str, str], list[tuple[Row, RunRecord]]] = {}
     for run, row in _rows(runs):
         if row.kind == "student":
-            groups.setdefault((row.name, _settings(run)), []).append((row, run))
+            groups.setdefault((row.name, settings(run)), []).append((row, run))
     names = [name for name, _ in groups]
     found = []
     for (name, _), members in groups.items():
-        row = _mean([row for row, _ in members])
-        found.append(replace(row, name=f"{name}, {members[0][1].folder.name}") if names.count(name) > 1 else row)
+        row, run = _mean([row for row, _ in members]), members[0][1]
+        kind = "student" if role_in(run, runs) == "student" else "control"
+        found.append(replace(row, kind=kind, name=f"{name}, {run.folder.name}" if names.count(name) > 1 else name))
     return found
 
 

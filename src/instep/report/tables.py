@@ -7,15 +7,19 @@ from html import escape
 
 from instep.metrics.compare import Row, better, direction
 from instep.report.charts import Dot, dot_chart
-from instep.report.columns import MAIN, MORE, Column, with_error
+from instep.report.columns import MAIN, MORE, VERDICT, Column, with_error
 from instep.report.read import RunRecord
-from instep.report.rows import by_protocol, real_rows, real_vs_real_of, rows_of
+from instep.report.rows import by_protocol, real_rows, real_vs_real_of, rows_of, students
 
 KINDS = {"student": "student", "control": "control", "teacher": "teacher", "naive": "naive sampling", "real": "real videos"}
+CHARTED = ("heldout_both", "fd", "fd_open", "modes_motion", "modes_digit", "mean_brightness")
+BOUNDED = {"heldout_both": 1.0}  # shares, which nothing exceeds
 
-UNMEASURED = (
-    "<p class='none'>Metrics are not recorded (no metrics.json); of a run on moving-digits or moving-digits-i2v, <code>instep eval</code> makes them.</p>"
+REAL_VS_REAL = (
+    "<p class='note'><b>Real-vs-real</b> is another draw of real samples, measured as if a model had made them: no model can be expected to do better. "
+    "It is the band of the charts and the last row of the table, and in no competition with the models.</p>"
 )
+UNMEASURED = "<p class='none'>Metrics are not recorded (no metrics.json); <code>instep eval</code> makes them for the models that it can judge.</p>"
 
 
 def best(rows: Sequence[Row], key: str) -> Row | None:
@@ -38,7 +42,7 @@ def table(rows: Sequence[Row], reals: Sequence[Row], columns: Sequence[Column]) 
     leaders = {column.key: best(rows, column.key) for column in columns}
     equal = len({row.n for row in rows}) == 1
     caption = f"<caption>{rows[0].n} videos a row</caption>" if equal else ""
-    head = "".join(f"<th scope='col' title='{escape(c.meaning, quote=True)}'>{escape(c.head)}&nbsp;{c.arrow}</th>" for c in columns)
+    head = "".join(f"<th scope='col'>{escape(c.head)}&nbsp;{c.arrow}</th>" for c in columns)
     body = []
     for row in [*rows, *reals]:
         cells = []
@@ -46,40 +50,43 @@ def table(rows: Sequence[Row], reals: Sequence[Row], columns: Sequence[Column]) 
             value = row.values.get(column.key)
             leads = leaders[column.key] is row
             timed = value is not None and not (row.kind == "real" and column.key.startswith("seconds"))
-            cells.append(f"<td{' class=best' if leads else ''}>{with_error(column, value) if value is not None and timed else '–'}</td>")
+            of = f"<span class='of'>{escape(column.head)} {column.arrow}</span>"
+            cells.append(f"<td{' class=best' if leads else ''}>{of}{with_error(column, value) if value is not None and timed else '–'}</td>")
         cost = "–" if row.kind == "real" else str(row.nfe)
         note = (
             f"<small>{escape(row.note)}</small>" if row.note else f"<small>{KINDS.get(row.kind, escape(row.kind))}{'' if equal else f', n = {row.n}'}</small>"
         )
-        body.append(f"<tr class='{escape(row.kind, quote=True)}'><th scope='row'>{escape(row.name)}{note}</th><td>{cost}</td>{''.join(cells)}</tr>")
+        body.append(
+            f"<tr class='{escape(row.kind, quote=True)}'><th scope='row'>{escape(row.name)}{note}</th>"
+            f"<td><span class='of'>NFE</span>{cost}</td>{''.join(cells)}</tr>"
+        )
     top = f"<thead><tr><th scope='col'>model</th><th scope='col'>NFE</th>{head}</tr></thead>"
     return f"<div class='scroll'><table class='metrics'>{caption}{top}<tbody>{''.join(body)}</tbody></table></div>"
 
 
 def glossary(columns: Sequence[Column]) -> str:
-    return "<dl class='glossary'>" + "".join(f"<div><dt>{escape(c.head)} {c.arrow}</dt><dd>{escape(c.meaning)}</dd></div>" for c in columns) + "</dl>"
+    """What the columns mean (HTML)."""
+    if not columns:
+        return ""
+    return (
+        "<dl class='glossary'>"
+        + "".join(f"<div><dt>{escape(c.head)} {c.arrow}</dt><dd>{escape(c.meaning[0].upper() + c.meaning[1:])}.</dd></div>" for c in columns)
+        + "</dl>"
+    )
 
 
 def cost_charts(rows: Sequence[Row], real_vs_real: Row | None) -> str:
     """Quality against NFE for the metrics that tell most."""
-    captions = {
-        "heldout_both": "Share of prompts that a held-out classifier finds followed. Up is better.",
-        "fd": "Distance to real videos over all prompts. Down is better.",
-        "fd_open": "Distance to real videos where the prompt leaves something open. Down is better.",
-        "modes_motion": "Variety: motions seen for “a seven”. Few-step sampling loses it first.",
-        "modes_digit": "Variety: digits seen when only a motion is asked for.",
-        "mean_brightness": "Mean brightness. Best where real videos are: above it strokes are too thick or too bright.",
-    }
     charts = []
     for column in MAIN:
-        if column.key not in captions:
+        if column.key not in CHARTED:
             continue
         have = [row for row in rows if column.key in row.values]
         real = real_vs_real.values.get(column.key) if real_vs_real else None
         dots = [Dot(row.nfe, row.values[column.key].value, row.values[column.key].se, row.kind, row.name) for row in have]
         title = f"{column.head[0].upper()}{column.head[1:]} by NFE"
-        most = 1.0 if column.key == "heldout_both" else None
-        charts.append(dot_chart(title, captions[column.key], dots, (real.value, real.se) if real else None, most))
+        caption = {1: "Up is better.", -1: "Down is better.", 0: "Best where real videos are."}[direction(column.key)]
+        charts.append(dot_chart(title, caption, dots, (real.value, real.se) if real else None, BOUNDED.get(column.key)))
     if not any(charts):
         return ""
     names = {"student": "student", "naive": "naive sampling", "teacher": "teacher", "control": "control"}
@@ -104,18 +111,17 @@ def all_tables(runs: Sequence[RunRecord]) -> str:
 
 def _tables(runs: Sequence[RunRecord]) -> str:
     rows, real_vs_real, reals = rows_of(runs), real_vs_real_of(runs), real_rows(runs)
-    shown = known((*MAIN, *MORE), rows)
     classifiers = "".join(
         f"<li>{escape(name)}: {escape(', '.join(f'{part} {value:.3f}' for part, value in accuracy.items() if isinstance(value, int | float)))}</li>"
         for name, accuracy in next((run.metrics.classifiers for run in runs if run.metrics), {}).items()
         if isinstance(accuracy, dict)
     )
     accuracy = f"<h3>The classifiers' own accuracy on real videos</h3><ul>{classifiers}</ul>" if classifiers else ""
+    unexplained = [column for column in known(MAIN, rows) if column.key not in VERDICT or not students(runs)]
     return (
-        f"{cost_charts(rows, real_vs_real)}{table(rows, reals, MAIN)}"
+        f"{REAL_VS_REAL if real_vs_real else ''}{cost_charts(rows, real_vs_real)}{glossary(unexplained)}{table(rows, reals, MAIN)}"
         "<p class='note'>± is two standard errors, of what another seed would change on these prompts. A metric is set <span class='best'>apart</span> only "
         "if it is better than every other row's by more than two standard errors of the difference; even so, about one comparison in twenty passes by "
-        "chance. Rows share prompts and starting noise; differences are counted as if they did not, which errs towards “no difference”. "
-        "Real videos, below the models, are in no competition with them.</p>"
-        f"<details><summary>All other metrics, and what the columns mean</summary>{table(rows, reals, MORE)}{glossary(shown)}{accuracy}</details>"
+        "chance. Rows share prompts and starting noise; differences are counted as if they did not, which errs towards “no difference”.</p>"
+        f"<details><summary>All other metrics, and what they mean</summary>{glossary(known(MORE, rows))}{table(rows, reals, MORE)}{accuracy}</details>"
     )
