@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from instep.bundled import digits
+from instep.bundled.evaluation import COLUMNS
 from instep.core.files import write_json, write_tensors
 from instep.core.version import __version__
 from instep.metrics.compare import Row
@@ -59,7 +60,15 @@ def make_run(out: Path, *, recipe: str = "dm-align-group", seed: int = 0, steps:
     rows.insert(1, decoded)
     real_vs_real = made_up("real videos (another draw)", "real", 0, 0, 0.996, 1.1, 8.6, baselines)
     classifiers = {name: {"digit": 0.991, "motion": 0.999, "both": 0.99} for name in ("train", "monitor", "heldout")}
-    metrics = {"protocol": "quick", "rows": [r.json() for r in rows], "real_vs_real": real_vs_real.json(), "flags": ["hacking"], "classifiers": classifiers}
+    columns = [column.json() for column in COLUMNS]
+    metrics = {
+        "protocol": "quick",
+        "columns": columns,
+        "rows": [r.json() for r in rows],
+        "real_vs_real": real_vs_real.json(),
+        "flags": ["hacking"],
+        "classifiers": classifiers,
+    }
     write_json(out / "metrics.json", metrics)
     write_images(out, prompts, seed)
     return out

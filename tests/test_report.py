@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from synthetic_run import make_run
 
+from instep.bundled.evaluation import COLUMNS
 from instep.data.animation import save_animation, sprite_sheet, tile
 from instep.metrics.compare import Row
 from instep.metrics.figures import Value
@@ -217,12 +218,14 @@ def test_verdict_table_names_the_opponents_that_matter():
     twice, dear = row_of("teacher, 4 steps, guided", 0.9, 9.0, nfe=8), row_of("teacher, 16 steps", 0.9, 6.0, nfe=16)
     teacher = row_of("teacher, 50 steps", 0.96, 5.0, kind="teacher", nfe=100, steps=50)
     rows = [student, weak, strong, twice, dear, teacher]
-    assert [o.row.name for o in opponents(student, rows)] == [strong.name, twice.name, teacher.name], "the strongest naive row of each cost, up to twice"
-    text = table(student, rows, None)
+    assert [o.row.name for o in opponents(student, rows, COLUMNS)] == [strong.name, twice.name, teacher.name], (
+        "the strongest naive row of each cost, up to twice"
+    )
+    text = table(student, rows, None, COLUMNS)
     Page(text)
     assert "<td class='better'><span class='of'>naive sampling, NFE 4</span>0.700<em><i title='better'>▲</i> +0.250 <small>± 0.028</small>" in text
     assert "<td class='even'><span class='of'>teacher, NFE 100</span>0.960<em><i title='no difference'>=</i> −0.010" in text
-    assert "nothing to compare" in table(student, [student], None)
+    assert "nothing to compare" in table(student, [student], None, COLUMNS)
 
 
 def row_of(name: str, both: float, fd: float, *, kind: str = "naive", nfe: int = 4, steps: int = 4, se: float = 0.01) -> Row:
@@ -234,17 +237,17 @@ TEACHER = row_of("teacher, 50 steps", 0.95, 5.0, kind="teacher", nfe=50, steps=5
 
 def test_the_answer_is_one_sentence_with_gain_and_error():
     student, naive = row_of("student", 0.9, 6.0, kind="student"), row_of("teacher, 4 steps", 0.6, 14.0)
-    better = against(student, naive, TEACHER, None)
+    better = against(student, naive, TEACHER, None, COLUMNS)
     assert better.outcome == "better" and words_of(better.sentence) == (
         "Yes: prompt followed is 0.900, which is 0.300 ± 0.028 above naive sampling at the same 4 network evaluations (0.600); the 50-step teacher has 0.950."
     )
     control = row_of("student (dmd2)", 0.903, 6.0, kind="control", se=0.003)
-    even = against(row_of("student", 0.9, 6.0, kind="student", se=0.005), control, TEACHER, None)
+    even = against(row_of("student", 0.9, 6.0, kind="student", se=0.005), control, TEACHER, None, COLUMNS)
     assert even.outcome == "even" and words_of(even.sentence) == (
         "No difference beyond two standard errors: prompt followed differs by −0.003 ± 0.012 from the control, student (dmd2) (0.900 against 0.903); "
         "the 50-step teacher has 0.950."
     )
-    worse = against(student, row_of("student (dmd2)", 0.95, 6.0, kind="control", nfe=8), None, None)
+    worse = against(student, row_of("student (dmd2)", 0.95, 6.0, kind="control", nfe=8), None, None, COLUMNS)
     assert worse.outcome == "worse" and words_of(worse.sentence) == (
         "No, it is worse: prompt followed is 0.900, which is 0.050 ± 0.028 below the control, student (dmd2), at 8 network evaluations instead of 4 (0.950)."
     )
@@ -262,13 +265,13 @@ def test_the_answer_is_one_sentence_with_gain_and_error():
     ],
 )
 def test_the_answer_hides_no_other_loss_or_gain(both, fd, outcome, said):
-    found = against(row_of("student", both, fd, kind="student"), row_of("student (dmd2)", 0.8, 6.0, kind="control"), None, None)
+    found = against(row_of("student", both, fd, kind="student"), row_of("student (dmd2)", 0.8, 6.0, kind="control"), None, None, COLUMNS)
     assert found.outcome == outcome and words_of(found.sentence).endswith(said)
 
 
 def test_the_answer_is_unknown_where_nothing_was_measured(tmp_path):
     student = row_of("student", 0.9, 6.0, kind="student")
-    assert against(student, None, TEACHER, None).outcome == "unknown"
+    assert against(student, None, TEACHER, None, COLUMNS).outcome == "unknown"
     run = make_run(tmp_path / "run")
     (run / "metrics.json").unlink()
     page, text = report(tmp_path, run, make_run(tmp_path / "control", recipe="dmd2"))

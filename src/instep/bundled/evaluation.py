@@ -176,12 +176,13 @@ COLUMNS = (
     Column(
         "heldout_both",
         "prompt followed",
-        "share of samples whose digit and motion are both right for a held-out classifier (fully specified prompts)",
+        "share of samples whose digit and motion are both right by a held-out classifier, which neither training nor its watchers ever used",
         3,
         "main",
         "both (held-out)",
         "Share of prompts that a held-out classifier finds followed. Up is better.",
         verdict=True,
+        largest=1.0,
     ),
     Column(
         "train_both",
@@ -193,7 +194,7 @@ COLUMNS = (
     Column(
         "fd",
         "FD",
-        "Fréchet distance to real videos in a held-out classifier's features, all prompts; depends on the number of samples",
+        "Fréchet distance: how far all samples together are from real videos, in a held-out classifier's features; compare equal numbers of samples",
         1,
         "main",
         "FD",
@@ -203,7 +204,7 @@ COLUMNS = (
     Column(
         "fd_open",
         "FD (open prompts)",
-        "the same on prompts that leave digit or motion open: where few-step models lose variety",
+        "the same distance on prompts that leave digit or motion open, where few-step models lose variety",
         1,
         "main",
         "FD open",
@@ -213,7 +214,7 @@ COLUMNS = (
     Column(
         "modes_motion",
         "motions seen",
-        "different motions among the samples of “a seven”: of 9, and of no more than samples were drawn",
+        "modes covered: different motions among the samples of “a seven”, of 9 at most",
         2,
         "main",
         "motions of 9",
@@ -223,7 +224,7 @@ COLUMNS = (
     Column(
         "modes_digit",
         "digits seen",
-        "different digits among the samples of “a digit moving left fast”: of 10, and of no more than samples were drawn",
+        "modes covered: different digits among the samples of “a digit moving left fast”, of 10 at most",
         2,
         "main",
         "digits of 10",
@@ -233,7 +234,7 @@ COLUMNS = (
     Column(
         "mean_brightness",
         "mean brightness",
-        "of all pixels; compare with real videos: more is thicker strokes or over-saturation",
+        "mean of all pixels; above that of real videos, strokes are too thick or colours too strong",
         4,
         "main",
         "mean brightness",
@@ -261,8 +262,8 @@ COLUMNS = (
     Column("train_score", "reward", "training classifier: mean log-probability, the reward", 2),
     Column("precision", "precision", "share of samples that look like real ones (nearest neighbours in held-out features)", 3),
     Column("recall", "recall", "share of real videos that the samples come near to", 3),
-    Column("vendi", "Vendi", "effective number of different samples per open prompt", 2, verdict=True),
-    Column("saturation", "saturated", "share of raw values more than .05 outside [0, 1]", 4),
+    Column("vendi", "Vendi", "Vendi score: the effective number of different samples of one open prompt", 2, verdict=True),
+    Column("saturation", "saturated", "share of raw values more than 0.05 outside [0, 1]", 4),
     Column("flicker", "steadiness", "VBench temporal flickering: 1 minus the mean difference of consecutive frames", 4),
     Column("dynamic", "travel, px", "distance that the centre of brightness travels", 2),
     Column("seconds_wall", "s / video", "seconds on the clock to generate one video", 3),

@@ -13,7 +13,8 @@ class Column:
     """A metric: its key in metrics.json, heading, explanation and decimals.
 
     place: in the main table of the report or in the folded one. short: the heading in the terminal, where a metric without one is not shown. caption: of the
-    report's chart against cost, where a metric without one is not drawn. verdict: whether a student is compared with others by it.
+    report's chart against cost, where a metric without one is not drawn. verdict: whether a student is compared with others by it. largest:
+    what the metric cannot exceed, 1 for a share.
     """
 
     key: str
@@ -24,6 +25,7 @@ class Column:
     short: str = ""
     caption: str = ""
     verdict: bool = False
+    largest: float | None = None
 
     @property
     def arrow(self) -> str:

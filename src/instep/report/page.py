@@ -11,6 +11,7 @@ from pathlib import Path
 from instep.core.files import write_text
 from instep.core.version import __version__
 from instep.report import curves, figures, tables, verdict, words
+from instep.report.columns import columns_of
 from instep.report.read import RunRecord, read_runs
 from instep.report.rows import by_protocol, real_vs_real_of, rows_of, students
 
@@ -92,7 +93,7 @@ def comparison(runs: Sequence[RunRecord]) -> str:
         student = next(iter(students(same)), None)
         if student is not None:
             title = f"<h3>{escape(student.name)}, protocol {escape(protocol or 'not recorded')}</h3>" if len(groups) > 1 else ""
-            parts.append(title + verdict.table(student, rows_of(same), real_vs_real_of(same)))
+            parts.append(title + verdict.table(student, rows_of(same), real_vs_real_of(same), columns_of(same)))
     return "".join(parts) or tables.UNMEASURED
 
 

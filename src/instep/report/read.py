@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from instep.metrics.columns import Column
 from instep.metrics.compare import Row
 
 VIEW_NAMES = ("generator", "fake", "real", "force", "target")
@@ -38,12 +39,13 @@ class Views:
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.json: measured rows, the real-vs-real row, the classifiers' own accuracies."""
+    """metrics.json: measured rows, the real-vs-real row, the classifiers' own accuracies, what the metrics are called."""
 
     rows: tuple[Row, ...]
     real_vs_real: Row | None
     classifiers: Mapping[str, Mapping[str, float]]
     protocol: str
+    columns: tuple[Column, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ def _metrics(path: Path) -> Metrics:
     found = _mapping(path)
     real_vs_real = found.get("real_vs_real")
     rows = tuple(_row(row) for row in found.get("rows") or [])
-    return Metrics(rows, _row(real_vs_real) if real_vs_real else None, found.get("classifiers") or {}, str(found.get("protocol", "")))
+    columns = tuple(Column(**column) for column in found.get("columns") or ())
+    return Metrics(rows, _row(real_vs_real) if real_vs_real else None, found.get("classifiers") or {}, str(found.get("protocol", "")), columns)
 
 
 def _row(found: Mapping[str, Any]) -> Row:

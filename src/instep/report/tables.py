@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from instep.metrics.columns import Column
 from instep.metrics.compare import Row, better, direction
 from instep.report.charts import Dot, dot_chart
-from instep.report.columns import MAIN, MORE, VERDICT, Column, with_error
+from instep.report.columns import columns_of, with_error
 from instep.report.read import RunRecord
 from instep.report.rows import by_protocol, real_rows, real_vs_real_of, rows_of, students
 
 KINDS = {"student": "student", "control": "control", "teacher": "teacher", "naive": "naive sampling", "real": "real videos"}
-CHARTED = ("heldout_both", "fd", "fd_open", "modes_motion", "modes_digit", "mean_brightness")
-BOUNDED = {"heldout_both": 1.0}  # shares, which nothing exceeds
 
 REAL_VS_REAL = (
     "<p class='note'><b>Real-vs-real</b> is another draw of real samples, measured as if a model had made them: no model can be expected to do better. "
@@ -75,18 +74,17 @@ def glossary(columns: Sequence[Column]) -> str:
     )
 
 
-def cost_charts(rows: Sequence[Row], real_vs_real: Row | None) -> str:
+def cost_charts(rows: Sequence[Row], real_vs_real: Row | None, columns: Sequence[Column]) -> str:
     """Quality against NFE for the metrics that tell most."""
     charts = []
-    for column in MAIN:
-        if column.key not in CHARTED:
+    for column in columns:
+        if not column.caption:
             continue
         have = [row for row in rows if column.key in row.values]
         real = real_vs_real.values.get(column.key) if real_vs_real else None
         dots = [Dot(row.nfe, row.values[column.key].value, row.values[column.key].se, row.kind, row.name) for row in have]
         title = f"{column.head[0].upper()}{column.head[1:]} by NFE"
-        caption = {1: "Up is better.", -1: "Down is better.", 0: "Best where real videos are."}[direction(column.key)]
-        charts.append(dot_chart(title, caption, dots, (real.value, real.se) if real else None, BOUNDED.get(column.key)))
+        charts.append(dot_chart(title, column.caption, dots, (real.value, real.se) if real else None, column.largest))
     if not any(charts):
         return ""
     names = {"student": "student", "naive": "naive sampling", "teacher": "teacher", "control": "control"}
@@ -110,18 +108,19 @@ def all_tables(runs: Sequence[RunRecord]) -> str:
 
 
 def _tables(runs: Sequence[RunRecord]) -> str:
-    rows, real_vs_real, reals = rows_of(runs), real_vs_real_of(runs), real_rows(runs)
+    rows, real_vs_real, reals, columns = rows_of(runs), real_vs_real_of(runs), real_rows(runs), columns_of(runs)
+    main, more = ([column for column in columns if column.place == place] for place in ("main", "more"))
     classifiers = "".join(
         f"<li>{escape(name)}: {escape(', '.join(f'{part} {value:.3f}' for part, value in accuracy.items() if isinstance(value, int | float)))}</li>"
         for name, accuracy in next((run.metrics.classifiers for run in runs if run.metrics), {}).items()
         if isinstance(accuracy, dict)
     )
     accuracy = f"<h3>The classifiers' own accuracy on real videos</h3><ul>{classifiers}</ul>" if classifiers else ""
-    unexplained = [column for column in known(MAIN, rows) if column.key not in VERDICT or not students(runs)]
+    unexplained = [column for column in known(main, rows) if not column.verdict or not students(runs)]
     return (
-        f"{REAL_VS_REAL if real_vs_real else ''}{cost_charts(rows, real_vs_real)}{glossary(unexplained)}{table(rows, reals, MAIN)}"
+        f"{REAL_VS_REAL if real_vs_real else ''}{cost_charts(rows, real_vs_real, columns)}{glossary(unexplained)}{table(rows, reals, main)}"
         "<p class='note'>± is two standard errors, of what another seed would change on these prompts. A metric is set <span class='best'>apart</span> only "
         "if it is better than every other row's by more than two standard errors of the difference; even so, about one comparison in twenty passes by "
         "chance. Rows share prompts and starting noise; differences are counted as if they did not, which errs towards “no difference”.</p>"
-        f"<details><summary>All other metrics, and what they mean</summary>{glossary(known(MORE, rows))}{table(rows, reals, MORE)}{accuracy}</details>"
+        f"<details><summary>All other metrics, and what they mean</summary>{glossary(known(more, rows))}{table(rows, reals, more)}{accuracy}</details>"
     )

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from instep.metrics.columns import Column
 from instep.metrics.compare import Row, better, difference, direction
-from instep.report.columns import EVERY, VERDICT, with_error
+from instep.report.columns import columns_of, with_error
 from instep.report.read import RunRecord
 from instep.report.rows import by_protocol, real_vs_real_of, rows_of, students
 
@@ -32,14 +33,18 @@ class Answer:
     notes: tuple[str, ...] = ()
 
 
-def headline(rows: Sequence[Row]) -> str | None:
+Columns = Sequence[Column]
+
+
+def headline(rows: Sequence[Row], columns: Columns) -> Column | None:
     """The first metric with a good end that all the rows have."""
-    return next((key for key in VERDICT if direction(key) and all(key in row.values for row in rows)), None)
+    return next((c for c in columns if c.verdict and direction(c.key) and all(c.key in row.values for row in rows)), None)
 
 
-def naive_of(student: Row, rows: Sequence[Row]) -> list[Row]:
+def naive_of(student: Row, rows: Sequence[Row], columns: Columns) -> list[Row]:
     """Naive sampling at the student's NFE, and at more up to twice that: of each the row that is best in the headline metric."""
-    key = headline([student])
+    found_headline = headline([student], columns)
+    key = found_headline and found_headline.key
     near = [row for row in rows if row.kind == "naive" and student.nfe <= row.nfe <= 2 * student.nfe]
     found = []
     for group in ([row for row in near if row.nfe == student.nfe], [row for row in near if row.nfe > student.nfe]):
@@ -54,10 +59,10 @@ def teacher_of(rows: Sequence[Row]) -> Row | None:
     return max((row for row in rows if row.kind == "teacher"), key=lambda row: row.nfe, default=None)
 
 
-def opponents(student: Row, rows: Sequence[Row]) -> list[Opponent]:
+def opponents(student: Row, rows: Sequence[Row], columns: Columns) -> list[Opponent]:
     """The controls, naive sampling at the student's cost and at up to twice that, and the teacher."""
     found = [Opponent(row, "control") for row in rows if row.kind == "control"]
-    found += [Opponent(row, "naive sampling") for row in naive_of(student, rows)]
+    found += [Opponent(row, "naive sampling") for row in naive_of(student, rows, columns)]
     teacher = teacher_of(rows)
     return found + ([Opponent(teacher, "teacher")] if teacher else [])
 
@@ -84,21 +89,22 @@ def answer(runs: Sequence[RunRecord]) -> Answer:
     (same,) = groups
     student, *controls = students(same)
     notes = tuple(f"{run.label} is not compared: {why_apart(run)}." for run in runs if not any(run is other for other in same))
-    rows = rows_of(same)
-    naive = [row for row in naive_of(student, rows) if row.nfe == student.nfe]
-    return against(student, controls[0] if controls else next(iter(naive), None), teacher_of(rows), real_vs_real_of(same), notes)
+    rows, columns = rows_of(same), columns_of(same)
+    naive = [row for row in naive_of(student, rows, columns) if row.nfe == student.nfe]
+    return against(student, controls[0] if controls else next(iter(naive), None), teacher_of(rows), real_vs_real_of(same), columns, notes)
 
 
 def why_apart(run: RunRecord) -> str:
     return f"it was measured by another protocol ({run.metrics.protocol or 'not recorded'})" if run.metrics and run.metrics.rows else "it has no metrics"
 
 
-def against(student: Row, other: Row | None, teacher: Row | None, real_vs_real: Row | None, notes: tuple[str, ...] = ()) -> Answer:
+def against(student: Row, other: Row | None, teacher: Row | None, real_vs_real: Row | None, columns: Columns, notes: tuple[str, ...] = ()) -> Answer:
     """The student against one other row (HTML), the teacher beside it."""
-    key = headline([student, other]) if other else None
-    if other is None or key is None:
+    column = headline([student, other], columns) if other else None
+    if other is None or column is None:
         return Answer("unknown", "<b>Unknown:</b> metrics of a control, or of naive sampling at the same cost, are not recorded.", notes)
-    column, delta, how = EVERY[key], difference(student, other, key), outcome(student, other, key, real_vs_real)
+    key = column.key
+    delta, how = difference(student, other, key), outcome(student, other, key, real_vs_real)
     size, error = column.text(abs(delta.value)), column.text(2 * delta.se)
     theirs, ours = column.text(other.values[key].value), column.text(student.values[key].value)
     than = named(student, other)
@@ -109,7 +115,7 @@ def against(student: Row, other: Row | None, teacher: Row | None, real_vs_real: 
         begin = "<b>Yes:</b>" if how == "better" else "<b>No, it is worse:</b>"
         side = "above" if delta.value > 0 else "below"
         said = f"{begin} {escape(column.head)} is {ours}, which is <b>{size} ± {error}</b> {side} {than} ({theirs})"
-    said += others(student, other, key, how, real_vs_real)
+    said += others(student, other, key, how, real_vs_real, columns)
     if teacher and key in teacher.values:
         said += f"; the {teacher.steps}-step teacher has {column.text(teacher.values[key].value)}"
     return Answer(how, said + ".", notes)
@@ -123,12 +129,12 @@ def named(student: Row, other: Row) -> str:
     return f"the control, {escape(other.name)}{cost}"
 
 
-def others(student: Row, other: Row, key: str, how: str, real_vs_real: Row | None) -> str:
+def others(student: Row, other: Row, key: str, how: str, real_vs_real: Row | None, columns: Columns) -> str:
     """What the headline leaves out (HTML): the other metrics that differ beyond two standard errors, losses after a gain first of all."""
     by: dict[str, list[str]] = {"better": [], "worse": []}
-    for other_key in VERDICT:
-        if other_key != key and other_key in student.values and other_key in other.values:
-            by.setdefault(outcome(student, other, other_key, real_vs_real), []).append(EVERY[other_key].head)
+    for column in columns:
+        if column.verdict and column.key != key and column.key in student.values and column.key in other.values:
+            by.setdefault(outcome(student, other, column.key, real_vs_real), []).append(column.head)
     found = [f"{word} in {escape(listed(by[word]))}" for word in ("worse", "better") if by[word] and not (word == how == "better")]
     return f", {'and' if how == 'worse' and not by['better'] else 'but'} it is {' and '.join(found)}" if found else ""
 
@@ -150,21 +156,21 @@ def terms(control: bool) -> str:
     return "<dl class='terms'>" + "".join(f"<div><dt>{term}</dt><dd>{escape(meaning)}</dd></div>" for term, meaning in found) + "</dl>"
 
 
-def table(student: Row, rows: Sequence[Row], real_vs_real: Row | None) -> str:
+def table(student: Row, rows: Sequence[Row], real_vs_real: Row | None, columns: Columns) -> str:
     """The student and its opponents by columns, metrics by rows (HTML), with each metric's meaning below its name."""
-    against = opponents(student, rows)
-    keys = [key for key in VERDICT if key in student.values]
+    against = opponents(student, rows, columns)
+    chosen = [column for column in columns if column.verdict and column.key in student.values]
     alone = "" if against else '<p class="none">Metrics of a baseline are not recorded, so there is nothing to compare with.</p>'
-    if not keys:
+    if not chosen:
         return alone
     heads = "".join(f"<th scope='col'>{escape(o.role)}<small>{escape(under(o.row))}</small></th>" for o in (Opponent(student, "student"), *against))
-    body = "".join(table_row(student, against, key, real_vs_real) for key in keys)
+    body = "".join(table_row(student, against, column, real_vs_real) for column in chosen)
     # on a phone a metric's cells stand below its name: in twos where that leaves none alone, else in threes
     count = len(against) + 1
-    columns = 2 if count in (2, 4) else 3
+    width = 2 if count in (2, 4) else 3
     caption = "Below each value: the student minus it. ▲ the student is better, ▼ worse, = no difference beyond two standard errors, ≠ different."
     return (
-        f"{alone}<div class='scroll'><table class='verdict' style='--columns:{columns}'><caption>{caption if against else ''}</caption>"
+        f"{alone}<div class='scroll'><table class='verdict' style='--columns:{width}'><caption>{caption if against else ''}</caption>"
         f"<thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -174,8 +180,8 @@ def under(row: Row) -> str:
     return ", ".join(part for part in (row.name, f"NFE {row.nfe}", row.note) if part)
 
 
-def table_row(student: Row, against: Sequence[Opponent], key: str, real_vs_real: Row | None) -> str:
-    column = EVERY[key]
+def table_row(student: Row, against: Sequence[Opponent], column: Column, real_vs_real: Row | None) -> str:
+    key = column.key
     cells = [f"<td class='own'><span class='of'>student</span>{with_error(column, student.values[key])}</td>"]
     for o in against:
         of = f"<span class='of'>{escape(o.row.name if o.role == 'control' else f'{o.role}, NFE {o.row.nfe}')}</span>"
