@@ -263,7 +263,7 @@ def _limits(info: ExportInfo, levels: Sequence[float]) -> str:
     return f"""## Limits
 
 - Made for {n} step{"s" if n > 1 else ""} without guidance; a negative prompt does nothing at guidance 1.
-- TrainedParams and checked at {size.height} x {size.width}, {size.frames} frames, on {info.training_prompts} prompts;
+- Trained and checked at {size.height} x {size.width}, {size.frames} frames, on {info.training_prompts} prompts;
   other sizes and kinds of prompt were not tried.
 - The licence and the limits of its base model apply to it.
 """

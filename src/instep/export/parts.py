@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CARD = """# {name}: {steps}-step student ({recipe})
 
-TrainedParams by instep {version} from {base}: `{command}`
+Trained by instep {version} from {base}: `{command}`
 
 There is no stock diffusers pipeline for a class-conditional flow in pixel space, so this folder holds its two parts. They are stock classes:
 

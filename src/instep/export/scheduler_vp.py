@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffusers import LCMScheduler
 
 KINDS = {"eps": "epsilon", "x0": "sample", "v_prediction": "v_prediction"}
-# LCM mixes c_skip x_t into its prediction, c_skip = .25 / ((scaling step)^2 + .25). At this scaling that is below 1e-12 from step 1 on, and, as a
+# LCM mixes c_skip x_t into its prediction, c_skip = 0.25 / ((scaling step)^2 + 0.25). At this scaling that is below 1e-12 from step 1 on, and, as a
 # power of two keeps the root of the square exact, c_out = 1
 SCALING = 2.0**20
 # of alpha-bar, which the class keeps in float32

@@ -2,11 +2,11 @@
 
 | metric | what | exact samples (N = 4,000, ring of 8) |
 |---|---|---|
-| quality | share within 3 sigma of a mode of its own class | .989 |
-| tv | total variation of mass per mode, in [0, 1] | .015 to .03 |
-| energy | squared energy distance to exact samples | below .002, either sign |
-| rkl | reverse KL in nats, by a kernel estimate that smooths | -.03 |
-| spread | mean squared radius around a mode over its untruncated value; below .6 is over-sharp | .949 |
+| quality | share within 3 sigma of a mode of its own class | 0.989 |
+| tv | total variation of mass per mode, in [0, 1] | 0.015 to 0.03 |
+| energy | squared energy distance to exact samples | below 0.002, either sign |
+| rkl | reverse KL in nats, by a kernel estimate that smooths | -0.03 |
+| spread | mean squared radius around a mode over its untruncated value; below 0.6 is over-sharp | 0.949 |
 | share | rewarded part of the on-mode samples | rewarded share of modes |
 | reached | modes that hold a quarter of their due mass or more | all |
 
@@ -108,7 +108,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 def reverse_kl(x: Tensor, label: Tensor, mixture: Mixture) -> float:
     """Mean of log q(x | label) - log p(x | label) in nats, averaged over labels: p exact, q a leave-one-out kernel estimate (`log_kde`).
 
-    The kernel h widens every mode, so exact samples do not give 0 but, with r = (h / sigma)^2 and D = 2, r / (1 + r) - log(1 + r), -.029 in
+    The kernel h widens every mode, so exact samples do not give 0 but, with r = (h / sigma)^2 and D = 2, r / (1 + r) - log(1 + r), -0.029 in
     the ring, and some thousandths less from the estimate's own noise.
     """
     clean = torch.zeros(len(x), dtype=x.dtype)
@@ -121,7 +121,7 @@ def log_kde(x: Tensor, bandwidth: float = BANDWIDTH) -> Tensor:
 
     Never below what the point's own kernel gives, 1 / N of its peak. Leave-one-out alone sends isolated points to minus infinity faster than
     any p with a deviation above the bandwidth, so a few strays would make the reverse KL look better than perfect. What is left is
-    +.02 nats for 4,000 samples of a Gaussian a dozen bandwidths wide, where leave-one-out alone is at -.14.
+    +0.02 nats for 4,000 samples of a Gaussian a dozen bandwidths wide, where leave-one-out alone is at -0.14.
     """
     n, dim = x.shape
     parts = []

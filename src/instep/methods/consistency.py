@@ -22,7 +22,7 @@ Target = Literal["student", "average", "teacher"]
 # LCM's boundary condition: data of this deviation, and this many units a training step of 1000
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0 * 1000
-# where the pseudo-Huber distance turns from square to straight, in units of a latent element (LCM: .001)
+# where the pseudo-Huber distance turns from square to straight, in units of a latent element (LCM: 0.001)
 HUBER = 1e-3
 
 
@@ -42,7 +42,7 @@ def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condi
 
 
 def distance(x: Tensor, y: Tensor, kind: Distance) -> Tensor:
-    """Mean over elements of (x - y)^2, or of sqrt((x - y)^2 + c^2) - c with c = .001 (pseudo-Huber), [B]."""
+    """Mean over elements of (x - y)^2, or of sqrt((x - y)^2 + c^2) - c with c = 0.001 (pseudo-Huber), [B]."""
     square = (x - y).square()
     return (square if kind == "mse" else (square + HUBER**2).sqrt() - HUBER).flatten(1).mean(1)
 

@@ -27,7 +27,7 @@ SAME = 1e-2
 class _Policy(Objective):
     """What policy gradients share: one scalar a transition, each with its own forward pass.
 
-    `fraction` of the stored transitions, drawn anew for every update, is trained on (DanceGRPO: .6); all of them by default.
+    `fraction` of the stored transitions, drawn anew for every update, is trained on (DanceGRPO: 0.6); all of them by default.
     """
 
     fraction: float = 1.0

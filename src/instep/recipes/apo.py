@@ -50,8 +50,8 @@ def apo(
         distill_guidance_optim: AdamW of the model in that stage; it learns a target there, not a preference, and takes larger steps.
         post_distillation: updates on labelled pairs once more, of the model that needs no guidance.
         beta: temperature.
-        high: levels of a window from [.8, 1]; gradients of a window are summed.
-        low: levels of a window from [0, .8).
+        high: levels of a window from [0.8, 1]; gradients of a window are summed.
+        low: levels of a window from [0, 0.8).
         random_shift: draw the timestep shift of the visited levels from 3, 4, 5, 6; else the model's own.
         offset: deviation of the Gaussian offset from visited levels, in training steps of 1,000; 0 leaves it out.
         uniform: that many levels drawn from all take the window's place: with 1 the baseline, Diffusion-DPO.

@@ -50,7 +50,7 @@ def dm_align_group(
         sign: signed (the paper's text: high samples move away from the mean), pull (only low ones move), printed (Eq. 7 to the letter).
         spread: what advantages are divided by: each group's own deviation of rewards, or that of the whole run, with which groups of
             equally good samples add little noise.
-        weight: weight of the alignment force; matching gets the rest (paper: .5).
+        weight: weight of the alignment force; matching gets the rest (paper: 0.5).
         levels: noise levels of the alignment force; at low ones it would blend samples that show different things.
         through: how far the alignment force reaches back: the last step, or the whole trajectory (more memory).
     """
@@ -73,7 +73,7 @@ def dm_align_pair(
         common: options of every recipe.
         distil: student updates of distribution matching alone, before the preferred samples join.
         iterations: student updates of matching and alignment together.
-        weight: weight of the alignment force; matching gets the rest (paper: .5).
+        weight: weight of the alignment force; matching gets the rest (paper: 0.5).
         levels: noise levels of the alignment force; at low ones it would blend samples that show different things.
         through: how far the alignment force reaches back: the last step, or the whole trajectory (more memory).
     """

@@ -15,7 +15,7 @@ def dmd(common: Common = Common(), *, distil: int = 0, iterations: int = 100, re
         common: options of every recipe.
         distil: student updates of matching alone before; 0 leaves the stage out.
         iterations: student updates.
-        regression: weight of the regression on stored pairs of noise and the teacher's output (DMD, ImageNet: .25).
+        regression: weight of the regression on stored pairs of noise and the teacher's output (DMD, ImageNet: 0.25).
     """
     stage = common.stage("regress", iterations, (common.matching(), Regression(weight=regression)), (common.critic(),))
     return common.recipe("dmd", common.distil(distil), stage)

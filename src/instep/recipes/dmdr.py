@@ -84,7 +84,7 @@ def dmdr(
             lora_rank, else one of its own; 0 leaves it out.
         rl: the reinforcement-learning branch: refl (gradient of a differentiable reward), dpo (best against worst of a group, any reward), grpo or
             ddpo (any reward, a student of 2 steps or more).
-        weight: weight of that branch (the paper's lambda: .5).
+        weight: weight of that branch (the paper's lambda: 0.5).
         beside: what acts beside it in stage 2: matching, only its dm part, or matching whose guidance the advantage weighs.
         clip: bound of GRPO's ratio.
         kl: weight of GRPO's penalty for leaving the student of stage 1; matching takes its place, so 0.

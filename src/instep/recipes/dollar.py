@@ -43,13 +43,13 @@ def dollar(
             the paper does.
         iterations: student updates.
         matching: weight of distribution matching (VSD); 0 leaves consistency distillation alone, which blurs.
-        cd: weight of consistency distillation (the paper: .5); 0 leaves it out.
+        cd: weight of consistency distillation (the paper: 0.5); 0 leaves it out.
         cd_steps: steps of the teacher between its two ends (the paper: 5 is better than 1).
         cd_guidance: guidance of these steps; that of matching if it is not given (the paper: 8.5, and 4.5 for matching).
         distance: of consistency distillation: mse, or huber.
         target: whose consistency function is aimed at: the student's own without gradient, its average, or the teacher's.
         weight: weight of the latent reward's gradient, in deviations of the reward (the paper's 1.0 counts in the reward's own unit, whose deviation there is
-            .01 to .03); 0 leaves the latent reward model out.
+            0.01 to 0.03); 0 leaves the latent reward model out.
         kind: what the latent reward model reads: text-video, video, text-image or image.
         frames: whether it reads a video as a volume, or frame by frame with the average taken, as in the paper's experiments.
         latent_reward: AdamW of the latent reward model.

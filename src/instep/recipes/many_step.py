@@ -90,7 +90,7 @@ def flow_grpo(
         group: samples a prompt, compared with each other.
         sde: how the sampler is made stochastic: flow (Flow-GRPO), dance (DanceGRPO; both on rectified flows), cps or ddpm (as much noise as the path has;
             any path).
-        noise: its strength (flow: .7; dance: .3; cps, ddpm: up to 1, and on any path).
+        noise: its strength (flow: 0.7; dance: 0.3; cps, ddpm: up to 1, and on any path).
         clip: bound of the ratio.
         kl: weight of the penalty for leaving the pretrained model.
         fraction: part of the steps, drawn anew, that an update trains on.

@@ -14,7 +14,7 @@ def refl(common: Common = Common(), *, distil: int = 0, iterations: int = 100, w
         common: options of every recipe.
         distil: student updates of matching alone before; 0 leaves the stage out.
         iterations: student updates of both together.
-        weight: weight of the reward's gradient (DMDR's lambda_rl: .5).
+        weight: weight of the reward's gradient (DMDR's lambda_rl: 0.5).
         matching: weight of the matching force beside it; 0 leaves the reward alone, which collapses.
     """
     terms = (common.matching(matching), RewardGradient(weight=weight))

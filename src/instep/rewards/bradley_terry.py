@@ -43,7 +43,7 @@ class RewardHead(nn.Module):
             # what two samples of a prompt share (the prompt) has no gradient: it stays out of the reward
             for parameter in layers[0].parameters():
                 nn.init.zeros_(parameter)
-        # eta = softplus(raw) starts at .31: about one tie in seven between equals
+        # eta = softplus(raw) starts at 0.31: about one tie in seven between equals
         self.raw_eta = nn.Parameter(torch.tensor(-1.0))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))

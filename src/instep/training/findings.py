@@ -21,26 +21,26 @@ WINDOW = 20  # iterations of a rolling mean: one batch's cosine, loss or share o
 OPPOSED = -0.5  # cosine of two forces below which most of each is spent on undoing the other
 SILENT = 0.01  # share of the strongest force below which another one does nothing
 BRIGHTNESS_OFF = 0.25  # relative deviation of mean brightness from the teacher's that the eye sees as over- or under-saturation
-CLIPPED = 0.05  # share of pixels more than .05 outside [0, 1] (real videos through the VAE: well below .01) ...
+CLIPPED = 0.05  # share of pixels more than 0.05 outside [0, 1] (real videos through the VAE: well below 0.01) ...
 CLIPPED_MORE = 2.0  # ... and this many times the teacher's own: a family whose teacher overshoots is not the student's fault
 HALVED = 0.6  # a metric below this share of its reference has visibly collapsed
 FLICKER = 1 / HALVED  # frames that differ this many times more than the teacher's flicker, or are noise (DM-Align, Section 4.1)
 CRITIC_UP = 2.0  # critic loss over its stage's early value; less is normal: a student that sharpens is harder to denoise than a blurred one
-CONSTANT = 0.5  # share of groups without any spread in reward: healthy runs of the bundled model have below .03
+CONSTANT = 0.5  # share of groups without any spread in reward: healthy runs of the bundled model have below 0.03
 EXPLODED = 20.0  # gradient norm over its running median: single batches of 53 runs on the bundled model stay below 7
 EXPLODED_ROWS = 3  # of them in a row: one bad batch is clipped and forgotten
 MEDIAN_OF = 50  # rows of that running median
 # relative change of every probe metric below which nothing was learned. Prompts and noise of a probe are fixed, so an untouched student repeats
-# them: 1e-6 at a learning rate of 1e-9; of 53 runs on the bundled model the metric that had moved most had moved by .04 and more
+# them: 1e-6 at a learning rate of 1e-9; of 53 runs on the bundled model the metric that had moved most had moved by 0.04 and more
 STUCK = 0.01
 RISE = 0.3  # rise of the training reward in deviations within a group: twice the standard error of a probe of 48 samples
-FALL = 0.1  # fall of the monitor's share of right samples: more than twice the standard error of 48 samples at .9
+FALL = 0.1  # fall of the monitor's share of right samples: more than twice the standard error of 48 samples at 0.9
 # kinds of sample a prompt that leaves them open is given, relative to the stage's beginning. On the bundled model (10 prompts, 8 samples each) 5.0 are
-# seen; four draws of one student had 4.9 to 5.1, chance alone allows a deviation of .3, and 40 healthy iterations (7 runs) changed it by -.1 to +.5
+# seen; four draws of one student had 4.9 to 5.1, chance alone allows a deviation of 0.3, and 40 healthy iterations (7 runs) changed it by -0.1 to +0.5
 FEWER = 0.85
-# diversity relative to the stage's beginning and to the teacher, both. Noise is fixed: 40 iterations with a reward beside matching leave .956 and 1.02
-# or more (14 runs on the bundled model, 4 steps), .94 and 1.0 at 2 steps (3 runs, weight .1); a student may lose what it has more than the teacher.
-# Reinforcement alone, after 30 to 40 iterations: .86 and .94 (4 steps), .78 to .90 and .83 to .96 (2 steps, 3 runs; the margin was set with these)
+# diversity relative to the stage's beginning and to the teacher, both. Noise is fixed: 40 iterations with a reward beside matching leave 0.956 and 1.02
+# or more (14 runs on the bundled model, 4 steps), 0.94 and 1.0 at 2 steps (3 runs, weight 0.1); a student may lose what it has more than the teacher.
+# Reinforcement alone, after 30 to 40 iterations: 0.86 and 0.94 (4 steps), 0.78 to 0.90 and 0.83 to 0.96 (2 steps, 3 runs; the margin was set with these)
 ALIKE, LEANER = 0.92, 1.0
 # matching force over that of the stage's first ten iterations: 41 runs on the bundled model stay below 1.08
 FARTHER = 1.25
