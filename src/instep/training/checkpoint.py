@@ -1,7 +1,7 @@
-"""Checkpoints: tensors in one safetensors file, everything else in JSON, a folder that appears whole or not at all.
+"""Checkpoints: tensors in one safetensors file, everything else in JSON, in a folder that appears whole or not at all.
 
-A checkpoint is written beside its final name, flushed to disk, and renamed; a run killed at any moment finds the one before it. Nothing
-is ever unpickled.
+A checkpoint is written beside its final name, flushed to disk, and renamed, so a run killed at any moment still has the previous one.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _REPLACED = re.compile(r"\.(step-\d{6,})\.replaced")
 def save(folder: Path, step: int, state: State, *, keep: int, protect: Collection[int] = ()) -> Path:
     """Writes `folder/step-NNNNNN`, then removes all but the newest `keep` and the steps in `protect`.
 
-    `state` is nested dicts with string keys, lists and tuples of tensors and JSON values. ValueError if it is not; OSError if it
-    cannot be written, as on a full disk: what was there stays.
+    `state` is nested dicts with string keys, lists and tuples of tensors and JSON values. Raises ValueError if it is not, and OSError
+    if it cannot be written, for example on a full disk; earlier checkpoints stay.
     """
     if keep < 1:
         raise ValueError(f"keep: {keep} is not allowed; keep at least 1 checkpoint")
@@ -48,7 +48,7 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
         record = {"step": step, "sha256": digest, "values": values}
         _write(temporary / "state.json", json.dumps(record).encode())
         _flush_folder(temporary)
-        if _same(temporary, final):  # asked to stop right after a checkpoint: it is there already
+        if _same(temporary, final):  # the run was stopped right after a checkpoint, which is already there
             shutil.rmtree(temporary)
         else:
             _put(temporary, final)
@@ -62,9 +62,9 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are whole, None where there are none; damaged ones are named in a warning and passed over.
+    """Returns the newest intact checkpoint, or None if there is no checkpoint. Damaged ones are skipped with a warning.
 
-    ValueError if there are checkpoints and none is whole: to begin anew would write over what may still be of use.
+    Raises ValueError if there are checkpoints and none is intact: starting anew would overwrite files that may still be of use.
     """
     _recover(folder)
     damaged: dict[str, str] = {}
@@ -84,7 +84,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def at(folder: Path, step: int) -> Path | None:
-    """The checkpoint of exactly `step`, if it is there and whole; a damaged one is named in a warning."""
+    """Returns the checkpoint of exactly `step`, or None if it is missing or damaged (with a warning)."""
     _recover(folder)
     path = next((path for path in every(folder) if step_of(path) == step), None)
     damage = _damage(path) if path is not None else None
@@ -100,7 +100,7 @@ def step_of(path: Path) -> int:
 
 
 def load(path: Path) -> State:
-    """The state that was saved, bit for bit, on the CPU. What was one tensor at two places is one again."""
+    """Loads the saved state, bit for bit, on the CPU. A tensor that was shared by two places is shared again."""
     from safetensors.torch import load_file
 
     record = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ def load(path: Path) -> State:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Removes every checkpoint after `step`: a run that went back does not go on from what it left."""
+    """Removes every checkpoint after `step`, so that a run that went back does not continue from a later one."""
     for path in every(folder):
         if step_of(path) > step:
             _remove(path)
@@ -136,7 +136,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _put(temporary: Path, final: Path) -> None:
-    """Renames into place. A checkpoint of the same step makes way first, under a name that `_recover` takes back if we die in between."""
+    """Renames into place. An existing checkpoint of the same step is moved aside first; `_recover` restores it if the process dies in between."""
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
         os.replace(final, replaced)
@@ -151,7 +151,7 @@ def _put(temporary: Path, final: Path) -> None:
 
 
 def _recover(folder: Path) -> None:
-    """Takes back a checkpoint that had made way for one that never came."""
+    """Restores a checkpoint that was moved aside for one that was never completed."""
     for path in list(folder.glob(".step-*.replaced")):
         match = _REPLACED.fullmatch(path.name)
         if match and not (folder / match[1]).exists():
@@ -159,7 +159,7 @@ def _recover(folder: Path) -> None:
 
 
 def _prune(folder: Path, step: int, keep: int, protect: Collection[int]) -> None:
-    """Removes old checkpoints and what a killed run left half written. Those after `step` are left alone and do not count."""
+    """Removes old checkpoints and partial ones of a killed run. Checkpoints after `step` are kept and do not count."""
     for torn in folder.glob(".step-*"):
         shutil.rmtree(torn, ignore_errors=True)
     known = [path for path in every(folder) if step_of(path) <= step]
@@ -194,14 +194,14 @@ def _flush_folder(folder: Path) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
-    """Everything a torch optimiser needs to go on: per-parameter tensors and each group's numbers."""
+    """Returns the state of a torch optimiser: its tensors for each parameter, and each group's settings."""
     state = optimizer.state_dict()
     groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
     return {"state": {str(k): v for k, v in state["state"].items()}, "groups": groups}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: State) -> None:
-    """The inverse of `optimizer_state`, for an optimiser over the same parameters in the same order; ValueError if they are not."""
+    """The inverse of `optimizer_state`, for an optimiser over the same parameters in the same order. Raises ValueError if they differ."""
     whole = optimizer.state_dict()
     if len(whole["param_groups"]) != len(saved["groups"]):
         raise ValueError(
@@ -223,7 +223,7 @@ def _tuples(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def rng_state(generator: torch.Generator) -> State:
-    """The run's generator and the global ones that a reward function may use."""
+    """Returns the states of the run's generator and of the global ones, which a reward function may use."""
     import numpy as np
 
     name, keys, *rest = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state(legacy=True))

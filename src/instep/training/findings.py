@@ -1,6 +1,6 @@
-"""What looks wrong in a run's rows, in words: pure checks, one function a kind.
+"""The health checks: pure functions of a run's logged rows, one function for each kind of finding.
 
-They may look at the training reward and at the *monitor* classifier; a held-out classifier is for reported metrics only.
+They may use the training reward and the *monitor* classifier; a held-out classifier is reserved for reported metrics.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from instep.training.history import History, Row, mean, number
 Level = Literal["ok", "warn", "alarm"]
 Findings = Iterator[tuple[Level, str, str]]
 
-PERSIST = 2  # probes in a row that must agree: one noisy probe of some dozens of samples says little
+PERSIST = 2  # consecutive probes that must agree: one noisy probe of a few dozen samples is weak evidence
 WINDOW = 20  # iterations of a rolling mean: one batch's cosine, loss or share of constant groups is noise
 OPPOSED = -0.5  # cosine of two forces below which most of each is spent on undoing the other
 SILENT = 0.01  # share of the strongest force below which another one does nothing
-BRIGHTNESS_OFF = 0.25  # relative deviation of mean brightness from the teacher's that the eye sees as over- or under-saturation
+BRIGHTNESS_OFF = 0.25  # relative deviation of mean brightness from the teacher's that is visible as over- or under-saturation
 CLIPPED = 0.05  # share of pixels more than 0.05 outside [0, 1] (real videos through the VAE: well below 0.01) ...
 CLIPPED_MORE = 2.0  # ... and this many times the teacher's own: a family whose teacher overshoots is not the student's fault
 HALVED = 0.6  # a metric below this share of its reference has visibly collapsed
@@ -103,7 +103,7 @@ def _reward(seen: History) -> Findings:
 
 
 def _exploded(seen: History) -> Findings:
-    """Finite gradients far above the norm of the stage so far. (Those that are not finite are skipped, and said by `_finite`.)"""
+    """Finite gradients far above the norm of the stage so far. (Steps with gradients that are not finite are skipped, and `_finite` reports them.)"""
     for key in sorted(k for k in seen.stage[-1] if k.startswith("grad/") and not k.endswith("/skipped")):
         known = [(number(row, key) or 0.0, number(row, f"{key}/skipped") or 0.0) for row in seen.stage[-MEDIAN_OF - EXPLODED_ROWS :]]
         last, before = known[-EXPLODED_ROWS:], [norm for norm, skipped in known[:-EXPLODED_ROWS] if not skipped]
@@ -117,7 +117,7 @@ def _exploded(seen: History) -> Findings:
 def _stuck(seen: History) -> Findings:
     """After a third of the student's training the samples are those of step 0, in every metric of the probe.
 
-    Forces say nothing of it: a matching force is as large in a run that goes on from a good student, and learns, as in one that stands still.
+    Forces cannot show this: a matching force is as large in a run that continues from a good student, and learns, as in one that stands still.
     """
     if not seen.recipe or len(seen.probes) < 2 or seen.probes[0]["step"] > 0 or len(seen.rows) <= WINDOW:
         return
@@ -126,7 +126,7 @@ def _stuck(seen: History) -> Findings:
     ends = zip(seen.recipe.stages, seen.recipe.stage_ends(), strict=True)
     idle = [stage.steps for stage, end in ends if not stage.terms and end <= now["step"]]
     done, total = now["step"] - sum(idle), sum(stage.steps for stage in seen.recipe.stages if stage.terms)
-    # shares of right samples and modes move in leaps: one sample of 48 is more than STUCK
+    # the share of right samples and the number of modes change in jumps: one sample of 48 is more than STUCK
     keys = [key for key in first if key.startswith("probe/") and not key.endswith("_teacher") and key not in ("probe/monitor_both", "probe/modes")]
     pairs = [(number(first, key), number(now, key), number(now, f"{key}_teacher")) for key in keys]
     moved = [abs(b - a) / (max(abs(a), abs(teacher or 0.0)) or 1.0) for a, b, teacher in pairs if a is not None and b is not None]
@@ -142,9 +142,9 @@ def _excess(row: Row, key: str, direction: float) -> float | None:
 
 
 def _off(seen: History, key: str, direction: float, limit: float) -> bool:
-    """Beyond the teacher's metric by more than `limit` in the last probes, and not on the way in.
+    """Whether the metric exceeds the teacher's by more than `limit` in the last probes and is not on its way back.
 
-    A student begins as its teacher run in too few steps, so far off is normal for as long as every probe lies nearer than the one before.
+    A student begins as its teacher run in too few steps, so a large distance is normal as long as every probe is nearer than the one before.
     The untrained student itself (step 0) never counts.
     """
     excess = [_excess(row, key, direction) for row in seen.probes]
@@ -191,9 +191,10 @@ def _rewarded(seen: History) -> bool:
 
 
 def _rise(seen: History) -> Callable[[Row], float | None]:
-    """Rise of the training reward since the stage began, in deviations within a group: a reward's zero and unit are its own affair.
+    """Rise of the training reward since the stage began, in within-group standard deviations, since each reward has its own zero and unit.
 
-    The deviation is that of the stage's own groups, or where it scores none (a reward's gradient) that of the probe's copies as the stage began.
+    The deviation is that of the stage's own groups; if the stage scores none (it uses the reward's gradient), it is that of the probe's copies at the
+    beginning of the stage.
     """
     spread = mean(seen.stage, "reward/spread") or number(seen.since[0], "probe/train_spread")
     before = number(seen.since[0], "probe/train_score")
@@ -206,7 +207,7 @@ def _rise(seen: History) -> Callable[[Row], float | None]:
 
 
 def _since(seen: History, key: str) -> tuple[float | None, list[float]]:
-    """A probe metric as the stage began, and in the last probes; nothing of the latter if one of them lacks it."""
+    """A probe metric at the beginning of the stage, and in the last probes; the latter list is empty if one of them lacks it."""
     values = [number(row, f"probe/{key}") for row in seen.since[-PERSIST:]]
     known = [value for value in values if value is not None]
     return number(seen.since[0], f"probe/{key}"), known if len(known) == PERSIST else []
@@ -227,7 +228,7 @@ def _fewer_modes(seen: History) -> str | None:
 
 
 def _alike(seen: History) -> str | None:
-    """Against the teacher as well: a student that had more variety than it, as after distillation, may lose the surplus."""
+    """Compares with the teacher as well: a student that had more variety than its teacher, as after distillation, may lose the surplus."""
     first, last = _since(seen, "diversity")
     teacher = number(seen.since[-1], "probe/diversity_teacher")
     if not first or not last or max(last) >= ALIKE * first or (teacher is not None and max(last) >= LEANER * teacher):
@@ -247,7 +248,7 @@ def _farther(seen: History) -> str | None:
 
 
 def _steady(force: Force) -> bool:
-    """Matching whose size says how far the student is from the teacher: neither tilted by the reward nor annealed over the stage."""
+    """The matching forces whose norm measures the distance from the teacher: neither tilted by the reward nor annealed over the stage."""
     from instep.diffusion.levels import AnnealedBeta
     from instep.methods.matching import DistributionMatching
 
@@ -257,7 +258,7 @@ def _steady(force: Force) -> bool:
 
 
 def _hacking(seen: History) -> Findings:
-    """Training reward up since the stage began while the monitor, the variety or the matching say otherwise; only where a reward trains."""
+    """The training reward rose since the stage began while the monitor, the diversity or the matching force got worse; only where a reward trains."""
     if len(seen.since) <= PERSIST or not _rewarded(seen):
         return
     rise = _rise(seen)
@@ -272,7 +273,7 @@ def _hacking(seen: History) -> Findings:
 
 CHECKS = (_forces, _finite, _exploded, _critic, _reward, _stuck, _images, _hacking)
 
-# what the checks above can say, without the name of what it is about (opposed:dm and group)
+# the flags that the checks above raise, without the name after the colon (opposed:dm and group)
 FLAGS = (
     "opposed",
     "silent",

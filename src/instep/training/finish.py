@@ -1,4 +1,4 @@
-"""The end of a run: its student as what stock diffusers loads."""
+"""The end of a run: exports its student in a form that stock diffusers loads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def fits_stock(student: Role) -> bool:
-    """Whether a stock pipeline reads the student's output as the student means it."""
+    """Whether the student's prediction type is the one that the family's stock pipeline expects."""
     return student.prediction_type == student.backbone.family.prediction_type
 
 
@@ -39,8 +39,10 @@ def export_role(
     command: str,
     dtype: torch.dtype | None = None,
 ) -> ExportReport:
-    """A student role as a stock pipeline folder (or its parts, where there is no stock pipeline), checked there against the sampler that trained it;
-    a many-step student keeps its model's scheduler."""
+    """Exports a student role as a stock pipeline folder, or as its parts where no stock pipeline exists, and compares it with the sampler that trained it.
+
+    A many-step student keeps its model's scheduler. Raises ValueError if the student's prediction type is not the stock pipeline's.
+    """
     if not fits_stock(student):
         raise ValueError(
             f"student: it predicts {student.prediction_type}, and a stock pipeline of {family.name} reads {family.prediction_type}; it cannot be exported"
@@ -73,9 +75,9 @@ def export_role(
 
 
 def with_folded_guidance(student: Role, guidance_scales: GuidanceScales) -> nn.Module:
-    """A plain copy of a student's network that predicts without guidance scales what the student predicts at `guidance_scales`; an adapter is merged.
+    """Returns a plain copy of a student's network that predicts, without guidance scales, what the student predicts at `guidance_scales`.
 
-    An adapter's own file could not hold a bias of the time embedding, so there is none of such a student.
+    An adapter is merged: its own file could not hold the bias of the time embedding, so such a student has no adapter file.
     """
     from instep.export.folder import merged_parts
 

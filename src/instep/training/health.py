@@ -1,4 +1,4 @@
-"""Health: findings said once when they begin and once when they clear, and kept with the run. What is looked for is in `findings.py`."""
+"""Health findings of a run: each is printed once when it begins and once when it clears, and is kept in health.jsonl. The checks are in `findings.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from instep.training.history import History, Row
 
 @dataclass(frozen=True)
 class Finding:
-    """One observation: how bad, a stable name, and a sentence that says what it is and what to do."""
+    """One finding: its level, a stable flag, and a sentence that describes it and what to do."""
 
     step: int
     level: Level
@@ -26,7 +26,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Raised:
-    """A flag that a run raised: from which step, and until which (None: it was open at the end)."""
+    """A flag that a run raised, with the steps at which it began and cleared (None: it was open at the end)."""
 
     flag: str
     level: Level
@@ -36,7 +36,7 @@ class Raised:
 
 
 def flags(folder: Path) -> list[Raised]:
-    """Every flag that the run in `folder` has raised, in order, from its health.jsonl; evaluated or not."""
+    """Returns every flag that the run in `folder` raised, in order, from its health.jsonl; the run need not have been evaluated."""
     from instep.core.json_lines import read_rows
 
     raised: list[Raised] = []
@@ -49,7 +49,7 @@ def flags(folder: Path) -> list[Raised]:
 
 
 def examine(rows: Sequence[Row], recipe: Recipe | None = None) -> list[Finding]:
-    """Everything that looks wrong after the last of `rows` (oldest first); without the `recipe` what depends on a run's length is left out."""
+    """Returns all findings at the last of `rows` (oldest first); without `recipe` the checks that depend on a run's length are left out."""
     if not rows:
         return []
     seen = History.of(rows, recipe)
@@ -57,7 +57,7 @@ def examine(rows: Sequence[Row], recipe: Recipe | None = None) -> list[Finding]:
 
 
 def thin(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a check can still ask for: every probe, the beginning of each stage, and the newest; a long run has many more."""
+    """Returns the rows that a check can still need: every probe, the beginning of each stage, and the newest rows. A long run has many more."""
     seen: dict[Any, int] = {}
     kept = []
     for i, row in enumerate(rows):
@@ -68,7 +68,7 @@ def thin(rows: Sequence[Row]) -> list[Row]:
 
 
 class HealthMonitor:
-    """Reads a run's rows as they come; returns a finding when it begins, and says when it has cleared. Kept in health.jsonl."""
+    """Checks a run's rows as they arrive; returns each finding when it begins and a notice when it clears, and keeps both in health.jsonl."""
 
     def __init__(self, folder: Path, *, resume_step: int = 0, recipe: Recipe | None = None) -> None:
         from instep.core.json_lines import read_rows, trim
@@ -84,9 +84,9 @@ class HealthMonitor:
                 self._take(row)
 
     def _take(self, row: Row) -> list[Finding]:
-        """Adds a row; returns what is new with it. A flag can clear only where probes were taken."""
+        """Adds a row and returns its new findings. A flag can clear only at a probe."""
         self._rows.append(row)
-        if len(self._rows) >= self._thin_at:  # now and then, or the whole run would be read again for every row
+        if len(self._rows) >= self._thin_at:  # only now and then: otherwise every row would scan the whole run
             self._rows = thin(self._rows)
             self._thin_at = len(self._rows) + 10 * WINDOW
         now, step = {finding.flag: finding for finding in examine(self._rows, self._recipe)}, int(row["step"])
@@ -99,7 +99,7 @@ class HealthMonitor:
         return news
 
     def row(self, step: int, scalars: Row) -> list[Finding]:
-        """Findings that are new with this row, and flags that have cleared with it."""
+        """Returns the findings that begin with this row, and the flags that clear with it."""
         news = self._take({"step": step, **scalars})
         if news:
             append_text(self._file, "".join(json.dumps(asdict(finding)) + "\n" for finding in news))

@@ -1,4 +1,4 @@
-"""What a run has logged so far, as its checks look at it."""
+"""A run's logged rows, in the form that the health checks read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class History:
-    """Rows up to now (oldest first), those of the present stage, the probes, and the probes of this stage with the one before it.
+    """All rows so far (oldest first), those of the present stage, the probes, and the probes of this stage with the one before it.
 
-    Without the `recipe` what depends on a run's length is not looked for. Probes of stages in which only critics learn are left out: the student
-    stands still there.
+    Without `recipe` the checks that depend on a run's length are skipped. Probes of stages in which only critics learn are left out: the student
+    does not change there.
     """
 
     rows: Sequence[Row]

@@ -1,4 +1,4 @@
-"""A run's log: JSON lines always, TensorBoard where it is installed, and a progress display that says how long it will take."""
+"""A run's log: JSON lines always, TensorBoard where it is installed, and a progress display with the remaining time."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SHOWN = {"reward/train": "reward", "critic/fake": "fake", "probe/monitor_both": 
 class RunLog:
     """Rows of scalars by step. Values that are not finite are written as null.
 
-    `tracker` is called with (step, scalars) for every row; one that raises is reported once and not called again: a tracker's server must
-    not cost a run.
+    `tracker` is called with (step, scalars) for every row. If it raises, the error is reported once and the tracker is not called again: a failing
+    tracking server must not end a run.
     """
 
     def __init__(self, folder: Path, *, resume_step: int = 0, tracker: Tracker | None = None) -> None:
@@ -68,7 +68,7 @@ class RunLog:
         self._progress = None
 
     def row(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Appends one row and shows it; OSError says in one line what a full disk did not take. The run's checkpoints are not touched."""
+        """Appends one row and displays it. Raises OSError, with a one-line message, if it cannot be written (full disk); checkpoints are not touched."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scalars.items()}
         append_text(self._file, json.dumps({"step": step, **clean}) + "\n")
         if self._board is not None:
@@ -120,12 +120,12 @@ class RunLog:
         return f"{left // 60}:{left % 60:02d}"
 
     def say(self, finding: Finding) -> None:
-        """A health finding, in words, above the bar."""
+        """Prints a health finding above the progress bar."""
         colour = {"alarm": "red", "warn": "yellow", "ok": "green"}[finding.level]
         self.console.print(f"[{colour}]{finding.level}[/] {escape(finding.text)}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Every row is flushed by now: what fails here has failed, and was said, before."""
+        """Closes the log. Every row is flushed by now, so an error here was already reported before."""
         if self._board is not None:
             with suppress(OSError):
                 self._board.close()

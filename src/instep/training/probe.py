@@ -1,7 +1,7 @@
-"""Probes: what the student makes of a fixed set of prompts and noise while it trains. They feed health checks and plots.
+"""Probes: metrics of the student's samples for a fixed set of prompts and noise during training. Health checks and plots read them.
 
-A probe has its own generator, so a run with probes and one without go through the same numbers. It may look at the training
-reward and at the monitor, never at a held-out classifier.
+A probe has its own generator, so a run draws the same random numbers with and without probes. It may use the training reward
+and the monitor, never a held-out classifier.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from instep.rewards.base import Reward, checked_scores, prompts_for
 
 
 class Monitor(Protocol):
-    """A classifier that training does not descend: metrics of media [B, 3, F, H, W] for the texts of their prompts."""
+    """A classifier that no loss uses: returns metrics of media [B, 3, F, H, W] for the texts of their prompts."""
 
     def metrics(self, media: Tensor, prompts: Sequence[str]) -> dict[str, float]: ...
 
 
 @runtime_checkable
 class ModeMonitor(Monitor, Protocol):
-    """A monitor that also counts the kinds of sample that prompts which leave the kind open are given: what hacking a reward loses first.
+    """A monitor that also counts the modes among samples of open prompts, those that do not determine the kind of sample: reward hacking loses modes first.
 
     `open_prompts` are sampled `open_copies` times each, beside the probe's own prompts.
     """
@@ -41,13 +41,13 @@ class ModeMonitor(Monitor, Protocol):
     def open_copies(self) -> int: ...
 
     def modes(self, media: Tensor) -> float:
-        """Mean over the open prompts of the number of kinds seen, 1 to `open_copies`; media [prompts * copies, 3, F, H, W], copies together."""
+        """Mean number of modes over the open prompts, 1 to `open_copies`; media [prompts * copies, 3, F, H, W], copies of a prompt adjacent."""
         ...
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fixed set of prompts, each sampled `copies` times, from one seed; the monitor's open prompts get the negative prompt `negative`."""
+    """A fixed set of prompts, each sampled `copies` times from one seed; the monitor's open prompts get the negative prompt `negative`."""
 
     family: Family
     prompts: tuple[Prompt, ...]
@@ -74,7 +74,7 @@ class Probe:
         return metrics, media
 
     def teacher(self, denoiser: Denoiser, guidance: float | GuidanceByLevel, steps: int = 25) -> tuple[dict[str, float], Tensor]:
-        """The same metrics of the many-step teacher, which mean brightness, saturation and motion are compared with; modes are left out, for their cost."""
+        """The same metrics of the many-step teacher, as the reference for brightness, saturation, motion and diversity; modes are left out for their cost."""
 
         def generate(cond: Condition, null: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
             return sample_ode(denoiser, cond, null, noise, steps=steps, path=self.family.path, shift=self.family.shift, guidance=guidance)
@@ -104,7 +104,7 @@ class Probe:
         if self.reward is not None:
             scores = checked_scores(self.reward, x if self.reward.space == "latent" else media, names)
             metrics["train_score"] = float(scores.mean())
-            # the unit that a rise of the reward is told in: not every stage scores groups of samples itself
+            # the unit of a rise of the reward, needed because not every stage scores groups of samples
             metrics["train_spread"] = float(scores.reshape(-1, self.copies).std(1, unbiased=False).mean())
         if self.monitor is not None:
             metrics |= self.monitor.metrics(media, prompts_for(self.monitor, names))
@@ -112,7 +112,7 @@ class Probe:
 
 
 def few_of(prompts: Sequence[Prompt], n: int) -> tuple[Prompt, ...]:
-    """n different prompts, evenly spaced over the list: neighbours in a list are often variations of one."""
+    """Returns up to n different prompts, evenly spaced over the list, since neighbours in a list are often variations of one prompt."""
     different = tuple(dict.fromkeys(prompts))
     return different if len(different) <= n else tuple(different[i * len(different) // n] for i in range(n))
 
@@ -125,7 +125,7 @@ def motion(media: Tensor) -> float:
 
 
 def diversity(media: Tensor, copies: int) -> float:
-    """Mean root-mean-square distance between samples of the same prompt, in [0, 1]; 0 means they are all the same."""
+    """Mean root-mean-square distance between samples of the same prompt, in [0, 1]; 0 if they are identical."""
     if copies < 2:
         return 0.0
     groups = media.flatten(1).reshape(-1, copies, media[0].numel())

@@ -1,7 +1,7 @@
-"""A run that stops itself: at which findings, which checkpoint it goes back to, and the record that makes it stay stopped.
+"""Early stopping: the findings at which a run stops, the checkpoint it goes back to, and the record that keeps it stopped.
 
-The checkpoint it goes back to is on disk and protected long before anything is found. So the record is written once that is sure, then what lies
-after it is removed: a run killed in between finds the record and finishes the same way, one killed before it finds the same again.
+That checkpoint is on disk and protected long before a finding. So the record is written first, and later checkpoints are removed after it: a run
+killed in between reads the record and finishes the same way, and one killed before it comes to the same finding again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = "stopped.json"
 
 @dataclass(frozen=True)
 class Stopped:
-    """At which step a run stopped itself and for which flag; the step of the checkpoint it went back to, and why that one."""
+    """The record of an early stop: its step and flag, the step of the checkpoint that the run went back to, and the reason for that choice."""
 
     step: int
     flag: str
@@ -38,7 +38,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Probed:
-    """A probe: its step, the monitor's share of right samples (None without a monitor), whether there is a checkpoint of it, and its diversity."""
+    """A probe: its step, the monitor's share of right samples (None without a monitor), whether it has a checkpoint, and its diversity."""
 
     step: int
     share: float | None
@@ -47,14 +47,14 @@ class Probed:
 
 
 def check_flags(stop_on: Iterable[str]) -> None:
-    """ValueError for what is no flag of the health checks."""
+    """Raises ValueError for anything but a flag of the health checks."""
     for flag in stop_on:
         if flag not in FLAGS:
             raise ValueError(f"stop_on: {flag!r} is not allowed; allowed: {', '.join(FLAGS)}")
 
 
 def kind(flag: str) -> str:
-    """A flag without the name of what it is about: critic for critic:fake."""
+    """Returns a flag without the name after its colon: critic for critic:fake."""
     return flag.partition(":")[0]
 
 
@@ -71,29 +71,29 @@ def probed(out: Path) -> list[Probed]:
 
 
 def best(known: Sequence[Probed]) -> int | None:
-    """The step of the saved probe with the highest share of right samples, of equal ones the most diverse; without a monitor the latest."""
+    """Returns the step of the saved probe with the highest share of right samples (the most diverse of equal ones); without a monitor, the latest."""
     saved = [p for p in known if p.saved]
-    # a share of some dozens of samples is often the same twice, and what a hacked reward takes first is diversity
+    # shares of a few dozen samples often tie, and reward hacking costs diversity first
     order = lambda p: (-1.0, 0.0, p.step) if p.share is None else (p.share, p.diversity, p.step)  # noqa: E731
     return max(saved, key=order).step if saved else None
 
 
 def protected(known: Sequence[Probed]) -> tuple[int, ...]:
-    """Steps that a stop may go back to: the best probe so far, and the best of those before the newest, which may turn out to be evidence."""
+    """Steps that a stop may go back to: the best probe so far, and the best of those before the newest, since the newest may turn out to show the finding."""
     return tuple(step for k in range(PERSIST) if (step := best(known[: len(known) - k])) is not None)
 
 
 def open_finding(out: Path, stop_on: Sequence[str]) -> Finding | None:
-    """The first finding a run would stop at that has begun and not cleared: where stopping was asked for only later."""
+    """Returns the first open finding at which the run stops, for a run that got `stop_on` only when it was resumed."""
     raised = [r for r in flags(out) if r.cleared is None and kind(r.flag) in stop_on]
     return Finding(raised[0].step, raised[0].level, raised[0].flag, raised[0].text) if raised else None
 
 
 def decide(out: Path, finding: Finding, known: Sequence[Probed], stop_on: Sequence[str]) -> Stopped:
-    """Where to go back to, written to stopped.json.
+    """Chooses the checkpoint to go back to and writes the decision to stopped.json.
 
-    The best probe before the finding, by the monitor, at which nothing of the kind was open. A probe finding needs `PERSIST` probes that agree, so
-    the ones before it that showed the same do not count, unless there are no others.
+    It is the best probe before the finding, by the monitor, at which no such flag was open. A probe finding needs `PERSIST` probes that agree, so
+    the earlier ones among these do not count, unless there are no others.
     """
     folder = out / "checkpoints"
     raised = [r for r in flags(out) if kind(r.flag) in stop_on]
@@ -119,6 +119,6 @@ def decide(out: Path, finding: Finding, known: Sequence[Probed], stop_on: Sequen
 
 
 def read(out: Path) -> Stopped | None:
-    """The record of a run that stopped itself, None of one that did not."""
+    """Returns the record of a run that stopped itself, or None."""
     file = out / NAME
     return Stopped(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None

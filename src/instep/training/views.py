@@ -1,4 +1,4 @@
-"""What the matching force sees, decoded (DM-Align, Fig. 5), and samples for the report; all as uint8 videos on disk."""
+"""Decoded inputs and output of the matching force (DM-Align, Fig. 5), and samples for the report; all are stored as uint8 videos."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from instep.training.state import TrainState
 
 
 def to_uint8(media: Tensor) -> Tensor:
-    """Media [N, 3, F, H, W] (or images [N, 3, H, W], one frame) to uint8 [N, F, H, W, 3]."""
+    """Converts media [N, 3, F, H, W] (or images [N, 3, H, W], one frame) in [0, 1] to uint8 [N, F, H, W, 3]."""
     media = media if media.ndim == 5 else media[:, :, None]
     return (media.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().contiguous()
 
@@ -39,13 +39,13 @@ def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Fami
     batch = Batch(tuple(prompts), family.encode(prompts), family.unconditional(prompts))
     exits = torch.arange(n, device=rng.device) % len(levels)
     rollout = rollout_few_step(state.roles["student"], batch.cond, levels, state.path, state.shape, exits, rng)
-    # no rewards are taken here: all alike, and the teacher as it is at the end of the stage
+    # no rewards are computed here: all are equal, and the teacher is that of the end of the stage
     alike = torch.zeros(n, device=rng.device)
     rollout = replace(rollout, reward=alike, advantage=alike)
     seen = force.explain(View(state.roles, state.path, batch, 1.0, rng, rollout))
     decoded = {"generator": seen.x, "fake": seen.fake, "real": seen.real, "target": seen.target}
     views = {name: to_uint8(family.decode(x)) for name, x in decoded.items()}
-    # a force is a difference: shown as what it changes in the image, grey where nothing
+    # a force is a difference: it is shown as its change of the image, grey where there is none
     change = family.decode(seen.target) - family.decode(seen.x)
     views["force"] = to_uint8(0.5 + change)
     return views | {"levels": seen.level.cpu().float(), "exits": exits.cpu()}
@@ -59,7 +59,7 @@ def save_views(folder: Path, step: int, views: Mapping[str, Tensor], prompts: Se
 
 @torch.no_grad()
 def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence[Prompt], seed: int, teacher_steps: int = 50) -> dict[str, Tensor]:
-    """The same prompts and noise through the teacher (many guided steps, and naively at the student's cost) and the student."""
+    """Samples teacher and student from the same prompts and noise; the teacher with many guided steps, and naively with as many steps as the student."""
     device, n = state.rng.device, len(prompts)
     cond, null = family.encode(prompts), family.unconditional(prompts)
     noise = torch.randn(n, *state.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
@@ -79,7 +79,7 @@ def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence
 
 
 def save_samples(out: Path, videos: dict[str, Tensor], prompts: Sequence[Prompt], seed: int) -> None:
-    """`samples.safetensors` holds one row of N videos a model, `samples.json` what they are."""
+    """Writes `samples.safetensors`, N videos for each model in turn, and `samples.json`, which describes them."""
     names = list(videos)
     write_tensors(out / "samples.safetensors", {"samples": torch.cat([videos[name] for name in names])})
     rows: list[dict[str, Any]] = [{"name": name, "prompt": str(prompt)} for name in names for prompt in prompts]
