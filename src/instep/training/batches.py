@@ -1,4 +1,4 @@
-"""Where an iteration's batches come from: prompts in a seeded order, and real samples where a recipe asks for them."""
+"""The batches of each iteration: prompts in a seeded order, and real samples if a recipe needs them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ShuffledIndices:
 
 
 class BatchSource:
-    """Batches for any stage: prompts alone, real samples or labelled pairs with theirs; and stored outputs of the teacher where a stage asks for them."""
+    """Batches for any stage: prompts alone, or real samples or labelled pairs with their prompts; and stored teacher outputs if a stage needs them."""
 
     def __init__(
         self,

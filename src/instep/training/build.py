@@ -1,4 +1,4 @@
-"""From a recipe and a family to the roles and optimisers of a run."""
+"""Builds the roles and optimisers of a run from a recipe and a model family."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from instep.training.state import RewardFn, TrainedParams, TrainState
 
 
 def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -> dict[str, Role]:
-    """Every role of the recipe. Adapters and the frozen teacher share the family's own network; other roles get a copy."""
+    """Builds every role of the recipe. Adapters and the frozen teacher share the family's own network; other roles get a copy."""
     trained = trained_parts(recipe, family)
     shared = Backbone(family, family.pretrained, checkpointing=checkpointing, trained=trained)
-    # before any adapter is put into the shared network, which a copy would have too
+    # copies come first: an adapter in the shared network would be copied too
     copies = {
         name: Backbone(family, _copy(family, trained, config.optim is not None), checkpointing=checkpointing, trained=trained)
         for name, config in recipe.roles.items()
@@ -50,18 +50,18 @@ def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -
 
 
 def trained_parts(recipe: Recipe, family: Family) -> tuple[str, ...]:
-    """The parts of the network that student and fake train: all, or of two experts those that the recipe names."""
+    """Returns the parts of the network that student and fake train: all, or with two experts those that the recipe names."""
     return {"both": family.denoisers, "high": family.denoisers[:1], "low": family.denoisers[1:]}[recipe.experts]
 
 
 def trained_bands(recipe: Recipe, family: Family) -> tuple[Band, ...]:
-    """The levels of those parts."""
+    """Returns the bands of levels of those parts."""
     bands = bands_of(family.boundary)
     return {"both": bands, "high": bands[:1], "low": bands[1:]}[recipe.experts]
 
 
 def _copy(family: Family, trained: Sequence[str], requires_grad: bool) -> nn.Module:
-    """A copy of the trained parts; a frozen expert is the pretrained one itself."""
+    """Returns a copy of the trained parts; a frozen expert is shared with the pretrained model."""
     network = family.new_backbone(trained)
     for name, part in family.parts(network).items():
         if name in trained:
@@ -79,7 +79,7 @@ def make_state(
     checkpointing: bool = False,
     weights: tuple[float, ...] = (1.0,),
 ) -> TrainState:
-    """Roles, optimisers and the run's generator, all a function of the seed."""
+    """Builds roles, optimisers and the run's generator, all determined by the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
         roles = make_roles(recipe, family, checkpointing=checkpointing)
@@ -111,7 +111,7 @@ def make_state(
 
 @contextmanager
 def averaged(trained: TrainedParams) -> Iterator[None]:
-    """The averaged weights in place of the live ones, for sampling and export; the live ones come back bit for bit."""
+    """Swaps in the averaged weights for sampling and export; the live weights are restored bit for bit."""
     if trained.ema is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What is made sure of before a run begins: everything that would otherwise fail after minutes."""
+"""Checks before a run begins: everything that would otherwise fail only after minutes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_inputs(
     pairs: PairSamples | None = None,
     start_from: Path | str | None = None,
 ) -> None:
-    """Everything that would otherwise fail after minutes: missing parts, and a reward that does not work on one small batch."""
+    """Raises ValueError for everything that would otherwise fail after minutes: missing inputs, and a reward that fails on one small batch."""
     if not prompts:
         raise ValueError("prompts: the list is empty; give at least one prompt")
     for names in (prompts, real.prompts if real else (), pairs.prompts if pairs else ()):
@@ -42,7 +42,7 @@ def check_inputs(
     if recipe.sampler == "few-step":
         from instep.export.scheduler import few_step_scheduler
 
-        # a student whose levels no stock scheduler gives could not be exported once it is trained
+        # a student whose levels no stock scheduler reproduces could not be exported after training
         few_step_scheduler(family.path, recipe.levels, family.prediction_type)
     first = next((stage for stage in recipe.stages if stage.steps), None)
     if first and recipe.sampler == "ode" and not first.uses_guidance and (first.guidance_scales or recipe.guidance != 1) and start_from is None:
@@ -62,7 +62,7 @@ def check_inputs(
             )
         for term in stage.terms:
             if term.skips:
-                with family.skip(family.pretrained, term.skips):  # refuses what is no block
+                with family.skip(family.pretrained, term.skips):  # raises ValueError for an index that is no block
                     pass
         if "gradient" in stage.needs and (reward is None or not reward.differentiable):
             raise ValueError(
@@ -71,7 +71,7 @@ def check_inputs(
                 + "; give one that is (a Reward with differentiable = True), or choose a recipe that only asks for scores, like amd or dm-align-group"
             )
         if "labels" in stage.needs and reward is not None and relative(reward):
-            raise ValueError(f"reward: {reward.name!r} compares samples with each other, and stage {stage.name!r} asks for the score of each; give it a reward")
+            raise ValueError(f"reward: {reward.name!r} compares samples with each other, and stage {stage.name!r} needs the score of each; give it a reward")
         if stage.needs & {"reward", "labels"} and reward is None:
             raise ValueError(f"reward: stage {stage.name!r} of {recipe.name} needs one; pass reward=, for example a function (media, prompts) -> scores")
     if real is not None and tuple(real.latents.shape[1:]) != family.latent_shape:
@@ -83,7 +83,7 @@ def check_inputs(
             f"pairs: latents of shape {tuple(pairs.chosen.shape[1:])} do not fit the model's {family.latent_shape}; encode them with family.encode_media"
         )
     if reward is not None:
-        # one that compares is given something to compare
+        # a reward that compares samples needs at least two
         pair = [prompts[0], prompts[0] if relative(reward) else prompts[-1]]
         trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
         trial = trial.to(next(family.pretrained.parameters()).device)
@@ -95,7 +95,7 @@ def check_inputs(
 
 
 def _check_experts(recipe: Recipe, family: Family) -> None:
-    """Raises ValueError for experts of a model that has one network, and for trained experts that none of the student's levels belongs to."""
+    """Raises ValueError if experts are given for a model of one network, or if none of the student's levels belongs to the trained expert."""
     if family.boundary is None:
         if recipe.experts != "both" or recipe.guidance_2 is not None:
             name = "experts" if recipe.experts != "both" else "guidance_2"
@@ -113,18 +113,18 @@ def _check_experts(recipe: Recipe, family: Family) -> None:
 
 
 def _blunt(reward: Reward) -> Reward:
-    """The reward, or of several the first, that has no gradient."""
+    """Returns the reward that has no gradient; of several, the first such one."""
     return next(part for part in reward.parts if not part.differentiable) if isinstance(reward, Several) else reward
 
 
 def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequence[Prompt]) -> None:
-    """ValueError if a reward that says it is differentiable gives no gradient on trial latents, or one that is not finite."""
+    """Raises ValueError if a differentiable reward gives no gradient, or one that is not finite, on trial latents."""
     x = trial.detach().requires_grad_()
     with torch.enable_grad():
         scores = checked_scores(reward, _media(family, reward, x), prompts)
         if not scores.requires_grad:
             raise ValueError(
-                f"reward: {reward.name!r} says that it is differentiable and its scores have no gradient; leave out no_grad, .item(), numpy and rounding "
+                f"reward: {reward.name!r} is declared differentiable, but its scores have no gradient; leave out no_grad, .item(), numpy and rounding "
                 "in it, or give it differentiable=False and choose a recipe that only asks for scores, like amd or dm-align-group"
             )
         (gradient,) = torch.autograd.grad(scores.sum(), x, allow_unused=True)

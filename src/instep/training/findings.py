@@ -266,7 +266,7 @@ def _hacking(seen: History) -> Findings:
         return
     signs = [text for sign in (_fewer_right, _fewer_modes, _alike, _farther) if (text := sign(seen))]
     if signs:
-        text = f"since stage {seen.stage[-1].get('stage')} began the training reward rose by {rise(seen.since[-1]):.1f} deviations of its group while"
+        text = f"since stage {seen.stage[-1].get('stage')} began the training reward rose by {rise(seen.since[-1]):.1f} within-group deviations while"
         fix = "the reward is being hacked; lower its weight, add matching or raise its weight, or stop earlier"
         yield "alarm", "hacking", f"{text} {', and '.join(signs)}: {fix}"
 

@@ -49,8 +49,8 @@ TEACHER_STEPS = 50
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, roles and recipe; `student` is the exported pipeline's folder, None of a student that no stock pipeline samples.
-    `stopped`: if it stopped itself, where and why."""
+    """A finished run: its folder, roles and recipe; `student` is the exported pipeline's folder, or None if no stock pipeline can sample the student.
+    `stopped` records where and why the run stopped itself, or is None."""
 
     out: Path
     recipe: Recipe
@@ -61,7 +61,7 @@ class Run:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; it is saved and goes on with the same command."""
+    """The run was interrupted by a signal; it is saved, and the same command resumes it."""
 
 
 def train(
@@ -80,17 +80,17 @@ def train(
     tracker: Tracker | None = None,
     command: str = "",
 ) -> Run:
-    """Trains `recipe` on `family` and exports the student; the same call goes on where an interrupted one stopped.
+    """Trains `recipe` on `family` and exports the student; the same call resumes an interrupted run.
 
-    A recipe function stands for its defaults, a diffusers pipeline for the family around it, one text for a list of one prompt, a path for the prompts in it.
-    `prompts` are texts or `Prompt` values; `negative_prompt` is what the teacher's guidance leads away from where a prompt has none of its own.
+    A recipe function is called with its defaults, a diffusers pipeline is wrapped in its family, one text is one prompt, a path is a file of prompts.
+    `prompts` are texts or `Prompt` values; `negative_prompt` is used by the teacher's guidance for prompts without one of their own.
     `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
-    pair recipes; where a discriminator has none, samples of the teacher serve, made once and kept with the run);
-    `pairs` are labelled ones, whose chosen samples serve as real and preferred ones where there are no others;
+    pair recipes; a discriminator without any uses samples of the teacher, which are made once and kept with the run);
+    `pairs` are labelled pairs, whose chosen samples are also used as real and preferred ones if there are no others;
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
-    log.jsonl and TensorBoard. Raises ValueError before training if something does not fit or another process is at work in
-    `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself (`stop_on`) ends normally, with the
-    student it went back to; the same call does not train on.
+    log.jsonl and TensorBoard. Raises ValueError before training if an input does not fit or another process uses
+    `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself (`stop_on`) ends normally with the
+    student of the checkpoint it went back to; the same call does not resume it.
     """
     recipe, prompts, family = as_recipe(recipe), with_negative(as_prompt_list(prompts), negative_prompt), as_family(family)
     out, options = Path(out), options or RunOptions()
@@ -103,7 +103,7 @@ def train(
     with run_lock(out):
         write_manifest(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
         if not guides(recipe) and any(prompt.negative for prompt in prompts):
-            print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which leads away from nothing")
+            print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which ignores them")
         state = make_state(
             recipe,
             family,
@@ -129,7 +129,7 @@ def train(
             )
             if real is None and "real" in recipe.needs:
                 real = RealSamples(stored.prompts, stored.latents)
-                print(f"no real samples were given: {len(stored.prompts)} samples of the teacher serve as real, so what it gets wrong passes for real")
+                print(f"no real samples were given: {len(stored.prompts)} samples of the teacher are used as real ones, so its errors count as real")
         elif real is not None and recipe.needs & {"real", "preferred"}:
             print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
         source = BatchSource(family, prompts, real, options.seed, stored, pairs)
@@ -157,7 +157,7 @@ def train(
 
 
 class Loop:
-    """The steps of one run, from wherever it stands to its end."""
+    """The loop over one run's iterations, from its current step to the end."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class Loop:
         self.state, self.source, self.probe, self.tracker = state, source, probe, tracker
         self.stop: str | None = None
         self.reference: dict[str, float] = {}
-        self.found: Finding | None = None  # what the run stops at
+        self.found: Finding | None = None  # the finding that stops the run
         self.probed: list[stop.Probed] = []
         self.stopped: stop.Stopped | None = None
 
@@ -217,14 +217,14 @@ class Loop:
         self._save_if_due()
 
     def _save_if_due(self) -> None:
-        """A checkpoint now and then; where the run may stop itself, at every probe that is the best so far; none of what it stops at."""
+        """Saves a checkpoint at intervals and, with `stop_on`, at every probe that is the best so far; never at the finding that stops the run."""
         step = self.state.step
         best = bool(self.options.stop_on) and stop.best(self.probed) == step
         if self.found is None and (best or (step > 0 and (step % self.options.save_every == 0 or step in self.recipe.stage_ends()))):
             self.save()
 
     def _has_stopped(self) -> bool:
-        """Whether the run stopped itself before and is to stay so; it has gone back then. Without that flag in `stop_on` it is free to go on."""
+        """Whether the run stopped itself before and stays stopped; it then goes back to the kept checkpoint. Without that flag in `stop_on` it resumes."""
         stopped = stop.read(self.out)
         if stopped is None:
             return False
@@ -235,7 +235,7 @@ class Loop:
         return True
 
     def _go_back(self, stopped: stop.Stopped) -> None:
-        """The kept checkpoint is the run's newest from here on."""
+        """Loads the kept checkpoint and removes all later ones."""
         path = checkpoint.at(self.out / "checkpoints", stopped.kept)
         if path is None:
             raise ValueError(f"out: {self.out} stopped itself and the checkpoint of step {stopped.kept} that it kept is gone or damaged; train anew")
@@ -256,12 +256,12 @@ class Loop:
                 save_views(self.out / "views", self.state.step, views, prompts)
         teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
         row |= {f"probe/{key}": value for key, value in metrics.items()} | teacher
-        # saved: as soon as nothing is found in it
+        # counted as saved: `_save_if_due` saves it unless it stops the run
         self.probed.append(stop.Probed(self.state.step, metrics.get("monitor_both"), True, metrics["diversity"]))
         self._note(log, health, row)
 
     def _note(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
-        """A row into the log; what it shows to be wrong, said aloud."""
+        """Logs a row and prints new health findings."""
         log.row(self.state.step, row)
         for finding in health.row(self.state.step, row):
             log.say(finding)
@@ -269,7 +269,7 @@ class Loop:
                 self.found = finding
 
     def _teacher_metrics(self) -> dict[str, float]:
-        """The teacher's own metrics on the probe's prompts: taken once and kept with the run."""
+        """Returns the teacher's metrics on the probe's prompts, which are computed once and kept with the run."""
         file = self.out / "teacher_probe.json"
         if not file.is_file():
             guidance = by_level(self.recipe.guidance, self.recipe.guidance_2, self.family.boundary)
@@ -282,7 +282,7 @@ class Loop:
         checkpoint.save(self.out / "checkpoints", self.state.step, saved.contents(self.state, self.source), keep=self.options.keep, protect=kept)
 
     def restore(self, start_from: Path | str | None) -> None:
-        """The newest whole checkpoint of this run; if it has none at all, the roles of `start_from`. ValueError if all it has are damaged."""
+        """Loads this run's newest intact checkpoint or, without any checkpoint, the roles of `start_from`. Raises ValueError if all are damaged."""
         own = checkpoint.latest(self.out / "checkpoints")
         if own is not None:
             saved.load(self.state, self.source, checkpoint.load(own))
@@ -302,11 +302,11 @@ def _in_main_thread() -> bool:
 
 
 def guides(recipe: Recipe) -> bool:
-    """Whether anything in a run of the recipe is guided: its teacher or student, or a student that learns guidance scales."""
+    """Whether a run of the recipe uses guidance: for its teacher or student, or as guidance scales that the student learns."""
     return recipe.guidance != 1 or any(stage.guidance_scales is not None for stage in recipe.stages if stage.steps)
 
 
 def final_samples(run: Run, prompts: Sequence[Prompt], seed: int = 4321) -> None:
-    """Samples of teacher, naive teacher and student on the same prompts and noise, for the report."""
+    """Saves samples of teacher, naive teacher and student for the same prompts and noise, for the report."""
     with averaged(run.state.trained["student"]):
         save_samples(run.out, samples(run.state, run.recipe, run.family, prompts, seed), prompts, seed)

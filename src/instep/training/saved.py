@@ -1,4 +1,4 @@
-"""What a run's state is in a checkpoint, how it is put back, and what another run begins with."""
+"""The contents of a checkpoint: collects a run's state, restores it, and initialises a new run from another one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from instep.training.state import TrainState
 
 
 def contents(state: TrainState, source: BatchSource) -> dict[str, Any]:
-    """Everything from which a run goes on to the same weights."""
+    """Returns everything that a resumed run needs to reach the same weights."""
     return {
         "roles": {name: state.module_of(name).state() for name in state.trained},
         "optim": {name: checkpoint.optimizer_state(trained.optimizer) for name, trained in state.trained.items()},
@@ -33,7 +33,7 @@ def contents(state: TrainState, source: BatchSource) -> dict[str, Any]:
 
 
 def load(state: TrainState, source: BatchSource, saved: dict[str, Any]) -> None:
-    """The run as it was saved, in place."""
+    """Restores the saved state in place."""
     _load_roles(state, saved)
     checkpoint.restore_rng(state.rng, saved["rng"])
     source.load_state(saved["source"])
@@ -46,9 +46,9 @@ def load(state: TrainState, source: BatchSource, saved: dict[str, Any]) -> None:
 
 
 def begin_from(state: TrainState, recipe: Recipe, folder: Path, reward: str | None) -> None:
-    """The trained roles of the run in `folder`, its optimisers and averages, as what a new run with the reward of that name begins with.
+    """Initialises a new run, whose reward is named `reward`, with the trained roles, optimisers and averages of the run in `folder`.
 
-    ValueError if it has no checkpoint, lacks a role that `recipe` trains, or if its student is not this recipe's kind.
+    Raises ValueError if that run has no checkpoint, lacks a role that `recipe` trains, or has a student that does not fit this recipe.
     """
     newest = checkpoint.latest(folder / "checkpoints")
     if newest is None:
@@ -70,7 +70,7 @@ def begin_from(state: TrainState, recipe: Recipe, folder: Path, reward: str | No
 
 
 def stage_at(config: Mapping[str, Any], step: int | None = None) -> Mapping[str, Any]:
-    """The stage that a run was in after `step` steps (None: its last), from the recipe in its recipe.json."""
+    """Returns the stage of a run after `step` steps (None: the last stage), from the config in its recipe.json."""
     stages = [stage for stage in config["stages"] if stage["steps"]]
     left = sum(stage["steps"] for stage in stages) if step is None else step
     for stage in stages:
@@ -81,8 +81,7 @@ def stage_at(config: Mapping[str, Any], step: int | None = None) -> Mapping[str,
 
 
 def _check_guidance(recipe: Recipe, theirs: Mapping[str, Any], step: int, folder: Path) -> None:
-    """ValueError if a student that has its guidance in its weights, or is told it, would be guided, or distilled from guidance, once more; or if one that has
-    not would be taken for one that has."""
+    """Raises ValueError if guidance would be applied or distilled twice, or not at all."""
     if theirs.get("sampler", "few-step") != "ode" or recipe.sampler != "ode":
         return
     stages = [stage for stage in recipe.stages if stage.steps]
@@ -101,12 +100,12 @@ def _check_guidance(recipe: Recipe, theirs: Mapping[str, Any], step: int, folder
 
 
 def _match_guidance(state: TrainState, recipe: Recipe, saved: dict[str, Any], theirs: dict[str, Any] | None) -> None:
-    """What a student of another run was told goes with the ranges it was told in; one that was told nothing begins with an embedding that says nothing."""
+    """Checks that both runs condition on the same guidance ranges; a student without guidance scales begins with a guidance embedding that adds nothing."""
     ours = recipe.roles["student"].guidance_range
     if theirs is not None and (range_there := GuidanceRange.of_json(theirs)) != ours:
         raise ValueError(
-            f"start_from: that run's student is told {range_there}, this recipe's {ours or 'nothing'}; give the same draw and draw_skip, or start from its "
-            "export (--model DIR/student), whose guidance is in its weights"
+            f"start_from: that run's student is conditioned on guidance {range_there}, this recipe's on {ours or 'none'}; give the same draw and "
+            "draw_skip, or start from its export (--model DIR/student), whose guidance is in its weights"
         )
     if theirs is None and ours is not None:
         new = {key: p for key, p in state.module_of("student").state().items() if key.startswith("guidance_embedding.")}
@@ -116,7 +115,7 @@ def _match_guidance(state: TrainState, recipe: Recipe, saved: dict[str, Any], th
 
 
 def _load_roles(state: TrainState, saved: dict[str, Any]) -> None:
-    # a run that goes on from one without a latent reward model begins with a new one
+    # a run that starts from one without a latent reward model begins with a new one
     new = {"latent_reward"} - saved["roles"].keys()
     missing = [name for name in state.trained if name not in saved["roles"] and name not in new]
     if missing:
@@ -128,6 +127,6 @@ def _load_roles(state: TrainState, saved: dict[str, Any]) -> None:
         checkpoint.load_optimizer_state(trained.optimizer, saved["optim"][name])
         trained.steps = int(saved["steps"][name])
         if trained.ema is not None:
-            # a run without an average: it begins at the weights
+            # that run has no average, so the average begins at the weights
             averages = saved["ema"].get(name, saved["roles"][name])
             trained.ema = {key: averages[key].to(trained.parameters[key], copy=True) for key in trained.ema}

@@ -1,4 +1,4 @@
-"""What a run carries from one iteration to the next."""
+"""The state of a run between iterations."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ class TrainedParams:
         self.steps = 0
 
     def step(self, lr: float, optim: AdamWConfig | None = None) -> tuple[float, bool]:
-        """Clips, steps (as `optim` says; None: as its own), averages, clears. Returns the gradient's norm and whether it was finite; a step that is not
-        finite is skipped."""
+        """Clips the gradient, steps (with the settings `optim`; None: its own), updates the average and clears the gradient.
+
+        Returns the gradient's norm and whether it was finite; a step with a gradient that is not finite is skipped.
+        """
         optim = optim or self.optim
         values = list(self.parameters.values())
         norm = nn.utils.clip_grad_norm_(values, optim.clip)
@@ -56,15 +58,15 @@ class TrainedParams:
 
 @dataclass
 class TrainState:
-    """What a run carries from one iteration to the next. `reward_fn` is the reward of latents [B, ...] and prompts -> [B], or None; `reward_grad_fn`
-    the same with a graph, where the reward can be differentiated.
+    """The state of a run between iterations. `reward_fn` maps latents [B, ...] and prompts to rewards [B], or is None; `reward_grad_fn` does the same
+    with a graph, if the reward is differentiable.
 
-    Several rewards give [B, R] and count with `weights`. `reward_variance` is the running mean of each one's variance within groups: the scale of
-    advantages where a stage shares one. `reference` are the parameters of the role of that name, in the student's order, and `reference_stage` the
-    stage at whose beginning they were taken from the student. `average` are those of the role of that name, which is kept at the student's running
-    average; `latent_reward` is the latent reward model.
+    Several rewards give [B, R] and are weighted by `weights`. `reward_variance` is the running mean of each reward's within-group variance: the
+    scale of advantages in stages that share one. `reference` holds the parameters of the role of that name, in the student's order, and
+    `reference_stage` the stage at whose beginning they were copied from the student. `average` holds those of the role of that name, which follows
+    the student's running average; `latent_reward` is the latent reward model.
 
-    `boundary` is the level between two experts, `bands` are those of the experts that are trained; all levels for a model of one network.
+    `boundary` is the level between two experts, and `bands` are the bands of the trained experts; a model of one network has one band of all levels.
     """
 
     roles: Mapping[str, Denoiser]
@@ -85,5 +87,5 @@ class TrainState:
     bands: tuple[Band, ...] = (WHOLE,)
 
     def module_of(self, name: str) -> Any:
-        """Whose parameters `trained[name]` are: a role, or the latent reward model; both have `state` and `load_state`."""
+        """Returns the owner of the parameters in `trained[name]`: a role, or the latent reward model; both have `state` and `load_state`."""
         return self.latent_reward if name == "latent_reward" else self.roles[name]

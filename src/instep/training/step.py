@@ -1,4 +1,4 @@
-"""One iteration of training, of every recipe and every model, in a straight line."""
+"""One training iteration, the same for every recipe and every model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from instep.methods.recipe import AdamWConfig, Stage
 from instep.methods.term import Batch, Critic, Force, View
 from instep.training.state import TrainState
 
-# micro-batches over which the spread of rewards is averaged where a stage shares one
+# micro-batches over which the rewards' variance is averaged in stages that share one scale
 REWARD_HORIZON = 10
 
 
 def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float) -> dict[str, Any]:
-    """One student step and its critics' steps on `batches` (the micro-batches). Returns scalars for the log.
+    """Takes one student step and its critics' steps on `batches` (the micro-batches). Returns scalars for the log.
 
     The student goes first and the critics follow on its detached samples, as in DM-Align's Algorithm 1: no graph is alive while
     critics train, and a re-used rollout costs nothing.
@@ -70,9 +70,9 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
 
 
 def draw_band(state: TrainState, stage: Stage) -> Band:
-    """The levels that a micro-batch trains at: all of them, or of two experts those of one, as often as the student's levels lie in each trained band.
+    """Returns the band of levels that a micro-batch trains at: all levels, or with two experts the band of one of them.
 
-    Nothing is drawn where there is no choice.
+    A trained band is drawn with a probability proportional to the number of the student's levels in it. Nothing is drawn if there is only one.
     """
     levels = torch.tensor(stage.rollout.levels if stage.rollout else [(low + high) / 2 for low, high in state.bands])
     choices = [band for level in levels for band in state.bands if bool(in_band(level, band))]
@@ -82,7 +82,7 @@ def draw_band(state: TrainState, stage: Stage) -> Band:
 
 
 def live_points(stage: Stage, view: View) -> frozenset[Where]:
-    """Points of the rollout that carry the student's graph in this micro-batch. The final sample does only where its last step lies in the view's band."""
+    """Returns the points of the rollout that carry the student's graph in this micro-batch; the final sample does only if its last step is in the band."""
     if stage.rollout is None or bool(in_band(torch.tensor(stage.rollout.levels[-1]), view.band)):
         return stage.live
     return stage.live - {"final"}
@@ -90,7 +90,7 @@ def live_points(stage: Stage, view: View) -> frozenset[Where]:
 
 @torch.no_grad()
 def snapshot_reference(state: TrainState, stage: Stage) -> None:
-    """Where a stage that compares with a reference begins: the reference becomes the student as it stands."""
+    """Copies the student into the reference at the beginning of a stage that compares with a reference."""
     if "reference" in stage.needs and state.reference_stage != stage.name:
         for mine, theirs in zip(state.reference, state.trained["student"].parameters.values(), strict=True):
             mine.copy_(theirs)
@@ -101,21 +101,21 @@ def snapshot_reference(state: TrainState, stage: Stage) -> None:
 
 @torch.no_grad()
 def sync_average(state: TrainState, stage: Stage) -> None:
-    """The role `average` becomes the student's running average, where the stage asks for one."""
+    """Copies the student's running average into the role `average`, if the stage needs it."""
     mean = state.trained["student"].ema
     if "average" in stage.needs and mean is not None:
         torch._foreach_copy_(list(state.average), list(mean.values()))
 
 
 def fresh_rollout(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:
-    """The view with a fresh rollout for a critic that does not re-use the student's, scored if it asks for rewards."""
+    """Returns the view with a fresh rollout for a critic that does not re-use the student's; it is scored if the critic needs rewards."""
     scored = "reward" in critic.needs
     rollout = roll_out(state, stage, view, with_graph=False, to_the_end=scored)
     return view.with_rollout(score_rollout(state, stage, view, rollout, log) if scored else rollout)
 
 
 def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, to_the_end: bool = False) -> Rollout | None:
-    """Rolls out the student on the view's prompts, `stage.group` samples a prompt; none for stages that only read data."""
+    """Rolls out the student on the view's prompts, `stage.group` samples a prompt; returns None for stages that only use data."""
     if stage.rollout is None:
         return None
     cond = view.batch.cond.repeat(stage.group)
@@ -146,7 +146,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
 
 @torch.no_grad()
 def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, log: Scalars) -> Rollout | None:
-    """Reward of the final samples, and each one's advantage in its group; groups of equal rewards get none and are counted."""
+    """Adds the final samples' rewards and their advantages within groups; groups of equal rewards get advantage 0 and are counted."""
     if rollout is None or "reward" not in stage.needs:
         return rollout
     if state.reward_fn is None:
@@ -172,13 +172,13 @@ def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout 
 
 
 def scoring_slices(prompts: Sequence[Prompt], group: int) -> list[slice]:
-    """Rows that are scored in one call: all, unless two groups of the same prompt are neighbours, which a ranker would take for one group."""
+    """Returns the slices of rows to score in one call: all rows, unless two adjacent groups share a prompt, which a ranker would treat as one group."""
     starts = [0] + [i for i in range(group, len(prompts), group) if prompts[i] == prompts[i - 1]]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
 
 
 def recompute(state: TrainState, stage: Stage, view: View) -> Rollout | None:
-    """The stored rollout with its live points predicted again by the present student: for a second inner epoch."""
+    """Returns the stored rollout with its live points predicted again by the current student, for a further inner epoch."""
     rollout, live = view.rollout, live_points(stage, view)
     if rollout is None:
         return None
@@ -208,7 +208,7 @@ def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
 
 
 def checked_force(force: Force, view: View) -> Tensor:
-    """The force on the view's samples. ValueError that names it if it is no tensor of their shape, or in a stage's first iteration not finite."""
+    """Returns the force on the view's samples. Raises ValueError if it is no tensor of their shape or, in a stage's first iteration, not finite."""
     g = force(view)
     point = view.samples.point(force.on)
     what = f"force {force.name!r} ({type(force).__name__})"
@@ -221,7 +221,7 @@ def checked_force(force: Force, view: View) -> Tensor:
 
 
 def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, optim: AdamWConfig | None = None) -> None:
-    """One optimiser step of a role, as `optim` says (None: as the role's own does)."""
+    """Takes one optimiser step of a role with the settings `optim` (None: the role's own)."""
     trained = state.trained[name]
     optim = optim or trained.optim
     lr = optim.lr_at(state.step, progress)
@@ -233,14 +233,14 @@ def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, 
 
 @torch.no_grad()
 def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, log: Scalars) -> None:
-    """Weighted norm of each force a sample (of the batch-mean gradient times B), and the cosine of any two where their points coincide."""
+    """Logs the weighted norm of each force per sample (of the batch-mean gradient times B), and the cosine of any two at the same point."""
     for force, g in forces:
         log.add(f"force/{force.name}/norm", force.weight * g.flatten(1).norm(dim=1).mean() * len(g))
     for (f, g), (other, h) in combinations(forces, 2):
         same = torch.ones(len(g), dtype=torch.bool, device=g.device)
         if f.on != other.on:
             same = view.samples.point("exit").exit_id == view.samples.point("final").exit_id
-        # rows that a force leaves alone have no direction to compare
+        # rows with a zero force have no direction to compare
         same = same & (g.flatten(1).abs().sum(1) > 0) & (h.flatten(1).abs().sum(1) > 0)
         if bool(same.any()):
             cosine = nn.functional.cosine_similarity(g[same].flatten(1), h[same].flatten(1))
@@ -248,7 +248,7 @@ def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, log: Scalars)
 
 
 class Scalars:
-    """Scalars of one iteration, averaged over micro-batches, epochs and updates; read off the device once, at the end."""
+    """Scalars of one iteration, averaged over micro-batches, epochs and updates; copied from the device once, at the end."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
