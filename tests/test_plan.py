@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from tiny import tiny_wan_pipeline
 from torch import nn
 
+from instep.cli.main import main
 from instep.core.size import VideoSize
+from instep.models.outline import PUBLISHED, meta_network, outline
+from instep.models.wan import WanFamily
 from instep.planning.plan import activations, flops, memory, pass_flops, passes, plan
 from instep.planning.throughput import measure_throughput, stated
-from instep.planning.workload import WAN_1_3B, WAN_14B, Workload, recipe_workload, wan_module, wan_tokens, wan_workload
+from instep.planning.workload import Workload, recipe_workload, workload
 
 torch.set_num_threads(1)
 
@@ -38,6 +43,19 @@ def mid(layers: int = 8) -> nn.Module:
     return WanTransformer3DModel(**{**MID, "num_layers": layers})
 
 
+def shapes(config: dict = MID) -> nn.Module:
+    return meta_network("WanTransformer3DModel", config)
+
+
+def of(module: nn.Module, size: VideoSize = SIZE) -> Workload:
+    return workload({"transformer": module}, WanFamily.dimensions_of(module, size, {}))
+
+
+def published(name: str) -> Workload:
+    found = outline(name)
+    return workload(found.parts, found.dimensions(VideoSize()))
+
+
 def lines(w: Workload) -> dict[str, float]:
     return {item.name: item.value for item in memory(w)}
 
@@ -58,21 +76,23 @@ def with_lora(module: nn.Module, rank: int) -> nn.Module:
 # --------------------------------------------------------------------------------------------------------------- counts
 
 
-@pytest.mark.parametrize(("config", "total"), [(WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584)])
-def test_real_wan_configurations_by_hand(config, total):
+@pytest.mark.parametrize(("name", "total"), [("1.3B", 1_418_996_800), ("14B", 14_288_491_584)])
+def test_real_wan_configurations_by_hand(name, total):
+    config = PUBLISHED[name][1]["transformer"][1]
     d, f, n = config["num_attention_heads"] * 128, config["ffn_dim"], config["num_layers"]
     attention = 2 * (4 * d * d + 4 * d + 2 * d)  # projections, biases, query and key norms; self and cross
     block = attention + 2 * d * f + f + d + 2 * d + 6 * d  # ffn, the norm before cross-attention, modulation
     text, clock = 4096 * d + d + d * d + d, 256 * d + d + d * d + d + 6 * d * d + 6 * d
     outside = 16 * 4 * d + d + text + clock + d * 64 + 64 + 2 * d
-    w = wan_workload(wan_module(config), VideoSize())
+    w = published(name)
     assert w.params == n * block + outside == total
     assert (w.width, w.tokens) == (d, 21 * 30 * 52)
 
 
 def test_tokens_of_a_video():
-    assert wan_tokens({"patch_size": (1, 2, 2)}, VideoSize(48, 48, 9)) == 3 * 3 * 3
-    assert wan_tokens({"patch_size": (1, 2, 2)}, VideoSize(704, 1280, 121), spatial=16) == 31 * 22 * 40
+    module = shapes()
+    assert WanFamily.dimensions_of(module, VideoSize(48, 48, 9), {}).tokens == 3 * 3 * 3
+    assert WanFamily.dimensions_of(module, VideoSize(704, 1280, 121), {"scale_factor_spatial": 16}).tokens == 31 * 22 * 40
 
 
 def test_passes_of_four_step_distribution_matching():
@@ -97,6 +117,53 @@ def test_passes_of_four_step_distribution_matching():
     assert flops(replace(w, batch=3)) == 3 * flops(w)
 
 
+def test_two_experts_weigh_twice_and_cost_once():
+    one, two = (workload({name: shapes() for name in names}, WanFamily.dimensions_of(shapes(), SIZE, {})) for names in (["a"], ["a", "b"]))
+    assert (two.experts, two.params, two.lora_params) == (2, 2 * one.params, 2 * one.lora_params)
+    for roles in ("copies", "lora"):
+        single, double = replace(one, roles=roles, gpus=2), replace(two, roles=roles, gpus=2)
+        assert pass_flops(double) == pass_flops(single), "a sample goes through one expert"
+        a, b = lines(single), lines(double)
+        for name in ("weights", "gradients", "AdamW", "EMA"):
+            assert b[name] == 2 * a[name], (roles, name)
+        for name in ("activations", "working memory", "gathered weights"):
+            assert b[name] == a[name], (roles, name)
+
+
+def test_a_folder_is_planned_from_its_configurations_alone(tmp_path):
+    """No weights: the folder holds what save_pretrained writes but for them, and its VAE's compression counts."""
+    pipe = tiny_wan_pipeline()
+    pipe.save_pretrained(tmp_path / "wan")
+    for file in (tmp_path / "wan").rglob("*.safetensors"):
+        file.unlink()
+    found = outline(tmp_path / "wan")
+    assert found.family is WanFamily and all(p.is_meta for p in found.parts["transformer"].parameters())
+    fam = WanFamily(pipe, VideoSize(48, 48, 9))
+    assert workload(found.parts, found.dimensions(fam.size)) == workload(fam.parts(fam.pretrained), fam.dimensions(fam.pretrained))
+    config = json.loads((tmp_path / "wan" / "vae" / "config.json").read_text())
+    (tmp_path / "wan" / "vae" / "config.json").write_text(json.dumps({**config, "scale_factor_spatial": 4}))
+    assert outline(tmp_path / "wan").dimensions(fam.size).tokens == 4 * found.dimensions(fam.size).tokens
+
+
+def test_models_that_cannot_be_planned_get_one_line(tmp_path, capsys):
+    def answer(model) -> str:
+        assert main(["plan", "dmd2", "--model", str(model), "--device", "H100"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    assert "'15B' is not known (15B/model_index.json is missing); planned are a bundled video model" in answer("15B")
+    assert "the passes and memory of a DiTTransformer2DModel were not counted yet; planned are" in answer("digits")
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}))
+    assert "it is a FluxPipeline, which no family knows yet" in answer(tmp_path)
+    index.write_text(json.dumps({"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}))
+    assert "config.json is missing" in answer(tmp_path)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    index.write_text(json.dumps({"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer9D"]}))
+    assert "_class_name: 'WanTransformer9D' is no network of the installed diffusers" in answer(tmp_path)
+
+
 def test_memory_by_hand():
     w = Workload(params=1000, tokens=10, width=4, ffn=8, layers=2, lora_rank=2, bytes_per_parameter=4, roles="copies")
     assert w.lora_params == 2 * 2 * (18 * 4 + 2 * 8)
@@ -116,7 +183,7 @@ def test_memory_by_hand():
 def test_states_are_exact(roles):
     """Weights, gradients, moments and average of one trained role, byte for byte."""
     module, rank = mid(), 8
-    w = replace(wan_workload(module, SIZE), roles=roles, lora_rank=rank)
+    w = replace(of(module), roles=roles, lora_rank=rank)
     if roles == "lora":
         module = with_lora(module, rank)
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -136,7 +203,7 @@ def test_states_are_exact(roles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_match_what_autograd_keeps(roles, checkpointing, dtype):
     module = mid().to(dtype)
-    w = replace(wan_workload(module, SIZE), roles=roles, lora_rank=8, batch=2, text_tokens=32, checkpointing=checkpointing)
+    w = replace(of(module), roles=roles, lora_rank=8, batch=2, text_tokens=32, checkpointing=checkpointing)
     if roles == "lora":
         module = with_lora(module, 8)
     if checkpointing:
@@ -165,8 +232,8 @@ def test_activations_match_what_autograd_keeps(roles, checkpointing, dtype):
 def test_flops_match_the_counter():
     from torch.utils.flop_counter import FlopCounterMode
 
-    module = wan_module(MID)
-    w = replace(wan_workload(module, SIZE), roles="copies", checkpointing=False, text_tokens=32, batch=2)
+    module = shapes()
+    w = replace(of(module), roles="copies", checkpointing=False, text_tokens=32, batch=2)
     with FlopCounterMode(display=False) as counter:
         out = forward(module)
         counted = counter.get_total_flops()
@@ -179,11 +246,11 @@ def test_flops_match_the_counter():
 def test_flops_of_the_real_model_match_the_counter():
     from torch.utils.flop_counter import FlopCounterMode
 
-    module = wan_module(WAN_1_3B)
+    module = outline("1.3B").parts["transformer"]
     with FlopCounterMode(display=False) as counter:
         latents = torch.empty(1, 16, 21, 60, 104, device="meta")
         module(latents, torch.empty(1, device="meta"), torch.empty(1, 512, 4096, device="meta"), return_dict=False)
-    w = replace(wan_workload(module, VideoSize()), roles="copies")
+    w = replace(of(module, VideoSize()), roles="copies")
     assert pass_flops(w)[0] == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
@@ -193,10 +260,10 @@ def test_flops_of_the_real_model_match_the_counter():
 def test_plan_says_whether_it_fits_and_what_would():
     from rich.console import Console
 
-    small = replace(wan_workload(wan_module(WAN_1_3B), VideoSize()), bytes_per_parameter=2)
+    small = replace(published("1.3B"), bytes_per_parameter=2)
     fine = plan(small, stated("H100"), 80e9)
     assert fine.fits and fine.verdict().startswith("fits in 80 GB: yes, ") and fine.advice == ()
-    large = replace(wan_workload(wan_module(WAN_14B), VideoSize()), bytes_per_parameter=2, roles="copies")
+    large = replace(published("14B"), bytes_per_parameter=2, roles="copies")
     bad = plan(large, stated("H100"), 80e9)
     assert not bad.fits and bad.verdict().startswith("fits in 80 GB: no, ") and "with LoRA roles" in bad.verdict()
     console = Console(width=200, record=True, file=io.StringIO())
@@ -211,7 +278,7 @@ def test_workload_of_a_recipe():
     from instep.recipes.dm_align import dm_align_group
     from instep.recipes.dmd import dmd2
 
-    base = wan_workload(wan_module(MID), SIZE)
+    base = of(shapes())
     recipe = dmd2(Common(steps=2, guidance=1.0, critic_updates=3, reuse=False, batch=8))
     w = recipe_workload(recipe, recipe.stages[0], base)
     assert (w.levels, w.guidance, w.critic_updates, w.reuse, w.batch, w.needs_final) == (2, 1.0, 3, False, 8, False)
@@ -232,7 +299,7 @@ def test_every_kind_of_stage_is_counted():
     from instep.recipes.dollar import dollar
     from instep.recipes.many_step import ManySteps, dance_grpo, flow_grpo
 
-    base = wan_workload(wan_module(MID), SIZE)
+    base = of(shapes())
 
     def counted(recipe, stage=-1):
         plain, graph = passes(recipe_workload(recipe, recipe.stages[stage], base))
@@ -260,7 +327,7 @@ def test_every_kind_of_stage_is_counted():
 
 
 def test_throughput_is_measured():
-    w = replace(wan_workload(wan_module(MID), SIZE), bytes_per_parameter=4)
+    w = replace(of(shapes()), bytes_per_parameter=4)
     speed = measure_throughput(w, seconds=0.2)
     assert 1e8 < speed < 1e13
     assert plan(w, speed, 1e9, "measured here").pace().endswith("(measured here)")

@@ -15,7 +15,6 @@ from test_run import family, rows
 from instep.cli.main import main
 from instep.cli.sample import save_each
 from instep.cli.train import load_pairs, paired
-from instep.core.size import VideoSize
 from instep.data.animation import save_animation
 from instep.data.media import pair_samples, read_media, repeats
 from instep.data.pairs import PreferencePair
@@ -23,7 +22,7 @@ from instep.data.prompt import texts_of
 from instep.human_eval.samples import match
 from instep.methods.recipe import AdamWConfig
 from instep.planning.plan import passes
-from instep.planning.workload import recipe_workload, wan_module, wan_workload
+from instep.planning.workload import recipe_workload, workload
 from instep.recipes.apo import apo
 from instep.training import run as module
 from instep.training.run import train
@@ -181,7 +180,8 @@ def test_the_plan_counts_what_an_update_of_each_stage_evaluates(tmp_path, monkey
     monkeypatch.setattr(module, "iteration", one)
     recipe = apo(TINY, **ONE_EACH, skip=0.5, skip_blocks=(1,))
     train(recipe, family(), out=tmp_path / "run", prompts=["a digit", "an eight"], reward=RANKED, pairs=PAIRS, options=QUICK)
-    base = wan_workload(wan_module({"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}), VideoSize(48, 48, 9))
+    fam = family()
+    base = workload(fam.parts(fam.pretrained), fam.dimensions(fam.pretrained))
     for stage, real in zip(recipe.stages, [x for x in seen if x is not None], strict=True):
         planned = passes(recipe_workload(recipe, stage, base))
         assert [stage.batch * sum(item.value for item in items) for items in planned] == real, stage.name

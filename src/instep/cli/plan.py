@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -13,12 +11,13 @@ import tyro
 from instep.bundled import DEFAULT, LISTED, WORLDS, find
 from instep.core.size import VideoSize
 from instep.methods.recipe import Recipe
+from instep.models.outline import PUBLISHED, outline
 from instep.planning.plan import duration, plan
 from instep.planning.throughput import measure_throughput, stated
-from instep.planning.workload import WAN_1_3B, WAN_14B, Workload, recipe_workload, wan_module, wan_workload
+from instep.planning.workload import Workload, recipe_workload, workload
 
-KNOWN = f"a bundled video model ({LISTED}), 1.3B, 14B, or a Wan pipeline folder"
-MODEL_HELP = f"A bundled video model ({LISTED}), 1.3B or 14B (Wan 2.1's sizes), or the path of a Wan pipeline folder."
+KNOWN = f"a bundled video model ({LISTED}), a published size ({', '.join(PUBLISHED)}), and pipeline folders of families whose memory was counted"
+MODEL_HELP = f"A bundled video model ({LISTED}), a published size ({', '.join(PUBLISHED)}), or the path of a diffusers pipeline folder."
 Device = Literal["cpu", "cuda", "A100", "H100", "H200"]
 CAPACITY = {"A100": 80.0, "H100": 80.0, "H200": 141.0}  # GB
 
@@ -59,21 +58,19 @@ def plan_command(recipe: Recipe, args: PlanArgs) -> int:
 
 
 def network(args: PlanArgs) -> Workload:
-    """The network at the size of video that is planned."""
-    world = find(args.model) if args.model in WORLDS else None
-    size = VideoSize(*args.size) if args.size else world.size if world else VideoSize()
-    if args.model in ("1.3B", "14B"):
-        module = wan_module(WAN_1_3B if args.model == "1.3B" else WAN_14B)
-    else:
-        file = (world.folder if world else Path(args.model)) / "transformer" / "config.json"
-        if not file.is_file():
-            raise ValueError(f"model: {args.model!r} is not known ({file} is missing); allowed: {KNOWN}")
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if (kind := config.get("_class_name", "WanTransformer3DModel")) != "WanTransformer3DModel":
-            raise ValueError(f"model: {args.model} is a {kind}, whose passes and memory were not counted yet; allowed: {KNOWN}")
-        module = wan_module({k: v for k, v in config.items() if not k.startswith("_")})
+    """The network at the size that is planned."""
+    size = VideoSize(*args.size) if args.size else None
+    try:
+        if args.model in WORLDS:
+            family = find(args.model).load(size)
+            base = workload(family.parts(family.pretrained), family.dimensions(family.pretrained))
+        else:
+            found = outline(args.model)
+            base = workload(found.parts, found.dimensions(size or VideoSize()))
+    except ValueError as error:
+        raise ValueError(f"{error}; planned are {KNOWN}" if str(error).startswith("model:") else str(error)) from error
     wide = 4 if args.float32 or args.device == "cpu" else 2
-    return replace(wan_workload(module, size), bytes_per_parameter=wide, checkpointing=args.checkpointing, gpus=args.gpus)
+    return replace(base, bytes_per_parameter=wide, checkpointing=args.checkpointing, gpus=args.gpus)
 
 
 def speed(base: Workload, device: Device) -> tuple[float, str]:

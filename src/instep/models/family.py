@@ -20,7 +20,10 @@ Task = Literal["text-to-image", "text-to-video", "image-to-video", "class-to-ima
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What memory and time of a network follow from: tokens of one sample, text tokens, width of a token, width of the feed-forward layer, blocks."""
+    """What memory and time of a denoiser follow from: tokens of one sample, text tokens, width of a token, width of the feed-forward layer, blocks.
+
+    Blocks are counted as self-attention, cross-attention to the text and a feed-forward layer.
+    """
 
     tokens: int
     text_tokens: int

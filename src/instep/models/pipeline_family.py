@@ -170,4 +170,13 @@ class PipelineFamily:
         return result.images if self.task == "text-to-image" else result.frames
 
     def dimensions(self, network: nn.Module) -> Dimensions:
-        raise ValueError(f"model: the passes and memory of a {type(network).__name__} were not counted yet; plan a Wan model")
+        vae = {} if self.pipe is None else self.pipe.vae.config
+        return self.dimensions_of(next(iter(self.parts(network).values())), self.size, vae)
+
+    @classmethod
+    def dimensions_of(cls, denoiser: nn.Module, size: VideoSize, vae: Mapping[str, Any]) -> Dimensions:
+        """Of a denoiser, which may lie on the meta device, at `size`; `vae`: the VAE's configuration, for its compression.
+
+        Raises ValueError where the passes and memory of the architecture were not counted.
+        """
+        raise ValueError(f"model: the passes and memory of a {type(denoiser).__name__} were not counted yet")

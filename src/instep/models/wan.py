@@ -179,8 +179,9 @@ class WanFamily(PipelineFamily):
         """The names that ComfyUI maps onto Wan and that diffusers converts by itself."""
         return f"diffusion_model.{comfyui_module(layer)}"
 
-    def dimensions(self, network: nn.Module) -> Dimensions:
-        return wan_dimensions(network, self.size, self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal)
+    @classmethod
+    def dimensions_of(cls, denoiser: nn.Module, size: VideoSize, vae: Mapping[str, Any]) -> Dimensions:
+        return wan_dimensions(denoiser, size, vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4))
 
 
 def wan_dimensions(network: Any, size: VideoSize, spatial: int = 8, temporal: int = 4) -> Dimensions:

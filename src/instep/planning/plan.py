@@ -15,9 +15,9 @@ from instep.planning.workload import Workload
 if TYPE_CHECKING:
     from rich.table import Table
 
-# What Wan in diffusers keeps for its backward, counted by saved-tensor hooks, in vectors of the model's width: (a video
-# token and block, a text token and block, a token outside the blocks), by roles and bytes a parameter. Frozen weights
-# need fewer; in two bytes more are kept, because norms run in float32.
+# What a block of self-attention, cross-attention to text and feed-forward (Wan's, in diffusers) keeps for its backward, counted
+# by saved-tensor hooks, in vectors of the model's width: (a video token and block, a text token and block, a token outside the
+# blocks), by roles and bytes a parameter. Frozen weights need fewer; in two bytes more are kept, because norms run in float32.
 KEPT = {("copies", 4): (22, 4, 3), ("copies", 2): (34, 6, 5), ("lora", 4): (15, 3, 1), ("lora", 2): (21, 4, 2)}
 # and of the feed-forward width, GELU's input and output
 KEPT_FFN = 2
@@ -53,7 +53,7 @@ def memory(w: Workload) -> tuple[Item, ...]:
     ]
     sharded = [replace(item, value=item.value / w.gpus, why=f"{item.why}{f', over {w.gpus} GPUs' if w.gpus > 1 else ''}") for item in states]
     if w.gpus > 1:
-        sharded.append(Item("gathered weights", 2 * w.params / w.layers * b, "two blocks at a time are whole on each GPU"))
+        sharded.append(Item("gathered weights", 2 * w.params / w.experts / w.layers * b, "two blocks at a time are whole on each GPU"))
     kept = "one vector a token and block, and one block in full" if w.checkpointing else "every block in full"
     # the teacher's guided pass stacks two batches, without a graph: a few vectors a token live at a time
     working = 2 * w.batch * w.tokens * (4 * w.width + 2 * w.ffn) * b
@@ -131,7 +131,7 @@ def pass_flops(w: Workload) -> tuple[float, float]:
     d, t, s = w.width, w.tokens, w.text_tokens
     linear = w.layers * (2 * t * (6 * d * d + 2 * d * w.ffn) + 2 * s * 2 * d * d)
     attention = w.layers * 4 * t * d * (t + s)
-    adapter = 2 * t * w.lora_params if w.roles == "lora" else 0
+    adapter = 2 * t * w.lora_params / w.experts if w.roles == "lora" else 0
     forward = linear + attention + adapter
     backward = (2 if w.roles == "copies" else 1) * linear + 2 * attention + 2 * adapter
     return forward, forward + backward + (forward if w.checkpointing else 0)

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-
-from instep.core.size import VideoSize
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from instep.methods.recipe import Recipe, Stage
+    from torch import nn
 
-# Wan 2.1 text-to-video, from the published configurations
-WAN_1_3B: Mapping[str, Any] = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
-WAN_14B: Mapping[str, Any] = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+    from instep.methods.recipe import Recipe, Stage
+    from instep.models.family import Dimensions
 
 
 @dataclass(frozen=True)
 class Workload:
     """One iteration on one GPU.
 
-    params: of one network. tokens: video tokens a sample; text_tokens: text tokens a sample. batch: samples in one
-    micro-batch on one GPU, accumulate: micro-batches an iteration. levels: steps of the student. reuse: critics train
+    params: of one network, all its experts. experts: parts of equal shape, one of which predicts at each level; layers are
+    those of one. tokens: video tokens a sample; text_tokens: text tokens a sample. batch: samples in one micro-batch on one
+    GPU, accumulate: micro-batches an iteration. levels: steps of the student. reuse: critics train
     on the student's rollout (False: a fresh rollout for every update). needs_final: a reward looks at the end of the
     rollout; final_live: and a force acts there, on the student's last step; trajectory: on all of its steps. guidance:
     of the teacher, 1 means one pass instead of two. other_plain, other_graph: evaluations a sample of forces and
@@ -62,13 +58,14 @@ class Workload:
     rolls: bool = True
     supervised: bool = True
     rollout_passes: int = 1
+    experts: int = 1
 
     def __post_init__(self) -> None:
         if self.roles not in ("copies", "lora"):
             raise ValueError(f"roles: {self.roles!r} is not known; allowed: 'copies' (full copies) or 'lora' (adapters)")
         if self.bytes_per_parameter not in (2, 4):
             raise ValueError(f"bytes_per_parameter: {self.bytes_per_parameter} is not planned for; allowed: 2 (bfloat16) or 4 (float32)")
-        counts = ("params", "tokens", "width", "ffn", "layers", "batch", "accumulate", "levels", "lora_rank", "gpus")
+        counts = ("params", "tokens", "width", "ffn", "layers", "batch", "accumulate", "levels", "lora_rank", "gpus", "experts")
         for name in counts:
             if vars(self)[name] < 1:
                 raise ValueError(f"{name}: {vars(self)[name]} is not possible; allowed: 1 or more")
@@ -81,43 +78,27 @@ class Workload:
 
     @property
     def lora_params(self) -> int:
-        """Of one adapter on every attention projection and both ffn layers of every block."""
-        return self.layers * self.lora_rank * (18 * self.width + 2 * self.ffn)
+        """Of one adapter on every attention projection and both ffn layers of every block, of every expert."""
+        return self.experts * self.layers * self.lora_rank * (18 * self.width + 2 * self.ffn)
 
 
-def wan_module(config: Mapping[str, Any]) -> Any:
-    """A WanTransformer3DModel with shapes and no memory (meta device); `config` overrides the class's defaults (those
-    of 14B).
-    """
-    from diffusers import WanTransformer3DModel
-
-    with torch.device("meta"):
-        return WanTransformer3DModel(**config)
-
-
-def wan_tokens(config: Mapping[str, Any], size: VideoSize, spatial: int = 8, temporal: int = 4) -> int:
-    """Video tokens of one sample; spatial, temporal: the VAE's compression."""
-    pt, ph, pw = config["patch_size"]
-    return ((size.frames - 1) // temporal + 1) // pt * (size.height // spatial // ph) * (size.width // spatial // pw)
-
-
-def wan_workload(module: Any, size: VideoSize, *, spatial: int = 8, temporal: int = 4) -> Workload:
-    """The default workload of a Wan transformer (real or on the meta device); change the rest with
-    `dataclasses.replace`.
-    """
-    config = module.config
+def workload(parts: Mapping[str, nn.Module], dimensions: Dimensions) -> Workload:
+    """The default workload of a network of these parts, one or one an expert (real or on the meta device); change the rest with `dataclasses.replace`."""
+    weights = [p for part in parts.values() for name, p in part.named_parameters() if ".lora_" not in name]
     return Workload(
-        params=sum(p.numel() for name, p in module.named_parameters() if ".lora_" not in name),
-        tokens=wan_tokens(config, size, spatial, temporal),
-        width=config.num_attention_heads * config.attention_head_dim,
-        ffn=config.ffn_dim,
-        layers=config.num_layers,
-        bytes_per_parameter=min(4, next(module.parameters()).element_size()),
+        params=sum(p.numel() for p in weights),
+        tokens=dimensions.tokens,
+        width=dimensions.width,
+        ffn=dimensions.ffn,
+        layers=dimensions.layers,
+        text_tokens=dimensions.text_tokens,
+        experts=len(parts),
+        bytes_per_parameter=min(4, weights[0].element_size()),
     )
 
 
 def recipe_workload(recipe: Recipe, stage: Stage, base: Workload) -> Workload:
-    """`base` (the network and the video size, see `wan_workload`) with what `stage` of `recipe` does an iteration."""
+    """`base` (the network and the size, see `workload`) with what `stage` of `recipe` does an iteration."""
     from instep.methods.matching import DistributionMatching
 
     matching = [force for force in stage.forces if isinstance(force, DistributionMatching)]
