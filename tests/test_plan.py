@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_wan_pipeline
+from tiny import tiny_wan22_pipeline, tiny_wan_pipeline
 from torch import nn
 
 from instep.cli.main import main
 from instep.core.size import VideoSize
+from instep.models.families import family_of
 from instep.models.outline import PUBLISHED, meta_network, outline
 from instep.models.wan import WanFamily
 from instep.planning.plan import activations, flops, memory, pass_flops, passes, plan
@@ -128,6 +129,37 @@ def test_two_experts_weigh_twice_and_cost_once():
             assert b[name] == 2 * a[name], (roles, name)
         for name in ("activations", "working memory", "gathered weights"):
             assert b[name] == a[name], (roles, name)
+
+
+def test_a_frozen_expert_is_shared():
+    parts = {name: shapes() for name in ("transformer", "transformer_2")}
+    two = workload(parts, WanFamily.dimensions_of(shapes(), SIZE, {}))
+    half = two.params // 2
+    copies = lines(replace(two, roles="copies", frozen_experts=1, bytes_per_parameter=4))
+    assert [copies[k] for k in ("weights", "gradients", "AdamW", "EMA")] == [4 * (two.params + 2 * half), 4 * half, 16 * half, 4 * half]
+    assert replace(two, frozen_experts=1).lora_params * 2 == two.lora_params
+    assert pass_flops(replace(two, frozen_experts=1)) == pass_flops(two)
+    from instep.recipes.common import Common
+    from instep.recipes.dmd import dmd2
+
+    recipe = dmd2(Common(experts="low", guidance=1.0, guidance_2=3.0))
+    planned = recipe_workload(recipe, recipe.stages[-1], two)
+    assert planned.frozen_experts == 1 and planned.guidance == 3.0 and {i.name: i.value for i in passes(planned)[0]}["teacher"] == 2
+    assert planned.other_plain == 0
+    with pytest.raises(ValueError, match="experts: low is not allowed; this model has one network"):
+        recipe_workload(recipe, recipe.stages[-1], of(shapes()))
+    with pytest.raises(ValueError, match="frozen_experts: 2 of 2"):
+        replace(two, frozen_experts=2)
+
+
+def test_a_folder_of_two_experts_is_planned(tmp_path):
+    pipe = tiny_wan22_pipeline()
+    pipe.save_pretrained(tmp_path / "wan22")
+    found = outline(tmp_path / "wan22")
+    fam = family_of(pipe, VideoSize(48, 48, 9))
+    base = workload(found.parts, found.dimensions(fam.size))
+    assert base == workload(fam.parts(fam.pretrained), fam.dimensions(fam.pretrained)) and base.experts == 2
+    assert base.params == sum(p.numel() for part in (pipe.transformer, pipe.transformer_2) for p in part.parameters())
 
 
 def test_a_folder_is_planned_from_its_configurations_alone(tmp_path):

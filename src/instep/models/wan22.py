@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from instep.core.size import VideoSize
 from instep.diffusion.prediction import Condition
-from instep.models.family import ComfyUI, Dimensions
+from instep.models.family import ComfyUI
 from instep.models.pipeline_family import has_part
 from instep.models.preset import Preset
-from instep.models.wan import WanFamily, wan_dimensions
+from instep.models.wan import WanFamily
 
 
 class Experts(nn.Module):
@@ -127,9 +127,6 @@ class Wan22Family(WanFamily):
 
     def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
         return _all(super(Wan22Family, self).skip(expert, blocks) for expert in self.parts(module).values())
-
-    def dimensions(self, network: nn.Module) -> Dimensions:
-        return wan_dimensions(network.transformer, self.size, self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal)
 
 
 @contextmanager

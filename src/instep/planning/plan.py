@@ -39,9 +39,10 @@ class Item:
 
 def memory(w: Workload) -> tuple[Item, ...]:
     """Bytes on one GPU at the peak of an iteration, line by line; the sum is the peak."""
-    b, trained = w.bytes_per_parameter, w.params if w.roles == "copies" else w.lora_params
+    b, trained = w.bytes_per_parameter, w.trained_params
     if w.roles == "copies":
-        weights, why = 3 * w.params * b, "student, fake and teacher: three full copies"
+        why = "the teacher, and of student and fake the trained expert" if w.frozen_experts else "student, fake and teacher: three full copies"
+        weights = (w.params + 2 * trained) * b
     else:
         weights, why = (w.params + 2 * trained) * b, f"one frozen network and two adapters of rank {w.lora_rank}"
     # student and fake take turns: gradients of one are cleared before the other's appear
@@ -131,7 +132,7 @@ def pass_flops(w: Workload) -> tuple[float, float]:
     d, t, s = w.width, w.tokens, w.text_tokens
     linear = w.layers * (2 * t * (6 * d * d + 2 * d * w.ffn) + 2 * s * 2 * d * d)
     attention = w.layers * 4 * t * d * (t + s)
-    adapter = 2 * t * w.lora_params / w.experts if w.roles == "lora" else 0
+    adapter = 2 * t * w.lora_params / w.trained_experts if w.roles == "lora" else 0
     forward = linear + attention + adapter
     backward = (2 if w.roles == "copies" else 1) * linear + 2 * attention + 2 * adapter
     return forward, forward + backward + (forward if w.checkpointing else 0)

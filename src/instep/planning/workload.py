@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 class Workload:
     """One iteration on one GPU.
 
-    params: of one network, all its experts. experts: parts of equal shape, one of which predicts at each level; layers are
-    those of one. tokens: video tokens a sample; text_tokens: text tokens a sample. batch: samples in one micro-batch on one
-    GPU, accumulate: micro-batches an iteration. levels: steps of the student. reuse: critics train
-    on the student's rollout (False: a fresh rollout for every update). needs_final: a reward looks at the end of the
-    rollout; final_live: and a force acts there, on the student's last step; trajectory: on all of its steps. guidance:
-    of the teacher, 1 means one pass instead of two. other_plain, other_graph: evaluations a sample of forces and
-    objectives beside matching's own, without and with a graph; critic_passes: those of one critic update on average.
+    params: of one network, all its experts. experts: parts of equal shape, one of which predicts at each level, layers those
+    of one; frozen_experts of them stay as pretrained and are shared by all roles. tokens: video tokens a sample; text_tokens:
+    text tokens a sample. batch: samples in one micro-batch on one GPU, accumulate: micro-batches an iteration. levels: steps
+    of the student. reuse: critics train on the student's rollout (False: a fresh rollout for every update). needs_final: a
+    reward looks at the end of the rollout; final_live: and a force acts there, on the student's last step; trajectory: on all
+    of its steps. guidance: of the teacher, 1 means one pass instead of two. other_plain, other_graph: evaluations a sample of
+    forces and objectives beside matching's own, without and with a graph; critic_passes: those of one critic update on average.
     matching: whether there is distribution matching; rolls: whether samples are rolled out; supervised: whether a step of
     the rollout carries the graph; rollout_passes: evaluations a step of it (2 with guidance).
     roles: three full copies (student, fake, teacher), or two adapters on one frozen network. gpus: over how many the
@@ -59,6 +59,7 @@ class Workload:
     supervised: bool = True
     rollout_passes: int = 1
     experts: int = 1
+    frozen_experts: int = 0
 
     def __post_init__(self) -> None:
         if self.roles not in ("copies", "lora"):
@@ -71,15 +72,26 @@ class Workload:
                 raise ValueError(f"{name}: {vars(self)[name]} is not possible; allowed: 1 or more")
         if self.critic_updates < 0 or self.text_tokens < 0:
             raise ValueError("critic_updates, text_tokens: negative numbers are not possible; allowed: 0 or more")
+        if not 0 <= self.frozen_experts < self.experts:
+            raise ValueError(f"frozen_experts: {self.frozen_experts} of {self.experts} is not possible; at least one expert is trained")
         if self.final_live and not self.needs_final:
             raise ValueError("final_live: it needs the final sample; set needs_final=True")
         if self.trajectory and not self.final_live:
             raise ValueError("trajectory: there is no gradient at the final sample to carry back; set final_live=True")
 
     @property
+    def trained_experts(self) -> int:
+        return self.experts - self.frozen_experts
+
+    @property
+    def trained_params(self) -> int:
+        """Of one role that is trained."""
+        return self.params * self.trained_experts // self.experts if self.roles == "copies" else self.lora_params
+
+    @property
     def lora_params(self) -> int:
-        """Of one adapter on every attention projection and both ffn layers of every block, of every expert."""
-        return self.experts * self.layers * self.lora_rank * (18 * self.width + 2 * self.ffn)
+        """Of one adapter on every attention projection and both ffn layers of every block of each trained expert."""
+        return self.trained_experts * self.layers * self.lora_rank * (18 * self.width + 2 * self.ffn)
 
 
 def workload(parts: Mapping[str, nn.Module], dimensions: Dimensions) -> Workload:
@@ -101,9 +113,12 @@ def recipe_workload(recipe: Recipe, stage: Stage, base: Workload) -> Workload:
     """`base` (the network and the size, see `workload`) with what `stage` of `recipe` does an iteration."""
     from instep.methods.matching import DistributionMatching
 
+    if recipe.experts != "both" and base.experts == 1:
+        raise ValueError(f"experts: {recipe.experts} is not allowed; this model has one network, leave the option out")
     matching = [force for force in stage.forces if isinstance(force, DistributionMatching)]
     lora, rollout = recipe.roles["student"].lora, stage.rollout
-    guidance = matching[0].guidance if matching else 1.0
+    # what decides is whether any level is guided
+    guidance = next((w for w in (matching[0].guidance, matching[0].second) if w != 1), 1.0) if matching else 1.0
     standard = DistributionMatching(guidance=guidance).passes(stage.group)[0] if matching else 0.0
     levels = len(rollout.levels) if rollout else 1
     guided = 2 if rollout and rollout.guidance != 1 else 1
@@ -135,4 +150,5 @@ def recipe_workload(recipe: Recipe, stage: Stage, base: Workload) -> Workload:
         rolls=rollout is not None,
         supervised=bool(stage.live),
         rollout_passes=guided,
+        frozen_experts=0 if recipe.experts == "both" else 1,
     )
