@@ -459,7 +459,7 @@ def collect(out: Path) -> dict[str, Any]:
                 rows += 1
                 recipe = run["name"].partition(":")[0]
                 scalars |= {f"{parent}/{i} {recipe}/{key}": value for key, value in leaves(run["curve"])}
-            scalars |= {f"{parent}/floor/{key}": value for key, value in leaves(record.get("floor") or record["exact"])}
+            scalars |= {f"{parent}/floor/{key}": value for key, value in leaves(record.get("floor") or record["exact_samples"])}
         elif "checkpoints" in file.parts:
             # an earlier checkpoint is how a run came to its last one, whose log and updates are compared
             if file.parent != max(steps_of(file.parent.parent), key=step_of):
