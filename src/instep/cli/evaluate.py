@@ -34,7 +34,7 @@ TEACHER_HELP = f"The bundled model of these rows, one that is measured ({', '.jo
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Measure the students of runs on bundled video models, by the protocol of each; writes metrics.json into each folder."""
+    """Measure the students of runs on bundled video models by each model's protocol; writes metrics.json into each folder."""
 
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Folders of runs; none: the teacher and naive sampling alone."""
@@ -52,7 +52,7 @@ class ReportArgs:
     """One self-contained HTML page of one or several runs."""
 
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs: first the run in question, then its controls; runs that differ from it in the seed alone are averaged with it."""
+    """Folders of runs: first the run of interest, then its controls; runs that differ from it only in the seed are averaged with it."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The page; an earlier report is replaced."""
 
@@ -70,12 +70,12 @@ def eval_command(args: EvalArgs) -> int:
 
 
 def measured_worlds() -> tuple[str, ...]:
-    """The bundled models that have a protocol of evaluation."""
+    """Returns the bundled models that have an evaluation protocol."""
     return tuple(name for name in NAMES if find(name).evaluation is not None)
 
 
 def evaluation_of(name: str) -> Evaluation:
-    """The protocol of a bundled model; ValueError for a name that has none."""
+    """Returns the protocol of a bundled model. Raises ValueError for a name without one."""
     if name not in measured_worlds():
         raise ValueError(f"teacher: {name!r} is not measured; allowed: {', '.join(measured_worlds())}")
     evaluation = find(name).evaluation
@@ -95,7 +95,7 @@ def report_command(args: ReportArgs) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows, real videos first, and what their metrics are called."""
+    """Rows, real videos first, and the names of their metrics."""
 
     rows: list[Row]
     columns: tuple[Column, ...]
@@ -104,12 +104,12 @@ class Measured:
 def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> Measured:
     """Rows of a run's student, its baselines at equal NFE, the 50-step teacher and real-vs-real; also written to metrics.json.
 
-    There `flags` are the health flags open at the end, `health` all that were raised and from which step to which, `hacking` whether that one ever was,
-    `stopped` where and why the run stopped itself (null: it did not).
+    In that file `flags` holds the health flags that were open at the end, `health` all that were raised, with their first and last steps, `hacking`
+    whether that flag was ever raised, and `stopped` where and why the run stopped itself (null: it did not).
     """
     record = read_run(folder)
     model, known = model_of(record, folder)
-    # a student with an adapter puts it into its family's network: the teacher's rows are those of a network of their own
+    # a student's adapter is attached to its family's network, so the teacher's rows need a separate network
     family, evaluation = load(model), evaluation_of(known)
     eval_set = evaluation.prompts(protocol, seed, record.get("negative_prompt"))
     sampling, guidance = sampling_of(record, newest_step(folder)), float(record["config"]["guidance"])
@@ -146,13 +146,13 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> Me
 
 
 def model_of(record: dict[str, Any], folder: Path) -> tuple[str, str]:
-    """What `load` takes for the model of the run in `folder`, and which bundled model it is or was tuned from; ValueError if it is none of them."""
+    """Returns the argument of `load` for the model of the run in `folder`, and the bundled model that it is or was tuned from; ValueError if there is none."""
     measured = measured_worlds()
     if record["model"] in measured:
         return record["model"], record["model"]
     known = base_model(Path(record["model_path"]))
     if known not in measured:
-        raise ValueError(f"dir: {folder} was trained on {record['model']!r}; the classifiers know {' and '.join(measured)} alone, and exports of runs on them")
+        raise ValueError(f"dir: {folder} was trained on {record['model']!r}; only {' and '.join(measured)} and exports of runs on them have classifiers")
     return record["model_path"], known
 
 
@@ -177,7 +177,7 @@ def sampler_of(student: Denoiser, family: Family, sampling: Sampling) -> Generat
 
 
 def print_rows(measured: Measured) -> None:
-    """The table in the terminal: metric and standard error, sorted by network evaluations."""
+    """Prints the table in the terminal: metric and standard error, sorted by network evaluations."""
     from rich.console import Console
     from rich.table import Table
 

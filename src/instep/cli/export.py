@@ -26,7 +26,7 @@ from instep.training.saved import stage_at
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write the student of run DIR as a diffusers folder with model card, ComfyUI workflow and, if it is one, LoRA file."""
+    """Write the student of run DIR as a diffusers folder with model card, ComfyUI workflow and, if it is an adapter, LoRA file."""
 
     dir: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
@@ -35,19 +35,19 @@ class ExportArgs:
     dtype: Literal["float32", "float16"] = "float32"
     """Precision of the weights on disk."""
     guidance: float | None = None
-    """Guidance that is folded into the weights, of a student that is told it (`apo --draw LOW HIGH`); default: the run's own."""
+    """Guidance scale to fold into the weights, for a student conditioned on it (`apo --draw LOW HIGH`); default: the run's own."""
     skip: float | None = None
-    """The same of skip-layer guidance (`apo --draw-skip LOW HIGH`)."""
+    """The same for skip-layer guidance (`apo --draw-skip LOW HIGH`)."""
     raw: bool = False
-    """The student itself instead of its moving average."""
+    """Export the student itself instead of its moving average."""
     model: str | None = None
-    """The base model's folder, if it is not where the run found it."""
+    """The base model's folder, if it has moved since the run."""
 
 
 def export_command(args: ExportArgs) -> int:
-    """Exports and prints how far stock diffusers is from our own sampler."""
+    """Exports the student and prints the difference between stock diffusers and our own sampler."""
     record = read_run(args.dir)
-    # what cannot be asked for is refused before anything is loaded
+    # invalid options are rejected before anything is loaded
     sampling = at_guidance_scales(sampling_of(record, newest_step(args.dir)), record, args.guidance, args.skip)
     family = load(args.model or (record["model"] if record["model"] in WORLDS else record["model_path"]), VideoSize(**record["size"]))
     student = student_of(args.dir, record, family, raw=args.raw)
@@ -69,7 +69,7 @@ def export_command(args: ExportArgs) -> int:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """recipe.json of a run; ValueError if `folder` holds none."""
+    """Reads a run's recipe.json. Raises ValueError if `folder` has none."""
     file = folder / "recipe.json"
     if not file.is_file():
         raise ValueError(f"dir: {folder} holds no run (recipe.json is missing); give the folder that `instep train --out` wrote")
@@ -77,7 +77,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def sampling_of(record: dict[str, Any], step: int | None = None) -> Sampling:
-    """How the student of a run is sampled at a step (None: at its end), from its recipe.json; see `Recipe.sampling_at`."""
+    """Returns a run's `Sampling` at a step (None: at its end), from its recipe.json; see `Recipe.sampling_at`."""
     config = record["config"]
     if config.get("sampler", "few-step") == "few-step":
         return Sampling(tuple(record["levels"]))
@@ -87,7 +87,7 @@ def sampling_of(record: dict[str, Any], step: int | None = None) -> Sampling:
 
 
 def at_guidance_scales(sampling: Sampling, record: dict[str, Any], guidance: float | None, skip: float | None) -> Sampling:
-    """How a run's student is sampled at other guidance scales (None: as it is); ValueError unless it is told them and was trained on such."""
+    """Returns the `Sampling` at other guidance scales (None: unchanged). Raises ValueError unless the student was trained with such scales."""
     if guidance is None and skip is None:
         return sampling
     guidance_range = guidance_range_of(record)
@@ -104,7 +104,7 @@ def at_guidance_scales(sampling: Sampling, record: dict[str, Any], guidance: flo
 
 
 def guidance_range_of(record: dict[str, Any]) -> GuidanceRange | None:
-    """The guidance scales that a run's student can be told, from its recipe.json; None where it is told none."""
+    """Returns the guidance range that a run's student is conditioned on, from its recipe.json, or None."""
     guidance_range = record["config"]["roles"]["student"].get("guidance_range")
     return guidance_range and GuidanceRange.of_json(guidance_range)
 
@@ -116,7 +116,7 @@ def newest_step(folder: Path) -> int | None:
 
 
 def student_of(folder: Path, record: dict[str, Any], family: Family, *, raw: bool = False, step: int | None = None) -> Role:
-    """The student in the newest checkpoint of a run (or that of `step`), averaged if the run kept an average."""
+    """Loads the student of a run's newest checkpoint (or that of `step`), averaged if the run kept an average."""
     checkpoints = folder / "checkpoints"
     newest = checkpoint.latest(checkpoints) if step is None else checkpoint.at(checkpoints, step)
     if newest is None:

@@ -1,4 +1,4 @@
-"""`instep human-eval`: the page on which people compare or score samples, and what they said."""
+"""`instep human-eval`: the page on which people compare or score samples, and its results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from instep.human_eval.samples import Match
 
 @dataclass(frozen=True)
 class HumanEvalArgs:
-    """A local page on which people compare or score samples of A and B without knowing which is which. The same command goes on where it stopped.
+    """A local page on which people compare or score samples of A and B without knowing which is which. The same command resumes it.
 
     Two runs: instep human-eval runs/first runs/second
 
@@ -22,28 +22,28 @@ class HumanEvalArgs:
 
     Any files, in two folders with a samples.json each: instep human-eval ours theirs
 
-    What people said: instep human-eval --report human_eval.sqlite
+    The results: instep human-eval --report human_eval.sqlite
     """
 
     samples: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """A and B: runs, RUN:MODEL, or folders with webp, gif, png, mp4 or webm files and a samples.json, a list of {"file", "prompt", "seed"} (or
     samples.jsonl, a row a line). They are matched by prompt and seed (see --match). None: the store that --out names."""
     out: Path = Path("human_eval.sqlite")
-    """The store of the answers, an SQLite file. It belongs to these samples; others need another."""
+    """The store of the answers, an SQLite file. It belongs to these samples; other samples need another store."""
     mode: Mode | None = None
     """pairs: two side by side, answers left, right or equal (the default); score: one at a time, 0 to 2, and whether it is distorted."""
     questions: tuple[str, ...] = ()
-    """What is asked, default: all. pairs: visual_quality text_alignment motion overall; score: visual_plausibility human_plausibility subject_consistency
+    """Questions, default: all. pairs: visual_quality text_alignment motion overall; score: visual_plausibility human_plausibility subject_consistency
     motion_aesthetics instruction_following distorted. Your own: "hands=Which hands look right?"."""
     match: Match = "seed"
-    """What samples of A and B have in common beside the prompt: seed, or prompt for nothing, the first of a prompt in A with the first in B (samples of
-    one model with two seeds)."""
+    """How samples of A and B are matched: seed, by prompt and seed; prompt, by prompt alone, the first of a prompt in A with the first in B
+    (samples of one model with two seeds)."""
     port: int = 8765
-    """Port on 127.0.0.1; 0 takes any free one."""
+    """Port on 127.0.0.1; 0 chooses any free one."""
     seed: int = 0
-    """Of each annotator's order of items and sides, and of --report's bootstrap."""
+    """Seed of each annotator's order of items and sides, and of --report's bootstrap."""
     report: Path | None = None
-    """Print what people said in this store, and serve nothing."""
+    """Print the results in this store, and serve nothing."""
 
 
 def human_eval_command(args: HumanEvalArgs) -> int:
@@ -76,7 +76,7 @@ def human_eval_command(args: HumanEvalArgs) -> int:
 
 
 def open_store(args: HumanEvalArgs):
-    """The store of `out`, new if there is none; ValueError if it is for other samples, another mode or other questions than are asked for."""
+    """Opens the store `out`, or creates it. Raises ValueError if it was created for other samples, another mode or other questions."""
     from instep.human_eval.create import create
     from instep.human_eval.database import is_new
     from instep.human_eval.samples import match

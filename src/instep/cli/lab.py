@@ -18,7 +18,7 @@ START_STEPS = 5000
 
 @dataclass(frozen=True)
 class LabArgs:
-    """Where recipes compete: a 2-D mixture whose teacher is exact, so that what is wrong is the method's own doing."""
+    """The laboratory: a 2-D mixture with an exact teacher, so that every error is due to the method."""
 
     out: Path = Path("runs/lab")
     """Folder for lab.json, table.md, figure.png and training.webp; new or empty."""
@@ -37,7 +37,7 @@ class LabArgs:
     guidance: float = 1.0
     """Guidance of the teacher; 1 is none."""
     start: Literal["flow", "far"] = "flow"
-    """What student and fake begin as: trained on the mixture, or far off every mode."""
+    """Initial student and fake: trained on the mixture, or far off every mode."""
     student: Literal["network", "particles"] = "network"
     """A small network, or free particles with the exact fake: a method's fixed point."""
     teacher: Literal["exact", "learned"] = "exact"
@@ -81,7 +81,7 @@ def lab_command(specs: Sequence[str], options: LabArgs) -> int:
     runs = []
     for run in _particles(recipes, world, options) if options.student == "particles" else _networks(recipes, world, options):
         runs.append(run)
-        # after each recipe: what is done stays if the next one is interrupted
+        # after each recipe: finished results stay if the next one is interrupted
         write_json(options.out / "lab.json", as_json(runs, world, options))
         write_text(options.out / "table.md", markdown(runs, world))
     console = Console()

@@ -19,7 +19,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep recipes             what can be trained
   instep plan RECIPE         memory and time, before anything runs
   instep human-eval A B      a local page on which people compare or score samples of two models, blind
-  instep pairs export|import|fit  what people preferred as training pairs, public sets in the same form, a reward learned from them
+  instep pairs export|import|fit  preferences as training pairs, public sets in the same form, a reward learned from them
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, animation
 
 RECIPE is one that `instep recipes` lists, or module:function for one of your own.
@@ -29,16 +29,15 @@ Help on one: instep train RECIPE --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status. What a user got wrong is one line on stderr, not a traceback; a reader that has gone away (`| head`) is no
-    error worth a word."""
+    """Runs a command and returns the exit status. A user's error is one line on stderr, not a traceback; a closed pipe (`| head`) is not reported."""
     try:
         try:
             return _main(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at exit goes nowhere
-        return 141  # what a shell says of SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is left to flush at exit
+        return 141  # a shell's status for SIGPIPE
 
 
 def _main(args: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""`instep pairs`: what people preferred as rows a training run reads, public preference sets in the same form, and a reward learned from either."""
+"""`instep pairs`: people's preferences as rows for training, public preference sets in the same form, and a reward learned from either."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import tyro
 from instep.bundled import DEFAULT, LISTED
 
 FEATURES_HELP = (
-    f"What it looks at: the training classifier of a bundled model ({LISTED}; of the monitor with :monitor after it), or the folder of a CLIP or SigLIP of "
+    f"Its features: from the training classifier of a bundled model ({LISTED}; of the monitor with :monitor after it), or the folder of a CLIP or SigLIP of "
     "transformers."
 )
 USAGE = """instep pairs: preference pairs, one row a pair, as JSONL or Parquet
 
-  instep pairs export STORE OUT   what people preferred on the page of `instep human-eval`
+  instep pairs export STORE OUT   preferences collected by `instep human-eval`
   instep pairs import IN OUT      a preference set with columns of other names
   instep pairs fit PAIRS OUT      a reward that orders samples as people did, for --reward preferences:OUT
 
@@ -30,7 +30,7 @@ Help on one: instep pairs export --help
 
 @dataclass(frozen=True)
 class ExportPairsArgs:
-    """What people preferred, from the store of `instep human-eval` to rows (prompt, chosen, rejected, votes).
+    """Exports preferences from the store of `instep human-eval` as rows (prompt, chosen, rejected, votes).
 
     instep pairs export human_eval.sqlite pairs.jsonl --questions overall
     """
@@ -42,14 +42,14 @@ class ExportPairsArgs:
     questions: tuple[str, ...] = ()
     """Only the answers to these; default: all, each with rows of its own."""
     each: bool = False
-    """One row an answer, with who gave it; otherwise one row an item, chosen by most votes."""
+    """One row an answer, with its annotator; otherwise one row an item, chosen by majority."""
     ties: bool = True
-    """Keep ties, marked as such."""
+    """Keep ties, marked as ties."""
 
 
 @dataclass(frozen=True)
 class ImportPairsArgs:
-    """A preference set with columns of other names as pairs; images kept inside a Parquet file are written beside OUT.
+    """Imports a preference set whose columns have other names; images stored inside a Parquet file are written beside OUT.
 
     The better one in a column of its own: instep pairs import set.parquet pairs.jsonl --prompt-column caption --chosen-column win --rejected-column lose
 
@@ -68,7 +68,7 @@ class ImportPairsArgs:
     rejected_column: str = "rejected"
     """Column of the others."""
     first_column: str | None = None
-    """Where a label says which is better: column of the first media, in place of chosen and rejected."""
+    """Column of the first media, for sets with a preference label in place of chosen and rejected columns."""
     second_column: str | None = None
     """Column of the second media."""
     label_column: str | None = None
@@ -80,14 +80,14 @@ class ImportPairsArgs:
     tie_label: str = "0.5"
     """The label of a tie."""
     question: str = "overall"
-    """What was asked."""
+    """The question that the pairs answer."""
     media: Path | None = None
     """Folder that relative paths begin at; default: that of FILE."""
 
 
 @dataclass(frozen=True)
 class FitPairsArgs:
-    """A reward learned from pairs: a small head on frozen features, with ties, measured on prompts that it has not seen.
+    """Fits a reward to pairs: a small head on frozen features, with ties, measured on held-out prompts.
 
     On a model of your own, downloaded once: instep pairs fit pairs.jsonl runs/liked --features models/siglip-base
 
@@ -100,7 +100,7 @@ class FitPairsArgs:
     """The reward's folder; nothing is overwritten."""
     features: Annotated[str, tyro.conf.arg(help=FEATURES_HELP)] = DEFAULT
     frames: int = 8
-    """Evenly spaced frames of each video that a CLIP or SigLIP sees."""
+    """Number of evenly spaced frames of each video that a CLIP or SigLIP gets."""
     questions: tuple[str, ...] = ()
     """Only the answers to these; default: all, each row a pair of its own."""
     hidden: int = 0
@@ -108,13 +108,13 @@ class FitPairsArgs:
     steps: int = 300
     """Steps of training."""
     decay: float = 1.0
-    """How small the weights should be; raise it (10, 100) where pairs are few or people disagree."""
+    """Strength of the penalty on the weights; raise it (10, 100) if pairs are few or people disagree."""
     heldout: float = 0.2
-    """Part of the prompts that is kept for measuring."""
+    """Share of the prompts that is held out for measuring."""
     seed: int = 0
-    """Seed of which prompts these are."""
+    """Seed of the choice of held-out prompts."""
     device: str = "cpu"
-    """Where the features are computed: cpu, cuda."""
+    """Device that computes the features: cpu, cuda."""
 
     def __post_init__(self) -> None:
         for name, value in {"frames": self.frames, "steps": self.steps}.items():
@@ -205,7 +205,7 @@ def fit_pairs_command(args: FitPairsArgs) -> int:
 
 
 def _watched(todo: list[Any]) -> Iterator[Any]:
-    """The items; once they have taken 5 seconds, with a bar on a terminal and a line every 30 seconds elsewhere."""
+    """Yields the items; after 5 seconds it shows a bar on a terminal, and elsewhere prints a line every 30 seconds."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,4 +1,4 @@
-"""Options from the command line, and what is wrong with them in one line."""
+"""Parses command-line options and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 
 def parse(kind: Any, args: Sequence[str], command: str, description: str | None = None) -> Any:
-    """Options as an object; what is wrong with them comes as a ValueError in one line, as everywhere else, in place of tyro's box."""
+    """Parses options into an object. Raises ValueError with a one-line message, as everywhere else, in place of tyro's error box."""
     import tyro
 
     errors = io.StringIO()
@@ -27,14 +27,14 @@ def parse(kind: Any, args: Sequence[str], command: str, description: str | None 
 
 
 def rephrased(box: str) -> str:
-    """tyro's error box as one line that begins with the option: what was given, and what it takes."""
+    """Rewrites tyro's error box as one line: the option, the given value, and what is allowed."""
     plain = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", box)
     lines = [line.strip().strip("│").strip() for line in plain.splitlines() if not line.strip().startswith(("╭", "╰"))]
     parts = [" ".join(part.split()) for part in re.split(r"[─-]{10,}", "\n".join(lines))]
     if "╭" not in plain and len(parts) > 1:  # where the output is not UTF-8 the title stands above a rule instead of in the frame
         parts = parts[1:]
     message, helped = parts[0], next((part.removeprefix("Argument helptext: ") for part in parts if part.startswith("Argument helptext:")), "")
-    if found := re.match(r"Error parsing (?:recipe|options)\.(?:common\.)?(\S+): (\w+): (.*)", message):  # a component that refused its value
+    if found := re.match(r"Error parsing (?:recipe|options)\.(?:common\.)?(\S+): (\w+): (.*)", message):  # a component rejected its value
         return f"--{found[1]}.{found[2].replace('_', '-')}: {found[3]}"
     if found := re.match(r"Error parsing (\S+): (.*)", message):
         wrong = re.search(r"(?:base 10: |to float: |instantiated from )('.*?'|\[.*?\])", found[2])
@@ -51,7 +51,7 @@ def rephrased(box: str) -> str:
 
 
 def recipe_args(name: str, args: Sequence[str], command: str, options: type) -> tuple[Any, Any]:
-    """The recipe with its overrides, and the command's own options: the recipe function's parameters are options too."""
+    """Returns the recipe with its overrides, and the command's own options; the recipe function's parameters are options too."""
     import tyro
 
     from instep.recipes import as_recipe, find
@@ -67,7 +67,7 @@ def recipe_args(name: str, args: Sequence[str], command: str, options: type) -> 
 
 
 def _check_names(name: str, function: Callable[..., Any], command: str, options: type) -> None:
-    """ValueError if a parameter of the recipe is called as an option that is there already."""
+    """Raises ValueError if a parameter of the recipe has the name of an existing option."""
     hints = inspect.get_annotations(function, eval_str=True)
     for owner, kind in (("Common", hints["common"]), (f"`instep {command}`", options)):
         if clash := hints.keys() & {field.name for field in dataclasses.fields(kind)} - {"return"}:

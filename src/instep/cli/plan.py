@@ -24,15 +24,15 @@ CAPACITY = {"A100": 80.0, "H100": 80.0, "H200": 141.0}  # GB
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """What it would run on."""
+    """The device to plan for."""
 
     model: Annotated[str, tyro.conf.arg(help=MODEL_HELP)] = DEFAULT
     device: Device = "cpu"
     """cpu and cuda are measured for two seconds; A100, H100 and H200 are 40 %% of the vendor's bf16 peak, an assumption."""
     memory: float | None = None
-    """GB of one device; default: what this machine has, or the stated device's."""
+    """Memory of one device in GB; default: this machine's, or that of the given device."""
     gpus: int = 1
-    """Devices that weights, gradients and optimiser states would be sharded over."""
+    """Number of devices over which weights, gradients and optimiser states are sharded."""
     size: tuple[int, int, int] | None = None
     """Height, width and frames; default: 480 832 81, and a bundled model's own."""
     float32: bool = False
@@ -42,7 +42,7 @@ class PlanArgs:
 
 
 def plan_command(recipe: Recipe, args: PlanArgs) -> int:
-    """Prints a table a stage and the time of the whole run."""
+    """Prints a table for each stage and the time of the whole run."""
     from rich.console import Console
 
     console, total = Console(), 0.0
@@ -80,7 +80,7 @@ def speed(base: Workload, device: Device) -> tuple[float, str]:
 
 
 def capacity(args: PlanArgs) -> float:
-    """GB of one device."""
+    """Returns the memory of one device in GB."""
     if args.memory is not None:
         return args.memory
     if args.device in CAPACITY:

@@ -1,4 +1,4 @@
-"""What --reward says: a function, a built-in, a command or an address, each with a weight and settings, several separated by commas."""
+"""Parses --reward: functions, built-ins, commands or addresses, each with a weight and settings, separated by commas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMS = f"{', '.join(BUILT_IN)}, module:function, command:PROGRAM ARGUMENTS, htt
 SEEN: dict[str, Callable[[str], Any]] = {"frames": int, "clip": int}
 OF_COMMANDS: dict[str, Callable[[str], Any]] = {"timeout": float, "retries": int}
 OF_ADDRESSES: dict[str, Callable[[str], Any]] = {**OF_COMMANDS, "backoff": float, "batch": int, "workers": int, "token": str}
-# of rankers, which are shown so many frames of both videos; of those behind an address, and of those in this process
+# settings of rankers: frames of each video; settings of rankers at an address, and of those in this process
 OF_RANKERS: dict[str, Callable[[str], Any]] = {"domain": str, "frames": int}
 OF_SERVERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "model": str, "token": str, "timeout": float, "retries": int}
 OF_FOLDERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "device": str, "dtype": str}
@@ -35,15 +35,15 @@ def load_reward(text: str) -> Reward | Callable[..., Any]:
     """Rewards separated by commas, each `[WEIGHT*][SETTING=VALUE ...] NAME`: 0.5*frames=4 compressible, timeout=30 command:python score.py.
 
     NAME is one of compressible, incompressible, dynamic-degree, module:function, command:PROGRAM ARGUMENTS, an http(s) address, preferences:FOLDER (of
-    `instep pairs fit`), or vlm: and an address or a model's folder. Commas between quotes belong to a command. ValueError that says what is wrong, before
-    anything is loaded but the rewards' own modules and networks.
+    `instep pairs fit`), or vlm: and an address or a model's folder. Quoted commas belong to a command. Raises ValueError, with the reason,
+    before anything but the rewards' own modules and networks is loaded.
     """
     parts = [_weighted(part) for part in _split(text)]
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else several(*parts)
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside of quotes, as a shell would see quotes and backslashes."""
+    """Splits at commas outside of quotes; quotes and backslashes are read as in a shell."""
     parts = re.findall(r"""(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^,'"\\])+|,|['"\\]""", text)
     if any(part in ("'", '"', "\\") for part in parts):
         raise ValueError(f"reward: {text!r} has a quote that is not closed; write a command's commas between quotes, as command:score.py --scales '1,2'")
@@ -54,7 +54,7 @@ def _split(text: str) -> list[str]:
 
 
 def _weighted(text: str) -> tuple[Any, float]:
-    # the star of a weight comes before anything else; others belong to a command or an address
+    # only a leading NUMBER* is a weight; other stars belong to a command or an address
     weight, name = (found[1].strip(), found[2].strip()) if (found := re.match(r"([^*:=/]*)\*(.*)", text, re.DOTALL)) else ("", text)
     try:
         value = float(weight) if found else 1.0
@@ -95,7 +95,7 @@ def _one(text: str) -> Any:
 
 
 def _settings(name: str) -> dict[str, Callable[[str], Any]]:
-    """The settings that a reward of this name takes."""
+    """Returns the settings that a reward of this name takes."""
     if name.startswith("vlm:"):
         return OF_SERVERS if _is_address(name.removeprefix("vlm:")) else OF_FOLDERS
     own = OF_COMMANDS if name.startswith("command:") else OF_ADDRESSES if _is_address(name) else {}
@@ -132,7 +132,7 @@ def _ranked(
     device: str | None = None,
     dtype: Any = "bfloat16",
 ) -> Ranked:
-    """A vision-language model at an address, or in a folder, as the reward of groups."""
+    """Makes a group reward from a vision-language model at an address or in a folder."""
     instructions(domain)
     if frames < 1:
         raise ValueError(f"frames: {frames} is not allowed; it is 1 or more of each video")
@@ -148,7 +148,7 @@ def _ranked(
     from instep.rewards.vlm_local import transformers_endpoint
 
     place = checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    # greedy answers do not change when asked again
+    # greedy answers do not change on a retry
     return Ranked(VisionLanguageRanker(transformers_endpoint(where, place, dtype), domain, frames, retries=0))
 
 

@@ -26,29 +26,29 @@ DIR_HELP = f"Folder of a run, of an exported student or of a diffusers pipeline;
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Samples of DIR: a run, an exported student, a pipeline folder, or a bundled model (the teacher)."""
+    """Draw samples of DIR: a run, an exported student, a pipeline folder, or a bundled model (the teacher)."""
 
     dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=DIR_HELP)]
     prompts: tuple[str, ...] = ()
     """Prompts, each in quotes; for image-to-video each names its first frame: "a cat runs [image: cat.png]". A prompt may have a negative prompt of its own:
     "a cat runs [negative: blurry]". Default, of bundled models and students: a few of their own."""
     negative_prompt: str | None = None
-    """What guidance leads away from, for prompts that have no negative prompt of their own; at guidance 1 it has no effect."""
+    """Negative prompt for prompts without one of their own; at guidance 1 it has no effect."""
     steps: int | None = None
     """Sampling steps; default: the student's own, 50 for a pipeline."""
     guidance: float | None = None
     """Classifier-free guidance; default 1 (none) for a student, 3 for a pipeline."""
     seed: int = 0
-    """Seed of torch's global generator, which pipelines re-noise from."""
+    """Seed of torch's global generator, from which pipelines draw their noise."""
     copies: int = 4
     """Samples a prompt."""
     each: Path | None = None
-    """A new folder that gets every sample as a file of its own and a samples.json, for `instep human-eval`: the same prompts, copies and seed through two
-    models make samples that belong together."""
+    """A new folder for one file a sample and a samples.json, for `instep human-eval`: samples of two models with the same prompts, copies and seed
+    are matched."""
     out: Path = Path("samples.webp")
-    """Animation: a row a prompt, a column a sample."""
+    """File of the animation: one row a prompt, one column a sample."""
     size: tuple[int, int, int] | None = None
-    """Height, width, frames; default: what the student was trained at."""
+    """Height, width, frames; default: the size that the student was trained at."""
 
 
 def sample_command(args: SampleArgs) -> int:
@@ -74,7 +74,7 @@ def sample_command(args: SampleArgs) -> int:
     family = family_in(args.dir, folder, record, VideoSize(*args.size) if args.size else None)
     torch.manual_seed(args.seed)
     if guidance == 1 and any(prompt.negative for prompt in prompts):
-        print("negative prompts have no effect: guidance is 1, which leads away from nothing")
+        print("negative prompts have no effect: guidance is 1, which ignores them")
     names = [prompt for prompt in prompts for _ in range(args.copies)]
     videos = family.stock_sample(family.pipe, names, steps=steps, guidance=guidance, output="media")
     if videos.ndim == 4:
@@ -92,7 +92,7 @@ def sample_command(args: SampleArgs) -> int:
 
 
 def save_each(folder: Path, videos: Tensor, prompts: Sequence[Prompt], copies: int, seed: int) -> None:
-    """Videos uint8 [N, F, H, W, 3] as files, and the manifest that `instep human-eval` reads. Copies of a prompt count their seeds on from `seed`."""
+    """Videos uint8 [N, F, H, W, 3] as files, and the manifest that `instep human-eval` reads. Copies of a prompt get consecutive seeds from `seed`."""
     rows = [{"file": f"{i:04d}.webp", "prompt": str(prompt), "seed": seed + i % copies} for i, prompt in enumerate(prompts)]
     with atomic_dir(folder, "samples") as temporary:
         for row, video in zip(rows, videos, strict=True):
@@ -101,7 +101,7 @@ def save_each(folder: Path, videos: Tensor, prompts: Sequence[Prompt], copies: i
 
 
 def find_pipeline(name: str) -> tuple[Path, dict | None]:
-    """The diffusers folder that `name` means, and its export record if it is a student."""
+    """Returns the diffusers folder of `name`, and its export record if it is a student."""
     if name in WORLDS and find(name).pipeline is not None:
         return folder_of(name), None
     folder = folder_of(name) if name in WORLDS else Path(name)
@@ -116,7 +116,7 @@ def find_pipeline(name: str) -> tuple[Path, dict | None]:
 
 
 def shown_by(name: str, record: dict | None) -> Sequence[Prompt]:
-    """The prompts that are drawn where none are given: those of a bundled model, also of students of one, or the one that a student's record shows. ValueError
+    """Returns the default prompts: those of a bundled model, also for students of one, or the example prompt of a student's record. Raises ValueError
     for other models.
     """
     base = name if name in WORLDS else record["info"]["base_model"] if record else None
@@ -129,7 +129,7 @@ def shown_by(name: str, record: dict | None) -> Sequence[Prompt]:
 
 
 def family_in(name: str, folder: Path, record: dict | None, size: VideoSize | None) -> Family:
-    """The family around the pipeline in `folder`; its size is what was asked for, what a student was trained at, or the model's own."""
+    """Returns the family of the pipeline in `folder`, at the requested size, else the student's training size, else the model's own."""
     if name in WORLDS:
         return find(name).load(size)
     if size is None and record is not None:

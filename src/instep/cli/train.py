@@ -33,23 +33,23 @@ MODEL_HELP = f"A bundled model: {DESCRIBED}; or the path of a diffusers pipeline
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """Where the run goes and what it runs on."""
+    """Options of `instep train` besides the recipe's own."""
 
     out: Path | None = None
-    """Folder of the run; default runs/RECIPE-SEED. The same command on the same folder goes on where it stopped."""
+    """Folder of the run; default runs/RECIPE-SEED. The same command on the same folder resumes the run."""
     model: Annotated[str, tyro.conf.arg(help=MODEL_HELP)] = DEFAULT
     prompts: Path | None = None
     """Text file, one prompt a line (or JSON lines with a "prompt"); for image-to-video each line names its first frame, "a cat runs [image: cat.png]" (or has
     an "image"). A line may have a negative prompt too, "a cat runs [negative: blurry]" (or "negative"). Default: the bundled model's own."""
     negative_prompt: str | None = None
-    """What the teacher's guidance leads away from, for prompts that have no negative prompt of their own; without guidance it has no effect."""
+    """Negative prompt of the teacher's guidance for prompts without one of their own; without guidance it has no effect."""
     reward: str | None = None
     """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
     (motion); "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them;
-    preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares.
-    Settings stand before it: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
+    preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples.
+    Settings precede the name: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
     "frames=4 compressible" (only 4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each
-    normalised before it is weighed; a command's commas between quotes. Default: the bundled model's training classifier. Protocols: docs/rewards.md."""
+    normalised before weighting; quote a command with commas. Default: the bundled model's training classifier. Protocols: docs/rewards.md."""
     pairs: Path | None = None
     """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
     real ones. Default: the bundled model's own."""
@@ -60,7 +60,7 @@ class TrainArgs:
     threads: int | None = None
     """CPU threads; default: all cores."""
     start_from: Path | None = None
-    """Another run whose student and critics this one begins with."""
+    """Another run, whose student and critics initialise this one."""
     size: tuple[int, int, int] | None = None
     """Height, width and frames of the videos; default: 480 832 81, and a bundled model's own."""
     save_every: int = 25
@@ -70,9 +70,9 @@ class TrainArgs:
     stop_on: tuple[str, ...] = ()
     """Health flags at which the run stops, goes back to its best checkpoint by the monitor, and exports that. hacking: the training reward rises while
     the monitor's share of right samples or the variety falls, or the matching force grows. Others: collapse, broken, exploded (a wrong name lists
-    all). Probe often, or it is seen late: --stop-on hacking --probe-every 5. The same command again does not train on; without this it does."""
+    all). Detection needs frequent probes: --stop-on hacking --probe-every 5. The same command does not resume a stopped run; without this option it does."""
     teacher_samples: int = 512
-    """Samples of the teacher that are made and kept for recipes that need real samples or stored pairs, where there are none."""
+    """Number of teacher samples to make and keep for recipes that need real samples or stored pairs, if none are given."""
     checkpointing: bool = False
     """Activation checkpointing: less memory, one more forward pass."""
     evaluate: bool = True
@@ -87,7 +87,7 @@ class TrainArgs:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is given besides its recipe."""
+    """The inputs of a run besides its recipe."""
 
     family: Family
     prompts: tuple[Prompt, ...]
@@ -98,7 +98,7 @@ class Setting:
 
 
 def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
-    """Runs the recipe; 0 when it is done, 130 when it was asked to stop and is saved."""
+    """Runs the recipe; returns 0 when it is done, and 130 when it was interrupted and saved."""
     torch.set_num_threads(args.threads or default_threads())
     out = args.out or Path("runs") / f"{recipe.name}-{args.seed}"
     options = RunOptions(
@@ -135,7 +135,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
 
 
 def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
-    """The model and what the recipe needs with it; errors here come before any training."""
+    """Loads the model and the recipe's other inputs; errors here come before any training."""
     reward = load_reward(args.reward) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     labelled = load_pairs(args.pairs) if args.pairs else None
@@ -152,14 +152,14 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
 
 
 def load_pairs(path: Path) -> Sequence[LabelledPair]:
-    """The pairs of a file, checked, their media not yet read."""
+    """Reads and checks the pairs of a file; their media are not read yet."""
     from instep.data.pairs import read_pairs
 
     return read_pairs(path)
 
 
 def paired(labelled: Sequence[LabelledPair] | None, family: Family) -> PairSamples | None:
-    """Labelled media as latents of the family."""
+    """Encodes labelled media as latents of the family."""
     if labelled is None:
         return None
     from instep.data.media import pair_samples
@@ -168,7 +168,7 @@ def paired(labelled: Sequence[LabelledPair] | None, family: Family) -> PairSampl
 
 
 def finish(run: Run, setting: Setting, evaluate: bool) -> None:
-    """Samples, metrics and the report of a finished run."""
+    """Writes samples, metrics and the report of a finished run."""
     prompts = few_of(setting.prompts, 8)
     final_samples(run, prompts)
     if not evaluate:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Annealed:
     """Scale of the teacher's adapter over a stage: `start` x half-cosine to 0 at `until` of it, and 0 from there on.
 
-    At 0 the teacher is the pretrained one again, so what is matched in the end is the real distribution. Near the scale of the fake's own
-    adapter (1) the two teachers would agree and there would be no force; MagicDistillation stays well below.
+    At 0 the teacher is the pretrained one again, so the final target is the real distribution. Near the scale of the fake's own adapter (1)
+    teacher and fake would agree and the force would vanish; MagicDistillation stays well below.
     """
 
     start: float = 0.5

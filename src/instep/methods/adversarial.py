@@ -1,4 +1,4 @@
-"""The adversarial force: up the discriminator's slope (DMD2 Section 4.3; AMD Eq. 27)."""
+"""The adversarial force: the gradient of the discriminator (DMD2 Section 4.3; AMD Eq. 27)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from instep.methods.term import Force, Need, View
 class Adversarial(Force):
     """Gradient with respect to x of mean softplus(-l(x_t)), which is -log D of the noised sample, D = sigmoid(l).
 
-    l is the logit of the fake's own head at a fresh level, told the exit like every call of the fake. A batch-mean loss of its own scale, so
-    `weight` is DMD2's (5e-3 to 1e-2 there), not comparable with the matching force's.
+    l is the logit of the fake's own head at a fresh level; it is conditioned on the exit like every call of the fake. The batch-mean loss has its own
+    scale, so `weight` is DMD2's (5e-3 to 1e-2 there) and not comparable with the matching force's.
     """
 
     name: str = "gan"

@@ -1,7 +1,7 @@
 """DM-Align's alignment forces (paper Eq. 6 and 7): the fake model's estimate of a preferred sample against that of the student's own.
 
 Both are read as differences of *denoised estimates*, as DMD's own gradient is. The literal difference of scores at two points
-would also subtract the points themselves and push away from the preferred one (docs/errata.md). The graph reaches the student
+would also subtract the points themselves and push away from the preferred sample (docs/errata.md). The graph reaches the student
 through the last step of its rollout; `Stage.rollout.through = "trajectory"` reaches through all of it.
 """
 
@@ -31,13 +31,13 @@ def align_direction(x: Tensor, estimate: Tensor, preferred: Tensor) -> Tensor:
 
 
 def group_factor(advantage: Tensor, sign: Sign) -> Tensor:
-    """The factor on `align_direction` [B]: how much of the pull to the preferred mean a sample gets.
+    """The factor on `align_direction` [B]: the weight and sign of each sample's pull to the preferred mean.
 
     `signed`: -A, as the text below Eq. 7 describes (low samples move to the preferred mean, high ones away from it);
     `pull`: max(-A, 0), only the low ones move; `printed`: +A, Eq. 7 to the letter, which lowers the reward.
 
-    What all samples of a group would share (the preferred mean is an average, so its estimate is paler than any sample's) cancels
-    under `signed`, because advantages sum to zero; under `pull` it adds up, and samples fade (docs/results.md).
+    The pull has a part that all samples of a group share: the preferred mean is an average, so its estimate is paler than any sample's. This part
+    cancels under `signed`, because advantages sum to zero; under `pull` it adds up, and samples fade (docs/results.md).
     """
     if sign == "signed":
         return -advantage
@@ -82,7 +82,7 @@ class AlignPair(Force):
 class AlignGroup(Force):
     """DM-GroupLoss (Eq. 7): group advantage times the pull toward the fake's estimate of the mean of the group's `top_n` best.
 
-    Level and noise are shared within a group, so that all of it is compared at one noised mean. The advantage is not clipped,
+    Level and noise are shared within a group, so that all its samples are compared with one noised mean. The advantage is not clipped,
     and the normalisation comes before it: after it the advantage would cancel.
     """
 

@@ -19,15 +19,15 @@ from instep.methods.term import Need, Objective, View
 Distance = Literal["mse", "huber"]
 Target = Literal["student", "average", "teacher"]
 
-# LCM's boundary condition: data of this deviation, and this many units a training step of 1000
+# LCM's boundary condition: the standard deviation of the data, and the units of one of 1000 training steps
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0 * 1000
-# where the pseudo-Huber distance turns from square to straight, in units of a latent element (LCM: 0.001)
+# where the pseudo-Huber distance changes from quadratic to linear, in units of a latent element (LCM: 0.001)
 HUBER = 1e-3
 
 
 def boundary(t: Tensor) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out [B] of the consistency function at levels t: 1 and 0 at t = 0, all but 0 and 1 from the first of 1000 levels on (LCM)."""
+    """c_skip and c_out [B] of the consistency function at levels t: 1 and 0 at t = 0, close to 0 and 1 from the first of 1000 levels on (LCM)."""
     s = TIMESTEP_SCALING * t.double()
     norm = s.square() + SIGMA_DATA**2
     return (SIGMA_DATA**2 / norm).to(t), (s / norm.sqrt()).to(t)
@@ -36,7 +36,7 @@ def boundary(t: Tensor) -> tuple[Tensor, Tensor]:
 def consistency_function(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
     """f(x_t, t) = c_skip x_t + c_out x0(x_t, t), [B, ...]; the identity at t = 0 (DOLLAR Section 3.2)."""
     skip, out = (broadcast(c, x_t) for c in boundary(t))
-    # at level 0 some parameterisations have no prediction; nothing of it counts there
+    # at level 0 some parameterisations have no prediction; its weight is 0 there
     predicted = torch.where(broadcast(t, x_t) > 0, denoiser(x_t, t, cond).x0, x_t)
     return skip * x_t + out * predicted
 
@@ -49,10 +49,10 @@ def distance(x: Tensor, y: Tensor, kind: Distance) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Consistency(Objective):
-    """d(f(x_{n+m}, t_{n+m}), f'(x^_n, t_n)): the student says the same at both ends of m deterministic steps of the guided teacher.
+    """d(f(x_{n+m}, t_{n+m}), f'(x^_n, t_n)): the student's predictions agree at both ends of m deterministic steps of the guided teacher.
 
-    x_{n+m} is a real sample, noised. `grid`: levels of the teacher's sampler between which t_n and t_{n+m} lie, with its timestep `shift`. `target`: whose
-    consistency function f' is: the student's without gradient, its average (`Recipe` then has a role `average`), or the teacher's, as Eq. 6 prints
+    x_{n+m} is a real sample, noised. `grid`: levels of the teacher's sampler between which t_n and t_{n+m} lie, with its timestep `shift`. `target`: the
+    source of f': the student's without gradient, its average (`Recipe` then has a role `average`), or the teacher's, as Eq. 6 prints
     it. `guidance` of the teacher: 1 + w of Eq. 9.
     """
 

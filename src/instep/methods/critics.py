@@ -1,4 +1,4 @@
-"""The fake score: a denoiser that is kept up to date with the student's samples (DMD2; DM-Align Eq. 4; AMD Eq. 14)."""
+"""The fake score: a denoiser trained continually on the student's samples (DMD2; DM-Align Eq. 4; AMD Eq. 14)."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def denoising_error(denoiser: Denoiser, view: View, x0: Tensor, t: Tensor, noise
 class FakeScoreLoss(Critic):
     """Trains `role` by denoising the student's samples at their exit; velocity error for flows (DOLLAR's on any path).
 
-    With `condition_on_exit` the fake is told which exit a sample comes from: one fake for the mixture over all exits leaves the
-    marginal of each exit unidentified.
+    With `condition_on_exit` the fake is conditioned on the exit of each sample: one unconditional fake for the mixture over all exits leaves
+    the marginal of each exit unidentified.
 
-    `tilt` weighs each sample by W = exp(-tilt advantage) (AMD Eq. 14 has 1). A fake that is trained so models q W instead of q, so matching
-    comes to rest at q ~ p_real / W = p_real exp(tilt advantage): the weight alone is a reward-tilted target, without a reward's gradient.
+    `tilt` weighs each sample by W = exp(-tilt advantage) (AMD Eq. 14 has 1). The fake then models q W instead of q, so the fixed point of
+    matching is q ~ p_real / W = p_real exp(tilt advantage): the weight alone gives a reward-tilted target, without a reward's gradient.
 
-    `adapter_scale` is that of the role's adapter while it is trained; None leaves it at the role's own.
+    `adapter_scale` is the scale of the role's adapter during training; None keeps the role's own.
     """
 
     role: str = "fake"
@@ -71,10 +71,10 @@ def tilted(error: Tensor, advantage: Tensor | None, tilt: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FakeScoreGANLoss(FakeScoreLoss):
-    """Denoising, and telling real from generated on the same network: DMD2's fake with its discriminator head.
+    """Denoising, and classification of real against generated samples by the same network: DMD2's fake with its discriminator head.
 
-    Adds `gan_weight` times the logistic loss softplus(-l(real)) + softplus(l(generated)) of the head's logit l, both noised to levels of
-    their own; the head is part of the role and trained with it.
+    Adds `gan_weight` times the logistic loss softplus(-l(real)) + softplus(l(generated)) of the head's logit l, each noised to its own
+    levels; the head is part of the role and trained with it.
     """
 
     gan_weight: float = 1e-2

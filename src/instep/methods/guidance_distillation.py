@@ -1,4 +1,4 @@
-"""Guidance distillation: the student's single forward pass learns what its own teacher says with guidance (Diffusion-APO Eq. 3 and 4)."""
+"""Guidance distillation: the student's single forward pass learns the guided prediction of its own teacher (Diffusion-APO Eq. 3 and 4)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from instep.methods.term import Need, Objective, View
 class GuidanceDistillation(Objective):
     """mean |v_student(x_t, c) - v_guided(x_t, c)|^2 on real samples noised to `levels`; the sampling schedule stays as it is.
 
-    v_guided = u + guidance (c - u) + skip_scale (c - skipped), of the student as it was when the stage began (role `reference`), where `skipped` is
+    v_guided = u + guidance (c - u) + skip_scale (c - skipped), of the student at the beginning of the stage (role `reference`), where `skipped` is
     its prediction without the blocks `blocks` of its network. Three evaluations become one. The paper's omega is guidance - 1, its lambda `skip_scale`.
 
-    Both scales are fixed, or with `draw` drawn for every sample, as in Eq. 4; the student is then told them (`Condition.guidance_scales`), which the
-    paper leaves open: one that is not told learns their mean, the guided prediction at mean scales, since that is linear in them.
+    Both scales are fixed, or with `draw` drawn for every sample, as in Eq. 4; the student is then conditioned on them (`Condition.guidance_scales`).
+    The paper leaves this open: an unconditioned student learns the guided prediction at the mean scales, since the prediction is linear in them.
     """
 
     name: str = "guidance"
@@ -76,7 +76,7 @@ class GuidanceDistillation(Objective):
 
     @torch.no_grad()
     def guided(self, teacher: Denoiser, view: View, x_t: Tensor, t: Tensor, guidance_scales: Tensor | None = None) -> Tensor:
-        """The teacher's guided velocity [B, ...] at each sample's `guidance_scales` [B, 2] (None: the fixed ones); the teacher itself is told none.
+        """The teacher's guided velocity [B, ...] at each sample's `guidance_scales` [B, 2] (None: the fixed ones); the teacher is not conditioned on them.
 
         Conditional and unconditional in one stacked call, one more without the blocks.
         """

@@ -1,4 +1,4 @@
-"""What fits DOLLAR's latent reward model to any reward, and what climbs it (Eq. 14, 15)."""
+"""The critic that fits DOLLAR's latent reward model to any reward (Eq. 14), and the force along its gradient (Eq. 15)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from instep.methods.term import Critic, Force, Labels, Need, View
 @dataclass(frozen=True, kw_only=True)
 class LatentFit(Critic):
     """Trains the latent reward model by regression on the reward of decoded samples: the student's at their exit (one-step predictions), and with
-    `real` real ones (Eq. 14). The reward is asked once in an iteration, however many `updates` see its scores; `reward/train` in the log is that of
-    the exits, early ones among them.
+    `real` real ones (Eq. 14). The reward is evaluated once an iteration, and all `updates` share its scores; `reward/train` in the log is the
+    reward at the exits, including early ones.
 
-    With `others` the student's samples are rated once more, each under the next prompt of the batch: where samples mostly are what their prompt says,
-    nothing else shows a reward of text and video what the text is for. Not in the paper.
+    With `others` the student's samples are rated once more, each under the next prompt of the batch: if samples mostly match their prompts, a model
+    of text and video needs such mismatches to learn the role of the text. This is not in the paper.
     """
 
     role: str = "latent_reward"
@@ -41,7 +41,7 @@ class LatentFit(Critic):
 
     @torch.no_grad()
     def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[Prompt]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
-        """The rewards. What the model says of the student's samples before it learns from them goes into the log: it has not seen them."""
+        """Computes the rewards. Also logs the model's predictions for the student's samples before it learns from them, as held-out predictions."""
         samples, batch, latent_reward = view.samples, view.batch, view.latent_reward
         assert reward_fn is not None and latent_reward is not None, "a latent reward model imitates a reward; the run must have one"
         made, prompts, k = samples.point("exit").x.detach(), [prompt for prompt in batch.prompts for _ in range(samples.group)], samples.group
@@ -72,7 +72,7 @@ class LatentFit(Critic):
 class LatentGradient(Force):
     """Gradient with respect to x of -mean R(x) / std(R), R the latent reward model (Eq. 15).
 
-    In deviations of the reward, so that a weight means the same for rewards of any unit.
+    The unit is the reward's standard deviation, so that a weight has the same effect for rewards of any unit.
     """
 
     name: str = "latent"

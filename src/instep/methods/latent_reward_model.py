@@ -1,6 +1,6 @@
 """DOLLAR's latent reward model: a small network that imitates any reward of the decoded sample, on the latent (Section 3.4, Tables 11 to 13).
 
-It needs neither decoder nor reward model in a gradient, and the reward itself may be anything: a file's size, a command, a server.
+Its gradient needs neither decoder nor reward model, and the reward itself may be anything: a file's size, a command, a server.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from instep.diffusion.prediction import Condition
 Kind = Literal["image", "text-image", "video", "text-video"]
 Frames = Literal["average", "volume"]
 WIDTH = 128
-# labels from which the reward's mean and deviation are taken
+# number of labels that the reward's mean and deviation are estimated from
 SETTLE = 512
 
 
 class LatentReward(nn.Module):
-    """Base: `rate(x, cond)` of latents [B, ...] is [B], the reward in deviations from its mean; both are taken from the first labels.
+    """Base: `rate(x, cond)` of latents [B, ...] is [B], the standardised reward; its mean and deviation are estimated from the first labels.
 
-    Standardised because rewards come in any unit: a file's size in kilobytes and a log-probability then weigh alike as forces, and each of several
-    `rewards` as its weight says.
+    Rewards are standardised because they come in any unit: a file's size in kilobytes and a log-probability then have forces of equal size, and several
+    `rewards` count by their weights.
     """
 
     total: Tensor
@@ -64,7 +64,7 @@ class LatentReward(nn.Module):
 
     @torch.no_grad()
     def settle(self, reward: Tensor) -> None:
-        """Takes mean and deviation from rewards [B] or [B, R] until there are enough, and until they differ; later ones change nothing."""
+        """Updates mean and deviation from rewards [B] or [B, R] until there are enough labels and they differ; later ones are ignored."""
         if float(self.seen) >= SETTLE and bool((self.variance > 0).all()):
             return
         each = (reward[:, None] if reward.ndim == 1 else reward).double()
@@ -77,7 +77,7 @@ class LatentReward(nn.Module):
         return {key: value.detach() for key, value in self.state_dict().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse; ValueError if the model was of another kind or size."""
+        """The inverse of `state`. Raises ValueError if the saved model has another kind or size."""
         own = self.state_dict()
         wrong = [key for key in own.keys() | state.keys() if key not in own or key not in state or own[key].shape != state[key].shape]
         if wrong:

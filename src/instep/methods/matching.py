@@ -23,8 +23,8 @@ SCALE_FLOOR = 1e-3
 class Matching:
     """One evaluation of the matching force with everything that went into it, [B, ...] each (DM-Align, Fig. 5).
 
-    `direction` is normalised to a mean of one per unit of |x - x0_real|; `target` = x - direction is what the surrogate
-    regression pulls x to.
+    `direction` is normalised to a mean of one per unit of |x - x0_real|; `target` = x - direction is the target of
+    the surrogate regression.
     """
 
     x: Tensor
@@ -42,8 +42,8 @@ class Matching:
 class DistributionMatching(Force):
     """g = H(x - x0_real, x - x0_fake) / mean|x - x0_real| per sample, at a re-noised level.
 
-    x0_real is the teacher's prediction with `guidance` (w = 1 is none; `guidance_2` of a second expert), x0_fake the fake's without, told the exit if it is
-    conditioned on it. All in float32: casting the predictions back to half precision before the difference costs 2 to 24 % of it.
+    x0_real is the teacher's prediction with `guidance` (w = 1 is none; `guidance_2` of a second expert), x0_fake the fake's without, conditioned on the exit
+    if the role is. All in float32: casting the predictions back to half precision before the difference costs 2 to 24 % of it.
 
     `ca_levels` gives the guidance term (w - 1)(d_cond - d_uncond) levels and noise of its own (Decoupled-DMD); each of the two terms is
     then normalised by the distance to the estimate at its own level. `adapter` adapts the teacher, at a scale that is

@@ -1,4 +1,4 @@
-"""H of AMD's Eq. 6: how the real and the fake displacement make a direction. One class a row of its Table 1."""
+"""H of AMD's Eq. 6: combines the real and the fake displacement into a direction. Each row of its Table 1 is one class."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Decoupled(Operator):
 
 @dataclass(frozen=True)
 class MatchingOnly(Operator):
-    """d_dm alone, without the guidance term: what holds a student to the teacher's distribution while a policy gradient moves it (DMDR's authors)."""
+    """d_dm alone, without the guidance term: it keeps a student near the teacher's distribution while a policy gradient moves it (DMDR's authors)."""
 
     formula: ClassVar[str] = "d_dm"
 
@@ -72,7 +72,7 @@ class MatchingOnly(Operator):
 class AdvantageGuided(Operator):
     """d_dm + advantage d_ca: only samples better than their group follow the guidance, worse ones go against it (DMDR's authors' second variant).
 
-    Without guidance (w = 1) there is nothing for the advantage to weigh.
+    Without guidance (w = 1) the advantage has no effect.
     """
 
     formula: ClassVar[str] = "d_dm + a d_ca"
@@ -116,7 +116,7 @@ class Adaptive(_Steered):
 class NaiveAdaptive(_Steered):
     """alpha d_real - beta d_fake (AMD Eq. 8), the baseline that leaves the manifold.
 
-    With alpha != beta a multiple of x - x0_hat is left over, which at high noise is large and points away from the mean, or to it.
+    With alpha != beta a multiple of x - x0_hat remains, which at high noise is large and points away from the mean, or toward it.
     """
 
     formula: ClassVar[str] = "alpha d_real - beta d_fake"
@@ -131,7 +131,7 @@ class RewardTilted(Operator):
     """(d_real - d_fake) times a factor of the sample's reward (DMDR Eq. 4, RT-DM).
 
     `literal`: exp(r / |r|), the norm over the batch, as printed; `zscore`: exp(advantage). A factor on the force does not move its zero: with
-    exact teachers neither tilts the fixed point (docs/errata.md); the tilted target itself is what a critic's `tilt` gives.
+    exact teachers neither tilts the fixed point (docs/errata.md); a critic's `tilt` does.
     """
 
     formula: ClassVar[str] = "exp(r/norm) (d_real - d_fake)"

@@ -1,9 +1,9 @@
 """Policy gradients on the student's own sampler: its stochastic steps are a Gaussian policy with an exact log-probability.
 
-A few-step student goes from x0 predicted at one level to the next by N(a(t') x0, b(t')^2): no step has to be made stochastic for the purpose.
-A many-step model's deterministic steps are, by another `Transition` of its rollout. The last step, to a clean sample, is deterministic and
-left out; a one-step student has no other, and is refused (`Stage`). Log-probabilities are means over elements, as is usual for latents of any
-size.
+A few-step student goes from x0 predicted at one level to the next by N(a(t') x0, b(t')^2): its steps are already stochastic.
+A many-step model's deterministic steps are made stochastic by another `Transition` of its rollout. The last step, to a clean sample, is
+deterministic and left out; `Stage` rejects a one-step student, which has no other step. Log-probabilities are means over elements, as is usual for latents
+of any size.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from instep.diffusion.prediction import Denoiser
 from instep.diffusion.rollout import Trajectory
 from instep.methods.term import Need, Objective, View
 
-# before the first update the policy is the one that rolled out: what is beyond rounding is a student that differs from itself
+# before the first update the policy is the one that rolled out: a difference beyond rounding is an error in the student
 SAME = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Policy(Objective):
-    """What policy gradients share: one scalar a transition, each with its own forward pass.
+    """The base of policy gradients: one scalar a transition, each with its own forward pass.
 
     `fraction` of the stored transitions, drawn anew for every update, is trained on (DanceGRPO: 0.6); all of them by default.
     """
@@ -44,7 +44,7 @@ class _Policy(Objective):
         return 0.0, float(max(1, round(self.fraction * transitions)))
 
     def steps(self, view: View, path: Trajectory) -> Sequence[int]:
-        """Which transitions are trained on."""
+        """Draws the transitions to train on."""
         n = len(path.t)
         if self.fraction == 1:
             return range(n)
@@ -74,8 +74,8 @@ class _Policy(Objective):
 class GRPO(_Policy):
     """-mean min(r A, clip(r, 1 - c, 1 + c) A) over the stored transitions, r the ratio of probabilities to the student that rolled out.
 
-    DMDR's policy branch; matching beside it takes the place of a KL penalty. `kl` adds that penalty to the student as it was when the stage
-    began: kl |mean - mean_reference|^2 / (2 std^2), the exact divergence of the two Gaussians as a mean over elements (Flow-GRPO). With one
+    DMDR's policy branch; matching beside it takes the place of a KL penalty. `kl` adds that penalty, relative to the student at the beginning of the
+    stage: kl |mean - mean_reference|^2 / (2 std^2), the exact divergence of the two Gaussians as a mean over elements (Flow-GRPO). With one
     inner epoch every ratio is 1 and its gradient is the score function's; `Stage.inner_epochs` of 2 or more make use of the clip. `clip` is
     for log-probabilities that are means over elements.
     """
@@ -107,8 +107,8 @@ class GRPO(_Policy):
             ratio = (path.transition.log_prob(view.path, x0, path.x_t[s], path.x_next[s], t, t_next) - path.log_prob[s]).exp()
             if view.epoch == 0 and bool((ratio.detach() - 1).abs().max() > SAME):
                 raise RuntimeError(
-                    f"grpo: before any update the ratio of probabilities is {float(ratio.detach().max()):.3f} and not 1, so the student gives another answer "
-                    "than it rolled out with; dropout, a changed condition or half precision in the network are the usual causes"
+                    f"grpo: before any update the ratio of probabilities is {float(ratio.detach().max()):.3f} and not 1, so the student's prediction "
+                    "differs from its rollout; dropout, a changed condition or half precision in the network are the usual causes"
                 )
             loss = surrogate(ratio, advantage, self.clip)
             if self.kl:

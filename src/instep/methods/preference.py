@@ -1,7 +1,7 @@
 """Direct preference optimisation on denoising errors (Wallace et al. 2024): Diffusion-DPO, Diffusion-APO and online DPO are one objective.
 
-They differ in where their pairs come from (`pairs`) and in the levels they are compared at (`levels`): DPO draws one level of all, APO a window
-of those its sampler visits (`levels_apo.HighLow`), a few-step student its own (`levels.OneOf`).
+They differ in the source of their pairs (`pairs`) and in the levels at which these are compared (`levels`): DPO draws one of all levels, APO a
+window of those its sampler visits (`level_windows.HighLow`), and a few-step student uses its own (`levels.OneOf`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PairSource = Literal["online", "half-online", "offline"]
 
 
 def preference_loss(won: Tensor, lost: Tensor, won_reference: Tensor, lost_reference: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(-beta / 2 ((won - won_reference) - (lost - lost_reference))) of denoising errors [B]; log 2 where nothing has moved."""
+    """-log sigmoid(-beta / 2 ((won - won_reference) - (lost - lost_reference))) of denoising errors [B]; log 2 before any update."""
     return -F.logsigmoid(-0.5 * beta * ((won - won_reference) - (lost - lost_reference)))
 
 
@@ -38,13 +38,13 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Preference(Objective):
-    """The preferred sample of each pair is to be denoised better, against the student as it was when the stage began, and the other worse.
+    """Lowers the denoising error of the preferred sample of each pair, relative to the student at the beginning of the stage, and raises the other's.
 
     Errors are those of the velocity, means over elements; both samples are noised to the same level with the same noise. `pairs`:
 
     - online: the best and the worst sample of each group, by the run's reward (DMDR Table 5b; Flow-DPO; APO's online stage, whose ranker is the
       reward of a group of two: `rewards.ranker.Ranked`). Groups of equal rewards make no pair.
-    - half-online: a labelled sample against one that the student has just made of the same prompt: a chosen one wins, a rejected one loses
+    - half-online: a labelled sample against a new one of the student for the same prompt: a chosen one wins, a rejected one loses
       (APO 3.3.2). `positive` is the share of chosen ones (paper: 18k of 30k); 1 asks for preferred samples alone.
     - offline: labelled pairs.
 

@@ -1,4 +1,4 @@
-"""A recipe: which roles, which stages, and in each stage which forces, objectives and critics."""
+"""A recipe: its roles, its stages, and each stage's forces, objectives and critics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LoRA:
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """AdamW for one role, and what happens to its learning rate."""
+    """AdamW for one role, with its learning-rate schedule."""
 
     lr: float
     """Learning rate."""
@@ -41,7 +41,7 @@ class AdamWConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     clip: float = 10.0
-    """Largest norm of the gradient; longer ones are shortened to it."""
+    """Largest norm of the gradient; larger gradients are scaled down to it."""
     warmup: int = 0
     """Steps over which the learning rate rises from zero, at the start of the run."""
     decay: float = 0.0
@@ -62,13 +62,13 @@ class AdamWConfig:
 
 @dataclass(frozen=True)
 class RoleConfig:
-    """How a role is made: frozen without `optim`, an adapter on the shared backbone with `lora`, else a full copy.
+    """How a role is built: frozen without `optim`, an adapter on the shared backbone with `lora`, else a full copy.
 
-    `copy`: a copy of its own although it is not trained (a reference). `exits`: the role is told which exit a sample comes from. `scale`: of its
-    adapter, where nothing else is asked for (a teacher's is 0: it is the plain teacher except where a force adapts it). `head`: it has a
-    discriminator head. `ema`: decay of an averaged copy (None: no copy). `prediction_type`: what its network's output is taken for, where that is not what
-    the model was pretrained to predict (DOLLAR's heterogeneous student: x0); such a student loads in no stock pipeline and is not exported.
-    `guidance_range`: it can be told guidance scales in this range.
+    `copy`: its own copy although it is not trained (a reference). `exits`: the role is conditioned on a sample's exit. `scale`: the default scale of
+    its adapter (a teacher's is 0: it is the plain teacher except where a force adapts it). `head`: it has a
+    discriminator head. `ema`: decay of an averaged copy (None: no copy). `prediction_type`: the type of its network's output, if it differs from the
+    pretrained model's (DOLLAR's heterogeneous student: x0); such a student loads in no stock pipeline and is not exported.
+    `guidance_range`: it is conditioned on guidance scales in this range.
     """
 
     optim: AdamWConfig | None = None
@@ -115,8 +115,8 @@ class RolloutConfig:
 class Advantage:
     """How rewards become advantages: centred in each group, divided by `spread`, and clipped to +-`clip` if there is one (AMD Eq. 12: 1).
 
-    `spread`: each group's own deviation of rewards, or one running over the `run`, with which a group whose samples are all alike says
-    little instead of as much as any other.
+    `spread`: each group's own deviation of rewards, or a running one over the whole `run`, with which a group of similar samples
+    has small advantages instead of the usual size.
     """
 
     spread: Literal["group", "run"] = "group"
@@ -132,9 +132,9 @@ class Stage:
     """`steps` student steps of one kind. `batch` samples a micro-batch, in groups of `group` a prompt; `accumulate` micro-batches a step.
 
     `guided`: a many-step student is sampled with the recipe's guidance in this stage; False where the network itself has learned it. `fresh`: where the
-    stage takes its reference, the student's optimiser forgets the stages before: gradients of another kind and size would set its step for long.
-    `guidance_scales`: what the student is told of guidance in this stage, where it trains and where it is sampled. `optim`: how the student is optimised in
-    this stage; None: as its role says.
+    stage takes its reference, the student's optimiser state is reset: gradients of another kind and size would otherwise set its step size for long.
+    `guidance_scales`: the scales that the student is conditioned on in this stage, in training and in sampling. `optim`: the student's optimiser settings in
+    this stage; None: its role's.
     """
 
     name: str
@@ -180,7 +180,7 @@ class Stage:
         if any(isinstance(term, Force) for term in self.terms) and self.rollout is None:
             raise ValueError(f"stage {self.name!r}: it has forces but rollout is None; forces act on rolled-out samples")
         if "final" in self.needs and self.rollout is None:
-            raise ValueError(f"stage {self.name!r}: it compares with samples of the student but rollout is None; say how to roll out")
+            raise ValueError(f"stage {self.name!r}: it compares with samples of the student but rollout is None; give the stage a RolloutConfig")
 
     @property
     def forces(self) -> tuple[Force, ...]:
@@ -197,18 +197,18 @@ class Stage:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What its terms and critics ask for."""
+        """Everything that its terms and critics need."""
         parts: tuple[Term | Critic, ...] = (*self.terms, *self.critics)
         return frozenset().union(*(part.needs for part in parts))
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether guidance is given here, in sampling or to learn from: to a student that has it in its weights it would be a second time."""
+        """Whether guidance is applied here, in sampling or in a target; for a student with guidance in its weights it would be applied twice."""
         return self.guided or any(isinstance(term, GuidanceDistillation) for term in self.terms)
 
     @property
     def to_the_end(self) -> bool:
-        """Whether the rollout is completed past the exits: where something acts on, or is measured on, the final sample."""
+        """Whether the rollout is completed past the exits, because a term acts on the final sample or a reward scores it."""
         return bool(self.needs & {"reward", "trajectory", "final"}) or "final" in self.live
 
 
@@ -243,7 +243,7 @@ class Recipe:
                 f"recipe {self.name!r}: a stage asks for a latent reward model and latent_reward is None; give the recipe latent_reward=LatentRewardConfig()"
             )
         if "average" in self.needs and self.roles["student"].ema is None:
-            raise ValueError(f"ema: None is not allowed for {self.name!r}: it aims at the student's average; give a decay below 1, for example .95")
+            raise ValueError(f"ema: None is not allowed for {self.name!r}: it aims at the student's average; give a decay below 1, for example 0.95")
         for stage in self.stages:
             if stage.guidance_scales is not None:
                 if (guidance_range := self.roles["student"].guidance_range) is None:
@@ -257,11 +257,11 @@ class Recipe:
 
     @property
     def sampling(self) -> Sampling:
-        """How its student is sampled in the end."""
+        """How its student is sampled at the end."""
         return self.sampling_at(self.steps)
 
     def sampling_at(self, step: int) -> Sampling:
-        """How the student of the run's step is sampled: without guidance from the stage on that puts it into the network (told how strong, if it can be)."""
+        """How the student is sampled at the run's step: without guidance from the stage that distils it, but conditioned on its scales if it takes them."""
         stage, _ = self.at(max(0, min(step, self.steps) - 1))
         return Sampling(self.levels, self.sampler, self.guidance if self.sampler == "ode" and stage.guided else 1.0, stage.guidance_scales)
 
@@ -271,7 +271,7 @@ class Recipe:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What its stages ask for."""
+        """Everything that its stages need."""
         return frozenset().union(*(stage.needs for stage in self.stages if stage.steps))
 
     def at(self, step: int) -> tuple[Stage, float]:
@@ -292,7 +292,7 @@ class Recipe:
 
 
 def _check_parts(stage: Stage) -> None:
-    """Make lists of terms and critics tuples; ValueError for what is none, and for one at a point that no rollout has."""
+    """Makes tuples of lists of terms and critics. Raises ValueError for other types, and for a force at a point that no rollout has."""
     allowed: tuple[tuple[str, Any, type | tuple[type, ...]], ...] = (("terms", stage.terms, (Force, Objective)), ("critics", stage.critics, Critic))
     for field, parts, kinds in allowed:
         if isinstance(parts, list):
@@ -310,7 +310,7 @@ def _check_parts(stage: Stage) -> None:
 
 
 def describe(value: Any) -> Any:
-    """A recipe, or any part of it, as plain JSON values; components say which class they are."""
+    """A recipe, or any part of it, as plain JSON values; components are stored with their class names."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         named = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"class": type(value).__name__, **named}

@@ -14,10 +14,10 @@ from instep.methods.term import Need, Objective, View
 
 @dataclass(frozen=True, kw_only=True)
 class Regression(Objective):
-    """0.5 mean (G(z) - x_gt)^2 over stored pairs of noise z and what the teacher made of it; its force on G(z) is (x - x_gt) / numel.
+    """0.5 mean (G(z) - x_gt)^2 over stored pairs of noise z and the teacher's output for it; its force on G(z) is (x - x_gt) / numel.
 
-    On a batch of its own, as in DMD's Algorithm 1: the pairs are few, and the noise of the rollout stays fresh. It is the student's first step
-    that is held to the pair: later ones start from noise that the teacher never saw. DMD compares with LPIPS; here it is latents.
+    It has its own batch, as in DMD's Algorithm 1: the pairs are few, and the noise of the rollout stays fresh. Only the student's first step is
+    regressed on the pair: later ones start from noise that the teacher never had. DMD compares with LPIPS; this compares latents.
     """
 
     name: str = "regression"
@@ -39,9 +39,9 @@ class Regression(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Denoising(Objective):
-    """mean of the squared velocity error on real samples noised to `levels`: supervised fine-tuning, as a model is pretrained.
+    """mean of the squared velocity error on real samples noised to `levels`: supervised fine-tuning, with the loss of pretraining.
 
-    On a few-step student's own levels it teaches the mean of all that a noisy sample could be, which is a blur (DM-Align, Appendix C.1).
+    On a few-step student's own levels it teaches the mean of all clean samples behind a noisy one, which is a blur (DM-Align, Appendix C.1).
     """
 
     name: str = "sft"

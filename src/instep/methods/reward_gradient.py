@@ -18,8 +18,8 @@ CHUNK = 2**18
 class RewardGradient(Force):
     """Gradient with respect to x of -mean R(x), R through the unclamped decoder, on the supervised forward's own x0.
 
-    The reward's graph lives only inside this call, a few rows at a time, and is gone before the student's backward begins. Of several rewards
-    each one's gradient is brought to the mean norm of all of them before weighting: none dominates by its scale.
+    The reward's graph lives only inside this call, a few rows at a time, and is gone before the student's backward begins. With several rewards,
+    each gradient is scaled to the mean norm of all of them before weighting, so that none dominates by its scale.
     """
 
     name: str = "reward"
@@ -45,10 +45,10 @@ class RewardGradient(Force):
 
 
 def balanced(gradients: Tensor, weights: Sequence[float]) -> Tensor:
-    """Weighted sum over the first axis of gradients [R, B, ...], each brought to the mean of their mean norms a sample; one is only weighed."""
+    """Weighted sum over the first axis of gradients [R, B, ...], each scaled to the mean of their mean per-sample norms; a single one is only weighted."""
     if len(gradients) == 1:
         return weights[0] * gradients[0]
     norms = gradients.flatten(2).norm(dim=2).mean(1)
-    usual = norms.sum() / (norms > 0).sum().clamp(min=1)  # a reward that says nothing here does not quieten the others
+    usual = norms.sum() / (norms > 0).sum().clamp(min=1)  # a reward without a gradient here does not shrink the others
     scale = gradients.new_tensor(weights) * torch.where(norms > 0, usual / norms.clamp(min=1e-12), torch.zeros_like(norms))
     return torch.einsum("r,r...->...", scale, gradients)

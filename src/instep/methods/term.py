@@ -1,7 +1,7 @@
-"""What a recipe is made of: forces on samples, objectives on parameters, critics, and the view they all get.
+"""The parts of a recipe: forces on samples, objectives on parameters, critics, and the view that they all receive.
 
 A force is dL/dx of a **batch-mean** loss, shaped like x, and is descended. An objective is a scalar with its own forward pass.
-`training/step.py` weighs and adds them; it knows nothing else about a method.
+`training/step.py` weighs and adds them; it depends on nothing else of a method.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.rollout import Rollout, Where
 from instep.methods.latent_reward_model import LatentReward
 
-# what a term or a critic may ask of its stage: the reward of final samples, a reward with a gradient, real samples of the batch's
+# the inputs that a term or a critic may need from its stage: the reward of final samples, a reward with a gradient, real samples of the batch's
 # prompts, real ones that people prefer, stored outputs of the teacher with the noise they came from, the trajectory of the rollout, the
-# student as it was when the stage began, the end of the student's rollout, labelled pairs of samples, the student's running average, the latent
+# student at the beginning of the stage, the end of the student's rollout, labelled pairs of samples, the student's running average, the latent
 # reward model, rewards of the samples it learns from
 Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory", "reference", "final", "pairs", "average", "latent_reward", "labels"]
 NOTHING: frozenset[Need] = frozenset()
@@ -49,7 +49,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Labels:
-    """Latents x [N, ...] with their prompts' conditions, and what a latent reward model should say of them [N]."""
+    """Latents x [N, ...] with their prompts' conditions, and the targets of a latent reward model for them [N]."""
 
     x: Tensor
     cond: Condition
@@ -58,9 +58,9 @@ class Labels:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a source hands out: B prompts, encoded, and where a method needs them real samples (latents [B, ...]), pairs, or `stored`.
+    """A micro-batch: B prompts, encoded, and real samples (latents [B, ...]), pairs or `stored` if a method needs them.
 
-    `cond` and `null` are one row a prompt; `null` is what guidance leads away from (the negative or the empty prompt). `stored` has prompts of its own.
+    `cond` and `null` are one row a prompt; `null` encodes the negative or the empty prompt, for guidance. `stored` has its own prompts.
     """
 
     prompts: tuple[Prompt, ...]
@@ -78,10 +78,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class View:
-    """Everything a term may look at. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator.
+    """Everything that a term may use. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator.
 
     `epoch` counts the inner epochs on one rollout. `reward_grad_fn` of latents [B, ...] and their prompts -> [B] can be differentiated, or [B, R] for
-    several rewards with their `weights`; None where the run has no such reward. `latent_reward` is the latent reward model, `labels` what it learns from.
+    several rewards with their `weights`; None where the run has no such reward. `latent_reward` is the latent reward model, `labels` are its training data.
     `boundary` is the level between two experts, and `band` the levels of the one that this micro-batch trains; all of them for a model of one network.
     """
 
@@ -101,7 +101,7 @@ class View:
 
     @property
     def samples(self) -> Rollout:
-        assert self.rollout is not None, "this stage has no rollout, but a term asks for one"
+        assert self.rollout is not None, "this stage has no rollout, but a term needs one"
         return self.rollout
 
     def levels(self, sampler: LevelSampler, n: int, t_exit: Tensor | None = None) -> Tensor:
@@ -109,7 +109,7 @@ class View:
         return draw_in_band(lambda: sampler(n, progress=self.progress, t_exit=t_exit, rng=self.rng), self.band)
 
     def guidance(self, guidance: float, guidance_2: float | None) -> float | GuidanceByLevel:
-        """The guidance of this model: of two experts, each one's own scale."""
+        """The guidance of this model; with two experts, each has its own scale."""
         return by_level(guidance, guidance_2, self.boundary)
 
     def with_rollout(self, rollout: Rollout | None) -> View:
@@ -132,7 +132,7 @@ class Term:
 
     @property
     def skips(self) -> tuple[int, ...]:
-        """Blocks of the network that it runs a role without."""
+        """Blocks of the network that it leaves out of a role's pass."""
         return ()
 
     def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
@@ -155,7 +155,7 @@ class Force(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Term):
-    """Acts on the student's parameters: yields scalars, each of which is backwarded before the next is asked for."""
+    """Acts on the student's parameters: yields scalars, each of which is backpropagated before the next is computed."""
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         raise NotImplementedError
@@ -187,11 +187,11 @@ class Critic:
         return 1.0
 
     def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[Prompt]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
-        """What its updates on one rollout share; `reward_fn` is the run's reward without a gradient, `note` writes a scalar into the log."""
+        """Computes what its updates on one rollout share; `reward_fn` is the run's reward without a gradient, `note` writes a scalar into the log."""
         return view
 
     def losses(self, view: View) -> Iterator[Tensor]:
-        """Scalars whose sum this update descends; each is backwarded before the next is asked for."""
+        """Yields scalars whose sum this update descends; each is backpropagated before the next is computed."""
         raise NotImplementedError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from instep.core.user_code import load_function, source_identity
 from instep.methods.recipe import Recipe
 
-# name on the command line -> module and function; a recipe is imported when it is asked for
+# name on the command line -> module and function; each recipe is imported only when it is used
 NAMES: dict[str, tuple[str, str]] = {
     "dmd": ("instep.recipes.dmd", "dmd"),
     "dmd2": ("instep.recipes.dmd", "dmd2"),
@@ -52,7 +52,7 @@ def find(name: str) -> Callable[..., Recipe]:
 
 
 def _own(name: str) -> Callable[..., Recipe]:
-    """The user's function, made sure of."""
+    """Loads the user's recipe function and checks its signature."""
     function = load_function(name, "recipe")
     if not inspect.isfunction(function):
         raise ValueError(f"recipe: {name!r} is {_article(type(function).__name__)}, not a function; write def my_recipe(common: Common = Common()) -> Recipe")
@@ -74,7 +74,7 @@ def _own(name: str) -> Callable[..., Recipe]:
 def as_recipe(given: Any, function: Callable[..., Any] | None = None, name: str | None = None) -> Recipe:
     """Return `given` if it is a recipe; a recipe function is called with its defaults.
 
-    `function` is what returned it and `name` the `module:function` it was called by, if it is the user's own: the recipe then carries its `source`. Raises
+    `function` is the function that returned it; `name` is its `module:function` if it is the user's own, and the recipe then records its `source`. Raises
     ValueError for anything else, and for a function that needs arguments.
     """
     if callable(given) and not isinstance(given, type):

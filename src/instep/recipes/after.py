@@ -1,4 +1,4 @@
-"""What is done to a distilled student afterwards, without matching: baselines that joint training is set against. None of them is for use."""
+"""Baselines for joint training: they tune a distilled student afterwards, without matching. They are comparisons only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rl_after(
     beta: float = 500.0,
     inner_epochs: int = 1,
 ) -> Recipe:
-    """The baseline that joint training is set against: distil, then reinforcement learning alone. It hacks the reward; not for use.
+    """Baseline for joint training: distil, then reinforcement learning alone. It hacks the reward; for comparison only.
 
     Args:
         common: options of every recipe.
@@ -41,7 +41,7 @@ def rl_after(
 
 
 def sft_after(common: Common = Common(), *, distil: int = 80, iterations: int = 40) -> Recipe:
-    """The other baseline: distil, then fine-tune the student on real samples alone. It blurs them; not for use.
+    """Baseline for joint training: distil, then fine-tune on real samples alone. The samples blur; for comparison only.
 
     Args:
         common: options of every recipe.

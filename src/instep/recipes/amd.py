@@ -1,4 +1,4 @@
-"""AMD: matching that adapts to how good a sample is (Bai et al., Algorithm 1; its Table 1, last column), and the baseline it is set against."""
+"""AMD: matching that adapts to how good a sample is (Bai et al., Algorithm 1; its Table 1, last column), and its baseline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _adaptive(name: str, common: Common, operator: Operator, distil: int, iterat
 
 
 def amd(common: Common = Common(), *, distil: int = 0, iterations: int = 100, group: int = 8, sensitivity: float = 0.5, tilt: float = 1.0) -> Recipe:
-    """Distil and align with a reward, without its gradient: adaptive matching and a fake that looks at failures (AMD).
+    """Distil and align with a reward, without its gradient: adaptive matching and a fake that focuses on failures (AMD).
 
     Args:
         common: options of every recipe.
@@ -30,7 +30,7 @@ def amd(common: Common = Common(), *, distil: int = 0, iterations: int = 100, gr
 
 
 def naive_adaptive(common: Common = Common(), *, distil: int = 0, iterations: int = 100, group: int = 8, sensitivity: float = 0.5, tilt: float = 0.0) -> Recipe:
-    """The baseline that AMD is set against: real and fake displacement weighed apart (Eq. 8). It leaves the manifold; not for use.
+    """Baseline for AMD: separate weights for the real and the fake displacement (Eq. 8). It leaves the manifold; for comparison only.
 
     Args:
         common: options of every recipe.

@@ -37,8 +37,8 @@ def apo(
 ) -> Recipe:
     """Align a model with preferences at the levels its sampler visits, in five stages: Diffusion-APO; no distillation of steps.
 
-    Each stage compares with the model as it was when the stage began, and 0 steps leave a stage out. The many-step model is the student: it is
-    sampled with guidance until the fourth stage has put the guidance into its weights, from there on without. Labelled pairs come from --pairs; the
+    Each stage compares the student with its state at the beginning of the stage; 0 steps leave a stage out. The many-step model is the student: it is
+    sampled with guidance until the fourth stage has distilled the guidance into its weights, and without afterwards. Labelled pairs come from --pairs; the
     bundled models have their own.
 
     Args:
@@ -46,23 +46,23 @@ def apo(
         online: updates on pairs of the model's own samples, ranked by the reward.
         half_online: updates on a labelled sample against one of the model's own.
         offline: updates on labelled pairs.
-        distill_guidance: updates of guidance distillation: one pass learns what guidance made of two (with skip-layer guidance, of three).
-        distill_guidance_optim: AdamW of the model in that stage; it learns a target there, not a preference, and takes larger steps.
-        post_distillation: updates on labelled pairs once more, of the model that needs no guidance.
+        distill_guidance: updates of guidance distillation: one pass learns the guided prediction of two (with skip-layer guidance, three).
+        distill_guidance_optim: AdamW of the model in that stage; that stage regresses on a target and needs larger steps than preferences do.
+        post_distillation: updates on labelled pairs after guidance distillation, of the model that needs no guidance.
         beta: temperature.
         high: levels of a window from [0.8, 1]; gradients of a window are summed.
         low: levels of a window from [0, 0.8).
         random_shift: draw the timestep shift of the visited levels from 3, 4, 5, 6; else the model's own.
         offset: deviation of the Gaussian offset from visited levels, in training steps of 1,000; 0 leaves it out.
-        uniform: that many levels drawn from all take the window's place: with 1 the baseline, Diffusion-DPO.
+        uniform: number of levels drawn uniformly in place of the window; 1 is the baseline, Diffusion-DPO.
         positive: share of labelled samples in the second stage that are chosen ones; 1 needs no rejected ones.
         skip: scale of skip-layer guidance in the fourth stage.
         skip_blocks: blocks of the network that its weaker pass leaves out, from 0.
-        draw: lowest and highest guidance of the fourth stage, drawn anew for every sample, and the student is told which: one model for all of them, of
-            which `guidance` is the one that it is sampled, aligned further and exported with (`instep export --guidance` folds in another). None:
-            `guidance` alone.
-        draw_skip: the same of `skip`.
-        few_step: the student is a few-step one (--start-from its run, with its --steps and --shift): sampled, and compared, at its own levels.
+        draw: lowest and highest guidance of the fourth stage. A scale is drawn for every sample and the student is conditioned on it, so one model
+            serves the whole range; it is sampled, aligned further and exported at `guidance` (`instep export --guidance` folds in another scale).
+            None: `guidance` alone.
+        draw_skip: the same for `skip`.
+        few_step: the student is a few-step model (--start-from its run, with its --steps and --shift), sampled and compared at its own levels.
     """
     if few_step and distill_guidance:
         raise ValueError(f"distill_guidance: {distill_guidance} is not allowed with few_step; a few-step student has no guidance to distil, give it 0")
@@ -93,7 +93,7 @@ def apo(
         rolls: bool = False,
         optim: AdamWConfig | None = None,
     ) -> Stage:
-        # a pair is two samples, wherever they come from
+        # a pair is two samples, whatever their source
         batch = common.batch if group > 1 else max(1, common.batch // 2)
         rollout = RolloutConfig(common.levels) if few_step else RolloutConfig(common.levels, transition=Deterministic(), guidance=common.guidance)
         return Stage(

@@ -1,4 +1,4 @@
-"""What few-step recipes share: their common options, and from these the parts that a recipe is put together from."""
+"""The options that few-step recipes share, and the parts that they are built from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Common:
     reuse: bool = True
     """Train the fake on the samples of the student's own rollout instead of fresh ones."""
     condition_on_exit: bool = True
-    """Tell the fake which step of the rollout a sample comes from."""
+    """Condition the fake on the step of the rollout that a sample comes from."""
     student: AdamWConfig = AdamWConfig(2e-4)
     """AdamW of the student."""
     fake: AdamWConfig = AdamWConfig(4e-4)
@@ -61,7 +61,7 @@ class Common:
 
     @property
     def renoise(self) -> LevelSampler:
-        """Re-noise levels: all of them, shifted as the model's own schedule is."""
+        """The re-noise levels: uniform, with the timestep shift of the model's own schedule."""
         return Uniform(shift=self.shift)
 
     def matching(
@@ -73,7 +73,7 @@ class Common:
         ca_levels: LevelSampler | None = None,
         adapter: Annealed | None = None,
     ) -> DistributionMatching:
-        """The matching force: DMD's, but for what is given."""
+        """The matching force: DMD's, except for the given arguments."""
         return DistributionMatching(
             weight=weight,
             guidance=self.guidance,
@@ -124,7 +124,7 @@ class Common:
         )
 
     def distil(self, steps: int) -> Stage:
-        """A stage of plain matching: what comes before another method, or beside it as a control."""
+        """A stage of plain matching: a first stage for other methods, or a control."""
         return self.stage("distil", steps, (self.matching(),), (self.critic(),))
 
     def recipe(
@@ -136,7 +136,7 @@ class Common:
         latent_reward: LatentRewardConfig | None = None,
         prediction_type: PredictionType | None = None,
     ) -> Recipe:
-        """Student and fake are trained, the teacher is frozen unless it is given; with a LoRA rank all three share one backbone.
+        """Builds a recipe: student and fake are trained, and the teacher is frozen unless one is given. With a LoRA rank all three share one backbone.
 
         Stages without steps are left out.
         """
@@ -158,7 +158,7 @@ def adapter(rank: int | None) -> LoRA | None:
 
 
 def with_copies(roles: Mapping[str, RoleConfig], stages: Sequence[Stage]) -> Mapping[str, RoleConfig]:
-    """The roles, and where a stage compares with them a `reference` and an `average`, which are made as the student is."""
+    """Adds the roles `reference` and `average`, built like the student, if a stage compares with them."""
     needs = frozenset().union(*(stage.needs for stage in stages))
     student = roles["student"]
     copied = RoleConfig(lora=student.lora, copy=student.lora is None, prediction_type=student.prediction_type, guidance_range=student.guidance_range)

@@ -1,4 +1,4 @@
-"""Decoupled-DMD (Liu et al. 2025): guidance and matching at levels of their own; AMD Table 1, third column."""
+"""Decoupled-DMD (Liu et al. 2025): guidance and matching, each at its own levels; AMD Table 1, third column."""
 
 from __future__ import annotations
 

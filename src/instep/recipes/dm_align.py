@@ -10,8 +10,8 @@ from instep.methods.recipe import Advantage, Recipe, RolloutConfig
 from instep.methods.term import Force
 from instep.recipes.common import Common
 
-# Near t = 0 the estimates are the samples themselves and their difference is divided by almost nothing: two samples of one
-# prompt that lie apart are blended, and images fade. Signed advantages cancel what a group shares, so Group may go lower than Pair.
+# Near t = 0 the estimates equal the samples, and their difference is divided by almost zero: distant samples of one prompt
+# are blended, and images fade. Signed advantages cancel what the samples of a group share, so Group can use lower levels than Pair.
 GROUP_LEVELS = Uniform(low=0.3, high=0.98)
 PAIR_LEVELS = Uniform(low=0.8, high=0.98)
 
@@ -46,9 +46,9 @@ def dm_align_group(
         distil: student updates of distribution matching alone, before the reward joins.
         iterations: student updates of matching and alignment together.
         group: samples a prompt, compared with each other.
-        top_n: how many of a group's best make the preferred mean.
+        top_n: number of a group's best samples in the preferred mean.
         sign: signed (the paper's text: high samples move away from the mean), pull (only low ones move), printed (Eq. 7 to the letter).
-        spread: what advantages are divided by: each group's own deviation of rewards, or that of the whole run, with which groups of
+        spread: divisor of the advantages: each group's own standard deviation of rewards, or that of the whole run, so that groups of
             equally good samples add little noise.
         weight: weight of the alignment force; matching gets the rest (paper: 0.5).
         levels: noise levels of the alignment force; at low ones it would blend samples that show different things.

@@ -9,7 +9,7 @@ from instep.recipes.common import Common
 
 
 def dmd(common: Common = Common(), *, distil: int = 0, iterations: int = 100, regression: float = 0.25) -> Recipe:
-    """Distil only: match the teacher's distribution, held to stored outputs of the teacher (DMD).
+    """Distil only: match the teacher's distribution, with a regression on stored outputs of the teacher (DMD).
 
     Args:
         common: options of every recipe.

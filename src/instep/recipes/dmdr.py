@@ -1,4 +1,4 @@
-"""DMDR: matching whose force is tilted by the reward while the student is young, then matching and reinforcement learning as one loss (Jiang et al. 2025)."""
+"""DMDR: matching with a reward-tilted force first, then matching and reinforcement learning as one loss (Jiang et al. 2025)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def reinforce(
     critics: Sequence[Critic],
     inner_epochs: int,
 ) -> Stage:
-    """A stage of reinforcement learning with what acts beside it."""
+    """Builds a stage of reinforcement learning, with the terms in `beside`."""
     if kind == "ddpo" and inner_epochs > 1:
         raise ValueError(f"inner_epochs: {inner_epochs} is not allowed with ddpo, which has no ratio to the student that rolled out; use 1, or grpo")
     branches: dict[Branch, Term] = {
@@ -85,11 +85,11 @@ def dmdr(
         rl: the reinforcement-learning branch: refl (gradient of a differentiable reward), dpo (best against worst of a group, any reward), grpo or
             ddpo (any reward, a student of 2 steps or more).
         weight: weight of that branch (the paper's lambda: 0.5).
-        beside: what acts beside it in stage 2: matching, only its dm part, or matching whose guidance the advantage weighs.
+        beside: the term beside it in stage 2: matching, its dm part alone, or matching with guidance weighted by the advantage.
         clip: bound of GRPO's ratio.
-        kl: weight of GRPO's penalty for leaving the student of stage 1; matching takes its place, so 0.
+        kl: weight of GRPO's penalty for leaving the student of stage 1; 0 by default, since matching takes its place.
         beta: temperature of dpo.
-        inner_epochs: student updates on one rollout in stage 2; from 2 on GRPO's clip acts.
+        inner_epochs: student updates on one rollout in stage 2; GRPO's clip has an effect from 2 on.
     """
     first, teacher = _warm(common, warm, group, tilt, dyna_rs, dyna_dg if warm else 0.0)
     operators: dict[Beside, Operator | None] = {"matching": None, "dm": MatchingOnly(), "advantage": AdvantageGuided()}
@@ -111,7 +111,7 @@ def dmdr(
 
 
 def _warm(common: Common, steps: int, group: int, tilt: Tilt, dyna_rs: bool, dyna_dg: float) -> tuple[Stage, RoleConfig]:
-    """Stage 1, and how the teacher is made for it."""
+    """Returns stage 1 and the teacher's role for it."""
     levels = AnnealedBeta() if dyna_rs else common.renoise
     operator = RewardTilted(tilt) if tilt in ("literal", "zscore") else None
     force = common.matching(operator=operator, levels=levels, adapter=Annealed(dyna_dg, 1.0) if dyna_dg else None)

@@ -47,11 +47,11 @@ def dollar(
         cd_steps: steps of the teacher between its two ends (the paper: 5 is better than 1).
         cd_guidance: guidance of these steps; that of matching if it is not given (the paper: 8.5, and 4.5 for matching).
         distance: of consistency distillation: mse, or huber.
-        target: whose consistency function is aimed at: the student's own without gradient, its average, or the teacher's.
-        weight: weight of the latent reward's gradient, in deviations of the reward (the paper's 1.0 counts in the reward's own unit, whose deviation there is
-            0.01 to 0.03); 0 leaves the latent reward model out.
-        kind: what the latent reward model reads: text-video, video, text-image or image.
-        frames: whether it reads a video as a volume, or frame by frame with the average taken, as in the paper's experiments.
+        target: the target consistency function: the student's own without gradient, its average's, or the teacher's.
+        weight: weight of the latent reward's gradient, in standard deviations of the reward (the paper's 1.0 is in the reward's own unit, whose deviation
+            there is 0.01 to 0.03); 0 leaves the latent reward model out.
+        kind: inputs of the latent reward model: text-video, video, text-image or image.
+        frames: whether it processes a video as a volume, or frame by frame with the mean over frames, as in the paper's experiments.
         latent_reward: AdamW of the latent reward model.
         latent_reward_updates: its updates an iteration (the paper: 1).
         prediction_type: what the student's network predicts: the same as the teacher's, or x0 (a comparison of the paper's; such a student is not exported).
@@ -83,4 +83,4 @@ def dollar(
     )
     if matching or distil:
         return recipe
-    return replace(recipe, roles={name: role for name, role in recipe.roles.items() if name != "fake"})  # nothing asks for one
+    return replace(recipe, roles={name: role for name, role in recipe.roles.items() if name != "fake"})  # no term needs a fake

@@ -1,4 +1,4 @@
-"""AMD's Table 1, read off the recipes themselves: what each row does with the generalised operator of its Eq. 6."""
+"""AMD's Table 1, generated from the recipes: each row's use of the generalised operator of Eq. 6."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from instep.recipes.refl import refl
 
 HEADINGS = ("recipe", "operator H", "external force", "re-noise levels", "teacher", "fake")
 
-# the command line of each row, and the recipe that it is
+# the command line of each row, and its recipe
 FAMILY: dict[str, Recipe] = {
     "dmd": dmd(),
     "dmd2 --gan 0.01": dmd2(gan=0.01),
@@ -44,7 +44,7 @@ def rows(name: str, recipe: Recipe) -> list[tuple[str, ...]]:
 
 
 def cells(name: str, stage: Stage) -> tuple[str, ...]:
-    """One row: the cells of `HEADINGS` of a stage."""
+    """Returns a stage's row: one cell for each of `HEADINGS`."""
     force = next(term for term in stage.terms if isinstance(term, DistributionMatching))
     others = [external(term) for term in stage.terms if term is not force]
     fake = next(critic for critic in stage.critics if isinstance(critic, FakeScoreLoss) and critic.role == "fake")
@@ -54,18 +54,18 @@ def cells(name: str, stage: Stage) -> tuple[str, ...]:
 
 
 def external(term: Term) -> str:
-    """An external force's cell; a term that Table 1 does not know goes by its name."""
+    """Returns an external force's cell; a term outside Table 1 is shown by its name."""
     return EXTERNAL.get(type(term), term.name)
 
 
 def levels_cell(levels: LevelSampler) -> str:
-    """Where levels are drawn."""
+    """Returns the cell of the level distribution."""
     named = {AboveExit: "above the exit", AnnealedBeta: "annealed from high noise"}
     return named.get(type(levels), "all")
 
 
 def critic_cell(critic: FakeScoreLoss) -> str:
-    """What the fake is trained by."""
+    """Returns the cell of the fake's loss."""
     weight = "" if not critic.tilt else "exp(-a) x " if critic.tilt == 1 else f"exp(-{critic.tilt:g} a) x "
     return f"{weight}denoising" + (" + logistic" if isinstance(critic, FakeScoreGANLoss) else "")
 

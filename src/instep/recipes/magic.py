@@ -1,4 +1,4 @@
-"""MagicDistillation (Shao et al. 2025): a teacher that comes to meet the student; AMD Table 1, fourth column."""
+"""MagicDistillation (Shao et al. 2025): a teacher that is adapted toward the student; AMD Table 1, fourth column."""
 
 from __future__ import annotations
 

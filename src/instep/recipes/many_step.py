@@ -1,7 +1,7 @@
-"""Reinforcement learning on the many-step model itself: Flow-GRPO, DanceGRPO and Flow-DPO, the baselines that joint training is set against.
+"""Reinforcement learning on the many-step model itself: Flow-GRPO, DanceGRPO and Flow-DPO, the baselines for joint training.
 
-The student stays a many-step model with guidance and is exported with its own scheduler; `instep train dmd2 --model FOLDER/student` makes a
-few-step student of it afterwards, which is the two-stage pipeline of DMDR's Table 1 (reinforcement learning, then distillation).
+The student stays a many-step model with guidance and is exported with its own scheduler; `instep train dmd2 --model FOLDER/student` distils
+it into a few-step student afterwards, which is the two-stage pipeline of DMDR's Table 1 (reinforcement learning, then distillation).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ManySteps:
     batch: int = 32
     """Samples of a micro-batch, a multiple of the group's size."""
     guidance: float = 3.0
-    """Classifier-free guidance of the model, in rollouts as in use; 1 is none."""
+    """Classifier-free guidance of the model, in rollouts and in use; 1 is none."""
     shift: float = 3.0
     """Timestep shift of the levels."""
     student: AdamWConfig = AdamWConfig(1e-4)
@@ -58,14 +58,14 @@ class ManySteps:
         return self.stages(name, stage)
 
     def stages(self, name: str, *stages: Stage, sampler: Literal["few-step", "ode"] = "ode", guidance_range: GuidanceRange | None = None) -> Recipe:
-        """A recipe of these stages; those without steps are left out. `guidance_range`: the guidance scales that the student can be told."""
+        """A recipe of these stages; those without steps are left out. `guidance_range`: the guidance scales that the student is conditioned on."""
         stages = tuple(stage for stage in stages if stage.steps) or stages
         roles = {"student": RoleConfig(self.student, adapter(self.lora_rank), ema=self.ema, guidance_range=guidance_range), "teacher": RoleConfig()}
         return Recipe(name, self.levels, with_copies(roles, stages), stages, self.guidance, sampler=sampler)
 
 
 def stochastic(kind: Kind, noise: float) -> Transition:
-    """The sampler that a policy gradient rolls out with."""
+    """Returns the stochastic transition of a policy gradient's rollout."""
     kinds: dict[Kind, type[FlowSDE] | type[DanceSDE] | type[CPS] | type[Posterior]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS, "ddpm": Posterior}
     return kinds[kind](noise)
 

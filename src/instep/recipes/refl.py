@@ -1,4 +1,4 @@
-"""Matching with the gradient of a reward beside it: AMD Table 1's external force of DMDR, and the second stage of DMDR with ReFL."""
+"""Matching together with the gradient of a reward: the external force of DMDR in AMD's Table 1, and the second stage of DMDR with ReFL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def refl(common: Common = Common(), *, distil: int = 0, iterations: int = 100, w
         distil: student updates of matching alone before; 0 leaves the stage out.
         iterations: student updates of both together.
         weight: weight of the reward's gradient (DMDR's lambda_rl: 0.5).
-        matching: weight of the matching force beside it; 0 leaves the reward alone, which collapses.
+        matching: weight of the matching force beside it; 0 trains on the reward alone, which collapses.
     """
     terms = (common.matching(matching), RewardGradient(weight=weight))
     return common.recipe("refl", common.distil(distil), common.stage("climb", iterations, terms, (common.critic(),)))
