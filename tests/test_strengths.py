@@ -158,7 +158,7 @@ def test_the_pipeline_of_a_student_with_folded_guidance_is_stock(lora):
     role, (x, t, cond) = told_role(fam, lora=lora), noised(fam, PROMPTS)
     loud(role.guidance_embedding)
     kept = {key: p.clone() for key, p in role.backbone.module.state_dict().items()}
-    pipe = with_folded_guidance(role, (2.7, 0.5))
+    pipe = fam.pipeline(fam.parts(with_folded_guidance(role, (2.7, 0.5))))
     assert not any("lora" in key for key in pipe.transformer.state_dict())
     padded, _ = pipe.encode_prompt(PROMPTS[:2], do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
     with torch.no_grad():
