@@ -1,4 +1,4 @@
-"""The first frames that image-to-video models begin with, read from the files that prompts name."""
+"""Reads the first frames of image-to-video prompts from the files that the prompts name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_first_frame(prompt: Prompt, size: VideoSize) -> Tensor:
 
 
 def digest(prompts: Sequence[Prompt]) -> str | None:
-    """Of what the image files of prompts show, in their order; None where none names a file."""
+    """A digest of the contents of the prompts' image files, in order; None if no prompt names a file."""
     names = dict.fromkeys(prompt.image for prompt in as_prompts(prompts))
     files = [name for name in names if name is not None and Path(name).is_file()]
     return hashlib.sha256(b"".join(hashlib.sha256(Path(name).read_bytes()).digest() for name in files)).hexdigest()[:16] if files else None

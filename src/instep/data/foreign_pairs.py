@@ -1,4 +1,4 @@
-"""Public preference sets, whose columns have other names, and which may hold the images themselves."""
+"""Public preference sets with other column names, which may contain the images themselves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Columns:
 def import_pairs(path: Path, columns: Columns, root: Path, store: Path, question: str = "overall") -> list[PreferencePair]:
     """The pairs of `path`. Relative paths begin at `root`; images in the rows are written to folder `store` under names made from their content.
 
-    ValueError names the row, the column, its value and what is allowed.
+    Raises ValueError with the row, the column, its value and what is allowed.
     """
     found = []
     for i, row in rows_of(path, columns.used):

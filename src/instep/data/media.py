@@ -24,7 +24,7 @@ ASPECT = 0.02
 
 
 class EncodesMedia(Protocol):
-    """What turns media of a size into latents; model families do."""
+    """An encoder of media of one size into latents; every model family is one."""
 
     size: VideoSize
     takes_first_frame: bool
@@ -40,7 +40,7 @@ class EncodesMedia(Protocol):
 
 
 class LabelledPair(Protocol):
-    """Two media files of one prompt, of which people preferred one; a tie says nothing. `data.pairs.PreferencePair` is one."""
+    """Two media files of one prompt, of which people preferred one; a tie carries no preference. `data.pairs.PreferencePair` is one."""
 
     @property
     def prompt(self) -> str: ...
@@ -56,7 +56,7 @@ class LabelledPair(Protocol):
 
 
 def read_media(path: Path, frames: int | None = None) -> Tensor:
-    """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1]. ValueError for what cannot be read, with what to do.
+    """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1]. Raises ValueError, with the fix, for a file that cannot be read.
 
     `frames`, where a model takes so many: frames of an animation that last longer than others are repeated, until there are so many, and an image that
     might be an animation of equal frames is repeated that often. Without it every frame is there once, as it is stored.
@@ -94,7 +94,7 @@ def repeats(durations: Sequence[float], frames: int) -> list[int]:
 
 
 def _images(path: Path) -> tuple[Tensor, list[float]]:
-    """Frames uint8 [F, H, W, 3], and milliseconds each (0: not said)."""
+    """Frames uint8 [F, H, W, 3], and the duration of each in milliseconds (0: unknown)."""
     import numpy as np
     from PIL import Image, ImageSequence
 
@@ -148,7 +148,7 @@ def pair_samples(pairs: Sequence[LabelledPair], family: EncodesMedia) -> PairSam
     """
     decided = [pair for pair in pairs if not pair.tie]
     if not decided:
-        raise ValueError(f"pairs: all {len(pairs)} of them are ties, which say nothing; give at least one with a preferred sample")
+        raise ValueError(f"pairs: all {len(pairs)} of them are ties, which carry no preference; give at least one with a preferred sample")
     device, moves = next(family.pretrained.parameters()).device, False
 
     def latent(path: Path) -> Tensor:

@@ -1,4 +1,4 @@
-"""Preference pairs: which of two samples of a prompt people preferred, and the JSONL and Parquet files that hold such pairs. No torch here."""
+"""Preference pairs: people's preferences between two samples of a prompt, and their JSONL and Parquet files. This file does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PreferencePair:
     """Two media of one prompt and how many people preferred which.
 
     `chosen` and `rejected` are paths of images or videos. `votes` counts who voted (for chosen, for rejected, equal), at least one in all and
-    never more for `rejected` than for `chosen`. A pair with as many of the one as of the other is a tie: its order then says nothing.
+    never more for `rejected` than for `chosen`. A pair with equal numbers of both is a tie, and its order has no meaning.
     """
 
     prompt: str
@@ -53,7 +53,7 @@ class PreferencePair:
 
     @property
     def tie(self) -> bool:
-        """As many votes for the one as for the other."""
+        """Whether both have equal numbers of votes."""
         return self.votes[0] == self.votes[1]
 
     @property
@@ -231,7 +231,7 @@ def _whole(value: Any) -> bool:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:20]}...{text[-57:]}"  # of a path the end tells most
+    return text if len(text) <= 80 else f"{text[:20]}...{text[-57:]}"  # the end of a path is its most informative part
 
 
 def _must(fine: bool, name: str, value: Any, allowed: str) -> None:

@@ -1,4 +1,4 @@
-"""Prompts: what a sample is asked for, as a value; and files of prompts, one a line or as JSON lines.
+"""Prompts: the conditions of a sample, as values; and files of prompts, one a line or as JSON lines.
 
 A prompt has one written form, `a cat runs [image: cat.png] [negative: blurry]`, in which either bracket may be missing. It is parsed where people write
 prompts (text files, the command line) and where prompts were stored as text (records, pairs, samples); everything else carries `Prompt` values.
@@ -20,9 +20,9 @@ _NAME = re.compile(r"[^\[\]]+")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, the image that an image-to-video model begins with, and the negative prompt that guidance leads away from.
+    """A text, the first frame of an image-to-video model, and the negative prompt for guidance.
 
-    `image` is the name of a file, or a name that the model itself gives a meaning; it is kept as text. `negative` is None where there is none, so that a
+    `image` is the name of a file, or a name that the model itself defines; it is kept as text. `negative` is None where there is none, so that a
     run's own may fill it in; an empty text stays empty. Raises ValueError for a value that its written form would not give back: an image's name with
     square brackets, or a text that is itself written with an image.
     """
@@ -95,7 +95,7 @@ def with_negative(prompts: Sequence[Prompt | str], negative: str | None) -> tupl
 
 
 def is_file_name(image: Path | str) -> bool:
-    """Whether an image is named as a file, with an ending (cat.png); other names have the meaning that a model gives them."""
+    """Whether an image is a file name with an ending (cat.png); other names are defined by the model."""
     return bool(Path(image).suffix)
 
 

@@ -11,7 +11,7 @@ from instep.data.prompt import Prompt, as_prompts
 
 @dataclass(frozen=True)
 class TeacherSamples:
-    """What the teacher's many-step sampler makes of noise: noise and latents [N, C, (F,) H, W], float32, on the CPU; one prompt a row."""
+    """Outputs of the teacher's many-step sampler: noise and latents [N, C, (F,) H, W], float32, on the CPU; one prompt a row."""
 
     prompts: tuple[Prompt, ...]
     noise: Tensor
@@ -23,7 +23,7 @@ class TeacherSamples:
 
 @dataclass(frozen=True)
 class RealSamples:
-    """Real samples, each with its prompt: latents [N, C, (F,) H, W]. What a discriminator takes for real, and Pair for preferred."""
+    """Real samples, each with its prompt: latents [N, C, (F,) H, W]. A discriminator uses them as real samples, and DM-Align (Pair) as preferred ones."""
 
     prompts: tuple[Prompt, ...]
     latents: Tensor

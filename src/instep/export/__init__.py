@@ -1,4 +1,4 @@
-"""Taking a student out of the library: a stock diffusers folder, a LoRA file, a model card, a ComfyUI workflow. It may import `models`, `rewards` and the rooms
+"""Exports of a student: a stock diffusers folder, a LoRA file, a model card, a ComfyUI workflow. It may import `models`, `rewards` and the rooms
 below these.
 """
 

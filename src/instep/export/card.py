@@ -1,4 +1,4 @@
-"""The model card: what the student is, how to run it, what was measured, and what it cannot do."""
+"""The model card: describes the student, its use, its measurements and its limits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from instep.models.family import Task
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """Where a student comes from, for its card.
+    """The origin of a student, for its card.
 
     base_model: hub id (owner/name) or the name of a bundled model. metrics: a row of metrics.json ({"name", "nfe", "n",
-    "values": {key: {"value", "se"}}}) or None. training_prompts: how many. size: the video size it was trained at.
-    command: what reproduces it.
+    "values": {key: {"value", "se"}}}) or None. training_prompts: their number. size: the training size of
+    the videos. command: the command that reproduces the student.
     """
 
     recipe: str
@@ -37,7 +37,7 @@ class ExportInfo:
         object.__setattr__(self, "example_prompt", *as_prompts([self.example_prompt]))
 
     def json(self) -> dict[str, Any]:
-        """For the export's record; of a first frame's file its name alone, as on the card."""
+        """The fields for the export's record; a first frame is recorded by its file name alone, as on the card."""
         image = self.example_prompt.image
         shown = replace(self.example_prompt, image=Path(image).name) if image is not None and is_file_name(image) else self.example_prompt
         return asdict(self) | {"example_prompt": str(shown)}
@@ -45,10 +45,10 @@ class ExportInfo:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the export found out about itself; differences are the largest of final latents, in float32.
+    """Measurements of an export; differences are the largest absolute ones of final latents, in float32.
 
-    comfyui_shift, comfyui_difference: None where no workflow is made for the family. usual: steps and guidance that the pipeline's call takes unless
-    told otherwise. passes_generator: whether it hands `generator=` on to the scheduler. task: what the pipeline does. loras: the LoRA files that were written.
+    comfyui_shift, comfyui_difference: None where no workflow is made for the family. usual: default steps and guidance of the pipeline's
+    call. passes_generator: whether the pipeline passes `generator=` to the scheduler. task: the pipeline's task. loras: the LoRA files that were written.
     """
 
     sampler_difference: float
@@ -66,7 +66,7 @@ class Measured:
     loras: tuple[str, ...] = ()
 
 
-# above this a level is visibly another one: ComfyUI's rounding to thousandths stays below
+# a larger difference is another level: ComfyUI's rounding to thousandths stays below
 LEVELS_EQUAL = 5e-3
 
 
@@ -112,7 +112,7 @@ def many_step_card(info: ExportInfo, sampling: Sampling, task: Task = "text-to-v
 
 
 def _asked(info: ExportInfo, guided: bool = False) -> str:
-    """What the pipeline is called with, with guidance also the negative prompt; of an image's file its name, because the folder is a private matter."""
+    """Arguments of the pipeline's call, with guidance also the negative prompt; an image file is shown by its name alone, to keep its folder private."""
     prompt = info.example_prompt
     text, image = json.dumps(prompt.text), prompt.image
     negative = f", negative_prompt={json.dumps(prompt.negative, ensure_ascii=False)}" if guided and prompt.negative else ""
@@ -162,7 +162,7 @@ def _training(info: ExportInfo, levels: Sequence[float]) -> str:
 
 
 def _front_matter(info: ExportInfo, measured: Measured) -> str:
-    # a JSON string is a YAML string, and needs no quoting rules of its own
+    # a JSON string is also a valid YAML string, so no further quoting is needed
     lines = ["---", "library_name: diffusers", f"pipeline_tag: {measured.task}"]
     if info.base_model.count("/") == 1:
         lines += [f"base_model: {json.dumps(info.base_model)}", "base_model_relation: finetune"]

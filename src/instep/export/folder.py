@@ -35,12 +35,12 @@ COMFYUI_MODEL = "comfyui_diffusion_model.safetensors"
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written; differences are largest absolute differences of final latents in float32 (see `verify_export`).
+    """The result of an export; differences are largest absolute differences of final latents in float32 (see `verify_export`).
 
     sampler_difference: stock diffusers against our sampler, both on the exported weights. student_difference: stock
     diffusers on the exported weights against our sampler on the student in memory: sampler, merge and rounding to
-    `dtype` together. comfyui_difference: of ComfyUI's levels from ours; None where none is made for it: exports that are no
-    pipeline, other families than text-to-video Wan.
+    `dtype` together. comfyui_difference: the difference of ComfyUI's levels from ours; None without a workflow (exports that are no
+    pipeline, families other than text-to-video Wan).
     """
 
     folder: Path
@@ -66,7 +66,7 @@ def export_student(
 ) -> ExportReport:
     """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA files and (where ComfyUI has the model) a workflow, and checks it.
 
-    network: the student's, of `family`; nothing in it or in the family's pipeline is changed, and the pipeline's other parts are saved too. adapter: the PEFT
+    network: the student's, of `family`; neither it nor the family's pipeline is changed, and the pipeline's other parts are saved too. adapter: the PEFT
     adapter on `network` that is the student; the folder's networks then have it merged. dtype: float16, float32 or None to keep. ours: the training-side
     sampler to compare with, at info.size (None: our sampler around the weights in memory, at a small size). The folder appears at once, complete, or not at
     all. Raises ValueError if `out` holds something that is not an earlier export and `overwrite` is not set, or if the levels cannot be represented.
@@ -126,8 +126,8 @@ def export_many_step(
 ) -> ExportReport:
     """Writes a student that is still a many-step model: the pipeline with its own scheduler, its weights in place of the pretrained ones.
 
-    `sampling` is what it was trained with, and what the card and `instep sample` take. Otherwise as `export_student`; nothing is compared with our sampler: the
-    scheduler is the pipeline's own, whose levels are other ones for the same number of steps (diffusers' last lies next to 0). The weights of a student
+    `sampling` is that of training, and the default of the card and `instep sample`. Otherwise as `export_student`, but nothing is compared with our sampler:
+    the scheduler is the pipeline's own, with other levels for the same number of steps (diffusers' last one is next to 0). The weights of a student
     that is conditioned on guidance scales hold those of `sampling` already.
     """
     out = Path(out)
@@ -156,7 +156,7 @@ def merged_parts(family: Family, network: nn.Module, adapter: str | None = None)
     """Plain copies of a network's parts, with `adapter` merged into those that carry it."""
     if adapter is None:
         return {name: plain_copy(part) for name, part in family.parts(network).items()}
-    alone = len(family.denoisers) == 1  # merge_lora then names what is wrong
+    alone = len(family.denoisers) == 1  # merge_lora then reports the error
     return {name: merge_lora(part, adapter) if alone or has_adapter(part, adapter) else without_adapters(part) for name, part in family.parts(network).items()}
 
 
@@ -172,8 +172,8 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 
 def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """`module` itself, its parameters in `dtype` except those that its class wants in float32 (norms, time embedding:
-    they are small).
+    """`module` itself, its parameters in `dtype`, except those that its class keeps in float32 (norms and time embedding,
+    which are small).
     """
     family: Any = type(module)
     keep = family._keep_in_fp32_modules or ()
@@ -184,7 +184,7 @@ def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _pipeline(family: Family, parts: Mapping[str, nn.Module], scheduler: Any, dtype: torch.dtype | None) -> DiffusionPipeline:
-    """The stock pipeline around copies of `parts` with `scheduler`; every network of it, text encoders and VAE too, in `dtype` (None: as it is)."""
+    """The stock pipeline around copies of `parts` with `scheduler`; all its networks, text encoders and VAE included, in `dtype` (None: unchanged)."""
     others: dict[str, Any] = {"scheduler": scheduler}
     if dtype is not None:
         networks = {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module) and name not in parts}
@@ -196,7 +196,7 @@ def _pipeline(family: Family, parts: Mapping[str, nn.Module], scheduler: Any, dt
 
 
 def _stored_dtype(network: nn.Module) -> str:
-    """The number format that most of a network's weights are in."""
+    """Returns the dtype of most of a network's weights."""
     counts: Counter[torch.dtype] = Counter()
     for parameter in network.parameters():
         counts[parameter.dtype] += parameter.numel()
@@ -216,7 +216,7 @@ def _write_comfyui(folder: Path, comfyui: ComfyUI, denoiser: nn.Module, levels: 
 
 
 def _sync(folder: Path) -> int:
-    """Everything in `folder` to the disk; returns its size in bytes."""
+    """Flushes everything in `folder` to disk; returns its size in bytes."""
     size = 0
     for path in folder.rglob("*"):
         if path.is_file():

@@ -1,4 +1,4 @@
-"""A PEFT adapter as files that diffusers and ComfyUI read: one file a part of the network."""
+"""Writes a PEFT adapter as files that diffusers and ComfyUI read, one for each part of the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from instep.models.family import Family
 def lora_state_dict(module: nn.Module, adapter: str, key: Callable[[str], str]) -> dict[str, Tensor]:
     """The tensors `KEY.lora_A.weight` and `KEY.lora_B.weight` of each adapted layer, KEY = `key(layer name)`, with alpha / r folded into B.
 
-    Strength 1 is therefore exact everywhere. Raises ValueError if the adapter is not there, is not plain LoRA, or touches a layer that `key` has no name for.
+    Strength 1 is therefore exact everywhere. Raises ValueError if the adapter is not there, is not plain LoRA, or adapts a layer without a name in `key`.
     """
     state = {}
     for name, layer, scale in lora_layers(module, adapter):
@@ -26,12 +26,12 @@ def lora_state_dict(module: nn.Module, adapter: str, key: Callable[[str], str]) 
 
 
 def lora_files(family: Family) -> dict[str, str]:
-    """The file name of each part's LoRA: lora.safetensors, and lora_2.safetensors of a second expert."""
+    """The file name of each part's LoRA: lora.safetensors, and lora_2.safetensors for a second expert."""
     return {part: "lora.safetensors" if i == 0 else f"lora_{i + 1}.safetensors" for i, part in enumerate(family.denoisers)}
 
 
 def save_loras(family: Family, network: nn.Module, folder: Path, adapter: str = "student", dtype: torch.dtype | None = None) -> list[str]:
-    """Writes the adapter of each part that has it, each file atomically, and returns all keys. dtype None keeps the adapter's own."""
+    """Writes the adapter of each part that has one, each file atomically, and returns all keys. dtype None keeps the adapter's own."""
     from safetensors.torch import save_file
 
     keys: list[str] = []

@@ -1,4 +1,4 @@
-"""Writing a student that no stock pipeline samples (a class-conditional flow in pixel space): its transformer and its scheduler."""
+"""Writes a student without a stock pipeline (a class-conditional flow in pixel space): its transformer and its scheduler."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def export_parts(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Writes `out` with transformer/, scheduler/ and README.md, and checks there that the scheduler's plain loop draws what `ours` draws.
+    """Writes `out` with transformer/, scheduler/ and README.md, and checks that the scheduler's plain loop draws the same samples as `ours`.
 
-    network: the student's, with `adapter` to be merged into it. dtype: float16, float32 or None to keep. The folder appears at once, complete, or not at all.
+    network: the student's; `adapter` is merged into its copy. dtype: float16, float32 or None to keep. The folder appears at once, complete, or not at all.
     Raises ValueError as `export_student` does.
     """
     out, levels = Path(out), tuple(float(t) for t in levels)
@@ -97,7 +97,7 @@ def export_parts(
 
 
 def sampled(sampler: Sampler, prompts: Sequence[Prompt]) -> Tensor:
-    """Final latents from torch's global generator at seed 0, whose state is put back: the scheduler re-noises from it."""
+    """Final latents from torch's global generator at seed 0, whose state is restored: the scheduler draws its noise from it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return sampler(prompts, torch.default_generator)

@@ -1,4 +1,4 @@
-"""A stock diffusers scheduler that runs a student's levels: no custom code where the student is used."""
+"""Stock diffusers schedulers for a student's levels, so that using the student needs no custom code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from instep.diffusion.prediction import PredictionType
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 
-# in a student's own arithmetic (float32) levels nearer than this are the same level
+# levels nearer than this are equal in the student's arithmetic (float32)
 TOLERANCE = 1e-6
 NUDGES = 40
 
@@ -23,8 +23,8 @@ NUDGES = 40
 def few_step_scheduler(path: Path, levels: Sequence[float], prediction_type: PredictionType) -> FlowMatchEulerDiscreteScheduler | LCMScheduler:
     """The stock scheduler that predicts x0 at `levels` of `path` and re-noises between them, for `set_timesteps(len(levels))`.
 
-    FlowMatchEulerDiscreteScheduler on the rectified flow, LCMScheduler on a variance-preserving path. Raises ValueError for a list that the class
-    cannot produce, and for a network that it cannot read.
+    FlowMatchEulerDiscreteScheduler on the rectified flow, LCMScheduler on a variance-preserving path. Raises ValueError for levels that the
+    class cannot produce, and for a prediction type that it does not support.
     """
     if isinstance(path, RectifiedFlow) and prediction_type == "velocity":
         return flow_scheduler(levels)
@@ -41,10 +41,10 @@ def few_step_scheduler(path: Path, levels: Sequence[float], prediction_type: Pre
 def flow_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler whose `set_timesteps(len(levels))` gives exactly `levels`, and which re-noises between them.
 
-    levels: 1 = t_1 > ... > t_n > 0. Uniform-then-shifted lists fit, so does a list of up to 3 levels (unless the second
-    all but touches 1 or 0). Raises ValueError for a list that this class cannot produce; whether it can is tried, not
-    assumed (tolerance 1e-6). It serves n steps only: another number of steps gives levels the student was not trained
-    on.
+    levels: 1 = t_1 > ... > t_n > 0. Uniform-then-shifted lists fit, and so do lists of up to 3 levels (unless the
+    second is next to 1 or 0). Raises ValueError for a list that this class cannot produce, which is tried, not assumed
+    (tolerance 1e-6). The scheduler serves n steps only: another number of steps gives levels on which the student was
+    not trained.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -53,7 +53,7 @@ def flow_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
     shift, terminal = solve_shift(levels)
     wanted = torch.tensor(levels, dtype=torch.float32)
     best: tuple[float, FlowMatchEulerDiscreteScheduler] | None = None
-    # one float32 unit of a level is 1e-6 in a sample: of shifts that no training can tell apart, the bit-equal one
+    # one float32 unit of a level changes a sample by 1e-6, so of almost equal shifts the bit-exact one is chosen
     for nudge in sorted(range(-NUDGES, NUDGES + 1), key=abs):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift * (1 + nudge * 2e-8), shift_terminal=terminal, stochastic_sampling=True)
         scheduler.set_timesteps(n)
@@ -85,7 +85,7 @@ def solve_shift(levels: Sequence[float]) -> tuple[float, float | None]:
     """The class's (shift, shift_terminal) for which a middle level and the last one come out right.
 
     `set_timesteps` takes n points from 1 down to m (the shifted 1/1000), shifts them by s, and stretches 1 - sigma so
-    that the last is T. For level j (from 0), r = (1 - t_j) / (1 - T) and k = j / (n - 1), that asks for s = 1 / (1 - a
+    that the last is T. For level j (from 0), r = (1 - t_j) / (1 - T) and k = j / (n - 1), this requires s = 1 / (1 - a
     / (1 - m)) with a = (k - r) / (k (1 - r)): a fixed point, because m depends on s. The j with r nearest 1/2 is the
     least sensitive to rounding.
     """
@@ -103,7 +103,7 @@ def solve_shift(levels: Sequence[float]) -> tuple[float, float | None]:
         m = shift * 1e-3 / (1 + (shift - 1) * 1e-3)
         denominator = 1 - a / (1 - m)
         if denominator <= 0:
-            # no positive shift exists; the caller's trial then reports how far off the nearest list is
+            # no positive shift exists; the caller's trial then reports the error of the nearest list
             break
         shift = 1 / denominator
     return shift, float(levels[-1])

@@ -27,9 +27,9 @@ TOLERANCE = 1e-6
 def vp_scheduler(path: VariancePreserving, levels: Sequence[float], prediction_type: PredictionType) -> LCMScheduler:
     """The scheduler whose `set_timesteps(len(levels))` gives the training steps of `levels` (t = k / N is step k - 1) and which re-noises between them.
 
-    `LCMScheduler(original_inference_steps=m)` knows every (N // m)-th step and takes n of them, evenly: that is uniform levels n / n, ..., 1 / n with n
-    a divisor of N, and a few more lists. Its alpha-bar is the path's to one unit in float32, whatever schedule that came from. Raises ValueError for
-    levels it cannot give (whether it can is tried), for steps fewer or more than its n, and for a network that predicts a velocity.
+    `LCMScheduler(original_inference_steps=m)` has every (N // m)-th step and takes n of them, evenly spaced: uniform levels n / n, ..., 1 / n with n
+    a divisor of N, and a few more lists. Its alpha-bar equals the path's to one float32 unit, for any schedule. Raises ValueError for levels it
+    cannot give (which is tried), for another number of steps than n, and for a network that predicts a velocity.
     """
     from diffusers import LCMScheduler
 
@@ -63,7 +63,7 @@ def vp_scheduler(path: VariancePreserving, levels: Sequence[float], prediction_t
 
 
 def training_steps(path: VariancePreserving, levels: Sequence[float]) -> list[int]:
-    """The training steps k - 1 that the levels k / N are; ValueError if one of them is none, or is step 0, which LCM leaves as it is."""
+    """Returns the training steps k - 1 of the levels k / N. Raises ValueError for a level between steps, and for step 0, which LCM leaves unchanged."""
     steps = [round(t * path.steps) - 1 for t in levels]
     # few_step_levels rounds to seven digits
     if any(abs((step + 1) / path.steps - t) > 2e-7 for step, t in zip(steps, levels, strict=True)) or steps[-1] < 1:
@@ -72,7 +72,7 @@ def training_steps(path: VariancePreserving, levels: Sequence[float]) -> list[in
 
 
 def lcm_steps(total: int, original: int, n: int) -> list[int]:
-    """What `LCMScheduler.set_timesteps(n)` gives with `original_inference_steps` = original, of `total` training steps."""
+    """Returns the timesteps of `LCMScheduler.set_timesteps(n)` with `original_inference_steps` = original, of `total` training steps."""
     k = total // original
     return [(original - int(math.floor(i))) * k - 1 for i in np.linspace(0, original, num=n, endpoint=False)]
 
@@ -88,7 +88,7 @@ def _no_such(path: VariancePreserving, levels: Sequence[float]) -> ValueError:
 
 
 def float32_betas(path: VariancePreserving) -> list[float]:
-    """Betas whose running product in float32 is the path's alpha-bar: each makes up for the rounding of those before it."""
+    """Betas whose running product in float32 is the path's alpha-bar: each one compensates for the rounding of those before it."""
     betas, product = [], 1.0
     for bar in path.table()[1:].tolist():
         beta = torch.tensor(1 - bar / product, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Does the exported folder, in stock diffusers, draw the same samples as the library's own sampler?"""
+"""Checks that an exported folder, in stock diffusers, draws the same samples as the library's own sampler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLES = ("a cat runs through snow", "a street in the rain")
 
 
 def examples(family: Family, folder: FilePath) -> list[Prompt]:
-    """Two prompts that any text model takes; where it begins with a first frame, with images of noise that are written into `folder`."""
+    """Two prompts that any text model takes; for image-to-video models with first frames of noise, which are written into `folder`."""
     if not family.takes_first_frame:
         return [Prompt(text) for text in EXAMPLES]
     from PIL import Image
@@ -45,7 +45,7 @@ def examples(family: Family, folder: FilePath) -> list[Prompt]:
 def sample_as_stock(
     denoiser: Denoiser, cond: Condition, shape: Sequence[int], levels: Sequence[float], path: Path, rng: torch.Generator, axes: tuple[int, ...]
 ) -> Tensor:
-    """`sample_few_step` of len(cond) samples of `shape` with its noise drawn, and its result given, in a pipeline's order of axes (`Family.axes`)."""
+    """`sample_few_step` of len(cond) samples of `shape` with noise and result in a pipeline's order of axes (`Family.axes`)."""
     back = [axes.index(i) for i in range(len(axes))]
 
     def turned(x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
@@ -80,10 +80,10 @@ def verify_export(
     """Largest absolute difference of final latents between stock diffusers on `folder`, in float32, and `ours`.
 
     ours: the student's sampler in memory (then weights and sampler are compared), or the levels (then our sampler runs around the folder's own network, and the
-    sampler alone is compared). family: the one that the folder's pipeline is of; None finds it. Both sides see the same noise: the device's global generator,
-    seeded with `seed` (one more for each further call, where a call takes one first frame), because some pipelines do not hand a generator to
+    sampler alone is compared). family: that of the folder's pipeline; None detects it. Both sides see the same noise: the device's global generator,
+    seeded with `seed` (plus 1 for each further call, where a call takes one first frame), because some pipelines do not pass a generator to
     `scheduler.step`. prompts None: two texts, with first frames of noise where the model takes them. size None: the smallest. device: where `ours` runs.
-    Raises ValueError if the two shapes differ. The global random state is put back.
+    Raises ValueError if the two shapes differ. The global random state is restored.
     """
     from diffusers import DiffusionPipeline
 
@@ -101,7 +101,7 @@ def verify_export(
         for i, group in enumerate(groups):
             torch.manual_seed(seed + i)
             theirs.append(there.stock_sample(pipe, group, steps=steps, guidance=1.0, output="latent"))
-        # after the stock samples: our sampler's attention takes the place of the stock one
+        # after the stock samples, because our sampler replaces the stock attention
         sampler = ours if callable(ours) else our_sampler(there, there.pretrained, ours)
         own = []
         for i, group in enumerate(groups):
@@ -114,7 +114,7 @@ def verify_export(
 
 
 def _global_generator(device: torch.device) -> tuple[torch.Generator, list[int]]:
-    """The global generator of a device, and the devices whose state is to be put back."""
+    """Returns the global generator of a device, and the devices whose random state must be restored."""
     if device.type != "cuda":
         return torch.default_generator, []
     index = device.index if device.index is not None else torch.cuda.current_device()

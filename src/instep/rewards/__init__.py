@@ -1,1 +1,1 @@
-"""One file a reward, or kind of reward, and rewards of latents through the decoder. It may import `data`, `methods`, `diffusion` and `core`."""
+"""Rewards, one file for each kind, and rewards of latents through the decoder. It may import `data`, `methods`, `diffusion` and `core`."""

@@ -1,4 +1,4 @@
-"""Rewards: anything that scores media for prompts. A plain Python function is one."""
+"""Rewards: anything that scores media for prompts, for example a plain Python function."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from instep.data.prompt import Prompt, as_prompts, texts_of
 
 
 class RewardError(ValueError):
-    """What a reward says when its own message already names the reward, the sample and the fix: it is passed on as it is."""
+    """An error whose message already names the reward, the sample and the fix; it is passed on unchanged."""
 
 
 @runtime_checkable
 class Reward(Protocol):
     """Scores media [B, 3, F, H, W] in [0, 1] for B prompts: [B], higher is better.
 
-    `name` is also the reward's fingerprint: a run goes on only with a reward of the same name. It says every setting that changes a score, and
-    nothing that differs between processes (no object id, no token). It gets the prompts' texts alone; with an attribute `sees_first_frames` that is true it
-    gets `Prompt` values, with the first frames that image-to-video prompts name.
+    `name` is also the reward's fingerprint: a run resumes only with a reward of the same name. The name contains every setting that changes a score, and
+    nothing that differs between processes (no object id, no token). A reward gets the prompts' texts alone; if it has a true `sees_first_frames`, it gets
+    `Prompt` values, with the first frames of image-to-video prompts.
     """
 
     name: str
@@ -55,7 +55,7 @@ class FunctionReward:
 def as_reward(reward: Reward | Callable[[Tensor, Sequence[str]], Any]) -> Reward:
     """Return a reward as it is, and a function, or an object with `score` or `__call__` alone, wrapped as one.
 
-    What the object says of itself (`name`, `differentiable`, `space`, `sees_first_frames`) is kept. Raises ValueError for a class in place of an object
+    The object's own attributes (`name`, `differentiable`, `space`, `sees_first_frames`) are kept. Raises ValueError for a class in place of an object
     and for what cannot score.
     """
     if isinstance(reward, type):
@@ -71,12 +71,12 @@ def as_reward(reward: Reward | Callable[[Tensor, Sequence[str]], Any]) -> Reward
 
 
 def prompts_for(reader: object, prompts: Sequence[Prompt | str]) -> Sequence[Any]:
-    """Prompts as a reward, a ranker or a monitor gets them: their texts, or `Prompt` values where it has a true `sees_first_frames`."""
+    """Prompts in the form that a reward, ranker or monitor takes: `Prompt` values if it has a true `sees_first_frames`, else texts."""
     return as_prompts(prompts) if getattr(reader, "sees_first_frames", False) else texts_of(prompts)
 
 
 def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
-    """Scores [B], or a ValueError that names the reward and the first sample that it failed on."""
+    """Returns scores [B]. Raises ValueError, naming the reward and the first sample, if it fails or a score is not finite."""
     try:
         scores = reward.score(media, prompts_for(reward, prompts))
     except RewardError:

@@ -40,7 +40,7 @@ class RewardHead(nn.Module):
         layers = [nn.Linear(width, 1)] if not hidden else [nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1)]
         self.layers = nn.Sequential(*layers)
         if not hidden:
-            # what two samples of a prompt share (the prompt) has no gradient: it stays out of the reward
+            # features that both samples of a pair share (the prompt's) get no gradient and stay out of the reward
             for parameter in layers[0].parameters():
                 nn.init.zeros_(parameter)
         # eta = softplus(raw) starts at 0.31: about one tie in seven between equals
@@ -72,12 +72,11 @@ class RewardHead(nn.Module):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained head and what it does on pairs it has not seen: share of those with a preference that it orders right (half where it sees no
-    difference), and its mean log probability of all (ties too). `pairs`: how many it was trained on, `heldout` how many it was measured on.
+    """A trained head and its results on held-out pairs: the share of preferences that it orders right (one half for equal rewards), and its mean log
+    probability of all pairs (ties too). `pairs`: number of training pairs; `heldout`: number of held-out pairs.
 
-    `coin` is the mean log probability, on the same pairs, of a coin that knows how often those it was trained on are ties. `answers`: how many independent
-    answers the accuracy is worth if those of one group always agreed, (sum n)^2 / sum n^2 over the groups' preferences n: an interval made of it is
-    not too narrow.
+    `coin` is the mean log probability, on the same pairs, of a coin with the training pairs' rate of ties. `answers`: the effective number of independent
+    answers if those of one group always agreed, (sum n)^2 / sum n^2 over the groups' preferences n, so that an interval based on it is not too narrow.
     """
 
     head: RewardHead
@@ -102,11 +101,11 @@ def fit(
     seed: int = 0,
     groups: Sequence[Hashable] | None = None,
 ) -> Fitted:
-    """A head trained on features [N, D] of pairs and their outcomes [N] (1: first preferred, -1: second, 0: tie), by likelihood and a Gaussian prior on
-    its weights (not on eta) of variance 1 / `decay`, which counts the less the more pairs there are.
+    """Fits a head to features [N, D] of pairs and their outcomes [N] (1: first preferred, -1: second, 0: tie), by likelihood with a Gaussian prior on
+    its weights (not on eta) of variance 1 / `decay`; more pairs reduce the prior's influence.
 
-    A seeded part `heldout` is kept for measuring: of the pairs, or with `groups`, one a pair (its prompt), of these, so that none is on both sides.
-    ValueError if there are too few, or all are ties.
+    A seeded share `heldout` is kept for measuring: of the pairs, or with `groups` (one for each pair, its prompt) of the groups, so that none is in
+    both parts. Raises ValueError if there are too few pairs, or all are ties.
     """
     if first.shape != second.shape or first.ndim != 2 or len(outcome) != len(first):
         raise ValueError(f"features: {tuple(first.shape)} and {tuple(second.shape)} for {len(outcome)} outcomes; give [N, D] of each and one outcome a pair")
@@ -127,7 +126,7 @@ def fit(
     both = torch.cat([first[seen], second[seen]])
     head.mean.copy_(both.mean(0))
     spread = both.std(0)
-    # what is alike in all of these may differ elsewhere, and must not be blown up there
+    # a feature that is constant here may vary elsewhere, and must not be amplified there
     head.std.copy_(torch.where(spread > 1e-6, spread, torch.ones_like(spread)))
     optimizer = torch.optim.Adam(head.parameters(), lr)
     for _ in range(steps):

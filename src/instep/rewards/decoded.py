@@ -15,7 +15,7 @@ from instep.rewards.several import Several
 
 
 class Decodes(Protocol):
-    """What turns latents into media; every model family does."""
+    """A decoder of latents into media; every model family is one."""
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents [B, C, (F,) H, W] to media [B, 3, (F,) H, W], nominally in [0, 1] and not clamped."""
@@ -27,7 +27,7 @@ DECODE_BATCH = 32
 
 
 def make_reward_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, Sequence[Prompt | str]], Tensor] | None:
-    """Reward of latents: decoded a few at a time, clamped to what a file would hold."""
+    """Reward of latents: decoded a few at a time, clamped to [0, 1] like a file's pixels."""
     if reward is None:
         return None
 
@@ -42,7 +42,7 @@ def make_reward_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, 
 
 
 def chunks(prompts: Sequence[Prompt | str], *, whole: bool) -> list[slice]:
-    """Rows that are decoded together: `DECODE_BATCH` at a time, or with `whole` as many more as keep neighbours of one prompt together."""
+    """Slices of rows that are decoded together: `DECODE_BATCH` rows, or with `whole` more, so that adjacent samples of one prompt stay together."""
     ends, n = [0], len(prompts)
     while ends[-1] < n:
         end = min(n, ends[-1] + DECODE_BATCH)
@@ -65,12 +65,12 @@ def _scores(reward: Reward, media: Tensor, prompts: Sequence[Prompt | str]) -> T
 
 
 def weights_of(reward: Reward | None) -> tuple[float, ...]:
-    """What each of several rewards counts with; 1 for a single one."""
+    """The weights of several rewards; 1 for a single one."""
     return reward.weights if isinstance(reward, Several) else (1.0,)
 
 
 def _media(family: Decodes, reward: Reward, x: Tensor, *, clamp: bool = False) -> Tensor:
-    """What a reward looks at: decoded media, or the latents themselves."""
+    """The input of a reward: decoded media, or the latents themselves."""
     if reward.space == "latent":
         return x
     return family.decode(x).clamp(0, 1) if clamp else family.decode(x)

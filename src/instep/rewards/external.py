@@ -26,11 +26,11 @@ class CommandReward:
     """Runs `argv` once a batch, without a shell, in the working directory.
 
     Standard input is one line of JSON a sample: {"index": 0, "prompt": "a seven", "files": ["/.../0/0000.png", ...]}, one file for an image, one a frame
-    for a video (animated formats merge equal frames). Standard output is one number a line, in the same order, or one JSON list; everything else
-    a command has to say goes to standard error. The files are gone when it ends.
+    for a video (animated formats merge equal frames). Standard output is one number a line, in the same order, or one JSON list; a command
+    writes all other output to standard error. The files are deleted when it ends.
 
     `timeout` in seconds is for one batch: its process group is killed then. A command that ends with another status than 0, or in no time, is run again
-    `retries` times. Then the batch is tried in halves, so that the error names the sample (not after a time-out, which could take hours).
+    `retries` times. Then the batch is split in halves, so that the error names the sample (not after a time-out, since that could take hours).
     """
 
     argv: tuple[str, ...]
@@ -49,7 +49,7 @@ class CommandReward:
 
     @property
     def name(self) -> str:
-        """The command; the time it gets is not part of it."""
+        """The command; the time-out is not part of the name."""
         return "command:" + shlex.join(self.argv)
 
     def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -119,7 +119,7 @@ class _TooSlow(Exception):
 
 
 def command(text: str, timeout: float = 300.0, retries: int = 1) -> CommandReward:
-    """A command line as a reward, quoted as a POSIX shell would have it, though no shell runs it: no pipes, no variables, no wildcards."""
+    """A command line as a reward, quoted as for a POSIX shell, although no shell runs it: no pipes, no variables, no wildcards."""
     try:
         argv = tuple(shlex.split(text))
     except ValueError as error:
@@ -138,7 +138,7 @@ def _files(sample: Sample, folder: Path) -> dict[str, object]:
 
 
 def _end(process: subprocess.Popen[str]) -> str:
-    """Kills a command with whatever it has started; returns what it had said on standard error."""
+    """Kills a command and its child processes; returns its standard error so far."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     # a grandchild in a session of its own may keep the pipe open for ever

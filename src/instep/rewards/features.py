@@ -1,8 +1,8 @@
-"""What a reward learned from preferences looks at: numbers of media and their prompts, from an image-text model of your own or a classifier that whoever calls
-brings along (`FeaturesOf`).
+"""The inputs of a reward learned from preferences: features of media and their prompts, from an image-text model of the user or from a classifier that the
+caller provides (`FeaturesOf`).
 
-Both see the sample and its prompt in one space. The features are (sample, prompt, sample * prompt): by its products a linear head weighs how well a sample
-fits what was asked, direction by direction.
+Both embed the sample and its prompt in one space. The features are (sample, prompt, sample * prompt): with the products a linear head can weigh how well a
+sample fits its prompt, direction by direction.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in processors' fil
 class Features(Protocol):
     """Media [B, 3, (F,) H, W] in [0, 1] and their prompts to [B, width], differentiable with respect to the pixels.
 
-    `given` and `frames` make the same features again (a `FeaturesOf`); `name` says every setting and the network's fingerprint.
+    `given` and `frames` rebuild the same features (through a `FeaturesOf`); `name` contains every setting and the network's fingerprint.
     """
 
     @property
@@ -50,7 +50,7 @@ class Features(Protocol):
     def __call__(self, media: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
 
-# a name or folder, and frames of each video, to features; ValueError for what is no such model
+# a name or folder, and frames of each video, to features; ValueError for anything but such a model
 FeaturesOf = Callable[[str, int], Features]
 
 
@@ -61,7 +61,7 @@ def joined(sample: Tensor, prompt: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Frames as an image-text model takes them, as its processor's file says, but with a gradient: resized, cropped, normalised.
+    """Prepares frames by the settings of an image-text model's processor, but with a gradient: resized, cropped, normalised.
 
     `resize`: (height, width), or one number for the shorter side. Pillow, with which processors resize, rounds to 8 bits in between; this does not.
     """
@@ -74,7 +74,7 @@ class Preparation:
 
     @classmethod
     def of(cls, settings: dict[str, Any], name: str) -> Preparation:
-        """From an image processor's settings; ValueError where it does what is not known here."""
+        """Reads an image processor's settings. Raises ValueError for steps that are not supported here."""
         size, crop, normal = settings.get("size") or {}, settings.get("crop_size") or {}, settings.get("do_normalize")
         resize: Any = size["shortest_edge"] if size.get("shortest_edge") else (size.get("height"), size.get("width"))
         if settings.get("resample", 3) not in RESAMPLE or (settings.get("do_resize") and None in (resize if isinstance(resize, tuple) else ())):
@@ -126,7 +126,7 @@ class ImageTextFeatures:
 
     def read(self, path: Path) -> Tensor:
         media = read_media(path, self.frames)
-        # a still needs no second look
+        # equal frames need one pass only
         return (media[:, :1] if bool((media == media[:, :1]).all()) else media)[None]
 
     def __call__(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -147,7 +147,7 @@ class ImageTextFeatures:
 
 
 def image_text_features(folder: str, frames: int = 8) -> ImageTextFeatures:
-    """Of a local folder as transformers' `save_pretrained` writes it: weights as safetensors, no code of the folder's own, nothing downloaded."""
+    """Loads a local folder in the form of transformers' `save_pretrained`: weights as safetensors, no code of the folder's own, nothing downloaded."""
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoProcessor
 
@@ -171,7 +171,7 @@ def image_text_features(folder: str, frames: int = 8) -> ImageTextFeatures:
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"features: {folder} has no preprocessor_config.json, so how it takes images is not known; give the whole model folder")
     prepare = Preparation.of(processor.image_processor.to_dict(), folder)
-    # how images and words are prepared changes scores as the weights do
+    # preprocessing of images and texts changes scores just as weights do
     read = hashlib.sha256(repr((weights_fingerprint(network), prepare, limit, sorted(processor.tokenizer.get_vocab().items()))).encode()).hexdigest()[:16]
     return ImageTextFeatures(str(Path(folder).resolve()), frames, read, network, processor.tokenizer, prepare, limit)
 

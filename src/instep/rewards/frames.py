@@ -1,4 +1,4 @@
-"""A reward that looks at some frames only: what DOLLAR's Table 10 varies, because memory and cost grow with every frame scored."""
+"""A reward on some frames only, as varied in DOLLAR's Table 10: memory and cost grow with the number of scored frames."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from instep.rewards.several import Several
 
 @dataclass(frozen=True)
 class SampledFrames:
-    """`reward` on k evenly spaced frames of a video, from the first to the last (the middle one for k = 1). It keeps a gradient that `reward` has.
+    """`reward` on k evenly spaced frames of a video, from the first to the last (the middle one for k = 1). It is differentiable if `reward` is.
 
     `seen_as`: "images" scores each frame as an image [B k, 3, H, W], the score is the mean over frames; "video" scores one short video
-    [B, 3, k, H, W], whose motion is as much faster as frames are left out.
+    [B, 3, k, H, W], in which motion is faster by the factor of omitted frames.
     """
 
     reward: Reward

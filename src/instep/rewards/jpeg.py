@@ -1,4 +1,4 @@
-"""How well samples compress as JPEG: the reward that has no gradient (DDPO, Section 5.1; DOLLAR, Sections 3.4 and 4.5)."""
+"""How well samples compress as JPEG: a reward without a gradient (DDPO, Section 5.1; DOLLAR, Sections 3.4 and 4.5)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KILOBYTE = 1000
 class JPEG:
     """Size of a frame's JPEG file in kilobytes (1000 bytes, header included), at quality 95, negative where `prefer` is "small".
 
-    Of a video the mean over its frames, or over `frames` of them, evenly spaced. It knows nothing of prompts.
+    For a video, the mean over its frames, or over `frames` evenly spaced ones. Prompts are ignored.
     """
 
     prefer: Literal["small", "large"] = "small"

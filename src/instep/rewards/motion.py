@@ -1,9 +1,9 @@
-"""How much moves in a video, by block matching: a substitute for VBench's dynamic degree that needs no download.
+"""The amount of motion in a video, by block matching: a substitute for VBench's dynamic degree that needs no download.
 
-VBench (Huang et al. 2024) runs RAFT between frames, averages the largest 5 % of the flow's magnitudes, and says for each video whether enough frames
-pass a threshold. This takes the same 5 % of a much coarser flow, and keeps the number instead of the yes or no. It is not VBench's score and is
-not to be reported as one: it sees no thin or fast things, does not follow what turns or grows, and has no threshold.
-Like VBench's it takes flicker and flowing noise for motion, which is how such a reward is hacked (DOLLAR, Section 4.5, Fig. 9): pure noise scores like a
+VBench (Huang et al. 2024) runs RAFT between frames, averages the largest 5 % of the flow's magnitudes, and decides for each video whether enough frames
+pass a threshold. This reward averages the same 5 % of a much coarser flow, and returns the number instead of a decision. It is not VBench's score and
+must not be reported as one: it misses thin or fast objects, does not follow rotation or growth, and has no threshold.
+Like VBench's score it counts flicker and flowing noise as motion, which is how such a reward is hacked (DOLLAR, Section 4.5, Fig. 9): pure noise scores like a
 shift of 4 pixels of 48 a frame, a flicker of a fifth of the brightness like one of 5, of a tenth like one of 0.4.
 """
 
@@ -28,7 +28,7 @@ PAIRS_AT_ONCE = 8  # bounds memory; more are no faster
 
 @dataclass(frozen=True)
 class DynamicDegree:
-    """Speed of what moves most, as a fraction of the frame's diagonal a frame, mean over successive frames: 0 for a still video.
+    """Speed of the fastest 5 % of blocks, in frame diagonals per frame, averaged over successive frames; 0 for a still video.
 
     An object that crosses a square frame from side to side in f frames scores about 0.7 / f. Beyond an eighth of the longer side a frame, motion is not
     followed and scores less. Black-box: computed without a gradient; about 1 ms a frame on one core whatever its size.

@@ -25,7 +25,7 @@ Shown = tuple[Path, str]  # a media file and its prompt
 
 @dataclass(frozen=True)
 class Learned:
-    """A head fitted to pairs, what it reads, and of how many pairs and prompts with which share of ties it was made."""
+    """A head fitted to pairs, its features, and the number of its pairs and prompts and their share of ties."""
 
     fitted: Fitted
     features: Features
@@ -43,8 +43,8 @@ class Learned:
 def read_features(
     pairs: Sequence[PreferencePair], features: Features, watch: Callable[[list[Shown]], Iterable[Shown]] = iter, device: str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Features of the chosen and of the rejected media, [N, D] each on the CPU; every file is read once. `watch` passes them on and shows how far it is."""
-    # rewards are told the text alone, whatever first frame a prompt names
+    """Features of the chosen and of the rejected media, [N, D] each on the CPU; every file is read once. `watch` yields the items and shows the progress."""
+    # rewards get the text alone, even if a prompt names a first frame
     texts = _texts(pairs)
     sides = [[(file, text) for file, text in zip(files, texts, strict=True)] for files in ([p.chosen for p in pairs], [p.rejected for p in pairs])]
     todo = list(dict.fromkeys(shown for both in zip(*sides, strict=True) for shown in both))
@@ -65,7 +65,7 @@ def learn(
     seed: int = 0,
     device: str = "cpu",
 ) -> Learned:
-    """A head fitted to pairs, ties among them; a part of the prompts, with all their pairs, is held out (`bradley_terry.fit`)."""
+    """Fits a head to pairs, including ties; a share of the prompts, with all their pairs, is held out (`bradley_terry.fit`)."""
     prompts = _texts(pairs)
     if len(set(prompts)) < 2:
         raise ValueError(f"pairs: {len(pairs)} of {len(set(prompts))} prompt are too few; it takes two prompts, one of them to measure on")
@@ -78,7 +78,7 @@ def learn(
 
 
 def _texts(pairs: Sequence[PreferencePair]) -> list[str]:
-    """The texts of pairs, whose prompts are in their written form."""
+    """The prompt texts of pairs; their prompts are stored in the written form."""
     return [Prompt.parse(pair.prompt).text for pair in pairs]
 
 
@@ -108,8 +108,8 @@ def save(learned: Learned, out: Path) -> None:
 
 
 def load_preferences(folder: Path, features_of: FeaturesOf = image_text_features) -> LearnedReward:
-    """The reward of such a folder. Its name says the digest of the head's files and the features, whose network has to be the one it was fitted on.
-    `features_of` makes the features that the folder names.
+    """Loads the reward of such a folder. Its name contains the digest of the head's files and the features; their network must be the one of the fit.
+    `features_of` builds the features named in the folder.
     """
     from safetensors import SafetensorError
 

@@ -1,4 +1,4 @@
-"""Pairwise rankers: which of two samples of a prompt is better. A reward is one, and a ranker is a reward for groups."""
+"""Pairwise rankers, which decide which of two samples of a prompt is better; adapters from rewards to rankers, and from rankers to group rewards."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reward_ranker(reward: Reward | Callable[[Tensor, Sequence[str]], Any], margi
 class Ranked:
     """A ranker as the reward of groups: a sample's score is its wins minus its losses against the others of its group, over their number, in [-1, 1].
 
-    Samples of one prompt that follow each other are a group, as training lays them out; one that stands alone scores 0. A group of two costs one
+    Adjacent samples of one prompt form a group, as in training; a single sample scores 0. A group of two costs one
     comparison and scores (1, -1), (-1, 1) or (0, 0), with which it makes no pair (Diffusion-APO 3.3.1).
     """
 
@@ -80,7 +80,7 @@ class Ranked:
 
 
 def relative(reward: Reward) -> bool:
-    """Whether a reward, or one of several, compares samples with each other: its mean says nothing, and groups must be scored whole."""
+    """Whether a reward, or one of several, compares samples with each other; its mean is then meaningless, and groups must be scored whole."""
     return any(isinstance(part, Ranked) for part in parts_of(reward))
 
 
@@ -94,6 +94,6 @@ def checked_comparisons(ranker: Ranker, first: Tensor, second: Tensor, prompts: 
 
 
 def both_ways(ask: Callable[[Tensor, Tensor, Sequence[str]], Tensor], first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Comparisons asked in both orders: what a ranker says only because one sample came first cancels. Answers that disagree are 0."""
+    """Compares in both orders, so that a preference for a position cancels. Answers that disagree are 0."""
     forward, backward = ask(first, second, prompts), -ask(second, first, prompts)
     return torch.where(forward == backward, forward, torch.zeros_like(forward))

@@ -24,7 +24,7 @@ from torch import Tensor
 from instep.rewards.base import RewardError
 from instep.rewards.samples import BatchFailed, Sample, count, finite, isolated, png, positive, samples_of, span, tail
 
-ANSWER_LIMIT = 1 << 20  # bytes; a score is some twenty
+ANSWER_LIMIT = 1 << 20  # bytes; a score takes about 20
 # statuses that are about the address or the caller: no smaller batch would help
 NOT_THE_SAMPLES = (401, 403, 404, 405, 407, 429)
 
@@ -34,10 +34,10 @@ class HttpReward:
     """POSTs {"prompts": [...], "media": [...]} to `url`, which answers {"scores": [...]}, one finite number a sample, in the same order.
 
     Each of `media` is the base64 of a PNG for an image, a list of such, one a frame, for a video. A batch goes out `batch` samples at a time,
-    `workers` requests at once: a reward elsewhere waits more than it works.
+    `workers` requests at once, because a remote reward mostly waits.
 
     Tried again `retries` times, after `backoff`, twice, four times ... as many seconds: no connection, no complete answer within `timeout` seconds, a
-    status of 5xx. Not tried again: 4xx. A request that fails for its samples is then tried in halves, so that the error names the one. No redirect
+    status of 5xx. Not tried again: 4xx. A request that fails because of its samples is then split in halves, so that the error names the sample. No redirect
     is followed. `token` names an environment variable that holds a bearer token; the token is in no name, file or message.
     """
 
@@ -62,7 +62,7 @@ class HttpReward:
 
     @property
     def name(self) -> str:
-        """The address; how long it is waited for, and in which portions it is asked, is not part of it."""
+        """The address; time-outs and batch sizes are not part of the name."""
         return self.url
 
     def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -96,7 +96,7 @@ class HttpReward:
         raise AssertionError("unreachable")
 
     def _post(self, body: bytes, samples: Sequence[Sample]) -> bytes:
-        """The answer to one request. _Again for what passes, BatchFailed for what the samples may be to blame for, RewardError for the rest."""
+        """Returns the answer to one request. Raises _Again for transient errors, BatchFailed if the samples may be the cause, RewardError otherwise."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.token is not None:
             headers["Authorization"] = f"Bearer {secret_of(self.token)}"
@@ -159,7 +159,7 @@ class HttpReward:
 
 
 class _Again(Exception):
-    """Worth another try. `of_the_samples`: if it stays, they may be to blame."""
+    """A transient error. `of_the_samples`: if it persists, the samples may be the cause."""
 
     def __init__(self, text: str, *, of_the_samples: bool = False) -> None:
         super().__init__(text)
@@ -177,7 +177,7 @@ def _encoded(sample: Sample) -> str | list[str]:
 
 
 def check_address(url: str, *, secret: bool) -> None:
-    """ValueError for an address that cannot be asked or holds a password; a warning where samples, or a `secret`, travel unencrypted."""
+    """Raises ValueError for an invalid address or one with a password; a warning where samples, or a `secret`, travel unencrypted."""
     parts = _parts(url)
     if parts.scheme == "http" and not _here(parts.hostname or ""):
         what = "samples and the token" if secret else "samples"

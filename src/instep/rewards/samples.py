@@ -1,4 +1,4 @@
-"""What rewards outside this process are given: a batch as single samples of 8-bit frames, and which one of them a failure is about."""
+"""Inputs of rewards outside this process: a batch as single samples of 8-bit frames; and the search for the sample that causes a failure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Sample:
 
 
 class BatchFailed(Exception):
-    """A batch got no scores, and perhaps one of its samples is to blame."""
+    """A batch got no scores, and one of its samples may be the cause."""
 
 
 # tries again as often as the second argument says, then raises BatchFailed, or RewardError where no sample can be to blame
@@ -89,9 +89,9 @@ def finite(name: str, samples: Sequence[Sample], values: Sequence[object], what:
 
 
 def isolated(name: str, attempt: Attempt, samples: Sequence[Sample], retries: int, *, halved: bool = False) -> list[float]:
-    """Scores of a batch. One that fails is tried in halves, so that the error names the sample that fails by itself.
+    """Returns the scores of a batch. A failing batch is split in halves, so that the error names the sample that fails by itself.
 
-    Halves in between are tried once; only the whole batch and a single sample, which takes the blame, are tried again.
+    Halves are tried once; only the whole batch and the single sample in the end are retried.
     """
     try:
         return attempt(samples, retries if len(samples) == 1 or not halved else 0)
@@ -114,7 +114,7 @@ def span(samples: Sequence[Sample]) -> str:
 
 
 def tail(text: str, lines: int = 4, characters: int = 400) -> str:
-    """The end of what a program said, in one line."""
+    """Returns the end of a program's output in one line."""
     last = " / ".join(line.strip() for line in text.strip().splitlines()[-lines:])
     return last if len(last) <= characters else "..." + last[-characters:]
 

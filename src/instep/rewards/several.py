@@ -22,7 +22,7 @@ class Several:
 
     parts: tuple[Reward, ...]
     weights: tuple[float, ...]
-    sees_first_frames = True  # each part what it asks for
+    sees_first_frames = True  # each reward gets the form it takes
 
     def __post_init__(self) -> None:
         if not self.parts or len(self.parts) != len(self.weights):
@@ -53,7 +53,7 @@ class Several:
 
 
 def parts_of(reward: Reward) -> tuple[Reward, ...]:
-    """Of several rewards each, else the one."""
+    """Returns each of several rewards, or the single one."""
     return reward.parts if isinstance(reward, Several) else (reward,)
 
 

@@ -1,8 +1,8 @@
 """A vision-language model as a pairwise ranker of videos, through any OpenAI-compatible endpoint (Diffusion-APO, Appendix C), or in this process
 (`vlm_local.py`).
 
-The model is shown both videos as frames, numbered, and answers with one of four labels: the first or the second is less distorted; or both alike, and
-the first or the second moves more. It is asked in both orders, and answers that disagree are a tie.
+The model gets both videos as numbered frames and answers with one of four labels: the first or the second is less distorted; or both are equally distorted,
+and the first or the second moves more. Both orders are compared, and answers that disagree are a tie.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from instep.rewards.remote import check_address, opener
 
 Domain = Literal["human", "other"]
 
-# the four options, worded as the appendix words them for each domain
+# the four options for each domain, in the words of the appendix
 OPTIONS: dict[Domain, tuple[str, str, str, str]] = {
     "human": (
         "Video 1 has a lower degree of visual distortion.",
@@ -70,7 +70,7 @@ def label_of(answer: str, domain: Domain) -> int:
 
 
 class Endpoint(Protocol):
-    """A chat model: the parts of one message, as the OpenAI interface writes them, to the answer's text. OSError or ValueError where it fails."""
+    """A chat model: the parts of one message, as the OpenAI interface writes them, to the answer's text. Raises OSError or ValueError on failure."""
 
     @property
     def name(self) -> str: ...
@@ -123,7 +123,7 @@ class VisionLanguageRanker:
     """Asks a vision-language model which of two videos is better, in both orders (`ranker.Ranked` makes a reward of it).
 
     `domain`: the human-centric prompt or the other (the paper trains a ranker for each). `frames` images a video at most, evenly spaced (paper: 40).
-    `retries`: how often a failed call or an answer that is no option is asked again, after `wait` seconds; then a ValueError that names the sample.
+    `retries`: number of retries of a failed call or an answer that is no option, `wait` seconds apart; then it raises ValueError with the sample's name.
     """
 
     endpoint: Endpoint

@@ -1,4 +1,4 @@
-"""A vision-language model of transformers, in this process, where `vlm.OpenAIEndpoint` asks a server."""
+"""A vision-language model of transformers in this process, in place of the server of `vlm.OpenAIEndpoint`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True)
 class TransformersEndpoint:
-    """An image-text-to-text model and its processor; answers greedily, so that the same question always gets the same answer (asking again is of no use).
+    """An image-text-to-text model and its processor; answers greedily, so that the same question always gets the same answer (retries are useless).
 
-    `name` says the model, its weights' fingerprint and the precision.
+    `name` contains the model, its weights' fingerprint and the precision.
     """
 
     network: Any
@@ -61,11 +61,11 @@ def transformers_endpoint(model: str, device: str = "cpu", dtype: Dtype = "bfloa
         raise ValueError(f"model: {model!r} cannot be loaded ({reason}); give the folder of an image-text-to-text model with .safetensors") from error
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"model: {model!r} has no chat template, so it cannot be asked; give one that was tuned to follow instructions")
-    # of what it says of decoding only where answers begin and end is kept: penalties and forbidden repetitions could keep an option from being output
+    # of the generation config only the start and end tokens are kept: penalties and forbidden repetitions could suppress an option
     own = network.generation_config
     network.generation_config = GenerationConfig(do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
     network.eval().requires_grad_(False).to(device)
-    # how the question and the images are put to it changes answers as the weights do
+    # the template and the image preprocessing change answers just as weights do
     image_processor = getattr(processor, "image_processor", None)
     asked = (processor.chat_template, sorted(processor.tokenizer.get_vocab().items()), image_processor and image_processor.to_json_string())
     read = hashlib.sha256(repr((weights_fingerprint(network), *asked)).encode()).hexdigest()[:16]
