@@ -1,4 +1,4 @@
-"""What a file of a sample holds."""
+"""The content type of a sample's file, and how the page shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a store begins: items of matched samples, their media, and what it was begun with."""
+"""Creates a store: items of matched samples, their media, and the settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from instep.human_eval.store import Store
 
 
 def create(path: Path, matched: Matched, mode: Mode, questions: Sequence[Question], seed: int) -> Store:
-    """A new store for matched samples; media that are not files yet are written to the folder `<name>-media` beside it. Whole or not at all."""
+    """A new store for matched samples; media that are not files yet are written to the folder `<name>-media` beside it. It appears whole or not at all."""
     path = path.resolve()
     if not is_new(path):
         raise ValueError(f"out: {path} exists; choose another file")

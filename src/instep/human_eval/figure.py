@@ -83,7 +83,7 @@ def forest(
     even: float | None = None,
     ends: tuple[str, str] | None = None,
 ) -> str:
-    """Rows of intervals (side "a" a dot, "b" a square) on one axis from bounds[0] to bounds[1]; `even` is a dashed line, `ends` says what they mean."""
+    """Rows of intervals (side "a" a dot, "b" a square) on one axis from bounds[0] to bounds[1]; `even` is a dashed line, `ends` labels its two ends."""
     low, high = bounds
 
     def x(value: float) -> float:

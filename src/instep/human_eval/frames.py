@@ -1,4 +1,4 @@
-"""Images and animations: what a file holds, and all of its frames as one sheet, so that a page can show, stop and restart two of them on one clock."""
+"""Images and animations: a file's content type, and all of its frames as one sheet, so that a page can show, stop and restart two of them on one clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from instep.human_eval.clip import FRAME_MS, SHEET_PIXELS, VIDEOS, Clip
 
 
 def inspect(path: Path) -> Clip:
-    """What `path` is; every frame of an image or animation is decoded once. ValueError if it cannot be read."""
+    """Returns the content type of `path`; decodes every frame of an image or animation once. Raises ValueError if the file cannot be read."""
     if path.suffix.lower() in VIDEOS:
         with open(path, "rb") as file:
             head = file.read(12)

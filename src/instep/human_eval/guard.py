@@ -1,4 +1,4 @@
-"""Who may ask the human-evaluation server, and how much: checked for every request before any of the application's code sees it."""
+"""Access control of the human-evaluation server: checks every request and its size before the application handles it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Tokens:
     results: str
 
     def allowed(self, path: str) -> dict[str, str]:
-        """Names of cookies and the secrets that open `path`. The names differ from store to store: cookies know no ports."""
+        """Names of cookies and the secrets that open `path`. The names differ from store to store, because cookies are not separated by port."""
         of = {"annotator": self.annotator, "results": self.results}
         open_to = ("results",) if path == "/results" else ("annotator", "results") if path == "/style.css" else ("annotator",)
         return {f"instep_{role}_{hashlib.sha256(of[role].encode()).hexdigest()[:8]}": of[role] for role in open_to}
@@ -70,7 +70,7 @@ def tokens_of(store: Path) -> Tokens:
 
 
 class Refused(Exception):
-    """A request that goes no further, with its status and the reason."""
+    """A rejected request, with its status and the reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -121,7 +121,7 @@ class Guard:
         await self.app(scope, replay, answered)
 
     def check(self, scope: Message) -> str | None:
-        """Refused unless the request comes from this machine's own page with a token; the cookie to set where the token came in the link."""
+        """Raises Refused unless the request comes from this machine's own page with a token; returns the cookie to set if the token was in the link."""
         headers: dict[str, str] = {}
         for raw, value in scope["headers"]:
             name = raw.decode("latin-1")
@@ -149,7 +149,7 @@ class Guard:
 
 
 async def read_body(scope: Message, receive: Receive) -> bytes:
-    """The whole body; Refused as soon as it is larger than allowed, whatever length it claims."""
+    """Returns the whole body. Raises Refused as soon as it exceeds the limit, whatever its declared length."""
     claimed = dict(scope["headers"]).get(b"content-length", b"0")
     if not claimed.isdigit() or len(claimed) > 9 or int(claimed) > LARGEST_BODY:
         raise Refused(413, f"body: at most {LARGEST_BODY} bytes are taken")

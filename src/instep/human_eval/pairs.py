@@ -1,4 +1,4 @@
-"""What people preferred as training pairs."""
+"""Exports people's preferences as training pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people are asked: preferences between two samples, or scores of one (APO, Table 2 and "absolute distortion rates", Table 1)."""
+"""The questions to annotators: preferences between two samples, or scores of one (APO, Table 2 and "absolute distortion rates", Table 1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DISTORTED = "distorted"
 
 @dataclass(frozen=True)
 class Question:
-    """A key for files and tables, the words on the page, and the answers it takes."""
+    """A key for files and tables, the words on the page, and the allowed answers."""
 
     key: str
     label: str
@@ -42,7 +42,7 @@ ASKED: dict[Mode, tuple[Question, ...]] = {
 
 
 def choose(mode: Mode, wanted: Sequence[str]) -> tuple[Question, ...]:
-    """The questions of a mode; `wanted` picks known ones by key (text_alignment) and adds own ones (key=What is asked). None: all known ones."""
+    """The questions of a mode; `wanted` selects built-in ones by key (text_alignment) and adds custom ones (key=QUESTION). None: all known ones."""
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r} is not allowed; allowed: {', '.join(MODES)}")
     known = {question.key: question for question in ASKED[mode]}

@@ -1,4 +1,4 @@
-"""What the annotators' judgements say, with how sure it is: rates (Wilson), win rate and mean scores (bootstrap over prompts), agreement (Fleiss' kappa)."""
+"""Results of the annotators' judgements, with intervals: rates (Wilson), win rate and mean scores (bootstrap over prompts), agreement (Fleiss' kappa)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Distortion:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a store says; `overall` is the sum of the scored questions' means (out of two each), as in APO's Table 2."""
+    """All results of a store; `overall` is the sum of the scored questions' means (out of two each), as in APO's Table 2."""
 
     runs: tuple[str, str]
     mode: str
@@ -78,7 +78,7 @@ class Results:
 
 
 def results(store: Store, seed: int = 0) -> Results:
-    """Everything a store says; `seed` is the bootstrap's."""
+    """Computes all results of a store; `seed` is the bootstrap's."""
     votes = store.votes()
     by_question: dict[str, list[Vote]] = {question.key: [] for question in store.questions}
     for vote in votes:
@@ -148,7 +148,7 @@ def fleiss_kappa(table: Sequence[Sequence[int]]) -> float | None:
     """Agreement beyond chance of a table of counts [items, categories] (Fleiss 1971): (P - P_e) / (1 - P_e).
 
     P is the mean over items of (sum_j n_ij^2 - n_i) / (n_i (n_i - 1)), P_e the sum of the categories' squared shares. Items with fewer than two
-    answers say nothing of agreement and are left out; n_i may differ. 1 is perfect, 0 chance. None without such items, or if only one category occurs.
+    answers carry no information on agreement and are left out; n_i may differ. 1 is perfect, 0 chance. None without such items, or if only one category occurs.
     """
     rated = [row for row in table if sum(row) >= 2]
     if not rated:

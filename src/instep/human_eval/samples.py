@@ -1,4 +1,4 @@
-"""Samples of two models that belong together: read from runs of instep, or from any folder of media with a manifest."""
+"""Matched samples of two models, read from runs of instep or from any folder of media with a manifest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Match = Literal["seed", "prompt"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: what it was asked for, a digest of its content, and where its file is (None: `encode` makes one)."""
+    """One sample: its prompt and seed, a digest of its content, and the path of its file (None: `encode` makes one)."""
 
     prompt: str
     seed: int
@@ -45,7 +45,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Matched:
-    """Samples of A and B that belong together, in A's order, and how many found no partner."""
+    """Matched samples of A and B, in A's order, and the numbers of unmatched ones."""
 
     a: Samples
     b: Samples
@@ -97,12 +97,12 @@ def read_samples(where: str) -> Samples:
     if isinstance(rows, dict):
         return _of_run(folder, manifest, rows, model)
     if model:
-        raise ValueError(f"samples: {where!r} asks for model {model!r}, but {manifest} lists files of one model; leave :{model} out")
+        raise ValueError(f"samples: {where!r} names model {model!r}, but {manifest} lists files of one model; leave :{model} out")
     return Samples(_name(folder), str(folder.resolve()), tuple(_of_files(folder, manifest, rows)))
 
 
 def _keys(samples: Samples, by: Match) -> list[tuple[Any, ...]]:
-    """What a sample's partner has in common with it, each once: prompt, seed and copy, or the prompt and the how-manieth of it this is."""
+    """The unique key that a sample shares with its partner: prompt, seed and copy, or the prompt and the sample's index among those of that prompt."""
     if by == "seed":
         return [sample.key for sample in samples.samples]
     seen: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The human-evaluation server: a page, what it asks for, and the results. It listens on this machine alone."""
+"""The human-evaluation server: the page, its requests, and the results. It listens on this machine alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Answer(Undo):
 
 
 def create_app(store: Store) -> FastAPI:
-    """The application; `Guard` stands around it. All its answers about items are blind: they name sides, never runs."""
+    """The application, which `Guard` wraps. All its responses about items are blind: they name sides, never runs."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(RequestValidationError)
@@ -110,7 +110,7 @@ def create_app(store: Store) -> FastAPI:
 
     @app.get("/media/{id}")
     def media(id: str) -> Response:
-        found = store.media.get(id)  # a fixed table: no path is ever made from what was asked
+        found = store.media.get(id)  # a fixed table: no path is ever built from the request
         if found is None or not found.path.is_file():
             raise HTTPException(404, "media: there is none of that name")
         return media_response(found)

@@ -1,4 +1,4 @@
-"""What people answered, in one SQLite file. Each answer is one transaction that is on the disk before the page hears of it; nothing is ever deleted."""
+"""The annotators' answers in one SQLite file. Each answer is one transaction, on disk before it is acknowledged; nothing is ever deleted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Conflict(ValueError):
 
 @dataclass(frozen=True)
 class Media:
-    """A file the page may ask for, by an id that says nothing."""
+    """A file that the page may request, by an id that reveals nothing."""
 
     id: str
     run: int  # 0 for A, 1 for B
@@ -111,12 +111,12 @@ class Store:
                     raise ValueError(f"store: {media.path} is no longer what was shown in {self.path}; put it back, or begin a new store with --out")
 
     def check_same(self, matched: Matched | None, mode: Mode, questions: Sequence[Question]) -> None:
-        """ValueError unless the store was made for just these samples (None: whatever they are), this mode and these questions."""
+        """Raises ValueError unless the store was made for exactly these samples (None: any samples), this mode and these questions."""
         if mode != self.mode:
             raise ValueError(f"mode: {mode!r} does not fit {self.path}, which was begun with {self.mode!r}; choose another file with --out")
         if tuple(questions) != self.questions:
             asked = ", ".join(question.key for question in self.questions)
-            raise ValueError(f"questions: {self.path} was begun with {asked}; ask the same, or choose another file with --out")
+            raise ValueError(f"questions: {self.path} was begun with {asked}; give the same questions, or choose another file with --out")
         if matched is not None and matched.fingerprint != self.fingerprint:
             a, b = self.runs
             raise ValueError(f"out: {self.path} was begun for other samples (of {a!r} and {b!r}, in this order); choose another file with --out")

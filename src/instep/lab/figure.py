@@ -1,6 +1,6 @@
 """Figures of the 2-D laboratory: samples over the exact density, sampling paths, and what a force does to the plane. Needs the extra `lab`.
 
-Matplotlib is used through its objects alone: no windows, no global state. Colours are Okabe and Ito's, told apart without colour vision.
+Matplotlib is used through its objects alone: no windows, no global state. Colours are Okabe and Ito's, distinguishable without colour vision.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class LabFigure:
         axes.quiverkey(arrows, 0.725, 0.04, spacing, f"force {unit:.2g}", coordinates="axes", **text).set_zorder(6)
 
     def _marks(self) -> list[Any]:
-        """What the legend explains."""
+        """Returns the entries of the legend."""
         from matplotlib.lines import Line2D
         from matplotlib.patches import Patch
 

@@ -10,7 +10,7 @@
 | share | rewarded part of the on-mode samples | rewarded share of modes |
 | reached | modes that hold a quarter of their due mass or more | all |
 
-*On-mode* is within 3 sigma of a mode of the sample's own class. Share and spread say nothing of the samples that are not: read them with
+*On-mode* is within 3 sigma of a mode of the sample's own class. Share and spread ignore all other samples: read them together with
 quality. Where nothing is on-mode they are nan. Metrics that differ with N are compared at equal N, against `measure_exact`.
 """
 
@@ -34,7 +34,7 @@ ROWS = 512  # of a matrix of pairs that are held at once
 def measure(x: Tensor, label: Tensor, mixture: Mixture, rng: torch.Generator, rewarded: Tensor | None = None) -> dict[str, float]:
     """All metrics of samples x [N, D] with labels [N] (a class of the mixture, or -1 for all of its modes), balanced or not.
 
-    `rng` draws the exact samples of the energy distance; `rewarded` [M] booleans say which modes are rewarded and add "share". ValueError
+    `rng` draws the exact samples of the energy distance; `rewarded` [M] booleans mark the rewarded modes and add "share". ValueError
     for shapes and labels the mixture does not have, samples that are not finite, and labels with a single sample.
     """
     x, label = _checked(x, label, mixture)
@@ -55,7 +55,7 @@ def measure(x: Tensor, label: Tensor, mixture: Mixture, rng: torch.Generator, re
 
 
 def measure_exact(mixture: Mixture, n: int, seed: int, rewarded: Tensor | None = None) -> dict[str, float]:
-    """What `measure` says of n exact samples, labels balanced: the best a model can reach, and how far chance alone goes."""
+    """The metrics of n exact samples with balanced labels: the best values that a model can reach, and their variation by chance."""
     classes = mixture.classes.unique()
     if n < 2 * len(classes):
         raise ValueError(f"n: {n} is not allowed; use {2 * len(classes)} or more, two samples a class")

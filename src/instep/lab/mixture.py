@@ -1,4 +1,4 @@
-"""The exact laboratory: 2-D Gaussian mixtures whose teacher is known in closed form.
+"""The exact laboratory: 2-D Gaussian mixtures with a teacher in closed form.
 
 Noising a Gaussian mixture gives a Gaussian mixture, so E[x0 | x_t] is exact on any path, conditional and unconditional.
 """
@@ -18,7 +18,7 @@ from instep.diffusion.prediction import Condition, Prediction, velocity_of_x0
 
 @dataclass(frozen=True, kw_only=True)
 class LabelCondition(Condition):
-    """Class labels [B]; -1 is the unconditional one. `member` [B]: which network of an ensemble a row belongs to."""
+    """Class labels [B]; -1 is the unconditional one. `member` [B]: the network of an ensemble that handles a row."""
 
     label: Tensor
     member: Tensor | None = None
@@ -67,7 +67,7 @@ class Mixture:
 
     @property
     def label_count(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return int(self.classes.max()) + 1
 
     def member(self, label: Tensor) -> Tensor:

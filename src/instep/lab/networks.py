@@ -21,10 +21,10 @@ from instep.models.family import block_numbers
 class VelocityMLP(nn.Module):
     """A small velocity network, three layers of `width`: inputs x, t, four Fourier pairs of t, a one-hot class and a one-hot exit.
 
-    `members` networks that share nothing run as one batch: a row goes to the one that `cond.member` names. `rank` gives every layer a low-rank
-    adapter (zero at first), which counts with `scale`; `head` a discriminator head on the last hidden layer, whose first logit is zero.
-    `prediction_type`: what its output is taken for. With `guidance_range` it can be told guidance scales: a small network of theirs, zero at first, is
-    added where the time comes in, to the first layer.
+    `members` independent networks run as one batch: `cond.member` selects the network of each row. `rank` gives every layer a low-rank
+    adapter (zero at first), weighted by `scale`; `head` a discriminator head on the last hidden layer, whose first logit is zero.
+    `prediction_type`: the type of its output. With `guidance_range` it is conditioned on guidance scales: a small network of the scales, zero at
+    first, is added to the first layer, where the time enters.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class VelocityMLP(nn.Module):
         return lambda x_t, t, cond: self(x_t, t, cond, None, chosen)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Its adapters if it has any, else everything."""
+        """Its adapters if it has any, else all parameters."""
         named = dict(self.named_parameters())
         return {k: p for k, p in named.items() if ".adapter_" in k} if self.rank else named
 

@@ -1,4 +1,4 @@
-"""Trains recipes in the laboratory, through the same `iteration` as every other model, and measures what came out."""
+"""Trains recipes in the laboratory, through the same `iteration` as every other model, and measures the results."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class LabRun:
-    """What came of one recipe: its snapshots (the last is the end), what it was trained in, and the CPU seconds it took."""
+    """The result of one recipe: its snapshots (the last is the end), its world, and its CPU seconds."""
 
     name: str
     recipe: Recipe
@@ -147,7 +147,7 @@ def train(
 
 
 def snapshot(state: TrainState, recipe: Recipe, world: World, n: int = SAMPLES) -> Snapshot:
-    """Samples and metrics of every member with a generator of its own: measuring changes nothing."""
+    """Samples and metrics of every member, with a separate generator, so that measuring does not change training."""
     rng = torch.Generator().manual_seed(12345)
     rows = n * world.members
     cond = labels([str(i % world.mixture.label_count) for i in range(rows)], world.member(rows))
@@ -163,7 +163,7 @@ def train_particles(
 ) -> LabRun:
     """The recipe's last stage with free particles for a student and the exact fake in place of a trained one: its fixed point.
 
-    What the fake's critic would weigh its samples by becomes the weight of the exact fake's points; the group of a sample is its class. ValueError for
+    The weights of the fake's critic become the weights of the exact fake's points; the group of a sample is its class. ValueError for
     terms that need a network (regression, a discriminator, the teacher's adapter).
     """
     stage, tilt = particle_stage(recipe, world, n, steps)
@@ -240,7 +240,7 @@ def force_field(run: LabRun, points: Tensor, draws: int = 64, member: int = 0) -
         names = (str(i % world.mixture.label_count),) * len(points)
         cond = labels(names, torch.full((len(points),), member))
         placed = Point(points, points, points.new_full((len(points),), level), at_exit)
-        # rewards all alike: what an operator that adapts does to a sample like any other
+        # equal rewards: the adaptive operator's effect on an average sample
         alike = torch.zeros(len(points))
         rollout = Rollout(cond, 1, exit=placed, reward=alike, advantage=alike)
         view = View(run.state.roles, world.path, Batch(as_prompts(names), cond, labels([""] * len(points), cond.member)), 1.0, rng, rollout)

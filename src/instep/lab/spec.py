@@ -1,4 +1,4 @@
-"""What a laboratory comparison is asked for: recipes with their overrides, written RECIPE or RECIPE:key=value,key=value; RECIPE may be module:function."""
+"""Parses the recipes of a laboratory comparison, written RECIPE or RECIPE:key=value,key=value; RECIPE may be module:function."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def parts_of(spec: str) -> tuple[str, str]:
 
 
 def _value(spec: str, key: str, text: str, default: Any) -> Any:
-    """The value of an option, of the kind that its default is."""
+    """Parses the value of an option, by the type of its default."""
     words = {"true": True, "false": False, "none": None}
     try:
         value = words[text.lower()] if text.lower() in words and not isinstance(default, str) else ast.literal_eval(text)
@@ -84,7 +84,7 @@ def _value(spec: str, key: str, text: str, default: Any) -> Any:
 
 
 def check_names(specs: Sequence[str]) -> None:
-    """ValueError if there are none, or one is given twice."""
+    """Raises ValueError if there are none, or one is given twice."""
     if not specs:
         raise ValueError("recipe: none was given; write for example `instep lab dmd2 amd amd:tilt=0`")
     twice = [spec for i, spec in enumerate(specs) if spec in specs[:i]]

@@ -68,7 +68,7 @@ def rich_table(runs: Sequence[LabRun], world: World) -> Table:
 
 
 def _plain(metrics: dict[str, float]) -> dict[str, float | None]:
-    """Metrics for JSON: what is undefined (the spread of nothing) is null."""
+    """Metrics for JSON; undefined ones (nan) are null."""
     return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
 
 

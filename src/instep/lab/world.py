@@ -1,4 +1,4 @@
-"""What a laboratory run is about: a mixture, a reward on its modes, where students start, and the batches they train on."""
+"""The setting of a laboratory run: a mixture, a reward on its modes, where students start, and the batches they train on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ StartName = Literal["flow", "far"]
 ODE_STEPS = 40
 # how softly the `half` reward changes from one mode to the next
 BLUR = 0.4
-# where a far start lies: every class at one point well off every mode
+# the position of a far start: every class at one point well off every mode
 FAR = (5.0, 5.0)
 
 
@@ -54,7 +54,7 @@ class World:
 
     @property
     def rewarded(self) -> Tensor | None:
-        """Which modes the reward prefers [M]: of each class, the half that lies furthest to the right. None without such a reward."""
+        """The modes that the reward prefers, booleans [M]: the right half of each class. None without such a reward."""
         if self.reward not in ("half", "right"):
             return None
         chosen = torch.zeros(len(self.mixture.means), dtype=torch.bool)
@@ -88,7 +88,7 @@ class World:
         return ExactTeacher(self.mixture, self.path)
 
     def batch(self, stage: Stage, guidance: float, rng: torch.Generator) -> Batch:
-        """Prompts of every member for one micro-batch of `stage`, with exact real samples or the exact teacher's outputs if it asks for them."""
+        """Prompts of every member for one micro-batch of `stage`, with exact real samples or the exact teacher's outputs if the stage needs them."""
         n = self.members * (stage.batch // stage.group)
         member = self.member(n)
         names = self.draw(n, rng)
@@ -118,7 +118,7 @@ class World:
 def flow_start(
     world: World, seed: int, *, start: StartName = "flow", steps: int = 5000, width: int = 64, on_step: Callable[[], object] = lambda: None
 ) -> VelocityMLP:
-    """An ensemble trained by flow matching on the mixture, or for a `far` start on a blob at FAR; what students and fakes begin as.
+    """An ensemble trained by flow matching on the mixture, or for a `far` start on a blob at FAR; it initialises students and fakes.
 
     One prompt in ten is unconditional, so that the network can serve as a learned, guided teacher.
     """
