@@ -1,5 +1,8 @@
 """Parts of the pretraining: attention equal to the stock one, Muon, resuming, what prompts reveal."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -117,3 +120,47 @@ def test_wobble_ignores_motion_and_sees_changing_shapes():
     changing = media.clone()
     changing[:, :, 4:] = 0.7 * media[:, :, 4:] + 0.3 * other[:, :, 4:]
     assert (wobble(changing, prompts) > steady + 0.025).all()
+
+
+def test_the_command_hands_its_arguments_to_the_model_s_own_training(monkeypatch, capsys):
+    from pretrain import __main__ as command
+
+    seen = []
+    for name in ("moving_digits", "moving_digits_i2v", "digits"):
+        monkeypatch.setattr(f"pretrain.{name}.pretrain_{name}", lambda *given, name=name: seen.append((name, *given)))
+    command.main(["moving-digits", "--out", "there", "--seed", "3", "--threads", "1", "--fresh"])
+    command.main(["moving-digits-i2v"])
+    command.main(["digits", "--threads", "1"])
+    assert seen == [
+        ("moving_digits", Path("there"), 3, 1, False),
+        ("moving_digits_i2v", Path("moving-digits-i2v"), 0, 2, True),
+        ("digits", Path("digits"), 0, 1),
+    ]
+    for wrong, named in ((["sd3"], "choose from"), (["digits", "--threads", "0"], "threads: 0 is not allowed")):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(wrong)
+        assert stopped.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_records_name_the_command_that_repeats_them():
+    from instep.bundled import NAMES, folder_of
+
+    for name in NAMES:
+        assert json.loads((folder_of(name) / "pretrain.json").read_text())["command"].startswith(f"PYTHONPATH=tools python -m pretrain {name} --seed 0")
+
+
+def test_the_wheel_holds_the_package_and_its_rows_and_no_pretraining(tmp_path):
+    """Built by hatchling where it is installed; otherwise by what the wheel's configuration includes."""
+    import tomllib
+
+    root = Path(__file__).parents[1]
+    wheel = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel == {"packages": ["src/instep"]}, "nothing else is packed or forced in"
+    try:
+        from hatchling.builders.wheel import WheelBuilder
+    except ImportError:
+        names = {path.relative_to(root / "src").as_posix() for path in (root / "src/instep").rglob("*") if path.is_file()}
+    else:
+        names = {file.distribution_path for file in WheelBuilder(str(root)).recurse_included_files()}
+    assert "instep/bundled/worlds.py" in names and "instep/bundled/assets/moving-digits/baselines.json" in names
+    assert all(name.startswith("instep/") for name in names) and not any("pretrain" in name and not name.endswith("pretrain.json") for name in names)

@@ -1,1 +1,1 @@
-"""Trains the bundled moving-digits pipeline from the raw scans: `python -m pretrain --out FOLDER`."""
+"""Trains the bundled models from the raw scans: `PYTHONPATH=tools python -m pretrain moving-digits --out FOLDER` in a clone. No part of the wheel."""

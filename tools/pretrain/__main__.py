@@ -1,21 +1,38 @@
-"""`python -m pretrain --out FOLDER [--seed 0] [--threads 2] [--fresh]`: trains the embedded default from raw scans."""
+"""Rebuilds a bundled model from raw scans, from a clone: `PYTHONPATH=tools python -m pretrain MODEL --out FOLDER [--seed 0] [--threads 2] [--fresh]`."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pretrain.moving_digits import pretrain_moving_digits
+from instep.bundled import DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, NAMES
 
 
-def main() -> None:
-    """Reads the command line and trains."""
-    about = "Train the moving-digits pipeline from raw scans (under 90 minutes on 2 cores)."
-    parser = argparse.ArgumentParser(prog="python -m pretrain", description=about)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline; an interrupted run there goes on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+def main(given: Sequence[str] | None = None) -> None:
+    """Reads the command line and trains; exit status 2 for what is not allowed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain", description="Rebuild a bundled model from raw scans, seeded; moving-digits takes an hour on two cores."
+    )
+    parser.add_argument("model", choices=NAMES)
+    parser.add_argument("--out", type=Path, help="the model's folder, by default its name; an interrupted run there goes on")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every part")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--fresh", action="store_true", help="forget what an interrupted run left")
-    args = parser.parse_args()
-    pretrain_moving_digits(args.out, seed=args.seed, threads=args.threads, resume=not args.fresh)
+    args = parser.parse_args(given)
+    if args.threads < 1:
+        parser.error(f"threads: {args.threads} is not allowed; use 1 or more, at most the number of cores")
+    _rebuild(args.model)(args.out or Path(args.model), args.seed, args.threads, not args.fresh)
+
+
+def _rebuild(model: str) -> Callable[[Path, int, int, bool], None]:
+    """The function (out, seed, threads, resume) that trains a bundled model."""
+    from pretrain.digits import pretrain_digits
+    from pretrain.moving_digits import pretrain_moving_digits
+    from pretrain.moving_digits_i2v import pretrain_moving_digits_i2v
+
+    def digits(out: Path, seed: int, threads: int, resume: bool) -> None:
+        pretrain_digits(out, seed, threads)  # minutes: it begins again every time
+
+    return {MOVING_DIGITS: pretrain_moving_digits, MOVING_DIGITS_I2V: pretrain_moving_digits_i2v, DIGITS: digits}[model]
 
 
 if __name__ == "__main__":

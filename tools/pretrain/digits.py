@@ -242,7 +242,7 @@ def record(out: Path, config: DigitsConfig, seed: int, threads: int, parameters:
     found |= measure_teacher(DiTFamily.load(out), classifiers, config, seed)
     sums = checksums(out)
     return {
-        "command": f"instep pretrain digits --seed {seed} --threads {threads}",
+        "command": f"PYTHONPATH=tools python -m pretrain digits --seed {seed} --threads {threads}",
         "seed": seed,
         "threads": threads,
         "config": asdict(config),

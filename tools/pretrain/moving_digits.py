@@ -125,7 +125,7 @@ def _about(out: Path, config: PretrainConfig, seed: int, threads: int) -> dict[s
     notes = {name: json.loads((out / ".work" / f"{name}.json").read_text()) for name in names}
     sums = checksums(out)
     return {
-        "command": f"instep pretrain moving-digits --seed {seed}",
+        "command": f"PYTHONPATH=tools python -m pretrain moving-digits --seed {seed}",
         "seed": seed,
         "threads": threads,
         "config": asdict(config),

@@ -155,7 +155,7 @@ def _about(out: Path, config: ImageConfig, seed: int, threads: int) -> dict[str,
     notes = {name: json.loads((out / ".work" / f"{name}.json").read_text()) for name in ("teacher", "measure")}
     sums = checksums(out / SHIPPED)
     return {
-        "command": f"instep pretrain moving-digits-i2v --seed {seed} --threads {threads}",
+        "command": f"PYTHONPATH=tools python -m pretrain moving-digits-i2v --seed {seed} --threads {threads}",
         "seed": seed,
         "threads": threads,
         "config": asdict(config),
