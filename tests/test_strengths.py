@@ -287,12 +287,14 @@ def test_what_does_not_go_together_is_refused():
     for other in ({"few_step": True, "distill_guidance": 0}, {"distill_guidance": 0, "post_distillation": 0}):
         with pytest.raises(ValueError, match="draw: guidance scales are drawn in the stage distill-guidance, which this run does not have"):
             apo(draw=(1.0, 5.0), **other)
-    with pytest.raises(ValueError, match="guidance_scales: .2.0, 0.0. in stage 'x': a student that is told them is sampled without guidance; set guided=False"):
+    with pytest.raises(
+        ValueError, match="guidance_scales: .2.0, 0.0. in stage 'x': a student conditioned on them is sampled without guidance; set guided=False"
+    ):
         Stage("x", 1, 1, (), guidance_scales=(2.0, 0.0))
     with pytest.raises(ValueError, match="guidance_scales: .2.0, 0.0. in stage 'x'"):
         Stage("x", 1, 1, (), (), RolloutConfig((1.0,), transition=Deterministic(), guidance=2.0), guided=False, guidance_scales=(2.0, 0.0))
     stage = Stage("x", 1, 1, (), guided=False, guidance_scales=(2.0, 0.0))
-    with pytest.raises(ValueError, match="guidance_scales: stage 'x' tells the student .2.0, 0.0., which takes none"):
+    with pytest.raises(ValueError, match="guidance_scales: stage 'x' conditions the student on .2.0, 0.0., which takes none"):
         Recipe("r", (1.0,), {"student": RoleConfig()}, (stage,))
     with pytest.raises(ValueError, match="guidance: 2 is not allowed; the student is told guidance 3 to 5"):
         Recipe("r", (1.0,), {"student": RoleConfig(guidance_range=GuidanceRange((3.0, 5.0)))}, (stage,))
@@ -444,11 +446,13 @@ def test_another_scale_is_exported_from_the_same_run(whole, tmp_path):
     with pytest.raises(ValueError, match="skip: 2 is not allowed"):
         export_command(replace(ask, to=tmp_path / "no", guidance=None, skip=2.0))
     written = read_run(run.out)
-    with pytest.raises(ValueError, match="guidance: this run's student is not told its guidance yet"):
+    with pytest.raises(ValueError, match="guidance: this run's student is not conditioned on guidance scales yet"):
         at_guidance_scales(sampling_of(written, 1), written, 2.0, None)
     told = written["config"]["roles"]["student"].pop("guidance_range")
     assert told and at_guidance_scales(recipe.sampling, written, None, None) == recipe.sampling
-    with pytest.raises(ValueError, match="skip: this run's student is not told its guidance; leave it out, or train with `instep train apo --draw LOW HIGH`"):
+    with pytest.raises(
+        ValueError, match="skip: this run's student is not conditioned on guidance scales; leave it out, or train with `instep train apo --draw LOW HIGH`"
+    ):
         at_guidance_scales(sampling_of(written), written, None, 0.5)
 
 
@@ -473,7 +477,7 @@ def test_a_run_without_a_guidance_embedding_is_gone_on_with(tmp_path, rank):
     post = train(apo(tiny, **{**none, "post_distillation": 1}, draw=(1.0, 5.0)), family(), out=tmp_path / "post-distillation", **reads)
     assert post.recipe.sampling.guidance_scales == (3.0, 0.0) and rows(post.out)[-1]["objective/dpo"] == pytest.approx(0.6931472, abs=1e-4)
     for i, (other, ours) in enumerate((({"draw": (1.0, 4.0)}, "guidance 1 to 4"), ({}, "nothing"))):
-        with pytest.raises(ValueError, match=f"start_from: that run's student is told guidance 1 to 5, this recipe's {ours}; give the same draw"):
+        with pytest.raises(ValueError, match=f"start_from: that run's student is conditioned on guidance 1 to 5, this recipe's on {ours}; give the same draw"):
             train(apo(tiny, **{**none, "post_distillation": 1}, **other), family(), out=tmp_path / f"no{i}", **reads)
     # guided, or distilled from guidance, a second time
     for name, more in (("distill_guidance", {"draw": (1.0, 5.0)}), ("online", {"draw": (1.0, 5.0), "distill_guidance": 1})):

@@ -6,7 +6,7 @@ import os
 
 
 def default_threads() -> int:
-    """Threads where none were asked for: $OMP_NUM_THREADS, or every core."""
+    """The default number of threads: $OMP_NUM_THREADS, or all cores."""
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 

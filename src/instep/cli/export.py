@@ -94,7 +94,7 @@ def at_guidance_scales(sampling: Sampling, record: dict[str, Any], guidance: flo
     if guidance_range is None or sampling.guidance_scales is None:
         early = " yet (its newest checkpoint lies before the stage that distils it)" if guidance_range else ""
         raise ValueError(
-            f"{'skip' if guidance is None else 'guidance'}: this run's student is not told its guidance{early}; leave it out, or train with "
+            f"{'skip' if guidance is None else 'guidance'}: this run's student is not conditioned on guidance scales{early}; leave it out, or train with "
             "`instep train apo --draw LOW HIGH`"
         )
     usual, usual_skip = sampling.guidance_scales

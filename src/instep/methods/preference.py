@@ -45,7 +45,7 @@ class Preference(Objective):
     - online: the best and the worst sample of each group, by the run's reward (DMDR Table 5b; Flow-DPO; APO's online stage, whose ranker is the
       reward of a group of two: `rewards.ranker.Ranked`). Groups of equal rewards make no pair.
     - half-online: a labelled sample against a new one of the student for the same prompt: a chosen one wins, a rejected one loses
-      (APO 3.3.2). `positive` is the share of chosen ones (paper: 18k of 30k); 1 asks for preferred samples alone.
+      (APO 3.3.2). `positive` is the share of chosen ones (paper: 18k of 30k); 1 needs preferred samples alone.
     - offline: labelled pairs.
 
     `levels`: every sampler of its `window` yields one scalar, each backwarded at once, so their gradients add up (APO, total gradient of a window).

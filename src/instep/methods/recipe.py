@@ -170,7 +170,7 @@ class Stage:
             raise ValueError(f"guidance: {self.rollout.guidance} is not allowed for the rollout of stage {self.name!r}; forces act on an unguided student")
         if self.guidance_scales is not None and (self.guided or (self.rollout is not None and self.rollout.guidance != 1)):
             raise ValueError(
-                f"guidance_scales: {self.guidance_scales} in stage {self.name!r}: a student that is told them is sampled without guidance; set guided=False"
+                f"guidance_scales: {self.guidance_scales} in stage {self.name!r}: a student conditioned on them is sampled without guidance; set guided=False"
             )
         if "trajectory" in self.needs and self.rollout is not None and len(self.rollout.levels) < 2:
             raise ValueError(
@@ -248,7 +248,7 @@ class Recipe:
             if stage.guidance_scales is not None:
                 if (guidance_range := self.roles["student"].guidance_range) is None:
                     raise ValueError(
-                        f"guidance_scales: stage {stage.name!r} tells the student {stage.guidance_scales}, which takes none; give its role "
+                        f"guidance_scales: stage {stage.name!r} conditions the student on {stage.guidance_scales}, which takes none; give its role "
                         "guidance_range=GuidanceRange(...)"
                     )
                 guidance_range.check(stage.guidance_scales)

@@ -25,7 +25,7 @@ class SampledFrames:
     reward: Reward
     k: int
     seen_as: Literal["images", "video"] = "images"
-    sees_first_frames = True  # and its reward what that one asks for
+    sees_first_frames = True  # its reward then gets the form it takes
 
     def __post_init__(self) -> None:
         if self.k < 1:

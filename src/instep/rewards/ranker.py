@@ -30,7 +30,7 @@ class RewardRanker:
 
     reward: Reward
     margin: float = 0.0
-    sees_first_frames = True  # and its reward what that one asks for
+    sees_first_frames = True  # its reward then gets the form it takes
 
     def __post_init__(self) -> None:
         if self.margin < 0:

@@ -31,7 +31,7 @@ class BatchFailed(Exception):
     """A batch got no scores, and one of its samples may be the cause."""
 
 
-# tries again as often as the second argument says, then raises BatchFailed, or RewardError where no sample can be to blame
+# (samples, retries): retries on failure, then raises BatchFailed, or RewardError if no sample can be the cause
 Attempt = Callable[[Sequence[Sample], int], list[float]]
 
 

@@ -16,7 +16,7 @@ FILES = (".txt", ".jsonl")
 def as_family(given: Any) -> Family:
     """Return a family as it is, a diffusers pipeline wrapped in its family, and the family of a model that is named by its folder.
 
-    Raises ValueError for anything else, and for a pipeline that no family knows.
+    Raises ValueError for anything else, and for a pipeline that no family supports.
     """
     if isinstance(given, str | Path):
         return models.load(str(given))

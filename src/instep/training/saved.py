@@ -104,7 +104,7 @@ def _match_guidance(state: TrainState, recipe: Recipe, saved: dict[str, Any], th
     ours = recipe.roles["student"].guidance_range
     if theirs is not None and (range_there := GuidanceRange.of_json(theirs)) != ours:
         raise ValueError(
-            f"start_from: that run's student is conditioned on guidance {range_there}, this recipe's on {ours or 'none'}; give the same draw and "
+            f"start_from: that run's student is conditioned on {range_there}, this recipe's on {ours or 'nothing'}; give the same draw and "
             "draw_skip, or start from its export (--model DIR/student), whose guidance is in its weights"
         )
     if theirs is None and ours is not None:

@@ -20,7 +20,7 @@ RewardFn = Callable[[Tensor, Sequence[Prompt]], Tensor]
 
 
 class TrainedParams:
-    """A role that is trained: its parameters, optimiser and, if asked for, its averaged copy."""
+    """A role that is trained: its parameters, optimiser and, with `ema`, its averaged copy."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], optim: AdamWConfig, ema: float | None = None) -> None:
         self.parameters, self.optim, self.decay = dict(parameters), optim, ema
