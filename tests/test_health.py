@@ -125,7 +125,7 @@ def test_hacking_against_the_monitor():
     """The reward rises by a deviation while the share of right samples falls; a log-probability is negative, and its rise is a rise."""
     hacked = history(probes=late(train_score=-0.1, monitor_both=0.7))
     (found,) = examine(hacked)
-    assert (found.flag, found.level) == ("hacking", "alarm") and "from 0.90 to 0.70" in found.text and "rose by 1.0 deviations" in found.text
+    assert (found.flag, found.level) == ("hacking", "alarm") and "from 0.90 to 0.70" in found.text and "rose by 1.0 within-group deviations" in found.text
     assert flags(history(probes=late(train_score=-0.9, monitor_both=0.7))) == set(), "the reward fell: poor, but not hacked"
     assert flags(history(probes=late(train_score=-0.1, monitor_both=0.85))) == set(), "within the noise of 48 samples"
     assert flags(history(probes=late(train_score=-0.45, monitor_both=0.7))) == set(), "the reward's rise is within the noise"
