@@ -100,7 +100,7 @@ def test_several_rewards_and_a_ranker(tmp_path):
     run = train(dollar(SHORT, fit=1, iterations=1, cd=0), family(), out=tmp_path / "both", prompts=PROMPTS, reward=both, real=real(), options=OPTIONS)
     assert {"reward/train/0", "reward/train/1"} <= rows(run.out)[-1].keys() and run.state.latent_reward.mean.shape == (2,)
     ranked = Ranked(RewardRanker(BLACK_BOX))
-    with pytest.raises(ValueError, match="compares samples with each other, and stage 'fit' asks for the score of each"):
+    with pytest.raises(ValueError, match="compares samples with each other, and stage 'fit' needs the score of each"):
         train(dollar(SHORT), family(), out=tmp_path / "ranked", prompts=PROMPTS, reward=ranked, real=real(), options=OPTIONS)
 
 

@@ -364,7 +364,7 @@ def test_of_several_rewards_the_one_without_a_gradient_is_named(tmp_path):
 
     good = FunctionReward(lambda media, prompts: media.mean((1, 2, 3, 4)), name="good", differentiable=True)
     cut = FunctionReward(lambda media, prompts: media.detach().mean((1, 2, 3, 4)), name="cut", differentiable=True)
-    with pytest.raises(ValueError, match="reward: 'cut' says that it is differentiable and its scores have no gradient"):
+    with pytest.raises(ValueError, match="reward: 'cut' is declared differentiable, but its scores have no gradient"):
         train(refl(SHORT, iterations=1), family(), out=tmp_path / "a", prompts=PROMPTS, reward=several((good, 1.0), (cut, 1.0)), options=QUICK)
     with pytest.raises(ValueError, match="'blunt' is not differentiable"):
         both = several((good, 1.0), (FunctionReward(brightness, name="blunt"), 1.0))
