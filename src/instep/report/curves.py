@@ -18,8 +18,6 @@ NAMES = {
     "probe/train_score": "training classifier (probe)",
     "probe/monitor_score": "monitor classifier (probe)",
     "probe/monitor_both": "both",
-    "probe/monitor_digit": "digit",
-    "probe/monitor_motion": "motion",
     "wall_s": "on the clock",
     "cpu_s": "all threads",
 }
