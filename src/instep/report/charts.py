@@ -228,7 +228,9 @@ def dot_chart(title: str, caption: str, dots: Sequence[Dot], real_vs_real: tuple
         top, bottom = y.at(band[1]), y.at(band[0])
         body.append(f'<rect class="real-vs-real" x="{LEFT}" width="{WIDTH - LEFT - RIGHT}" y="{top:.1f}" height="{max(bottom - top, 1.5):.1f}"/>')
         text_y = top - 4 if top > TOP + 12 else bottom + 11
-        body.append(f'<text class="real-vs-real" x="{WIDTH - RIGHT - 4}" y="{text_y:.1f}" text-anchor="end">real videos</text>')
+        free = max(zip([x.low, *nfes], [*nfes, x.high], strict=True), key=lambda gap: x.at(gap[1]) - x.at(gap[0]))  # where no mark stands
+        text_x = (x.at(free[0]) + x.at(free[1])) / 2
+        body.append(f'<text class="real-vs-real" x="{text_x:.1f}" y="{text_y:.1f}" text-anchor="middle">real samples</text>')
     for nfe in nfes:
         here = sorted((dot for dot in dots if dot.x == nfe), key=lambda dot: dot.kind != "student")
         for i, dot in enumerate(here):

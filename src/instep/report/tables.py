@@ -90,7 +90,7 @@ def cost_charts(rows: Sequence[Row], real_vs_real: Row | None, columns: Sequence
     names = {"student": "student", "naive": "naive sampling", "teacher": "teacher", "control": "control"}
     shapes = {"student": "●", "naive": "▲", "teacher": "■", "control": "◆"}
     legend = "".join(f"<li class='{kind}'><b>{shapes[kind]}</b> {name}</li>" for kind, name in names.items() if any(row.kind == kind for row in rows))
-    return f"<ul class='legend kinds'>{legend}<li><i class='band'></i> real videos, ± 2 standard errors</li></ul><div class='charts'>{''.join(charts)}</div>"
+    return f"<ul class='legend kinds'>{legend}<li><i class='band'></i> real samples, ± 2 standard errors</li></ul><div class='charts'>{''.join(charts)}</div>"
 
 
 def all_tables(runs: Sequence[RunRecord]) -> str:
