@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from instep.bundled.world import Evaluation
 from instep.core.files import write_json
@@ -46,8 +46,7 @@ class Baselines:
         digest = hashlib.sha256(self.evaluation.fingerprint(self.eval_set))
         digest.update(json.dumps([family.size.height, family.size.width, family.size.frames, family.shift]).encode())
         for part in (family.pipe.transformer, family.pipe.vae, family.pipe.text_encoder):
-            for name, p in part.state_dict().items():
-                digest.update(name.encode() + p.detach().cpu().numpy().tobytes())
+            hash_weights(digest, "", part)
         return digest.hexdigest()[:16]
 
     def teacher(self, steps: int, guidance: float) -> Row:
@@ -92,6 +91,12 @@ class Baselines:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time the next time, not the metrics
             write_json(file, row.json())
         return row
+
+
+def hash_weights(digest: hashlib._Hash, component: str, part: nn.Module) -> None:
+    """Add the names and values of a network's tensors to a digest."""
+    for name, value in part.state_dict().items():
+        digest.update(f"{component}{name}".encode() + value.detach().cpu().numpy().tobytes())
 
 
 def noise_for(family: Family, prompts: Sequence[Prompt], seed: int) -> tuple[Tensor, torch.Generator]:

@@ -12,12 +12,13 @@ from torch import Tensor
 from instep.core.size import VideoSize
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
+from instep.diffusion.guidance import GuidanceByLevel
 from instep.metrics.columns import Column
 from instep.metrics.compare import Generate, Kind, Row
 from instep.models.family import Family
 from instep.rewards.base import Reward
 from instep.rewards.features import Features
-from instep.training.probe import Monitor
+from instep.training.probe import Monitor, Probe
 
 Size = Literal["quick", "full"]
 
@@ -36,6 +37,10 @@ class Ready(Protocol):
 
     @property
     def monitor(self) -> Monitor: ...
+
+    def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
+        """The teacher's metrics on a probe that ship with the package; None for any other probe, and where none ship."""
+        ...
 
     def real(self) -> RealSamples:
         """Real samples of the training split."""

@@ -3,7 +3,7 @@ monitor and real samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -18,16 +18,19 @@ from instep.bundled.drawn_frames import drawn_path, drawn_video
 from instep.bundled.evaluation import DigitsEvaluation
 from instep.bundled.features import ClassifierFeatures
 from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily, bundled_pipeline
+from instep.bundled.teacher_probe import known_metrics
 from instep.bundled.world import World
 from instep.core.quiet import quiet
 from instep.core.size import VideoSize
 from instep.data.media import slow_motion
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
+from instep.diffusion.guidance import GuidanceByLevel
 from instep.models.dit import DiTFamily
 from instep.models.wan import WanFamily
 from instep.models.wan_i2v import WanImageFamily
 from instep.rewards.features import Features
+from instep.training.probe import Probe
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline
@@ -77,6 +80,11 @@ class MovingDigits:
     prompts: tuple[Prompt, ...]
     reward: Classifier
     monitor: ClassifierMonitor
+
+    def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
+        """The teacher's metrics on a run's own probe, as they ship; None for a probe with another reward or monitor."""
+        own = probe.reward is self.reward and probe.monitor is self.monitor and probe.negative is None
+        return known_metrics(folder_of(self.family.name), probe, guidance, self.reward, self.monitor.classifier) if own else None
 
     def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos of the training split through the VAE, each with one of the training prompts: what DM-Align (Pair) prefers."""
@@ -134,6 +142,11 @@ class MovingDigitsI2V:
     prompts: tuple[Prompt, ...]
     reward: Classifier
     monitor: ClassifierMonitor
+
+    def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
+        """The teacher's metrics on a run's own probe, as they ship; None for a probe with another reward or monitor."""
+        own = probe.reward is self.reward and probe.monitor is self.monitor and probe.negative is None
+        return known_metrics(folder_of(self.family.name), probe, guidance, self.reward, self.monitor.classifier) if own else None
 
     def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos of the training split through the VAE, each with a training prompt and its own first frame."""
@@ -198,6 +211,10 @@ class ClassDigits:
     prompts: tuple[Prompt, ...]
     reward: DigitClassifier
     monitor: DigitClassifier
+
+    def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
+        """None: its teacher is measured in a moment."""
+        return None
 
     def real(self) -> RealSamples:
         """The 800 scans of the training split, each with its class."""

@@ -22,7 +22,7 @@ from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.rewards.base import Reward
 from instep.training.options import RunOptions
-from instep.training.probe import Monitor, few_of
+from instep.training.probe import KnownTeacher, Monitor, few_of
 from instep.training.run import Interrupted, Run, final_samples, train
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Setting:
     monitor: Monitor | None
     real: RealSamples | None
     pairs: PairSamples | None = None
+    known_teacher: KnownTeacher | None = None
 
 
 def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
@@ -125,6 +126,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
             start_from=args.start_from,
             options=options,
             tracker=tracker,
+            known_teacher=setting.known_teacher,
             command=command,
         )
     except Interrupted as stopped:
@@ -144,7 +146,8 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         # a user's own pairs bring their chosen samples with them
         real = own.real() if recipe.needs & {"real", "preferred"} and labelled is None else None
         pairs = paired(labelled, own.family) or (own.pairs() if "pairs" in recipe.needs else None)
-        return Setting(own.family, with_negative(prompts or own.prompts, args.negative_prompt), reward or own.reward, own.monitor, real, pairs)
+        asked = with_negative(prompts or own.prompts, args.negative_prompt)
+        return Setting(own.family, asked, reward or own.reward, own.monitor, real, pairs, own.known_teacher)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     family = load(args.model, VideoSize(*args.size) if args.size else None)

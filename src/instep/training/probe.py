@@ -6,7 +6,7 @@ and the monitor, never a held-out classifier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -19,6 +19,11 @@ from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.sampling import Sampling, sample_ode
 from instep.models.family import Family
 from instep.rewards.base import Reward, checked_scores, prompts_for
+
+# steps of the teacher's sampler in a probe
+TEACHER_STEPS = 25
+# different prompts of a run that its probes sample
+PROBE_PROMPTS = 12
 
 
 class Monitor(Protocol):
@@ -73,7 +78,7 @@ class Probe:
             metrics["modes"] = self.monitor.modes(self.family.decode(self._sample(generate, names)).clamp(0, 1))
         return metrics, media
 
-    def teacher(self, denoiser: Denoiser, guidance: float | GuidanceByLevel, steps: int = 25) -> tuple[dict[str, float], Tensor]:
+    def teacher(self, denoiser: Denoiser, guidance: float | GuidanceByLevel, steps: int = TEACHER_STEPS) -> tuple[dict[str, float], Tensor]:
         """The same metrics of the many-step teacher, as the reference for brightness, saturation, motion and diversity; modes are left out for their cost."""
 
         def generate(cond: Condition, null: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
@@ -109,6 +114,10 @@ class Probe:
         if self.monitor is not None:
             metrics |= self.monitor.metrics(media, prompts_for(self.monitor, names))
         return metrics, media
+
+
+# the teacher's metrics on a probe under a guidance, where they were measured before; None where they were not
+KnownTeacher = Callable[[Probe, float | GuidanceByLevel], Mapping[str, float] | None]
 
 
 def few_of(prompts: Sequence[Prompt], n: int) -> tuple[Prompt, ...]:

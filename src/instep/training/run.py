@@ -34,7 +34,7 @@ from instep.training.inputs import as_family, as_prompt_list
 from instep.training.log import RunLog, Tracker
 from instep.training.manifest import write_manifest
 from instep.training.options import RunOptions
-from instep.training.probe import Monitor, Probe, few_of
+from instep.training.probe import PROBE_PROMPTS, KnownTeacher, Monitor, Probe, few_of
 from instep.training.state import TrainState
 from instep.training.step import iteration
 from instep.training.teacher_samples import teacher_samples
@@ -78,6 +78,7 @@ def train(
     start_from: Path | str | None = None,
     options: RunOptions | None = None,
     tracker: Tracker | None = None,
+    known_teacher: KnownTeacher | None = None,
     command: str = "",
 ) -> Run:
     """Trains `recipe` on `family` and exports the student; the same call resumes an interrupted run.
@@ -88,9 +89,9 @@ def train(
     pair recipes; a discriminator without any uses samples of the teacher, which are made once and kept with the run);
     `pairs` are labelled pairs, whose chosen samples are also used as real and preferred ones if there are no others;
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
-    log.jsonl and TensorBoard. Raises ValueError before training if an input does not fit or another process uses
-    `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself (`stop_on`) ends normally with the
-    student of the checkpoint it went back to; the same call does not resume it.
+    log.jsonl and TensorBoard; `known_teacher` gives the teacher's probe metrics if they were measured before. Raises ValueError before training if an
+    input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself
+    (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it.
     """
     recipe, prompts, family = as_recipe(recipe), with_negative(as_prompt_list(prompts), negative_prompt), as_family(family)
     out, options = Path(out), options or RunOptions()
@@ -133,8 +134,10 @@ def train(
         elif real is not None and recipe.needs & {"real", "preferred"}:
             print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
         source = BatchSource(family, prompts, real, options.seed, stored, pairs)
-        probe = Probe(family, few_of(prompts, 12), reward=None if scored is None or relative(scored) else scored, monitor=monitor, negative=negative_prompt)
-        loop = Loop(recipe, family, out, options, state, source, probe, tracker)
+        probe = Probe(
+            family, few_of(prompts, PROBE_PROMPTS), reward=None if scored is None or relative(scored) else scored, monitor=monitor, negative=negative_prompt
+        )
+        loop = Loop(recipe, family, out, options, state, source, probe, tracker, known_teacher)
         loop.restore(start_from)
         loop.run()
         student = state.roles["student"]
@@ -169,9 +172,10 @@ class Loop:
         source: BatchSource,
         probe: Probe,
         tracker: Tracker | None = None,
+        known_teacher: KnownTeacher | None = None,
     ) -> None:
         self.recipe, self.family, self.out, self.options = recipe, family, out, options
-        self.state, self.source, self.probe, self.tracker = state, source, probe, tracker
+        self.state, self.source, self.probe, self.tracker, self.known_teacher = state, source, probe, tracker, known_teacher
         self.stop: str | None = None
         self.reference: dict[str, float] = {}
         self.found: Finding | None = None  # the finding that stops the run
@@ -273,8 +277,8 @@ class Loop:
         file = self.out / "teacher_probe.json"
         if not file.is_file():
             guidance = by_level(self.recipe.guidance, self.recipe.guidance_2, self.family.boundary)
-            metrics, _ = self.probe.teacher(self.state.roles["teacher"], guidance)
-            write_json(file, metrics)
+            metrics = self.known_teacher(self.probe, guidance) if self.known_teacher else None
+            write_json(file, metrics or self.probe.teacher(self.state.roles["teacher"], guidance)[0])
         return json.loads(file.read_text(encoding="utf-8"))
 
     def save(self) -> None:
