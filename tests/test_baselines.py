@@ -63,9 +63,9 @@ def anew(tmp_path, monkeypatch):
     return lambda name: baselines(name, shipped=False)
 
 
-@pytest.mark.parametrize("name", WORLDS)
-def test_a_row_that_ships_is_what_measuring_gives(name, anew):
-    same(baselines(name).teacher(1, 1.0), anew(name).teacher(1, 1.0))
+def test_a_row_that_ships_is_what_measuring_gives(anew):
+    """Red where the code that samples or measures gives other numbers: raise `VERSION` in bundled/evaluation.py and run benchmarks/baselines.py."""
+    same(baselines("moving-digits").teacher(1, 1.0), anew("moving-digits").teacher(1, 1.0))
 
 
 @pytest.mark.slow

@@ -123,30 +123,3 @@ def test_a_student_of_a_tuned_teacher_is_measured_beside_that_teacher(tmp_path, 
     (first.student / "instep_export.json").unlink()
     with pytest.raises(ValueError, match="was trained on 'student'; only moving-digits and moving-digits-i2v and exports of runs"):
         evaluate.measure_run(run.out)
-
-
-def quick_baselines(shipped: bool) -> Baselines:
-    evaluation = evaluation_of(MOVING_DIGITS)
-    return Baselines(load(MOVING_DIGITS), evaluation, evaluation.prompts("quick", 0), folder_of(MOVING_DIGITS) if shipped else None)
-
-
-def test_the_rows_that_ship_fit_weights_prompts_classifiers_and_protocol():
-    kept = json.loads((folder_of(MOVING_DIGITS) / "baselines.json").read_text(encoding="utf-8"))
-    baselines = quick_baselines(shipped=True)
-    assert kept["fingerprint"] == baselines.fingerprint, "measure them anew: python benchmarks/baselines.py"
-    # what `make demo` compares with is not measured there
-    assert {"real", "decoded", "teacher-50-3", "teacher-4-3", "teacher-4-1", "teacher-2-3"} <= kept["rows"].keys()
-    with torch.no_grad():
-        next(baselines.family.pretrained.parameters()).mul_(1.01)
-    del baselines.__dict__["fingerprint"]
-    assert baselines.fingerprint != kept["fingerprint"], "another model has other rows"
-
-
-@pytest.mark.slow
-def test_the_rows_that_ship_are_what_measuring_gives(tmp_path, monkeypatch):
-    monkeypatch.setenv("INSTEP_CACHE", str(tmp_path))
-    shipped, anew = quick_baselines(shipped=True), quick_baselines(shipped=False)
-    for steps, guidance in ((1, 1.0), (4, 3.0)):
-        kept, measured = shipped.teacher(steps, guidance), anew.teacher(steps, guidance)
-        for key, value in kept.values.items():
-            assert measured.values[key].value == pytest.approx(value.value, rel=1e-3, abs=1e-3), key

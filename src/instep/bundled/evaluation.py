@@ -14,6 +14,7 @@ from torch import Tensor
 
 from instep.bundled import digits
 from instep.bundled.classifiers import FOLDER, Classifier, ClassifierName, Embedded, load_classifier
+from instep.bundled.columns import COLUMNS
 from instep.bundled.drawn_frames import drawn_video
 from instep.data.prompt import Prompt, with_negative
 from instep.metrics import figures as m
@@ -170,104 +171,6 @@ def evaluate(
     raw, cost = generate_all(generate, eval_set.asked, eval_set.seed, name)
     nfe = steps * (1 if guidance == 1 else 2)
     return Row(name, kind, measure(raw, cost, eval_set, classifiers), nfe, steps, guidance, len(raw), note)
-
-
-COLUMNS = (
-    Column(
-        "heldout_both",
-        "prompt followed",
-        "share of samples whose digit and motion are both right by a held-out classifier, which neither training nor its watchers ever used",
-        3,
-        "main",
-        "both (held-out)",
-        "Share of prompts that a held-out classifier finds followed. Up is better.",
-        verdict=True,
-        largest=1.0,
-    ),
-    Column(
-        "train_both",
-        "training",
-        "training classifier (the reward itself): both right; far above the others means that it was hacked",
-        3,
-        short="both (training)",
-    ),
-    Column(
-        "fd",
-        "FD",
-        "Fréchet distance: how far all samples together are from real videos, in a held-out classifier's features; compare equal numbers of samples",
-        1,
-        "main",
-        "FD",
-        "Distance to real videos over all prompts. Down is better.",
-        verdict=True,
-    ),
-    Column(
-        "fd_open",
-        "FD (open prompts)",
-        "the same distance on prompts that leave digit or motion open, where few-step models lose variety",
-        1,
-        "main",
-        "FD open",
-        "Distance to real videos where the prompt leaves something open. Down is better.",
-        verdict=True,
-    ),
-    Column(
-        "modes_motion",
-        "motions seen",
-        "modes covered: different motions among the samples of “a seven”, of 9 at most",
-        2,
-        "main",
-        "motions of 9",
-        "Variety: motions seen for “a seven”. Few-step sampling loses it first.",
-        verdict=True,
-    ),
-    Column(
-        "modes_digit",
-        "digits seen",
-        "modes covered: different digits among the samples of “a digit moving left fast”, of 10 at most",
-        2,
-        "main",
-        "digits of 10",
-        "Variety: digits seen when only a motion is asked for.",
-        verdict=True,
-    ),
-    Column(
-        "mean_brightness",
-        "mean brightness",
-        "mean of all pixels; above that of real videos, strokes are too thick or colours too strong",
-        4,
-        "main",
-        "mean brightness",
-        "Mean brightness. Best where real videos are: above it strokes are too thick or too bright.",
-        verdict=True,
-    ),
-    Column(
-        "wobble", "wobble", "change of shape from frame to frame once motion is taken out, relative to the mean brightness", 3, "main", "wobble", verdict=True
-    ),
-    Column(
-        "first_frame",
-        "first frame",
-        "of image-to-video: root mean square of the difference between the first frame and the given one, in [0, 1]",
-        3,
-        "main",
-        "first frame",
-        verdict=True,
-    ),
-    Column("seconds", "CPU s / video", "seconds of all threads to generate one video", 3, "main"),
-    Column("heldout_digit", "digit", "held-out classifier: digit right", 3),
-    Column("heldout_motion", "motion", "held-out classifier: motion right", 3),
-    Column("heldout_both_open", "followed, open", "held-out classifier: what an open prompt does say is right", 3),
-    Column("heldout_score", "log p", "held-out classifier: mean log-probability of what the prompt says", 2),
-    Column("monitor_both", "monitor", "monitor classifier (watched during training, never descended): both right", 3),
-    Column("train_score", "reward", "training classifier: mean log-probability, the reward", 2),
-    Column("precision", "precision", "share of samples that look like real ones (nearest neighbours in held-out features)", 3),
-    Column("recall", "recall", "share of real videos that the samples come near to", 3),
-    Column("vendi", "Vendi", "Vendi score: the effective number of different samples of one open prompt", 2, verdict=True),
-    Column("saturation", "saturated", "share of raw values more than 0.05 outside [0, 1]", 4),
-    Column("flicker", "steadiness", "VBench temporal flickering: 1 minus the mean difference of consecutive frames", 4),
-    Column("dynamic", "travel, px", "distance that the centre of brightness travels", 2),
-    Column("seconds_wall", "s / video", "seconds on the clock to generate one video", 3),
-)
 
 
 def load_classifiers() -> dict[str, Classifier]:
