@@ -20,7 +20,7 @@ from instep.bundled.world import Evaluation
 from instep.core.files import write_json
 from instep.data.prompt import Prompt
 from instep.diffusion.sampling import sample_ode
-from instep.metrics.compare import Row
+from instep.metrics.compare import Kind, Row
 from instep.models.backbone import Backbone
 from instep.models.family import Family
 from instep.models.role import Role
@@ -51,7 +51,7 @@ class Baselines:
 
     def teacher(self, steps: int, guidance: float) -> Row:
         """The teacher at any number of steps, guided or not."""
-        kind = "teacher" if steps >= MANY else "naive"
+        kind: Kind = "teacher" if steps >= MANY else "naive"
         name = f"teacher, {steps} step{'s' * (steps > 1)}{', guided' if guidance != 1 else ''}"
         return self._kept(
             f"teacher-{steps}-{guidance:g}",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +181,7 @@ class Classifier:
     """A frozen classifier of digit and motion; its score is differentiable with respect to the video's pixels."""
 
     differentiable = True
-    space = "pixel"
+    space: ClassVar[Literal["pixel", "latent"]] = "pixel"
 
     def __init__(self, name: str, net: Trunk, accuracy: dict[str, float]) -> None:
         self.name, self.net, self.accuracy = name, net.eval().requires_grad_(False), accuracy
@@ -220,7 +220,7 @@ class Classifier:
         """
         return self.score_of(self.embed(media), prompts)
 
-    def score_of(self, embedded: Embedded, prompts: Sequence[str]) -> Tensor:
+    def score_of(self, embedded: Embedded, prompts: Sequence[Prompt | str]) -> Tensor:
         """The score of embedded videos, [B]."""
         wanted = _wanted(prompts, embedded.digit.device)
         parts = zip(self.logits_of(embedded), (wanted.digits, wanted.motions), strict=True)
@@ -233,7 +233,7 @@ class Classifier:
         return self.correct_of(self.embed(media), prompts)
 
     @torch.no_grad()
-    def correct_of(self, embedded: Embedded, prompts: Sequence[str]) -> Correct:
+    def correct_of(self, embedded: Embedded, prompts: Sequence[Prompt | str]) -> Correct:
         """`correct` of embedded videos."""
         wanted = _wanted(prompts, embedded.digit.device)
         digit, motion = (logits.argmax(1, keepdim=True) for logits in self.logits_of(embedded))

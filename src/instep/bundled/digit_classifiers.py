@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ class DigitClassifier:
     accuracy: float = float("nan")
     scale: Scale = "log"
     differentiable = True
-    space = "pixel"
+    space: ClassVar[Literal["pixel", "latent"]] = "pixel"
 
     def __post_init__(self) -> None:
         self.net.eval().requires_grad_(False)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import tyro
@@ -135,6 +135,6 @@ def family_in(name: str, folder: Path, record: dict | None, size: VideoSize | No
     if size is None and record is not None:
         size = VideoSize(**record["info"]["size"])
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    family = family_class(index.get("_class_name", ""), index).load(folder, size, name)
+    family = cast(Family, family_class(index.get("_class_name", ""), index).load(folder, size, name))
     base = record["info"]["base_model"] if record is not None else None
     return find(base).adopt(family) if base in WORLDS else family

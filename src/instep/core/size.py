@@ -22,4 +22,5 @@ def as_size(given: VideoSize | Sequence[int]) -> VideoSize:
     whole = isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
     if not whole or len(given) not in (2, 3):
         raise ValueError(f"size: {given!r} is not allowed; it is (height, width, frames) or (height, width), in pixels and frames")
-    return VideoSize(*given) if len(given) == 3 else VideoSize(*given, 1)
+    height, width, frames = (*given, 1)[:3]
+    return VideoSize(height, width, frames)

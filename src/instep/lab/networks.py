@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +46,12 @@ class VelocityMLP(nn.Module):
         super().__init__()
         self.prediction_type: PredictionType = prediction_type
         self.path, self.members, self.classes, self.exits, self.rank, self.scale = path, members, classes, exits, rank, scale
+        self.width = width
         sizes = [dim + 1 + 8 + classes + exits, width, width, width, dim]
         self.layers = nn.ModuleList(Layer(members, *pair, rank) for pair in zip(sizes, sizes[1:], strict=False))
-        self.head = nn.ModuleList([Layer(members, width, width), Layer(members, width, 1)]) if head else None
-        if self.head is not None:
-            nn.init.zeros_(self.head[1].weight)
-            nn.init.zeros_(self.head[1].bias)
+        self.head = nn.ModuleList([Layer(members, width, width), Layer(members, width, 1).zeroed()]) if head else None
         self.guidance_range = guidance_range
-        self.guidance_embedding = nn.ModuleList([Layer(members, FEATURES, width), Layer(members, width, width)]) if guidance_range else None
-        if self.guidance_embedding is not None:
-            nn.init.zeros_(self.guidance_embedding[1].weight)
-            nn.init.zeros_(self.guidance_embedding[1].bias)
+        self.guidance_embedding = nn.ModuleList([Layer(members, FEATURES, width), Layer(members, width, width).zeroed()]) if guidance_range else None
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition, scale: float | None = None, skips: tuple[int, ...] = ()) -> Prediction:
         assert isinstance(cond, LabelCondition)
@@ -125,6 +121,12 @@ class Layer(nn.Module):
         if rank:
             self.adapter_down = nn.Parameter(torch.empty(members, inputs, rank).uniform_(-bound, bound))
             self.adapter_up = nn.Parameter(torch.zeros(members, rank, outputs))
+
+    def zeroed(self) -> Self:
+        """The layer with zeros for weight and bias."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        return self
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         out = torch.baddbmm(self.bias, x, self.weight)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,14 +82,14 @@ class LabRun:
 def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, *, learned_teacher: VelocityMLP | None = None) -> TrainState:
     """Student and fake as copies of `start`; the exact teacher, or a learned one (which is the one that can have an adapter)."""
     config = recipe.roles.get("fake", RoleConfig())
-    classes, width = world.mixture.label_count, start.layers[0].weight.shape[2]
+    classes, width = world.mixture.label_count, start.width
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         prediction_type = recipe.roles["student"].prediction_type or "velocity"
         guidance_range = recipe.roles["student"].guidance_range
         student = VelocityMLP(world.path, members=world.members, classes=classes, width=width, prediction_type=prediction_type, guidance_range=guidance_range)
         fake = VelocityMLP(world.path, members=world.members, classes=classes, width=width, exits=len(recipe.levels) if config.exits else 0, head=config.head)
-        roles = {"student": student, "fake": fake, "teacher": world.teacher}
+        roles: dict[str, Any] = {"student": student, "fake": fake, "teacher": world.teacher}
         if learned_teacher is not None or recipe.roles["teacher"].lora is not None:
             lora = recipe.roles["teacher"].lora
             roles["teacher"] = VelocityMLP(
@@ -117,6 +118,8 @@ def ensemble_state(recipe: Recipe, world: World, start: VelocityMLP, seed: int, 
 @torch.no_grad()
 def _copy(source: VelocityMLP, to: VelocityMLP) -> None:
     """Weights of `source` where they exist; inputs that only `to` has (the exit) start at zero, adapters and heads as they were made."""
+    mine: Any
+    theirs: Any
     for mine, theirs in zip(to.layers, source.layers, strict=True):
         mine.weight.zero_()
         mine.weight[:, : theirs.weight.shape[1]] = theirs.weight

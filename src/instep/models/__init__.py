@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from instep.core.size import VideoSize, as_size
 from instep.models.families import family_class, family_of
@@ -31,10 +31,10 @@ def load(model: str | Path, size: VideoSize | Sequence[int] | None = None, *, na
     if not index.is_file() and _class_of(folder / "transformer" / "config.json") == "DiTTransformer2DModel":
         from instep.models.dit import DiTFamily
 
-        family = DiTFamily.load(folder, name=name)
-        if size not in (None, family.size):
-            raise ValueError(f"size: {size} is not allowed; {family.name} draws {family.size.height} x {family.size.width} images; leave the size out")
-        return family
+        images = DiTFamily.load(folder, name=name)
+        if size not in (None, images.size):
+            raise ValueError(f"size: {size} is not allowed; {images.name} draws {images.size.height} x {images.size.width} images; leave the size out")
+        return images
     if not index.is_file():
         raise ValueError(
             f"model: {str(model)!r} is not a model folder ({index} is missing); give the path of a diffusers pipeline folder as save_pretrained writes it"
@@ -52,8 +52,8 @@ def load(model: str | Path, size: VideoSize | Sequence[int] | None = None, *, na
     if missing:
         raise ValueError(f"model: {folder} lacks the part {missing[0]!r} that its model_index.json names; copy or download it again")
     index_of = json.loads(index.read_text())
-    family = family_class(index_of.get("_class_name"), index_of)
-    return family.load(folder, size, name=name)
+    family = family_class(str(index_of.get("_class_name")), index_of)
+    return cast("Family", family.load(folder, size, name=name))
 
 
 def _export_record(folder: Path) -> dict | None:

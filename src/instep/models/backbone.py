@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -57,14 +57,14 @@ class ActiveCall:
 class Backbone:
     """A network of a family that one or several roles run on."""
 
-    def __init__(self, family: Family, module: nn.Module, *, checkpointing: bool = False, trained: Sequence[str] | None = None) -> None:
+    def __init__(self, family: Family, module: Any, *, checkpointing: bool = False, trained: Sequence[str] | None = None) -> None:
         """`trained`: the parts of the network (of two experts) that roles on it own and adapt; None: all."""
         self.family, self.module = family, module
         self.trained = None if trained is None or set(trained) == set(family.denoisers) else tuple(trained)
         self._call: CallContext | None = None
         self._adapters: dict[str, LoRA] = {}
         self._watched = False
-        family.prepare(module, lambda: self._call and self._call.cond)
+        family.prepare(module, lambda: None if self._call is None else self._call.cond)
         for embedder in family.time_embedders(module):
             embedder.register_forward_hook(self._condition_time)
         if checkpointing:
@@ -106,7 +106,8 @@ class Backbone:
 
         if not self._adapters:
             self.module.requires_grad_(False)
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=self._lora_targets(), init_lora_weights=True)
+        alpha: Any = lora.alpha  # PEFT divides by it, and takes any number
+        config = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=self._lora_targets(), init_lora_weights=True)
         with warnings.catch_warnings():
             # student and fake are two adapters on one module: meant, and peft asks whether it is
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
@@ -148,7 +149,7 @@ class Backbone:
         if self._call is not None and self._call.features is not None:
             self._call.features.append(output)
 
-    def _checkpointed(self, block: Callable, *args) -> Tensor:
+    def _checkpointed(self, block: nn.Module, *args) -> Tensor:
         assert self._call is not None, "a checkpointed backbone is trained through a role"
         # the features of the forward carry the graph; those of the recomputation would belong to nobody and, kept by the graph that
         # they are part of, would never be freed

@@ -77,7 +77,7 @@ def check_pipeline(pipe: Any) -> None:
         )
 
 
-def call(pipe: Any, path: VariancePreserving, module: nn.Module, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+def call(pipe: Any, path: VariancePreserving, module: Any, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """v [B, C, F, H, W] of `module` as the pipeline calls its transformer; x_t [B, C, F, H, W], t [B] in [0, 1], text [B, 226, D]."""
     dtype, (height, width) = next(module.parameters()).dtype, x_t.shape[-2:]
     rotary = None
@@ -108,8 +108,8 @@ class CogVideoXFamily(PipelineFamily):
 
     pipeline_class = "CogVideoXPipeline"
     prediction_type: PredictionType = "v_prediction"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
-    axes = AXES
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    axes: tuple[int, ...] = AXES
     passes_generator = True
     preset = Preset(source="CogVideoX-2b and CogVideoX-5b model cards", guidance=6.0, sampler_steps=50)
 
@@ -174,17 +174,17 @@ class CogVideoXFamily(PipelineFamily):
         """Media [B, 3, F, H, W] in [0, 1] to latents [B, C, f, h, w]: the posterior's mean."""
         return self.pipe.vae.encode(media * 2 - 1).latent_dist.mode() * self.pipe.vae.config.scaling_factor
 
-    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        assert isinstance(cond, CogVideoXCondition)
+    def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        assert isinstance(cond, CogVideoXCondition) and isinstance(self.path, VariancePreserving)
         return call(self.pipe, self.path, module, x_t, t, cond.text)
 
-    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
+    def time_embedders(self, module: Any) -> Sequence[nn.Module]:
         return [module.time_embedding]
 
-    def time_width(self, module: nn.Module) -> int:
+    def time_width(self, module: Any) -> int:
         return module.config.time_embed_dim
 
-    def feature_block(self, module: nn.Module) -> nn.Module:
+    def feature_block(self, module: Any) -> nn.Module:
         """At two thirds of the depth, as for Wan. A block returns video and text tokens; an identity beside it is shown the video's."""
         blocks = module.transformer_blocks
         block = blocks[(2 * len(blocks) - 1) // 3]
@@ -194,8 +194,8 @@ class CogVideoXFamily(PipelineFamily):
             block.register_forward_hook(_show_tokens)
         return block.tokens
 
-    def feature_width(self, module: nn.Module) -> int:
+    def feature_width(self, module: Any) -> int:
         return module.config.num_attention_heads * module.config.attention_head_dim
 
-    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
+    def skip(self, module: Any, blocks: Sequence[int]) -> AbstractContextManager[None]:
         return skipped(module.transformer_blocks, blocks, _pass_on)

@@ -39,12 +39,12 @@ class DiTFamily(PipelineFamily):
 
     pipeline_class = ""
     task: Task = "class-to-image"
-    axes = (0, 1, 2, 3)
+    axes: tuple[int, ...] = (0, 1, 2, 3)
     preset = Preset(source="SiT (flow matching on the DiT architecture), class-conditional ImageNet", guidance=1.5, sampler_steps=50)
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     pipe: Any = None
 
-    def __init__(self, transformer: nn.Module, names: Sequence[str] = (), shift: float = 1.0, name: str = "dit", source: str = "") -> None:
+    def __init__(self, transformer: Any, names: Sequence[str] = (), shift: float = 1.0, name: str = "dit", source: str = "") -> None:
         """`names`: one a class, or none; `shift` is that of the model's own sampler; `source` is where it was loaded from. ValueError for a network
         of another kind: latents of a VAE, or learned variances beside the prediction.
         """
@@ -122,25 +122,25 @@ class DiTFamily(PipelineFamily):
         x = media * 2 - 1
         return x.mean(1, keepdim=True) if self.latent_shape[0] == 1 else x
 
-    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, ClassCondition)
         return module(x_t.to(module.dtype), timestep=t.float() * 1000, class_labels=cond.label, return_dict=False)[0]
 
-    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
+    def time_embedders(self, module: Any) -> Sequence[nn.Module]:
         """One a block: DiT embeds the time anew in each of them (and once more by the first block's for the output layer)."""
         return [block.norm1.emb.timestep_embedder for block in module.transformer_blocks]
 
-    def time_width(self, module: nn.Module) -> int:
+    def time_width(self, module: Any) -> int:
         return module.config.num_attention_heads * module.config.attention_head_dim
 
-    def feature_block(self, module: nn.Module) -> nn.Module:
+    def feature_block(self, module: Any) -> nn.Module:
         """At two thirds of the depth, as for Wan."""
         return module.transformer_blocks[(2 * len(module.transformer_blocks) - 1) // 3]
 
-    def feature_width(self, module: nn.Module) -> int:
+    def feature_width(self, module: Any) -> int:
         return self.time_width(module)
 
-    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
+    def skip(self, module: Any, blocks: Sequence[int]) -> AbstractContextManager[None]:
         return skipped(module.transformer_blocks, blocks)
 
     def pipeline(self, parts: Mapping[str, nn.Module], **others: Any) -> Any:

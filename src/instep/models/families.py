@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from instep.core.size import VideoSize
 from instep.models.pipeline_family import PipelineFamily
+
+if TYPE_CHECKING:
+    from instep.models.family import Family
 
 # the pipeline's class in diffusers -> the families that read it, as module:class; the first that accepts a pipeline's parts takes it
 FAMILIES: Mapping[str, tuple[str, ...]] = {
@@ -29,7 +32,7 @@ def family_class(kind: str, parts: Mapping[str, Any]) -> type[PipelineFamily]:
     raise ValueError(f"model: it is a {kind}, which no family knows yet; allowed: {', '.join(FAMILIES)}")
 
 
-def family_of(pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> PipelineFamily:
+def family_of(pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> Family:
     """Wrap a diffusers pipeline in its family, at `size` or the model's own; its networks are frozen and put into eval mode.
 
     Raises ValueError for a pipeline that no family knows.
@@ -37,4 +40,5 @@ def family_of(pipe: Any, size: VideoSize | Sequence[int] | None = None, name: st
     kind, source = type(pipe).__name__, source or str(getattr(pipe, "name_or_path", None) or "")
     if kind not in FAMILIES:
         raise ValueError(f"family: {kind} is not a pipeline that a family knows; allowed: {', '.join(FAMILIES)}")
-    return family_class(kind, pipe.components)(pipe, size, name or Path(source).name or kind, source)
+    # each class in the list adds what the base leaves to it
+    return cast("Family", family_class(kind, pipe.components)(pipe, size, name or Path(source).name or kind, source))

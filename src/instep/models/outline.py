@@ -69,7 +69,7 @@ def outline(model: str | Path) -> Outline:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model: {str(model)!r} is not known ({folder / 'model_index.json'} is missing)")
     index = _read(folder / "model_index.json")
-    family = family_class(index.get("_class_name"), index)
+    family = family_class(str(index.get("_class_name")), index)
     vae = folder / "vae" / "config.json"
     parts = {part: meta_network(index[part][1], _read(folder / part / "config.json")) for part in family.denoisers}
     return Outline(family, parts, _read(vae) if vae.is_file() else {})

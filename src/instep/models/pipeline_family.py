@@ -45,6 +45,7 @@ class PipelineFamily:
     passes_generator = False
     comfyui: ComfyUI | None = None
     preset: Preset
+    lora_targets: tuple[str, ...]
     shift: float = 1.0
 
     def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:

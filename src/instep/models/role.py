@@ -93,7 +93,7 @@ class Role:
         backbone = self.backbone
         own = backbone.adapter_parameters(self.adapter) if self.adapter else backbone.own_parameters()
         if self.exits is not None:
-            own |= {"exits.weight": self.exits.weight}
+            own |= {f"exits.{key}": p for key, p in self.exits.named_parameters()}
         if self.head is not None:
             own |= {f"head.{key}": p for key, p in self.head.named_parameters()}
         if self.guidance_embedding is not None:

@@ -53,8 +53,8 @@ class SD3Family(PipelineFamily):
 
     pipeline_class = "StableDiffusion3Pipeline"
     task: Task = "text-to-image"
-    axes = (0, 1, 2, 3)
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    axes: tuple[int, ...] = (0, 1, 2, 3)
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
     def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)

@@ -53,7 +53,7 @@ class PaddedTextProcessor(WanAttnProcessor):
         super().__init__()
         self.current = current
 
-    def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
         cond = self.current()
         if isinstance(cond, WanCondition):
             attention_mask = cond.bias[:, None, None].to(hidden_states.dtype)
@@ -78,7 +78,7 @@ class WanFamily(PipelineFamily):
     """A `WanPipeline` of one transformer seen as a family; latents are normalised as the transformer sees them."""
 
     pipeline_class = "WanPipeline"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     comfyui: ComfyUI | None = WanComfyUI()
     preset = WAN21
 
@@ -150,29 +150,29 @@ class WanFamily(PipelineFamily):
         """Media [B, 3, F, H, W] in [0, 1] to latents [B, C, f, h, w]."""
         return encode_latents(self.pipe.vae, media)
 
-    def prepare(self, module: nn.Module, current: Callable[[], Condition | None]) -> None:
+    def prepare(self, module: Any, current: Callable[[], Condition | None]) -> None:
         for block in module.blocks:
             block.attn2.set_processor(PaddedTextProcessor(current))
 
-    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, WanCondition)
         dtype = next(module.parameters()).dtype
         return module(x_t.to(dtype), t.float() * 1000, cond.text.to(dtype), return_dict=False)[0]
 
-    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
+    def time_embedders(self, module: Any) -> Sequence[nn.Module]:
         return [module.condition_embedder.time_embedder]
 
-    def time_width(self, module: nn.Module) -> int:
+    def time_width(self, module: Any) -> int:
         return module.config.num_attention_heads * module.config.attention_head_dim
 
-    def feature_block(self, module: nn.Module) -> nn.Module:
+    def feature_block(self, module: Any) -> nn.Module:
         """At two thirds of the depth: what is shown is known there, and the last third only turns it into a velocity."""
         return module.blocks[(2 * len(module.blocks) - 1) // 3]
 
-    def feature_width(self, module: nn.Module) -> int:
+    def feature_width(self, module: Any) -> int:
         return self.time_width(module)
 
-    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
+    def skip(self, module: Any, blocks: Sequence[int]) -> AbstractContextManager[None]:
         return skipped(module.blocks, blocks)
 
     def lora_key(self, part: str, layer: str) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from instep.metrics.compare import Row, combined
+from instep.metrics.compare import Kind, Row, combined
 from instep.report.read import RunRecord
 
 
@@ -43,7 +43,7 @@ def students(runs: Sequence[RunRecord]) -> list[Row]:
     found = []
     for (name, _), members in groups.items():
         row, run = _mean([row for row, _ in members]), members[0][1]
-        kind = "student" if role_in(run, runs) == "student" else "control"
+        kind: Kind = "student" if role_in(run, runs) == "student" else "control"
         found.append(replace(row, kind=kind, name=f"{name}, {run.folder.name}" if names.count(name) > 1 else name))
     return found
 

@@ -25,9 +25,14 @@ class Reward(Protocol):
     `Prompt` values, with the first frames of image-to-video prompts.
     """
 
-    name: str
-    differentiable: bool
-    space: Literal["pixel", "latent"]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    @property
+    def space(self) -> Literal["pixel", "latent"]: ...
 
     def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor: ...
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class CommandReward:
     timeout: float = 300.0
     retries: int = 1
     differentiable = False
-    space = "pixel"
+    space: ClassVar[Literal["pixel", "latent"]] = "pixel"
 
     def __post_init__(self) -> None:
         if not self.argv:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class JPEG:
     prefer: Literal["small", "large"] = "small"
     frames: int | None = None
     differentiable = False
-    space = "pixel"
+    space: ClassVar[Literal["pixel", "latent"]] = "pixel"
 
     def __post_init__(self) -> None:
         if self.prefer not in ("small", "large"):

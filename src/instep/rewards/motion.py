@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class DynamicDegree:
 
     name = "dynamic-degree"
     differentiable = False
-    space = "pixel"
+    space: ClassVar[Literal["pixel", "latent"]] = "pixel"
 
     @torch.no_grad()
     def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import torch
@@ -49,7 +49,7 @@ class HttpReward:
     workers: int = 4
     token: str | None = None
     differentiable = False
-    space = "pixel"
+    space: ClassVar[Literal["pixel", "latent"]] = "pixel"
 
     def __post_init__(self) -> None:
         positive(timeout=self.timeout, batch=self.batch, workers=self.workers)

@@ -83,7 +83,9 @@ def make_state(
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
         roles = make_roles(recipe, family, checkpointing=checkpointing)
-        latent_reward = recipe.latent_reward and recipe.latent_reward.shape.build(family.latent_shape, family.unconditional([Prompt("")]), len(weights))
+        latent_reward = None
+        if recipe.latent_reward is not None:
+            latent_reward = recipe.latent_reward.shape.build(family.latent_shape, family.unconditional([Prompt("")]), len(weights))
     trained = {
         name: TrainedParams(roles[name].named_parameters(), config.optim, config.ema) for name, config in recipe.roles.items() if config.optim is not None
     }

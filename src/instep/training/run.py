@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -42,6 +42,8 @@ from instep.training.views import matching_views, samples, save_samples, save_vi
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from instep.models.role import Role
 
 # steps of the teacher's own sampler where a recipe needs samples of it
 TEACHER_STEPS = 50
@@ -140,7 +142,7 @@ def train(
         loop = Loop(recipe, family, out, options, state, source, probe, tracker, known_teacher)
         loop.restore(start_from)
         loop.run()
-        student = state.roles["student"]
+        student = cast("Role", state.roles["student"])  # a run on a family has no other kind
         if not fits_stock(student):
             print(f"not exported: the student predicts {student.prediction_type}, which no stock pipeline of {family.name} samples; it stays in {out}")
             return Run(out, recipe, family, state, None, loop.stopped)
@@ -291,7 +293,7 @@ class Loop:
         if own is not None:
             saved.load(self.state, self.source, checkpoint.load(own))
         elif start_from is not None:
-            saved.begin_from(self.state, self.recipe, Path(start_from), reward=self.probe.reward and self.probe.reward.name)
+            saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop is not None:
