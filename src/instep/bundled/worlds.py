@@ -72,6 +72,11 @@ def encoded(family: WanFamily, media: Tensor) -> Tensor:
     return torch.cat([family.encode_media(part) for part in media.split(32)])
 
 
+def _known_teacher(world: MovingDigits | MovingDigitsI2V, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
+    own = probe.reward is world.reward and probe.monitor is world.monitor and probe.negative is None
+    return known_metrics(folder_of(world.family.name), probe, guidance, world.reward, world.monitor.classifier) if own else None
+
+
 @dataclass(frozen=True)
 class MovingDigits:
     """Everything a recipe may ask for on the embedded default."""
@@ -83,8 +88,7 @@ class MovingDigits:
 
     def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
         """The teacher's metrics on a run's own probe, as they ship; None for a probe with another reward or monitor."""
-        own = probe.reward is self.reward and probe.monitor is self.monitor and probe.negative is None
-        return known_metrics(folder_of(self.family.name), probe, guidance, self.reward, self.monitor.classifier) if own else None
+        return _known_teacher(self, probe, guidance)
 
     def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos of the training split through the VAE, each with one of the training prompts: what DM-Align (Pair) prefers."""
@@ -145,8 +149,7 @@ class MovingDigitsI2V:
 
     def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
         """The teacher's metrics on a run's own probe, as they ship; None for a probe with another reward or monitor."""
-        own = probe.reward is self.reward and probe.monitor is self.monitor and probe.negative is None
-        return known_metrics(folder_of(self.family.name), probe, guidance, self.reward, self.monitor.classifier) if own else None
+        return _known_teacher(self, probe, guidance)
 
     def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos of the training split through the VAE, each with a training prompt and its own first frame."""

@@ -78,7 +78,6 @@ def _train(args: Sequence[str]) -> int:
     from instep.cli.train import TrainArgs, train_command
 
     recipe, options = recipe_args(name, args[1:], "train", TrainArgs)
-
     return train_command(recipe, options, "instep train " + shlex.join(args))
 
 

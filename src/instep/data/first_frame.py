@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch import Tensor
 from instep.core.size import VideoSize
 from instep.data.media import fitted, read_media
 from instep.data.prompt import Prompt, as_prompts
-
-# the first frame [3, H, W] in [0, 1] of a prompt at a size; ValueError for a prompt that has none
-FirstFrameReader = Callable[[Prompt, VideoSize], Tensor]
 
 
 def read_first_frame(prompt: Prompt, size: VideoSize) -> Tensor:

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 
 from instep.core.files import atomic_dir
 from instep.data.prompt import Prompt
-from instep.diffusion.sampling import sample_few_step
 from instep.export.card import ExportInfo
 from instep.export.folder import RECORD, ExportReport, _cast, _check_dtype, _check_target, _sync, merged_parts
 from instep.export.scheduler import few_step_scheduler
-from instep.export.verify import Sampler
-from instep.models.backbone import Backbone
-from instep.models.role import Role
+from instep.export.verify import Sampler, our_sampler
 
 if TYPE_CHECKING:
     from instep.models.family import Family
@@ -122,8 +119,4 @@ def stock_loop(family: Family, folder: Path, prompts: Sequence[Prompt]) -> tuple
             x = scheduler.step(v, t, x, return_dict=False)[0]
         return x
 
-    def own(names: Sequence[Prompt], rng: torch.Generator) -> Tensor:
-        noise = torch.randn(len(names), *family.latent_shape, generator=rng)
-        return sample_few_step(Role("student", Backbone(family, network)), cond, noise, levels, family.path, rng)
-
-    return sampled(stock, prompts), sampled(own, prompts)
+    return sampled(stock, prompts), sampled(our_sampler(family, network, levels), prompts)

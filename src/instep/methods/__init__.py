@@ -1,1 +1,2 @@
-"""The parts of a recipe: forces, objectives and critics, and the frozen configuration of stages and recipes. It may import `diffusion` and `core`."""
+"""The parts of a recipe: forces, objectives and critics, and the frozen configuration of stages and recipes. It may import `data`, `diffusion`
+and `core`."""

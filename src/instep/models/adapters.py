@@ -1,9 +1,8 @@
-"""PEFT adapters on a diffusers network: which layers they touch, running one alone, merging one into plain weights."""
+"""PEFT adapters on a diffusers network: which layers they touch, and merging one into plain weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,27 +26,6 @@ def lora_layers(module: nn.Module, adapter: str) -> Iterator[tuple[str, Any, flo
             raise ValueError(f"adapter: {adapter!r} on {name} is not a plain LoRA (DoRA or a bias); allowed: plain LoRA; retrain with LoraConfig's defaults")
         rank = layer.r[adapter] ** (0.5 if layer.use_rslora[adapter] else 1)
         yield name, layer, layer.lora_alpha[adapter] / rank
-
-
-@contextmanager
-def adapter_active(module: nn.Module, adapter: str = "student") -> Iterator[None]:
-    """`adapter` alone, at its own alpha / r, for everything inside; activity, scales and requires_grad come back
-    afterwards.
-    """
-    layers = [(layer, scale) for _, layer, scale in lora_layers(module, adapter)]
-    before = [(layer.active_adapters, dict(layer.scaling)) for layer, _ in layers]
-    trained = [(p, p.requires_grad) for p in module.parameters()]
-    try:
-        for layer, scale in layers:
-            layer.set_adapter([adapter])
-            layer.scaling[adapter] = scale
-        yield
-    finally:
-        for (layer, _), (active, scaling) in zip(layers, before, strict=True):
-            layer.set_adapter(active)
-            layer.scaling.update(scaling)
-        for p, flag in trained:
-            p.requires_grad_(flag)
 
 
 def has_adapter(module: nn.Module, adapter: str) -> bool:

@@ -35,10 +35,6 @@ class Dimensions:
 class ComfyUI(Protocol):
     """How ComfyUI runs a family's models."""
 
-    def module(self, name: str) -> str:
-        """ComfyUI's name of a layer that a LoRA may adapt; ValueError if it has none."""
-        ...
-
     def state_dict(self, denoiser: nn.Module) -> dict[str, Tensor]:
         """A whole denoiser under the names that ComfyUI's loader reads."""
         ...

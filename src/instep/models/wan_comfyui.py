@@ -165,19 +165,9 @@ def comfyui_obstacle(pipeline: Any) -> str | None:
 
 
 class WanComfyUI:
-    """ComfyUI's Wan, as `models/family.py` asks for it."""
+    """ComfyUI's Wan, with the members of `models/family.py`'s `ComfyUI`."""
 
-    def module(self, name: str) -> str:
-        return comfyui_module(name)
-
-    def state_dict(self, denoiser: nn.Module) -> dict[str, Tensor]:
-        return comfyui_state_dict(denoiser)
-
-    def obstacle(self, pipe: Any) -> str | None:
-        return comfyui_obstacle(pipe)
-
-    def shift(self, levels: Sequence[float]) -> tuple[float, float]:
-        return comfyui_shift(levels)
-
-    def workflow(self, levels: Sequence[float], size: VideoSize, prompt: str, model: str, lora: str | None, seed: int) -> dict[str, Any]:
-        return comfyui_workflow(levels, size, prompt, model, lora, seed)
+    state_dict = staticmethod(comfyui_state_dict)
+    obstacle = staticmethod(comfyui_obstacle)
+    shift = staticmethod(comfyui_shift)
+    workflow = staticmethod(comfyui_workflow)
