@@ -11,7 +11,7 @@ import torch
 from test_run import PROMPTS, brightness, family, rows, same
 
 from instep.cli.export import newest_step, read_run, sampling_of
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.animation import save_animation
 from instep.data.media import fitted, pair_samples, read_media, slow_motion
 from instep.data.prompt import texts_of
@@ -271,10 +271,10 @@ def test_labelled_files_become_latents(tmp_path):
     with pytest.raises(ValueError, match="ends in '.txt'; allowed: .webp"):
         read_media(tmp_path / "x.txt")
     with pytest.raises(ValueError, match="x has 9 frames and the model takes 13"):
-        fitted(media, VideoSize(48, 48, 13), "x")
+        fitted(media, Size(48, 48, 13), "x")
     with pytest.raises(ValueError, match="x is 48 x 48, not of the shape of 48 x 96"):
-        fitted(media, VideoSize(48, 96, 9), "x")
-    assert fitted(media, VideoSize(24, 24, 5), "x").shape == (3, 5, 24, 24) and fitted(media, VideoSize(96, 96, 9), "x").shape == (3, 9, 96, 96)
+        fitted(media, Size(48, 96, 9), "x")
+    assert fitted(media, Size(24, 24, 5), "x").shape == (3, 5, 24, 24) and fitted(media, Size(96, 96, 9), "x").shape == (3, 9, 96, 96)
 
 
 def test_preferences_of_people_are_a_preference(tmp_path):

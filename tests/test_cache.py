@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import texts_of
 from instep.diffusion.prediction import Prediction
 from instep.diffusion.sampling import sample_ode
@@ -46,7 +46,7 @@ class Teacher:
 
 
 def make(folder: Path, teacher: Teacher | None = None, prompts=PROMPTS, **other):
-    teacher = teacher or Teacher(WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES)))
+    teacher = teacher or Teacher(WanFamily(tiny_wan_pipeline(), Size(HEIGHT, WIDTH, FRAMES)))
     return teacher_samples(folder, teacher.family, teacher, prompts, **{**SETTINGS, **other}), teacher
 
 
@@ -83,7 +83,7 @@ def test_it_is_made_once(whole):
 def test_an_interrupted_call_goes_on_to_the_same_samples(whole, tmp_path, dies_at):
     _, samples, _ = whole
     with pytest.raises(Killed):
-        make(tmp_path, Teacher(WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES)), dies_at))
+        make(tmp_path, Teacher(WanFamily(tiny_wan_pipeline(), Size(HEIGHT, WIDTH, FRAMES)), dies_at))
     assert not (tmp_path / FILE).exists()
     resumed, teacher = make(tmp_path)
     assert teacher.calls == 9 - dies_at // 3 * 3, "only the batch in progress is lost"
@@ -94,7 +94,7 @@ def test_an_interrupted_call_goes_on_to_the_same_samples(whole, tmp_path, dies_a
 def test_an_interrupted_call_may_go_on_with_smaller_batches(whole, tmp_path):
     _, samples, _ = whole
     with pytest.raises(Killed):
-        make(tmp_path, Teacher(WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES)), 3))
+        make(tmp_path, Teacher(WanFamily(tiny_wan_pipeline(), Size(HEIGHT, WIDTH, FRAMES)), 3))
     resumed, teacher = make(tmp_path, batch=2)
     assert teacher.calls == 2 * 3
     assert resumed.prompts == samples.prompts and torch.equal(resumed.noise, samples.noise)
@@ -112,7 +112,7 @@ def test_samples_of_other_settings_are_refused(whole, field, value):
 
 def test_parts_of_other_settings_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(Killed):
-        make(tmp_path, Teacher(WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES)), 5))
+        make(tmp_path, Teacher(WanFamily(tiny_wan_pipeline(), Size(HEIGHT, WIDTH, FRAMES)), 5))
     with pytest.raises(ValueError, match=f"^seed: 5 does not fit 4, .*remove .*{PARTS} "):
         make(tmp_path, seed=5)
     (tmp_path / FILE).write_bytes(b"something else")
@@ -127,7 +127,7 @@ def test_impossible_settings_are_named(tmp_path, field, value):
 
 
 def test_weights_that_overflow_are_not_kept(tmp_path):
-    family = WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES))
+    family = WanFamily(tiny_wan_pipeline(), Size(HEIGHT, WIDTH, FRAMES))
     with torch.no_grad():
         family.pretrained.proj_out.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="^teacher: .*not finite"):

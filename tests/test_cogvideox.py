@@ -11,7 +11,7 @@ import torch
 from test_run import rows
 from tiny import tiny_cogvideox_pipeline
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.diffusion.levels import few_step_levels
 from instep.diffusion.path import RectifiedFlow, VariancePreserving
 from instep.diffusion.prediction import eps_of_x0, score_of_x0, to_prediction, velocity_of_x0
@@ -31,7 +31,7 @@ from instep.training.options import RunOptions
 from instep.training.run import train
 
 F64 = torch.float64
-SIZE = VideoSize(32, 32, 9)
+SIZE = Size(32, 32, 9)
 PROMPTS = ["a seven moving left fast", "a digit", "an eight", "a two standing still"]
 SHORT = Common(steps=2, batch=2, critic_updates=1, shift=1.0)
 INFO = ExportInfo(
@@ -248,7 +248,7 @@ def test_one_text_beside_another_and_without_limit():
 
 def test_variants_and_sizes_that_do_not_fit_are_named(tmp_path):
     pipe = tiny_cogvideox_pipeline()
-    for size in (VideoSize(24, 32, 9), VideoSize(32, 40, 9), VideoSize(32, 32, 5)):
+    for size in (Size(24, 32, 9), Size(32, 40, 9), Size(32, 32, 5)):
         with pytest.raises(ValueError, match="height and width are multiples of 16, frames are 8 k . 1"):
             CogVideoXFamily(pipe, size)
     for key, value, text in (

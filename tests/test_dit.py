@@ -15,7 +15,7 @@ from instep.bundled.digit_classifiers import load_digit_classifier
 from instep.bundled.digits import WORDS, scans_of
 from instep.bundled.worlds import class_digits
 from instep.cli.sample import find_pipeline
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.samples import RealSamples
 from instep.diffusion.guidance import predict_guided
 from instep.diffusion.sampling import sample_few_step, sample_ode
@@ -246,9 +246,9 @@ def test_the_bundled_model_is_what_its_record_says():
 
 def test_the_bundled_teacher_draws_the_class_that_is_asked_for():
     family, classifier = load(DIGITS), load_digit_classifier("heldout")
-    assert family.size == VideoSize(8, 8, 1) and load(DIGITS, VideoSize(8, 8, 1)).latent_shape == (1, 8, 8)
+    assert family.size == Size(8, 8, 1) and load(DIGITS, Size(8, 8, 1)).latent_shape == (1, 8, 8)
     with pytest.raises(ValueError, match="8 x 8"):
-        load(DIGITS, VideoSize(48, 48, 9))
+        load(DIGITS, Size(48, 48, 9))
     teacher, names = Role("teacher", Backbone(family, family.pretrained)), list(DIGIT_NAMES) * 10
     cond, null = family.encode(names), family.unconditional(names)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.diffusion.levels import few_step_levels
 from instep.export import ExportInfo, export_student, lora_state_dict, save_loras, verify_export
 from instep.export.scheduler import flow_scheduler
@@ -21,7 +21,7 @@ from instep.models.wan_comfyui import comfyui_levels, comfyui_module, comfyui_sh
 
 torch.set_num_threads(1)
 
-SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
+SIZE = Size(HEIGHT, WIDTH, FRAMES)
 PROMPTS = ["a seven moving left slowly", "a digit"]
 INFO = ExportInfo(
     recipe="dm-align-group",

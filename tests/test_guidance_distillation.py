@@ -11,7 +11,7 @@ from test_forces import F64, view
 from test_run import PROMPTS, family
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_cogvideox_pipeline, tiny_wan_pipeline
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.diffusion.guidance import guide, guide_and_skip
 from instep.diffusion.levels import OneOf, Uniform
 from instep.diffusion.path import RectifiedFlow, VariancePreserving
@@ -30,7 +30,7 @@ from instep.recipes.apo import apo
 from instep.recipes.many_step import ManySteps
 from instep.training.step import iteration
 
-SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
+SIZE = Size(HEIGHT, WIDTH, FRAMES)
 TEXT = ["a seven moving left fast", "a digit"]
 
 
@@ -105,7 +105,7 @@ def test_it_costs_what_it_says_and_refuses_what_is_nothing():
 def three_blocks(kind: str):
     """A tiny family of three blocks, and where they are in its network."""
     if kind == "cogvideox":
-        return CogVideoXFamily(tiny_cogvideox_pipeline(layers=3), VideoSize(32, 32, 9), name="tiny"), "transformer_blocks"
+        return CogVideoXFamily(tiny_cogvideox_pipeline(layers=3), Size(32, 32, 9), name="tiny"), "transformer_blocks"
     return WanFamily(tiny_wan_pipeline(layers=3), SIZE, name="tiny"), "blocks"
 
 

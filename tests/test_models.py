@@ -8,9 +8,9 @@ import pytest
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
 from instep.bundled import load
-from instep.core.size import VideoSize
+from instep.core.size import Size
 
-SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
+SIZE = Size(HEIGHT, WIDTH, FRAMES)
 
 
 @pytest.fixture(scope="module")
@@ -48,4 +48,4 @@ def test_what_is_wrong_is_named(folder, tmp_path):
         (other / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
         load(str(other), SIZE)
     with pytest.raises(ValueError, match="size: 50 x 48"):
-        load(str(folder), VideoSize(50, 48, 9))
+        load(str(folder), Size(50, 48, 9))

@@ -15,7 +15,7 @@ from instep.bundled import load
 from instep.bundled.drawn_frames import first_frame
 from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily
 from instep.cli.main import main
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt, as_prompts, with_negative
 from instep.data.samples import RealSamples
 from instep.diffusion.guidance import GuidedDenoiser
@@ -66,7 +66,7 @@ def test_guidance_leads_away_from_it_as_in_the_stock_pipeline():
 
 @torch.no_grad()
 def test_an_image_to_video_model_leads_away_from_another_text_of_the_same_first_frame():
-    fam = MovingDigitsImageFamily(tiny_wan_i2v_pipeline(), VideoSize(48, 48, 9))
+    fam = MovingDigitsImageFamily(tiny_wan_i2v_pipeline(), Size(48, 48, 9))
     prompts = [Prompt(PROMPTS[0], "train/0", NEGATIVE), Prompt(PROMPTS[1], "train/1")]
     noise = torch.randn(2, *fam.latent_shape, generator=torch.Generator().manual_seed(3))
     ours = by_the_pipelines_levels(fam, prompts, noise)

@@ -12,7 +12,7 @@ from tiny import tiny_wan22_pipeline, tiny_wan_pipeline
 from torch import nn
 
 from instep.cli.main import main
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.models.families import family_of
 from instep.models.outline import PUBLISHED, meta_network, outline
 from instep.models.wan import WanFamily
@@ -34,7 +34,7 @@ MID = {
     "patch_size": (1, 2, 2),
     "rope_max_seq_len": 64,
 }
-SIZE = VideoSize(128, 128, 13)  # latents [16, 4, 16, 16], 256 tokens
+SIZE = Size(128, 128, 13)  # latents [16, 4, 16, 16], 256 tokens
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
@@ -48,13 +48,13 @@ def shapes(config: dict = MID) -> nn.Module:
     return meta_network("WanTransformer3DModel", config)
 
 
-def of(module: nn.Module, size: VideoSize = SIZE) -> Workload:
+def of(module: nn.Module, size: Size = SIZE) -> Workload:
     return workload({"transformer": module}, WanFamily.dimensions_of(module, size, {}))
 
 
 def published(name: str) -> Workload:
     found = outline(name)
-    return workload(found.parts, found.dimensions(VideoSize()))
+    return workload(found.parts, found.dimensions(Size()))
 
 
 def lines(w: Workload) -> dict[str, float]:
@@ -92,8 +92,8 @@ def test_real_wan_configurations_by_hand(name, total):
 
 def test_tokens_of_a_video():
     module = shapes()
-    assert WanFamily.dimensions_of(module, VideoSize(48, 48, 9), {}).tokens == 3 * 3 * 3
-    assert WanFamily.dimensions_of(module, VideoSize(704, 1280, 121), {"scale_factor_spatial": 16}).tokens == 31 * 22 * 40
+    assert WanFamily.dimensions_of(module, Size(48, 48, 9), {}).tokens == 3 * 3 * 3
+    assert WanFamily.dimensions_of(module, Size(704, 1280, 121), {"scale_factor_spatial": 16}).tokens == 31 * 22 * 40
 
 
 def test_passes_of_four_step_distribution_matching():
@@ -156,7 +156,7 @@ def test_a_folder_of_two_experts_is_planned(tmp_path):
     pipe = tiny_wan22_pipeline()
     pipe.save_pretrained(tmp_path / "wan22")
     found = outline(tmp_path / "wan22")
-    fam = family_of(pipe, VideoSize(48, 48, 9))
+    fam = family_of(pipe, Size(48, 48, 9))
     base = workload(found.parts, found.dimensions(fam.size))
     assert base == workload(fam.parts(fam.pretrained), fam.dimensions(fam.pretrained)) and base.experts == 2
     assert base.params == sum(p.numel() for part in (pipe.transformer, pipe.transformer_2) for p in part.parameters())
@@ -170,7 +170,7 @@ def test_a_folder_is_planned_from_its_configurations_alone(tmp_path):
         file.unlink()
     found = outline(tmp_path / "wan")
     assert found.family is WanFamily and all(p.is_meta for p in found.parts["transformer"].parameters())
-    fam = WanFamily(pipe, VideoSize(48, 48, 9))
+    fam = WanFamily(pipe, Size(48, 48, 9))
     assert workload(found.parts, found.dimensions(fam.size)) == workload(fam.parts(fam.pretrained), fam.dimensions(fam.pretrained))
     config = json.loads((tmp_path / "wan" / "vae" / "config.json").read_text())
     (tmp_path / "wan" / "vae" / "config.json").write_text(json.dumps({**config, "scale_factor_spatial": 4}))
@@ -282,7 +282,7 @@ def test_flops_of_the_real_model_match_the_counter():
     with FlopCounterMode(display=False) as counter:
         latents = torch.empty(1, 16, 21, 60, 104, device="meta")
         module(latents, torch.empty(1, device="meta"), torch.empty(1, 512, 4096, device="meta"), return_dict=False)
-    w = replace(of(module, VideoSize()), roles="copies")
+    w = replace(of(module, Size()), roles="copies")
     assert pass_flops(w)[0] == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 

@@ -16,7 +16,7 @@ import torch
 from tiny import tiny_wan_pipeline
 
 import instep
-from instep import Common, Force, RunOptions, Stage, VideoSize, WanFamily, dm_align_group, dmd2, train
+from instep import Common, Force, RunOptions, Size, Stage, WanFamily, dm_align_group, dmd2, train
 from instep.bundled import folder_of
 from instep.cli.main import main
 from instep.core.size import as_size
@@ -26,7 +26,7 @@ from instep.recipes import NAMES, as_recipe, find
 from instep.rewards.base import FunctionReward, as_reward
 from instep.training.inputs import as_family, as_prompt_list
 
-SIZE = VideoSize(48, 48, 9)
+SIZE = Size(48, 48, 9)
 SMALL = Common(steps=2, batch=2, critic_updates=1)
 PROMPTS = ["a seven", "a digit"]
 
@@ -42,7 +42,7 @@ def child(code: str) -> str:
 def test_import_loads_nothing_and_names_load_what_they_need():
     heavy = "sorted({'torch', 'numpy', 'diffusers', 'transformers', 'rich', 'tyro'} & {m.split('.')[0] for m in sys.modules})"
     assert child(f"import sys, instep; dir(instep); print({heavy})") == "[]"
-    assert child(f"import sys, instep; instep.VideoSize; instep.__version__; print({heavy})") == "[]"
+    assert child(f"import sys, instep; instep.Size; instep.__version__; print({heavy})") == "[]"
     seen = child(f"import sys, instep; instep.Common(); print({heavy})")
     assert "torch" in seen and "diffusers" not in seen
 
@@ -54,7 +54,7 @@ def test_every_name_is_there_for_people_and_for_type_checkers():
     for module, function in NAMES.values():
         assert getattr(instep, function) is getattr(sys.modules[module], function), "every recipe is public"
     assert {"train", "Reward", "Force", "Objective", "Critic", "Recipe", "Stage", "Common", "RoleConfig", "AdamWConfig"} <= set(instep.__all__)
-    assert {"RealSamples", "PairSamples", "Run", "RunOptions", "load", "VideoSize"} <= set(instep.__all__)
+    assert {"RealSamples", "PairSamples", "Run", "RunOptions", "load", "Size"} <= set(instep.__all__)
     stub = Path(instep.__file__).with_suffix(".pyi")
     assert all(alias.asname == alias.name for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ImportFrom) for alias in node.names)
     assert stub.with_name("py.typed").is_file()
@@ -218,7 +218,7 @@ def test_prompts_in_every_form(tmp_path):
 
 
 def test_a_tuple_as_size():
-    assert as_size((48, 48, 9)) == SIZE and as_size([64, 32]) == VideoSize(64, 32, 1) and as_size(SIZE) is SIZE
+    assert as_size((48, 48, 9)) == SIZE and as_size([64, 32]) == Size(64, 32, 1) and as_size(SIZE) is SIZE
     assert WanFamily(tiny_wan_pipeline(), (48, 48, 9)).size == SIZE
     for wrong in (48, "48x48", (48,), (48, 48, 9, 1), (48.0, 48, 9), (0, 48, 9)):
         with pytest.raises(ValueError, match="size: .* is not allowed; it is \\(height, width, frames\\)"):
@@ -331,7 +331,7 @@ def test_options_of_another_type():
 def test_a_pipeline_in_place_of_a_family(tmp_path, monkeypatch):
     pipe = tiny_wan_pipeline()
     family = as_family(pipe)
-    assert isinstance(family, WanFamily) and family.pipe is pipe and family.size == VideoSize()
+    assert isinstance(family, WanFamily) and family.pipe is pipe and family.size == Size()
     assert as_family(folder_of("digits")).name == "digits" and as_family(family) is family
     for wrong, answer in (
         (None, "None"),

@@ -10,7 +10,7 @@ import torch
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.methods.recipe import AdamWConfig, LoRA, Recipe, RoleConfig, Stage
 from instep.models.backbone import Backbone
 from instep.models.role import Role
@@ -27,7 +27,7 @@ def pipe():
 
 @pytest.fixture
 def family(pipe):
-    return WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES))
+    return WanFamily(tiny_wan_pipeline(), Size(HEIGHT, WIDTH, FRAMES))
 
 
 def noised(family, n=2, seed=0):
@@ -65,7 +65,7 @@ def interleaved_gradients(family, *, checkpointing):
 
 def test_checkpointing_keeps_interleaved_roles_apart(family):
     """Recomputation runs under the adapter, scale and condition of the forward, whatever ran in between."""
-    plain = interleaved_gradients(WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES)), checkpointing=False)
+    plain = interleaved_gradients(WanFamily(tiny_wan_pipeline(), Size(HEIGHT, WIDTH, FRAMES)), checkpointing=False)
     recomputed = interleaved_gradients(family, checkpointing=True)
     assert plain.keys() == recomputed.keys() and len(plain) > 40
     assert max(float(g.norm()) for g in plain.values()) > 0
@@ -75,7 +75,7 @@ def test_checkpointing_keeps_interleaved_roles_apart(family):
 
 def gan_gradients(*, checkpointing):
     """DMD2's two uses of the head, interleaved with the other roles: its force on a sample, and its loss through the fake's adapter."""
-    family = WanFamily(tiny_wan_pipeline(layers=3), VideoSize(HEIGHT, WIDTH, FRAMES))
+    family = WanFamily(tiny_wan_pipeline(layers=3), Size(HEIGHT, WIDTH, FRAMES))
     roles = with_adapters(family, checkpointing=checkpointing, head=True)
     fake = roles["fake"]
     x_t, t = noised(family)
@@ -105,7 +105,7 @@ def test_the_head_under_checkpointing():
 
 
 def test_the_head_reads_the_middle_of_its_own_role_and_starts_undecided():
-    family = WanFamily(tiny_wan_pipeline(layers=3), VideoSize(HEIGHT, WIDTH, FRAMES))
+    family = WanFamily(tiny_wan_pipeline(layers=3), Size(HEIGHT, WIDTH, FRAMES))
     module = family.new_backbone().requires_grad_(True)
     torch.manual_seed(5)
     role = Role("fake", Backbone(family, module), head=True)
@@ -137,7 +137,7 @@ def test_the_head_belongs_to_its_role():
     """Same seed, same head; saved and loaded with the role; in float32 on a half-precision backbone."""
     roles = []
     for dtype in (torch.float32, torch.bfloat16):
-        family = WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES))
+        family = WanFamily(tiny_wan_pipeline(), Size(HEIGHT, WIDTH, FRAMES))
         torch.manual_seed(5)
         roles.append(Role("fake", Backbone(family, family.new_backbone().to(dtype)), head=True))
     whole, half = roles
@@ -160,7 +160,7 @@ def test_a_recipe_gives_its_fake_a_head_that_is_trained(lora):
     optim = AdamWConfig(1e-3)
     roles = {"student": RoleConfig(optim, lora), "fake": RoleConfig(optim, lora, exits=True, head=True), "teacher": RoleConfig()}
     recipe = Recipe("gan", (1.0, 0.5), roles, (Stage("gan", 1, 1, ()),))
-    states = [make_state(recipe, WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES)), seed, None) for seed in (0, 0, 1)]
+    states = [make_state(recipe, WanFamily(tiny_wan_pipeline(), Size(HEIGHT, WIDTH, FRAMES)), seed, None) for seed in (0, 0, 1)]
     key = "head.hidden.weight"
     first, again, other = (state.trained["fake"].parameters[key] for state in states)
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -257,4 +257,4 @@ def test_one_padding_key_stands_for_all(family, pipe):
 
 def test_size_must_fit(pipe):
     with pytest.raises(ValueError, match="size: 50 x 48, 9 frames"):
-        WanFamily(pipe, VideoSize(50, 48, 9))
+        WanFamily(pipe, Size(50, 48, 9))

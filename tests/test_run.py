@@ -17,7 +17,7 @@ import pytest
 import torch
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.samples import RealSamples
 from instep.models.wan import WanFamily
 from instep.recipes.common import Common
@@ -35,7 +35,7 @@ EVERY = RunOptions(save_every=1, probe_every=2)
 
 
 def family() -> WanFamily:
-    return WanFamily(tiny_wan_pipeline(), VideoSize(HEIGHT, WIDTH, FRAMES), name="tiny")
+    return WanFamily(tiny_wan_pipeline(), Size(HEIGHT, WIDTH, FRAMES), name="tiny")
 
 
 def brightness(media, prompts):

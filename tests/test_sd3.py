@@ -10,7 +10,7 @@ from test_run import interrupted_before, same
 from tiny import tiny_sd3_pipeline
 from torch import Tensor
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.diffusion.guidance import predict_guided
 from instep.export.verify import verify_export
@@ -28,7 +28,7 @@ from instep.training.run import train
 
 torch.set_num_threads(1)
 
-SIZE = VideoSize(16, 16, 1)
+SIZE = Size(16, 16, 1)
 PROMPTS = [Prompt("a cat on a mat"), Prompt("a dog", negative="blurry"), Prompt("an eight"), Prompt("rain")]
 COMMON = Common(steps=4, shift=3.0, batch=4, critic_updates=1, guidance=7.0)
 QUICK = RunOptions(save_every=1, probe_every=50)
@@ -55,7 +55,7 @@ def test_sizes_shapes_and_preset():
     with torch.no_grad():
         stock = fam.pipe.vae.decode(x / 1.5 + 0.06).sample / 2 + 0.5
     assert torch.equal(fam.decode(x).detach(), stock)
-    for wrong in (VideoSize(18, 16, 1), VideoSize(16, 16, 9), VideoSize(128, 16, 1)):
+    for wrong in (Size(18, 16, 1), Size(16, 16, 9), Size(128, 16, 1)):
         with pytest.raises(ValueError, match="does not fit this model; it draws one image"):
             fam.at(wrong)
     with pytest.raises(ValueError, match="names a first frame, and tiny3 takes text alone"):
@@ -76,8 +76,10 @@ def test_text_is_encoded_as_the_pipeline_encodes_it():
 
 @pytest.mark.parametrize("level", [0.95, 0.6, 0.2])
 @pytest.mark.parametrize("negative", [None, "blurry"])
-def test_the_guided_teacher_takes_the_stock_pipelines_step(level, negative):
-    fam, pipe = family(), tiny_sd3_pipeline()
+@pytest.mark.parametrize("dual", [False, True])
+def test_the_guided_teacher_takes_the_stock_pipelines_step(level, negative, dual):
+    fam, pipe = SD3Family(tiny_sd3_pipeline(dual=dual), SIZE), tiny_sd3_pipeline(dual=dual)
+    assert ("3.5" in fam.preset.source) == dual
     pipe.set_progress_bar_config(disable=True)
     prompt, seen = Prompt("a cat on a mat", negative=negative), []
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -146,8 +148,9 @@ def test_the_commands_take_it(tmp_path, capsys):
     from instep.cli.main import main
 
     tiny_sd3_pipeline().save_pretrained(tmp_path / "model")
-    assert main(["sample", str(tmp_path / "model"), "--prompts", "a cat", "--steps", "2", "--copies", "2", "--out", str(tmp_path / "s.webp")]) == 0
+    assert main(["sample", str(tmp_path / "model"), "--prompts", "a cat", "--copies", "2", "--out", str(tmp_path / "s.webp")]) == 0
     assert (tmp_path / "s.webp").stat().st_size > 50
+    assert "28 steps, guidance 7" in capsys.readouterr().out, "as the model's card samples it"
     small = ["--steps", "2", "--batch", "2", "--critic-updates", "1", "--iterations", "1", "--size", "16", "16", "1"]
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
     paths = ["--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")]

@@ -10,7 +10,7 @@ from test_run import interrupted_before, same
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan22_pipeline, tiny_wan_pipeline
 from torch import Tensor
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.diffusion.bands import WHOLE, bands_of, draw_in_band, in_band
 from instep.diffusion.guidance import by_level, predict_guided
@@ -30,7 +30,7 @@ from instep.training.run import train
 
 torch.set_num_threads(1)
 
-SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
+SIZE = Size(HEIGHT, WIDTH, FRAMES)
 PROMPTS = [Prompt("a seven moving left fast"), Prompt("a digit", negative="blurry"), Prompt("an eight"), Prompt("a two standing still")]
 # 4 steps with shift 5: 1, 0.9375 lie in the upper band, 0.8333, 0.625 in the lower one
 COMMON = Common(steps=4, shift=5.0, batch=4, critic_updates=1, guidance=4.0, guidance_2=3.0)
@@ -183,7 +183,7 @@ def test_killed_and_resumed_it_ends_the_same_and_stock_diffusers_samples_alike(t
     assert pipe.config.boundary_ratio == 0.875 and pipe.transformer_2 is not None
     levels = whole.recipe.levels
     scale = float(family().stock_sample(_quiet(pipe), PROMPTS[:1], steps=4, guidance=1.0, output="latent").abs().max())
-    assert verify_export(whole.student, levels, prompts=PROMPTS[:2], size=SIZE) <= 5e-6 * scale
+    assert verify_export(whole.student, levels, prompts=PROMPTS[:2], size=SIZE) <= 1.5e-6 * scale  # measured: 0.65e-6 to 1.07e-6
     assert verify_export(whole.student, [*levels[:3], 0.4], prompts=PROMPTS[:2], size=SIZE) > 1e-3, "other levels are other videos"
     if rank is not None:
         base = tiny_wan22_pipeline()

@@ -25,7 +25,7 @@ from instep.bundled.evaluation import DigitsEvaluation, EvalSet
 from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily
 from instep.bundled.worlds import MovingDigitsI2V, moving_digits_i2v
 from instep.cli.main import main
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.animation import save_animation
 from instep.data.first_frame import digest, read_first_frame
 from instep.data.media import pair_samples
@@ -48,7 +48,7 @@ from instep.training import run as module
 from instep.training.options import RunOptions
 from instep.training.run import train
 
-SIZE = VideoSize(HEIGHT, WIDTH, FRAMES)
+SIZE = Size(HEIGHT, WIDTH, FRAMES)
 TEXTS = ["a seven moving left fast", "a digit", "an eight", "a two standing still"]
 PROMPTS = [Prompt(text, f"train/{i}") for i, text in enumerate(TEXTS)]
 QUICK = RunOptions(save_every=1, probe_every=50, teacher_samples=4)
@@ -80,7 +80,7 @@ def test_first_frames_are_read_or_drawn(tmp_path):
     frames = (torch.rand(3, 48, 48, 3, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     Image.fromarray(frames[0].numpy()).save(tmp_path / "a.png")
     assert torch.equal(read_first_frame(Prompt("x", tmp_path / "a.png"), SIZE), frames[0].permute(2, 0, 1).float() / 255)
-    assert read_first_frame(Prompt("x", tmp_path / "a.png"), VideoSize(32, 32, 9)).shape == (3, 32, 32)
+    assert read_first_frame(Prompt("x", tmp_path / "a.png"), Size(32, 32, 9)).shape == (3, 32, 32)
     save_animation(tmp_path / "b.webp", frames)
     found = read_first_frame(Prompt("x", tmp_path / "b.webp"), SIZE)
     assert (found * 255 - frames[0].permute(2, 0, 1)).abs().max() <= 1, "the first frame of a video"
@@ -89,7 +89,7 @@ def test_first_frames_are_read_or_drawn(tmp_path):
     with pytest.raises(ValueError, match="image: .*gone.png of prompt .* is not a file that exists"):
         family().check_prompts([PROMPTS[0], Prompt("x", tmp_path / "gone.png")])
     with pytest.raises(ValueError, match="is 48 x 48, not of the shape of 48 x 96"):
-        read_first_frame(Prompt("x", tmp_path / "a.png"), VideoSize(48, 96, 9))
+        read_first_frame(Prompt("x", tmp_path / "a.png"), Size(48, 96, 9))
     (tmp_path / "broken.png").write_bytes(b"not an image")
     for prompt in (Prompt("a seven", tmp_path / "broken.png"), Prompt("a cat runs", "train/3")):
         with pytest.raises(ValueError):  # before a run begins, not where the prompt is drawn
@@ -287,7 +287,7 @@ def test_a_wide_first_frame_is_exported_with_as_it_is(tmp_path):
     """Without a sampler of its own to compare with, the export is checked at the first frame's shape: it fits no other."""
     from instep.export import ExportInfo, export_student
 
-    wide = VideoSize(HEIGHT, 2 * WIDTH, FRAMES)
+    wide = Size(HEIGHT, 2 * WIDTH, FRAMES)
     Image.new("RGB", (wide.width, wide.height), (90, 20, 200)).save(tmp_path / "wide.png")
     prompt = Prompt("a seven", str(tmp_path / "wide.png"))
     info = ExportInfo(recipe="dmd2", base_model="tiny", seed=0, command="", instep_version="0", training_prompts=1, size=wide, example_prompt=prompt)

@@ -185,9 +185,10 @@ def clip_tokenizer(folder: str) -> CLIPTokenizer:
     return CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", model_max_length=77)
 
 
-def tiny_sd3_pipeline(seed: int = 0, layers: int = 2) -> StableDiffusion3Pipeline:
+def tiny_sd3_pipeline(seed: int = 0, layers: int = 2, dual: bool = False) -> StableDiffusion3Pipeline:
     """Transformer of 2 layers (or `layers`) and width 32, two CLIPs and T5 of width 16, VAE of factor 2; eval, float32. Images of 16 x 16 are latents
-    [B, 4, 8, 8]. The same seed gives the same weights; the global random state is left as it was.
+    [B, 4, 8, 8]. `dual`: as SD3.5 medium, a second attention in the first block and normed queries and keys. The same seed gives the same weights; the
+    global random state is left as it was.
     """
     import tempfile
 
@@ -210,6 +211,8 @@ def tiny_sd3_pipeline(seed: int = 0, layers: int = 2) -> StableDiffusion3Pipelin
             caption_projection_dim=32,
             pooled_projection_dim=32,
             pos_embed_max_size=16,
+            dual_attention_layers=(0,) if dual else (),
+            qk_norm="rms_norm" if dual else None,
         )
         vae = AutoencoderKL(
             block_out_channels=(8, 16),

@@ -1,7 +1,7 @@
 """What `instep` holds; `__init__.py` reads this list at run time and imports each name when it is first used."""
 
 from instep.bundled import load as load
-from instep.core.size import VideoSize as VideoSize
+from instep.core.size import Size as Size
 from instep.core.version import __version__ as __version__
 from instep.data.prompt import Prompt as Prompt
 from instep.data.prompt import load_prompts as load_prompts

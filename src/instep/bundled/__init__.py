@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from instep.core.size import VideoSize, as_size
+from instep.core.size import Size, as_size
 
 if TYPE_CHECKING:
     from instep.bundled.world import World
@@ -49,7 +49,7 @@ def folder_of(name: str) -> Path:
     return Path(__file__).parent / "assets" / name
 
 
-def load(model: str | Path, size: VideoSize | Sequence[int] | None = None) -> Family:
+def load(model: str | Path, size: Size | Sequence[int] | None = None) -> Family:
     """The family of a bundled model by its name, or of a folder, as `instep.models.load` reads it. A folder may not pass for a bundled model: if it has the
     name of one, the family is called by its whole path.
     """

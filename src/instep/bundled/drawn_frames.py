@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from instep.bundled import digits
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.first_frame import read_first_frame
 from instep.data.prompt import Prompt
 
@@ -21,7 +21,7 @@ def is_drawn(prompt: Prompt) -> bool:
     return _NAME.fullmatch(str(prompt.image)) is not None
 
 
-def first_frame(prompt: Prompt, size: VideoSize) -> Tensor:
+def first_frame(prompt: Prompt, size: Size) -> Tensor:
     """The drawn first frame [3, H, W] in [0, 1] of a prompt at `size`; of a prompt whose image is a file, that file's."""
     if not is_drawn(prompt):
         return read_first_frame(prompt, size)

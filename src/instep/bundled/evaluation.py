@@ -22,7 +22,7 @@ from instep.metrics.columns import Column
 from instep.metrics.compare import BATCH, Cost, Generate, Kind, Row, generate_all
 from instep.metrics.figures import Value
 
-Size = Literal["quick", "full"]
+EvalSize = Literal["quick", "full"]
 # raise it whenever a row comes out otherwise than before (other prompts, metrics, keys or seeds): rows that were kept are then measured anew
 VERSION = 1
 CLASSIFIERS: dict[str, ClassifierName] = {"train": "training", "monitor": "monitor", "heldout": "heldout"}
@@ -195,7 +195,7 @@ class DigitsEvaluation:
     def accuracies(self) -> Mapping[str, Mapping[str, float]]:
         return {short: classifier.accuracy for short, classifier in load_classifiers().items()}
 
-    def prompts(self, size: Size = "quick", seed: int = 0, negative: str | None = None) -> EvalSet:
+    def prompts(self, size: EvalSize = "quick", seed: int = 0, negative: str | None = None) -> EvalSet:
         return evaluation_set(size, seed, image_to_video=self.image_to_video, negative=negative)
 
     def protocol(self, eval_set: EvalSet) -> str:

@@ -12,7 +12,7 @@ from instep.bundled import LISTED, WORLDS, find
 from instep.bundled.classifiers import Classifier
 from instep.bundled.digit_classifiers import DigitClassifier
 from instep.core.fingerprint import weights_fingerprint
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.media import fitted, read_media
 from instep.rewards.features import Features, image_text_features, joined
 
@@ -37,7 +37,7 @@ class ClassifierFeatures:
 
     model: str
     classifier: Classifier | DigitClassifier
-    size: VideoSize
+    size: Size
     width: int
 
     @property

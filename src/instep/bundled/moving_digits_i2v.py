@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from instep.bundled import MOVING_DIGITS, MOVING_DIGITS_I2V, digits, drawn_frames, folder_of
 from instep.core.quiet import quiet
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt, as_prompts
 from instep.models.wan_i2v import WanImageFamily
 
@@ -27,7 +27,7 @@ FROZEN = (".condition_embedder.", ".attn2.", ".norm2.")
 class MovingDigitsImageFamily(WanImageFamily):
     """The image-to-video family of the moving digits, whose prompts also name first frames that are drawn: `Prompt("a seven", "train/17")`."""
 
-    def first_frame(self, prompt: Prompt, size: VideoSize) -> Tensor:
+    def first_frame(self, prompt: Prompt, size: Size) -> Tensor:
         """The prompt's first frame [3, H, W] in [0, 1] at `size`, drawn or from a file."""
         return drawn_frames.first_frame(prompt, size)
 

@@ -9,18 +9,19 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.guidance import GuidanceByLevel
 from instep.metrics.columns import Column
 from instep.metrics.compare import Generate, Kind, Row
 from instep.models.family import Family
+from instep.models.preset import Preset
 from instep.rewards.base import Reward
 from instep.rewards.features import Features
 from instep.training.probe import Monitor, Probe
 
-Size = Literal["quick", "full"]
+EvalSize = Literal["quick", "full"]
 
 
 class Ready(Protocol):
@@ -62,7 +63,7 @@ class Evaluation(Protocol):
         """Of each classifier, on real samples."""
         ...
 
-    def prompts(self, size: Size, seed: int, negative: str | None = None) -> Any:
+    def prompts(self, size: EvalSize, seed: int, negative: str | None = None) -> Any:
         """The prompts of an evaluation, `negative` the negative prompt of all; the other members take them."""
         ...
 
@@ -83,6 +84,16 @@ class Evaluation(Protocol):
         ...
 
 
+# what all bundled models are sampled with; the options' own defaults are the settings that distil them
+MINIATURE = Preset(source="the bundled models of instep", guidance=3.0, sampler_steps=50)
+
+
+def as_miniature(family: Family) -> Family:
+    """Gives a family the bundled models' preset in place of that of the full-size model."""
+    family.preset = MINIATURE
+    return family
+
+
 @dataclass(frozen=True)
 class World:
     """A bundled model by name. Nothing is loaded until one of its functions is called.
@@ -95,11 +106,11 @@ class World:
 
     name: str
     folder: Path
-    size: VideoSize
+    size: Size
     ready: Callable[[], Ready]
-    load: Callable[[VideoSize | None], Family]
+    load: Callable[[Size | None], Family]
     pipeline: Callable[[], Any] | None
     shown: Sequence[Prompt]
     features: Callable[[Literal["training", "monitor"]], Features]
     evaluation: Evaluation | None
-    adopt: Callable[[Family], Family] = lambda family: family
+    adopt: Callable[[Family], Family] = as_miniature

@@ -19,9 +19,9 @@ from instep.bundled.evaluation import DigitsEvaluation
 from instep.bundled.features import ClassifierFeatures
 from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily, bundled_pipeline
 from instep.bundled.teacher_probe import known_metrics
-from instep.bundled.world import World
+from instep.bundled.world import World, as_miniature
 from instep.core.quiet import quiet
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.media import slow_motion
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
@@ -35,8 +35,8 @@ from instep.training.probe import Probe
 if TYPE_CHECKING:
     from diffusers import WanPipeline
 
-VIDEO = VideoSize(digits.SIZE, digits.SIZE, digits.FRAMES)
-IMAGE = VideoSize(digits.SOURCE_SIZE, digits.SOURCE_SIZE, 1)
+VIDEO = Size(digits.SIZE, digits.SIZE, digits.FRAMES)
+IMAGE = Size(digits.SOURCE_SIZE, digits.SOURCE_SIZE, 1)
 # first frames of each training prompt of the image-to-video model
 FIRST_FRAMES = 4
 # what `instep sample` draws
@@ -263,7 +263,7 @@ MOVING_DIGITS_WORLD = World(
     folder=folder_of(MOVING_DIGITS),
     size=VIDEO,
     ready=moving_digits,
-    load=lambda size: models.load(folder_of(MOVING_DIGITS), size or VIDEO, name=MOVING_DIGITS),
+    load=lambda size: as_miniature(models.load(folder_of(MOVING_DIGITS), size or VIDEO, name=MOVING_DIGITS)),
     pipeline=_text_to_video_pipeline,
     shown=as_prompts(SHOWN),
     features=_video_features(MOVING_DIGITS),
@@ -274,10 +274,10 @@ MOVING_DIGITS_I2V_WORLD = World(
     folder=folder_of(MOVING_DIGITS_I2V),
     size=VIDEO,
     ready=moving_digits_i2v,
-    load=lambda size: MovingDigitsImageFamily(bundled_pipeline(), size or VIDEO, MOVING_DIGITS_I2V, str(folder_of(MOVING_DIGITS_I2V))),
+    load=lambda size: as_miniature(MovingDigitsImageFamily(bundled_pipeline(), size or VIDEO, MOVING_DIGITS_I2V, str(folder_of(MOVING_DIGITS_I2V)))),
     pipeline=bundled_pipeline,
     shown=tuple(Prompt(text, f"reference/{i}") for i, text in enumerate(SHOWN)),
-    adopt=lambda family: MovingDigitsImageFamily(family.pipe, family.size, family.name, family.source),
+    adopt=lambda family: as_miniature(MovingDigitsImageFamily(family.pipe, family.size, family.name, family.source)),
     features=_video_features(MOVING_DIGITS_I2V),
     evaluation=DigitsEvaluation(image_to_video=True),
 )
@@ -286,7 +286,7 @@ DIGITS_WORLD = World(
     folder=folder_of(DIGITS),
     size=IMAGE,
     ready=class_digits,
-    load=lambda size: models.load(folder_of(DIGITS), size, name=DIGITS),
+    load=lambda size: as_miniature(models.load(folder_of(DIGITS), size, name=DIGITS)),
     pipeline=None,
     shown=as_prompts(digits.WORDS),
     features=lambda name: ClassifierFeatures(DIGITS, load_digit_classifier(name), IMAGE, 3 * FEATURES),

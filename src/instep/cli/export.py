@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from instep.bundled import WORLDS, load
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.sampling import Sampling
@@ -49,7 +49,7 @@ def export_command(args: ExportArgs) -> int:
     record = read_run(args.dir)
     # invalid options are rejected before anything is loaded
     sampling = at_guidance_scales(sampling_of(record, newest_step(args.dir)), record, args.guidance, args.skip)
-    family = load(args.model or (record["model"] if record["model"] in WORLDS else record["model_path"]), VideoSize(**record["size"]))
+    family = load(args.model or (record["model"] if record["model"] in WORLDS else record["model_path"]), Size(**record["size"]))
     student = student_of(args.dir, record, family, raw=args.raw)
     report = export_role(
         student,

@@ -196,7 +196,7 @@ def fit_pairs_command(args: FitPairsArgs) -> int:
         f"pairs      {found.pairs} of {found.prompts} prompts, {100 * found.ties:.0f} % of them ties; {fitted.pairs} trained on\n"
         f"held out   {fitted.heldout} pairs of other prompts: {100 * right.value:.1f} % of preferences ordered right (95 % interval {100 * right.low:.1f} to "
         f"{100 * right.high:.1f} %)\n"
-        f"           log probability {fitted.log_prob:.3f} a pair; a coin that knows how many are ties has {fitted.coin:.3f}\n"
+        f"           log probability {fitted.log_prob:.3f} a pair; chance at the same share of ties has {fitted.coin:.3f}\n"
         f"wrote {args.out}: --reward preferences:{args.out}"
     )
     if right.low <= 0.5 or fitted.log_prob <= fitted.coin:

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from instep.bundled import DEFAULT, LISTED, WORLDS, find
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.methods.recipe import Recipe
 from instep.models.outline import PUBLISHED, outline
 from instep.planning.plan import duration, plan
@@ -59,14 +59,14 @@ def plan_command(recipe: Recipe, args: PlanArgs) -> int:
 
 def network(args: PlanArgs) -> Workload:
     """The network at the size that is planned."""
-    size = VideoSize(*args.size) if args.size else None
+    size = Size(*args.size) if args.size else None
     try:
         if args.model in WORLDS:
             family = find(args.model).load(size)
             base = workload(family.parts(family.pretrained), family.dimensions(family.pretrained))
         else:
             found = outline(args.model)
-            base = workload(found.parts, found.dimensions(size or VideoSize()))
+            base = workload(found.parts, found.dimensions(size or Size()))
     except ValueError as error:
         raise ValueError(f"{error}; planned are {KNOWN}" if str(error).startswith("model:") else str(error)) from error
     wide = 4 if args.float32 or args.device == "cpu" else 2

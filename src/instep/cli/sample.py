@@ -15,7 +15,7 @@ from torch import Tensor
 from instep.bundled import LISTED, WORLDS, find, folder_of
 from instep.cli import default_threads
 from instep.core.files import atomic_dir, write_json
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.animation import save_animation, tile
 from instep.data.prompt import Prompt, with_negative
 from instep.models.families import family_class
@@ -35,9 +35,9 @@ class SampleArgs:
     negative_prompt: str | None = None
     """Negative prompt for prompts without one of their own; at guidance 1 it has no effect."""
     steps: int | None = None
-    """Sampling steps; default: the student's own, 50 for a pipeline."""
+    """Sampling steps; default: the student's own, and for a pipeline those that its model card gives."""
     guidance: float | None = None
-    """Classifier-free guidance; default 1 (none) for a student, 3 for a pipeline."""
+    """Classifier-free guidance; default 1 (none) for a student, and for a pipeline that of its model card."""
     seed: int = 0
     """Seed of torch's global generator, from which pipelines draw their noise."""
     copies: int = 4
@@ -54,9 +54,11 @@ class SampleArgs:
 def sample_command(args: SampleArgs) -> int:
     """Samples with stock diffusers and writes one animation."""
     folder, record = find_pipeline(args.dir)
-    steps = args.steps or (len(record["levels"]) if record else 50)
-    usual = record.get("guidance", 1.0) if record else 3.0
+    family = family_in(args.dir, folder, record, Size(*args.size) if args.size else None)
+    steps = args.steps or (len(record["levels"]) if record else family.preset.sampler_steps)
+    usual = record.get("guidance", 1.0) if record else family.preset.guidance
     guidance = usual if args.guidance is None else args.guidance
+    guidance_2 = family.preset.guidance_2 if record is None and args.guidance is None else None
     if record and record.get("guidance_scales") and guidance != 1:
         raise ValueError(
             f"guidance: {guidance:g} is not allowed; {folder} has its own in its weights, and others come from `instep export RUN --to FOLDER --guidance`"
@@ -71,12 +73,11 @@ def sample_command(args: SampleArgs) -> int:
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
     torch.set_num_threads(default_threads())
     prompts = with_negative([Prompt.parse(prompt) for prompt in args.prompts] or shown_by(args.dir, record), args.negative_prompt)
-    family = family_in(args.dir, folder, record, VideoSize(*args.size) if args.size else None)
     torch.manual_seed(args.seed)
     if guidance == 1 and any(prompt.negative for prompt in prompts):
         print("negative prompts have no effect: guidance is 1, which ignores them")
     names = [prompt for prompt in prompts for _ in range(args.copies)]
-    videos = family.stock_sample(family.pipe, names, steps=steps, guidance=guidance, output="media")
+    videos = family.stock_sample(family.pipe, names, steps=steps, guidance=guidance, guidance_2=guidance_2, output="media")
     if videos.ndim == 4:
         videos = videos[:, :, None]
     videos = videos.transpose(1, 2)
@@ -87,7 +88,7 @@ def sample_command(args: SampleArgs) -> int:
         print(f"wrote {len(shown)} samples and samples.json to {args.each}")
     for i, prompt in enumerate(prompts):
         print(f"row {i + 1}: {prompt}")
-    print(f"wrote {args.out} ({steps} steps, guidance {guidance:g}, seed {args.seed})")
+    print(f"wrote {args.out} ({steps} steps, guidance {guidance:g}{'' if guidance_2 is None else f' and {guidance_2:g}'}, seed {args.seed})")
     return 0
 
 
@@ -128,12 +129,12 @@ def shown_by(name: str, record: dict | None) -> Sequence[Prompt]:
     return [example]
 
 
-def family_in(name: str, folder: Path, record: dict | None, size: VideoSize | None) -> Family:
+def family_in(name: str, folder: Path, record: dict | None, size: Size | None) -> Family:
     """Returns the family of the pipeline in `folder`, at the requested size, else the student's training size, else the model's own."""
     if name in WORLDS:
         return find(name).load(size)
     if size is None and record is not None:
-        size = VideoSize(**record["info"]["size"])
+        size = Size(**record["info"]["size"])
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     family = cast(Family, family_class(index.get("_class_name", ""), index).load(folder, size, name))
     base = record["info"]["base_model"] if record is not None else None

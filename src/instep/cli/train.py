@@ -14,7 +14,7 @@ import tyro
 from instep.bundled import DEFAULT, DESCRIBED, WORLDS, find, load
 from instep.cli import default_threads
 from instep.cli.rewards import load_reward
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.core.user_code import load_function
 from instep.data.prompt import Prompt, load_prompts, with_negative
 from instep.data.samples import PairSamples, RealSamples
@@ -150,7 +150,7 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         return Setting(own.family, asked, reward or own.reward, own.monitor, real, pairs, own.known_teacher)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
-    family = load(args.model, VideoSize(*args.size) if args.size else None)
+    family = load(args.model, Size(*args.size) if args.size else None)
     return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, None, paired(labelled, family))
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.media import fitted, read_media
 from instep.data.prompt import Prompt, as_prompts
 
 
-def read_first_frame(prompt: Prompt, size: VideoSize) -> Tensor:
+def read_first_frame(prompt: Prompt, size: Size) -> Tensor:
     """A prompt's first frame [3, H, W] in [0, 1] at `size`: its image file, or the first frame of an animation or video.
 
     ValueError for a prompt without an image, and for a file that is missing, cannot be read or has another shape.
@@ -26,7 +26,7 @@ def read_first_frame(prompt: Prompt, size: VideoSize) -> Tensor:
     name = str(prompt.image)
     if not Path(name).is_file():
         raise ValueError(f"image: {name} of prompt {prompt.text!r} is not a file that exists; give an image or a video")
-    return fitted(read_media(Path(name))[:, :1], VideoSize(size.height, size.width, 1), name)[:, 0]
+    return fitted(read_media(Path(name))[:, :1], Size(size.height, size.width, 1), name)[:, 0]
 
 
 def digest(prompts: Sequence[Prompt]) -> str | None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples
 
@@ -26,7 +26,7 @@ ASPECT = 0.02
 class EncodesMedia(Protocol):
     """An encoder of media of one size into latents; every model family is one."""
 
-    size: VideoSize
+    size: Size
     takes_first_frame: bool
 
     @property
@@ -121,7 +121,7 @@ def _video(path: Path) -> Tensor:
         ) from error
 
 
-def fitted(media: Tensor, size: VideoSize, name: str) -> Tensor:
+def fitted(media: Tensor, size: Size, name: str) -> Tensor:
     """Media [3, F, H, W] as the model takes them: its first frames, reduced or enlarged to its size. ValueError, naming `name`, if they do not fit."""
     frames, height, width = media.shape[1:]
     if frames < size.frames:

@@ -1,4 +1,4 @@
-"""Guidance scales that a student is told: their ranges, and the embedding that tells them (Diffusion-APO Eq. 4, which draws omega and lambda).
+"""Guidance scales that a student is conditioned on: their values and ranges (Diffusion-APO Eq. 4, which draws omega and lambda).
 
 Guidance scales are a pair (guidance, skip): w of classifier-free guidance (1: none; the paper's omega is w - 1) and lambda of skip-layer guidance (0: none).
 """
@@ -50,7 +50,7 @@ class GuidanceRange:
         """ValueError for guidance scales outside of the range."""
         for name, value, (low, high) in zip(("guidance", "skip"), guidance_scales, (self.guidance, self.skip), strict=True):
             if not low <= value <= high:
-                raise ValueError(f"{name}: {value:g} is not allowed; the student is told {self}: stay in that range, or train with a wider one")
+                raise ValueError(f"{name}: {value:g} is not allowed; the student is conditioned on {self}: stay in that range, or train with a wider one")
 
     def features(self, guidance_scales: Tensor) -> Tensor:
         """What an embedding reads, [B, 2] -> [B, FEATURES]: each scale taken to [-1, 1], and sines and cosines of that."""

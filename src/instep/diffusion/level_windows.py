@@ -11,7 +11,7 @@ from instep.diffusion.levels import LevelSampler, Uniform, shift_level
 
 # the steps that levels are rounded to, as Wan, SD3 and DDPMs are trained on; offsets are counted in them
 TRAINING_STEPS = 1000
-# where the two regimes of the window meet (paper: .8 T)
+# where the two regimes of the window meet (paper: 0.8 T)
 BOUNDARY = 0.8
 # the paper's set of shifts
 SHIFTS = (3.0, 4.0, 5.0, 6.0)
@@ -80,7 +80,7 @@ class NearTrajectory(LevelSampler):
 
 @dataclass(frozen=True)
 class HighLow(LevelSampler):
-    """The hybrid window: `high` levels from [.8, 1] and `low` from [0, .8), whose gradients are summed (paper: 4 and 1).
+    """The hybrid window: `high` levels from [0.8, 1] and `low` from [0, 0.8), whose gradients are summed (paper: 4 and 1).
 
     Each part of the window draws levels of its own for every sample, as `NearTrajectory` does. Called for one level, it draws one of the parts.
     """
@@ -99,7 +99,7 @@ class HighLow(LevelSampler):
     @property
     def window(self) -> tuple[LevelSampler, ...]:
         above = [NearTrajectory(self.steps, self.shifts, self.offset, BOUNDARY, 1.0)] if self.high else []
-        # [0, .8): the training step at .8 itself belongs above
+        # [0, 0.8): the training step at 0.8 itself belongs above
         below = [NearTrajectory(self.steps, self.shifts, self.offset, 0.0, BOUNDARY - 1 / TRAINING_STEPS)] if self.low else []
         return tuple(self.high * above + self.low * below)
 

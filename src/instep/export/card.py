@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt, as_prompts, is_file_name
 from instep.diffusion.sampling import Sampling
 from instep.models.family import Task
@@ -29,7 +29,7 @@ class ExportInfo:
     command: str
     instep_version: str
     training_prompts: int
-    size: VideoSize
+    size: Size
     example_prompt: Prompt
     metrics: Mapping[str, Any] | None = None
 
@@ -133,7 +133,7 @@ def _result(task: Task) -> str:
     return ".images[0]" if task == "text-to-image" else ".frames[0]"
 
 
-def _size_arguments(size: VideoSize, task: Task) -> str:
+def _size_arguments(size: Size, task: Task) -> str:
     frames = "" if task == "text-to-image" else f", num_frames={size.frames}"
     return f"height={size.height}, width={size.width}{frames}"
 

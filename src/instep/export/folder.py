@@ -17,7 +17,7 @@ from torch import nn
 
 from instep.core.files import atomic_dir
 from instep.core.quiet import quiet
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.diffusion.sampling import Sampling
 from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, many_step_card, model_card
 from instep.export.lora import lora_files, save_loras
@@ -85,7 +85,7 @@ def export_student(
         (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2))
         small = family.smallest()
         if family.takes_first_frame:  # a first frame has the shape that it has
-            small = VideoSize(info.size.height, info.size.width, small.frames)
+            small = Size(info.size.height, info.size.width, small.frames)
         check = family.at(info.size if ours else small)
         prompts = (info.example_prompt, replace(info.example_prompt, text=""))
         in_memory = ours or our_sampler(check, family.join(parts), levels)

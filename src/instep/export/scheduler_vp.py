@@ -37,7 +37,7 @@ def vp_scheduler(path: VariancePreserving, levels: Sequence[float], prediction_t
     if prediction_type not in KINDS:
         raise ValueError(f"prediction_type: {prediction_type!r} cannot be read by LCMScheduler; allowed: {', '.join(KINDS)}")
     if prediction_type == "eps" and path.table()[-1] == 0:
-        raise ValueError("prediction_type: 'eps' says nothing about x0 at zero terminal SNR, where x_t is the noise; allowed: v_prediction, x0")
+        raise ValueError("prediction_type: 'eps' does not determine x0 at zero terminal SNR, where x_t is the noise; allowed: v_prediction, x0")
     steps = training_steps(path, levels)
     for m in range(len(levels), path.steps + 1):
         if steps == lcm_steps(path.steps, m, len(levels)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.quiet import quiet
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt, as_prompts
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser, Prediction
@@ -73,7 +73,7 @@ def verify_export(
     *,
     family: Family | None = None,
     prompts: Sequence[Prompt | str] | None = None,
-    size: VideoSize | None = None,
+    size: Size | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> float:

@@ -240,7 +240,7 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: two stages share a name in {names}; references, checkpoints and the log tell them apart by it")
         if "latent_reward" in self.needs and self.latent_reward is None:
             raise ValueError(
-                f"recipe {self.name!r}: a stage asks for a latent reward model and latent_reward is None; give the recipe latent_reward=LatentRewardConfig()"
+                f"recipe {self.name!r}: a stage needs a latent reward model and latent_reward is None; give the recipe latent_reward=LatentRewardConfig()"
             )
         if "average" in self.needs and self.roles["student"].ema is None:
             raise ValueError(f"ema: None is not allowed for {self.name!r}: it aims at the student's average; give a decay below 1, for example 0.95")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from instep.core.size import VideoSize, as_size
+from instep.core.size import Size, as_size
 from instep.models.families import family_class, family_of
 
 __all__ = ["family_of", "load"]
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from instep.models.family import Family
 
 
-def load(model: str | Path, size: VideoSize | Sequence[int] | None = None, *, name: str | None = None) -> Family:
+def load(model: str | Path, size: Size | Sequence[int] | None = None, *, name: str | None = None) -> Family:
     """The family of a diffusers pipeline folder, or of the parts of a class-conditional DiT (transformer/ and scheduler/, without an index: no stock pipeline
     samples it). `name` is what the family is called, by default as its folder.
 
@@ -46,7 +46,7 @@ def load(model: str | Path, size: VideoSize | Sequence[int] | None = None, *, na
             "from, or with --start-from its run to go on training it"
         )
     if record and size is None:
-        size = VideoSize(**record["info"]["size"])
+        size = Size(**record["info"]["size"])
     parts = {k: v for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[0] is not None}
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:

@@ -131,7 +131,7 @@ class Backbone:
         return {key: p for key, p in self.module.named_parameters() if f".{name}." in key and "lora_" in key}
 
     def _condition_time(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """The time embedding with what the running role is told besides: the exit, guidance scales."""
+        """Adds the running role's embeddings of the exit and of guidance scales to the time embedding."""
         call = self._call
         if call is not None and call.exits is not None and call.cond.exit_id is not None:
             output = output + call.exits(call.cond.exit_id).to(output.dtype)

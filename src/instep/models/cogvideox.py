@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.path import VariancePreserving
 from instep.diffusion.prediction import Condition, PredictionType
@@ -72,8 +72,8 @@ def check_pipeline(pipe: Any) -> None:
         )
     if config.max_text_seq_length != STOCK_TEXT_LENGTH:
         raise ValueError(
-            f"max_text_seq_length: {config.max_text_seq_length} is not allowed; CogVideoXPipeline pads prompts to {STOCK_TEXT_LENGTH} unless it is told "
-            "otherwise at every call, so a student trained at another length would be sampled wrongly"
+            f"max_text_seq_length: {config.max_text_seq_length} is not allowed; CogVideoXPipeline pads prompts to {STOCK_TEXT_LENGTH} by "
+            "default, so a student trained at another length would be sampled wrongly"
         )
 
 
@@ -113,7 +113,7 @@ class CogVideoXFamily(PipelineFamily):
     passes_generator = True
     preset = Preset(source="CogVideoX-2b and CogVideoX-5b model cards", guidance=6.0, sampler_steps=50)
 
-    def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
+    def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
         self.path = noise_path(pipe.scheduler)
         self._texts: dict[str, Tensor] = {}
@@ -121,12 +121,12 @@ class CogVideoXFamily(PipelineFamily):
     def check_pipeline(self, pipe: Any) -> None:
         check_pipeline(pipe)
 
-    def native_size(self) -> VideoSize:
+    def native_size(self) -> Size:
         """480 x 720 and 49 frames for the published models."""
         config, spatial = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
-        return VideoSize(config.sample_height * spatial, config.sample_width * spatial, config.sample_frames)
+        return Size(config.sample_height * spatial, config.sample_width * spatial, config.sample_frames)
 
-    def fit_size(self, size: VideoSize) -> tuple[int, ...]:
+    def fit_size(self, size: Size) -> tuple[int, ...]:
         spatial, temporal, config = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal, self.pipe.transformer.config
         unit = spatial * config.patch_size
         # an even number of latent frames decodes to 4 more frames than went in: the VAE works on pairs of them after the first
@@ -139,11 +139,11 @@ class CogVideoXFamily(PipelineFamily):
             raise ValueError(f"size: {size} is not allowed; this model's positions are learned for {self.native_size()} alone")
         return (config.in_channels, (size.frames - 1) // temporal + 1, size.height // spatial, size.width // spatial)
 
-    def smallest(self) -> VideoSize:
+    def smallest(self) -> Size:
         if self.pipe.transformer.config.use_learned_positional_embeddings:
             return self.native_size()
         side = 2 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size
-        return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
+        return Size(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
     @torch.no_grad()
     def _text(self, prompts: Sequence[str]) -> list[Tensor]:

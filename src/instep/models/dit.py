@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.models.family import Task, skipped
@@ -61,7 +61,7 @@ class DiTFamily(PipelineFamily):
             raise ValueError(f"names: {len(set(names))} different ones for {self.classes} classes; give one a class, or none")
         self.name, self.source, self.shift, self.names = name, source, shift, tuple(names)
         side = config.sample_size
-        self.size, self.latent_shape = VideoSize(side, side, 1), (config.in_channels, side, side)
+        self.size, self.latent_shape = Size(side, side, 1), (config.in_channels, side, side)
         self.transformer = self._network = transformer.eval().requires_grad_(False)
         for block in self.transformer.transformer_blocks:
             # labels are dropped in the teacher's own training and nowhere else, whatever mode a module is put in
@@ -69,7 +69,7 @@ class DiTFamily(PipelineFamily):
         self._rows = {str(i): i for i in range(self.classes)} | {word.lower(): i for i, word in enumerate(self.names)}
 
     @classmethod
-    def load(cls, folder: Path, size: VideoSize | None = None, name: str = "dit") -> Self:
+    def load(cls, folder: Path, size: Size | None = None, name: str = "dit") -> Self:
         """From a folder with `transformer/` and `scheduler/` as save_pretrained writes them (and classes.json with names, if it is there), in
         float32, offline. ValueError if the scheduler is not a flow's.
         """
@@ -86,12 +86,12 @@ class DiTFamily(PipelineFamily):
         transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32, local_files_only=True)
         return cls(transformer, names, float(scheduler.get("shift", 1.0)), name, str(folder))
 
-    def fit_size(self, size: VideoSize) -> tuple[int, ...]:
+    def fit_size(self, size: Size) -> tuple[int, ...]:
         if size != self.size:
             raise ValueError(f"size: {size} is not allowed; {self.name} draws {self.size.height} x {self.size.width} images; leave the size out")
         return self.latent_shape
 
-    def smallest(self) -> VideoSize:
+    def smallest(self) -> Size:
         return self.size
 
     def labels(self, prompts: Sequence[str]) -> Tensor:

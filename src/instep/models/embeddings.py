@@ -14,7 +14,7 @@ FEATURES = 2 * (1 + 2 * FREQUENCIES)
 
 
 class GuidanceEmbedding(nn.Module):
-    """Guidance scales [B, 2] to what is added to the time embedding, [B, width]; float32. The last layer starts at zero: at first it says nothing.
+    """Guidance scales [B, 2] to what is added to the time embedding, [B, width]; float32. The last layer starts at zero.
 
     Meng et al. (2023, On Distillation of Guided Diffusion Models) tell w in the same place.
     """

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.models.pipeline_family import PipelineFamily
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def family_class(kind: str, parts: Mapping[str, Any]) -> type[PipelineFamily]:
     raise ValueError(f"model: it is a {kind}, which no family knows yet; allowed: {', '.join(FAMILIES)}")
 
 
-def family_of(pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> Family:
+def family_of(pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> Family:
     """Wrap a diffusers pipeline in its family, at `size` or the model's own; its networks are frozen and put into eval mode.
 
     Raises ValueError for a pipeline that no family knows.

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Self
 
 from torch import Tensor, nn
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, PredictionType
@@ -47,7 +47,7 @@ class ComfyUI(Protocol):
         """The timestep shift at which ComfyUI's second level is ours, and the largest difference of all levels at that shift."""
         ...
 
-    def workflow(self, levels: Sequence[float], size: VideoSize, prompt: str, model: str, lora: str | None, seed: int) -> dict[str, Any]:
+    def workflow(self, levels: Sequence[float], size: Size, prompt: str, model: str, lora: str | None, seed: int) -> dict[str, Any]:
         """A graph of stock nodes in ComfyUI's API format; `model` and `lora` are file names."""
         ...
 
@@ -67,7 +67,7 @@ class Family(Protocol):
 
     name: str
     source: str
-    size: VideoSize
+    size: Size
     pipe: Any
     path: Path
     prediction_type: PredictionType
@@ -83,15 +83,15 @@ class Family(Protocol):
     passes_generator: bool
     comfyui: ComfyUI | None
 
-    def at(self, size: VideoSize) -> Self:
+    def at(self, size: Size) -> Self:
         """The same family at another size, around the same pipeline; ValueError for a size that the model cannot draw."""
         ...
 
-    def with_pipe(self, pipe: Any, size: VideoSize) -> Self:
+    def with_pipe(self, pipe: Any, size: Size) -> Self:
         """The same kind of family around another pipeline."""
         ...
 
-    def smallest(self) -> VideoSize:
+    def smallest(self) -> Size:
         """A size of a few tokens: whether two samplers agree does not depend on the size, but what asking costs does."""
         ...
 

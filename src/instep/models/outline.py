@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from instep.core.quiet import quiet
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.models.families import family_class
 from instep.models.family import Dimensions
 from instep.models.pipeline_family import PipelineFamily
@@ -38,7 +38,7 @@ class Outline:
     parts: Mapping[str, nn.Module]
     vae: Mapping[str, Any]
 
-    def dimensions(self, size: VideoSize) -> Dimensions:
+    def dimensions(self, size: Size) -> Dimensions:
         """What memory and time at `size` follow from; ValueError where that was not counted for the architecture."""
         return self.family.dimensions_of(next(iter(self.parts.values())), size, self.vae)
 

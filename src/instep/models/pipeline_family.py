@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.quiet import quiet
-from instep.core.size import VideoSize, as_size
+from instep.core.size import Size, as_size
 from instep.data.prompt import Prompt, as_prompts, negatives_of
 from instep.diffusion.path import Path, RectifiedFlow
 from instep.diffusion.prediction import Condition, PredictionType
@@ -48,7 +48,7 @@ class PipelineFamily:
     lora_targets: tuple[str, ...]
     shift: float = 1.0
 
-    def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
+    def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         """`size` None: the model's own. `source`: where the pipeline was loaded from, for the run's record. Raises ValueError for a variant of the model or a
         size that does not fit, naming it. The pipeline's networks are put into eval mode and frozen.
         """
@@ -67,7 +67,7 @@ class PipelineFamily:
         return True
 
     @classmethod
-    def load(cls, folder: FilePath, size: VideoSize | None = None, name: str = "") -> Self:
+    def load(cls, folder: FilePath, size: Size | None = None, name: str = "") -> Self:
         """Loads a diffusers folder in float32, offline, from safetensors only."""
         with quiet():
             import diffusers
@@ -79,23 +79,23 @@ class PipelineFamily:
     def check_pipeline(self, pipe: Any) -> None:
         """Raises ValueError for a variant of the pipeline that this family cannot run."""
 
-    def native_size(self) -> VideoSize:
+    def native_size(self) -> Size:
         """The size that the model's card samples at."""
         raise NotImplementedError
 
-    def fit_size(self, size: VideoSize) -> tuple[int, ...]:
+    def fit_size(self, size: Size) -> tuple[int, ...]:
         """Shape of one sample's latents at `size`, [C, (F,) H, W]; ValueError for a size that the model cannot draw."""
         raise NotImplementedError
 
-    def smallest(self) -> VideoSize:
+    def smallest(self) -> Size:
         raise NotImplementedError
 
-    def at(self, size: VideoSize) -> Self:
+    def at(self, size: Size) -> Self:
         other = copy.copy(self)
         other.size, other.latent_shape = size, self.fit_size(size)
         return other
 
-    def with_pipe(self, pipe: Any, size: VideoSize) -> Self:
+    def with_pipe(self, pipe: Any, size: Size) -> Self:
         return type(self)(pipe, size, self.name, self.source)
 
     @property
@@ -175,7 +175,7 @@ class PipelineFamily:
         return self.dimensions_of(next(iter(self.parts(network).values())), self.size, vae)
 
     @classmethod
-    def dimensions_of(cls, denoiser: nn.Module, size: VideoSize, vae: Mapping[str, Any]) -> Dimensions:
+    def dimensions_of(cls, denoiser: nn.Module, size: Size, vae: Mapping[str, Any]) -> Dimensions:
         """Of a denoiser, which may lie on the meta device, at `size`; `vae`: the VAE's configuration, for its compression.
 
         Raises ValueError where the passes and memory of the architecture were not counted.

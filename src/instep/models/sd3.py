@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.models.family import Task, skipped
@@ -56,7 +56,7 @@ class SD3Family(PipelineFamily):
     axes: tuple[int, ...] = (0, 1, 2, 3)
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
-    def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
+    def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
         self.shift = float(pipe.scheduler.config.shift)
         config = pipe.transformer.config
@@ -68,12 +68,12 @@ class SD3Family(PipelineFamily):
         if pipe.scheduler.config.get("use_dynamic_shifting"):
             raise ValueError("scheduler: use_dynamic_shifting is not allowed; SD3's own scheduler has one fixed shift (3.0): copy the model's scheduler folder")
 
-    def native_size(self) -> VideoSize:
+    def native_size(self) -> Size:
         """1024 x 1024 for the published models."""
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return VideoSize(side, side, 1)
+        return Size(side, side, 1)
 
-    def fit_size(self, size: VideoSize) -> tuple[int, ...]:
+    def fit_size(self, size: Size) -> tuple[int, ...]:
         unit = self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
         largest = unit * self.pipe.transformer.config.pos_embed_max_size
         if size.frames != 1 or size.height % unit or size.width % unit or max(size.height, size.width) > largest:
@@ -83,9 +83,9 @@ class SD3Family(PipelineFamily):
             )
         return (self.pipe.transformer.config.in_channels, size.height // self.pipe.vae_scale_factor, size.width // self.pipe.vae_scale_factor)
 
-    def smallest(self) -> VideoSize:
+    def smallest(self) -> Size:
         side = 2 * self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
-        return VideoSize(side, side, 1)
+        return Size(side, side, 1)
 
     @torch.no_grad()
     def _encoded(self, texts: Sequence[str]) -> SD3Condition:

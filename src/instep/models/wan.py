@@ -12,7 +12,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.models.family import ComfyUI, Dimensions, skipped
@@ -82,7 +82,7 @@ class WanFamily(PipelineFamily):
     comfyui: ComfyUI | None = WanComfyUI()
     preset = WAN21
 
-    def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
+    def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
         self.shift = float(pipe.scheduler.config.get("flow_shift") or pipe.scheduler.config.get("shift") or 1.0)
         self._texts: dict[str, Tensor] = {}
@@ -95,10 +95,10 @@ class WanFamily(PipelineFamily):
         if getattr(pipe, "transformer_2", None) is not None:
             raise ValueError("pipeline: it has two transformers (Wan 2.2's experts); load it with instep.load, which chooses the family of two experts")
 
-    def native_size(self) -> VideoSize:
-        return VideoSize(480, 832, 81)
+    def native_size(self) -> Size:
+        return Size(480, 832, 81)
 
-    def fit_size(self, size: VideoSize) -> tuple[int, ...]:
+    def fit_size(self, size: Size) -> tuple[int, ...]:
         spatial, temporal = self.pipe.vae_scale_factor_spatial, self.pipe.vae_scale_factor_temporal
         if size.height % (2 * spatial) or size.width % (2 * spatial) or (size.frames - 1) % temporal:
             raise ValueError(
@@ -107,9 +107,9 @@ class WanFamily(PipelineFamily):
             )
         return (self.pipe.vae.config.z_dim, (size.frames - 1) // temporal + 1, size.height // spatial, size.width // spatial)
 
-    def smallest(self) -> VideoSize:
+    def smallest(self) -> Size:
         side = 3 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size[1]
-        return VideoSize(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
+        return Size(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
     @torch.no_grad()
     def _text(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -180,11 +180,11 @@ class WanFamily(PipelineFamily):
         return f"diffusion_model.{comfyui_module(layer)}"
 
     @classmethod
-    def dimensions_of(cls, denoiser: nn.Module, size: VideoSize, vae: Mapping[str, Any]) -> Dimensions:
+    def dimensions_of(cls, denoiser: nn.Module, size: Size, vae: Mapping[str, Any]) -> Dimensions:
         return wan_dimensions(denoiser, size, vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4))
 
 
-def wan_dimensions(network: Any, size: VideoSize, spatial: int = 8, temporal: int = 4) -> Dimensions:
+def wan_dimensions(network: Any, size: Size, spatial: int = 8, temporal: int = 4) -> Dimensions:
     """Of a Wan transformer at `size`; spatial, temporal: the compression of its VAE."""
     config = network.config
     pt, ph, pw = config.patch_size

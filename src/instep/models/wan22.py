@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.diffusion.prediction import Condition
 from instep.models.family import ComfyUI
 from instep.models.pipeline_family import has_part
@@ -99,8 +99,8 @@ class Wan22Family(WanFamily):
             raise ValueError(f"boundary_ratio: {ratio} is not allowed for two experts; it lies between 0 and 1, 0.875 for T2V-A14B")
         self.boundary = float(ratio)
 
-    def native_size(self) -> VideoSize:
-        return VideoSize(720, 1280, 81)
+    def native_size(self) -> Size:
+        return Size(720, 1280, 81)
 
     def parts(self, network: nn.Module) -> dict[str, nn.Module]:
         return {name: getattr(network, name) for name in self.denoisers}

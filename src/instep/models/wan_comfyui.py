@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 
 # diffusers' module names -> the original Wan names, which ComfyUI keeps; the first rule that matches decides
 _MODULES = (
@@ -87,7 +87,7 @@ def comfyui_shift(levels: Sequence[float]) -> tuple[float, float]:
     return shift, max(abs(a - b) for a, b in zip(comfyui_levels(n, shift), levels, strict=True))
 
 
-def comfyui_workflow(levels: Sequence[float], size: VideoSize, prompt: str, model: str, lora: str | None, seed: int) -> dict[str, Any]:
+def comfyui_workflow(levels: Sequence[float], size: Size, prompt: str, model: str, lora: str | None, seed: int) -> dict[str, Any]:
     """A text-to-video graph of stock nodes in ComfyUI's API format: opens by dropping it on the window, or POST to
     /prompt.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from instep.core.size import VideoSize
+from instep.core.size import Size
 from instep.data.first_frame import read_first_frame
 from instep.data.prompt import Prompt, as_prompts
 from instep.diffusion.prediction import Condition
@@ -71,7 +71,7 @@ class WanImageFamily(WanFamily):
     takes_first_frame = True
     comfyui: ComfyUI | None = None
 
-    def __init__(self, pipe: Any, size: VideoSize | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
+    def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
         self._first_frames: dict[str, Tensor] = {}
 
@@ -83,7 +83,7 @@ class WanImageFamily(WanFamily):
         """Raises ValueError for a variant that is conditioned otherwise: with an image encoder, timesteps a token or a second transformer."""
         check_variant(pipe)
 
-    def first_frame(self, prompt: Prompt, size: VideoSize) -> Tensor:
+    def first_frame(self, prompt: Prompt, size: Size) -> Tensor:
         """The prompt's first frame [3, H, W] in [0, 1] at `size`; ValueError for a prompt without one, or one that cannot be read."""
         return read_first_frame(prompt, size)
 

@@ -149,4 +149,4 @@ def _end(process: subprocess.Popen[str]) -> str:
 
 
 def _stderr_text(err: str) -> str:
-    return f" and said on standard error: {tail(err)}" if err.strip() else " and said nothing on standard error"
+    return f" and wrote to standard error: {tail(err)}" if err.strip() else " and wrote nothing to standard error"

@@ -68,7 +68,7 @@ def check_inputs(
             raise ValueError(
                 f"reward: stage {stage.name!r} of {recipe.name} climbs its gradient and "
                 + ("none was given" if reward is None else f"{_blunt(reward).name!r} is not differentiable")
-                + "; give one that is (a Reward with differentiable = True), or choose a recipe that only asks for scores, like amd or dm-align-group"
+                + "; give one that is (a Reward with differentiable = True), or choose a recipe that needs scores alone, like amd or dm-align-group"
             )
         if "labels" in stage.needs and reward is not None and relative(reward):
             raise ValueError(f"reward: {reward.name!r} compares samples with each other, and stage {stage.name!r} needs the score of each; give it a reward")
@@ -125,7 +125,7 @@ def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequ
         if not scores.requires_grad:
             raise ValueError(
                 f"reward: {reward.name!r} is declared differentiable, but its scores have no gradient; leave out no_grad, .item(), numpy and rounding "
-                "in it, or give it differentiable=False and choose a recipe that only asks for scores, like amd or dm-align-group"
+                "in it, or give it differentiable=False and choose a recipe that needs scores alone, like amd or dm-align-group"
             )
         (gradient,) = torch.autograd.grad(scores.sum(), x, allow_unused=True)
     if gradient is None or not bool(gradient.isfinite().all()):
