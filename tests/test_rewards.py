@@ -234,13 +234,13 @@ def test_files_of_a_command_are_gone_when_it_ends(tmp_path):
         ("print('loading'); [print(1) for s in samples]", r"scored alone: the command printed 2 scores for 1 samples"),
         (
             "print('ah\\noh', file=sys.stderr); sys.exit(3)",
-            r"sample 0 .* scored alone: the command ended with exit status 3 and said on standard error: ah / oh",
+            r"sample 0 .* scored alone: the command ended with exit status 3 and wrote to standard error: ah / oh",
         ),
         (
             "for s in samples:\n  assert level(s) != 40, 'no forties'\n  print(1)",
             r"failed on sample 2 of the batch \(prompt 'prompt 2'\), scored alone: .*exit status 1.*AssertionError: no forties",
         ),
-        ("os.kill(os.getpid(), 11)", r"the command ended with signal SIGSEGV and said nothing on standard error"),
+        ("os.kill(os.getpid(), 11)", r"the command ended with signal SIGSEGV and wrote nothing to standard error"),
     ],
 )
 def test_commands_that_fail_name_the_sample(tmp_path, code, message):
@@ -255,7 +255,7 @@ def test_a_command_that_hangs_is_killed_with_its_children(tmp_path):
     code += "print('busy', file=sys.stderr, flush=True); c.wait()"
     start = time.monotonic()
     with pytest.raises(
-        RewardError, match=r"did not end within 1 seconds and said on standard error: busy, on samples 0 to 3 .*first prompt 'prompt 0'.*timeout"
+        RewardError, match=r"did not end within 1 seconds and wrote to standard error: busy, on samples 0 to 3 .*first prompt 'prompt 0'.*timeout"
     ):
         script(tmp_path, code, timeout=1, retries=0).score(levels(), names(4))
     assert time.monotonic() - start < 10

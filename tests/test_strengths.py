@@ -93,7 +93,7 @@ def test_guidance_scales_are_drawn_in_their_ranges():
     assert fixed.features(torch.tensor([[3.0, 0.0]])).isfinite().all()
     assert GuidanceRange.of_json(json.loads(json.dumps(describe(RANGE)))) == RANGE
     RANGE.check((1.5, 1.0))
-    with pytest.raises(ValueError, match="guidance: 4.5 is not allowed; the student is told guidance 1.5 to 4, skip-layer guidance 0 to 1"):
+    with pytest.raises(ValueError, match="guidance: 4.5 is not allowed; the student is conditioned on guidance 1.5 to 4, skip-layer guidance 0 to 1"):
         RANGE.check((4.5, 0.0))
     with pytest.raises(ValueError, match="skip: 1.1 is not allowed"):
         RANGE.check((2.0, 1.1))
@@ -280,9 +280,11 @@ def test_the_recipe_gives_its_own_scales_wherever_guidance_is_in_the_weights():
 
 
 def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ValueError, match="guidance: 3 is not allowed; the student is told guidance 1 to 2: stay in that range, or train with a wider one"):
+    with pytest.raises(
+        ValueError, match="guidance: 3 is not allowed; the student is conditioned on guidance 1 to 2: stay in that range, or train with a wider one"
+    ):
         apo(draw=(1.0, 2.0))
-    with pytest.raises(ValueError, match="skip: 0 is not allowed; the student is told guidance 3, skip-layer guidance 0.5 to 1"):
+    with pytest.raises(ValueError, match="skip: 0 is not allowed; the student is conditioned on guidance 3, skip-layer guidance 0.5 to 1"):
         apo(draw_skip=(0.5, 1.0), skip_blocks=(1,))
     for other in ({"few_step": True, "distill_guidance": 0}, {"distill_guidance": 0, "post_distillation": 0}):
         with pytest.raises(ValueError, match="draw: guidance scales are drawn in the stage distill-guidance, which this run does not have"):
@@ -296,7 +298,7 @@ def test_what_does_not_go_together_is_refused():
     stage = Stage("x", 1, 1, (), guided=False, guidance_scales=(2.0, 0.0))
     with pytest.raises(ValueError, match="guidance_scales: stage 'x' conditions the student on .2.0, 0.0., which takes none"):
         Recipe("r", (1.0,), {"student": RoleConfig()}, (stage,))
-    with pytest.raises(ValueError, match="guidance: 2 is not allowed; the student is told guidance 3 to 5"):
+    with pytest.raises(ValueError, match="guidance: 2 is not allowed; the student is conditioned on guidance 3 to 5"):
         Recipe("r", (1.0,), {"student": RoleConfig(guidance_range=GuidanceRange((3.0, 5.0)))}, (stage,))
 
 
@@ -441,7 +443,7 @@ def test_another_scale_is_exported_from_the_same_run(whole, tmp_path):
     record = json.loads((ask.to / "instep_export.json").read_text())
     assert record["guidance_scales"] == [1.5, 0.5] and record["guidance"] == 1.0
     compare(DiffusionPipeline.from_pretrained(ask.to, local_files_only=True), student_of(run.out, read_run(run.out), family()), (1.5, 0.5), (3.0, 0.5))
-    with pytest.raises(ValueError, match="guidance: 6 is not allowed; the student is told guidance 1.5 to 4, skip-layer guidance 0 to 1"):
+    with pytest.raises(ValueError, match="guidance: 6 is not allowed; the student is conditioned on guidance 1.5 to 4, skip-layer guidance 0 to 1"):
         export_command(replace(ask, to=tmp_path / "no", guidance=6.0))
     with pytest.raises(ValueError, match="skip: 2 is not allowed"):
         export_command(replace(ask, to=tmp_path / "no", guidance=None, skip=2.0))
