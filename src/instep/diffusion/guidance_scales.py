@@ -43,8 +43,8 @@ class GuidanceRange:
 
     def draw(self, n: int, rng: torch.Generator) -> Tensor:
         """n independent pairs, [n, 2]."""
-        low, high = self._ends(rng.device)
-        return low + (high - low) * torch.rand(n, 2, generator=rng, device=rng.device)
+        low, high = self._ends(torch.device("cpu"))
+        return low + (high - low) * torch.rand(n, 2, generator=rng)
 
     def check(self, guidance_scales: GuidanceScales) -> None:
         """ValueError for guidance scales outside of the range."""

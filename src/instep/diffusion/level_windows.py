@@ -67,11 +67,11 @@ class NearTrajectory(LevelSampler):
         return max(1, -int(-self.low * TRAINING_STEPS // 1)), int(self.high * TRAINING_STEPS)
 
     def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
-        which = torch.randint(len(self.shifts), (n,), generator=rng, device=rng.device)
-        u, offset = torch.rand(n, generator=rng, device=rng.device), torch.randn(n, generator=rng, device=rng.device)
+        which = torch.randint(len(self.shifts), (n,), generator=rng)
+        u, offset = torch.rand(n, generator=rng), torch.randn(n, generator=rng)
         anchors = self.anchors
-        count = torch.tensor([len(each) for each in anchors], device=rng.device)
-        table = torch.zeros(len(anchors), int(count.max()), device=rng.device)
+        count = torch.tensor([len(each) for each in anchors])
+        table = torch.zeros(len(anchors), int(count.max()))
         for i, each in enumerate(anchors):
             table[i, : len(each)] = torch.tensor(each, dtype=table.dtype)
         step = table[which, (u * count[which]).long().clamp(max=count[which] - 1)]
@@ -105,7 +105,7 @@ class HighLow(LevelSampler):
 
     def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
         drawn = torch.stack([part(n, progress=progress, t_exit=t_exit, rng=rng) for part in self.window])
-        return drawn.gather(0, torch.randint(len(drawn), (1, n), generator=rng, device=rng.device))[0]
+        return drawn.gather(0, torch.randint(len(drawn), (1, n), generator=rng))[0]
 
 
 @dataclass(frozen=True)

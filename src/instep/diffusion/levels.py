@@ -64,7 +64,7 @@ class Uniform(LevelSampler):
             raise ValueError(f"shift: {self.shift} is not allowed; it is positive (1 leaves the levels uniform)")
 
     def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
-        u = torch.rand(n, generator=rng, device=rng.device)
+        u = torch.rand(n, generator=rng)
         if self.shift == 1:
             return self.low + (self.high - self.low) * u
         return shift_level(u, self.shift).clamp(self.low, self.high)
@@ -80,7 +80,7 @@ class OneOf(LevelSampler):
         check_levels(self.levels)
 
     def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
-        return torch.tensor(self.levels, device=rng.device)[torch.randint(len(self.levels), (n,), generator=rng, device=rng.device)]
+        return torch.tensor(self.levels)[torch.randint(len(self.levels), (n,), generator=rng)]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class AboveExit(LevelSampler):
     def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
         assert t_exit is not None, "levels above the exit need to know the exit"
         low = torch.where(t_exit < self.high, t_exit.clamp(min=self.low), torch.full_like(t_exit, self.low))
-        t = shift_level(torch.rand(n, generator=rng, device=rng.device), self.shift).to(low)
+        t = shift_level(torch.rand(n, generator=rng), self.shift).to(low)
         return low + (self.high - low) * t
 
 
@@ -123,6 +123,6 @@ class AnnealedBeta(LevelSampler):
     def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
         c = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
         # X / (X + Y) of two gammas; torch's gamma sampler takes a generator only here
-        shape = torch.tensor([[1 + 3 * c], [1 + 0.5 * c]], device=rng.device).expand(2, n)
+        shape = torch.tensor([[1 + 3 * c], [1 + 0.5 * c]]).expand(2, n)
         x, y = torch._standard_gamma(shape, generator=rng)
         return (x / (x + y)).clamp(self.low, self.high)

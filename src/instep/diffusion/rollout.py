@@ -84,9 +84,9 @@ def draw_exits(n_groups: int, group: int, n_levels: int, rng: torch.Generator) -
     Stratified: the exits of a batch are a random rotation of 0..Q-1 repeated, shuffled. Every group's exit is uniform, and a
     batch sees all levels as evenly as it can, which lowers the variance of the gradient.
     """
-    offset = torch.randint(n_levels, (), generator=rng, device=rng.device)
-    even = (torch.arange(n_groups, device=rng.device) + offset) % n_levels
-    return even[torch.randperm(n_groups, generator=rng, device=rng.device)].repeat_interleave(group)
+    offset = torch.randint(n_levels, (), generator=rng)
+    even = (torch.arange(n_groups) + offset) % n_levels
+    return even[torch.randperm(n_groups, generator=rng)].repeat_interleave(group)
 
 
 def rollout_few_step(

@@ -34,7 +34,7 @@ class Adversarial(Force):
     def __call__(self, view: View) -> Tensor:
         samples = view.samples
         point = samples.point(self.on).detach()
-        t = view.levels(self.levels, len(point.x), point.level).to(point.x)
+        t = view.levels(self.levels, len(point.x), point.level).to(point.x.dtype)
         noise = view.randn_like(point.x)
         with torch.enable_grad():
             x = point.x.detach().requires_grad_()

@@ -69,7 +69,7 @@ class AlignPair(Force):
         point = samples.point(self.on).detach()
         assert view.batch.real is not None, "Pair needs preferred samples in the batch"
         preferred = view.batch.real.repeat_interleave(samples.group, 0)
-        t = view.levels(self.levels, len(point.x), point.level).to(point.x)
+        t = view.levels(self.levels, len(point.x), point.level).to(point.x.dtype)
         noise = view.randn_like(point.x)
         # one call of 2 B samples: the student's and the preferred ones
         x_t = torch.cat([view.path.renoise(x, noise, t) for x in (point.x, preferred)])
@@ -106,7 +106,7 @@ class AlignGroup(Force):
         assert samples.reward is not None and samples.advantage is not None
         best = top_n(samples.reward, k, self.top_n)
         mean = point.x[best].mean(1)
-        t = view.levels(self.levels, len(best), point.level[::k]).to(point.x)
+        t = view.levels(self.levels, len(best), point.level[::k]).to(point.x.dtype)
         noise = view.randn_like(mean)
         t_each, noise_each = t.repeat_interleave(k), noise.repeat_interleave(k, 0)
         x_t = torch.cat([view.path.renoise(point.x, noise_each, t_each), view.path.renoise(mean, noise, t)])

@@ -79,8 +79,8 @@ class Consistency(Objective):
         real, cond = view.batch.real, view.batch.cond
         assert real is not None, "consistency distillation needs real samples in the batch"
         rng = view.rng
-        n = torch.randint(self.grid - self.steps + 1, (len(real),), generator=rng, device=rng.device)
-        levels = self.levels.to(at_least_float32(real))
+        n = torch.randint(self.grid - self.steps + 1, (len(real),), generator=rng)
+        levels = self.levels.to(at_least_float32(real).dtype)
         x = start = view.path.renoise(real, view.randn_like(real), levels[n + self.steps])
         with torch.no_grad():
             for k in range(self.steps, 0, -1):

@@ -56,7 +56,7 @@ class FakeScoreLoss(Critic):
     def losses(self, view: View) -> Iterator[Tensor]:
         samples = view.samples
         point = samples.point(self.on).detach()
-        t = view.levels(self.levels, len(point.x), point.level).to(point.x)
+        t = view.levels(self.levels, len(point.x), point.level).to(point.x.dtype)
         cond = samples.cond.at_exit(point.exit_id)
         denoiser = view.roles[self.role] if self.adapter_scale is None else at_scale(view.roles[self.role], self.adapter_scale)
         error = denoising_error(denoiser, view, point.x, t, view.randn_like(point.x), cond, self.target)
@@ -94,7 +94,7 @@ class FakeScoreGANLoss(FakeScoreLoss):
         assert real is not None, "a discriminator needs real samples in the batch"
         point = samples.point(self.on).detach()
         for x, sign in ((real.repeat_interleave(samples.group, 0), -1.0), (point.x, 1.0)):
-            t = view.levels(self.gan_levels, len(x), point.level).to(x)
+            t = view.levels(self.gan_levels, len(x), point.level).to(x.dtype)
             logit = view.roles[self.role](view.path.renoise(x, view.randn_like(x), t), t, samples.cond.at_exit(point.exit_id)).logit
             assert logit is not None, f"role {self.role!r} has no discriminator head"
             yield self.gan_weight * F.softplus(sign * logit).mean()

@@ -68,7 +68,7 @@ class GuidanceDistillation(Objective):
         real = view.batch.real
         assert real is not None, "guidance distillation needs real samples in the batch"
         for levels in self.levels.window:
-            t = view.levels(levels, len(real)).to(real)
+            t = view.levels(levels, len(real)).to(real.dtype)
             x_t = view.path.renoise(real, view.randn_like(real), t)
             guidance_scales = None if self.draw is None else self.draw.draw(len(real), view.rng)
             target = self.guided(view.roles["reference"], view, x_t, t, guidance_scales)

@@ -104,7 +104,7 @@ class DistributionMatching(Force):
         return Matching(x, t, real, fake, self.operator(d, samples.advantage, samples.reward) / scale)
 
     def _renoised(self, view: View, point: Point, levels: LevelSampler) -> tuple[Tensor, Tensor]:
-        t = view.levels(levels, len(point.x), point.level).to(point.x)
+        t = view.levels(levels, len(point.x), point.level).to(point.x.dtype)
         return t, view.path.renoise(point.x, view.randn_like(point.x), t)
 
 

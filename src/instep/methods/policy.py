@@ -48,7 +48,7 @@ class _Policy(Objective):
         n = len(path.t)
         if self.fraction == 1:
             return range(n)
-        chosen = torch.randperm(n, generator=view.rng, device=view.rng.device)[: max(1, round(self.fraction * n))]
+        chosen = torch.randperm(n, generator=view.rng)[: max(1, round(self.fraction * n))]
         return sorted(chosen.tolist())
 
     def predict(self, view: View, path: Trajectory, s: int, denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor]:

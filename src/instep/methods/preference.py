@@ -82,7 +82,7 @@ class Preference(Objective):
         pairs = draw(view)
         n = len(pairs.x) // 2
         for levels in self.levels.window:
-            t = view.levels(levels, n).to(pairs.x).repeat(2)
+            t = view.levels(levels, n).to(pairs.x.dtype).repeat(2)
             noise = view.randn_like(pairs.x[:n]).repeat(2, *(1,) * (pairs.x.ndim - 1))
             with torch.no_grad():
                 before = denoising_error(view.roles["reference"], view, pairs.x, t, noise, pairs.cond, "velocity").chunk(2)
@@ -107,7 +107,7 @@ class Preference(Objective):
             assert batch.real is not None, "half-online preferences need preferred samples in the batch"
             return Compared(torch.cat([batch.real, own]), batch.cond.stack(batch.cond))
         assert batch.pairs is not None, "half-online preferences need labelled samples in the batch"
-        good = torch.rand(len(own), generator=view.rng, device=view.rng.device) < self.positive
+        good = torch.rand(len(own), generator=view.rng) < self.positive
         good = good.reshape(-1, *(1,) * (own.ndim - 1)).to(own.device)
         won, lost = torch.where(good, batch.pairs.chosen, own), torch.where(good, own, batch.pairs.rejected)
         return Compared(torch.cat([won, lost]), batch.cond.stack(batch.cond))

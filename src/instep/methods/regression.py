@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from instep.diffusion.levels import LevelSampler, Uniform
@@ -32,7 +33,7 @@ class Regression(Objective):
     def __call__(self, view: View) -> Iterator[Tensor]:
         stored = view.batch.stored
         assert stored is not None, "regression needs stored pairs of noise and the teacher's output in the batch"
-        start = stored.noise.new_ones(len(stored.noise))
+        start = torch.ones(len(stored.noise), dtype=stored.noise.dtype)
         x = view.roles["student"](stored.noise, start, stored.cond).x0
         yield 0.5 * (x - stored.x0).square().mean()
 
@@ -57,5 +58,5 @@ class Denoising(Objective):
     def __call__(self, view: View) -> Iterator[Tensor]:
         real = view.batch.real
         assert real is not None, "fine-tuning needs real samples in the batch"
-        t = view.levels(self.levels, len(real)).to(real)
+        t = view.levels(self.levels, len(real)).to(real.dtype)
         yield denoising_error(view.roles["student"], view, real, t, view.randn_like(real), view.batch.cond, "velocity").mean()
