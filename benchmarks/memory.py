@@ -24,6 +24,7 @@ from instep.methods.term import Batch
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.training.build import make_state
+from instep.training.execution import Execution
 from instep.training.step import iteration
 
 
@@ -37,7 +38,7 @@ def child(lora_rank: int | None, checkpointing: bool, width: int, layers: int) -
     before = peak()
     family = RandomWan(width, layers, (16, 3, 6, 6), 8)
     recipe = dmd2(Common(batch=2, critic_updates=1, lora_rank=lora_rank))
-    state = make_state(recipe, family, 0, None, checkpointing=checkpointing)
+    state = make_state(recipe, family, 0, None, execution=Execution(checkpointing="on" if checkpointing else "off"))
     batch = Batch(as_prompts(["a", "b"]), family.encode(["a", "b"]), family.unconditional(["a", "b"]))
     for _ in range(2):
         iteration(state, recipe.stages[0], [batch], 0.0)

@@ -55,6 +55,7 @@ RENAMED_ARGUMENTS: dict[str, str] = {
     "--absorb": "--distill-guidance", "absorb=": "distill_guidance=",
     "--aware": "--post-distillation", "aware=": "post_distillation=",
     "--predicts": "--prediction-type", "predicts=": "prediction_type=",
+    "--checkpointing": "--checkpointing on", "--no-checkpointing": "--checkpointing off",
 }  # fmt: skip
 # In names of scalars, stages and health flags.
 RENAMED_SCALARS: dict[str, str] = {

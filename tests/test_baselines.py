@@ -140,7 +140,7 @@ def test_the_teacher_s_probe_that_ships_holds_for_a_run_s_own_probe_alone(name):
     probe, own = run_probe(name)
     known = own.known_teacher(probe, Common().guidance)
     teacher = Role("teacher", Backbone(own.family, own.family.pretrained))
-    few = replace(probe, prompts=probe.prompts[:1], copies=2).teacher(teacher, 3.0, steps=1)[0]
+    few = replace(probe, prompts=probe.prompts[:1], copies=2).teacher(teacher, 3.0, steps=1)
     assert known is not None and known.keys() == few.keys() and 0.9 < known["monitor_both"] <= 1
     assert own.known_teacher(probe, 2.5) is None, "another guidance"
     for key, value in {"seed": 5, "copies": 2, "prompts": probe.prompts[:5], "reward": None, "monitor": None, "negative": "blurry"}.items():
@@ -180,4 +180,4 @@ def test_the_command_hands_on_what_ships(tmp_path, monkeypatch):
 def test_the_teacher_s_probe_that_ships_is_what_measuring_gives(name):
     probe, own = run_probe(name)
     known = own.known_teacher(probe, 3.0)
-    assert dict(known) == pytest.approx(probe.teacher(Role("teacher", Backbone(own.family, own.family.pretrained)), 3.0)[0], rel=1e-3, abs=1e-4)
+    assert dict(known) == pytest.approx(probe.teacher(Role("teacher", Backbone(own.family, own.family.pretrained)), 3.0), rel=1e-3, abs=1e-4)

@@ -27,6 +27,7 @@ from instep.models.cogvideox import AXES, CogVideoXFamily, noise_path, training_
 from instep.models.role import Role
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
+from instep.training.execution import Execution
 from instep.training.options import RunOptions
 from instep.training.run import train
 
@@ -372,7 +373,7 @@ def test_a_many_step_export_keeps_the_pipelines_scheduler(tmp_path):
 def test_dmd2_trains_and_exports(tmp_path, rank):
     fam = family(rotary=rank is not None)
     recipe = dmd2(replace(SHORT, lora_rank=rank, ema=None), iterations=2, gan=0.01)
-    options = RunOptions(save_every=2, probe_every=50, teacher_samples=2, checkpointing=rank is not None)
+    options = RunOptions(save_every=2, probe_every=50, teacher_samples=2, execution=Execution(checkpointing="on" if rank else "off"))
     before = {key: p.clone() for key, p in fam.pretrained.state_dict().items()}
     run = train(recipe, fam, out=tmp_path / "run", prompts=PROMPTS, options=options)
     last = rows(run.out)[-1]

@@ -23,6 +23,7 @@ from instep.recipes.dm_align import dm_align_group
 from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward
 from instep.training import run as module
+from instep.training.execution import Execution
 from instep.training.options import RunOptions
 from instep.training.run import train
 
@@ -110,7 +111,7 @@ def stock(pipe, guidance: float = 1.0) -> Tensor:
 def test_killed_and_resumed_it_ends_the_same_and_stock_diffusers_samples_alike(tmp_path, name, rank):
     from diffusers import StableDiffusion3Pipeline
 
-    options = RunOptions(save_every=1, probe_every=50, teacher_samples=4, checkpointing=rank is not None)
+    options = RunOptions(save_every=1, probe_every=50, teacher_samples=4, execution=Execution(checkpointing="on" if rank else "off"))
     parts = {"prompts": PROMPTS, "reward": REWARD, "options": options}
     whole = train(recipes(name, rank), family(), out=tmp_path / "whole", **parts)
     with interrupted_before(2):

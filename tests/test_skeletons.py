@@ -65,7 +65,12 @@ def test_dm_align_has_two_live_points():
         one = mlp_state(reward_fn=lambda x, names: x[:, 0])
         seen: list[Tensor] = []
         student = one.trained["student"]
-        student.step = lambda lr, optim: (seen.append(torch.cat([p.grad.flatten() for p in student.parameters.values()])), (0.0, True))[1]
+
+        def step(lr, optim):
+            seen.append(torch.cat([p.grad.flatten() for p in student.parameters.values()]))
+            return torch.tensor(0.0), torch.tensor(True)
+
+        student.step = step
         iteration(one, Stage("align", 1, 32, terms, (), RolloutConfig(LEVELS), group=4), [batch_of(prompts(8, one.rng))], 0.0)
         return seen[0]
 

@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from instep.core.size import Size, as_size
 
 if TYPE_CHECKING:
@@ -49,9 +51,9 @@ def folder_of(name: str) -> Path:
     return Path(__file__).parent / "assets" / name
 
 
-def load(model: str | Path, size: Size | Sequence[int] | None = None) -> Family:
+def load(model: str | Path, size: Size | Sequence[int] | None = None, dtype: torch.dtype = torch.float32) -> Family:
     """The family of a bundled model by its name, or of a folder, as `instep.models.load` reads it. A folder may not pass for a bundled model: if it has the
-    name of one, the family is called by its whole path.
+    name of one, the family is called by its whole path. `dtype`: of a folder's networks; a bundled model is loaded in float32.
     """
     size = None if size is None else as_size(size)
     if model in WORLDS:
@@ -63,7 +65,7 @@ def load(model: str | Path, size: Size | Sequence[int] | None = None) -> Family:
         raise ValueError(
             f"model: {str(model)!r} is not a model folder; allowed: {LISTED}, or the path of a diffusers pipeline folder as save_pretrained writes it"
         )
-    family = models.load(folder, size, name=str(folder) if folder.name in WORLDS else None)
+    family = models.load(folder, size, name=str(folder) if folder.name in WORLDS else None, dtype=dtype)
     base = base_model(folder)
     return find(base).adopt(family) if base in WORLDS else family
 

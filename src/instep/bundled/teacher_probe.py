@@ -49,5 +49,5 @@ def known_metrics(folder: Path, probe: Probe, guidance: float | GuidanceByLevel,
 def measure(probe: Probe, guidance: float, *classifiers: Classifier) -> dict[str, Any]:
     """Return what a teacher_probe.json holds, measured now."""
     teacher = Role("teacher", Backbone(probe.family, probe.family.pretrained))
-    metrics, _ = probe.teacher(teacher, guidance)
+    metrics = probe.teacher(teacher, guidance)
     return {"fingerprint": fingerprint(probe, guidance, *classifiers), "metrics": metrics}

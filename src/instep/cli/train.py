@@ -21,6 +21,7 @@ from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.rewards.base import Reward
+from instep.training.execution import Execution
 from instep.training.options import RunOptions
 from instep.training.probe import KnownTeacher, Monitor, few_of
 from instep.training.run import Interrupted, Run, final_samples, train
@@ -73,10 +74,10 @@ class TrainArgs:
     all). Detection needs frequent probes: --stop-on hacking --probe-every 5. The same command does not resume a stopped run; without this option it does."""
     teacher_samples: int = 512
     """Number of teacher samples to make and keep for recipes that need real samples or stored pairs, if none are given."""
-    checkpointing: bool = False
-    """Activation checkpointing: less memory, one more forward pass."""
     evaluate: bool = True
     """Measure the student against teacher and naive sampling at the end (bundled video models), and write the report."""
+
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __post_init__(self) -> None:
         whole = {"save_every": self.save_every, "probe_every": self.probe_every, "threads": self.threads, "teacher_samples": self.teacher_samples}
@@ -106,7 +107,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
         seed=args.seed,
         save_every=args.save_every,
         probe_every=args.probe_every,
-        checkpointing=args.checkpointing,
+        execution=args.execution,
         teacher_samples=args.teacher_samples,
         stop_on=args.stop_on,
     )
@@ -150,7 +151,7 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         return Setting(own.family, asked, reward or own.reward, own.monitor, real, pairs, own.known_teacher)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
-    family = load(args.model, Size(*args.size) if args.size else None)
+    family = load(args.model, Size(*args.size) if args.size else None, args.execution.loading_dtype())
     return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, None, paired(labelled, family))
 
 

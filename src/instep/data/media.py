@@ -30,8 +30,8 @@ class EncodesMedia(Protocol):
     takes_first_frame: bool
 
     @property
-    def pretrained(self) -> torch.nn.Module:
-        """The network whose device the media go to."""
+    def device(self) -> torch.device:
+        """Where the media go to be encoded."""
         ...
 
     def encode_media(self, media: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def pair_samples(pairs: Sequence[LabelledPair], family: EncodesMedia) -> PairSam
     decided = [pair for pair in pairs if not pair.tie]
     if not decided:
         raise ValueError(f"pairs: all {len(pairs)} of them are ties, which carry no preference; give at least one with a preferred sample")
-    device, moves = next(family.pretrained.parameters()).device, False
+    device, moves = family.device, False
 
     def latent(path: Path) -> Tensor:
         nonlocal moves

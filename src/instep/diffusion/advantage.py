@@ -14,12 +14,12 @@ def _by_group(reward: Tensor, group: int) -> Tensor:
     return reward.reshape(-1, group)
 
 
-def group_variance(reward: Tensor, group: int) -> float:
-    """Mean over groups of the population variance within each."""
-    return float(_by_group(reward, group).var(1, unbiased=False).mean())
+def group_variance(reward: Tensor, group: int) -> Tensor:
+    """Mean over groups of the population variance within each, a scalar tensor."""
+    return _by_group(reward, group).var(1, unbiased=False).mean()
 
 
-def group_advantage(reward: Tensor, group: int, *, deviation: float | None = None, eps: float = 1e-6, clip: float | None = None) -> Tensor:
+def group_advantage(reward: Tensor, group: int, *, deviation: float | Tensor | None = None, eps: float = 1e-6, clip: float | None = None) -> Tensor:
     """(R - group mean) / (deviation + eps), [B] -> [B]; zero for a group of equal rewards (GRPO; AMD Eq. 12 with clip = 1).
 
     `deviation` None is each group's own (the population's, divides by K); a number is shared by all groups, so that groups which
@@ -30,12 +30,12 @@ def group_advantage(reward: Tensor, group: int, *, deviation: float | None = Non
     centred = rewards - rewards.mean(1, keepdim=True)
     own = rewards.std(1, unbiased=False, keepdim=True)
     constant = _constant(rewards, eps)
-    spread = own if deviation is None else torch.full_like(own, deviation)
+    spread = own if deviation is None else torch.as_tensor(deviation).to(own).expand_as(own)
     a = torch.where(constant, torch.zeros_like(centred), centred / (spread + eps)).reshape(-1)
     return a if clip is None else a.clamp(-clip, clip)
 
 
-def several_advantages(rewards: Tensor, weights: Sequence[float], group: int, deviations: Sequence[float | None], clip: float | None = None) -> Tensor:
+def several_advantages(rewards: Tensor, weights: Sequence[float], group: int, deviations: Sequence[float | Tensor | None], clip: float | None = None) -> Tensor:
     """Weighted sum of each reward's own advantage, [B, R] -> [B]: normalised within its group first, so that none dominates by its scale.
 
     One reward of weight 1 gives `group_advantage`. `clip` bounds the sum.
@@ -45,9 +45,9 @@ def several_advantages(rewards: Tensor, weights: Sequence[float], group: int, de
     return total if clip is None else total.clamp(-clip, clip)
 
 
-def constant_groups(reward: Tensor, group: int, eps: float = 1e-6) -> int:
-    """How many groups have no spread in reward, and hence no advantage."""
-    return int(_constant(_by_group(reward, group), eps).sum())
+def constant_groups(reward: Tensor, group: int, eps: float = 1e-6) -> Tensor:
+    """How many groups have no spread in reward, and hence no advantage; a scalar tensor."""
+    return _constant(_by_group(reward, group), eps).sum()
 
 
 def _constant(rewards: Tensor, eps: float) -> Tensor:

@@ -35,7 +35,7 @@ class Condition:
         return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})
 
     def __getitem__(self, rows: Tensor | slice) -> Self:
-        return self._map(lambda v: v[rows])
+        return self._map(lambda v: v[rows.to(v.device) if isinstance(rows, Tensor) else rows])
 
     def __len__(self) -> int:
         return next(len(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))
@@ -45,15 +45,18 @@ class Condition:
         return self if k == 1 else self._map(lambda v: v.repeat_interleave(k, 0))
 
     def at_exit(self, exit_id: Tensor | None) -> Self:
-        """The same condition, told which exit its samples come from ([B] integers)."""
-        return replace(self, exit_id=exit_id)
+        """The same condition with the exit that its samples come from ([B] integers)."""
+        return replace(self, exit_id=exit_id if exit_id is None else exit_id.to(self.device))
 
     def with_guidance(self, guidance_scales: Tensor | GuidanceScales | None) -> Self:
-        """The same condition with these guidance scales: [B, 2], or one pair for all; None: it says none."""
+        """The same condition with these guidance scales: [B, 2], or one pair for all; None: without any."""
         if isinstance(guidance_scales, tuple):
-            device = next(v.device for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))
-            guidance_scales = torch.tensor(guidance_scales, device=device).expand(len(self), 2)
-        return replace(self, guidance_scales=guidance_scales)
+            guidance_scales = torch.tensor(guidance_scales).expand(len(self), 2)
+        return replace(self, guidance_scales=guidance_scales if guidance_scales is None else guidance_scales.to(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        return next((v.device for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)), torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> Self:
         return self._map(lambda v: v.to(device))

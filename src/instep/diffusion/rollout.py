@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from instep.diffusion.noise import randn
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.sampling import Step, sample
@@ -24,7 +25,10 @@ Where = Literal["exit", "final"]
 
 @dataclass(frozen=True)
 class Point:
-    """Samples x [B, ...] that were predicted from `x_t` at `level` [B]; live if x carries the student's graph."""
+    """Samples x [B, ...] that were predicted from `x_t` at `level` [B]; live if x carries the student's graph.
+
+    Levels and exit indices are on the host, wherever the samples are: what they decide is decided without waiting for a device.
+    """
 
     x: Tensor
     x_t: Tensor
@@ -105,6 +109,7 @@ def rollout_few_step(
     record: bool = False,
     transition: Transition = Renoise(),
     guidance: float = 1.0,
+    device: torch.device | str = "cpu",
 ) -> Rollout:
     """Rolls out len(cond) samples of `shape`, each to its exit, or `to_the_end`.
 
@@ -130,10 +135,11 @@ def rollout_few_step(
         x0 = _predict_rows(student, x_t, t, cond, graph, alive & ~graph)
         rows = here.nonzero().flatten()
         if len(rows):
-            supervised = x0[rows]
+            seen = rows.to(x_t.device)
+            supervised = x0[seen]
             if chained and step.index > 0 and "exit" in live:
-                supervised = student(x_t[rows].detach(), t[rows], cond[rows]).x0
-            exits.append((rows, supervised, x_t[rows].detach()))
+                supervised = student(x_t[seen].detach(), t[rows], cond[rows]).x0
+            exits.append((rows, supervised, x_t[seen].detach()))
         if step.index == last and to_the_end:
             final = Point(x0, x_t.detach(), t, exit_id.new_full((n,), last))
         return x0 if chained else x0.detach()
@@ -143,7 +149,7 @@ def rollout_few_step(
             before, after = step.x_t.detach(), x_next.detach()
             steps.append((before, after, transition.log_prob(path, x0.detach(), before, after, step.t, step.t_next)))
 
-    noise = torch.randn(n, *shape, generator=rng, device=rng.device)
+    noise = randn((n, *shape), rng, device)
     # the noise of each transition is drawn for the whole batch whatever the exits are, so a sample does not depend on its neighbours' exits
     sample(predict, noise, levels, path, transition, rng, record_step if record else None)
     point = _gather(exits, levels, exit_id) if exits else None
@@ -154,7 +160,8 @@ def _stacked(steps: list[tuple[Tensor, Tensor, Tensor]], levels: Sequence[float]
     if not steps:
         raise ValueError("levels: a 1-step student has no stochastic step (its only one is deterministic), so there is no policy; use 2 or more steps")
     x_t, x_next, log_prob = (torch.stack([step[i] for step in steps]) for i in range(3))
-    return Trajectory(x_t, x_next, x_t.new_tensor(levels[:-1]), x_t.new_tensor(levels[1:]), log_prob, transition, guidance)
+    t = torch.tensor(levels, dtype=x_t.dtype)
+    return Trajectory(x_t, x_next, t[:-1], t[1:], log_prob, transition, guidance)
 
 
 def _predict_rows(student: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, graph: Tensor, plain: Tensor) -> Tensor:
@@ -166,11 +173,12 @@ def _predict_rows(student: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, gr
         rows = mask.nonzero().flatten()
         if len(rows):
             with torch.set_grad_enabled(with_graph and torch.is_grad_enabled()):
-                x0 = x0.index_copy(0, rows, student(x_t[rows], t[rows], cond[rows]).x0)
+                seen = rows.to(x_t.device)
+                x0 = x0.index_copy(0, seen, student(x_t[seen], t[rows], cond[rows]).x0)
     return x0
 
 
 def _gather(parts: list[tuple[Tensor, Tensor, Tensor]], levels: Sequence[float], exit_id: Tensor) -> Point:
     order = torch.cat([rows for rows, _, _ in parts]).argsort()
-    x, x_t = (torch.cat([part[i] for part in parts])[order] for i in (1, 2))
-    return Point(x, x_t, torch.tensor(levels, device=x.device, dtype=x.dtype)[exit_id], exit_id)
+    x, x_t = (torch.cat([part[i] for part in parts])[order.to(parts[0][1].device)] for i in (1, 2))
+    return Point(x, x_t, torch.tensor(levels, dtype=x.dtype)[exit_id], exit_id)

@@ -12,6 +12,7 @@ from torch import Tensor
 from instep.diffusion.guidance import GuidanceByLevel, predict_guided
 from instep.diffusion.guidance_scales import GuidanceScales
 from instep.diffusion.levels import shift_level
+from instep.diffusion.noise import randn
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.transitions import Deterministic, Renoise, Transition
@@ -19,7 +20,7 @@ from instep.diffusion.transitions import Deterministic, Renoise, Transition
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the loop: samples x_t [B, ...] at level t [B], on their way to t_next [B] (None at the last level)."""
+    """One step of the loop: samples x_t [B, ...] at level t [B], on their way to t_next [B] (None at the last level); levels are on the host."""
 
     index: int
     x_t: Tensor
@@ -47,8 +48,8 @@ def sample(
     """
     x_t, last = noise, len(levels) - 1
     for j, level in enumerate(levels):
-        t = noise.new_full((len(noise),), float(level))
-        t_next = noise.new_full((len(noise),), float(levels[j + 1])) if j < last else None
+        t = torch.full((len(noise),), float(level), dtype=noise.dtype)
+        t_next = torch.full((len(noise),), float(levels[j + 1]), dtype=noise.dtype) if j < last else None
         step = Step(j, x_t, t, t_next)
         x0 = predict(step)
         if t_next is None:
@@ -56,7 +57,7 @@ def sample(
         elif rng is None:
             x_t, _ = transition.gaussian(path, x0, x_t, t, t_next)
         else:
-            fresh = torch.randn(noise.shape, generator=rng, device=rng.device, dtype=noise.dtype)
+            fresh = randn(noise.shape, rng, noise.device, noise.dtype)
             x_t = transition.step(path, x0, x_t, fresh, t, t_next)
         if callback is not None:
             callback(step, x0, x_t)

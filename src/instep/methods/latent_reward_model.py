@@ -65,12 +65,11 @@ class LatentReward(nn.Module):
     @torch.no_grad()
     def settle(self, reward: Tensor) -> None:
         """Updates mean and deviation from rewards [B] or [B, R] until there are enough labels and they differ; later ones are ignored."""
-        if float(self.seen) >= SETTLE and bool((self.variance > 0).all()):
-            return
+        counts = ((self.seen < SETTLE) | (self.variance <= 0).any()).double()
         each = (reward[:, None] if reward.ndim == 1 else reward).double()
-        self.total += each.sum(0)
-        self.square += each.square().sum(0)
-        self.seen += len(each)
+        self.total += counts * each.sum(0)
+        self.square += counts * each.square().sum(0)
+        self.seen += counts * len(each)
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, mean and deviation."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,11 +106,8 @@ class GRPO(_Policy):
         for s in steps:
             x0, t, t_next = self.predict(view, path, s, view.roles["student"])
             ratio = (path.transition.log_prob(view.path, x0, path.x_t[s], path.x_next[s], t, t_next) - path.log_prob[s]).exp()
-            if view.epoch == 0 and bool((ratio.detach() - 1).abs().max() > SAME):
-                raise RuntimeError(
-                    f"grpo: before any update the ratio of probabilities is {float(ratio.detach().max()):.3f} and not 1, so the student's prediction "
-                    "differs from its rollout; dropout, a changed condition or half precision in the network are the usual causes"
-                )
+            if view.epoch == 0:
+                view.require((ratio.detach() - 1).abs().max() <= SAME, partial(_changed, ratio.detach()))
             loss = surrogate(ratio, advantage, self.clip)
             if self.kl:
                 loss = loss + self.kl * self.divergence(view, path, s, x0, t, t_next)
@@ -122,6 +120,13 @@ class GRPO(_Policy):
             reference_mean, std = path.transition.gaussian(view.path, before, path.x_t[s], t, t_next)
         mean, _ = path.transition.gaussian(view.path, x0, path.x_t[s], t, t_next)
         return 0.5 * (mean - reference_mean).flatten(1).square().mean(1) / std.square()
+
+
+def _changed(ratio: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"grpo: before any update the ratio of probabilities is {float(ratio.max()):.3f} and not 1, so the student's prediction differs from its rollout; "
+        "dropout or a changed condition in the network are the usual causes"
+    )
 
 
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

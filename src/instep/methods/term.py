@@ -17,6 +17,7 @@ from instep.data.prompt import Prompt
 from instep.diffusion.bands import WHOLE, Band, draw_in_band
 from instep.diffusion.guidance import GuidanceByLevel, by_level
 from instep.diffusion.levels import LevelSampler
+from instep.diffusion.noise import randn
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.rollout import Rollout, Where
@@ -76,12 +77,19 @@ class Batch:
         return Batch(self.prompts[rows], self.cond[rows], self.null[rows], real, pairs, self.stored)
 
 
+def raise_unless(true: Tensor, error: Callable[[], Exception]) -> None:
+    """Raises `error()` unless the scalar tensor is true."""
+    if not bool(true):
+        raise error()
+
+
 @dataclass(frozen=True)
 class View:
     """Everything that a term may use. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator.
 
     `epoch` counts the inner epochs on one rollout. `reward_grad_fn` of latents [B, ...] and their prompts -> [B] can be differentiated, or [B, R] for
     several rewards with their `weights`; None where the run has no such reward. `latent_reward` is the latent reward model, `labels` are its training data.
+    `require` takes a scalar tensor that is true and the error if it is not; the run looks at it where it waits for the device anyway.
     `boundary` is the level between two experts, and `band` the levels of the one that this micro-batch trains; all of them for a model of one network.
     """
 
@@ -98,6 +106,7 @@ class View:
     labels: Labels | None = None
     band: Band = WHOLE
     boundary: float | None = None
+    require: Callable[[Tensor, Callable[[], Exception]], None] = raise_unless
 
     @property
     def samples(self) -> Rollout:
@@ -105,7 +114,7 @@ class View:
         return self.rollout
 
     def levels(self, sampler: LevelSampler, n: int, t_exit: Tensor | None = None) -> Tensor:
-        """n levels of the sampler within the view's band, [n]; `t_exit` [n] are the levels that the samples were predicted at."""
+        """n levels of the sampler within the view's band, [n] on the host; `t_exit` [n] are the levels that the samples were predicted at."""
         return draw_in_band(lambda: sampler(n, progress=self.progress, t_exit=t_exit, rng=self.rng), self.band)
 
     def guidance(self, guidance: float, guidance_2: float | None) -> float | GuidanceByLevel:
@@ -116,7 +125,7 @@ class View:
         return replace(self, rollout=rollout)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=self.rng, device=x.device, dtype=x.dtype)
+        return randn(x.shape, self.rng, x.device, x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

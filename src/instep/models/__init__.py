@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch
+
 from instep.core.size import Size, as_size
 from instep.models.families import family_class, family_of
 
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
     from instep.models.family import Family
 
 
-def load(model: str | Path, size: Size | Sequence[int] | None = None, *, name: str | None = None) -> Family:
+def load(model: str | Path, size: Size | Sequence[int] | None = None, *, name: str | None = None, dtype: torch.dtype = torch.float32) -> Family:
     """The family of a diffusers pipeline folder, or of the parts of a class-conditional DiT (transformer/ and scheduler/, without an index: no stock pipeline
-    samples it). `name` is what the family is called, by default as its folder.
+    samples it). `name` is what the family is called, by default as its folder; `dtype` that of its networks (the VAE's is float32).
 
     Raises ValueError if the folder is not there, lacks a part, or holds a pipeline that no family knows, and for a `size` where the network has its own.
     """
@@ -31,7 +33,7 @@ def load(model: str | Path, size: Size | Sequence[int] | None = None, *, name: s
     if not index.is_file() and _class_of(folder / "transformer" / "config.json") == "DiTTransformer2DModel":
         from instep.models.dit import DiTFamily
 
-        images = DiTFamily.load(folder, name=name)
+        images = DiTFamily.load(folder, name=name, dtype=dtype)
         if size not in (None, images.size):
             raise ValueError(f"size: {size} is not allowed; {images.name} draws {images.size.height} x {images.size.width} images; leave the size out")
         return images
@@ -53,7 +55,7 @@ def load(model: str | Path, size: Size | Sequence[int] | None = None, *, name: s
         raise ValueError(f"model: {folder} lacks the part {missing[0]!r} that its model_index.json names; copy or download it again")
     index_of = json.loads(index.read_text())
     family = family_class(str(index_of.get("_class_name")), index_of)
-    return cast("Family", family.load(folder, size, name=name))
+    return cast("Family", family.load(folder, size, name=name, dtype=dtype))
 
 
 def _export_record(folder: Path) -> dict | None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from instep.diffusion.prediction import Condition
 from instep.methods.recipe import LoRA
+from instep.models.borrow import compute_dtype
 from instep.models.embeddings import GuidanceEmbedding
 
 if TYPE_CHECKING:
@@ -60,9 +61,12 @@ class Backbone:
     def __init__(self, family: Family, module: Any, *, checkpointing: bool = False, trained: Sequence[str] | None = None) -> None:
         """`trained`: the parts of the network (of two experts) that roles on it own and adapt; None: all."""
         self.family, self.module = family, module
+        self.dtype, self.device = compute_dtype(module), next(module.parameters()).device
         self.trained = None if trained is None or set(trained) == set(family.denoisers) else tuple(trained)
         self._call: CallContext | None = None
         self._adapters: dict[str, LoRA] = {}
+        self._layers: list[Any] = []
+        self._active: tuple[str | None, float] | None = None
         self._watched = False
         family.prepare(module, lambda: None if self._call is None else self._call.cond)
         for embedder in family.time_embedders(module):
@@ -82,27 +86,25 @@ class Backbone:
         """`call` (None: the module runs outside any role) takes the place of the one that is returned."""
         before, self._call = self._call, call
         if call is not None:
-            self._activate(call)
+            self._activate(call.adapter, call.scale)
         return before
 
-    def _activate(self, call: CallContext) -> None:
-        if not self._adapters:
+    def _activate(self, adapter: str | None, scale: float) -> None:
+        """Makes an adapter the active one; nothing is done if it is, as in every block but the first of those that are computed again."""
+        if self._active == (adapter, scale):
             return
-        for layer in self._lora_layers():
-            layer.set_adapter([call.adapter] if call.adapter else [])
+        for layer in self._layers:
+            layer.set_adapter([adapter] if adapter else [])
             # PEFT switches requires_grad with the active adapter; here every adapter stays what it was made to be
             layer.set_requires_grad(list(self._adapters), True)
-            if call.adapter:
-                layer.set_scale(call.adapter, call.scale)
-
-    def _lora_layers(self) -> list:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        return [layer for layer in self.module.modules() if isinstance(layer, BaseTunerLayer)]
+            if adapter:
+                layer.set_scale(adapter, scale)
+        self._active = (adapter, scale)
 
     def add_adapter(self, name: str, lora: LoRA) -> None:
         """A new adapter that starts as the identity; the base weights are frozen."""
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         if not self._adapters:
             self.module.requires_grad_(False)
@@ -113,7 +115,8 @@ class Backbone:
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
             inject_adapter_in_model(config, self.module, adapter_name=name)
         self._adapters[name] = lora
-        for layer in self._lora_layers():
+        self._layers, self._active = [layer for layer in self.module.modules() if isinstance(layer, BaseTunerLayer)], None
+        for layer in self._layers:
             layer.set_requires_grad(list(self._adapters), True)
 
     def _lora_targets(self) -> list[str] | str:

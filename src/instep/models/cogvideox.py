@@ -79,14 +79,14 @@ def check_pipeline(pipe: Any) -> None:
 
 def call(pipe: Any, path: VariancePreserving, module: Any, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """v [B, C, F, H, W] of `module` as the pipeline calls its transformer; x_t [B, C, F, H, W], t [B] in [0, 1], text [B, 226, D]."""
-    dtype, (height, width) = next(module.parameters()).dtype, x_t.shape[-2:]
+    height, width = x_t.shape[-2:]
     rotary = None
     if module.config.use_rotary_positional_embeddings:
         spatial = pipe.vae_scale_factor_spatial
         rotary = pipe._prepare_rotary_positional_embeddings(height * spatial, width * spatial, x_t.shape[2], x_t.device)
-    seen = x_t.to(dtype).permute(AXES)
+    seen = x_t.permute(AXES)
     # contiguous, as the tensors that the pipeline draws are
-    v = module(seen.contiguous(), text.to(dtype), training_step(path, t), image_rotary_emb=rotary, return_dict=False)[0]
+    v = module(seen.contiguous(), text.to(x_t.dtype), training_step(path, t).to(x_t.device), image_rotary_emb=rotary, return_dict=False)[0]
     return v.permute(AXES)
 
 
@@ -160,19 +160,21 @@ class CogVideoXFamily(PipelineFamily):
         return [texts[p] for p in prompts]
 
     def encode(self, prompts: Sequence[Prompt | str]) -> CogVideoXCondition:
-        return CogVideoXCondition(text=torch.stack(self._text(texts_of(prompts))).to(self.pipe.transformer.device))
+        return CogVideoXCondition(text=torch.stack(self._text(texts_of(prompts))).to(self.device))
 
     def unconditional(self, prompts: Sequence[Prompt | str]) -> CogVideoXCondition:
         """The negative prompts; each is encoded alone, so that what it is does not depend on its neighbours."""
-        return CogVideoXCondition(text=torch.cat([self._text([negative])[0][None] for negative in negatives_of(prompts)]).to(self.pipe.transformer.device))
+        return CogVideoXCondition(text=torch.cat([self._text([negative])[0][None] for negative in negatives_of(prompts)]).to(self.device))
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode_rows(self, x: Tensor) -> Tensor:
         # AutoencoderKLCogVideoX does not clamp; the pipeline does so afterwards
-        return self.pipe.vae.decode(x / self.pipe.vae.config.scaling_factor).sample / 2 + 0.5
+        z = x / self.pipe.vae.config.scaling_factor
+        return self.pipe.vae.decode(z.to(self.vae_dtype)).sample.to(x.dtype) / 2 + 0.5
 
-    def encode_media(self, media: Tensor) -> Tensor:
+    def encode_rows(self, media: Tensor) -> Tensor:
         """Media [B, 3, F, H, W] in [0, 1] to latents [B, C, f, h, w]: the posterior's mean."""
-        return self.pipe.vae.encode(media * 2 - 1).latent_dist.mode() * self.pipe.vae.config.scaling_factor
+        z = self.pipe.vae.encode((media * 2 - 1).to(self.vae_dtype)).latent_dist.mode()
+        return z.to(media.dtype) * self.pipe.vae.config.scaling_factor
 
     def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, CogVideoXCondition) and isinstance(self.path, VariancePreserving)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from instep.core.size import Size
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
+from instep.models.borrow import borrowed, cast
 from instep.models.family import Task, skipped
 from instep.models.pipeline_family import PipelineFamily
 from instep.models.preset import Preset
@@ -62,16 +64,16 @@ class DiTFamily(PipelineFamily):
         self.name, self.source, self.shift, self.names = name, source, shift, tuple(names)
         side = config.sample_size
         self.size, self.latent_shape = Size(side, side, 1), (config.in_channels, side, side)
-        self.transformer = self._network = transformer.eval().requires_grad_(False)
+        self.transformer = self._network = borrowed(transformer)
         for block in self.transformer.transformer_blocks:
             # labels are dropped in the teacher's own training and nowhere else, whatever mode a module is put in
             block.norm1.emb.class_embedder.dropout_prob = 0.0
         self._rows = {str(i): i for i in range(self.classes)} | {word.lower(): i for i, word in enumerate(self.names)}
 
     @classmethod
-    def load(cls, folder: Path, size: Size | None = None, name: str = "dit") -> Self:
+    def load(cls, folder: Path, size: Size | None = None, name: str = "dit", dtype: torch.dtype = torch.float32) -> Self:
         """From a folder with `transformer/` and `scheduler/` as save_pretrained writes them (and classes.json with names, if it is there), in
-        float32, offline. ValueError if the scheduler is not a flow's.
+        `dtype`, offline. ValueError if the scheduler is not a flow's.
         """
         from diffusers import DiTTransformer2DModel
 
@@ -83,8 +85,17 @@ class DiTFamily(PipelineFamily):
                 f"{file} (the original DiT weights are a DDPM's)"
             )
         names = json.loads((folder / CLASSES).read_text()) if (folder / CLASSES).is_file() else ()
-        transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32, local_files_only=True)
+        transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype, local_files_only=True, use_safetensors=True)
         return cls(transformer, names, float(scheduler.get("shift", 1.0)), name, str(folder))
+
+    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None) -> Self:
+        other = copy.copy(self)
+        other.transformer = other._network = borrowed(self.transformer)
+        if dtype is not None and dtype != self.dtype:
+            cast(other.transformer, dtype)
+        other.transformer.to(device)
+        other.micro_batch = micro_batch
+        return other
 
     def fit_size(self, size: Size) -> tuple[int, ...]:
         if size != self.size:
@@ -99,7 +110,7 @@ class DiTFamily(PipelineFamily):
         unknown = [p for p in prompts if p.strip().lower() not in self._rows]
         if unknown:
             raise ValueError(f"prompts: {unknown[0]!r} is no class of {self.name}; allowed: {', '.join(self._rows)}")
-        return torch.tensor([self._rows[p.strip().lower()] for p in prompts], device=self.transformer.device)
+        return torch.tensor([self._rows[p.strip().lower()] for p in prompts], device=self.device)
 
     def encode(self, prompts: Sequence[Prompt | str]) -> ClassCondition:
         return ClassCondition(label=self.labels(texts_of(prompts)))
@@ -107,24 +118,24 @@ class DiTFamily(PipelineFamily):
     def unconditional(self, prompts: Sequence[Prompt | str]) -> ClassCondition:
         """The class that a negative prompt names; the class that stands for none where there is no negative prompt."""
         negatives = negatives_of(prompts)
-        label = torch.full((len(negatives),), self.classes, device=self.transformer.device)
+        label = torch.full((len(negatives),), self.classes, device=self.device)
         given = [i for i, negative in enumerate(negatives) if negative.strip()]
         if given:
             label[given] = self.labels([negatives[i] for i in given])
         return ClassCondition(label=label)
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode_rows(self, x: Tensor) -> Tensor:
         media = (x + 1) / 2
         return media.expand(-1, 3, -1, -1) if media.shape[1] == 1 else media
 
-    def encode_media(self, media: Tensor) -> Tensor:
+    def encode_rows(self, media: Tensor) -> Tensor:
         """Media [B, 3, H, W] in [0, 1] to x [B, C, H, W]; of grey models the mean of the channels."""
         x = media * 2 - 1
         return x.mean(1, keepdim=True) if self.latent_shape[0] == 1 else x
 
     def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, ClassCondition)
-        return module(x_t.to(module.dtype), timestep=t.float() * 1000, class_labels=cond.label, return_dict=False)[0]
+        return module(x_t, timestep=(t.float() * 1000).to(x_t.device), class_labels=cond.label, return_dict=False)[0]
 
     def time_embedders(self, module: Any) -> Sequence[nn.Module]:
         """One a block: DiT embeds the time anew in each of them (and once more by the first block's for the output layer)."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
@@ -62,7 +63,7 @@ class Family(Protocol):
     at and above which the first one predicts. takes_first_frame: samples begin with a given image, which prompts carry.
 
     axes: our axes in the order of the pipeline's latents, which is also the order it draws its noise in. passes_generator: whether the pipeline's call hands
-    `generator=` on to the scheduler, which re-noises with it.
+    `generator=` on to the scheduler, which re-noises with it. micro_batch: the most rows that go through the network or the VAE at once; None: all.
     """
 
     name: str
@@ -82,6 +83,24 @@ class Family(Protocol):
     axes: tuple[int, ...]
     passes_generator: bool
     comfyui: ComfyUI | None
+    micro_batch: int | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, and with it samples and conditions."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        ...
+
+    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None) -> Self:
+        """The same family with its network and VAE on `device`, the network in `dtype` (None: as it is); this one, and what was lent to it, stay as they are.
+
+        micro_batch: the most rows that go through the network or the VAE at once.
+        """
+        ...
 
     def at(self, size: Size) -> Self:
         """The same family at another size, around the same pipeline; ValueError for a size that the model cannot draw."""
@@ -144,7 +163,7 @@ class Family(Protocol):
         ...
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """Raw network output in `prediction_type`; t [B] in [0, 1]."""
+        """Raw network output in `prediction_type`; x_t in the dtype that the network computes in, levels t [B] in [0, 1] on the host."""
         ...
 
     def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.quiet import quiet
+from instep.core.rows import joined
 from instep.core.size import Size, as_size
 from instep.data.prompt import Prompt, as_prompts, negatives_of
 from instep.diffusion.path import Path, RectifiedFlow
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.adapters import plain_copy
+from instep.models.borrow import borrowed, borrowed_pipeline, cast, compute_dtype
 from instep.models.family import ComfyUI, Dimensions, Task
 from instep.models.preset import Preset
 
@@ -44,22 +46,20 @@ class PipelineFamily:
     axes: tuple[int, ...] = (0, 1, 2, 3, 4)
     passes_generator = False
     comfyui: ComfyUI | None = None
+    micro_batch: int | None = None
     preset: Preset
     lora_targets: tuple[str, ...]
     shift: float = 1.0
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         """`size` None: the model's own. `source`: where the pipeline was loaded from, for the run's record. Raises ValueError for a variant of the model or a
-        size that does not fit, naming it. The pipeline's networks are put into eval mode and frozen.
+        size that does not fit, naming it. The pipeline is borrowed: it stays as it is (`models/borrow.py`).
         """
         self.check_pipeline(pipe)
-        self.pipe, self.name, self.source = pipe, name or type(self).__name__.removesuffix("Family").lower(), source
+        self.pipe, self.name, self.source = borrowed_pipeline(pipe), name or type(self).__name__.removesuffix("Family").lower(), source
         self.size = self.native_size() if size is None else as_size(size)
         self.latent_shape = self.fit_size(self.size)
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                part.eval().requires_grad_(False)
-        self._network = self.join({part: getattr(pipe, part) for part in self.denoisers})
+        self._network = self.join({part: getattr(self.pipe, part) for part in self.denoisers})
 
     @classmethod
     def accepts(cls, parts: Mapping[str, Any]) -> bool:
@@ -67,13 +67,13 @@ class PipelineFamily:
         return True
 
     @classmethod
-    def load(cls, folder: FilePath, size: Size | None = None, name: str = "") -> Self:
-        """Loads a diffusers folder in float32, offline, from safetensors only."""
+    def load(cls, folder: FilePath, size: Size | None = None, name: str = "", dtype: torch.dtype = torch.float32) -> Self:
+        """Loads a diffusers folder offline, from safetensors only: networks and text encoders in `dtype`, the VAE in float32."""
         with quiet():
             import diffusers
 
             kind: Any = getattr(diffusers, cls.pipeline_class)
-            pipe = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+            pipe = kind.from_pretrained(folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, use_safetensors=True)
         return cls(pipe, size, name, str(folder))
 
     def check_pipeline(self, pipe: Any) -> None:
@@ -96,11 +96,47 @@ class PipelineFamily:
         return other
 
     def with_pipe(self, pipe: Any, size: Size) -> Self:
-        return type(self)(pipe, size, self.name, self.source)
+        other = type(self)(pipe, size, self.name, self.source)
+        other.micro_batch = self.micro_batch
+        return other
 
     @property
     def device(self) -> torch.device:
         return next(self._network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self._network)
+
+    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None) -> Self:
+        other = copy.copy(self)
+        other.pipe, other.micro_batch = borrowed_pipeline(self.pipe), micro_batch
+        parts = {name: getattr(other.pipe, name) for name in self.denoisers}
+        for part in parts.values():
+            if dtype is not None and dtype != self.dtype:
+                cast(part, dtype)
+            part.to(device)
+        other.pipe.vae.to(device)
+        other._network = other.join(parts)
+        return other
+
+    def decode(self, x: Tensor) -> Tensor:
+        return joined(lambda rows: self.decode_rows(x[rows]).to(x.dtype), len(x), self.micro_batch)
+
+    def encode_media(self, media: Tensor) -> Tensor:
+        return joined(lambda rows: self.encode_rows(media[rows]).to(media.dtype), len(media), self.micro_batch)
+
+    def decode_rows(self, x: Tensor) -> Tensor:
+        """`decode` of as many rows as fit at once; the VAE's own dtype is allowed."""
+        raise NotImplementedError
+
+    def encode_rows(self, media: Tensor) -> Tensor:
+        """`encode_media` of as many rows as fit at once; the VAE's own dtype is allowed."""
+        raise NotImplementedError
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        return compute_dtype(self.pipe.vae)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         if wrong := next((prompt for prompt in prompts if prompt.image is not None), None):
@@ -112,7 +148,7 @@ class PipelineFamily:
 
     def new_backbone(self, trained: Sequence[str] | None = None) -> nn.Module:
         chosen = self.denoisers if trained is None else trained
-        return self.join({name: copy.deepcopy(part).eval() if name in chosen else part for name, part in self.parts(self._network).items()})
+        return self.join({name: copy.deepcopy(part).eval() if name in chosen else borrowed(part) for name, part in self.parts(self._network).items()})
 
     def parts(self, network: nn.Module) -> dict[str, nn.Module]:
         (name,) = self.denoisers

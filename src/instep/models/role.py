@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from instep.core.rows import by_rows
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.prediction import Condition, Prediction, PredictionType, to_prediction
 from instep.models.backbone import Backbone, CallContext
@@ -52,7 +53,7 @@ class Role:
         self.exits: nn.Embedding | None = None
         self.head: Head | None = None
         self.guidance_embedding: GuidanceEmbedding | None = None
-        device = next(backbone.module.parameters()).device
+        device = backbone.device
         if exits is not None:
             self.exits = nn.Embedding(exits, backbone.family.time_width(backbone.module)).to(device)
             # zero: the fake starts as exactly the teacher
@@ -64,15 +65,22 @@ class Role:
             self.guidance_embedding = GuidanceEmbedding(guidance_range, backbone.family.time_width(backbone.module)).to(device)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """A batch of more rows than the family's `micro_batch` is predicted a few rows at a time, with a graph too (see `core/rows.py`)."""
+        parts = by_rows(lambda rows: self._forward(x_t[rows], t[rows], cond[rows]), len(x_t), self.backbone.family.micro_batch)
+        raw, logit = parts[0] if len(parts) == 1 else (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+        assert raw is not None
+        return replace(to_prediction(self.prediction_type, raw, self.backbone.family.path, x_t, t), logit=logit)
+
+    def _forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
+        """The network's raw output, in the dtype that it computes in, and the logit of the head, if there is one."""
         family, module = self.backbone.family, self.backbone.module
         features: list[Tensor] | None = None if self.head is None else []
         with self.backbone.active_call(CallContext(self.adapter, self.scale, cond, self.exits, features, self.skips, self.guidance_embedding)):
-            raw = family.forward(module, x_t, t, cond)
-        answer = to_prediction(self.prediction_type, raw, family.path, x_t, t)
+            raw = family.forward(module, x_t.to(self.backbone.dtype), t, cond)
         if self.head is None or features is None:
-            return answer
+            return raw, None
         (tokens,) = features
-        return replace(answer, logit=self.head(tokens))
+        return raw, self.head(tokens)
 
     def scaled(self, scale: float) -> Role:
         """The same role with its adapter at `scale`."""

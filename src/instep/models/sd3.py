@@ -105,20 +105,21 @@ class SD3Family(PipelineFamily):
     def unconditional(self, prompts: Sequence[Prompt | str]) -> SD3Condition:
         return self._encoded(negatives_of(prompts))
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode_rows(self, x: Tensor) -> Tensor:
         config = self.pipe.vae.config
-        return self.pipe.vae.decode(x / config.scaling_factor + config.shift_factor).sample / 2 + 0.5
+        z = x / config.scaling_factor + config.shift_factor
+        return self.pipe.vae.decode(z.to(self.vae_dtype)).sample.to(x.dtype) / 2 + 0.5
 
-    def encode_media(self, media: Tensor) -> Tensor:
+    def encode_rows(self, media: Tensor) -> Tensor:
         """Media [B, 3, H, W] in [0, 1] to latents [B, C, h, w]: the posterior's mean."""
         config = self.pipe.vae.config
-        return (self.pipe.vae.encode(media * 2 - 1).latent_dist.mode() - config.shift_factor) * config.scaling_factor
+        z = self.pipe.vae.encode((media * 2 - 1).to(self.vae_dtype)).latent_dist.mode()
+        return (z.to(media.dtype) - config.shift_factor) * config.scaling_factor
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, SD3Condition)
-        dtype = next(module.parameters()).dtype
-        text, pooled = cond.text.to(dtype), cond.pooled.to(dtype)
-        return module(x_t.to(dtype), encoder_hidden_states=text, pooled_projections=pooled, timestep=t.float() * 1000, return_dict=False)[0]
+        text, pooled = cond.text.to(x_t.dtype), cond.pooled.to(x_t.dtype)
+        return module(x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=(t.float() * 1000).to(x_t.device), return_dict=False)[0]
 
     def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
         return [module.time_text_embed.timestep_embedder]  # type: ignore[union-attr, list-item]

@@ -132,7 +132,7 @@ class WanFamily(PipelineFamily):
 
     def _pad(self, texts: Sequence[Tensor]) -> WanCondition:
         length = max(len(text) for text in texts) + 1
-        device = self.pipe.transformer.device
+        device = self.device
         width = self.pipe.transformer.config.text_dim
         embeddings = torch.zeros(len(texts), length, width)
         bias = torch.full((len(texts), length), -math.inf)
@@ -143,10 +143,10 @@ class WanFamily(PipelineFamily):
                 bias[i, len(text)] = math.log(STOCK_TEXT_LENGTH - len(text)) if len(text) < STOCK_TEXT_LENGTH else -math.inf
         return WanCondition(text=embeddings.to(device), bias=bias.to(device))
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode_rows(self, x: Tensor) -> Tensor:
         return decode_latents(self.pipe.vae, x)
 
-    def encode_media(self, media: Tensor) -> Tensor:
+    def encode_rows(self, media: Tensor) -> Tensor:
         """Media [B, 3, F, H, W] in [0, 1] to latents [B, C, f, h, w]."""
         return encode_latents(self.pipe.vae, media)
 
@@ -156,8 +156,7 @@ class WanFamily(PipelineFamily):
 
     def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, WanCondition)
-        dtype = next(module.parameters()).dtype
-        return module(x_t.to(dtype), t.float() * 1000, cond.text.to(dtype), return_dict=False)[0]
+        return module(x_t, (t.float() * 1000).to(x_t.device), cond.text.to(x_t.dtype), return_dict=False)[0]
 
     def time_embedders(self, module: Any) -> Sequence[nn.Module]:
         return [module.condition_embedder.time_embedder]

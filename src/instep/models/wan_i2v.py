@@ -17,6 +17,7 @@ from instep.core.size import Size
 from instep.data.first_frame import read_first_frame
 from instep.data.prompt import Prompt, as_prompts
 from instep.diffusion.prediction import Condition
+from instep.models.borrow import compute_dtype
 from instep.models.family import ComfyUI, Task
 from instep.models.wan import WanCondition, WanFamily
 from instep.models.wan_vae import normalise
@@ -37,7 +38,7 @@ def known_latents(vae: AutoencoderKLWan, first_frames: Tensor, frames: int) -> T
     """
     stride, (n, _, height, width) = vae.config.scale_factor_temporal, first_frames.shape
     video = torch.cat([first_frames[:, :, None] * 2 - 1, first_frames.new_zeros(n, 3, frames - 1, height, width)], 2)
-    latents = normalise(vae, vae.encode(video).latent_dist.mode())
+    latents = normalise(vae, vae.encode(video.to(compute_dtype(vae))).latent_dist.mode().to(video.dtype))
     mask = latents.new_zeros(n, stride, *latents.shape[2:])
     mask[:, :, 0] = 1
     return torch.cat([mask, latents], 1)
@@ -118,10 +119,10 @@ class WanImageFamily(WanFamily):
         kept = self._first_frames | found
         room = KEPT_BYTES // next(iter(found.values())).nbytes
         self._first_frames = {key: kept[key] for key in list(kept)[max(0, len(kept) - room) :]}
-        return torch.stack([found[self.first_frame_key(prompt)] for prompt in prompts]).to(self.pipe.transformer.device)
+        return torch.stack([found[self.first_frame_key(prompt)] for prompt in prompts]).to(self.device)
 
     def _encode_first_frame(self, prompt: Prompt) -> Tensor:
-        first_frame = self.first_frame(prompt, self.size).to(self.pipe.transformer.device)
+        first_frame = self.first_frame(prompt, self.size).to(self.device)
         return known_latents(self.pipe.vae, first_frame[None], self.size.frames)[0]
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from instep.models.borrow import compute_dtype
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
@@ -53,10 +55,11 @@ def decode_unclamped(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
 
 
 def encode_latents(vae: AutoencoderKLWan, media: Tensor) -> Tensor:
-    """Media [B, 3, F, H, W] in [0, 1] to normalised latents x [B, C, f, h, w]: the posterior's mean."""
-    return normalise(vae, vae.encode(media * 2 - 1).latent_dist.mode())
+    """Media [B, 3, F, H, W] in [0, 1] to normalised latents x [B, C, f, h, w]: the posterior's mean. The VAE works in its own dtype."""
+    z = vae.encode((media * 2 - 1).to(compute_dtype(vae))).latent_dist.mode()
+    return normalise(vae, z.to(media.dtype))
 
 
 def decode_latents(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
-    """Normalised latents x [B, C, f, h, w] to media [B, 3, F, H, W], nominally in [0, 1] but not clamped."""
-    return decode_unclamped(vae, denormalise(vae, x)) / 2 + 0.5
+    """Normalised latents x [B, C, f, h, w] to media [B, 3, F, H, W], nominally in [0, 1] but not clamped. The VAE works in its own dtype."""
+    return decode_unclamped(vae, denormalise(vae, x).to(compute_dtype(vae))).to(x.dtype) / 2 + 0.5

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from instep.core.rows import joined
 from instep.data.prompt import Prompt
 from instep.rewards.base import Reward, checked_scores
 from instep.rewards.ranker import relative
@@ -21,31 +22,40 @@ class Decodes(Protocol):
         """Latents [B, C, (F,) H, W] to media [B, 3, (F,) H, W], nominally in [0, 1] and not clamped."""
         ...
 
+    @property
+    def micro_batch(self) -> int | None:
+        """The most rows that are decoded and scored at once; None: no bound of the run's own."""
+        ...
+
 
 # decoding all samples of a large batch at once would need more memory than the student's own step
 DECODE_BATCH = 32
 
 
 def make_reward_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, Sequence[Prompt | str]], Tensor] | None:
-    """Reward of latents: decoded a few at a time, clamped to [0, 1] like a file's pixels."""
+    """Reward of latents: decoded a few at a time, clamped to [0, 1] like a file's pixels.
+
+    A reward that compares samples sees all samples of a prompt at once, whatever the family's `micro_batch` is.
+    """
     if reward is None:
         return None
+    size = min(DECODE_BATCH, family.micro_batch or DECODE_BATCH)
 
     @torch.no_grad()
     def reward_fn(x: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         parts = []
-        for rows in chunks(prompts, whole=relative(reward)):
+        for rows in chunks(prompts, size, whole=relative(reward)):
             parts.append(_scores(reward, _media(family, reward, x[rows], clamp=True), prompts[rows]))
         return torch.cat(parts)
 
     return reward_fn
 
 
-def chunks(prompts: Sequence[Prompt | str], *, whole: bool) -> list[slice]:
-    """Slices of rows that are decoded together: `DECODE_BATCH` rows, or with `whole` more, so that adjacent samples of one prompt stay together."""
+def chunks(prompts: Sequence[Prompt | str], size: int, *, whole: bool) -> list[slice]:
+    """Slices of `size` rows that are scored together, or with `whole` more, so that adjacent samples of one prompt stay together."""
     ends, n = [0], len(prompts)
     while ends[-1] < n:
-        end = min(n, ends[-1] + DECODE_BATCH)
+        end = min(n, ends[-1] + size)
         while whole and end < n and prompts[end] == prompts[end - 1]:
             end += 1
         ends.append(end)
@@ -53,10 +63,13 @@ def chunks(prompts: Sequence[Prompt | str], *, whole: bool) -> list[slice]:
 
 
 def make_reward_grad_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, Sequence[Prompt | str]], Tensor] | None:
-    """Reward of latents with a graph, through the unclamped decoder (a clamped one has no gradient where it saturates); None if it has none."""
+    """Reward of latents with a graph, through the unclamped decoder (a clamped one has no gradient where it saturates); None if it has none.
+
+    Of a bounded number of rows at a time the graph of decoder and reward is alive (`core/rows.py`).
+    """
     if reward is None or not reward.differentiable:
         return None
-    return lambda x, prompts: _scores(reward, _media(family, reward, x), prompts)
+    return lambda x, prompts: joined(lambda rows: _scores(reward, _media(family, reward, x[rows]), prompts[rows]), len(x), family.micro_batch)
 
 
 def _scores(reward: Reward, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:

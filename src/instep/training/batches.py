@@ -51,7 +51,7 @@ class BatchSource:
         if not prompts:
             raise ValueError("prompts: the list is empty; give at least one prompt")
         self.family, self.prompts, self.real, self.stored, self.pairs = family, as_prompts(prompts), real, stored, pairs
-        self.device = next(family.pretrained.parameters()).device
+        self.device = family.device
         self._orders = {"prompts": ShuffledIndices(len(self.prompts), seed)}
         if real is not None:
             self._orders["real"] = ShuffledIndices(len(real.prompts), seed + 1)

@@ -6,21 +6,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from instep.data.prompt import Prompt
 from instep.diffusion.bands import Band, bands_of
 from instep.methods.recipe import Recipe
 from instep.models.backbone import Backbone
+from instep.models.borrow import borrowed
 from instep.models.family import Family
 from instep.models.role import Role
+from instep.training.execution import Execution
 from instep.training.state import RewardFn, TrainedParams, TrainState
 
 
-def make_roles(recipe: Recipe, family: Family, *, checkpointing: bool = False) -> dict[str, Role]:
-    """Builds every role of the recipe. Adapters and the frozen teacher share the family's own network; other roles get a copy."""
-    trained = trained_parts(recipe, family)
-    shared = Backbone(family, family.pretrained, checkpointing=checkpointing, trained=trained)
+def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution()) -> dict[str, Role]:
+    """Builds every role of the recipe. Adapters and the frozen teacher share the family's weights; other roles get a copy. The family stays as it is."""
+    trained, checkpointing = trained_parts(recipe, family), execution.checkpoints(family.pretrained)
+    shared = Backbone(family, borrowed(family.pretrained), checkpointing=checkpointing, trained=trained)
     # copies come first: an adapter in the shared network would be copied too
     copies = {
         name: Backbone(family, _copy(family, trained, config.optim is not None), checkpointing=checkpointing, trained=trained)
@@ -76,23 +78,25 @@ def make_state(
     reward_fn: RewardFn | None,
     reward_grad_fn: RewardFn | None = None,
     *,
-    checkpointing: bool = False,
+    execution: Execution = Execution(),
     weights: tuple[float, ...] = (1.0,),
 ) -> TrainState:
-    """Builds roles, optimisers and the run's generator, all determined by the seed."""
+    """Builds roles, optimisers and the run's generator, all determined by the seed; `family` is where the run is executed (`Execution.place`)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
-        roles = make_roles(recipe, family, checkpointing=checkpointing)
+        roles = make_roles(recipe, family, execution)
         latent_reward = None
         if recipe.latent_reward is not None:
             latent_reward = recipe.latent_reward.shape.build(family.latent_shape, family.unconditional([Prompt("")]), len(weights))
     trained = {
-        name: TrainedParams(roles[name].named_parameters(), config.optim, config.ema) for name, config in recipe.roles.items() if config.optim is not None
+        name: TrainedParams(roles[name].named_parameters(), config.optim, config.ema, host=execution.offload)
+        for name, config in recipe.roles.items()
+        if config.optim is not None
     }
-    device = next(family.pretrained.parameters()).device
+    device = family.device
     if latent_reward is not None and recipe.latent_reward is not None:
         trained["latent_reward"] = TrainedParams(dict(latent_reward.to(device).named_parameters()), recipe.latent_reward.optim)
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     reference, average = (tuple(roles[name].named_parameters().values()) if name in roles else () for name in ("reference", "average"))
     return TrainState(
         roles,
@@ -108,24 +112,21 @@ def make_state(
         latent_reward=latent_reward,
         boundary=family.boundary,
         bands=trained_bands(recipe, family),
+        device=device,
     )
 
 
 @contextmanager
 def averaged(trained: TrainedParams) -> Iterator[None]:
-    """Swaps in the averaged weights for sampling and export; the live weights are restored bit for bit."""
+    """Swaps in the averaged weights for sampling and export; the live weights are restored bit for bit. Nothing is copied where both are float32."""
     if trained.ema is None:
         yield
         return
-    live = {key: p.detach().clone() for key, p in trained.parameters.items()}
-    _fill(trained, trained.ema)
+    live = {key: p.data for key, p in trained.parameters.items()}
+    for key, p in trained.parameters.items():
+        p.data = trained.ema[key].to(p)
     try:
         yield
     finally:
-        _fill(trained, live)
-
-
-@torch.no_grad()
-def _fill(trained: TrainedParams, values: dict[str, Tensor]) -> None:
-    for key, p in trained.parameters.items():
-        p.copy_(values[key])
+        for key, p in trained.parameters.items():
+            p.data = live[key]

@@ -86,7 +86,7 @@ def check_inputs(
         # a reward that compares samples needs at least two
         pair = [prompts[0], prompts[0] if relative(reward) else prompts[-1]]
         trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
-        trial = trial.to(next(family.pretrained.parameters()).device)
+        trial = trial.to(family.device)
         with torch.no_grad():
             checked_scores(reward, _media(family, reward, trial, clamp=True), pair)
         if "gradient" in recipe.needs:

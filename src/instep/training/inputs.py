@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from instep import models
 from instep.data.prompt import Prompt, as_prompts, load_prompts
 from instep.models.family import Family
@@ -13,13 +15,13 @@ from instep.models.family import Family
 FILES = (".txt", ".jsonl")
 
 
-def as_family(given: Any) -> Family:
-    """Return a family as it is, a diffusers pipeline wrapped in its family, and the family of a model that is named by its folder.
+def as_family(given: Any, dtype: torch.dtype = torch.float32) -> Family:
+    """Return a family as it is, a diffusers pipeline wrapped in its family, and the family of a model that is named by its folder, loaded in `dtype`.
 
     Raises ValueError for anything else, and for a pipeline that no family supports.
     """
     if isinstance(given, str | Path):
-        return models.load(str(given))
+        return models.load(str(given), dtype=dtype)
     if _is_pipeline(given):
         return models.family_of(given)
     if given is None or isinstance(given, type) or not (hasattr(given, "latent_shape") and hasattr(given, "encode")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from instep.training import stop
+from instep.training.execution import Execution
 
 
 @dataclass(frozen=True)
@@ -13,14 +14,14 @@ class RunOptions:
 
     `teacher_samples`: how many samples of the teacher are made and kept for recipes that need such. `stop_on`: health flags at which the run stops,
     goes back to its best checkpoint by the monitor and exports that; probes that are the best so far are then saved too. ValueError for
-    what is no flag.
+    what is no flag. `execution`: device, precision and memory.
     """
 
     seed: int = 0
     save_every: int = 25
     probe_every: int = 20
     keep: int = 2
-    checkpointing: bool = False
+    execution: Execution = Execution()
     teacher_samples: int = 512
     stop_on: tuple[str, ...] = ()
 

@@ -13,8 +13,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from instep.core.rows import slices
 from instep.data.prompt import Prompt, as_prompts, with_negative
 from instep.diffusion.guidance import GuidanceByLevel
+from instep.diffusion.noise import randn
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.sampling import Sampling, sample_ode
 from instep.models.family import Family
@@ -66,19 +68,21 @@ class Probe:
         object.__setattr__(self, "prompts", as_prompts(self.prompts))
 
     @torch.no_grad()
-    def student(self, denoiser: Denoiser, sampling: Sampling) -> tuple[dict[str, float], Tensor]:
-        """Metrics of the student's samples, and the samples themselves (media)."""
+    def student(self, denoiser: Denoiser, sampling: Sampling) -> dict[str, float]:
+        """Metrics of the student's samples."""
 
         def generate(cond: Condition, null: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
             return sampling(denoiser, cond, null, noise, self.family.path, rng)
 
-        metrics, media = self._measure(generate)
+        metrics = self._measure(generate)
         if isinstance(self.monitor, ModeMonitor):
-            names = [prompt for prompt in with_negative(self.monitor.open_prompts, self.negative) for _ in range(self.monitor.open_copies)]
-            metrics["modes"] = self.monitor.modes(self.family.decode(self._sample(generate, names)).clamp(0, 1))
-        return metrics, media
+            copies = self.monitor.open_copies
+            names = [prompt for prompt in with_negative(self.monitor.open_prompts, self.negative) for _ in range(copies)]
+            x = self._sample(generate, names)
+            metrics["modes"] = _mean([self.monitor.modes(self.family.decode(x[rows]).clamp(0, 1)) for rows in self._groups(len(x), copies)])
+        return metrics
 
-    def teacher(self, denoiser: Denoiser, guidance: float | GuidanceByLevel, steps: int = TEACHER_STEPS) -> tuple[dict[str, float], Tensor]:
+    def teacher(self, denoiser: Denoiser, guidance: float | GuidanceByLevel, steps: int = TEACHER_STEPS) -> dict[str, float]:
         """The same metrics of the many-step teacher, as the reference for brightness, saturation, motion and diversity; modes are left out for their cost."""
 
         def generate(cond: Condition, null: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
@@ -89,16 +93,24 @@ class Probe:
     @torch.no_grad()
     def _sample(self, generate: Callable[..., Tensor], names: Sequence[Prompt]) -> Tensor:
         """Latents of `names`, from the probe's seed."""
-        device = next(self.family.pretrained.parameters()).device
-        rng = torch.Generator(device).manual_seed(self.seed)
-        noise = torch.randn(len(names), *self.family.latent_shape, generator=rng, device=device)
+        rng = torch.Generator().manual_seed(self.seed)
+        noise = randn((len(names), *self.family.latent_shape), rng, self.family.device)
         return generate(self.family.encode(names), self.family.unconditional(names), noise, rng)
 
+    def _groups(self, n: int, copies: int) -> list[slice]:
+        """The rows that are decoded and measured together: all of them, or where the run bounds its micro-batch those of one prompt."""
+        return slices(n, None if self.family.micro_batch is None else copies)
+
     @torch.no_grad()
-    def _measure(self, generate: Callable[..., Tensor]) -> tuple[dict[str, float], Tensor]:
+    def _measure(self, generate: Callable[..., Tensor]) -> dict[str, float]:
         names = [prompt for prompt in self.prompts for _ in range(self.copies)]
         x = self._sample(generate, names)
-        raw = self.family.decode(x)
+        parts = [self._measured(x[rows], names[rows]) for rows in self._groups(len(names), self.copies)]
+        return {key: _mean([part[key] for part in parts]) for key in parts[0]}
+
+    def _measured(self, x: Tensor, names: Sequence[Prompt]) -> dict[str, float]:
+        """Metrics of latents x [N, ...], all copies of their prompts."""
+        raw, bound = self.family.decode(x), self.family.micro_batch
         media = raw.clamp(0, 1)
         metrics = {
             "mean_brightness": float(media.mean()),
@@ -107,13 +119,22 @@ class Probe:
             "diversity": diversity(media, self.copies),
         }
         if self.reward is not None:
-            scores = checked_scores(self.reward, x if self.reward.space == "latent" else media, names)
+            seen = x if self.reward.space == "latent" else media
+            scores = torch.cat([checked_scores(self.reward, seen[rows], names[rows]) for rows in slices(len(names), bound)])
             metrics["train_score"] = float(scores.mean())
             # the unit of a rise of the reward, needed because not every stage scores groups of samples
             metrics["train_spread"] = float(scores.reshape(-1, self.copies).std(1, unbiased=False).mean())
         if self.monitor is not None:
-            metrics |= self.monitor.metrics(media, prompts_for(self.monitor, names))
-        return metrics, media
+            texts = prompts_for(self.monitor, names)
+            found = [(len(media[rows]), self.monitor.metrics(media[rows], texts[rows])) for rows in slices(len(names), bound)]
+            metrics |= {key: _mean([part[key] for _, part in found], [n for n, _ in found]) for key in found[0][1]}
+        return metrics
+
+
+def _mean(values: Sequence[float], weights: Sequence[int] | None = None) -> float:
+    """Mean of values, weighted; a single one is that one."""
+    counts = weights or [1] * len(values)
+    return values[0] if len(values) == 1 else sum(n * value for n, value in zip(counts, values, strict=True)) / sum(counts)
 
 
 # the teacher's metrics on a probe under a guidance, where they were measured before; None where they were not

@@ -95,8 +95,10 @@ def train(
     input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself
     (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it.
     """
-    recipe, prompts, family = as_recipe(recipe), with_negative(as_prompt_list(prompts), negative_prompt), as_family(family)
     out, options = Path(out), options or RunOptions()
+    recipe, prompts = as_recipe(recipe), with_negative(as_prompt_list(prompts), negative_prompt)
+    lent = as_family(family, options.execution.loading_dtype())
+    family = options.execution.place(lent)
     scored = as_reward(reward) if reward is not None else None
     if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
         real = pairs.preferred
@@ -104,7 +106,7 @@ def train(
     pairs = pairs and replace(pairs, prompts=with_negative(pairs.prompts, negative_prompt))
     check_inputs(recipe, family, scored, real, prompts, pairs, start_from)
     with run_lock(out):
-        write_manifest(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
+        write_manifest(out, recipe, lent, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
         if not guides(recipe) and any(prompt.negative for prompt in prompts):
             print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which ignores them")
         state = make_state(
@@ -113,7 +115,7 @@ def train(
             options.seed,
             make_reward_fn(family, scored),
             make_reward_grad_fn(family, scored),
-            checkpointing=options.checkpointing,
+            execution=options.execution,
             weights=weights_of(scored),
         )
         stored = None
@@ -255,7 +257,7 @@ class Loop:
             self.reference = self._teacher_metrics()
         stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
         with averaged(self.state.trained["student"]):
-            metrics, _ = self.probe.student(self.state.roles["student"], self.recipe.sampling_at(self.state.step))
+            metrics = self.probe.student(self.state.roles["student"], self.recipe.sampling_at(self.state.step))
             if self.state.step in (0, *self.recipe.stage_ends()):
                 prompts = few_of(self.probe.prompts, 6)
                 views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)
@@ -280,7 +282,7 @@ class Loop:
         if not file.is_file():
             guidance = by_level(self.recipe.guidance, self.recipe.guidance_2, self.family.boundary)
             metrics = self.known_teacher(self.probe, guidance) if self.known_teacher else None
-            write_json(file, metrics or self.probe.teacher(self.state.roles["teacher"], guidance)[0])
+            write_json(file, metrics or self.probe.teacher(self.state.roles["teacher"], guidance))
         return json.loads(file.read_text(encoding="utf-8"))
 
     def save(self) -> None:

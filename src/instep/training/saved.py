@@ -19,14 +19,14 @@ from instep.training.state import TrainState
 def contents(state: TrainState, source: BatchSource) -> dict[str, Any]:
     """Returns everything that a resumed run needs to reach the same weights."""
     return {
-        "roles": {name: state.module_of(name).state() for name in state.trained},
+        "roles": {name: {**state.module_of(name).state(), **trained.state()} for name, trained in state.trained.items()},
         "optim": {name: checkpoint.optimizer_state(trained.optimizer) for name, trained in state.trained.items()},
         "ema": {name: trained.ema for name, trained in state.trained.items() if trained.ema is not None},
         "steps": {name: trained.steps for name, trained in state.trained.items()},
         "rng": checkpoint.rng_state(state.rng),
         "source": source.state(),
         "step": state.step,
-        "reward_variance": state.reward_variance,
+        "reward_variance": None if state.reward_variance is None else [float(v) for v in state.reward_variance],
         "reference": {str(i): p.detach() for i, p in enumerate(state.reference)},
         "reference_stage": state.reference_stage,
     }
@@ -38,7 +38,8 @@ def load(state: TrainState, source: BatchSource, saved: dict[str, Any]) -> None:
     checkpoint.restore_rng(state.rng, saved["rng"])
     source.load_state(saved["source"])
     state.step = int(saved["step"])
-    state.reward_variance = saved["reward_variance"]
+    variance = saved["reward_variance"]
+    state.reward_variance = None if variance is None else [torch.tensor(v, dtype=torch.float64, device=state.device) for v in variance]
     state.reference_stage = saved["reference_stage"]
     with torch.no_grad():
         for i, p in enumerate(state.reference):
@@ -124,9 +125,10 @@ def _load_roles(state: TrainState, saved: dict[str, Any]) -> None:
         if name in new:
             continue
         state.module_of(name).load_state(saved["roles"][name])
+        trained.load_state(saved["roles"][name])
         checkpoint.load_optimizer_state(trained.optimizer, saved["optim"][name])
         trained.steps = int(saved["steps"][name])
         if trained.ema is not None:
             # that run has no average, so the average begins at the weights
             averages = saved["ema"].get(name, saved["roles"][name])
-            trained.ema = {key: averages[key].to(trained.parameters[key], copy=True) for key in trained.ema}
+            trained.ema = {key: averages[key].to(trained.masters[key], copy=True) for key in trained.ema}

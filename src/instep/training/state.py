@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,32 +21,53 @@ RewardFn = Callable[[Tensor, Sequence[Prompt]], Tensor]
 
 
 class TrainedParams:
-    """A role that is trained: its parameters, optimiser and, with `ema`, its averaged copy."""
+    """A role that is trained: its parameters, optimiser and, with `ema`, its averaged copy.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optim: AdamWConfig, ema: float | None = None) -> None:
+    A parameter in less than float32 has a *master* copy in float32, which the optimiser steps and the average follows; the network gets it rounded. At small
+    learning rates a step is less than the spacing of bfloat16 numbers, and would be lost. Gradients are added up in float32 too. `host`: masters, moments
+    and average are kept and stepped in host memory, and only the network is on the device.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optim: AdamWConfig, ema: float | None = None, *, host: bool = False) -> None:
         self.parameters, self.optim, self.decay = dict(parameters), optim, ema
-        values = list(self.parameters.values())
-        self.optimizer = torch.optim.AdamW(values, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
-        self.ema = {key: p.detach().clone() for key, p in self.parameters.items()} if ema is not None else None
+        self.masters = {key: _master(p, host) for key, p in self.parameters.items()}
+        self._rounded = [(p, self.masters[key]) for key, p in self.parameters.items() if self.masters[key] is not p]
+        for p, master in self._rounded:
+            p.register_post_accumulate_grad_hook(partial(_hand_over, master=master))
+        self.optimizer = torch.optim.AdamW(list(self.masters.values()), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+        self.ema = {key: p.detach().clone() for key, p in self.masters.items()} if ema is not None else None
         self.steps = 0
 
-    def step(self, lr: float, optim: AdamWConfig | None = None) -> tuple[float, bool]:
-        """Clips the gradient, steps (with the settings `optim`; None: its own), updates the average and clears the gradient.
+    def step(self, lr: float, optim: AdamWConfig | None = None) -> tuple[Tensor, Tensor]:
+        """Clips the gradient, steps (with the settings `optim`; None: its own) and clears the gradient.
 
-        Returns the gradient's norm and whether it was finite; a step with a gradient that is not finite is skipped.
+        Returns two scalar tensors: the gradient's norm, and whether it was finite. A step with a gradient that is not finite changes nothing. The caller
+        passes the second one to `settle`, at the latest before the next step.
         """
         optim = optim or self.optim
-        values = list(self.parameters.values())
+        values = list(self.masters.values())
         norm = nn.utils.clip_grad_norm_(values, optim.clip)
-        finite = bool(norm.isfinite())
+        finite = norm.isfinite()
+        # the fused kernel looks at it on the device and then leaves weights and moments alone
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            group |= {"lr": lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+        self.optimizer.step()
+        self.round()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, finite
+
+    def settle(self, finite: bool) -> None:
+        """Counts the last step and moves the average towards the weights, if the step was taken."""
         if finite:
-            for group in self.optimizer.param_groups:
-                group |= {"lr": lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
-            self.optimizer.step()
             self.steps += 1
             self._average()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm), finite
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Gives the network its masters, rounded."""
+        if self._rounded:
+            torch._foreach_copy_([p for p, _ in self._rounded], [master for _, master in self._rounded])
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -53,7 +75,38 @@ class TrainedParams:
             return
         # a young average forgets its start sooner: after n steps its horizon is at most n / 10 steps
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.masters.values()], 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """The masters."""
+        return {key: p.detach() for key, p in self.masters.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes masters whose names and shapes are right, and rounds the network's weights from them."""
+        for key, p in self.masters.items():
+            p.copy_(state[key])
+        self.round()
+
+
+def _master(p: nn.Parameter, host: bool) -> nn.Parameter:
+    """The parameter that is stepped: the network's own, or a copy in float32, or one in host memory."""
+    wide = p.dtype in (torch.float32, torch.float64)
+    if wide and not (host and p.device.type != "cpu"):
+        return p
+    copied = p.detach().to(device="cpu" if host else p.device, dtype=p.dtype if wide else torch.float32, copy=True)
+    return nn.Parameter(copied)
+
+
+def _hand_over(p: nn.Parameter, master: nn.Parameter) -> None:
+    """Adds a parameter's gradient to its master's as soon as it is there, so that the network's own gradients never exist all at once."""
+    assert p.grad is not None
+    gradient = p.grad.to(master)
+    if master.grad is None:
+        master.grad = gradient
+    else:
+        master.grad += gradient
+    p.grad = None
 
 
 @dataclass
@@ -66,6 +119,8 @@ class TrainState:
     `reference_stage` the stage at whose beginning they were copied from the student. `average` holds those of the role of that name, which follows
     the student's running average; `latent_reward` is the latent reward model.
 
+    `device` is where samples and networks are; the generator `rng` is on the host.
+
     `boundary` is the level between two experts, and `bands` are the bands of the trained experts; a model of one network has one band of all levels.
     """
 
@@ -77,7 +132,7 @@ class TrainState:
     reward_fn: RewardFn | None = None
     reward_grad_fn: RewardFn | None = None
     step: int = 0
-    reward_variance: list[float] | None = None
+    reward_variance: list[Tensor] | None = None
     weights: tuple[float, ...] = (1.0,)
     reference: Sequence[nn.Parameter] = ()
     reference_stage: str | None = None
@@ -85,6 +140,7 @@ class TrainState:
     latent_reward: LatentReward | None = None
     boundary: float | None = None
     bands: tuple[Band, ...] = (WHOLE,)
+    device: torch.device = torch.device("cpu")
 
     def module_of(self, name: str) -> Any:
         """Returns the owner of the parameters in `trained[name]`: a role, or the latent reward model; both have `state` and `load_state`."""

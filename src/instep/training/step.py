@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -23,13 +24,15 @@ from instep.training.state import TrainState
 REWARD_HORIZON = 10
 
 
-def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float) -> dict[str, Any]:
+def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float, log: Scalars | None = None) -> dict[str, Any]:
     """Takes one student step and its critics' steps on `batches` (the micro-batches). Returns scalars for the log.
+
+    It waits for the device once, at its end, for the scalars; in a stage of several inner epochs once after each.
 
     The student goes first and the critics follow on its detached samples, as in DM-Align's Algorithm 1: no graph is alive while
     critics train, and a re-used rollout costs nothing.
     """
-    log = Scalars()
+    log = Scalars() if log is None else log
     snapshot_reference(state, stage)
     sync_average(state, stage)
     views: list[View] = []
@@ -48,6 +51,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                     latent_reward=state.latent_reward,
                     band=draw_band(state, stage),
                     boundary=state.boundary,
+                    require=log.require,
                 )
                 view = view.with_rollout(score_rollout(state, stage, view, roll_out(state, stage, view, with_graph=True), log))
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
@@ -56,6 +60,8 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
             backward(stage, view, 1 / len(batches), log)
         if stage.terms:
             optimizer_step(state, "student", progress, log, stage.optim)
+        if stage.inner_epochs > 1:
+            log.settle()
     for critic in stage.critics:
         views = [critic.prepare(view, state.reward_fn, log.add) for view in views]
         for _ in range(critic.updates):
@@ -65,6 +71,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                     (loss / len(views)).backward()
                     log.add(f"critic/{critic.role}", loss.detach())
             optimizer_step(state, critic.role, progress, log)
+    log.settle()
     state.step += 1
     return log.means()
 
@@ -78,7 +85,7 @@ def draw_band(state: TrainState, stage: Stage) -> Band:
     choices = [band for level in levels for band in state.bands if bool(in_band(level, band))]
     if len(set(choices)) < 2:
         return choices[0]
-    return choices[int(torch.randint(len(choices), (), generator=state.rng, device=state.rng.device))]
+    return choices[int(torch.randint(len(choices), (), generator=state.rng))]
 
 
 def live_points(stage: Stage, view: View) -> frozenset[Where]:
@@ -123,7 +130,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
     student = state.roles["student"]
     if guidance != 1:
         student = GuidedDenoiser(student, view.batch.null.repeat(stage.group), guidance)
-    here = in_band(torch.tensor(levels), view.band).nonzero().flatten().to(state.rng.device)
+    here = in_band(torch.tensor(levels), view.band).nonzero().flatten()
     exits = here[draw_exits(len(view.batch.prompts), stage.group, len(here), state.rng)]
     with torch.set_grad_enabled(with_graph):
         return rollout_few_step(
@@ -141,6 +148,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
             record="trajectory" in stage.needs and with_graph,
             transition=stage.rollout.transition,
             guidance=guidance,
+            device=state.device,
         )
 
 
@@ -161,13 +169,13 @@ def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout 
     for i in range(len(weights) if len(weights) > 1 else 0):
         log.add(f"reward/train/{i}", each[:, i].mean())
     log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
-    log.add("reward/constant_groups", reward.new_tensor(constant_groups(reward, stage.group) * stage.group / len(reward)))
-    deviations: Sequence[float | None] = [None] * len(weights)
+    log.add("reward/constant_groups", constant_groups(reward, stage.group).double() * stage.group / len(reward))
+    deviations: Sequence[Tensor | None] = [None] * len(weights)
     if stage.advantage.spread == "run":
-        now = [group_variance(column, stage.group) for column in each.unbind(1)]
+        now = [group_variance(column, stage.group).double() for column in each.unbind(1)]
         before = state.reward_variance or now
         state.reward_variance = [old + (new - old) / REWARD_HORIZON for old, new in zip(before, now, strict=True)]
-        deviations = [variance**0.5 for variance in state.reward_variance]
+        deviations = [variance.sqrt() for variance in state.reward_variance]
     return replace(rollout, reward=reward, advantage=several_advantages(each, state.weights, stage.group, deviations, stage.advantage.clip))
 
 
@@ -215,8 +223,9 @@ def checked_force(force: Force, view: View) -> Tensor:
     if not isinstance(g, Tensor) or g.shape != point.x.shape:
         got = f"a tensor of shape {tuple(g.shape)}" if isinstance(g, Tensor) else repr(g) if g is None else type(g).__name__
         raise ValueError(f"{what} returned {got}; it returns dL/dx of the samples at {force.on!r}, a tensor of their shape {tuple(point.x.shape)}")
-    if view.progress == 0 and view.epoch == 0 and not bool(g.isfinite().all()):
-        raise ValueError(f"{what} returned values that are not finite, at its first call; look for a division by zero or the root of zero")
+    if view.progress == 0 and view.epoch == 0:
+        error = f"{what} returned values that are not finite, at its first call; look for a division by zero or the root of zero"
+        view.require(g.isfinite().all(), lambda: ValueError(error))
     return g
 
 
@@ -226,9 +235,10 @@ def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, 
     optim = optim or trained.optim
     lr = optim.lr_at(state.step, progress)
     norm, finite = trained.step(lr, optim)
-    log.add(f"grad/{name}", torch.tensor(norm if finite else 0.0))
-    log.add(f"grad/{name}/skipped", torch.tensor(0.0 if finite else 1.0))
+    log.add(f"grad/{name}", torch.where(finite, norm, 0.0))
+    log.add(f"grad/{name}/skipped", (~finite).float())
     log.add(f"lr/{name}", torch.tensor(lr))
+    log.after(finite, trained.settle)
 
 
 @torch.no_grad()
@@ -239,22 +249,65 @@ def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, log: Scalars)
     for (f, g), (other, h) in combinations(forces, 2):
         same = torch.ones(len(g), dtype=torch.bool, device=g.device)
         if f.on != other.on:
-            same = view.samples.point("exit").exit_id == view.samples.point("final").exit_id
+            same = (view.samples.point("exit").exit_id == view.samples.point("final").exit_id).to(g.device)
         # rows with a zero force have no direction to compare
         same = same & (g.flatten(1).abs().sum(1) > 0) & (h.flatten(1).abs().sum(1) > 0)
-        if bool(same.any()):
-            cosine = nn.functional.cosine_similarity(g[same].flatten(1), h[same].flatten(1))
-            log.add(f"force/cosine/{f.name}~{other.name}", cosine.mean())
+        cosine = nn.functional.cosine_similarity(g.flatten(1), h.flatten(1))
+        log.add(f"force/cosine/{f.name}~{other.name}", torch.where(same, cosine, 0.0).sum() / same.sum(), same.any())
 
 
 class Scalars:
-    """Scalars of one iteration, averaged over micro-batches, epochs and updates; copied from the device once, at the end."""
+    """Scalars of one iteration, averaged over micro-batches, epochs and updates, and conditions that are looked at with them.
+
+    They stay on their device until `settle`, which copies them to the host in one go.
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
+        self._waiting: list[tuple[str, Tensor, Tensor]] = []
+        self._flags: list[tuple[Tensor, Callable[[bool], None]]] = []
 
-    def add(self, name: str, value: Tensor) -> None:
-        self._values.setdefault(name, []).append(value)
+    def add(self, name: str, value: Tensor, there: Tensor | None = None) -> None:
+        """Adds a scalar; one for which `there` turns out to be false is left out."""
+        self._waiting.append((name, value, torch.ones((), dtype=torch.bool) if there is None else there))
+
+    def after(self, flag: Tensor, then: Callable[[bool], None]) -> None:
+        """Calls `then` with the value of a scalar tensor as soon as it is known, in the order in which they were given."""
+        self._flags.append((flag, then))
+
+    def require(self, true: Tensor, error: Callable[[], Exception]) -> None:
+        """Raises `error()` from `settle` unless the scalar tensor is true."""
+        self._flags.append((true, partial(_raise_unless, error=error)))
+
+    def settle(self) -> None:
+        """Waits for the device: what was added becomes numbers, and the flags are known."""
+        flags, self._flags = self._flags, []
+        waiting, self._waiting = self._waiting, []
+        known = iter(on_host([tensor.float() for tensor in (*(flag for flag, _ in flags), *(part for _, value, there in waiting for part in (value, there)))]))
+        answers = [bool(next(known)) for _ in flags]
+        for name, _, _ in waiting:
+            value, there = next(known), next(known)
+            if there:
+                self._values.setdefault(name, []).append(value)
+        for (_, then), answer in zip(flags, answers, strict=True):
+            then(answer)
 
     def means(self) -> dict[str, float]:
-        return {name: float(torch.stack([v.float().cpu() for v in values]).mean()) for name, values in self._values.items()}
+        return {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
+
+
+def on_host(values: Sequence[Tensor]) -> list[Tensor]:
+    """Scalar float32 tensors of any device on the host, with one copy a device."""
+    found: list[Tensor] = list(values)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, value in enumerate(found):
+        by_device.setdefault(value.device, []).append(i)
+    for rows in by_device.values():
+        for i, value in zip(rows, torch.stack([found[i].detach().reshape(()) for i in rows]).cpu().unbind(), strict=True):
+            found[i] = value
+    return found
+
+
+def _raise_unless(true: bool, error: Callable[[], Exception]) -> None:
+    if not true:
+        raise error()

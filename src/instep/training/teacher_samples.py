@@ -116,7 +116,7 @@ def _rows(made: Sequence[TeacherSamples]) -> int:
 def _sample(
     family: Family, teacher: Denoiser, names: Sequence[Prompt], noise: Tensor, *, steps: int, guidance: float | GuidanceByLevel, shift: float
 ) -> Tensor:
-    device = next(family.pretrained.parameters()).device
+    device = family.device
     cond, null = family.encode(names), family.unconditional(names)
     x = sample_ode(teacher, cond, null, noise.to(device), steps=steps, path=family.path, shift=shift, guidance=guidance).cpu()
     if not bool(x.isfinite().all()):

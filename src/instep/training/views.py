@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from instep.core.files import write_json, write_tensors
+from instep.core.rows import slices
 from instep.data.prompt import Prompt
 from instep.diffusion.guidance import GuidanceByLevel, by_level
+from instep.diffusion.noise import randn
 from instep.diffusion.rollout import rollout_few_step
 from instep.diffusion.sampling import sample_ode
 from instep.methods.matching import DistributionMatching
@@ -28,26 +30,31 @@ def to_uint8(media: Tensor) -> Tensor:
     return (media.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().contiguous()
 
 
+def decoded_uint8(family: Family, x: Tensor) -> Tensor:
+    """Latents as uint8 videos on the host, decoded a few rows at a time: decoded videos in float32 are large."""
+    return torch.cat([to_uint8(family.decode(x[rows])) for rows in slices(len(x), family.micro_batch)])
+
+
 @torch.no_grad()
 def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Family, prompts: Sequence[Prompt], seed: int) -> dict[str, Tensor]:
     """Generator, fake and real prediction, force and implied target of the stage's matching force, one sample a prompt."""
     force = next((term for term in stage.forces if isinstance(term, DistributionMatching)), None)
     if force is None:
         return {}
-    rng = torch.Generator(state.rng.device).manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     n, levels = len(prompts), recipe.levels
     batch = Batch(tuple(prompts), family.encode(prompts), family.unconditional(prompts))
-    exits = torch.arange(n, device=rng.device) % len(levels)
-    rollout = rollout_few_step(state.roles["student"], batch.cond, levels, state.path, state.shape, exits, rng)
+    exits = torch.arange(n) % len(levels)
+    rollout = rollout_few_step(state.roles["student"], batch.cond, levels, state.path, state.shape, exits, rng, device=state.device)
     # no rewards are computed here: all are equal, and the teacher is that of the end of the stage
-    alike = torch.zeros(n, device=rng.device)
+    alike = torch.zeros(n, device=state.device)
     rollout = replace(rollout, reward=alike, advantage=alike)
     seen = force.explain(View(state.roles, state.path, batch, 1.0, rng, rollout))
     decoded = {"generator": seen.x, "fake": seen.fake, "real": seen.real, "target": seen.target}
-    views = {name: to_uint8(family.decode(x)) for name, x in decoded.items()}
+    views = {name: decoded_uint8(family, x) for name, x in decoded.items()}
     # a force is a difference: it is shown as its change of the image, grey where there is none
-    change = family.decode(seen.target) - family.decode(seen.x)
-    views["force"] = to_uint8(0.5 + change)
+    change = [to_uint8(0.5 + family.decode(seen.target[rows]) - family.decode(seen.x[rows])) for rows in slices(n, family.micro_batch)]
+    views["force"] = torch.cat(change)
     return views | {"levels": seen.level.cpu().float(), "exits": exits.cpu()}
 
 
@@ -60,21 +67,21 @@ def save_views(folder: Path, step: int, views: Mapping[str, Tensor], prompts: Se
 @torch.no_grad()
 def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence[Prompt], seed: int, teacher_steps: int = 50) -> dict[str, Tensor]:
     """Samples teacher and student from the same prompts and noise; the teacher with many guided steps, and naively with as many steps as the student."""
-    device, n = state.rng.device, len(prompts)
+    n = len(prompts)
     cond, null = family.encode(prompts), family.unconditional(prompts)
-    noise = torch.randn(n, *state.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    noise = randn((n, *state.shape), torch.Generator().manual_seed(seed), state.device)
 
     def teacher(steps: int, guidance: float | GuidanceByLevel) -> Tensor:
         ode = sample_ode(state.roles["teacher"], cond, null, noise, steps=steps, path=family.path, shift=family.shift, guidance=guidance)
-        return to_uint8(family.decode(ode))
+        return decoded_uint8(family, ode)
 
-    rng = torch.Generator(device).manual_seed(seed + 1)
+    rng = torch.Generator().manual_seed(seed + 1)
     q = len(recipe.levels)
     student = recipe.sampling_at(state.step)(state.roles["student"], cond, null, noise, family.path, rng)
     return {
         f"teacher_{teacher_steps}": teacher(teacher_steps, by_level(recipe.guidance, recipe.guidance_2, family.boundary)),
         f"naive_{q}": teacher(q, 1.0),
-        "student": to_uint8(family.decode(student)),
+        "student": decoded_uint8(family, student),
     }
 
 

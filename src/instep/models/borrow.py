@@ -1,0 +1,64 @@
+"""Networks that are lent: used, moved and adapted, and given back as they were, because the original is never touched."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def borrowed(module: M) -> M:
+    """A module of its own around the same parameters and buffers, frozen and in eval mode.
+
+    It takes no memory. What is attached to it (adapters, hooks, attention processors) and where it is moved to leave the original as it was.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    memo |= {id(b): b.detach() for b in module.buffers()}
+    return copy.deepcopy(module, memo).eval()
+
+
+def borrowed_pipeline(pipe: Any) -> Any:
+    """A diffusers pipeline around borrowed networks and a copy of the scheduler; tokenizers and processors are shared.
+
+    Raises ValueError for a pipeline with offloading hooks, whose networks move by themselves.
+    """
+    other = copy.copy(pipe)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            if hasattr(part, "_hf_hook"):
+                raise ValueError(
+                    f"pipeline: its {name} is moved by hooks (enable_model_cpu_offload and its kin), under which no training is possible; load the pipeline "
+                    "without them, and let the run place it (device, offload)"
+                )
+            object.__setattr__(other, name, borrowed(part))
+    if getattr(pipe, "scheduler", None) is not None:
+        object.__setattr__(other, "scheduler", copy.deepcopy(pipe.scheduler))
+    return other
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a network computes in: that of most of its parameters. diffusers keeps some (`_keep_in_fp32_modules`) in float32 whatever the rest is."""
+    counts: Counter[torch.dtype] = Counter()
+    for p in module.parameters():
+        if p.is_floating_point():
+            counts[p.dtype] += p.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+@torch.no_grad()
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a network in place; what diffusers keeps in float32 when it loads one stays in float32."""
+    kept = {id(p) for part in module.modules() for p in _kept_in_float32(part)}
+    for p in [*module.parameters(), *module.buffers()]:
+        if p.is_floating_point():
+            p.data = p.data.to(torch.float32 if id(p) in kept and dtype != torch.float64 else dtype)
+
+
+def _kept_in_float32(module: nn.Module) -> list[torch.Tensor]:
+    names = getattr(module, "_keep_in_fp32_modules", None) or ()
+    return [p for name, p in [*module.named_parameters(), *module.named_buffers()] if any(part in name.split(".") for part in names)]

@@ -1,0 +1,105 @@
+"""How a run is executed: device, precision, memory. Nothing else in training knows of it; `instep plan` reads the same object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from instep.models.family import Family
+
+# networks of more trained parameters are trained with activation checkpointing by default: without it their activations outgrow their weights
+CHECKPOINT_FROM = 500_000_000
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and in which precision a run computes, and what it keeps in memory. The results agree up to rounding, whatever is chosen here.
+
+    Precision is the policy of FSDP2's `MixedPrecisionPolicy`: networks compute in `dtype`, except for the modules that diffusers keeps in float32. Trained
+    weights, moments and averages are float32 (see `TrainedParams`), and so are predictions, norms and losses. Frozen networks and the VAE stay in the dtype
+    that they were loaded in.
+    """
+
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps ...; default: the accelerator, if there is one."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """What the networks compute in; default: bfloat16 on CUDA, else float32; a pipeline given as an object keeps its own."""
+    micro_batch: int | None = None
+    """Most rows that go through the network, the decoder or the reward at once; default: all rows of a batch. A batch may be larger, and so may a group:
+    its rows are then computed a few at a time, for one more forward pass, with the same gradient."""
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Activation checkpointing: less memory, one more forward pass; auto: on for networks of more than 500 million parameters."""
+    offload: bool = False
+    """Keep float32 weights, moments and averages in host memory and step them there; the VAE comes to the device only while it is used."""
+    compile: bool = False
+    """torch.compile of the network's repeated blocks: minutes at the start, faster steps."""
+    attention: str | None = None
+    """Attention backend by diffusers' name, for example _native_cudnn, flash, _flash_3, sage; default: PyTorch's own choice."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and (not isinstance(self.micro_batch, int) or self.micro_batch < 1):
+            raise ValueError(f"micro_batch: {self.micro_batch} is not allowed; 1 or more rows, or None for whole batches")
+        if self.checkpointing not in ("auto", "on", "off"):
+            raise ValueError(f"checkpointing: {self.checkpointing!r} is not allowed; allowed: auto, on, off")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype: {self.dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
+        if self.device is not None:
+            _check_device(self.device)
+
+    @property
+    def target(self) -> torch.device:
+        """The device of a run."""
+        return accelerator() if self.device is None else torch.device(self.device)
+
+    def loading_dtype(self) -> torch.dtype:
+        """The dtype to load a pipeline's network in."""
+        if self.dtype is not None:
+            return DTYPES[self.dtype]
+        return torch.bfloat16 if self.target.type == "cuda" else torch.float32
+
+    def checkpoints(self, network: nn.Module) -> bool:
+        """Whether a network is trained with activation checkpointing."""
+        return self.checkpointing == "on" or (self.checkpointing == "auto" and sum(p.numel() for p in network.parameters()) > CHECKPOINT_FROM)
+
+    def place(self, family: Family) -> Family:
+        """The family on the run's device and in its precision; the one that is given stays as it is. Says where a pipeline on the CPU goes.
+
+        Raises ValueError for a network in float16, whose range the gradients of training leave.
+        """
+        device = self.target if self.device is not None or family.device.type == "cpu" else family.device
+        dtype = None if self.dtype is None else DTYPES[self.dtype]
+        if (dtype or family.dtype) not in (torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(
+                f"dtype: {family.name} is loaded in {str(family.dtype).removeprefix('torch.')}, whose range is too small for training; load it with "
+                'dtype=torch.bfloat16, or let the run cast it: dtype="bfloat16"'
+            )
+        if device.type == "cuda" and (dtype or family.dtype) == torch.float32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if device != family.device and family.device.type == "cpu" and self.device is None:
+            print(f"{family.name} is on the CPU and trains on {device}; --device cpu keeps it there")
+        return family.placed(device, dtype, self.micro_batch)
+
+
+def accelerator() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None else found
+
+
+def _check_device(name: str) -> None:
+    """Raises ValueError for a name that is no device, or for a device that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: {name!r} is not allowed; cpu, cuda, cuda:1 or mps") from error
+    if device.type in ("cpu", "meta"):
+        return
+    found = accelerator()
+    count = torch.accelerator.device_count() if found.type == device.type else 0
+    if (device.index or 0) >= count:
+        raise ValueError(f"device: {name} is not there; this machine has {f'{count} of {found.type}' if count else 'no ' + device.type}, and cpu")
