@@ -406,7 +406,7 @@ def spellings(args: list[str]) -> Iterator[list[str]]:
     used = [old for old in RENAMED_ARGUMENTS if any(renamed(arg, {old: "\0"}) != arg for arg in args)]
     for chosen in sorted(itertools.product((True, False), repeat=len(used)), key=sum, reverse=True):
         names = {old: RENAMED_ARGUMENTS[old] for old, new in zip(used, chosen, strict=True) if new}
-        yield [renamed(arg, names) for arg in args]
+        yield [word for arg in args for word in (names[arg].split() if arg in names else [renamed(arg, names)])]
 
 
 def renamed(text: str, names: Mapping[str, str]) -> str:

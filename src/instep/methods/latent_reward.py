@@ -59,13 +59,22 @@ class LatentFit(Critic):
         predicted, expected = latent_reward.rate(made, samples.cond), target[:n]
         note("latent_reward/error", (predicted - expected).square().mean())
         if n > 1:
-            note("latent_reward/correlation", torch.corrcoef(torch.stack([predicted, expected]))[0, 1].nan_to_num())
+            note("latent_reward/correlation", correlation(predicted, expected).nan_to_num())
         return replace(view, labels=Labels(x, cond, target))
 
     def losses(self, view: View) -> Iterator[Tensor]:
         labels, latent_reward = view.labels, view.latent_reward
         assert labels is not None and latent_reward is not None, "the latent reward model needs labelled samples"
         yield (latent_reward.rate(labels.x, labels.cond) - labels.target).square().mean()
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's correlation of two vectors, a scalar tensor; `torch.corrcoef` waits for the device."""
+    both = torch.stack([x, y])
+    centred = both - both.mean(1, keepdim=True)
+    covariance = centred @ centred.T / (len(x) - 1)
+    deviation = covariance.diagonal().sqrt()
+    return (covariance[0, 1] / deviation[0] / deviation[1]).clamp(-1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

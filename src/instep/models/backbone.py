@@ -117,6 +117,9 @@ class Backbone:
         self._adapters[name] = lora
         self._layers, self._active = [layer for layer in self.module.modules() if isinstance(layer, BaseTunerLayer)], None
         for layer in self._layers:
+            for part in (layer.lora_A, layer.lora_B):
+                if name in part:
+                    part[name].to(self.device)
             layer.set_requires_grad(list(self._adapters), True)
 
     def _lora_targets(self) -> list[str] | str:

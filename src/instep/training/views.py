@@ -53,7 +53,7 @@ def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Fami
     decoded = {"generator": seen.x, "fake": seen.fake, "real": seen.real, "target": seen.target}
     views = {name: decoded_uint8(family, x) for name, x in decoded.items()}
     # a force is a difference: it is shown as its change of the image, grey where there is none
-    change = [to_uint8(0.5 + family.decode(seen.target[rows]) - family.decode(seen.x[rows])) for rows in slices(n, family.micro_batch)]
+    change = [to_uint8(0.5 + (family.decode(seen.target[rows]) - family.decode(seen.x[rows]))) for rows in slices(n, family.micro_batch)]
     views["force"] = torch.cat(change)
     return views | {"levels": seen.level.cpu().float(), "exits": exits.cpu()}
 
