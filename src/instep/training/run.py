@@ -30,7 +30,7 @@ from instep.training.build import averaged, make_state
 from instep.training.checks import check_inputs
 from instep.training.finish import export_role, fits_stock
 from instep.training.health import Finding, HealthMonitor
-from instep.training.inputs import as_family, as_prompt_list
+from instep.training.inputs import as_family, as_prompt_list, every_prompt
 from instep.training.log import RunLog, Tracker
 from instep.training.manifest import write_manifest
 from instep.training.options import RunOptions
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 # steps of the teacher's own sampler where a recipe needs samples of it
 TEACHER_STEPS = 50
+# folder of encoded prompts within a run's
+PROMPTS = "prompts"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def train(
     `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
     pair recipes; a discriminator without any uses samples of the teacher, which are made once and kept with the run);
     `pairs` are labelled pairs, whose chosen samples are also used as real and preferred ones if there are no others;
+    Every text is encoded once, before the first step, into `prompts` in the run's folder (or `options.prompt_cache`), and read from there.
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
     log.jsonl and TensorBoard; `known_teacher` gives the teacher's probe metrics if they were measured before. Raises ValueError before training if an
     input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself
@@ -107,6 +110,7 @@ def train(
         write_manifest(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
         if not guides(recipe) and any(prompt.negative for prompt in prompts):
             print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which ignores them")
+        family.encode_all(every_prompt(prompts, real, pairs, monitor, negative_prompt), Path(options.prompt_cache or out / PROMPTS))
         state = make_state(
             recipe,
             family,
