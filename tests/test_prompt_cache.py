@@ -94,6 +94,7 @@ def test_a_text_is_the_same_from_encoders_memory_and_disk_beside_any_neighbours(
         for name in ("encode", "unconditional"):
             expected = getattr(alone, name)(prompts)
             assert alike(getattr(fam, name)(prompts), expected) and alike(getattr(again, name)(prompts), expected)
+    assert alike(fam.unconditional(PROMPTS[:2]), fam.encode(["blurry", ""])) and not alike(fam.unconditional(PROMPTS[:2]), fam.encode(PROMPTS[:2]))
     assert seen == [] and again.prompt_cache.nbytes == 0
 
 
@@ -130,7 +131,8 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
         for start in range(0, n, 100):
             found = cache.find(texts[start : start + 100])
             assert all(torch.equal(found[text]["text"], of_text(text)["text"]) for text in texts[start : start + 100])
-        assert cache.nbytes <= limit
+        maps = Path("/proc/self/maps")
+        assert cache.nbytes <= limit and not (maps.is_file() and str(tmp_path) in maps.read_text()), "nothing more is held, and no file stays mapped"
         grown[n] = resident() - before
     assert grown[10_000] < 30e6, f"of 82 MB on disk: {grown}"
 
