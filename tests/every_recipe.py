@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from tiny import tiny_wan_pipeline
 from torch import Tensor

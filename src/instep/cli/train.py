@@ -74,6 +74,8 @@ class TrainArgs:
     all). Detection needs frequent probes: --stop-on hacking --probe-every 5. The same command does not resume a stopped run; without this option it does."""
     teacher_samples: int = 512
     """Number of teacher samples to make and keep for recipes that need real samples or stored pairs, if none are given."""
+    prompt_cache: Path | None = None
+    """Folder of encoded prompts, which runs of one model or of several may share; default: prompts in the folder of the run. A resumed run finds its own."""
     evaluate: bool = True
     """Measure the student against teacher and naive sampling at the end (bundled video models), and write the report."""
 
@@ -110,6 +112,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
         execution=args.execution,
         teacher_samples=args.teacher_samples,
         stop_on=args.stop_on,
+        prompt_cache=args.prompt_cache,
     )
     setting = prepare(recipe, args)
     tracker = load_function(args.tracker, "tracker") if args.tracker else None

@@ -76,10 +76,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, with `metadata` in its header."""
     from safetensors.torch import save
 
-    write_bytes(path, save({key: value.contiguous() for key, value in tensors.items()}))
+    write_bytes(path, save({key: value.contiguous() for key, value in tensors.items()}, None if metadata is None else dict(metadata)))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
-"""A short digest of a network's weights."""
+"""Short digests of a network's weights."""
 
 from __future__ import annotations
 
 import hashlib
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def weights_fingerprint(network: nn.Module) -> str:
@@ -14,3 +14,17 @@ def weights_fingerprint(network: nn.Module) -> str:
         some = p.detach().flatten()[:: max(1, p.numel() // 16)][:16].float().cpu()
         digest.update(name.encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def network_fingerprint(network: nn.Module) -> str:
+    """Of a network's parameters and buffers: name, shape, dtype and up to 64 values of every tensor, 32 hexadecimal digits.
+
+    A network that was trained further differs in nearly all values. A change of a few single values may go unnoticed.
+    """
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        if not isinstance(value, Tensor):
+            continue
+        some = value.detach().flatten()[:: max(1, value.numel() // 64)][:64].cpu().double()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:32]

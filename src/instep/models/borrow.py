@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +41,20 @@ def borrowed_pipeline(pipe: Any) -> Any:
     if getattr(pipe, "scheduler", None) is not None:
         object.__setattr__(other, "scheduler", copy.deepcopy(pipe.scheduler))
     return other
+
+
+@contextmanager
+def visiting(modules: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
+    """Networks on `device` for as long as the context lasts; then they are where they were, without having been copied back."""
+    tensors = [p for module in modules for p in (*module.parameters(), *module.buffers())]
+    home = [p.data for p in tensors]
+    for p in tensors:
+        p.data = p.data.to(device)
+    try:
+        yield
+    finally:
+        for p, data in zip(tensors, home, strict=True):
+            p.data = data
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:

@@ -17,13 +17,12 @@ from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.family import skipped
 from instep.models.pipeline_family import PipelineFamily
 from instep.models.preset import Preset
+from instep.models.prompt_cache import Encoded
 
 # what CogVideoXPipeline pads every prompt to; the padding is attended to, there is no mask
 STOCK_TEXT_LENGTH = 226
 # ours [B, C, F, H, W] in the order of the pipeline's latents, [B, F, C, H, W]; its own inverse
 AXES = (0, 2, 1, 3, 4)
-# of full-size models a prompt's embeddings are 4 MB, padding included
-KEPT_TEXTS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +110,12 @@ class CogVideoXFamily(PipelineFamily):
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     axes: tuple[int, ...] = AXES
     passes_generator = True
+    text_length = STOCK_TEXT_LENGTH
     preset = Preset(source="CogVideoX-2b and CogVideoX-5b model cards", guidance=6.0, sampler_steps=50)
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
         self.path = noise_path(pipe.scheduler)
-        self._texts: dict[str, Tensor] = {}
 
     def check_pipeline(self, pipe: Any) -> None:
         check_pipeline(pipe)
@@ -145,26 +144,19 @@ class CogVideoXFamily(PipelineFamily):
         side = 2 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size
         return Size(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
-    @torch.no_grad()
-    def _text(self, prompts: Sequence[str]) -> list[Tensor]:
-        wanted = list(dict.fromkeys(prompts))
-        texts = {p: self._texts[p] for p in wanted if p in self._texts}
-        new = [p for p in wanted if p not in texts]
-        for start in range(0, len(new), 16):
-            part = new[start : start + 16]
-            rows, _ = self.pipe.encode_prompt(part, do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
-            texts |= dict(zip(part, rows.float(), strict=True))
-        kept = self._texts | texts
-        # the oldest are forgotten
-        self._texts = {p: kept[p] for p in list(kept)[-KEPT_TEXTS:]}
-        return [texts[p] for p in prompts]
+    def encode_text(self, text: str) -> Encoded:
+        """`text` [226, D], with the padding."""
+        rows, _ = self.pipe.encode_prompt([text], do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.text_device)
+        return {"text": rows[0]}
 
     def encode(self, prompts: Sequence[Prompt | str]) -> CogVideoXCondition:
-        return CogVideoXCondition(text=torch.stack(self._text(texts_of(prompts))).to(self.device))
+        return self._stacked(self.encoded(texts_of(prompts)))
 
     def unconditional(self, prompts: Sequence[Prompt | str]) -> CogVideoXCondition:
-        """The negative prompts; each is encoded alone, so that what it is does not depend on its neighbours."""
-        return CogVideoXCondition(text=torch.cat([self._text([negative])[0][None] for negative in negatives_of(prompts)]).to(self.device))
+        return self._stacked(self.encoded(negatives_of(prompts)))
+
+    def _stacked(self, encoded: Sequence[Encoded]) -> CogVideoXCondition:
+        return CogVideoXCondition(text=torch.stack([one["text"] for one in encoded]).float().to(self.device))
 
     def decode_rows(self, x: Tensor) -> Tensor:
         # AutoencoderKLCogVideoX does not clamp; the pipeline does so afterwards

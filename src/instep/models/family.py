@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -124,6 +125,16 @@ class Family(Protocol):
 
     def unconditional(self, prompts: Sequence[Prompt]) -> Condition:
         """Encodes what guidance leads away from, one row a prompt: its negative prompt, the empty text where it has none."""
+        ...
+
+    def encode_all(self, prompts: Sequence[Prompt], folder: FilePath, device: torch.device | str | None = None) -> None:
+        """Encodes each text of the prompts, negative prompts and the empty text included, that `folder` lacks, and writes it there. From then on `encode` and
+        `unconditional` look texts up there, and the text encoders are needed for other texts alone. They are on `device` meanwhile. Nothing for a model without text encoders.
+        """
+        ...
+
+    def text_modules(self) -> Sequence[nn.Module]:
+        """The text encoders; none for a model that takes no text."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:

@@ -16,11 +16,10 @@ from instep.diffusion.prediction import Condition
 from instep.models.family import Task, skipped
 from instep.models.pipeline_family import PipelineFamily
 from instep.models.preset import Preset
+from instep.models.prompt_cache import Encoded
 
 # the pipeline's own limit of T5 tokens; CLIP's 77 tokens come before them, and the padding of both is attended to
 T5_TOKENS = 256
-# a prompt's embeddings are 5 MB at full size, padding included
-KEPT_TEXTS = 256
 
 SD3 = Preset(source="Stable Diffusion 3 medium model card", guidance=7.0, sampler_steps=28)
 SD35_MEDIUM = Preset(source="Stable Diffusion 3.5 medium model card", guidance=4.5, sampler_steps=40)
@@ -54,6 +53,7 @@ class SD3Family(PipelineFamily):
     pipeline_class = "StableDiffusion3Pipeline"
     task: Task = "text-to-image"
     axes: tuple[int, ...] = (0, 1, 2, 3)
+    text_length = T5_TOKENS
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
@@ -61,7 +61,6 @@ class SD3Family(PipelineFamily):
         self.shift = float(pipe.scheduler.config.shift)
         config = pipe.transformer.config
         self.preset = SD3 if config.qk_norm is None else SD35_MEDIUM if config.dual_attention_layers else SD35_LARGE
-        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def check_pipeline(self, pipe: Any) -> None:
         """Raises ValueError for a scheduler whose shift depends on the size: a student's levels are one list."""
@@ -87,23 +86,22 @@ class SD3Family(PipelineFamily):
         side = 2 * self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
         return Size(side, side, 1)
 
-    @torch.no_grad()
-    def _encoded(self, texts: Sequence[str]) -> SD3Condition:
-        """The texts as the pipeline encodes them, each alone, so that what it is does not depend on its neighbours."""
-        kept = dict(self._texts)
-        for text in dict.fromkeys(texts):
-            if text not in kept:
-                embeddings, _, pooled, _ = self.pipe.encode_prompt([text], None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS)
-                kept[text] = embeddings[0].float(), pooled[0].float()
-        rows = [kept[text] for text in texts]
-        self._texts = {text: kept[text] for text in list(kept)[-KEPT_TEXTS:]}
-        return SD3Condition(text=torch.stack([row[0] for row in rows]).to(self.device), pooled=torch.stack([row[1] for row in rows]).to(self.device))
+    def encode_text(self, text: str) -> Encoded:
+        """`text` [77 + 256, D] and `pooled` [P]."""
+        embeddings, _, pooled, _ = self.pipe.encode_prompt(
+            [text], None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.text_device
+        )
+        return {"text": embeddings[0], "pooled": pooled[0]}
 
     def encode(self, prompts: Sequence[Prompt | str]) -> SD3Condition:
-        return self._encoded(texts_of(prompts))
+        return self._stacked(self.encoded(texts_of(prompts)))
 
     def unconditional(self, prompts: Sequence[Prompt | str]) -> SD3Condition:
-        return self._encoded(negatives_of(prompts))
+        return self._stacked(self.encoded(negatives_of(prompts)))
+
+    def _stacked(self, encoded: Sequence[Encoded]) -> SD3Condition:
+        text, pooled = (torch.stack([one[name] for one in encoded]).float().to(self.device) for name in ("text", "pooled"))
+        return SD3Condition(text=text, pooled=pooled)
 
     def decode_rows(self, x: Tensor) -> Tensor:
         config = self.pipe.vae.config

@@ -18,6 +18,7 @@ from instep.diffusion.prediction import Condition
 from instep.models.family import ComfyUI, Dimensions, skipped
 from instep.models.pipeline_family import PipelineFamily, has_part
 from instep.models.preset import Preset
+from instep.models.prompt_cache import Encoded
 from instep.models.wan_comfyui import WanComfyUI, comfyui_module
 from instep.models.wan_vae import decode_latents, encode_latents
 
@@ -81,11 +82,11 @@ class WanFamily(PipelineFamily):
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     comfyui: ComfyUI | None = WanComfyUI()
     preset = WAN21
+    text_length = STOCK_TEXT_LENGTH
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
         self.shift = float(pipe.scheduler.config.get("flow_shift") or pipe.scheduler.config.get("shift") or 1.0)
-        self._texts: dict[str, Tensor] = {}
 
     @classmethod
     def accepts(cls, parts: Mapping[str, Any]) -> bool:
@@ -111,28 +112,23 @@ class WanFamily(PipelineFamily):
         side = 3 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size[1]
         return Size(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
-    @torch.no_grad()
-    def _text(self, prompts: Sequence[str]) -> list[Tensor]:
-        new = [p for p in dict.fromkeys(prompts) if p not in self._texts]
-        for start in range(0, len(new), 64):
-            part = new[start : start + 64]
-            padded, _ = self.pipe.encode_prompt(part, do_classifier_free_guidance=False, max_sequence_length=STOCK_TEXT_LENGTH)
-            for prompt, row in zip(part, padded, strict=True):
-                used = row.abs().sum(-1).nonzero()
-                self._texts[prompt] = row[: int(used.max()) + 1 if len(used) else 0].float()
-        return [self._texts[p] for p in prompts]
+    def encode_text(self, text: str) -> Encoded:
+        """`text` [L, D], without the padding."""
+        padded, _ = self.pipe.encode_prompt([text], do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.text_device)
+        used = padded[0].abs().sum(-1).nonzero()
+        return {"text": padded[0, : int(used.max()) + 1 if len(used) else 0]}
 
     def encode(self, prompts: Sequence[Prompt | str]) -> WanCondition:
         """Embeddings up to the longest prompt and one padding token, which carries the weight of all padding."""
-        return self._pad(self._text(texts_of(prompts)))
+        return self._pad(self.encoded(texts_of(prompts)))
 
     def unconditional(self, prompts: Sequence[Prompt | str]) -> WanCondition:
-        """The negative prompts, padded likewise; each is encoded alone, so that what it is does not depend on its neighbours."""
-        return self._pad([self._text([negative])[0] for negative in negatives_of(prompts)])
+        """The negative prompts, padded likewise."""
+        return self._pad(self.encoded(negatives_of(prompts)))
 
-    def _pad(self, texts: Sequence[Tensor]) -> WanCondition:
+    def _pad(self, encoded: Sequence[Encoded]) -> WanCondition:
+        texts = [one["text"] for one in encoded]
         length = max(len(text) for text in texts) + 1
-        device = self.device
         width = self.pipe.transformer.config.text_dim
         embeddings = torch.zeros(len(texts), length, width)
         bias = torch.full((len(texts), length), -math.inf)
@@ -141,7 +137,7 @@ class WanFamily(PipelineFamily):
             bias[i, : len(text)] = 0
             if len(text) < length:
                 bias[i, len(text)] = math.log(STOCK_TEXT_LENGTH - len(text)) if len(text) < STOCK_TEXT_LENGTH else -math.inf
-        return WanCondition(text=embeddings.to(device), bias=bias.to(device))
+        return WanCondition(text=embeddings.to(self.device), bias=bias.to(self.device))
 
     def decode_rows(self, x: Tensor) -> Tensor:
         return decode_latents(self.pipe.vae, x)

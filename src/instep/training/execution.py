@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -56,6 +56,10 @@ class Execution:
         """The device of a run."""
         return accelerator() if self.device is None else torch.device(self.device)
 
+    def device_of(self, family: Family) -> torch.device:
+        """The device that a family trains on: the one that was asked for, else the accelerator that it is on already or that there is."""
+        return self.target if self.device is not None or family.device.type == "cpu" else family.device
+
     def loading_dtype(self) -> torch.dtype:
         """The dtype to load a pipeline's network in."""
         if self.dtype is not None:
@@ -67,11 +71,11 @@ class Execution:
         return self.checkpointing == "on" or (self.checkpointing == "auto" and sum(p.numel() for p in network.parameters()) > CHECKPOINT_FROM)
 
     def place(self, family: Family) -> Family:
-        """The family on the run's device and in its precision; the one that is given stays as it is. Says where a pipeline on the CPU goes.
+        """The family on the run's device and in its precision; the one that is given stays as it is.
 
         Raises ValueError for a network in float16, whose range the gradients of training leave.
         """
-        device = self.target if self.device is not None or family.device.type == "cpu" else family.device
+        device = self.device_of(family)
         dtype = None if self.dtype is None else DTYPES[self.dtype]
         if (dtype or family.dtype) not in (torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(
@@ -80,9 +84,19 @@ class Execution:
             )
         if device.type == "cuda" and (dtype or family.dtype) == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        if device != family.device and family.device.type == "cpu" and self.device is None:
-            print(f"{family.name} is on the CPU and trains on {device}; --device cpu keeps it there")
         return family.placed(device, dtype, self.micro_batch)
+
+
+def modules_in(*objects: Any, depth: int = 3) -> list[nn.Module]:
+    """The networks that rewards and monitors hold, in their attributes or a few levels down."""
+    found: dict[int, nn.Module] = {}
+    for given in objects:
+        if isinstance(given, nn.Module):
+            found[id(given)] = given
+        elif depth and not isinstance(given, type | torch.Tensor | str | bytes):
+            inside = given if isinstance(given, list | tuple) else vars(given).values() if hasattr(given, "__dict__") else ()
+            found |= {id(module): module for module in modules_in(*inside, depth=depth - 1)}
+    return list(found.values())
 
 
 def accelerator() -> torch.device:

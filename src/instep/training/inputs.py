@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from instep import models
-from instep.data.prompt import Prompt, as_prompts, load_prompts
+from instep.data.prompt import Prompt, as_prompts, load_prompts, with_negative
+from instep.data.samples import PairSamples, RealSamples
 from instep.models.family import Family
+from instep.training.probe import ModeMonitor, Monitor
 
 FILES = (".txt", ".jsonl")
 
@@ -51,3 +53,11 @@ def as_prompt_list(given: Any) -> tuple[Prompt, ...]:
     if not isinstance(given, Iterable) or isinstance(given, bytes | dict):
         raise ValueError(f"prompts: {given if given is None else type(given).__name__} is not allowed; give a list of texts")
     return as_prompts(list(given))
+
+
+def every_prompt(
+    prompts: Sequence[Prompt], real: RealSamples | None, pairs: PairSamples | None, monitor: Monitor | None, negative: str | None
+) -> tuple[Prompt, ...]:
+    """Return the prompts of a run, of its samples and of its monitor (which get the negative prompt `negative`), each once."""
+    shown = with_negative(monitor.open_prompts, negative) if isinstance(monitor, ModeMonitor) else ()
+    return tuple(dict.fromkeys([*prompts, *(real.prompts if real else ()), *(pairs.prompts if pairs else ()), *shown]))

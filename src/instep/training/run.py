@@ -19,6 +19,7 @@ from instep.data.prompt import Prompt, with_negative
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.guidance import by_level
 from instep.methods.recipe import Recipe
+from instep.models.borrow import visiting
 from instep.models.family import Family
 from instep.recipes import as_recipe
 from instep.rewards.base import Reward, as_reward
@@ -28,9 +29,10 @@ from instep.training import checkpoint, saved, stop
 from instep.training.batches import BatchSource
 from instep.training.build import averaged, make_state
 from instep.training.checks import check_inputs
+from instep.training.execution import modules_in
 from instep.training.finish import export_role, fits_stock
 from instep.training.health import Finding, HealthMonitor
-from instep.training.inputs import as_family, as_prompt_list
+from instep.training.inputs import as_family, as_prompt_list, every_prompt
 from instep.training.log import RunLog, Tracker
 from instep.training.manifest import write_manifest
 from instep.training.options import RunOptions
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 # steps of the teacher's own sampler where a recipe needs samples of it
 TEACHER_STEPS = 50
+# folder of encoded prompts within a run's
+PROMPTS = "prompts"
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ def train(
     `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
     pair recipes; a discriminator without any uses samples of the teacher, which are made once and kept with the run);
     `pairs` are labelled pairs, whose chosen samples are also used as real and preferred ones if there are no others;
+    Every text is encoded once, before the first step, into `prompts` in the run's folder (or `options.prompt_cache`), and read from there.
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
     log.jsonl and TensorBoard; `known_teacher` gives the teacher's probe metrics if they were measured before. Raises ValueError before training if an
     input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself
@@ -98,17 +103,22 @@ def train(
     out, options = Path(out), options or RunOptions()
     recipe, prompts = as_recipe(recipe), with_negative(as_prompt_list(prompts), negative_prompt)
     lent = as_family(family, options.execution.loading_dtype())
-    family = options.execution.place(lent)
     scored = as_reward(reward) if reward is not None else None
     if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
         real = pairs.preferred
     real = real and replace(real, prompts=with_negative(real.prompts, negative_prompt))
     pairs = pairs and replace(pairs, prompts=with_negative(pairs.prompts, negative_prompt))
-    check_inputs(recipe, family, scored, real, prompts, pairs, start_from)
-    with run_lock(out):
+    device = options.execution.device_of(lent)
+    with visiting(modules_in(scored, monitor), device):
+        check_inputs(recipe, options.execution.place(lent), scored, real, prompts, pairs, start_from)
+    with run_lock(out), visiting(modules_in(scored, monitor), device):
         write_manifest(out, recipe, lent, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
         if not guides(recipe) and any(prompt.negative for prompt in prompts):
             print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which ignores them")
+        # before the network comes to the device: the text encoders may be the larger part of a pipeline
+        texts = every_prompt(prompts, real, pairs, monitor, negative_prompt)
+        lent.encode_all(texts, Path(options.prompt_cache or out / PROMPTS), device)
+        family = options.execution.place(lent)
         state = make_state(
             recipe,
             family,

@@ -75,9 +75,6 @@ def teacher_samples(
         made: list[TeacherSamples] = []
         # rows on disk are found again before the bar starts: its time left is that of the work left
         while (part := parts / f"{_rows(made):06d}.safetensors").is_file():
-            rows = slice(_rows(made), _rows(made) + batch)
-            # a family may cache embeddings: the prompts are always encoded in the same order, even if their samples exist already
-            family.encode(names[rows])
             made.append(_read(part, record, parts))
         with Progress("batches of the teacher's samples", math.ceil((n - _rows(made)) / batch)) as bar:
             while (start := _rows(made)) < n:
