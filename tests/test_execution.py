@@ -2,10 +2,494 @@
 
 from __future__ import annotations
 
-from instep.core.size import Size
-from instep.data.prompt import as_prompts
-from instep.training.options import RunOptions
+from collections.abc import Callable
 
-SIZE = Size(48, 48, 9)
-PROMPTS = as_prompts(["a seven moving left fast", "a digit", "an eight", "a two standing still"])
+import pytest
+import torch
+from every_recipe import PROMPTS, RECIPES, REWARD, SIZE, batches_of, family, run_stages, small, state_of
+from PIL import Image
+from second_device import NoMixing, Unread, without_steps
+from test_run import rows
+from tiny import tiny_cogvideox_pipeline, tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from torch import Tensor, nn
+
+from instep.core.rows import by_rows, joined, slices
+from instep.core.size import Size
+from instep.data.prompt import Prompt
+from instep.methods.recipe import AdamWConfig
+from instep.models.backbone import Backbone
+from instep.models.borrow import cast, compute_dtype, visiting
+from instep.models.families import family_of
+from instep.models.role import Role
+from instep.models.wan import WanFamily
+from instep.recipes.common import Common
+from instep.recipes.dmd import dmd2
+from instep.training.execution import CHECKPOINT_FROM, Execution, modules_in
+from instep.training.options import RunOptions
+from instep.training.run import train
+from instep.training.state import TrainedParams
+from instep.training.step import iteration
+
+BF16 = torch.bfloat16
 QUICK = RunOptions(save_every=50, probe_every=50, teacher_samples=4)
+
+
+def in_bfloat16(pipe, vae: torch.dtype = torch.float32):
+    """As `from_pretrained(dtype=torch.bfloat16, vae=a VAE in float32)` loads it."""
+    cast(pipe.transformer, BF16)
+    cast(pipe.text_encoder, BF16)
+    cast(pipe.vae, vae)
+    return pipe
+
+
+# what was lent
+
+
+def velocity(pipe) -> Tensor:
+    x = torch.randn(1, 16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    text = pipe.encode_prompt(["a digit"], do_classifier_free_guidance=False, max_sequence_length=512)[0]
+    with torch.no_grad():
+        return pipe.transformer(x, torch.tensor([500.0]), text, return_dict=False)[0].clone()
+
+
+def looks(pipe) -> dict[str, object]:
+    """All that a run might leave behind on a pipeline's networks."""
+    return {
+        name: (
+            [(key, p.dtype, p.device, p.requires_grad, p.data_ptr(), p.grad is None) for key, p in part.named_parameters()],
+            list(part.state_dict()),
+            [
+                (type(m).__name__, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), type(getattr(m, "processor", None)).__name__)
+                for m in part.modules()
+            ],
+            getattr(part, "gradient_checkpointing", None),
+            dict(pipe.scheduler.config),
+        )
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module)
+    }
+
+
+FAST = {"student": AdamWConfig(1e-2), "fake": AdamWConfig(1e-2)}
+
+
+def run(pipe, out, iterations: int = 2, rank: int | None = None, **options):
+    recipe = dmd2(Common(steps=2, batch=4, critic_updates=1, lora_rank=rank, **FAST), iterations=iterations)
+    return train(recipe, pipe, out=out, prompts=PROMPTS, options=RunOptions(save_every=50, probe_every=50, execution=Execution(**options)))
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_pipeline_is_given_back_as_it_was_lent(tmp_path, rank):
+    pipe = tiny_wan_pipeline()
+    pipe.transformer.train().requires_grad_(True)
+    at_size, before, seen = WanFamily(pipe, SIZE, name="tiny"), looks(pipe), velocity(pipe)
+    run(at_size, tmp_path / "a", rank=rank, checkpointing="on")
+    assert looks(pipe) == before and torch.equal(velocity(pipe), seen)
+
+
+def test_two_runs_on_one_pipeline_are_two_runs_on_two(tmp_path):
+    pipe, at_size = tiny_wan_pipeline(), lambda pipe: WanFamily(pipe, SIZE, name="tiny")
+    one = at_size(pipe)
+    for i, (family_, rank) in enumerate(((one, 4), (one, None), (at_size(pipe), 4), (one, 8), (one, 4))):
+        mine = run(family_, tmp_path / f"mine{i}", rank=rank).state.trained["student"].state()
+        fresh = run(at_size(tiny_wan_pipeline()), tmp_path / f"fresh{i}", rank=rank).state.trained["student"].state()
+        assert mine.keys() == fresh.keys() and all(torch.equal(mine[key], fresh[key]) for key in mine)
+
+
+def test_a_pipeline_that_moves_by_hooks_is_refused():
+    pipe = tiny_wan_pipeline()
+    pipe.transformer._hf_hook = object()
+    with pytest.raises(ValueError, match="pipeline: its transformer is moved by hooks .*enable_model_cpu_offload.*place it"):
+        family_of(pipe, SIZE)
+
+
+def test_rewards_and_monitors_come_along_and_go_home(monkeypatch):
+    class Inner:
+        def __init__(self) -> None:
+            self.net, self.name = nn.Linear(2, 2), "x"
+
+    class Outer:
+        def __init__(self) -> None:
+            self.classifier, self.parts = Inner(), (nn.Linear(1, 1), Inner())
+
+    outer = Outer()
+    assert set(modules_in(outer, None)) == {outer.classifier.net, outer.parts[0], outer.parts[1].net}
+    home = [p.data_ptr() for module in modules_in(outer) for p in module.parameters()]
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: (asked.append(device), self.clone())[1])
+    with pytest.raises(KeyError), visiting(modules_in(outer), "elsewhere"):
+        assert not set(home) & {p.data_ptr() for module in modules_in(outer) for p in module.parameters()} and set(asked) == {"elsewhere"}
+        raise KeyError
+    assert [p.data_ptr() for module in modules_in(outer) for p in module.parameters()] == home
+
+
+# precision
+
+
+@pytest.mark.parametrize("vae", [torch.float32, BF16])
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_pipeline_in_bfloat16_trains_with_every_recipe(name, rank, vae):
+    execution = Execution()
+    placed = execution.place(WanFamily(in_bfloat16(tiny_wan_pipeline(), vae), SIZE, name="tiny"))
+    recipe = small(name, lora_rank=rank)
+    state = state_of(recipe, placed, execution)
+    before = {role: {key: p.clone() for key, p in trained.state().items()} for role, trained in state.trained.items()}
+    logs = run_stages(recipe, state, batches_of(placed))
+    assert all(value == value and abs(value) < 1e6 for log in logs for value in log.values())
+    assert placed.dtype == BF16 and placed.pipe.transformer.scale_shift_table.dtype == torch.float32
+    for role, trained in state.trained.items():
+        kept = [
+            *trained.state().values(),
+            *(trained.ema or {}).values(),
+            *(v for s in trained.optimizer.state.values() for v in (s["exp_avg"], s["exp_avg_sq"])),
+        ]
+        assert {p.dtype for p in kept} == {torch.float32}, role
+        assert any(not torch.equal(p, before[role][key]) for key, p in trained.state().items()), role
+        for key, p in trained.parameters.items():
+            assert torch.equal(p, trained.masters[key].to(p.dtype)) and p.grad is None
+
+
+@pytest.mark.parametrize("make", [tiny_wan22_pipeline, tiny_wan_i2v_pipeline, tiny_cogvideox_pipeline, tiny_sd3_pipeline])
+def test_every_family_computes_in_bfloat16(make, tmp_path):
+    """Close to float32, with samples, conditions and predictions in float32; all parts in bfloat16, the VAE too."""
+    size = {"tiny_cogvideox_pipeline": Size(32, 32, 9), "tiny_sd3_pipeline": Size(16, 16, 1)}.get(make.__name__, SIZE)
+    image = tmp_path / "frame.png"
+    Image.new("RGB", (size.width, size.height), (200, 30, 90)).save(image)
+    wide, narrow = family_of(make(), size), family_of(make(), size).placed("cpu", BF16)
+    cast(narrow.pipe.vae, BF16)
+    prompts = [Prompt("a cat", str(image) if wide.takes_first_frame else None)] * 2
+    x, t = torch.randn(2, *wide.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.4])
+    with torch.no_grad():
+        a, b = (Role("teacher", Backbone(f, f.pretrained))(x, t, f.encode(prompts)).x0 for f in (wide, narrow))
+        m, n = wide.decode(x), narrow.decode(x)
+        latents = wide.encode_media(m.clamp(0, 1)), narrow.encode_media(m.clamp(0, 1))
+    for ours, theirs in ((a, b), (m, n), latents):
+        assert theirs.dtype == torch.float32
+        assert 0 < (ours - theirs).abs().mean() <= 0.02 * ours.abs().mean()
+
+
+def test_small_steps_are_not_lost(tmp_path):
+    """Of the weights that a float32 run moves in 30 steps at a rate of 2e-6, nearly all masters move in bfloat16 too; rounded weights hardly do."""
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        recipe = dmd2(Common(steps=2, batch=2, critic_updates=1, student=AdamWConfig(2e-6), fake=AdamWConfig(2e-6), ema=0.99), iterations=30)
+        execution = Execution(dtype=dtype)
+        placed = execution.place(family())
+        state, source = state_of(recipe, placed, execution), batches_of(placed)
+        before = {key: p.clone() for key, p in state.trained["student"].state().items()}
+        rounded = {key: p.detach().clone() for key, p in state.trained["student"].parameters.items()}
+        for step in range(30):
+            iteration(state, recipe.stages[0], source.next(recipe.stages[0]), step / 30)
+        student = state.trained["student"]
+        assert student.ema is not None
+        moved[dtype] = torch.cat([(p != before[key]).flatten() for key, p in student.state().items()])
+        average = torch.cat([(p != before[key]).flatten() for key, p in student.ema.items()])
+        network = torch.cat([(p != rounded[key]).flatten() for key, p in student.parameters.items()])
+    both = (moved["float32"] & moved["bfloat16"]).sum() / moved["float32"].sum()
+    assert both >= 0.99 and average.float().mean() >= 0.99 * moved["bfloat16"].float().mean()
+    assert network.float().mean() < 0.5, "in bfloat16 alone most steps are lost"
+
+
+def test_losses_in_bfloat16_are_those_of_float32():
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        recipe = dmd2(Common(steps=2, batch=4, critic_updates=1, student=AdamWConfig(1e-4), fake=AdamWConfig(1e-4)), iterations=50)
+        execution = Execution(dtype=dtype)
+        placed = execution.place(family())
+        state, source = state_of(recipe, placed, execution), batches_of(placed)
+        losses[dtype] = torch.tensor([iteration(state, recipe.stages[0], source.next(recipe.stages[0]), step / 50)["critic/fake"] for step in range(50)])
+    assert ((losses["bfloat16"] - losses["float32"]).abs() / losses["float32"]).median() <= 0.02
+
+
+def test_a_bfloat16_run_resumes_to_the_same_state(tmp_path):
+    from test_run import interrupted_before
+
+    def go(out):
+        recipe = dmd2(Common(steps=2, batch=4, critic_updates=1, **FAST), iterations=3)
+        return train(recipe, family(), out=out, prompts=PROMPTS, options=RunOptions(save_every=50, probe_every=50, execution=Execution(dtype="bfloat16")))
+
+    whole = go(tmp_path / "whole")
+    with interrupted_before(2):
+        go(tmp_path / "cut")
+    cut = go(tmp_path / "cut")
+    for role in ("student", "fake"):
+        mine, theirs = whole.state.trained[role], cut.state.trained[role]
+        assert all(torch.equal(p, theirs.state()[key]) for key, p in mine.state().items())
+        assert any((p - p.to(BF16).float()).abs().max() > 0 for p in mine.state().values()), "masters hold what bfloat16 does not"
+    assert rows(whole.out)[-1]["critic/fake"] == rows(cut.out)[-1]["critic/fake"]
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(64).to(BF16))
+    trained = TrainedParams({"p": p}, AdamWConfig(1e-3))
+    parts = [torch.randn(64) * 10.0**-k for k in range(4)]
+    for part in parts:
+        (p * part.to(BF16)).sum().backward()
+    master = trained.masters["p"]
+    assert p.grad is None and master.grad is not None and master.grad.dtype == torch.float32
+    torch.testing.assert_close(master.grad, sum(part.to(BF16).float() for part in parts), rtol=0, atol=1e-7)
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
+    p = nn.Parameter(torch.ones(3))
+    trained = TrainedParams({"p": p}, AdamWConfig(1e-1, betas=(0.9, 0.99)), ema=0.5)
+    for bad in (float("nan"), float("inf")):
+        p.grad = torch.tensor([1.0, bad, 1.0])
+        norm, finite = trained.step(1e-1)
+        trained.settle(bool(finite))
+        assert not finite and not norm.isfinite() and p.grad is None
+        assert torch.equal(p, torch.ones(3)) and trained.steps == 0 and torch.equal(trained.ema["p"], torch.ones(3))
+    p.grad = torch.ones(3)
+    norm, finite = trained.step(1e-1)
+    trained.settle(bool(finite))
+    assert finite and trained.steps == 1 and torch.allclose(p, torch.full((3,), 0.9)), "the first step of AdamW is its rate: the skipped ones left no trace"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"micro_batch": 0}, "micro_batch: 0 is not allowed; 1 or more rows"),
+        ({"dtype": "float16"}, "dtype: 'float16' is not allowed; allowed: bfloat16, float32"),
+        ({"checkpointing": True}, "checkpointing: True is not allowed; allowed: auto, on, off"),
+        ({"device": "gpu"}, "device: 'gpu' is not allowed; cpu, cuda, cuda:1 or mps"),
+        ({"device": "cuda:77"}, "device: cuda:77 is not there; this machine has"),
+    ],
+)
+def test_settings_that_cannot_be(given, message):
+    with pytest.raises(ValueError, match=message):
+        Execution(**given)
+
+
+def test_float16_is_refused_with_the_fix_before_the_run(tmp_path):
+    pipe = tiny_wan_pipeline()
+    cast(pipe.transformer, torch.float16)
+    with pytest.raises(ValueError, match="dtype: tiny is loaded in float16.*dtype=torch.bfloat16"):
+        run(WanFamily(pipe, SIZE, name="tiny"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert run(WanFamily(pipe, SIZE, name="tiny"), tmp_path / "b", iterations=1, dtype="bfloat16").student is not None
+
+
+def test_checkpointing_follows_the_size():
+    with torch.device("meta"):
+        large, little = nn.Linear(CHECKPOINT_FROM // 1000 + 1, 1000), nn.Linear(10, 10)
+    assert [Execution().checkpoints(net) for net in (large, little)] == [True, False]
+    assert Execution(checkpointing="on").checkpoints(little) and not Execution(checkpointing="off").checkpoints(large)
+
+
+def test_offloaded_masters_step_alike():
+    """On one device nothing moves; what is stepped is a copy, and the network follows it."""
+    torch.manual_seed(0)
+    one, two = (nn.Parameter(torch.ones(5).to(BF16)) for _ in range(2))
+    here, there = TrainedParams({"p": one}, AdamWConfig(1e-3), 0.9), TrainedParams({"p": two}, AdamWConfig(1e-3), 0.9, host=True)
+    for _ in range(3):
+        g = torch.randn(5)
+        for p, trained in ((one, here), (two, there)):
+            (p * g.to(BF16)).sum().backward()
+            trained.settle(bool(trained.step(1e-3)[1]))
+    assert torch.equal(one, two) and torch.equal(here.masters["p"], there.masters["p"]) and there.masters["p"].device.type == "cpu"
+
+
+# rows
+
+
+def test_slices_cover_all_rows_once():
+    assert slices(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)] and slices(5, None) == [slice(0, 5)] == slices(5, 9)
+    with pytest.raises(ValueError, match="micro_batch: 0"):
+        slices(5, 0)
+
+
+def test_rows_a_few_at_a_time_give_the_same_gradient_with_the_graph_of_a_few():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    alive, most = 0, 0
+
+    def seen(rows: slice) -> Tensor:
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        return net(x[rows])
+
+    def finished(*_: object) -> None:
+        nonlocal alive
+        alive = 0
+
+    net[0].weight.register_post_accumulate_grad_hook(finished)
+    whole = torch.autograd.grad(net(x).square().sum(), (x, *net.parameters()))
+    output = joined(seen, 7, 2)
+    alive = most = 0
+    output.square().sum().backward()
+    got = [x.grad, *(p.grad for p in net.parameters())]
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(whole, got, strict=True)) and most <= 1 + len(slices(7, 2))
+    with torch.no_grad():
+        assert len(by_rows(seen, 7, 3)) == 3
+
+
+def double(pipe):
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        part.double()
+    return pipe
+
+
+def gradients(name: str, micro_batch: int | None, make: Callable[[], WanFamily], **common) -> dict[str, Tensor]:
+    """Gradients of all trained roles after the last stage's backward passes, unclipped."""
+    placed = make().placed("cpu", None, micro_batch)
+    recipe = small(name, batch=8, **common)
+    state = state_of(recipe, placed)
+    found: dict[str, Tensor] = {}
+
+    def taking(role: str, trained: TrainedParams) -> Callable[..., tuple[Tensor, Tensor]]:
+        def step(lr: float, optim: object = None) -> tuple[Tensor, Tensor]:
+            found.update({f"{role}.{key}": p.grad.clone() for key, p in trained.masters.items() if p.grad is not None})
+            trained.optimizer.zero_grad()
+            return torch.zeros(()), torch.ones((), dtype=torch.bool)
+
+        return step
+
+    for role, trained in state.trained.items():
+        if getattr(state.roles.get(role), "exits", None) is not None:
+            state.roles[role].exits.to(placed.dtype)
+        trained.step = taking(role, trained)  # type: ignore[method-assign]
+    stage = recipe.stages[-1] if name != "apo" else recipe.stages[0]
+    iteration(state, stage, batches_of(placed).next(stage), 0.0)
+    return found
+
+
+# all but DOLLAR, whose latent reward model is in float32
+CHUNKED = ("dm-align-group", "flow-grpo", "dance-grpo", "amd", "refl", "flow-dpo", "dmdr", "dmd2", "apo")
+
+
+@pytest.fixture
+def groups_of_eight(monkeypatch):
+    import every_recipe
+
+    changed = {name: {**own, "group": 8} if "group" in own else own for name, own in every_recipe.STAGES.items()}
+    # a discriminator's head is in float32
+    changed["dmd2"] = {}
+    monkeypatch.setattr(every_recipe, "STAGES", changed)
+
+
+@pytest.fixture
+def all_in_float64(monkeypatch):
+    from diffusers.models.normalization import FP32LayerNorm
+
+    from instep.diffusion import noise, rollout
+
+    monkeypatch.setattr(FP32LayerNorm, "forward", lambda self, x: nn.functional.layer_norm(x.double(), self.normalized_shape, self.weight, self.bias, self.eps))
+    monkeypatch.setattr(rollout, "randn", lambda shape, rng, device, dtype=torch.float64: noise.randn(shape, rng, device, torch.float64))
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_a_group_may_be_larger_than_a_micro_batch(name, groups_of_eight, all_in_float64):
+    """The gradient of a batch of 8 (one group of 8, where there are groups) in micro-batches of 1, 2 and 8 rows, in float64."""
+
+    def make() -> WanFamily:
+        return WanFamily(double(tiny_wan_pipeline()), SIZE, name="tiny")
+
+    whole = gradients(name, None, make)
+    assert whole and any(g.abs().max() > 0 for g in whole.values())
+    for micro_batch in (1, 2, 8):
+        parts = gradients(name, micro_batch, make)
+        assert parts.keys() == whole.keys()
+        for key, g in whole.items():
+            assert (parts[key] - g).abs().max() <= 1e-10 * max(1.0, float(g.abs().max())), (micro_batch, key)
+
+
+@pytest.mark.parametrize("name", ["dm-align-group", "flow-grpo", "refl", "dollar"])
+def test_micro_batches_in_float32(name, groups_of_eight):
+    """The same in float32, where sums in another order differ by rounding: at most 1e-4 of the largest gradient."""
+    whole, parts = gradients(name, None, family), gradients(name, 2, family)
+    largest = max(float(g.abs().max()) for g in whole.values())
+    assert max(float((parts[key] - g).abs().max()) for key, g in whole.items()) <= 1e-4 * largest
+
+
+class Counted:
+    """The most rows that a family's network, decoder, encoder, a reward and a monitor were given at once."""
+
+    def __init__(self, placed) -> None:
+        self.most: dict[str, int] = {}
+        for name, x in (("forward", 1), ("decode_rows", 0), ("encode_rows", 0)):
+            setattr(placed, name, self._counting(name, getattr(placed, name), x))
+
+    def _counting(self, name: str, function: Callable, position: int) -> Callable:
+        def call(*args):
+            self.note(name, len(args[position]))
+            return function(*args)
+
+        return call
+
+    def note(self, name: str, rows_: int) -> None:
+        self.most[name] = max(self.most.get(name, 0), rows_)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("name", ["dmd2", "dm-align-group", "refl", "dollar", "flow-grpo", "apo", "dmd"])
+def test_no_forward_decode_or_reward_sees_more_rows_than_a_micro_batch(name, micro_batch, tmp_path, monkeypatch):
+    """A whole run: rollouts, critics, rewards, probes, views, the teacher's samples and the export's check."""
+    from dataclasses import replace
+
+    from every_recipe import FunctionReward
+
+    counted: Counted | None = None
+    place = WanFamily.placed
+
+    def placed(self, *args):
+        nonlocal counted
+        other = place(self, *args)
+        seen = Counted(other)
+        seen.most = counted.most if counted else seen.most
+        counted = seen
+        return other
+
+    def brightness(media: Tensor, prompts) -> Tensor:
+        assert counted is not None
+        counted.note("reward", len(media))
+        return media.mean((1, 2, 3, 4))
+
+    class Monitor:
+        def metrics(self, media, prompts):
+            assert counted is not None
+            counted.note("monitor", len(media))
+            return {"monitor_both": float(media.mean())}
+
+    monkeypatch.setattr(WanFamily, "placed", placed)
+    monkeypatch.setattr("instep.training.run.TEACHER_STEPS", 2)
+    monkeypatch.setattr("instep.training.probe.TEACHER_STEPS", 2)
+    lent = family()
+    reward = FunctionReward(brightness, "brightness", differentiable=True)
+    source = batches_of(lent)
+    options = replace(QUICK, execution=Execution(micro_batch=micro_batch))
+    train(small(name), lent, out=tmp_path / "run", prompts=PROMPTS, reward=reward, monitor=Monitor(), pairs=source.pairs, options=options)
+    assert counted is not None and max(counted.most.values()) <= micro_batch, counted.most
+    assert {"forward", "decode_rows", "monitor"} <= counted.most.keys()
+
+
+# a second device
+
+
+@pytest.mark.parametrize(("name", "rank"), [(name, 4 if i % 2 else None) for i, name in enumerate(RECIPES)])
+def test_no_recipe_mixes_devices_or_waits_within_an_iteration(name, rank):
+    """Full copies of every other recipe, adapters of the rest: an operation on the meta device takes long."""
+    execution = Execution(device="meta")
+    placed = execution.place(WanFamily(tiny_wan_pipeline(layers=1), SIZE, name="tiny"))
+    recipe = small(name, lora_rank=rank)
+    state, source = without_steps(state_of(recipe, placed, execution)), batches_of(placed)
+    state.reward_fn = state.reward_grad_fn = lambda x, prompts: placed.decode(x).mean((1, 2, 3, 4))
+    with NoMixing():
+        for stage in recipe.stages:
+            log = iteration(state, stage, source.next(stage), 0.0, Unread())
+    assert log == {} and {p.device.type for trained in state.trained.values() for p in trained.parameters.values()} == {"meta"}
+
+
+def test_mixing_is_found():
+    with NoMixing(), pytest.raises(RuntimeError, match="mixes devices"):
+        nn.functional.linear(torch.randn(2, 3), torch.randn(3, 3, device="meta"))
+
+
+def test_dtype_of_a_network_is_that_of_most_of_it():
+    pipe = in_bfloat16(tiny_wan_pipeline())
+    assert next(pipe.transformer.parameters()).dtype == torch.float32 and compute_dtype(pipe.transformer) == BF16
+    cast(pipe.transformer, torch.float64)
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float64}
+    assert REWARD.differentiable

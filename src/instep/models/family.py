@@ -129,7 +129,8 @@ class Family(Protocol):
 
     def encode_all(self, prompts: Sequence[Prompt], folder: FilePath, device: torch.device | str | None = None) -> None:
         """Encodes each text of the prompts, negative prompts and the empty text included, that `folder` lacks, and writes it there. From then on `encode` and
-        `unconditional` look texts up there, and the text encoders are needed for other texts alone. They are on `device` meanwhile. Nothing for a model without text encoders.
+        `unconditional` look texts up there, and the text encoders are needed for other texts alone. They are on `device` meanwhile. A model without text
+        encoders has nothing to encode.
         """
         ...
 

@@ -13,8 +13,8 @@ from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.bands import in_band
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
-from instep.rewards.base import Reward, checked_scores
-from instep.rewards.decoded import _media
+from instep.rewards.base import Reward
+from instep.rewards.decoded import make_reward_fn, make_reward_grad_fn
 from instep.rewards.ranker import relative
 from instep.rewards.several import Several
 from instep.training.build import trained_bands
@@ -87,8 +87,9 @@ def check_inputs(
         pair = [prompts[0], prompts[0] if relative(reward) else prompts[-1]]
         trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
         trial = trial.to(family.device)
-        with torch.no_grad():
-            checked_scores(reward, _media(family, reward, trial, clamp=True), pair)
+        score = make_reward_fn(family, reward)
+        assert score is not None
+        score(trial, pair)
         if "gradient" in recipe.needs:
             for part in reward.parts if isinstance(reward, Several) else (reward,):
                 _check_gradient(family, part, trial, pair)
@@ -119,9 +120,10 @@ def _blunt(reward: Reward) -> Reward:
 
 def _check_gradient(family: Family, reward: Reward, trial: Tensor, prompts: Sequence[Prompt]) -> None:
     """Raises ValueError if a differentiable reward gives no gradient, or one that is not finite, on trial latents."""
-    x = trial.detach().requires_grad_()
+    x, score = trial.detach().requires_grad_(), make_reward_grad_fn(family, reward)
+    assert score is not None, "stages that need a gradient are refused a reward without one"
     with torch.enable_grad():
-        scores = checked_scores(reward, _media(family, reward, x), prompts)
+        scores = score(x, prompts)
         if not scores.requires_grad:
             raise ValueError(
                 f"reward: {reward.name!r} is declared differentiable, but its scores have no gradient; leave out no_grad, .item(), numpy and rounding "
