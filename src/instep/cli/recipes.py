@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from instep.bundled import DESCRIBED, LISTED, settings_of
 from instep.models.preset import ModelSettings
@@ -68,7 +68,7 @@ def shared(name: str) -> Any:
 
 def published(settings: ModelSettings, name: str) -> Table:
     """The published settings of a model, each with where it stands."""
-    table = Table("published", "value", "source", title=f"What is published for {name}")
+    table = Table("published", Column("value", overflow="fold"), Column("source", overflow="fold"), title=f"What is published for {name}")
     for setting, value, source in _published(settings):
         table.add_row(setting, _shown(value), source)
     return table
