@@ -266,6 +266,7 @@ def test_the_table_of_a_model(folders, capsys, monkeypatch):
     assert rows["fake.clip"] == [("10.0", "library")] and rows["steps"] == [("4", "model"), ("10", "library")]
     assert rows.keys() == {name.replace("_", "-") for name in flat(Common())}, "every shared option has its row"
     assert "dm-align-group" in out and "flow-grpo" in out, "the recipes that have them"
+    assert "not published: 1 for a model above a billion parameters" in table(capsys, monkeypatch, folders["sd35-medium"])[0]
 
 
 @pytest.mark.parametrize("name", WORLDS)

@@ -13,15 +13,16 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from instep.bundled import DESCRIBED, LISTED, settings_of
-from instep.models.preset import ModelSettings
+from instep.models.preset import Distillation, ModelSettings, Preset
 from instep.recipes import NAMES, find
 from instep.recipes.common import Common
 from instep.recipes.defaults import chosen_options, flat, with_settings
 from instep.recipes.many_step import ManySteps
 
 MODEL_HELP = f"A bundled model ({DESCRIBED}) or the path of a diffusers pipeline folder: what is published for it, and the defaults that recipes have on it."
-# fields of a preset that are no settings
-OTHERS = ("source", "distillation", "for_recipes")
+# fields of a preset that are no settings of sampling
+ELSEWHERE = ("source", "distillation", "for_recipes", "micro_batch")
+LARGE = "not published: 1 for a model above a billion parameters"
 
 
 @dataclass(frozen=True)
@@ -67,26 +68,30 @@ def shared(name: str) -> Any:
 
 
 def published(settings: ModelSettings, name: str) -> Table:
-    """The published settings of a model, each with where it stands."""
+    """The published settings of a model, each with where it stands; a source is printed once, where its values begin."""
     table = Table("published", Column("value", overflow="fold"), Column("source", overflow="fold"), title=f"What is published for {name}")
-    for setting, value, source in _published(settings):
-        table.add_row(setting, _shown(value), source)
+    last = ""
+    for setting, value, source in rows(settings):
+        table.add_row(setting, _shown(value), "" if source == last else source)
+        last = source
     return table
 
 
-def _published(settings: ModelSettings) -> Iterator[tuple[str, Any, str]]:
-    preset, last = settings.preset, ""
-    groups = [("sampling", preset), ("distillation", preset.distillation)]
-    for group, owner in groups:
-        for field in () if owner is None else fields(owner):
-            value = getattr(owner, field.name)
-            if field.name not in OTHERS and value is not None:
-                # a source is printed once, where its values begin
-                yield f"{group}: {field.name}", value, "" if owner.source == last else owner.source
-                last = owner.source
-        if owner is preset and settings.shift is not None:
-            yield "sampling: shift", settings.shift, "the model's scheduler"
-            last = ""
+def rows(settings: ModelSettings) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and source of every published setting."""
+    preset, distillation = settings.preset, settings.preset.distillation
+    yield from (("sampling: " + name, value, preset.source) for name, value in _values(preset))
+    if settings.shift is not None:
+        yield "sampling: shift", settings.shift, "the model's scheduler"
+    if distillation is not None:
+        yield from (("distillation: " + name, value, distillation.source) for name, value in _values(distillation))
+    if preset.micro_batch is not None:
+        yield "training: micro_batch", preset.micro_batch, LARGE if distillation is None else distillation.source
+
+
+def _values(published: Preset | Distillation) -> list[tuple[str, Any]]:
+    found = [(field.name, getattr(published, field.name)) for field in fields(published) if field.name not in ELSEWHERE]
+    return [(name, value) for name, value in found if value is not None]
 
 
 def defaults(common: Any, settings: ModelSettings, title: str) -> Table:
