@@ -24,7 +24,7 @@ from instep.models.role import Role
 from instep.models.wan import WanFamily
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
-from instep.training.execution import CHECKPOINT_FROM, Execution, modules_in
+from instep.training.execution import LARGE, Execution, modules_in
 from instep.training.options import RunOptions
 from instep.training.run import train
 from instep.training.state import TrainedParams
@@ -273,7 +273,7 @@ def test_float16_is_refused_with_the_fix_before_the_run(tmp_path):
 
 def test_checkpointing_follows_the_size():
     with torch.device("meta"):
-        large, little = nn.Linear(CHECKPOINT_FROM // 1000 + 1, 1000), nn.Linear(10, 10)
+        large, little = nn.Linear(LARGE // 1000 + 1, 1000), nn.Linear(10, 10)
     assert [Execution().checkpoints(net) for net in (large, little)] == [True, False]
     assert Execution(checkpointing="on").checkpoints(little) and not Execution(checkpointing="off").checkpoints(large)
 

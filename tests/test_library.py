@@ -20,7 +20,8 @@ def test_the_ten_lines_of_the_readme(tmp_path, monkeypatch):
     tiny_wan_pipeline().save_pretrained(model)
     monkeypatch.chdir(tmp_path)
     code = code.replace('"path/to/wan"', repr(str(model)))
-    code = code.replace("dm_align_group()", "dm_align_group(instep.Common(steps=4, batch=4, critic_updates=1), distil=1, iterations=1, group=2)")
+    assert code.count("instep.dm_align_group,") == 1
+    code = code.replace("dm_align_group,", "dm_align_group(instep.Common(steps=4, batch=4, critic_updates=1), distil=1, iterations=1, group=2),")
     scope: dict = {}
     exec(compile(code, str(README), "exec"), scope)
     student = scope["few_step"]

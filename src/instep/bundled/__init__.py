@@ -17,6 +17,7 @@ from instep.core.size import Size, as_size
 if TYPE_CHECKING:
     from instep.bundled.world import World
     from instep.models.family import Family
+    from instep.models.preset import ModelSettings
 
 
 class Entry(NamedTuple):
@@ -68,6 +69,25 @@ def load(model: str | Path, size: Size | Sequence[int] | None = None, dtype: tor
     family = models.load(folder, size, name=str(folder) if folder.name in WORLDS else None, dtype=dtype)
     base = base_model(folder)
     return find(base).adopt(family) if base in WORLDS else family
+
+
+def settings_of(model: str | Path) -> ModelSettings | None:
+    """The settings that recipes begin from on a bundled model, a published size or the model in a folder, without loading it.
+
+    None for what is neither, which loading the model refuses. Raises ValueError for a pipeline that no family knows.
+    """
+    from instep.models.folder import is_model_folder, settings_in
+    from instep.models.outline import PUBLISHED, settings_of_size
+
+    folder = Path(model)
+    if model in WORLDS or base_model(folder) in WORLDS:
+        from instep.bundled.world import MINIATURE
+        from instep.models.preset import ModelSettings
+
+        return ModelSettings(MINIATURE, None)
+    if model in PUBLISHED:
+        return settings_of_size(str(model))
+    return settings_in(folder) if is_model_folder(folder) else None
 
 
 def base_model(folder: Path) -> str | None:

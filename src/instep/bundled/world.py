@@ -85,7 +85,7 @@ class Evaluation(Protocol):
 
 
 # what all bundled models are sampled with; the options' own defaults are the settings that distil them
-MINIATURE = Preset(source="the bundled models of instep", guidance=3.0, sampler_steps=50)
+MINIATURE = Preset(source="the bundled models of instep", guidance=3.0, sampler_steps=50, for_recipes=False)
 
 
 def as_miniature(family: Family) -> Family:

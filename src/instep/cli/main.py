@@ -16,7 +16,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep eval DIR...         measure runs against the teacher and naive sampling
   instep report DIR... -o F  one self-contained HTML page
   instep export DIR --to D   the student as a stock diffusers folder
-  instep recipes             what can be trained
+  instep recipes             what can be trained; with --model, what is published for a model and the defaults that follow
   instep plan RECIPE         memory and time, before anything runs
   instep human-eval A B      a local page on which people compare or score samples of two models, blind
   instep pairs export|import|fit  preferences as training pairs, public sets in the same form, a reward learned from them
@@ -82,21 +82,9 @@ def _train(args: Sequence[str]) -> int:
 
 
 def _recipes(args: Sequence[str]) -> int:
-    import inspect
+    from instep.cli.recipes import RecipesArgs, recipes_command
 
-    from rich.console import Console
-    from rich.table import Table
-
-    from instep.recipes import NAMES, find
-
-    table = Table("recipe", "what it does", "stages (default steps)")
-    for name in NAMES:
-        function = find(name)
-        stages = ", ".join(f"{stage.name} ({stage.steps})" for stage in function().stages)
-        table.add_row(name, (inspect.getdoc(function) or "").split("\n")[0], stages)
-    Console().print(table)
-    Console().print("Options of one: instep train RECIPE --help", highlight=False)
-    return 0
+    return recipes_command(parse(RecipesArgs, args, "recipes"))
 
 
 def _sample(args: Sequence[str]) -> int:

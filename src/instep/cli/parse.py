@@ -9,7 +9,10 @@ import inspect
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING:
+    from instep.models.preset import ModelSettings
 
 
 def parse(kind: Any, args: Sequence[str], command: str, description: str | None = None) -> Any:
@@ -51,15 +54,22 @@ def rephrased(box: str) -> str:
 
 
 def recipe_args(name: str, args: Sequence[str], command: str, options: type) -> tuple[Any, Any]:
-    """Returns the recipe with its overrides, and the command's own options; the recipe function's parameters are options too."""
+    """Returns the recipe with its overrides, and the command's own options; the recipe function's parameters are options too.
+
+    With --model among `args`, what is published for that model stands in place of the defaults of the options that recipes share. Raises ValueError for a
+    pipeline that no family knows.
+    """
     import tyro
 
+    from instep.bundled import settings_of
     from instep.recipes import as_recipe, find
 
     function = find(name)
     _check_names(name, function, command, options)
+    model = last_value(args, "model")
+    settings = None if model is None else settings_of(model)
     fields = [
-        ("recipe", Annotated[Any, tyro.conf.arg(name="", constructor=_flat(function))]),
+        ("recipe", Annotated[Any, tyro.conf.arg(name="", constructor=_flat(function, settings))]),
         ("options", Annotated[options, tyro.conf.arg(name="")]),  # type: ignore[valid-type]
     ]
     parsed = parse(dataclasses.make_dataclass("Args", fields), args, f"{command} {name}", (function.__doc__ or "").split("\n")[0])
@@ -74,9 +84,18 @@ def _check_names(name: str, function: Callable[..., Any], command: str, options:
             raise ValueError(f"recipe: the parameter {sorted(clash)[0]!r} of {name!r} is an option of {owner} itself; choose another name")
 
 
-def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The recipe function with its `common` options unnested: --steps, not --common.steps."""
+def last_value(args: Sequence[str], option: str) -> str | None:
+    """The value of an option among arguments that were not parsed yet; the last one, or None where it is not given."""
+    joined = [(i, arg.partition("=")[2]) for i, arg in enumerate(args) if arg.startswith(f"--{option}=")]
+    spaced = [(i, args[i + 1]) for i, arg in enumerate(args[:-1]) if arg == f"--{option}"]
+    return max(joined + spaced)[1] if joined or spaced else None
+
+
+def _flat(function: Callable[..., Any], settings: ModelSettings | None) -> Callable[..., Any]:
+    """The recipe function with its `common` options unnested (--steps, not --common.steps), their defaults being those on the model."""
     import tyro
+
+    from instep.recipes.defaults import common_of, with_settings
 
     @functools.wraps(function)
     def call(**given: Any) -> Any:
@@ -86,6 +105,8 @@ def _flat(function: Callable[..., Any]) -> Callable[..., Any]:
     shared = hints["common"]
     call.__annotations__ = hints | {"common": Annotated[shared, tyro.conf.arg(name="")]}
     parameters = [p.replace(annotation=call.__annotations__[name]) for name, p in inspect.signature(function).parameters.items()]
+    if settings is not None and (common := common_of(function)) is not None:
+        parameters = [p.replace(default=with_settings(common, settings)) if p.name == "common" else p for p in parameters]
     call.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
     del call.__wrapped__  # type: ignore[attr-defined]
     return call

@@ -4,7 +4,6 @@ room may import `data`, `methods`, `diffusion` and `core`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from instep.core.size import Size, as_size
-from instep.models.families import family_class, family_of
+from instep.models.families import family_of
+from instep.models.folder import INDEX, family_in, read_json
 
 __all__ = ["family_of", "load"]
 
@@ -29,19 +29,13 @@ def load(model: str | Path, size: Size | Sequence[int] | None = None, *, name: s
     size = None if size is None else as_size(size)
     folder = Path(model)
     name = name or folder.name
-    index = folder / "model_index.json"
-    if not index.is_file() and _class_of(folder / "transformer" / "config.json") == "DiTTransformer2DModel":
-        from instep.models.dit import DiTFamily
-
-        images = DiTFamily.load(folder, name=name, dtype=dtype)
+    family = family_in(folder)
+    if not (folder / INDEX).is_file():
+        images = cast("Family", family.load(folder, name=name, dtype=dtype))
         if size not in (None, images.size):
             raise ValueError(f"size: {size} is not allowed; {images.name} draws {images.size.height} x {images.size.width} images; leave the size out")
         return images
-    if not index.is_file():
-        raise ValueError(
-            f"model: {str(model)!r} is not a model folder ({index} is missing); give the path of a diffusers pipeline folder as save_pretrained writes it"
-        )
-    record = _export_record(folder)
+    record = read_json(folder / "instep_export.json")
     if record and record.get("sampler", "few-step") == "few-step":
         raise ValueError(
             f"model: {folder} is a few-step student ({len(record['levels'])} steps), which cannot serve as a many-step teacher; give the model it was made "
@@ -49,21 +43,7 @@ def load(model: str | Path, size: Size | Sequence[int] | None = None, *, name: s
         )
     if record and size is None:
         size = Size(**record["info"]["size"])
-    parts = {k: v for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[0] is not None}
-    missing = [part for part in parts if not (folder / part).is_dir()]
-    if missing:
+    parts = [part for part, entry in read_json(folder / INDEX).items() if isinstance(entry, list) and entry[0] is not None]
+    if missing := [part for part in parts if not (folder / part).is_dir()]:
         raise ValueError(f"model: {folder} lacks the part {missing[0]!r} that its model_index.json names; copy or download it again")
-    index_of = json.loads(index.read_text())
-    family = family_class(str(index_of.get("_class_name")), index_of)
     return cast("Family", family.load(folder, size, name=name, dtype=dtype))
-
-
-def _export_record(folder: Path) -> dict | None:
-    """What an export of ours says of itself; None of any other folder."""
-    file = folder / "instep_export.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _class_of(config: Path) -> str | None:
-    """The class that a diffusers config.json names; None without such a file."""
-    return json.loads(config.read_text()).get("_class_name") if config.is_file() else None

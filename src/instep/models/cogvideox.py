@@ -16,13 +16,31 @@ from instep.diffusion.path import VariancePreserving
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.family import skipped
 from instep.models.pipeline_family import PipelineFamily
-from instep.models.preset import Preset
+from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
 
 # what CogVideoXPipeline pads every prompt to; the padding is attended to, there is no mask
 STOCK_TEXT_LENGTH = 226
 # ours [B, C, F, H, W] in the order of the pipeline's latents, [B, F, C, H, W]; its own inverse
 AXES = (0, 2, 1, 3, 4)
+
+
+# DOLLAR writes guidance w as c + w (c - u): its 3.5 is 4.5 here. Its training steps 999, 749, 499, 249 are the levels
+COGVIDEOX = Preset(
+    source="model cards of THUDM/CogVideoX-2b and THUDM/CogVideoX-5b",
+    guidance=6.0,
+    sampler_steps=50,
+    micro_batch=1,
+    distillation=Distillation(
+        source="DOLLAR (Ding et al. 2024, arXiv 2412.15689), experimental setup: a model of CogVideoX's architecture, not CogVideoX itself, by VSD in 4 steps",
+        guidance=4.5,
+        levels=(1.0, 0.75, 0.5, 0.25),
+        shift=1.0,
+        student_lr=2e-5,
+        batch=8,
+        critic_updates=5,
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +129,7 @@ class CogVideoXFamily(PipelineFamily):
     axes: tuple[int, ...] = AXES
     passes_generator = True
     text_length = STOCK_TEXT_LENGTH
-    preset = Preset(source="CogVideoX-2b and CogVideoX-5b model cards", guidance=6.0, sampler_steps=50)
+    preset = COGVIDEOX
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)

@@ -16,6 +16,7 @@ from instep.core.size import Size
 from instep.models.families import family_class
 from instep.models.family import Dimensions
 from instep.models.pipeline_family import PipelineFamily
+from instep.models.preset import ModelSettings
 
 # published sizes: name -> the pipeline's class, and class and configuration of each part of its network (what is left out is the class's default)
 PUBLISHED: Mapping[str, tuple[str, Mapping[str, tuple[str, Mapping[str, Any]]]]] = {
@@ -41,6 +42,14 @@ class Outline:
     def dimensions(self, size: Size) -> Dimensions:
         """What memory and time at `size` follow from; ValueError where that was not counted for the architecture."""
         return self.family.dimensions_of(next(iter(self.parts.values())), size, self.vae)
+
+
+def settings_of_size(name: str) -> ModelSettings:
+    """The settings that are published for the model of a published size; ValueError for another name."""
+    if name not in PUBLISHED:
+        raise ValueError(f"model: {name!r} is not a published size; allowed: {', '.join(PUBLISHED)}")
+    kind, networks = PUBLISHED[name]
+    return ModelSettings(family_class(kind, networks).preset_of(next(iter(networks.values()))[1]), None)
 
 
 def meta_network(kind: str, config: Mapping[str, Any]) -> nn.Module:

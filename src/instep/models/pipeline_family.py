@@ -82,6 +82,16 @@ class PipelineFamily:
             pipe = kind.from_pretrained(folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, use_safetensors=True)
         return cls(pipe, size, name, str(folder))
 
+    @classmethod
+    def preset_of(cls, denoiser: Mapping[str, Any]) -> Preset:
+        """The published settings of the model whose denoiser has this configuration."""
+        return cls.preset
+
+    @classmethod
+    def shift_of(cls, scheduler: Mapping[str, Any]) -> float:
+        """The timestep shift of the model's own sampler, from its scheduler's configuration."""
+        return cls.shift
+
     def check_pipeline(self, pipe: Any) -> None:
         """Raises ValueError for a variant of the pipeline that this family cannot run."""
 

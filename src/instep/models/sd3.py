@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +15,55 @@ from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.models.family import Task, skipped
 from instep.models.pipeline_family import PipelineFamily
-from instep.models.preset import Preset
+from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
 
 # the pipeline's own limit of T5 tokens; CLIP's 77 tokens come before them, and the padding of both is attended to
 T5_TOKENS = 256
 
-SD3 = Preset(source="Stable Diffusion 3 medium model card", guidance=7.0, sampler_steps=28)
-SD35_MEDIUM = Preset(source="Stable Diffusion 3.5 medium model card", guidance=4.5, sampler_steps=40)
-SD35_LARGE = Preset(source="Stable Diffusion 3.5 large model card", guidance=3.5, sampler_steps=28)
+# DMDR's scripts: adapters on all attention projections (the student's of rank 64, the fake's of 32) on 24 devices
+DMDR = "DMDR's released code (github.com/vvvvvjdy/dmdr), train_t2i/sd3/scripts/multi_node/"
+SD3 = Preset(
+    source="model card of stabilityai/stable-diffusion-3-medium-diffusers",
+    guidance=7.0,
+    sampler_steps=28,
+    micro_batch=8,
+    distillation=Distillation(
+        source=DMDR + "cold_start_sd3.sh: 8 images on each of 24 devices, without an average",
+        guidance=7.0,
+        levels=(1.0, 0.9, 0.75, 0.5),
+        shift=3.0,
+        student_lr=1e-6,
+        fake_lr=5e-7,
+        betas=(0.9, 0.999),
+        student_weight_decay=0.01,
+        fake_weight_decay=0.0,
+        batch=192,
+        critic_updates=5,
+        lora_rank=64,
+    ),
+)
+SD35_MEDIUM = Preset(source="model card of stabilityai/stable-diffusion-3.5-medium", guidance=4.5, sampler_steps=40, micro_batch=1)
+SD35_LARGE = Preset(
+    source="model card of stabilityai/stable-diffusion-3.5-large",
+    guidance=3.5,
+    sampler_steps=28,
+    micro_batch=4,
+    distillation=Distillation(
+        source=DMDR + "cold_start_sd35.sh: 4 images on each of 24 devices, without an average",
+        guidance=4.0,
+        levels=(1.0, 0.9375, 0.8333333, 0.625),
+        shift=5.0,
+        student_lr=1e-6,
+        fake_lr=2e-8,
+        betas=(0.9, 0.999),
+        student_weight_decay=0.01,
+        fake_weight_decay=0.0,
+        batch=96,
+        critic_updates=5,
+        lora_rank=64,
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +98,17 @@ class SD3Family(PipelineFamily):
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
-        self.shift = float(pipe.scheduler.config.shift)
-        config = pipe.transformer.config
-        self.preset = SD3 if config.qk_norm is None else SD35_MEDIUM if config.dual_attention_layers else SD35_LARGE
+        self.shift = self.shift_of(pipe.scheduler.config)
+        self.preset = self.preset_of(pipe.transformer.config)
+
+    @classmethod
+    def preset_of(cls, denoiser: Mapping[str, Any]) -> Preset:
+        """3.5 normalises queries and keys, and 3.5 medium attends to the image twice in its first blocks."""
+        return SD3 if denoiser.get("qk_norm") is None else SD35_MEDIUM if denoiser.get("dual_attention_layers") else SD35_LARGE
+
+    @classmethod
+    def shift_of(cls, scheduler: Mapping[str, Any]) -> float:
+        return float(scheduler.get("shift", 1.0))
 
     def check_pipeline(self, pipe: Any) -> None:
         """Raises ValueError for a scheduler whose shift depends on the size: a student's levels are one list."""

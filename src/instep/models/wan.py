@@ -17,7 +17,7 @@ from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.models.family import ComfyUI, Dimensions, skipped
 from instep.models.pipeline_family import PipelineFamily, has_part
-from instep.models.preset import Preset
+from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
 from instep.models.wan_comfyui import WanComfyUI, comfyui_module
 from instep.models.wan_vae import decode_latents, encode_latents
@@ -61,17 +61,28 @@ class PaddedTextProcessor(WanAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
-# Wan 2.1 text-to-video: its card (50 steps, guidance 5) and the published few-step distillation of the 1.3B model (DMD2 as in Self-Forcing and DM-Align)
-WAN21 = Preset(
-    source="Wan 2.1 model card; DMD2 on Wan 2.1 1.3B as published with Self-Forcing",
-    guidance=5.0,
-    sampler_steps=50,
+# Self-Forcing writes guidance w as c + w (c - u): its 3 is 4 here
+WAN21_DMD = Distillation(
+    source="Self-Forcing-Plus (github.com/GoatWu/Self-Forcing-Plus), configs/self_forcing_14b_dmd.yaml: Wan 2.1 14B by DMD in 4 steps; the same values as in "
+    "Self-Forcing's configs/self_forcing_dmd.yaml for the 1.3B model",
+    guidance=4.0,
     levels=(1.0, 0.9375, 0.8333333, 0.625),
+    shift=5.0,
     student_lr=2e-6,
     fake_lr=4e-7,
     betas=(0.0, 0.999),
+    student_weight_decay=0.01,
+    fake_weight_decay=0.01,
     ema=0.99,
     batch=64,
+    critic_updates=5,
+)
+WAN21 = Preset(
+    source="model cards of Wan-AI/Wan2.1-T2V-1.3B-Diffusers and Wan-AI/Wan2.1-T2V-14B-Diffusers; defaults of diffusers' WanPipeline",
+    guidance=5.0,
+    sampler_steps=50,
+    distillation=WAN21_DMD,
+    micro_batch=1,
 )
 
 
@@ -86,11 +97,15 @@ class WanFamily(PipelineFamily):
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
-        self.shift = float(pipe.scheduler.config.get("flow_shift") or pipe.scheduler.config.get("shift") or 1.0)
+        self.shift = self.shift_of(pipe.scheduler.config)
 
     @classmethod
     def accepts(cls, parts: Mapping[str, Any]) -> bool:
         return not has_part(parts, "transformer_2")
+
+    @classmethod
+    def shift_of(cls, scheduler: Mapping[str, Any]) -> float:
+        return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
 
     def check_pipeline(self, pipe: Any) -> None:
         if getattr(pipe, "transformer_2", None) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,22 @@ from instep.diffusion.prediction import Condition
 from instep.models.family import ComfyUI
 from instep.models.pipeline_family import has_part
 from instep.models.preset import Preset
-from instep.models.wan import WanFamily
+from instep.models.wan import WAN21_DMD, WanFamily
+
+# the experts of high and of low noise are distilled with guidance 4 and 3, written as c + w (c - u): 5 and 4 here
+WAN22 = Preset(
+    source="model card of Wan-AI/Wan2.2-T2V-A14B-Diffusers: 40 steps, guidance 4 and 3, boundary 0.875",
+    guidance=4.0,
+    guidance_2=3.0,
+    sampler_steps=40,
+    distillation=replace(
+        WAN21_DMD,
+        source="Self-Forcing-Plus (github.com/GoatWu/Self-Forcing-Plus, branch wan22), configs/wan22_high.yaml and configs/wan22_low.yaml: each expert by DMD",
+        guidance=5.0,
+        guidance_2=4.0,
+    ),
+    micro_batch=1,
+)
 
 
 class Experts(nn.Module):
@@ -82,7 +98,7 @@ class Wan22Family(WanFamily):
 
     denoisers = ("transformer", "transformer_2")
     comfyui: ComfyUI | None = None
-    preset = Preset(source="Wan 2.2 T2V-A14B model card: 40 steps, guidance 4.0 and 3.0, boundary 0.875", guidance=4.0, guidance_2=3.0, sampler_steps=40)
+    preset = WAN22
 
     @classmethod
     def accepts(cls, parts: Mapping[str, Any]) -> bool:

@@ -19,7 +19,8 @@ from instep.data.prompt import Prompt, as_prompts
 from instep.diffusion.prediction import Condition
 from instep.models.borrow import compute_dtype
 from instep.models.family import ComfyUI, Task
-from instep.models.wan import WanCondition, WanFamily
+from instep.models.preset import Preset
+from instep.models.wan import WAN21_DMD, WanCondition, WanFamily
 from instep.models.wan_vae import normalise
 
 if TYPE_CHECKING:
@@ -27,6 +28,19 @@ if TYPE_CHECKING:
 
 # of the latents of first frames so many bytes are kept, in the computer's own memory: the oldest are made again
 KEPT_BYTES = 2**28
+
+
+WAN_I2V = Preset(
+    source="model card of Wan-AI/Wan2.1-I2V-14B-480P-Diffusers; defaults of diffusers' WanImageToVideoPipeline",
+    guidance=5.0,
+    sampler_steps=50,
+    distillation=replace(
+        WAN21_DMD,
+        source="Self-Forcing-Plus (github.com/GoatWu/Self-Forcing-Plus), configs/self_forcing_14b_i2v_dmd.yaml: Wan 2.1 I2V 14B by DMD in 4 steps",
+        ema=None,
+    ),
+    micro_batch=1,
+)
 
 
 @torch.no_grad()
@@ -71,6 +85,7 @@ class WanImageFamily(WanFamily):
     task: Task = "image-to-video"
     takes_first_frame = True
     comfyui: ComfyUI | None = None
+    preset = WAN_I2V
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)

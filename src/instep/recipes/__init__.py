@@ -1,5 +1,5 @@
 """Recipes: one file a paper, plain functions that return a `Recipe` and whose parameters are the command line's options. They may import `methods`, `diffusion`
-and `core`.
+and `core`; `defaults.py` reads the published settings of a model (`models/preset.py`).
 """
 
 from __future__ import annotations
@@ -8,10 +8,13 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from instep.core.user_code import load_function, source_identity
 from instep.methods.recipe import Recipe
+
+if TYPE_CHECKING:
+    from instep.models.preset import ModelSettings
 
 # name on the command line -> module and function; each recipe is imported only when it is used
 NAMES: dict[str, tuple[str, str]] = {
@@ -71,8 +74,8 @@ def _own(name: str) -> Callable[..., Recipe]:
     return function
 
 
-def as_recipe(given: Any, function: Callable[..., Any] | None = None, name: str | None = None) -> Recipe:
-    """Return `given` if it is a recipe; a recipe function is called with its defaults.
+def as_recipe(given: Any, function: Callable[..., Any] | None = None, name: str | None = None, settings: ModelSettings | None = None) -> Recipe:
+    """Return `given` if it is a recipe; a recipe function is called with its defaults, those that recipes share being the model's published `settings`.
 
     `function` is the function that returned it; `name` is its `module:function` if it is the user's own, and the recipe then records its `source`. Raises
     ValueError for anything else, and for a function that needs arguments.
@@ -83,11 +86,19 @@ def as_recipe(given: Any, function: Callable[..., Any] | None = None, name: str 
         needed = [p.name for p in inspect.signature(given).parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if needed:
             raise ValueError(f"recipe: the function {shown} was given, which needs {', '.join(needed)}; call it, {shown}({needed[0]}=...)")
-        given = given()
+        given = given() if settings is None else _called(given, settings)
     if not isinstance(given, Recipe):
         what = f"{name or function.__name__!r} returned {type(given).__name__}" if function is not None else f"{given!r} is not allowed"
         raise ValueError(f"recipe: {what}; a recipe function returns a Recipe, for example common.recipe(NAME, common.stage(...))")
     return given if name is None or function is None else dataclasses.replace(given, source=source_identity(function))
+
+
+def _called(function: Callable[..., Any], settings: ModelSettings) -> Any:
+    """Calls a recipe function with the model's published settings."""
+    from instep.recipes.defaults import common_of, with_settings
+
+    common = common_of(function)
+    return function() if common is None else function(common=with_settings(common, settings))
 
 
 def _article(noun: str) -> str:

@@ -10,8 +10,8 @@ from torch import nn
 
 from instep.models.family import Family
 
-# networks of more trained parameters are trained with activation checkpointing by default: without it their activations outgrow their weights
-CHECKPOINT_FROM = 500_000_000
+# networks of more parameters are trained with activation checkpointing by default, and in the micro-batches of their preset
+LARGE = 500_000_000
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -30,8 +30,9 @@ class Execution:
     dtype: Literal["bfloat16", "float32"] | None = None
     """What the networks compute in; default: bfloat16 on CUDA, else float32; a pipeline given as an object keeps its own."""
     micro_batch: int | None = None
-    """Most rows that go through the network, the decoder or the reward at once; default: all rows of a batch. A batch may be larger, and so may a group:
-    its rows are then computed a few at a time, for one more forward pass, with the same gradient."""
+    """Most rows that go through the network, the decoder or the reward at once; default: all rows of a batch, and of networks
+    of more than 500 million parameters as many as their preset says. A batch may be larger, and so may a group: its rows are then computed a few at a time,
+    for one more forward pass, with the same gradient."""
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """Activation checkpointing: less memory, one more forward pass; auto: on for networks of more than 500 million parameters."""
     offload: bool = False
@@ -68,7 +69,7 @@ class Execution:
 
     def checkpoints(self, network: nn.Module) -> bool:
         """Whether a network is trained with activation checkpointing."""
-        return self.checkpointing == "on" or (self.checkpointing == "auto" and sum(p.numel() for p in network.parameters()) > CHECKPOINT_FROM)
+        return self.checkpointing == "on" or (self.checkpointing == "auto" and is_large(network))
 
     def place(self, family: Family) -> Family:
         """The family on the run's device and in its precision; the one that is given stays as it is.
@@ -84,7 +85,12 @@ class Execution:
             )
         if device.type == "cuda" and (dtype or family.dtype) == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        return family.placed(device, dtype, self.micro_batch)
+        usual = family.preset.micro_batch if is_large(family.pretrained) else None
+        return family.placed(device, dtype, self.micro_batch or usual)
+
+
+def is_large(network: nn.Module) -> bool:
+    return sum(p.numel() for p in network.parameters()) > LARGE
 
 
 def modules_in(*objects: Any, depth: int = 3) -> list[nn.Module]:

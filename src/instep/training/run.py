@@ -21,6 +21,7 @@ from instep.diffusion.guidance import by_level
 from instep.methods.recipe import Recipe
 from instep.models.borrow import visiting
 from instep.models.family import Family
+from instep.models.preset import ModelSettings
 from instep.recipes import as_recipe
 from instep.rewards.base import Reward, as_reward
 from instep.rewards.decoded import make_reward_fn, make_reward_grad_fn, weights_of
@@ -89,7 +90,8 @@ def train(
 ) -> Run:
     """Trains `recipe` on `family` and exports the student; the same call resumes an interrupted run.
 
-    A recipe function is called with its defaults, a diffusers pipeline is wrapped in its family, one text is one prompt, a path is a file of prompts.
+    A recipe function is called with its defaults, where those that recipes share are the model's published settings (`family.preset`); a `Recipe` is taken as
+    it is. A diffusers pipeline is wrapped in its family, one text is one prompt, a path is a file of prompts.
     `prompts` are texts or `Prompt` values; `negative_prompt` is used by the teacher's guidance for prompts without one of their own.
     `reward` scores media [B, 3, F, H, W] in [0, 1] for their prompts; `real` are real samples (preferred ones for
     pair recipes; a discriminator without any uses samples of the teacher, which are made once and kept with the run);
@@ -101,8 +103,9 @@ def train(
     (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it.
     """
     out, options = Path(out), options or RunOptions()
-    recipe, prompts = as_recipe(recipe), with_negative(as_prompt_list(prompts), negative_prompt)
+    prompts = with_negative(as_prompt_list(prompts), negative_prompt)
     lent = as_family(family, options.execution.loading_dtype())
+    recipe = as_recipe(recipe, settings=ModelSettings(lent.preset, lent.shift))
     scored = as_reward(reward) if reward is not None else None
     if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
         real = pairs.preferred
