@@ -20,6 +20,7 @@ from instep.methods.recipe import AdamWConfig
 from instep.models.backbone import Backbone
 from instep.models.borrow import cast, compute_dtype, visiting
 from instep.models.families import family_of
+from instep.models.residency import Residency
 from instep.models.role import Role
 from instep.models.wan import WanFamily
 from instep.recipes.common import Common
@@ -117,8 +118,8 @@ def test_rewards_and_monitors_come_along_and_go_home(monkeypatch):
     home = [p.data_ptr() for module in modules_in(outer) for p in module.parameters()]
     asked = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: (asked.append(device), self.clone())[1])
-    with pytest.raises(KeyError), visiting(modules_in(outer), "elsewhere"):
-        assert not set(home) & {p.data_ptr() for module in modules_in(outer) for p in module.parameters()} and set(asked) == {"elsewhere"}
+    with pytest.raises(KeyError), visiting(modules_in(outer), "meta"):
+        assert not set(home) & {p.data_ptr() for module in modules_in(outer) for p in module.parameters()} and set(asked) == {torch.device("meta")}
         raise KeyError
     assert [p.data_ptr() for module in modules_in(outer) for p in module.parameters()] == home
 
@@ -291,6 +292,40 @@ def test_offloaded_masters_step_alike():
     assert torch.equal(one, two) and torch.equal(here.masters["p"], there.masters["p"]) and there.masters["p"].device.type == "cpu"
 
 
+@pytest.mark.parametrize("name", ["dmd2", "dm-align-group", "dollar", "flow-dpo", "magic"])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_offloaded_networks_compute_the_same(name, rank):
+    """Networks that take turns, with every pass computed again for its gradient: the same weights after an iteration of every stage."""
+    after = []
+    for offload in (False, True):
+        execution = Execution(offload=offload)
+        placed = execution.place(family())
+        recipe = small(name, lora_rank=rank)
+        state = state_of(recipe, placed, execution)
+        run_stages(recipe, state, batches_of(placed))
+        after.append({f"{role}.{key}": p for role, trained in state.trained.items() for key, p in trained.state().items()})
+    assert after[0].keys() == after[1].keys() and all(torch.equal(p, after[1][key]) for key, p in after[0].items())
+
+
+def test_one_network_is_on_the_device_at_a_time(monkeypatch):
+    trained, frozen = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    home = {id(net): net.weight.data for net in (trained, frozen)}
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: self.clone())
+    residency = Residency(torch.device("cpu"))
+    residency.use(trained)
+    there = trained.weight.data
+    assert there.data_ptr() != home[id(trained)].data_ptr()
+    with torch.no_grad():
+        trained.weight += 1
+    residency.use(trained)
+    assert trained.weight.data_ptr() == there.data_ptr(), "it stays while it is used"
+    residency.use(frozen)
+    assert trained.weight.data_ptr() == home[id(trained)].data_ptr() and torch.equal(trained.weight, there), "an update goes home too"
+    assert frozen.weight.data_ptr() != home[id(frozen)].data_ptr()
+    residency.clear()
+    assert frozen.weight.data_ptr() == home[id(frozen)].data_ptr()
+
+
 # rows
 
 
@@ -434,9 +469,9 @@ def test_no_forward_decode_or_reward_sees_more_rows_than_a_micro_batch(name, mic
     counted: Counted | None = None
     place = WanFamily.placed
 
-    def placed(self, *args):
+    def placed(self, *args, **kwargs):
         nonlocal counted
-        other = place(self, *args)
+        other = place(self, *args, **kwargs)
         seen = Counted(other)
         seen.most = counted.most if counted else seen.most
         counted = seen

@@ -19,14 +19,14 @@ def slices(n: int, size: int | None) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def by_rows(function: Callable[[slice], Any], n: int, size: int | None) -> list[Any]:
+def by_rows(function: Callable[[slice], Any], n: int, size: int | None, *, recompute: bool = False) -> list[Any]:
     """`function` of each slice of at most `size` of n rows.
 
-    With a graph, and more than one slice, a slice keeps its inputs alone: its activations are computed again during the backward pass, so that the graph of one
-    slice is alive at a time. This costs one more forward pass; outputs and gradients are those of all rows at once, up to rounding.
+    With a graph, and more than one slice (or `recompute`), a slice keeps its inputs alone: its activations are computed again during the backward pass, so that
+    the graph of one slice is alive at a time. This costs one more forward pass; outputs and gradients are those of all rows at once, up to rounding.
     """
     parts = slices(n, size)
-    if len(parts) == 1 or not torch.is_grad_enabled():
+    if (len(parts) == 1 and not recompute) or not torch.is_grad_enabled():
         return [function(rows) for rows in parts]
     return [checkpoint(function, rows, use_reentrant=False, preserve_rng_state=False) for rows in parts]
 

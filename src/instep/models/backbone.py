@@ -16,6 +16,7 @@ from instep.diffusion.prediction import Condition
 from instep.methods.recipe import LoRA
 from instep.models.borrow import compute_dtype
 from instep.models.embeddings import GuidanceEmbedding
+from instep.models.residency import Residency
 
 if TYPE_CHECKING:
     from instep.models.family import Family
@@ -58,10 +59,12 @@ class ActiveCall:
 class Backbone:
     """A network of a family that one or several roles run on."""
 
-    def __init__(self, family: Family, module: Any, *, checkpointing: bool = False, trained: Sequence[str] | None = None) -> None:
-        """`trained`: the parts of the network (of two experts) that roles on it own and adapt; None: all."""
-        self.family, self.module = family, module
-        self.dtype, self.device = compute_dtype(module), next(module.parameters()).device
+    def __init__(
+        self, family: Family, module: Any, *, checkpointing: bool = False, trained: Sequence[str] | None = None, residency: Residency | None = None
+    ) -> None:
+        """`trained`: the parts of the network (of two experts) that roles on it own and adapt; None: all. `residency`: takes the network to the device."""
+        self.family, self.module, self.residency = family, module, residency
+        self.dtype, self.device = compute_dtype(module), family.device
         self.trained = None if trained is None or set(trained) == set(family.denoisers) else tuple(trained)
         self._call: CallContext | None = None
         self._adapters: dict[str, LoRA] = {}
@@ -119,7 +122,7 @@ class Backbone:
         for layer in self._layers:
             for part in (layer.lora_A, layer.lora_B):
                 if name in part:
-                    part[name].to(self.device)
+                    part[name].to(layer.weight.device)
             layer.set_requires_grad(list(self._adapters), True)
 
     def _lora_targets(self) -> list[str] | str:

@@ -46,10 +46,11 @@ def borrowed_pipeline(pipe: Any) -> Any:
 @contextmanager
 def visiting(modules: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
     """Networks on `device` for as long as the context lasts; then they are where they were, without having been copied back."""
-    tensors = [p for module in modules for p in (*module.parameters(), *module.buffers())]
+    target = torch.device(device)
+    tensors = [p for module in modules for p in (*module.parameters(), *module.buffers()) if p.device != target]
     home = [p.data for p in tensors]
     for p in tensors:
-        p.data = p.data.to(device)
+        p.data = p.data.to(target)
     try:
         yield
     finally:

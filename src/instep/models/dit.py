@@ -112,13 +112,13 @@ class DiTFamily(PipelineFamily):
     def shift_of(cls, scheduler: Mapping[str, Any]) -> float:
         return float(scheduler.get("shift", 1.0))
 
-    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None) -> Self:
+    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False) -> Self:
         other = copy.copy(self)
         other.transformer = other._network = borrowed(self.transformer)
         if dtype is not None and dtype != self.dtype:
             cast(other.transformer, dtype)
-        other.transformer.to(device)
-        other.micro_batch = micro_batch
+        other.transformer.to("cpu" if offload else device)
+        other.micro_batch, other._device = micro_batch, torch.device(device)
         return other
 
     def fit_size(self, size: Size) -> tuple[int, ...]:
@@ -148,11 +148,11 @@ class DiTFamily(PipelineFamily):
             label[given] = self.labels([negatives[i] for i in given])
         return ClassCondition(label=label)
 
-    def decode_rows(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Tensor:
         media = (x + 1) / 2
         return media.expand(-1, 3, -1, -1) if media.shape[1] == 1 else media
 
-    def encode_rows(self, media: Tensor) -> Tensor:
+    def encode_media(self, media: Tensor) -> Tensor:
         """Media [B, 3, H, W] in [0, 1] to x [B, C, H, W]; of grey models the mean of the channels."""
         x = media * 2 - 1
         return x.mean(1, keepdim=True) if self.latent_shape[0] == 1 else x

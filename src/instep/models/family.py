@@ -88,7 +88,7 @@ class Family(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is, and with it samples and conditions."""
+        """Where the network computes, and with it samples and conditions are."""
         ...
 
     @property
@@ -96,10 +96,11 @@ class Family(Protocol):
         """What the network computes in."""
         ...
 
-    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None) -> Self:
+    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False) -> Self:
         """The same family with its network and VAE on `device`, the network in `dtype` (None: as it is); this one, and what was lent to it, stay as they are.
 
-        micro_batch: the most rows that go through the network or the VAE at once.
+        micro_batch: the most rows that go through the network or the VAE at once. offload: network and VAE stay in host memory and come to `device`, which is
+        the family's all the same, when they are used.
         """
         ...
 

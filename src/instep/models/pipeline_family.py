@@ -50,6 +50,7 @@ class PipelineFamily:
     passes_generator = False
     comfyui: ComfyUI | None = None
     micro_batch: int | None = None
+    _device: torch.device | None = None
     preset: Preset
     lora_targets: tuple[str, ...]
     shift: float = 1.0
@@ -118,29 +119,37 @@ class PipelineFamily:
 
     @property
     def device(self) -> torch.device:
-        return next(self._network.parameters()).device
+        return self._device or next(self._network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         return compute_dtype(self._network)
 
-    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None) -> Self:
+    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False) -> Self:
         other = copy.copy(self)
-        other.pipe, other.micro_batch = borrowed_pipeline(self.pipe), micro_batch
+        other.pipe, other.micro_batch, other._device = borrowed_pipeline(self.pipe), micro_batch, torch.device(device)
         parts = {name: getattr(other.pipe, name) for name in self.denoisers}
         for part in parts.values():
             if dtype is not None and dtype != self.dtype:
                 cast(part, dtype)
-            part.to(device)
-        other.pipe.vae.to(device)
+            part.to("cpu" if offload else device)
+        other.pipe.vae.to("cpu" if offload else device)
         other._network = other.join(parts)
         return other
 
     def decode(self, x: Tensor) -> Tensor:
-        return joined(lambda rows: self.decode_rows(x[rows]).to(x.dtype), len(x), self.micro_batch)
+        def decoded(rows: slice) -> Tensor:
+            with visiting([self.pipe.vae], x.device):
+                return self.decode_rows(x[rows]).to(x.dtype)
+
+        return joined(decoded, len(x), self.micro_batch)
 
     def encode_media(self, media: Tensor) -> Tensor:
-        return joined(lambda rows: self.encode_rows(media[rows]).to(media.dtype), len(media), self.micro_batch)
+        def encoded(rows: slice) -> Tensor:
+            with visiting([self.pipe.vae], media.device):
+                return self.encode_rows(media[rows]).to(media.dtype)
+
+        return joined(encoded, len(media), self.micro_batch)
 
     def decode_rows(self, x: Tensor) -> Tensor:
         """`decode` of as many rows as fit at once; the VAE's own dtype is allowed."""

@@ -66,7 +66,8 @@ class Role:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
         """A batch of more rows than the family's `micro_batch` is predicted a few rows at a time, with a graph too (see `core/rows.py`)."""
-        parts = by_rows(lambda rows: self._forward(x_t[rows], t[rows], cond[rows]), len(x_t), self.backbone.family.micro_batch)
+        residency = self.backbone.residency
+        parts = by_rows(lambda rows: self._forward(x_t[rows], t[rows], cond[rows]), len(x_t), self.backbone.family.micro_batch, recompute=residency is not None)
         raw, logit = parts[0] if len(parts) == 1 else (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
         assert raw is not None
         return replace(to_prediction(self.prediction_type, raw, self.backbone.family.path, x_t, t), logit=logit)
@@ -75,6 +76,8 @@ class Role:
         """The network's raw output, in the dtype that it computes in, and the logit of the head, if there is one."""
         family, module = self.backbone.family, self.backbone.module
         features: list[Tensor] | None = None if self.head is None else []
+        if self.backbone.residency is not None:
+            self.backbone.residency.use(module)
         with self.backbone.active_call(CallContext(self.adapter, self.scale, cond, self.exits, features, self.skips, self.guidance_embedding)):
             raw = family.forward(module, x_t.to(self.backbone.dtype), t, cond)
         if self.head is None or features is None:

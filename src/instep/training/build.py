@@ -14,6 +14,7 @@ from instep.methods.recipe import Recipe
 from instep.models.backbone import Backbone
 from instep.models.borrow import borrowed
 from instep.models.family import Family
+from instep.models.residency import Residency
 from instep.models.role import Role
 from instep.training.execution import Execution
 from instep.training.state import RewardFn, TrainedParams, TrainState
@@ -22,10 +23,11 @@ from instep.training.state import RewardFn, TrainedParams, TrainState
 def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution()) -> dict[str, Role]:
     """Builds every role of the recipe. Adapters and the frozen teacher share the family's weights; other roles get a copy. The family stays as it is."""
     trained, checkpointing = trained_parts(recipe, family), execution.checkpoints(family.pretrained)
-    shared = Backbone(family, borrowed(family.pretrained), checkpointing=checkpointing, trained=trained)
+    residency = Residency(family.device) if execution.offload else None
+    shared = Backbone(family, borrowed(family.pretrained), checkpointing=checkpointing, trained=trained, residency=residency)
     # copies come first: an adapter in the shared network would be copied too
     copies = {
-        name: Backbone(family, _copy(family, trained, config.optim is not None), checkpointing=checkpointing, trained=trained)
+        name: Backbone(family, _copy(family, trained, config.optim is not None), checkpointing=checkpointing, trained=trained, residency=residency)
         for name, config in recipe.roles.items()
         if config.lora is None and (config.optim is not None or config.copy)
     }

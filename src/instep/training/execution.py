@@ -36,7 +36,8 @@ class Execution:
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """Activation checkpointing: less memory, one more forward pass; auto: on for networks of more than 500 million parameters."""
     offload: bool = False
-    """Keep float32 weights, moments and averages in host memory and step them there; the VAE comes to the device only while it is used."""
+    """Keep float32 weights, moments and averages in host memory and step them there; networks and VAE take turns on the device. Slower: networks are moved,
+    and each forward pass with a graph is computed twice."""
     compile: bool = False
     """torch.compile of the network's repeated blocks: minutes at the start, faster steps."""
     attention: str | None = None
@@ -86,7 +87,7 @@ class Execution:
         if device.type == "cuda" and (dtype or family.dtype) == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         usual = family.preset.micro_batch if is_large(family.pretrained) else None
-        return family.placed(device, dtype, self.micro_batch or usual)
+        return family.placed(device, dtype, self.micro_batch or usual, offload=self.offload)
 
 
 def is_large(network: nn.Module) -> bool:
