@@ -37,10 +37,13 @@ def intro(result: Mapping[str, Any]) -> list[str]:
     first = result["measured"][0]
     case, versions = first["case"], first["versions"]
     software = {side: ", ".join(f"{name} {number}" for name, number in versions[side].items()) for side in versions}
-    loads = " and ".join(f"{low:.1f} to {high:.1f}" for low, high in (one["load"] for one in result["measured"]))
+    loads = ", then ".join(f"{before:.1f} and {after:.1f}" for before, after in (one["load"] for one in result["measured"]))
+    how = f"--launches {first['launches']} --rounds {first['rounds']}"
     return [
-        f"`python benchmarks/side_by_side.py --their-python PATH`, {result['date']}, {result['processor']}, one thread a process. Ours: {software[OURS[0]]}. "
-        f"Theirs: {software[THEIRS]}. {first['rounds']} interleaved rounds of {first['cycles_of_a_round']} cycles; load average {loads}.",
+        f"`python benchmarks/side_by_side.py --their-python PATH {how}`, {result['date']}, {result['processor']}, one thread a process. "
+        f"Ours: {software[OURS[0]]}. "
+        f"Theirs: {software[THEIRS]}. The processes were started anew {first['launches']} times, for {first['rounds']} interleaved rounds of "
+        f"{first['cycles_of_a_round']} cycles each. Load average before and after: {loads}.",
         "",
         f"A cycle is one student update and {case['critic_updates']} of the fake, for a student of {len(case['levels'])} steps and a teacher with guidance "
         f"{case['guidance']:g}. Both sides train the same Wan transformer ({case['layers']} blocks of width {case['width']}, random weights, float32) on "
@@ -89,18 +92,23 @@ def passes(one: Mapping[str, Any]) -> list[str]:
     return [
         *table,
         "",
-        "With fresh rollouts both sides make the same passes. Ours makes them in more and smaller calls: a sample leaves the batch at its exit, and a student's "
-        "sample takes its gradient there. What a call costs by itself therefore weighs more, the smaller network and batch are.",
+        "With fresh rollouts both sides make the same passes. Ours makes them in more and smaller calls: a sample leaves the batch at its exit, where it is "
+        "predicted with its graph. What a call costs by itself therefore weighs more, the smaller network and batch are.",
     ]
 
 
 def asked(measured: list[dict[str, Any]]) -> list[str]:
-    """Each figure that was asked for, with what was found at every batch size."""
-    table = ["| asked, as a share of theirs | at most | found, by batch | |", "|---" * 4 + "|"]
+    """Each figure that was asked for, with what was found at every batch size. A figure is held, or missed, if every round says so."""
+    batches = [one["case"]["batch"] for one in measured]
+    table = ["| asked, as a share of theirs | at most | " + " | ".join(f"found, batch {batch}" for batch in batches) + " |", "|---" * (2 + len(batches)) + "|"]
     for name, what, key, limit in ASKED:
-        found = {one["case"]["batch"]: one["rows"][name][key] for one in measured}
-        values = {batch: value["median"] if isinstance(value, Mapping) else value for batch, value in found.items()}
-        held = [value <= limit for value in values.values()]
-        word = "held" if all(held) else "held in part" if any(held) else "missed"
-        table.append(f"| {what} | {limit:g} | {', '.join(f'{batch}: {value:.3f}' for batch, value in values.items())} | {word} |")
+        found = (verdict(one["rows"][name][key], limit) for one in measured)
+        table.append(f"| {what} | {limit:g} | " + " | ".join(found) + " |")
     return table
+
+
+def verdict(value: float | Mapping[str, float], limit: float) -> str:
+    """`value` is a number, or a median with its smallest and largest round."""
+    spread = value if isinstance(value, Mapping) else {"median": value, "low": value, "high": value}
+    word = "held" if spread["high"] <= limit else "missed" if spread["low"] > limit else "rounds on both sides of it"
+    return f"{spread['median']:.3f} ({word})"

@@ -12,9 +12,9 @@ PyTorch build and the versions of this one:
     DIR/bin/python -m pip install -c constraints.txt nvidia-modelopt diffusers transformers accelerate peft
 
 Both sides train the same Wan transformer with random weights in float32 on one thread: the same batch, conditions, student levels, guidance, updates of
-the fake, re-noise levels, AdamW and clipping, without an averaged student. Each side is a process of its own; rounds are interleaved and their order
-rotates. Measured are the process CPU time of a cycle, the passes through each network (counted by hooks, outside the timed rounds), and the bytes
-of weights and optimiser states. Writes benchmarks/results/side_by_side.json.
+the fake, re-noise levels, AdamW and clipping, without an averaged student. Theirs runs in a process, ours in another; both are started anew several
+times, rounds are interleaved and their order rotates. Measured are the process CPU time of a cycle, the passes through each network (counted by hooks,
+outside the timed rounds), and the bytes of weights and optimiser states. Writes benchmarks/results/side_by_side.json.
 """
 
 from __future__ import annotations
@@ -130,28 +130,31 @@ def cycles_of_a_round(case: Case) -> int:
     return len(case.levels) // math.gcd(len(case.levels), 1 + case.critic_updates)
 
 
-def measure(case: Case, rounds: int, their_python: str | None) -> dict[str, Any]:
-    """Returns the case, its rounds, the load of the machine before and after, the versions, and one row for each variant.
+def measure(case: Case, launches: int, rounds: int, their_python: str | None) -> dict[str, Any]:
+    """Returns the case, how it was measured, the load of the machine before and after, the versions, and one row for each variant.
 
+    Every launch starts the processes anew, since one process can be faster than another of the same program by some hundredths, whatever its rounds are.
     The losses of the first cycles, which warm up, show that all variants train alike.
     """
     cycles, load = cycles_of_a_round(case), os.getloadavg()[0]
-    with workers(case, their_python) as made:
-        names = list(made)
-        losses = {name: made[name].ask("losses", name, cycles) for name in names}  # the warm-up
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                seconds[name].append(made[name].ask("time", name, cycles))
-        passes = {name: made[name].ask("passes", name, cycles) for name in names if name != "lora"}
-        # adapters share a network, where hooks cannot tell roles apart; they make the passes of full copies
-        passes["lora"] = passes["reused"]
-        sizes = {name: made[name].ask("memory", name) for name in names}
-        found = {name: made[name].ask("versions") for name in names if name in (THEIRS, OURS[0])}
-    base = THEIRS if THEIRS in names else None
-    rows = {name: row(seconds[name], passes[name], sizes[name], losses[name], base and (seconds[base], sizes[base])) for name in names}
-    loads = [round(load, 2), round(os.getloadavg()[0], 2)]
-    return {"case": asdict(case), "rounds": rounds, "cycles_of_a_round": cycles, "load": loads, "versions": found, "rows": rows}
+    names = [*OURS, THEIRS] if their_python else [*OURS]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for launch in range(launches):
+        with workers(case, their_python) as made:
+            losses = {name: made[name].ask("losses", name, cycles) for name in names}
+            for turn in range(rounds):
+                first = (launch * rounds + turn) % len(names)
+                for name in names[first:] + names[:first]:
+                    seconds[name].append(made[name].ask("time", name, cycles))
+            passes = {name: made[name].ask("passes", name, cycles) for name in names if name != "lora"}
+            sizes = {name: made[name].ask("memory", name) for name in names}
+            found = {name: made[name].ask("versions") for name in names if name in (THEIRS, OURS[0])}
+    # adapters share a network, where hooks cannot tell roles apart; they make the passes of full copies
+    passes["lora"] = passes["reused"]
+    base = (seconds[THEIRS], sizes[THEIRS]) if their_python else None
+    rows = {name: row(seconds[name], passes[name], sizes[name], losses[name], base) for name in names}
+    how = {"launches": launches, "rounds": rounds, "cycles_of_a_round": cycles, "load": [round(load, 2), round(os.getloadavg()[0], 2)]}
+    return {"case": asdict(case), **how, "versions": found, "rows": rows}
 
 
 def row(
@@ -187,8 +190,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=Case.width)
     parser.add_argument("--layers", type=int, default=Case.layers)
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 32], help="samples, measured one after the other; multiples of the student's 4 levels")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--smoke", action="store_true", help="the smallest case in one round; nothing is written")
+    parser.add_argument("--launches", type=int, default=4, help="how often the processes are started anew")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of a launch")
+    parser.add_argument("--smoke", action="store_true", help="the smallest case, one round; nothing is written")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -197,7 +201,8 @@ def main() -> None:
     if uneven := [batch for batch in args.batch if batch < 1 or batch % len(Case.levels)]:
         parser.error(f"--batch: {uneven[0]} is not allowed; it is a multiple of the student's {len(Case.levels)} levels, for example {Case.batch}")
     cases = [SMALLEST] if args.smoke else [replace(Case(), width=args.width, layers=args.layers, batch=batch) for batch in args.batch]
-    measured = [measure(case, 1 if args.smoke else args.rounds, args.their_python) for case in cases]
+    launches, rounds = (1, 1) if args.smoke else (args.launches, args.rounds)
+    measured = [measure(case, launches, rounds, args.their_python) for case in cases]
     result = {"date": datetime.date.today().isoformat(), "processor": processor(), "measured": measured}
     print(json.dumps(result, indent=2))
     if args.their_python and not args.smoke:

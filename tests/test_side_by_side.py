@@ -62,6 +62,14 @@ def test_an_uneven_batch_is_refused(benchmarks, monkeypatch, capsys):
     assert "--batch: 6 is not allowed" in capsys.readouterr().err
 
 
+def test_a_limit_is_held_or_missed_if_every_round_says_so(benchmarks):
+    from results_side_by_side import verdict
+
+    spread = {"median": 0.9, "low": 0.8, "high": 1.0}
+    assert [verdict(spread, limit) for limit in (1.0, 0.95, 0.79)] == ["0.900 (held)", "0.900 (rounds on both sides of it)", "0.900 (missed)"]
+    assert verdict(1.0, 1.0) == "1.000 (held)"
+
+
 def test_results_hold_what_was_measured(benchmarks):
     """Red where the measurement or its section changed: run `make results`."""
     from results_side_by_side import lines
