@@ -57,6 +57,7 @@ def test_an_uneven_batch_is_refused(benchmarks, monkeypatch, capsys):
     import side_by_side
 
     monkeypatch.setattr(sys, "argv", ["side_by_side.py", "--batch", "6"])
+    monkeypatch.setattr(side_by_side, "measure", lambda *args: pytest.fail("it was measured"))
     with pytest.raises(SystemExit):
         side_by_side.main()
     assert "--batch: 6 is not allowed" in capsys.readouterr().err
