@@ -31,7 +31,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 results: $(STAMP)  ## regenerates docs/results.md from what the benchmarks wrote
-	$(BIN)/python benchmarks/results.py
+	PYTHONPATH=tools $(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV)

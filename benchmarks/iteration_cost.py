@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import WanTransformer3DModel
+from random_wan import TEXT_WIDTH, random_transformer
 
 from instep.core.files import write_json
 from instep.data.prompt import Prompt, as_prompts
@@ -37,32 +37,12 @@ class RandomWan(WanFamily):
     """A Wan transformer with random weights and random text: what the time depends on, without a pipeline around it."""
 
     def __init__(self, width: int, layers: int, latent: tuple[int, ...], tokens: int) -> None:
-        torch.manual_seed(0)
-        self.transformer = WanTransformer3DModel(
-            num_attention_heads=width // 32,
-            attention_head_dim=32,
-            text_dim=32,
-            freq_dim=64,
-            ffn_dim=4 * width,
-            num_layers=layers,
-            in_channels=latent[0],
-            out_channels=latent[0],
-        ).eval()
-        self.transformer.requires_grad_(False)
+        self._network = random_transformer(width, layers, latent)
         self.name, self.path, self.latent_shape, self.shift, self.tokens = "random-wan", RectifiedFlow(), latent, 3.0, tokens
-
-    @property
-    def pretrained(self):
-        return self.transformer
-
-    def new_backbone(self):
-        import copy
-
-        return copy.deepcopy(self.transformer)
 
     def encode(self, prompts: Sequence[Prompt | str]) -> WanCondition:
         n = len(prompts)
-        return WanCondition(text=torch.ones(n, self.tokens, 32), bias=torch.zeros(n, self.tokens))
+        return WanCondition(text=torch.ones(n, self.tokens, TEXT_WIDTH), bias=torch.zeros(n, self.tokens))
 
     def unconditional(self, prompts: Sequence[Prompt | str]) -> WanCondition:
         return self.encode(prompts)

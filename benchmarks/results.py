@@ -13,6 +13,7 @@ import claims
 import results_apo
 import results_dollar
 import results_reinforce
+import results_side_by_side
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
 from results_class import class_lines
 from results_lab import lab_lines
@@ -263,6 +264,7 @@ def main() -> None:
         "",
         *plain("iteration_cost"),
         "",
+        *results_side_by_side.lines(),
         "## Memory",
         "",
         "`python benchmarks/memory.py`: peak resident memory of two iterations, less what the process held before.",
