@@ -254,6 +254,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
         ({"micro_batch": 0}, "micro_batch: 0 is not allowed; 1 or more rows"),
         ({"dtype": "float16"}, "dtype: 'float16' is not allowed; allowed: bfloat16, float32"),
         ({"checkpointing": True}, "checkpointing: True is not allowed; allowed: auto, on, off"),
+        ({"attention": "fastest"}, "attention: 'fastest' is not allowed; allowed: flash, .*_native_cudnn"),
         ({"device": "gpu"}, "device: 'gpu' is not allowed; cpu, cuda, cuda:1 or mps"),
         ({"device": "cuda:77"}, "device: cuda:77 is not there; this machine has"),
     ],
@@ -324,6 +325,41 @@ def test_one_network_is_on_the_device_at_a_time(monkeypatch):
     assert frozen.weight.data_ptr() != home[id(frozen)].data_ptr()
     residency.clear()
     assert frozen.weight.data_ptr() == home[id(frozen)].data_ptr()
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_compiled_blocks_compute_the_same(rank, monkeypatch):
+    """Traced, and run by PyTorch itself: with adapters, checkpointing and a condition that blocks read; no variant is left uncompiled."""
+    import torch._dynamo
+
+    from instep.training import execution as module
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(module, "COMPILE", {"backend": "eager"})
+    logs = []
+    for compiled in (False, True):
+        execution = Execution(compile=compiled, checkpointing="on")
+        placed = execution.place(WanFamily(tiny_wan_pipeline(layers=1), SIZE, name="tiny"))
+        recipe = small("dm-align-group", lora_rank=rank)
+        logs.append(run_stages(recipe, state_of(recipe, placed, execution), batches_of(placed)))
+    frames = torch._dynamo.utils.counters["frames"]
+    assert logs[0] == logs[1] and frames["ok"] == frames["total"] >= 4 and not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_attention_backend_is_that_of_the_run_alone(tmp_path):
+    from diffusers.models import attention_dispatch
+
+    before, seen = attention_dispatch._AttentionBackendRegistry.get_active_backend()[0], set()
+
+    def reward(media, prompts):
+        seen.add(attention_dispatch._AttentionBackendRegistry.get_active_backend()[0].value)
+        return media.mean((1, 2, 3, 4))
+
+    options = RunOptions(save_every=50, probe_every=50, execution=Execution(attention="_native_math"))
+    recipe = small("dm-align-group")
+    train(recipe, family(), out=tmp_path / "a", prompts=PROMPTS, reward=reward, options=options)
+    assert seen == {"_native_math", before.value} and attention_dispatch._AttentionBackendRegistry.get_active_backend()[0] == before
 
 
 # rows

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
@@ -53,6 +54,8 @@ class PaddedTextProcessor(WanAttnProcessor):
     def __init__(self, current: Callable[[], Condition | None]) -> None:
         super().__init__()
         self.current = current
+        # the backends that a run may choose take no additive mask
+        self._attention_backend = AttentionBackendName.NATIVE
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
         cond = self.current()

@@ -50,6 +50,8 @@ def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution(
             made[name] = Role(
                 name, copies.get(name, shared), exits=exits, head=config.head, prediction_type=config.prediction_type, guidance_range=config.guidance_range
             )
+    for backbone in (shared, *copies.values()):
+        execution.compile_blocks(family, backbone.module)
     return made
 
 

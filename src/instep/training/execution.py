@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +14,10 @@ from instep.models.family import Family
 
 # networks of more parameters are trained with activation checkpointing by default, and in the micro-batches of their preset
 LARGE = 500_000_000
+
+# variants of a compiled block: adapters, with and without a graph, sizes of a batch; torch's own limit is 8
+VARIANTS = 64
+COMPILE: dict[str, Any] = {}
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -52,6 +58,8 @@ class Execution:
             raise ValueError(f"dtype: {self.dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
         if self.device is not None:
             _check_device(self.device)
+        if self.attention is not None and self.attention not in (allowed := _attention_backends()):
+            raise ValueError(f"attention: {self.attention!r} is not allowed; allowed: {', '.join(allowed)}")
 
     @property
     def target(self) -> torch.device:
@@ -72,6 +80,27 @@ class Execution:
         """Whether a network is trained with activation checkpointing."""
         return self.checkpointing == "on" or (self.checkpointing == "auto" and is_large(network))
 
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """The attention backend, for everything inside."""
+        if self.attention is None:
+            yield
+            return
+        from diffusers.models.attention_dispatch import attention_backend
+
+        with attention_backend(self.attention):
+            yield
+
+    def compile_blocks(self, family: Family, network: nn.Module) -> None:
+        """Compiles the repeated blocks of a network, if the run is to. A block is compiled anew for each adapter, with and without a graph."""
+        if not self.compile:
+            return
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        for name, part in family.parts(network).items():
+            if not getattr(part, "_repeated_blocks", None):
+                raise ValueError(f"compile: the {name} of {family.name}, a {type(part).__name__}, has no repeated blocks to compile; leave the option out")
+            part.compile_repeated_blocks(**COMPILE)  # type: ignore[operator]
+
     def place(self, family: Family) -> Family:
         """The family on the run's device and in its precision; the one that is given stays as it is.
 
@@ -88,6 +117,13 @@ class Execution:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         usual = family.preset.micro_batch if is_large(family.pretrained) else None
         return family.placed(device, dtype, self.micro_batch or usual, offload=self.offload)
+
+
+def _attention_backends() -> list[str]:
+    """diffusers' names, without those that download a kernel."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return [backend.value for backend in AttentionBackendName if "hub" not in backend.value]
 
 
 def is_large(network: nn.Module) -> bool:

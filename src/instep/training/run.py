@@ -114,7 +114,7 @@ def train(
     device = options.execution.device_of(lent)
     with visiting(modules_in(scored, monitor), device):
         check_inputs(recipe, options.execution.place(lent), scored, real, prompts, pairs, start_from)
-    with run_lock(out), visiting(modules_in(scored, monitor), device):
+    with run_lock(out), visiting(modules_in(scored, monitor), device), options.execution.attending():
         write_manifest(out, recipe, lent, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
         if not guides(recipe) and any(prompt.negative for prompt in prompts):
             print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which ignores them")
