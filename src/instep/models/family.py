@@ -35,8 +35,8 @@ class Dimensions:
 class ComfyUI(Protocol):
     """How ComfyUI runs a family's models."""
 
-    def state_dict(self, denoiser: nn.Module) -> dict[str, Tensor]:
-        """A whole denoiser under the names that ComfyUI's loader reads."""
+    def parameter(self, key: str) -> str:
+        """The name that ComfyUI's loader reads for a parameter of the denoiser; ValueError for one that it has no name for."""
         ...
 
     def obstacle(self, pipe: Any) -> str | None:
@@ -133,7 +133,7 @@ class Family(Protocol):
         ...
 
     def pipeline(self, parts: Mapping[str, nn.Module], **others: Any) -> Any:
-        """A stock diffusers pipeline around `parts`, and `others` in place of further components."""
+        """A stock diffusers pipeline around `parts` themselves, and `others` in place of further components; nothing is copied."""
         ...
 
     def prepare(self, module: nn.Module, current: Callable[[], Condition | None]) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import Tensor
 
 from instep.core.files import write_json
+from instep.core.json_lines import read_rows
 from instep.core.lock import run_lock
+from instep.core.unusable import Unusable
 from instep.data.prompt import Prompt, with_negative
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.guidance import by_level
@@ -28,7 +31,8 @@ from instep.training import checkpoint, saved, stop
 from instep.training.batches import BatchSource
 from instep.training.build import averaged, make_state
 from instep.training.checks import check_inputs
-from instep.training.finish import export_role, fits_stock
+from instep.training.finish import check_student, export_role, fits_stock
+from instep.training.finite import SkippedSteps, WatchedDenoiser, check_state, of_finite_samples, way_out
 from instep.training.health import Finding, HealthMonitor
 from instep.training.inputs import as_family, as_prompt_list
 from instep.training.log import RunLog, Tracker
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 
     from instep.models.role import Role
 
+BROKEN = "the student's samples hold values that are not finite"
 # steps of the teacher's own sampler where a recipe needs samples of it
 TEACHER_STEPS = 50
 
@@ -93,7 +98,8 @@ def train(
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
     log.jsonl and TensorBoard; `known_teacher` gives the teacher's probe metrics if they were measured before. Raises ValueError before training if an
     input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself
-    (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it.
+    (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it. Raises Unusable for a run whose weights or
+    samples are no longer finite: it keeps its newest good checkpoint and exports nothing.
     """
     recipe, prompts, family = as_recipe(recipe), with_negative(as_prompt_list(prompts), negative_prompt), as_family(family)
     out, options = Path(out), options or RunOptions()
@@ -102,7 +108,7 @@ def train(
         real = pairs.preferred
     real = real and replace(real, prompts=with_negative(real.prompts, negative_prompt))
     pairs = pairs and replace(pairs, prompts=with_negative(pairs.prompts, negative_prompt))
-    check_inputs(recipe, family, scored, real, prompts, pairs, start_from)
+    check_inputs(recipe, family, scored, real, prompts, pairs, start_from, export_to=out / "student")
     with run_lock(out):
         write_manifest(out, recipe, family, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
         if not guides(recipe) and any(prompt.negative for prompt in prompts):
@@ -111,11 +117,12 @@ def train(
             recipe,
             family,
             options.seed,
-            make_reward_fn(family, scored),
-            make_reward_grad_fn(family, scored),
+            of_finite_samples(make_reward_fn(family, scored)),
+            of_finite_samples(make_reward_grad_fn(family, scored)),
             checkpointing=options.checkpointing,
             weights=weights_of(scored),
         )
+        check_student(cast("Role", state.roles["student"]))
         stored = None
         if "stored" in recipe.needs or ("real" in recipe.needs and real is None):
             stored = teacher_samples(
@@ -181,6 +188,7 @@ class Loop:
         self.stop: str | None = None
         self.reference: dict[str, float] = {}
         self.found: Finding | None = None  # the finding that stops the run
+        self.skipped = SkippedSteps()
         self.probed: list[stop.Probed] = []
         self.stopped: stop.Stopped | None = None
 
@@ -192,6 +200,7 @@ class Loop:
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
         log = RunLog(self.out, resume_step=state.step, tracker=self.tracker)
         health = HealthMonitor(self.out, resume_step=state.step, recipe=self.recipe)
+        self.skipped = SkippedSteps(read_rows(self.out / "log.jsonl") if state.step else ())
         self.probed, self.found = stop.probed(self.out), stop.open_finding(self.out, self.options.stop_on)
         try:
             with log.progress(total, initial=state.step):
@@ -213,14 +222,26 @@ class Loop:
     def _one(self, log: RunLog, health: HealthMonitor) -> None:
         stage, progress = self.recipe.at(self.state.step)
         cpu, wall = time.process_time(), time.perf_counter()
-        row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress)}
+        try:
+            row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress)}
+        except Unusable as error:
+            self._give_up(str(error))
         row |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
         step = self.state.step
+        self.skipped.row(step, row)
         if step % self.options.probe_every == 0 or step in self.recipe.stage_ends():
             self._probe(log, health, row)
         else:
             self._note(log, health, row)
+        if self.found is None and (what := self.skipped.too_many()):
+            self._give_up(what)
         self._save_if_due()
+
+    def _give_up(self, what: str) -> NoReturn:
+        """Raises Unusable; checkpoints that may hold what is not finite are removed, and the newest good one is kept."""
+        folder = self.out / "checkpoints"
+        checkpoint.drop_after(folder, self.skipped.bad_from(self.state.step) - 1)
+        raise Unusable(f"run: {what} at step {self.state.step}, and the run ends; {way_out(self.out, checkpoint.latest(folder))}")
 
     def _save_if_due(self) -> None:
         """Saves a checkpoint at intervals and, with `stop_on`, at every probe that is the best so far; never at the finding that stops the run."""
@@ -254,8 +275,14 @@ class Loop:
         if not self.reference:
             self.reference = self._teacher_metrics()
         stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
+        watched = WatchedDenoiser(self.state.roles["student"])
         with averaged(self.state.trained["student"]):
-            metrics, _ = self.probe.student(self.state.roles["student"], self.recipe.sampling_at(self.state.step))
+            try:
+                metrics, _ = self.probe.student(watched, self.recipe.sampling_at(self.state.step))
+            except ValueError as error:  # a reward of samples that are not finite
+                if watched.finite:
+                    raise
+                self._give_up(f"{BROKEN} ({error})")
             if self.state.step in (0, *self.recipe.stage_ends()):
                 prompts = few_of(self.probe.prompts, 6)
                 views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)
@@ -265,6 +292,8 @@ class Loop:
         # counted as saved: `_save_if_due` saves it unless it stops the run
         self.probed.append(stop.Probed(self.state.step, metrics.get("monitor_both"), True, metrics["diversity"]))
         self._note(log, health, row)
+        if self.found is None and not (watched.finite and math.isfinite(metrics["mean_brightness"])):
+            self._give_up(BROKEN)
 
     def _note(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
         """Logs a row and prints new health findings."""
@@ -285,7 +314,12 @@ class Loop:
 
     def save(self) -> None:
         kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()))
-        checkpoint.save(self.out / "checkpoints", self.state.step, saved.contents(self.state, self.source), keep=self.options.keep, protect=kept)
+        contents = saved.contents(self.state, self.source)
+        try:
+            check_state(contents)
+        except Unusable as error:
+            self._give_up(str(error))
+        checkpoint.save(self.out / "checkpoints", self.state.step, contents, keep=self.options.keep, protect=kept)
 
     def restore(self, start_from: Path | str | None) -> None:
         """Loads this run's newest intact checkpoint or, without any checkpoint, the roles of `start_from`. Raises ValueError if all are damaged."""
@@ -294,6 +328,7 @@ class Loop:
             saved.load(self.state, self.source, checkpoint.load(own))
         elif start_from is not None:
             saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
+        check_state(saved.contents(self.state, self.source))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop is not None:
