@@ -139,15 +139,15 @@ def draw_latents(
     pipe = load_pipeline(folder, device, {} if dtype else unchanged(family, device))
     there = family.with_pipe(pipe, family.size)
     stock = draw(stock_sampler(there, pipe, len(levels)), there, prompts, device)
-    sampler = our_sampler(there, there.pretrained, levels)
-    own = draw(sampler, there, prompts, device)
+    own = draw(our_sampler(there, there.pretrained, levels), there, prompts, device)
     if narrow is None:
         return Latents(stock, own)
     # exact: float32 holds every value of the narrow weights
     for name, part in there.parts(there.pretrained).items():
         for key, p in part.named_parameters():
             p.data = p.data.to(narrow[name][key])
-    return Latents(stock, own, draw(sampler, there, prompts, device))
+    # with the text encoder in memory, too: nothing but the network is the folder's
+    return Latents(stock, own, draw(our_sampler(family, there.pretrained, levels), family, prompts, device))
 
 
 def unchanged(family: Family, device: torch.device) -> dict[str, nn.Module]:

@@ -121,7 +121,7 @@ class Family(Protocol):
         ...
 
     def new_backbone(self, trained: Sequence[str] | None = None) -> nn.Module:
-        """A copy of the pretrained network for a role of its own, in eval mode; parts that are not in `trained` (None: all are) are shared, not copied."""
+        """A copy of the pretrained network for a role of its own, in eval mode; parts that are not in `trained` (None: all are) share its weights."""
         ...
 
     def parts(self, network: nn.Module) -> dict[str, nn.Module]:

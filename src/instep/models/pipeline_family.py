@@ -17,6 +17,7 @@ from instep.core.size import Size, as_size
 from instep.data.prompt import Prompt, as_prompts, negatives_of
 from instep.diffusion.path import Path, RectifiedFlow
 from instep.diffusion.prediction import Condition, PredictionType
+from instep.models.adapters import plain_network
 from instep.models.family import ComfyUI, Dimensions, Task
 from instep.models.preset import Preset
 
@@ -111,7 +112,7 @@ class PipelineFamily:
 
     def new_backbone(self, trained: Sequence[str] | None = None) -> nn.Module:
         chosen = self.denoisers if trained is None else trained
-        return self.join({name: copy.deepcopy(part).eval() if name in chosen else part for name, part in self.parts(self._network).items()})
+        return self.join({name: copy.deepcopy(part).eval() if name in chosen else plain_network(part) for name, part in self.parts(self._network).items()})
 
     def parts(self, network: nn.Module) -> dict[str, nn.Module]:
         (name,) = self.denoisers
