@@ -198,7 +198,7 @@ def _compared(
     sampler = difference(drawn.stock, drawn.folder)
     student = difference(drawn.stock, mine) if drawn.narrow is None else difference(drawn.narrow, mine)
     check_differences(sampler, student, float(drawn.stock.abs().max()), stored=dtype or memory, memory=memory)
-    if torch.float16 in (dtype, memory):
+    if (dtype or memory) == torch.float16:
         _check_stock(folder, family, prompts, len(levels), 1.0, mine.device, torch.float16)
     return sampler, student
 

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from instep.core.unusable import Unusable, named
 from instep.diffusion.prediction import Condition, Denoiser, Prediction
+from instep.training import checkpoint
 from instep.training.history import Row
 from instep.training.state import RewardFn
 
 # Iterations in a row in which all steps of a role were skipped. A batch whose gradient is not finite is followed by one that is; weights that give none
 # give none again, because they no longer change
 SKIPPED = 10
+BROKEN = "the student's samples hold values that are not finite"
 
 
 class SkippedSteps:
@@ -46,6 +48,11 @@ class SkippedSteps:
         """The first step whose weights are not known to be good, where those of `step` are bad: a gradient that was finite speaks for those before it."""
         return min((step, *self.since.values()))
 
+    def good(self, out: Path) -> tuple[int, ...]:
+        """The newest checkpoint from before steps were skipped, where they are: those that are saved now may turn out to be bad."""
+        older = (step for path in checkpoint.every(out / "checkpoints") if (step := checkpoint.step_of(path)) < self.bad_from(self.step))
+        return tuple(older)[:1] if self.since else ()
+
 
 class WatchedDenoiser:
     """A denoiser that notes whether all of its predictions were finite."""
@@ -66,20 +73,23 @@ def of_finite_samples(reward_fn: RewardFn | None) -> RewardFn | None:
 
     def score(x: Tensor, prompts: Any) -> Tensor:
         if not bool(x.isfinite().all()):
-            raise Unusable("the student's samples hold values that are not finite")
+            raise Unusable(BROKEN)
         return reward_fn(x, prompts)
 
     return score
 
 
-def way_out(out: Path, newest: Path | None) -> str:
-    """What the user of a run that has ended can do; `newest` is its newest good checkpoint."""
-    lower = "--student.lr LOWER (and --fake.lr, if it is the fake's)"
+def ended(what: str, out: Path, step: int, skipped: SkippedSteps) -> Unusable:
+    """The error of a run that ends at `step`, with what the user can do. Checkpoints that may be bad are removed, and the newest good one is kept."""
+    folder, lower = out / "checkpoints", "--student.lr LOWER (and --fake.lr, if it is the fake's)"
+    checkpoint.drop_after(folder, skipped.bad_from(step) - 1)
+    newest = checkpoint.latest(folder)
+    ends = f"run: {what} at step {step}, and the run ends; nothing was exported, and "
     if newest is None:
-        return f"it has no good checkpoint, and nothing was exported; begin anew in another folder with a lower learning rate, --out NEW {lower}"
-    return (
-        f"{newest} is its newest good checkpoint, and nothing was exported; the same command goes on from there and comes to the same end, because the "
-        f"learning rate belongs to the run: begin another from it with a lower one, --start-from {out} --out NEW {lower}"
+        return Unusable(f"{ends}it has no good checkpoint; begin anew in another folder with a lower learning rate, --out NEW {lower}")
+    return Unusable(
+        f"{ends}{newest} is its newest good checkpoint; the same command goes on from there and comes to the same end, because the learning rate belongs to "
+        f"the run: begin another from it with a lower one, --start-from {out} --out NEW {lower}"
     )
 
 

@@ -32,7 +32,7 @@ from instep.training.batches import BatchSource
 from instep.training.build import averaged, make_state
 from instep.training.checks import check_inputs
 from instep.training.finish import check_student, export_role, fits_stock
-from instep.training.finite import SkippedSteps, WatchedDenoiser, check_state, of_finite_samples, way_out
+from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended, of_finite_samples
 from instep.training.health import Finding, HealthMonitor
 from instep.training.inputs import as_family, as_prompt_list
 from instep.training.log import RunLog, Tracker
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
     from instep.models.role import Role
 
-BROKEN = "the student's samples hold values that are not finite"
 # steps of the teacher's own sampler where a recipe needs samples of it
 TEACHER_STEPS = 50
 
@@ -238,10 +237,8 @@ class Loop:
         self._save_if_due()
 
     def _give_up(self, what: str) -> NoReturn:
-        """Raises Unusable; checkpoints that may hold what is not finite are removed, and the newest good one is kept."""
-        folder = self.out / "checkpoints"
-        checkpoint.drop_after(folder, self.skipped.bad_from(self.state.step) - 1)
-        raise Unusable(f"run: {what} at step {self.state.step}, and the run ends; {way_out(self.out, checkpoint.latest(folder))}")
+        """Raises Unusable; the newest good checkpoint is kept."""
+        raise ended(what, self.out, self.state.step, self.skipped)
 
     def _save_if_due(self) -> None:
         """Saves a checkpoint at intervals and, with `stop_on`, at every probe that is the best so far; never at the finding that stops the run."""
@@ -313,7 +310,7 @@ class Loop:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def save(self) -> None:
-        kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()))
+        kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()), *self.skipped.good(self.out))
         contents = saved.contents(self.state, self.source)
         try:
             check_state(contents)
