@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from instep.data.prompt import Prompt
 from instep.diffusion.bands import Band, bands_of
@@ -113,19 +113,15 @@ def make_state(
 
 @contextmanager
 def averaged(trained: TrainedParams) -> Iterator[None]:
-    """Swaps in the averaged weights for sampling and export; the live weights are restored bit for bit."""
+    """Swaps in the averaged weights for sampling and export; the live weights are restored bit for bit. Nothing is copied where both are float32."""
     if trained.ema is None:
         yield
         return
-    live = {key: p.detach().clone() for key, p in trained.parameters.items()}
-    _fill(trained, trained.ema)
+    live = {key: p.data for key, p in trained.parameters.items()}
+    for key, p in trained.parameters.items():
+        p.data = trained.ema[key].to(p)
     try:
         yield
     finally:
-        _fill(trained, live)
-
-
-@torch.no_grad()
-def _fill(trained: TrainedParams, values: dict[str, Tensor]) -> None:
-    for key, p in trained.parameters.items():
-        p.copy_(values[key])
+        for key, p in trained.parameters.items():
+            p.data = live[key]
