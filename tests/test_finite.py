@@ -179,6 +179,7 @@ def test_adapters_that_could_not_be_exported_are_refused_before_the_first_step(t
     student_of(fam, True)
     with pytest.raises(ValueError, match="network: it carries LoRA layers"):
         begin(tmp_path / "run", fam)
+    assert not (tmp_path / "run").exists(), "nothing was begun"
     odd = family()
     odd.lora_targets = ("patch_embedding",)
     with pytest.raises(ValueError, match="'patch_embedding' has no name in ComfyUI"):
@@ -302,8 +303,9 @@ def test_samples_that_are_not_finite_end_a_run_and_the_reward_is_not_blamed(tmp_
     assert set(steps(out)) <= {1} and not (out / "student").exists()
 
 
-def test_a_probe_of_samples_that_are_not_finite_ends_a_run(tmp_path, poisoned):
-    """The average is infinitely large beside weights that are not: only the probe samples it."""
+@pytest.mark.parametrize("rewarded", [False, True])
+def test_a_probe_of_samples_that_are_not_finite_ends_a_run(tmp_path, poisoned, rewarded):
+    """The average is far too large beside weights that are not: only the probe samples it. A reward that cannot score such samples is not blamed."""
 
     def loud(state):
         for p in state.trained["student"].ema.values():
@@ -311,8 +313,9 @@ def test_a_probe_of_samples_that_are_not_finite_ends_a_run(tmp_path, poisoned):
 
     poisoned(1, loud)
     out = tmp_path / "run"
-    with pytest.raises(Unusable, match="samples hold values that are not finite at step 2, and the run ends; .*step-000001 is its newest good"):
-        train(dmd2(SHORT, iterations=6), family(), out=out, prompts=PROMPTS, options=EVERY)
+    recipe = dm_align_group(SHORT, distil=0, iterations=6, group=2, top_n=1) if rewarded else dmd2(SHORT, iterations=6)
+    with pytest.raises(Unusable, match="samples hold values that are not finite.* at step 2, and the run ends; .*step-000001 is its newest good"):
+        train(recipe, family(), out=out, prompts=PROMPTS, reward=brightness if rewarded else None, options=EVERY)
     assert steps(out) == [1]
 
 
