@@ -205,7 +205,7 @@ def test_what_one_step_or_no_pipeline_cannot_do_is_refused(tmp_path, family):
     with pytest.raises(ValueError, match="1-step student has no stochastic step"):
         dmdr(ONE, warm=0, iterations=1, group=2, rl="grpo")
     many = flow_grpo(ManySteps(steps=3, batch=4), iterations=1, group=2)
-    with pytest.raises(ValueError, match="has no stock pipeline, and flow-grpo leaves a many-step model"):
+    with pytest.raises(ValueError, match="has no stock pipeline, and this recipe leaves a many-step model"):
         train(many, family, out=tmp_path / "run", prompts=DIGIT_NAMES, reward=Bright(), options=RunOptions())
 
 

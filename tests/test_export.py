@@ -17,7 +17,7 @@ from instep.export.scheduler import flow_scheduler
 from instep.export.verify import our_sampler
 from instep.models.adapters import merge_lora
 from instep.models.wan import WanFamily
-from instep.models.wan_comfyui import comfyui_levels, comfyui_module, comfyui_shift, comfyui_state_dict
+from instep.models.wan_comfyui import comfyui_levels, comfyui_module, comfyui_parameter, comfyui_shift
 
 torch.set_num_threads(1)
 
@@ -361,7 +361,7 @@ def test_whole_checkpoint_names_survive_diffusers_own_converter():
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     transformer = tiny_wan_pipeline().transformer
-    original = comfyui_state_dict(transformer)
+    original = {comfyui_parameter(key): value for key, value in transformer.state_dict().items()}
     assert {
         "head.modulation",
         "blocks.0.modulation",

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from instep.cli.parse import parse, recipe_args, recipe_name
+from instep.core.unusable import Unusable
 
 USAGE = """instep: few-step diffusion models, distilled and aligned in one training loop
 
@@ -29,7 +30,9 @@ Help on one: instep train RECIPE --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status. A user's error is one line on stderr, not a traceback; a closed pipe (`| head`) is not reported."""
+    """Runs a command and returns the exit status: 2 for a user's error, 1 for a result that cannot be used. Both are one line on stderr, not a traceback; a
+    closed pipe (`| head`) is not reported.
+    """
     try:
         try:
             return _main(list(sys.argv[1:] if argv is None else argv))
@@ -70,7 +73,7 @@ def _main(args: list[str]) -> int:
         if isinstance(error, BrokenPipeError) or os.environ.get("INSTEP_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, Unusable) else 2
 
 
 def _train(args: Sequence[str]) -> int:

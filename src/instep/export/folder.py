@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from instep.core.files import atomic_dir
-from instep.core.quiet import quiet
 from instep.core.size import Size
+from instep.core.tensor_file import Entry, file_parts, write_parts
+from instep.data.prompt import Prompt
 from instep.diffusion.sampling import Sampling
 from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, many_step_card, model_card
+from instep.export.limits import check_differences
 from instep.export.lora import lora_files, save_loras
-from instep.export.scheduler import few_step_scheduler
-from instep.export.verify import Sampler, our_sampler, verify_export
-from instep.models.adapters import has_adapter, merge_lora, plain_copy, without_adapters
-from instep.models.family import ComfyUI, Family
+from instep.export.rules import RECORD, check_adapter, check_dtype, check_sampler, check_target
+from instep.export.verify import (
+    EARLIER,
+    Sampler,
+    check_samples,
+    difference,
+    draw,
+    draw_latents,
+    load_pipeline,
+    our_sampler,
+    stock_sampler,
+    unchanged,
+)
+from instep.export.weights import FORMAT, Finite, entries_of, stored_dtype, write_pipeline
+from instep.models.adapters import Weight, plain_network
+from instep.models.family import Family
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-RECORD = "instep_export.json"
 COMFYUI_MODEL = "comfyui_diffusion_model.safetensors"
+NARROW = (torch.float16, torch.bfloat16)
+# of the sample that shows whether a many-step student's are finite
+FEW = 2
+Weights = Mapping[str, Mapping[str, Weight]]
 
 
 @dataclass(frozen=True)
@@ -62,44 +73,44 @@ def export_student(
     adapter: str | None = None,
     dtype: torch.dtype | None = None,
     ours: Sampler | None = None,
+    size: Size | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Writes a folder that `DiffusionPipeline.from_pretrained(out)` loads, with card, LoRA files and (where ComfyUI has the model) a workflow, and checks it.
 
     network: the student's, of `family`; neither it nor the family's pipeline is changed, and the pipeline's other parts are saved too. adapter: the PEFT
-    adapter on `network` that is the student; the folder's networks then have it merged. dtype: float16, float32 or None to keep. ours: the training-side
-    sampler to compare with, at info.size (None: our sampler around the weights in memory, at a small size). The folder appears at once, complete, or not at
-    all. Raises ValueError if `out` holds something that is not an earlier export and `overwrite` is not set, or if the levels cannot be represented.
+    adapter on `network` that is the student; the folder's networks then have it merged. dtype: float16, bfloat16, float32 or None to keep. ours: the
+    training-side sampler to compare with, at `size` (None: info.size); None: our sampler around the weights in memory, at a small size. The folder appears at
+    once, complete, or not at all.
+
+    Writing takes the memory of one tensor. The check then loads the folder's networks in float32 (`draw_latents`), and without `ours` an adapter is
+    merged into a copy before that. Raises ValueError for what `export/rules.py` refuses, and Unusable for weights or samples that are not finite and
+    for samples that differ more than `export/limits.py` allows.
     """
     out, levels = Path(out), tuple(float(t) for t in levels)
-    _check_dtype(dtype)
-    _check_target(out, overwrite)
-    scheduler = few_step_scheduler(family.path, levels, family.prediction_type)
-    parts = merged_parts(family, network, adapter)
-    exported = _pipeline(family, parts, scheduler, dtype)
-    device = next(network.parameters()).device
+    check_dtype(dtype)
+    check_target(out, overwrite)
+    scheduler = check_sampler(family, Sampling(levels))
+    weights = check_adapter(family, network, adapter)
+    check = family.at((size or info.size) if ours else small_size(family, info))
+    prompts, device = [info.example_prompt, replace(info.example_prompt, text="")], next(network.parameters()).device
+    mine = draw(ours or our_sampler(check, family.join(_plain(family, network, adapter)), levels), check, prompts, device)
     with atomic_dir(out, "export") as temporary:
-        with quiet():
-            exported.save_pretrained(temporary, safe_serialization=True)
+        pipe = family.pipeline(family.parts(network), scheduler=scheduler)
+        write_pipeline(temporary, pipe, weights, dtype)
         keys = save_loras(family, network, temporary, adapter, dtype) if adapter else []
         (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2))
-        small = family.smallest()
-        if family.takes_first_frame:  # a first frame has the shape that it has
-            small = Size(info.size.height, info.size.width, small.frames)
-        check = family.at(info.size if ours else small)
-        prompts = (info.example_prompt, replace(info.example_prompt, text=""))
-        in_memory = ours or our_sampler(check, family.join(parts), levels)
-        student_difference = verify_export(temporary, in_memory, family=check, prompts=prompts, size=check.size, device=device)
+        sampler_difference, student_difference = _compared(temporary, check, prompts, levels, mine, weights, dtype)
         shift, off = family.comfyui.shift(levels) if family.comfyui else (None, None)
         measured = Measured(
-            sampler_difference=verify_export(temporary, levels, family=check, prompts=prompts, size=check.size, device=device),
+            sampler_difference=sampler_difference,
             student_difference=student_difference,
             comfyui_shift=shift,
             comfyui_difference=off,
             comfyui_obstacle=family.comfyui.obstacle(family.pipe) if family.comfyui else None,
             lora=adapter is not None,
-            dtype=_stored_dtype(getattr(exported, family.denoisers[0])),
-            pipeline=type(exported).__name__,
+            dtype=str(_stored(family, network, weights, dtype)).removeprefix("torch."),
+            pipeline=type(pipe).__name__,
             scheduler=type(scheduler).__name__,
             usual=family.usual(),
             passes_generator=family.passes_generator,
@@ -107,7 +118,7 @@ def export_student(
             loras=tuple(lora_files(family).values()) if adapter else (),
         )
         if family.comfyui:
-            _write_comfyui(temporary, family.comfyui, getattr(exported, family.denoisers[0]), levels, info, measured)
+            _write_comfyui(temporary, family, network, weights, dtype, levels, info, measured)
         (temporary / "README.md").write_text(model_card(info, levels, measured))
         size_bytes = _sync(temporary)
     return ExportReport(out, levels, measured.sampler_difference, measured.student_difference, off, len(keys), size_bytes)
@@ -127,13 +138,14 @@ def export_many_step(
     """Writes a student that is still a many-step model: the pipeline with its own scheduler, its weights in place of the pretrained ones.
 
     `sampling` is that of training, and the default of the card and `instep sample`. Otherwise as `export_student`, but nothing is compared with our sampler:
-    the scheduler is the pipeline's own, with other levels for the same number of steps (diffusers' last one is next to 0). The weights of a student
-    that is conditioned on guidance scales hold those of `sampling` already.
+    the scheduler is the pipeline's own, with other levels for the same number of steps (diffusers' last one is next to 0). A small sample of few steps
+    has to be finite. The weights of a student that is conditioned on guidance scales hold those of `sampling` already.
     """
     out = Path(out)
-    _check_dtype(dtype)
-    _check_target(out, overwrite)
-    exported = _pipeline(family, merged_parts(family, network, adapter), family.pipe.scheduler, dtype)
+    check_dtype(dtype)
+    check_target(out, overwrite)
+    scheduler = check_sampler(family, sampling)
+    weights = check_adapter(family, network, adapter)
     record = {
         "instep": info.instep_version,
         "levels": sampling.levels,
@@ -143,71 +155,80 @@ def export_many_step(
         "info": info.json(),
     }
     with atomic_dir(out, "export") as temporary:
-        with quiet():
-            exported.save_pretrained(temporary, safe_serialization=True)
+        write_pipeline(temporary, family.pipeline(family.parts(network), scheduler=scheduler), weights, dtype)
         keys = save_loras(family, network, temporary, adapter, dtype) if adapter else []
         (temporary / RECORD).write_text(json.dumps(record, indent=2))
+        device = next(network.parameters()).device
+        _check_stock(temporary, family.at(small_size(family, info)), [info.example_prompt], FEW, sampling.guidance, device, dtype)
         (temporary / "README.md").write_text(many_step_card(info, sampling, family.task))
         size_bytes = _sync(temporary)
     return ExportReport(out, sampling.levels, math.nan, math.nan, math.nan, len(keys), size_bytes)
 
 
-def merged_parts(family: Family, network: nn.Module, adapter: str | None = None) -> dict[str, nn.Module]:
-    """Plain copies of a network's parts, with `adapter` merged into those that carry it."""
-    if adapter is None:
-        return {name: plain_copy(part) for name, part in family.parts(network).items()}
-    alone = len(family.denoisers) == 1  # merge_lora then reports the error
-    return {name: merge_lora(part, adapter) if alone or has_adapter(part, adapter) else without_adapters(part) for name, part in family.parts(network).items()}
+def small_size(family: Family, info: ExportInfo) -> Size:
+    """The size of the check's samples: the family's smallest, but a first frame has the shape that it has."""
+    small = family.smallest()
+    return Size(info.size.height, info.size.width, small.frames) if family.takes_first_frame else small
 
 
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype not in (torch.float16, torch.float32, None):
-        raise ValueError(f"dtype: {dtype} is not allowed; allowed: torch.float16, torch.float32, None (keep)")
+def _plain(family: Family, network: nn.Module, adapter: str | None) -> dict[str, nn.Module]:
+    return {name: plain_network(part, adapter) for name, part in family.parts(network).items()}
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
-    empty = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not empty and not overwrite and not (out / RECORD).is_file():
-        raise ValueError(f"out: {out} exists and is not an earlier export; allowed: a new path, an earlier export; choose another or pass overwrite=True")
+def _stored(family: Family, network: nn.Module, weights: Weights, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of most of the student's weights in the folder."""
+    first = family.denoisers[0]
+    return stored_dtype(family.parts(network)[first], weights[first], dtype)
 
 
-def _cast(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """`module` itself, its parameters in `dtype`, except those that its class keeps in float32 (norms and time embedding,
-    which are small).
+def _compared(
+    folder: Path, family: Family, prompts: Sequence[Prompt], levels: Sequence[float], mine: Tensor, weights: Weights, dtype: torch.dtype | None
+) -> tuple[float, float]:
+    """Differences of stock diffusers on the folder from our sampler on it, and of the folder from the student in memory, whose latents are `mine`.
+
+    The second difference is that of stock diffusers. Of a student that computes in less than float32 it is that of our sampler in the student's own dtype
+    on both sides, so that the dtype of the computation is no part of it. Raises Unusable for samples that are not finite or differ too much.
     """
-    family: Any = type(module)
-    keep = family._keep_in_fp32_modules or ()
-    for name, parameter in module.named_parameters():
-        if dtype is not None and not any(part in name.split(".") for part in keep):
-            parameter.data = parameter.data.to(dtype)
-    return module
+    check_samples("the student in memory", mine, EARLIER)
+    dtypes = {name: {key: weight.base.dtype for key, weight in part.items()} for name, part in weights.items()}
+    memory = stored_dtype(family.parts(family.pretrained)[family.denoisers[0]], weights[family.denoisers[0]], None)
+    drawn = draw_latents(folder, family, prompts, levels, mine.device, dtype, dtypes if memory in NARROW else None)
+    check_samples("stock diffusers on the exported folder, in float32,", drawn.stock, EARLIER)
+    check_samples("our sampler on the exported folder", drawn.folder, EARLIER)
+    sampler = difference(drawn.stock, drawn.folder)
+    student = difference(drawn.stock, mine) if drawn.narrow is None else difference(drawn.narrow, mine)
+    check_differences(sampler, student, float(drawn.stock.abs().max()), stored=dtype or memory, memory=memory)
+    if (dtype or memory) == torch.float16:
+        _check_stock(folder, family, prompts, len(levels), 1.0, mine.device, torch.float16)
+    return sampler, student
 
 
-def _pipeline(family: Family, parts: Mapping[str, nn.Module], scheduler: Any, dtype: torch.dtype | None) -> DiffusionPipeline:
-    """The stock pipeline around copies of `parts` with `scheduler`; all its networks, text encoders and VAE included, in `dtype` (None: unchanged)."""
-    others: dict[str, Any] = {"scheduler": scheduler}
-    if dtype is not None:
-        networks = {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module) and name not in parts}
-        others |= {name: _cast(copy.deepcopy(part), dtype) for name, part in networks.items()}
-    exported = family.pipeline(parts, **others)
-    for name in parts:
-        _cast(getattr(exported, name), dtype)
-    return exported
+def _check_stock(folder: Path, family: Family, prompts: Sequence[Prompt], steps: int, guidance: float, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raises Unusable if samples of stock diffusers on a folder that was exported in `dtype`, computed in it (None: float32), are not finite.
+
+    Needs the memory of the pipeline in that dtype; what was written as it is in float32 is not loaded again.
+    """
+    pipe = load_pipeline(folder, device, {} if dtype else unchanged(family, device), dtype or torch.float32)
+    latents = draw(stock_sampler(family.with_pipe(pipe, family.size), pipe, steps, guidance), family, prompts, device)
+    fix = "export with bfloat16 (--dtype bfloat16)" if dtype == torch.float16 else EARLIER
+    check_samples(f"stock diffusers on the exported folder, in {str(dtype or torch.float32).removeprefix('torch.')},", latents, fix)
 
 
-def _stored_dtype(network: nn.Module) -> str:
-    """Returns the dtype of most of a network's weights."""
-    counts: Counter[torch.dtype] = Counter()
-    for parameter in network.parameters():
-        counts[parameter.dtype] += parameter.numel()
-    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
-
-
-def _write_comfyui(folder: Path, comfyui: ComfyUI, denoiser: nn.Module, levels: Sequence[float], info: ExportInfo, measured: Measured) -> None:
-    from safetensors.torch import save_file
-
+def _write_comfyui(
+    folder: Path,
+    family: Family,
+    network: nn.Module,
+    weights: Weights,
+    dtype: torch.dtype | None,
+    levels: Sequence[float],
+    info: ExportInfo,
+    measured: Measured,
+) -> None:
+    comfyui, name = family.comfyui, family.denoisers[0]
+    assert comfyui is not None
     if not measured.lora and measured.comfyui_obstacle is None:
-        save_file(comfyui.state_dict(denoiser), folder / COMFYUI_MODEL, metadata={"format": "pt"})
+        entries: Mapping[str, Entry] = entries_of(name, family.parts(network)[name], weights[name], dtype, Finite())  # whose weights were found finite
+        write_parts(folder / COMFYUI_MODEL, file_parts({comfyui.parameter(key): entry for key, entry in entries.items()}, FORMAT))
     if measured.comfyui_difference is None or measured.comfyui_difference > LEVELS_EQUAL:
         return
     model = f"{info.base_model.rpartition('/')[2]}.safetensors" if measured.lora else COMFYUI_MODEL

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from instep.export.weights import Finite
 from instep.models.adapters import has_adapter, lora_layers
 from instep.models.family import Family
 
@@ -31,9 +32,13 @@ def lora_files(family: Family) -> dict[str, str]:
 
 
 def save_loras(family: Family, network: nn.Module, folder: Path, adapter: str = "student", dtype: torch.dtype | None = None) -> list[str]:
-    """Writes the adapter of each part that has one, each file atomically, and returns all keys. dtype None keeps the adapter's own."""
+    """Writes the adapter of each part that has one, each file atomically, and returns all keys. dtype None keeps the adapter's own.
+
+    Raises Unusable that names the tensors if any is not finite, in memory or once it is rounded; the file is then not written.
+    """
     from safetensors.torch import save_file
 
+    finite = Finite()
     keys: list[str] = []
     for part, module in family.parts(network).items():
         if not has_adapter(module, adapter) and len(family.denoisers) > 1:
@@ -42,6 +47,9 @@ def save_loras(family: Family, network: nn.Module, folder: Path, adapter: str = 
         path = folder / lora_files(family)[part]
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {key: value.to(dtype) if dtype else value for key, value in state.items()}
+        for key, value in tensors.items():
+            finite.note(f"{path.name}:{key}", state[key], value)
+        finite.check(dtype)
         save_file(tensors, temporary, metadata={"format": "pt", "instep": "alpha / rank is folded into lora_B: load at strength 1"})
         os.replace(temporary, path)
         keys += sorted(state)

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from instep.core.files import atomic_dir
 from instep.data.prompt import Prompt
+from instep.diffusion.sampling import Sampling
 from instep.export.card import ExportInfo
-from instep.export.folder import RECORD, ExportReport, _cast, _check_dtype, _check_target, _sync, merged_parts
-from instep.export.scheduler import few_step_scheduler
-from instep.export.verify import Sampler, our_sampler
+from instep.export.folder import ExportReport, _sync
+from instep.export.limits import check_differences
+from instep.export.rules import RECORD, check_adapter, check_dtype, check_sampler, check_target
+from instep.export.verify import EARLIER, Sampler, check_samples, difference, our_sampler
+from instep.export.weights import Finite, stored_dtype, write_network
 
 if TYPE_CHECKING:
     from instep.models.family import Family
@@ -59,21 +62,28 @@ def export_parts(
 ) -> ExportReport:
     """Writes `out` with transformer/, scheduler/ and README.md, and checks that the scheduler's plain loop draws the same samples as `ours`.
 
-    network: the student's; `adapter` is merged into its copy. dtype: float16, float32 or None to keep. The folder appears at once, complete, or not at all.
-    Raises ValueError as `export_student` does.
+    network: the student's; `adapter` is merged in the folder. dtype: float16, bfloat16, float32 or None to keep. The folder appears at once, complete, or not
+    at all. Memory and errors are those of `export_student`.
     """
     out, levels = Path(out), tuple(float(t) for t in levels)
-    _check_dtype(dtype)
-    _check_target(out, overwrite)
-    scheduler = few_step_scheduler(family.path, levels, family.prediction_type)
-    exported: Any = _cast(family.join(merged_parts(family, network, adapter)), dtype)
+    check_dtype(dtype)
+    check_target(out, overwrite)
+    scheduler = check_sampler(family, Sampling(levels))
+    ((name, weights),) = check_adapter(family, network, adapter).items()
+    exported, finite = family.parts(network)[name], Finite()
+    in_memory = sampled(ours, [info.example_prompt] * 2)
+    check_samples("the student in memory", in_memory, EARLIER)
     with atomic_dir(out, "export") as temporary:
-        exported.save_pretrained(temporary / "transformer")
+        write_network(temporary / name, exported, weights, dtype, finite)
+        finite.check(dtype)
         scheduler.save_pretrained(temporary / "scheduler")
         (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2))
         stock, same = stock_loop(family, temporary, [info.example_prompt] * 2)
-        in_memory = sampled(ours, [info.example_prompt] * 2)
-        sampler_difference, student_difference = (float((stock - other).abs().max()) for other in (same, in_memory))
+        for what, drawn in (("the scheduler's loop", stock), ("our sampler", same)):
+            check_samples(f"{what} on the exported folder", drawn, EARLIER)
+        sampler_difference, student_difference = difference(stock, same), difference(stock, in_memory)
+        kinds = {"stored": stored_dtype(exported, weights, dtype), "memory": stored_dtype(exported, weights, None)}
+        check_differences(sampler_difference, student_difference, float(stock.abs().max()), **kinds)
         shape = tuple(family.latent_shape)
         (temporary / "README.md").write_text(
             CARD.format(

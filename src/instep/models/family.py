@@ -37,8 +37,8 @@ class Dimensions:
 class ComfyUI(Protocol):
     """How ComfyUI runs a family's models."""
 
-    def state_dict(self, denoiser: nn.Module) -> dict[str, Tensor]:
-        """A whole denoiser under the names that ComfyUI's loader reads."""
+    def parameter(self, key: str) -> str:
+        """The name that ComfyUI's loader reads for a parameter of the denoiser; ValueError for one that it has no name for."""
         ...
 
     def obstacle(self, pipe: Any) -> str | None:
@@ -153,7 +153,7 @@ class Family(Protocol):
         ...
 
     def new_backbone(self, trained: Sequence[str] | None = None) -> nn.Module:
-        """A copy of the pretrained network for a role of its own, in eval mode; parts that are not in `trained` (None: all are) are shared, not copied."""
+        """A copy of the pretrained network for a role of its own, in eval mode; parts that are not in `trained` (None: all are) share its weights."""
         ...
 
     def parts(self, network: nn.Module) -> dict[str, nn.Module]:
@@ -165,7 +165,7 @@ class Family(Protocol):
         ...
 
     def pipeline(self, parts: Mapping[str, nn.Module], **others: Any) -> Any:
-        """A stock diffusers pipeline around `parts`, and `others` in place of further components."""
+        """A stock diffusers pipeline around `parts` themselves, and `others` in place of further components; nothing is copied."""
         ...
 
     def prepare(self, module: nn.Module, current: Callable[[], Condition | None]) -> None:

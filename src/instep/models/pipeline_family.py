@@ -19,7 +19,6 @@ from instep.core.size import Size, as_size
 from instep.data.prompt import Prompt, as_prompts, negatives_of, texts_of
 from instep.diffusion.path import Path, RectifiedFlow
 from instep.diffusion.prediction import Condition, PredictionType
-from instep.models.adapters import plain_copy
 from instep.models.borrow import borrowed, borrowed_pipeline, cast, compute_dtype, visiting
 from instep.models.family import ComfyUI, Dimensions, Task
 from instep.models.preset import Preset
@@ -241,9 +240,9 @@ class PipelineFamily:
         return parts[name]
 
     def pipeline(self, parts: Mapping[str, nn.Module], **others: Any) -> Any:
-        """The parts are copied: without hooks, with the stock attention processors."""
+        """Nothing is copied: the pipeline holds the parts, and this family's other components, themselves."""
         kind = type(self.pipe)
-        components = {**self.pipe.components, **{name: plain_copy(part) for name, part in parts.items()}, **others}
+        components = {**self.pipe.components, **parts, **others}
         # what is configuration and not a component: Wan's expand_timesteps, boundary_ratio
         options = {key: self.pipe.config[key] for key in inspect.signature(kind).parameters if key not in components and key in self.pipe.config}
         return kind(**components, **options)

@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
 from instep.core.size import Size
 
 # diffusers' module names -> the original Wan names, which ComfyUI keeps; the first rule that matches decides
@@ -52,16 +50,12 @@ def comfyui_module(name: str) -> str:
     return _renamed(name, _MODULES, "target module")
 
 
-def comfyui_state_dict(transformer: nn.Module) -> dict[str, Tensor]:
-    """The whole transformer under the names ComfyUI's diffusion-model loader reads (text-to-video Wan)."""
-    state = {}
-    for key, value in transformer.state_dict().items():
-        owner, _, leaf = key.rpartition(".")
-        table = leaf == "scale_shift_table"
-        layer = key if table else owner
-        new = _renamed(layer, _TABLES if table else (*_MODULES, *_OTHERS), "parameter")
-        state[new if table else f"{new}.{leaf}"] = value.detach().cpu().contiguous()
-    return state
+def comfyui_parameter(key: str) -> str:
+    """The name that ComfyUI's diffusion-model loader reads for a parameter of the transformer (text-to-video Wan); ValueError if it has none there."""
+    owner, _, leaf = key.rpartition(".")
+    if leaf == "scale_shift_table":
+        return _renamed(key, _TABLES, "parameter")
+    return f"{_renamed(owner, (*_MODULES, *_OTHERS), 'parameter')}.{leaf}"
 
 
 def comfyui_levels(n: int, shift: float) -> list[float]:
@@ -167,7 +161,7 @@ def comfyui_obstacle(pipeline: Any) -> str | None:
 class WanComfyUI:
     """ComfyUI's Wan, with the members of `models/family.py`'s `ComfyUI`."""
 
-    state_dict = staticmethod(comfyui_state_dict)
+    parameter = staticmethod(comfyui_parameter)
     obstacle = staticmethod(comfyui_obstacle)
     shift = staticmethod(comfyui_shift)
     workflow = staticmethod(comfyui_workflow)

@@ -11,6 +11,7 @@ from torch import Tensor
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.bands import in_band
+from instep.diffusion.sampling import Sampling
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.rewards.base import Reward
@@ -28,22 +29,18 @@ def check_inputs(
     prompts: Sequence[Prompt],
     pairs: PairSamples | None = None,
     start_from: Path | str | None = None,
+    *,
+    export_to: Path,
 ) -> None:
-    """Raises ValueError for everything that would otherwise fail after minutes: missing inputs, and a reward that fails on one small batch."""
+    """Raises ValueError for everything that would otherwise fail after minutes: missing inputs, a reward that fails on one small batch, and an export of the
+    student, to the folder `export_to`, that would be refused.
+    """
     if not prompts:
         raise ValueError("prompts: the list is empty; give at least one prompt")
     for names in (prompts, real.prompts if real else (), pairs.prompts if pairs else ()):
         family.check_prompts(names)
     _check_experts(recipe, family)
-    if recipe.sampler == "ode" and family.pipe is None:
-        raise ValueError(
-            f"model: {family.name} has no stock pipeline, and {recipe.name} leaves a many-step model, which is exported as one; choose a recipe that distils"
-        )
-    if recipe.sampler == "few-step":
-        from instep.export.scheduler import few_step_scheduler
-
-        # a student whose levels no stock scheduler reproduces could not be exported after training
-        few_step_scheduler(family.path, recipe.levels, family.prediction_type)
+    _check_export(recipe, family, export_to)
     first = next((stage for stage in recipe.stages if stage.steps), None)
     if first and recipe.sampler == "ode" and not first.uses_guidance and (first.guidance_scales or recipe.guidance != 1) and start_from is None:
         raise ValueError(
@@ -93,6 +90,13 @@ def check_inputs(
         if "gradient" in recipe.needs:
             for part in reward.parts if isinstance(reward, Several) else (reward,):
                 _check_gradient(family, part, trial, pair)
+
+
+def _check_export(recipe: Recipe, family: Family, to: Path) -> None:
+    """Raises ValueError for a student that could not be exported after training."""
+    from instep.export.rules import check_run  # diffusers' exporters are slow to import
+
+    check_run(family, Sampling(recipe.levels, recipe.sampler), to, adapter=recipe.roles["student"].lora is not None)
 
 
 def _check_experts(recipe: Recipe, family: Family) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from instep.core.version import __version__
 from instep.data.prompt import Prompt
@@ -24,6 +23,14 @@ if TYPE_CHECKING:
 def fits_stock(student: Role) -> bool:
     """Whether the student's prediction type is the one that the family's stock pipeline expects."""
     return student.prediction_type == student.backbone.family.prediction_type
+
+
+def check_student(student: Role) -> None:
+    """Raises ValueError for a student whose weights an export would refuse: an adapter that is not plain LoRA, or a layer without a name in its file."""
+    from instep.export.rules import check_adapter
+
+    if fits_stock(student):
+        check_adapter(student.backbone.family, student.backbone.module, student.adapter)
 
 
 def export_role(
@@ -48,7 +55,8 @@ def export_role(
             f"student: it predicts {student.prediction_type}, and a stock pipeline of {family.name} reads {family.prediction_type}; it cannot be exported"
         )
     from instep.export import ExportInfo, export_many_step, export_parts, export_student  # diffusers' exporters are slow to import
-    from instep.export.verify import sample_as_stock
+    from instep.export.folder import small_size
+    from instep.export.verify import role_sampler
 
     info = ExportInfo(
         recipe=recipe,
@@ -66,23 +74,30 @@ def export_role(
             network, adapter = with_folded_guidance(student, sampling.guidance_scales), None
         return export_many_step(family, network, sampling, to, info, adapter=adapter, dtype=dtype)
 
-    def ours(names: Sequence[Prompt], rng: torch.Generator) -> Tensor:
-        return sample_as_stock(student, family.encode(names), family.latent_shape, sampling.levels, family.path, rng, family.axes)
-
     if family.pipe is None:
+        ours = role_sampler(family, student, sampling.levels)
         return export_parts(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours)
-    return export_student(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours)
+    check = family.at(small_size(family, info))
+    ours = role_sampler(check, student, sampling.levels)
+    return export_student(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours, size=check.size)
 
 
 def with_folded_guidance(student: Role, guidance_scales: GuidanceScales) -> nn.Module:
-    """Returns a plain copy of a student's network that predicts, without guidance scales, what the student predicts at `guidance_scales`.
+    """Returns a plain network that predicts, without guidance scales, what the student predicts at `guidance_scales`.
 
-    An adapter is merged: its own file could not hold the bias of the time embedding, so such a student has no adapter file.
+    It shares the student's weights but the biases of the time embedding, and those that an adapter changes, which is merged: the adapter's own file could not
+    hold the biases, so such a student has no adapter file.
     """
-    from instep.export.folder import merged_parts
+    from instep.export.rules import check_adapter
+    from instep.models.adapters import plain_network
 
     assert student.guidance_embedding is not None, "only a student that is conditioned on guidance scales has some to fold"
-    family = student.backbone.family
-    network = family.join(merged_parts(family, student.backbone.module, student.adapter))
-    fold_guidance(family.time_embedders(network), student.guidance_embedding, guidance_scales)
+    family, module, adapter = student.backbone.family, student.backbone.module, student.adapter
+    check_adapter(family, module, adapter)
+    network = family.join({name: plain_network(part, adapter) for name, part in family.parts(module).items()})
+    embedders = family.time_embedders(network)
+    for embedder in embedders:
+        layer: Any = embedder.linear_2
+        layer.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    fold_guidance(embedders, student.guidance_embedding, guidance_scales)
     return network

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import Tensor
 
 from instep.core.files import write_json
+from instep.core.json_lines import read_rows
 from instep.core.lock import run_lock
+from instep.core.unusable import Unusable
 from instep.data.prompt import Prompt, with_negative
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.guidance import by_level
@@ -31,7 +34,8 @@ from instep.training.batches import BatchSource
 from instep.training.build import averaged, make_state
 from instep.training.checks import check_inputs
 from instep.training.execution import modules_in
-from instep.training.finish import export_role, fits_stock
+from instep.training.finish import check_student, export_role, fits_stock
+from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended, of_finite_samples
 from instep.training.health import Finding, HealthMonitor
 from instep.training.inputs import as_family, as_prompt_list, every_prompt
 from instep.training.log import RunLog, Tracker
@@ -100,7 +104,8 @@ def train(
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
     log.jsonl and TensorBoard; `known_teacher` gives the teacher's probe metrics if they were measured before. Raises ValueError before training if an
     input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself
-    (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it.
+    (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it. Raises Unusable for a run whose weights or
+    samples are no longer finite: it keeps its newest good checkpoint and exports nothing.
     """
     out, options = Path(out), options or RunOptions()
     prompts = with_negative(as_prompt_list(prompts), negative_prompt)
@@ -113,7 +118,7 @@ def train(
     pairs = pairs and replace(pairs, prompts=with_negative(pairs.prompts, negative_prompt))
     device = options.execution.device_of(lent)
     with visiting(modules_in(scored, monitor), device):
-        check_inputs(recipe, options.execution.place(lent), scored, real, prompts, pairs, start_from)
+        check_inputs(recipe, options.execution.place(lent), scored, real, prompts, pairs, start_from, export_to=out / "student")
     with run_lock(out), visiting(modules_in(scored, monitor), device), options.execution.attending():
         write_manifest(out, recipe, lent, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
         if not guides(recipe) and any(prompt.negative for prompt in prompts):
@@ -126,11 +131,12 @@ def train(
             recipe,
             family,
             options.seed,
-            make_reward_fn(family, scored),
-            make_reward_grad_fn(family, scored),
+            of_finite_samples(make_reward_fn(family, scored)),
+            of_finite_samples(make_reward_grad_fn(family, scored)),
             execution=options.execution,
             weights=weights_of(scored),
         )
+        check_student(cast("Role", state.roles["student"]))
         stored = None
         if "stored" in recipe.needs or ("real" in recipe.needs and real is None):
             stored = teacher_samples(
@@ -196,6 +202,7 @@ class Loop:
         self.stop: str | None = None
         self.reference: dict[str, float] = {}
         self.found: Finding | None = None  # the finding that stops the run
+        self.skipped = SkippedSteps()
         self.probed: list[stop.Probed] = []
         self.stopped: stop.Stopped | None = None
 
@@ -207,6 +214,7 @@ class Loop:
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
         log = RunLog(self.out, resume_step=state.step, tracker=self.tracker)
         health = HealthMonitor(self.out, resume_step=state.step, recipe=self.recipe)
+        self.skipped = SkippedSteps(read_rows(self.out / "log.jsonl") if state.step else ())
         self.probed, self.found = stop.probed(self.out), stop.open_finding(self.out, self.options.stop_on)
         try:
             with log.progress(total, initial=state.step):
@@ -228,14 +236,24 @@ class Loop:
     def _one(self, log: RunLog, health: HealthMonitor) -> None:
         stage, progress = self.recipe.at(self.state.step)
         cpu, wall = time.process_time(), time.perf_counter()
-        row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress)}
+        try:
+            row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress)}
+        except Unusable as error:
+            self._give_up(str(error))
         row |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
         step = self.state.step
+        self.skipped.row(step, row)
         if step % self.options.probe_every == 0 or step in self.recipe.stage_ends():
             self._probe(log, health, row)
         else:
             self._note(log, health, row)
+        if self.found is None and (what := self.skipped.too_many()):
+            self._give_up(what)
         self._save_if_due()
+
+    def _give_up(self, what: str) -> NoReturn:
+        """Raises Unusable; the newest good checkpoint is kept."""
+        raise ended(what, self.out, self.state.step, self.skipped)
 
     def _save_if_due(self) -> None:
         """Saves a checkpoint at intervals and, with `stop_on`, at every probe that is the best so far; never at the finding that stops the run."""
@@ -269,8 +287,14 @@ class Loop:
         if not self.reference:
             self.reference = self._teacher_metrics()
         stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
+        watched = WatchedDenoiser(self.state.roles["student"])
         with averaged(self.state.trained["student"]):
-            metrics = self.probe.student(self.state.roles["student"], self.recipe.sampling_at(self.state.step))
+            try:
+                metrics = self.probe.student(watched, self.recipe.sampling_at(self.state.step))
+            except ValueError as error:  # a reward of samples that are not finite
+                if watched.finite:
+                    raise
+                self._give_up(f"{BROKEN} ({error})")
             if self.state.step in (0, *self.recipe.stage_ends()):
                 prompts = few_of(self.probe.prompts, 6)
                 views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)
@@ -280,6 +304,8 @@ class Loop:
         # counted as saved: `_save_if_due` saves it unless it stops the run
         self.probed.append(stop.Probed(self.state.step, metrics.get("monitor_both"), True, metrics["diversity"]))
         self._note(log, health, row)
+        if self.found is None and not (watched.finite and math.isfinite(metrics["mean_brightness"])):
+            self._give_up(BROKEN)
 
     def _note(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
         """Logs a row and prints new health findings."""
@@ -299,8 +325,13 @@ class Loop:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def save(self) -> None:
-        kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()))
-        checkpoint.save(self.out / "checkpoints", self.state.step, saved.contents(self.state, self.source), keep=self.options.keep, protect=kept)
+        kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()), *self.skipped.good(self.out))
+        contents = saved.contents(self.state, self.source)
+        try:
+            check_state(contents)
+        except Unusable as error:
+            self._give_up(str(error))
+        checkpoint.save(self.out / "checkpoints", self.state.step, contents, keep=self.options.keep, protect=kept)
 
     def restore(self, start_from: Path | str | None) -> None:
         """Loads this run's newest intact checkpoint or, without any checkpoint, the roles of `start_from`. Raises ValueError if all are damaged."""
@@ -309,6 +340,7 @@ class Loop:
             saved.load(self.state, self.source, checkpoint.load(own))
         elif start_from is not None:
             saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
+        check_state(saved.contents(self.state, self.source))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop is not None:

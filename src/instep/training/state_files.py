@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from instep.core.tensor_file import DTYPES, Entry, file_parts
+
 State = dict[str, Any]  # nested dicts (string keys), lists and tuples of tensors and JSON values
 
 _TENSOR, _TUPLE = "__tensor__", "__tuple__"
 _SEPARATOR = "\x1f"  # between the keys of a tensor's name: module names hold dots and slashes
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
 
 
 def split(state: State) -> tuple[Any, dict[str, Tensor]]:
@@ -78,7 +61,7 @@ def join(value: Any, tensors: Mapping[str, Tensor], at: tuple[str, ...] = ()) ->
 
 
 def _add(x: Tensor, name: str, tensors: dict[str, Tensor], met: dict[tuple[Any, ...], str]) -> str:
-    if x.dtype not in _DTYPES or x.layout != torch.strided:
+    if x.dtype not in DTYPES or x.layout != torch.strided:
         raise ValueError(f"state: {_place(tuple(name.split(_SEPARATOR)))} is a {x.layout} tensor of {x.dtype}; store it as dense numbers")
     # an empty tensor has no address to be known by
     same = (x.device, x.data_ptr(), x.dtype, x.shape, x.stride()) if x.numel() else (name,)
@@ -92,28 +75,8 @@ def _place(at: tuple[str, ...]) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes a safetensors file and flushes it to disk; returns its SHA-256. At most one tensor is copied at a time.
-
-    (The package's own writer wants all of them on the CPU, unshared and contiguous, and hides the reason when the disk is full.)
-    """
-    # wide types first: every tensor then starts at a multiple of its element's size
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
-    end = 0
-    for name in names:
-        x = tensors[name]
-        start, end = end, end + x.numel() * x.element_size()
-        header[name] = {"dtype": _DTYPES[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    def parts() -> Iterator[Any]:
-        yield len(text).to_bytes(8, "little") + text
-        for name in names:
-            if tensors[name].numel():
-                yield tensors[name].contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
-
-    return write(path, parts())
+    """Writes a safetensors file and flushes it to disk; returns its SHA-256. At most one tensor is copied at a time."""
+    return write(path, file_parts({name: Entry.of(x) for name, x in tensors.items()}))
 
 
 def write(path: Path, parts: Iterable[Any]) -> str:

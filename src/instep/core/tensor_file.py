@@ -1,0 +1,86 @@
+"""safetensors files that are written a tensor at a time.
+
+The package's own writer takes all tensors at once, on the CPU, unshared and contiguous, and reports a full disk in words alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file: its dtype and shape, and `make`, which returns it when it is written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, x: Tensor) -> Entry:
+        return cls(x.dtype, tuple(x.shape), lambda: x)
+
+
+def file_parts(entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> Iterator[Any]:
+    """The bytes of a safetensors file in pieces: the header, then one tensor at a time. At most one tensor is copied at a time.
+
+    Raises ValueError where `make` returns another dtype or shape than its entry has.
+    """
+    # wide types first: every tensor then starts at a multiple of its element's size
+    names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        start, end = end, end + entries[name].size
+        header[name] = {"dtype": DTYPES[entries[name].dtype], "shape": list(entries[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        x = entries[name].make()
+        if x.dtype != entries[name].dtype or tuple(x.shape) != entries[name].shape:
+            raise ValueError(f"tensors: {name} is {x.dtype} {tuple(x.shape)}, and its entry has {entries[name].dtype} {entries[name].shape}")
+        if x.numel():
+            yield x.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_parts(path: Path, parts: Iterable[Any]) -> None:
+    """Writes the parts (bytes) into a new file and flushes them to disk."""
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
