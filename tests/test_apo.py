@@ -29,7 +29,7 @@ from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.many_step import ManySteps
 from instep.rewards.ranker import Ranked, reward_ranker
-from instep.training import run as module
+from instep.training import loop as module
 from instep.training.options import RunOptions
 from instep.training.run import train
 

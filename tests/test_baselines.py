@@ -22,8 +22,9 @@ from instep.models.backbone import Backbone
 from instep.models.role import Role
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
+from instep.training.loop import Interrupted
 from instep.training.probe import Probe, few_of
-from instep.training.run import Interrupted, train
+from instep.training.run import train
 
 WORLDS = measured_worlds()
 TEACHERS = [(steps, guidance) for steps in TEACHER_STEPS for guidance in (3.0, 1.0)]

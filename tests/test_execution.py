@@ -214,6 +214,8 @@ def test_a_bfloat16_run_resumes_to_the_same_state(tmp_path):
     with interrupted_before(2):
         go(tmp_path / "cut")
     cut = go(tmp_path / "cut")
+    with pytest.raises(ValueError, match="holds another run .its dtype differ"):
+        run(WanFamily(tiny_wan_pipeline(), SIZE, name="tiny"), tmp_path / "cut", iterations=3)
     for role in ("student", "fake"):
         mine, theirs = whole.state.trained[role], cut.state.trained[role]
         assert all(torch.equal(p, theirs.state()[key]) for key, p in mine.state().items())
@@ -534,6 +536,28 @@ def test_no_forward_decode_or_reward_sees_more_rows_than_a_micro_batch(name, mic
     train(small(name), lent, out=tmp_path / "run", prompts=PROMPTS, reward=reward, monitor=Monitor(), pairs=source.pairs, options=options)
     assert counted is not None and max(counted.most.values()) <= micro_batch, counted.most
     assert {"forward", "decode_rows", "monitor"} <= counted.most.keys()
+
+
+def test_large_latents_are_decoded_frame_by_frame_for_their_gradient(monkeypatch):
+    """The same video and gradient, and a graph that holds less."""
+    from instep.models import wan_vae
+
+    placed, kept, gradients_ = family(), [], []
+    for whole in (2**18, 0):
+        monkeypatch.setattr(wan_vae, "WHOLE", whole)
+        x = torch.randn(1, *placed.latent_shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        held: dict[int, int] = {}
+
+        def pack(tensor: Tensor, held=held) -> Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            media = placed.decode(x)
+        media.square().mean().backward()
+        kept.append(sum(held.values()))
+        gradients_.append((media.detach(), x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients_, strict=True)) and kept[1] < 0.7 * kept[0], kept
 
 
 # a second device

@@ -26,7 +26,7 @@ from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group
 from instep.recipes.dmd import dmd2
 from instep.training import checkpoint
-from instep.training import run as run_module
+from instep.training import loop as loop_module
 from instep.training.finish import export_role
 from instep.training.finite import SKIPPED, SkippedSteps
 from instep.training.options import RunOptions
@@ -150,7 +150,7 @@ def begin(out: Path, fam=None, recipe=None) -> None:
 
 
 def test_an_export_that_would_be_refused_is_refused_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "iteration", lambda *args: pytest.fail("a step was taken"))
+    monkeypatch.setattr(loop_module, "iteration", lambda *args: pytest.fail("a step was taken"))
     (tmp_path / "run" / "student").mkdir(parents=True)
     (tmp_path / "run" / "student" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="run/student exists and is not an earlier export"):
@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 
 def test_adapters_that_could_not_be_exported_are_refused_before_the_first_step(tmp_path, monkeypatch):
     """A LoRA that the pipeline carries already, and one on layers that have no name in the file."""
-    monkeypatch.setattr(run_module, "iteration", lambda *args: pytest.fail("a step was taken"))
+    monkeypatch.setattr(loop_module, "iteration", lambda *args: pytest.fail("a step was taken"))
     fam = family()
     student_of(fam, True)
     with pytest.raises(ValueError, match="network: it carries LoRA layers"):
@@ -219,14 +219,14 @@ def poisoned(monkeypatch):
     """`poisoned(step, act)`: `act(state)` before the iteration that begins at `step`."""
 
     def patch(step, act):
-        real = run_module.iteration
+        real = loop_module.iteration
 
         def iteration(state, *args):
             if state.step == step:
                 act(state)
             return real(state, *args)
 
-        monkeypatch.setattr(run_module, "iteration", iteration)
+        monkeypatch.setattr(loop_module, "iteration", iteration)
 
     return patch
 

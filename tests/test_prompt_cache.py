@@ -29,8 +29,9 @@ from instep.models.wan22 import Wan22Family
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.training.inputs import every_prompt
+from instep.training.loop import Interrupted
 from instep.training.options import RunOptions
-from instep.training.run import Interrupted, train
+from instep.training.run import train
 
 TEXTS = ["a seven moving left fast", "a digit", "an eight", "ein Löwe 東京", "a long text " * 60]
 PROMPTS = [Prompt(TEXTS[0], negative="blurry"), *TEXTS[1:]]

@@ -24,7 +24,7 @@ from instep.methods.recipe import AdamWConfig
 from instep.planning.plan import passes
 from instep.planning.workload import recipe_workload, workload
 from instep.recipes.apo import apo
-from instep.training import run as module
+from instep.training import loop as module
 from instep.training.run import train
 
 FAST = replace(TINY, batch=8, student=AdamWConfig(1e-3))

@@ -26,8 +26,9 @@ from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward
 from instep.training import checkpoint
 from instep.training.batches import ShuffledIndices
+from instep.training.loop import Interrupted
 from instep.training.options import RunOptions
-from instep.training.run import Interrupted, train
+from instep.training.run import train
 
 PROMPTS = ["a seven moving left fast", "a digit", "an eight", "a two standing still"]
 SMALL = {"common": Common(batch=4, critic_updates=2, steps=2), "distil": 2, "iterations": 3, "group": 2, "top_n": 1}
@@ -62,7 +63,7 @@ def same(a: Path, b: Path) -> None:
 @contextmanager
 def interrupted_before(step: int):
     """A run inside is interrupted before its iteration `step`, and has to be."""
-    from instep.training import run as module
+    from instep.training import loop as module
 
     real = module.iteration
 
@@ -111,7 +112,7 @@ def test_the_exported_student_is_the_average_in_stock_diffusers(whole):
 def test_interrupted_anywhere_it_ends_the_same(whole, tmp_path, monkeypatch):
     """Stopped by a signal in the middle, and killed in the middle of a checkpoint's write: the same final weights and log."""
     out, calls = tmp_path / "stopped", []
-    from instep.training import run as module
+    from instep.training import loop as module
 
     real = module.iteration
 

@@ -24,6 +24,7 @@ from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group
 from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward
+from instep.training import loop as loop_module
 from instep.training import run as module
 from instep.training.options import RunOptions
 from instep.training.run import train
@@ -154,8 +155,8 @@ def test_a_micro_batch_calls_one_expert_with_a_graph(tmp_path, monkeypatch):
                 iterations[-1] |= {"high" if bool(level >= 0.875) else "low" for level in t}
             return raw
 
-    real = module.iteration
-    monkeypatch.setattr(module, "iteration", lambda *args: (iterations.append(set()), real(*args))[1])
+    real = loop_module.iteration
+    monkeypatch.setattr(loop_module, "iteration", lambda *args: (iterations.append(set()), real(*args))[1])
     watched = Watched(tiny_wan22_pipeline(), SIZE, "tiny22")
     train(dmd2(COMMON, iterations=6), watched, out=tmp_path / "run", prompts=PROMPTS, options=RunOptions(save_every=50, probe_every=50))
     # the student's update and the fake's work on the same band; over the run both bands are drawn

@@ -49,7 +49,8 @@ from instep.recipes.refl import refl as refl
 from instep.rewards.base import FunctionReward as FunctionReward
 from instep.rewards.base import Reward as Reward
 from instep.rewards.several import several as several
+from instep.training.execution import Execution as Execution
+from instep.training.loop import Interrupted as Interrupted
 from instep.training.options import RunOptions as RunOptions
-from instep.training.run import Interrupted as Interrupted
 from instep.training.run import Run as Run
 from instep.training.run import train as train

@@ -22,9 +22,10 @@ from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.rewards.base import Reward
 from instep.training.execution import Execution
+from instep.training.loop import Interrupted
 from instep.training.options import RunOptions
 from instep.training.probe import KnownTeacher, Monitor, few_of
-from instep.training.run import Interrupted, Run, final_samples, train
+from instep.training.run import Run, final_samples, train
 
 if TYPE_CHECKING:
     from instep.data.media import LabelledPair

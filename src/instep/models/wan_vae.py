@@ -6,15 +6,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from instep.models.borrow import compute_dtype
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+
+
+# elements of one sample's latents up to which a graph holds all activations of its decoding; 480 x 832 and 81 frames are 2 million
+WHOLE = 2**18
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,18 +43,23 @@ def denormalise(vae: AutoencoderKLWan, x: Tensor) -> Tensor:
 def decode_unclamped(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
     """VAE latents z [B, C, f, h, w] to videos [B, 3, F, H, W], nominally in [-1, 1]; `vae.decode` is this, clamped.
 
-    Gradients flow to z and to the VAE's weights. Tiling and slicing are not used.
+    Gradients flow to z and to the VAE's weights. Tiling and slicing are not used. Where a gradient is needed, the frames of large latents are decoded again in
+    the backward pass, one at a time: of each frame the graph then holds the cache that the next one reads, and not its activations.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
     vae.clear_cache()
-    z = vae.post_quant_conv(z)
+    z, cache = vae.post_quant_conv(z), list(vae._feat_map)
+
+    def decoded(i: int, cache: list[Any]) -> tuple[Tensor, list[Any]]:
+        after, first = list(cache), {"first_chunk": True} if i == 0 else {}
+        return vae.decoder(z[:, :, i : i + 1], feat_cache=after, feat_idx=[0], **first), after
+
+    recompute = torch.is_grad_enabled() and z.requires_grad and z[0].numel() > WHOLE
     frames = []
     for i in range(z.shape[2]):
-        vae._conv_idx = [0]
-        first = {"first_chunk": True} if i == 0 else {}
-        frames.append(vae.decoder(z[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, **first))
-    vae.clear_cache()
+        frame, cache = checkpoint(decoded, i, cache, use_reentrant=False, preserve_rng_state=False) if recompute else decoded(i, cache)
+        frames.append(frame)
     video = torch.cat(frames, 2)
     return video if vae.config.patch_size is None else unpatchify(video, patch_size=vae.config.patch_size)
 

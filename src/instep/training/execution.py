@@ -70,6 +70,10 @@ class Execution:
         """The device that a family trains on: the one that was asked for, else the accelerator that it is on already or that there is."""
         return self.target if self.device is not None or family.device.type == "cpu" else family.device
 
+    def dtype_of(self, family: Family) -> torch.dtype:
+        """The dtype that a family's network computes in: the one that was asked for, else its own."""
+        return family.dtype if self.dtype is None else DTYPES[self.dtype]
+
     def loading_dtype(self) -> torch.dtype:
         """The dtype to load a pipeline's network in."""
         if self.dtype is not None:
@@ -107,13 +111,13 @@ class Execution:
         Raises ValueError for a network in float16, whose range the gradients of training leave.
         """
         device = self.device_of(family)
-        dtype = None if self.dtype is None else DTYPES[self.dtype]
-        if (dtype or family.dtype) not in (torch.bfloat16, torch.float32, torch.float64):
+        dtype = self.dtype_of(family)
+        if dtype not in (torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(
                 f"dtype: {family.name} is loaded in {str(family.dtype).removeprefix('torch.')}, whose range is too small for training; load it with "
                 'dtype=torch.bfloat16, or let the run cast it: dtype="bfloat16"'
             )
-        if device.type == "cuda" and (dtype or family.dtype) == torch.float32:
+        if device.type == "cuda" and dtype == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         usual = family.preset.micro_batch if is_large(family.pretrained) else None
         return family.placed(device, dtype, self.micro_batch or usual, offload=self.offload)

@@ -47,6 +47,7 @@ def write_manifest(
         "recipe": recipe.name,
         "model": family.name,
         "weights": weights_fingerprint(family.pretrained),
+        "dtype": str(options.execution.dtype_of(family)).removeprefix("torch."),
         "seed": options.seed,
         "levels": list(recipe.levels),
         "prompts": hashlib.sha256("\n".join(map(str, prompts)).encode()).hexdigest()[:16],
@@ -62,7 +63,8 @@ def write_manifest(
     file = out / "recipe.json"
     begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))
     there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    different = [key for key in identity if there.get(key) != identity[key]]
+    # runs from before this was recorded computed in float32
+    different = [key for key in identity if there.get(key, "float32" if key == "dtype" else None) != identity[key]]
     if "instep" in there and (begun or not different):
         if different:
             raise ValueError(

@@ -1,0 +1,208 @@
+"""The loop over a run's iterations: its files, its checkpoints, and what happens when it is interrupted or ends by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from instep.core.files import write_json
+from instep.core.json_lines import read_rows
+from instep.core.unusable import Unusable
+from instep.diffusion.guidance import by_level
+from instep.methods.recipe import Recipe
+from instep.models.family import Family
+from instep.training import checkpoint, saved, stop
+from instep.training.batches import BatchSource
+from instep.training.build import averaged
+from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended
+from instep.training.health import Finding, HealthMonitor
+from instep.training.log import RunLog, Tracker
+from instep.training.options import RunOptions
+from instep.training.probe import KnownTeacher, Probe, few_of
+from instep.training.state import TrainState
+from instep.training.step import iteration
+from instep.training.views import matching_views, save_views
+
+if TYPE_CHECKING:
+    pass
+
+
+class Interrupted(Exception):
+    """The run was interrupted by a signal; it is saved, and the same command resumes it."""
+
+
+class Loop:
+    """The loop over one run's iterations, from its current step to the end."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        family: Family,
+        out: Path,
+        options: RunOptions,
+        state: TrainState,
+        source: BatchSource,
+        probe: Probe,
+        tracker: Tracker | None = None,
+        known_teacher: KnownTeacher | None = None,
+    ) -> None:
+        self.recipe, self.family, self.out, self.options = recipe, family, out, options
+        self.state, self.source, self.probe, self.tracker, self.known_teacher = state, source, probe, tracker, known_teacher
+        self.stop: str | None = None
+        self.reference: dict[str, float] = {}
+        self.found: Finding | None = None  # the finding that stops the run
+        self.skipped = SkippedSteps()
+        self.probed: list[stop.Probed] = []
+        self.stopped: stop.Stopped | None = None
+
+    def run(self) -> None:
+        """Trains to the end or to a finding in `stop_on`; on SIGINT or SIGTERM finishes the iteration, saves and raises `Interrupted`."""
+        state, total = self.state, self.recipe.steps
+        if self._has_stopped() or state.step >= total:
+            return
+        before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
+        log = RunLog(self.out, resume_step=state.step, tracker=self.tracker)
+        health = HealthMonitor(self.out, resume_step=state.step, recipe=self.recipe)
+        self.skipped = SkippedSteps(read_rows(self.out / "log.jsonl") if state.step else ())
+        self.probed, self.found = stop.probed(self.out), stop.open_finding(self.out, self.options.stop_on)
+        try:
+            with log.progress(total, initial=state.step):
+                if state.step == 0:
+                    self._probe(log, health, {"stage": "start"})
+                    self._save_if_due()
+                while state.step < total and self.stop is None and self.found is None:
+                    self._one(log, health)
+            if self.found is not None:
+                self._go_back(stop.decide(self.out, self.found, self.probed, self.options.stop_on))
+            elif self.stop is not None:
+                self.save()
+                raise Interrupted(f"{self.stop}: saved at step {state.step} of {total} in {self.out}; the same command goes on from there")
+        finally:
+            log.close()
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _one(self, log: RunLog, health: HealthMonitor) -> None:
+        stage, progress = self.recipe.at(self.state.step)
+        cpu, wall = time.process_time(), time.perf_counter()
+        try:
+            row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress)}
+        except Unusable as error:
+            self._give_up(str(error))
+        row |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+        step = self.state.step
+        self.skipped.row(step, row)
+        if step % self.options.probe_every == 0 or step in self.recipe.stage_ends():
+            self._probe(log, health, row)
+        else:
+            self._note(log, health, row)
+        if self.found is None and (what := self.skipped.too_many()):
+            self._give_up(what)
+        self._save_if_due()
+
+    def _give_up(self, what: str) -> NoReturn:
+        """Raises Unusable; the newest good checkpoint is kept."""
+        raise ended(what, self.out, self.state.step, self.skipped)
+
+    def _save_if_due(self) -> None:
+        """Saves a checkpoint at intervals and, with `stop_on`, at every probe that is the best so far; never at the finding that stops the run."""
+        step = self.state.step
+        best = bool(self.options.stop_on) and stop.best(self.probed) == step
+        if self.found is None and (best or (step > 0 and (step % self.options.save_every == 0 or step in self.recipe.stage_ends()))):
+            self.save()
+
+    def _has_stopped(self) -> bool:
+        """Whether the run stopped itself before and stays stopped; it then goes back to the kept checkpoint. Without that flag in `stop_on` it resumes."""
+        stopped = stop.read(self.out)
+        if stopped is None:
+            return False
+        if stop.kind(stopped.flag) not in self.options.stop_on:
+            (self.out / stop.NAME).unlink()
+            return False
+        self._go_back(stopped)
+        return True
+
+    def _go_back(self, stopped: stop.Stopped) -> None:
+        """Loads the kept checkpoint and removes all later ones."""
+        path = checkpoint.at(self.out / "checkpoints", stopped.kept)
+        if path is None:
+            raise ValueError(f"out: {self.out} stopped itself and the checkpoint of step {stopped.kept} that it kept is gone or damaged; train anew")
+        saved.load(self.state, self.source, checkpoint.load(path))
+        checkpoint.drop_after(self.out / "checkpoints", stopped.kept)
+        self.stopped = stopped
+        print(stopped)
+
+    def _probe(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
+        if not self.reference:
+            self.reference = self._teacher_metrics()
+        stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
+        watched = WatchedDenoiser(self.state.roles["student"])
+        with averaged(self.state.trained["student"]):
+            try:
+                metrics = self.probe.student(watched, self.recipe.sampling_at(self.state.step))
+            except ValueError as error:  # a reward of samples that are not finite
+                if watched.finite:
+                    raise
+                self._give_up(f"{BROKEN} ({error})")
+            if self.state.step in (0, *self.recipe.stage_ends()):
+                prompts = few_of(self.probe.prompts, 6)
+                views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)
+                save_views(self.out / "views", self.state.step, views, prompts)
+        teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
+        row |= {f"probe/{key}": value for key, value in metrics.items()} | teacher
+        # counted as saved: `_save_if_due` saves it unless it stops the run
+        self.probed.append(stop.Probed(self.state.step, metrics.get("monitor_both"), True, metrics["diversity"]))
+        self._note(log, health, row)
+        if self.found is None and not (watched.finite and math.isfinite(metrics["mean_brightness"])):
+            self._give_up(BROKEN)
+
+    def _note(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
+        """Logs a row and prints new health findings."""
+        log.row(self.state.step, row)
+        for finding in health.row(self.state.step, row):
+            log.say(finding)
+            if self.found is None and stop.asks(finding, self.options.stop_on):
+                self.found = finding
+
+    def _teacher_metrics(self) -> dict[str, float]:
+        """Returns the teacher's metrics on the probe's prompts, which are computed once and kept with the run."""
+        file = self.out / "teacher_probe.json"
+        if not file.is_file():
+            guidance = by_level(self.recipe.guidance, self.recipe.guidance_2, self.family.boundary)
+            metrics = self.known_teacher(self.probe, guidance) if self.known_teacher else None
+            write_json(file, metrics or self.probe.teacher(self.state.roles["teacher"], guidance))
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def save(self) -> None:
+        kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()), *self.skipped.good(self.out))
+        contents = saved.contents(self.state, self.source)
+        try:
+            check_state(contents)
+        except Unusable as error:
+            self._give_up(str(error))
+        checkpoint.save(self.out / "checkpoints", self.state.step, contents, keep=self.options.keep, protect=kept)
+
+    def restore(self, start_from: Path | str | None) -> None:
+        """Loads this run's newest intact checkpoint or, without any checkpoint, the roles of `start_from`. Raises ValueError if all are damaged."""
+        own = checkpoint.latest(self.out / "checkpoints")
+        if own is not None:
+            saved.load(self.state, self.source, checkpoint.load(own))
+        elif start_from is not None:
+            saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
+        check_state(saved.contents(self.state, self.source))
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stop is not None:
+            raise KeyboardInterrupt
+        self.stop = signal.Signals(number).name
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
