@@ -91,7 +91,7 @@ def test_a_pipeline_is_given_back_as_it_was_lent(tmp_path, rank):
 def test_two_runs_on_one_pipeline_are_two_runs_on_two(tmp_path):
     pipe, at_size = tiny_wan_pipeline(), lambda pipe: WanFamily(pipe, SIZE, name="tiny")
     one = at_size(pipe)
-    for i, (family_, rank) in enumerate(((one, 4), (one, None), (at_size(pipe), 4), (one, 8), (one, 4))):
+    for i, (family_, rank) in enumerate(((one, 4), (one, None), (at_size(pipe), 8))):
         mine = run(family_, tmp_path / f"mine{i}", rank=rank).state.trained["student"].state()
         fresh = run(at_size(tiny_wan_pipeline()), tmp_path / f"fresh{i}", rank=rank).state.trained["student"].state()
         assert mine.keys() == fresh.keys() and all(torch.equal(mine[key], fresh[key]) for key in mine)
@@ -496,8 +496,9 @@ class Counted:
         self.most[name] = max(self.most.get(name, 0), rows_)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3])
-@pytest.mark.parametrize("name", ["dmd2", "dm-align-group", "refl", "dollar", "flow-grpo", "apo", "dmd"])
+@pytest.mark.parametrize(
+    ("name", "micro_batch"), [*((name, 1) for name in ("dmd2", "dm-align-group", "refl", "dollar", "flow-grpo", "apo", "dmd")), ("dm-align-group", 3)]
+)
 def test_no_forward_decode_or_reward_sees_more_rows_than_a_micro_batch(name, micro_batch, tmp_path, monkeypatch):
     """A whole run: rollouts, critics, rewards, probes, views, the teacher's samples and the export's check."""
     from dataclasses import replace
