@@ -30,7 +30,7 @@ lint: $(STAMP)  ## style, format, and the layers: imports go downward only
 types: $(STAMP)
 	$(BIN)/mypy
 
-results: $(STAMP)  ## regenerates docs/results.md from what the benchmarks wrote
+results: $(STAMP)  ## regenerates docs/results.md and the table of docs/gpu.md from what the benchmarks wrote
 	PYTHONPATH=tools $(BIN)/python benchmarks/results.py
 
 clean:

@@ -1,4 +1,4 @@
-"""Writes docs/results.md from what the benchmarks measured (benchmarks/results/*.json). No number in it is typed.
+"""Writes docs/results.md, and the measured part of docs/gpu.md, from what the benchmarks measured (benchmarks/results/*.json). No number in them is typed.
 
 make results
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import claims
 import results_apo
 import results_dollar
+import results_gpu
 import results_reinforce
 import results_side_by_side
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
@@ -273,7 +274,8 @@ def main() -> None:
         "",
     ]
     write_text(Path(__file__).parents[1] / "docs" / "results.md", "\n".join(text))
-    print("wrote docs/results.md")
+    results_gpu.write()
+    print("wrote docs/results.md, docs/gpu.md")
 
 
 if __name__ == "__main__":
