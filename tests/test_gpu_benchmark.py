@@ -136,7 +136,7 @@ def test_full_size_as_shapes(model, roles, monkeypatch):
     without_steps(built.state)
     with FlopCounterMode(display=False) as counter:
         iteration(built.state, built.stage, [built.batch], 0.0, Unread())
-    assert built.flops(fused=False)["hardware"] == pytest.approx(counter.get_total_flops(), rel=0.005)
+    assert built.flops(fused=False)["hardware"] == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_the_reward_decodes_full_size_media():
