@@ -218,7 +218,10 @@ def test_a_window_is_backwarded_one_level_at_a_time_and_summed():
         good, bad = (Mixture.ring().sample(labels(names).label, state.rng) for _ in range(2))
         kept = []
         student = state.trained["student"]
-        student.step = lambda lr, optim: (kept.append(torch.cat([p.grad.flatten() for p in student.parameters.values()])), (0.0, True))[1]
+        student.step = lambda lr, optim: (
+            kept.append(torch.cat([p.grad.flatten() for p in student.parameters.values()])),
+            (torch.tensor(0.0), torch.tensor(True)),
+        )[1]
         term = Preference(beta=5.0, levels=levels, pairs="offline")
         log = iteration(state, Stage("apo", 1, 32, (term,)), [batch_of(names, pairs=Pairs(good, bad))], 0.0)
         assert log["objective/dpo"] == pytest.approx(math.log(2), abs=1e-6), "the log has their mean"

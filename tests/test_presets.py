@@ -108,7 +108,7 @@ class Seen(Exception):
 def trained(monkeypatch, recipe, family) -> Recipe:
     """The recipe that `train` takes."""
 
-    def stop(recipe, *others):
+    def stop(recipe, *others, **named):
         raise Seen(recipe)
 
     monkeypatch.setattr("instep.training.run.check_inputs", stop)

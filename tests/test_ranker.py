@@ -55,9 +55,9 @@ def test_a_reward_ranks_and_a_ranker_rewards():
 def test_groups_are_scored_whole():
     """A group that would be cut where decoding pauses is decoded to its end; rewards that do not compare are left as they were."""
     names = ["x"] * 31 + ["a"] * 3 + ["b"] * 3
-    assert chunks(names, whole=False) == [slice(0, 32), slice(32, 37)]
-    assert chunks(names, whole=True) == [slice(0, 34), slice(34, 37)]
-    assert chunks(["a"] * 64, whole=False) == [slice(0, 32), slice(32, 64)] and chunks([], whole=True) == []
+    assert chunks(names, 32, whole=False) == [slice(0, 32), slice(32, 37)]
+    assert chunks(names, 32, whole=True) == [slice(0, 34), slice(34, 37)]
+    assert chunks(["a"] * 64, 32, whole=False) == [slice(0, 32), slice(32, 64)] and chunks([], 32, whole=True) == []
     assert relative(Ranked(reward_ranker(brightness))) and relative(several((Ranked(reward_ranker(brightness)), 1.0), (brightness, 1.0)))
     assert not relative(FunctionReward(brightness))
 

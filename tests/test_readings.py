@@ -104,7 +104,7 @@ def test_critics_follow_the_student_on_its_own_samples():
     for reuse in (True, False):
         made, order, seen = state(), [], []
         for name, trained in made.trained.items():
-            trained.step = lambda lr, optim, name=name, order=order: (order.append(name), (0.0, True))[1]
+            trained.step = lambda lr, optim, name=name, order=order: (order.append(name), (torch.tensor(0.0), torch.tensor(True)))[1]
 
         class Spy(FakeScoreLoss):
             def losses(self, view: View, seen=seen):

@@ -19,7 +19,8 @@ from instep.methods.recipe import AdamWConfig
 from instep.recipes.after import rl_after
 from instep.recipes.common import Common
 from instep.training import checkpoint, stop
-from instep.training import run as run_module
+from instep.training import loop as run_module
+from instep.training import run as train_module
 from instep.training.health import Finding, flags
 from instep.training.options import RunOptions
 from instep.training.run import train
@@ -139,7 +140,7 @@ def test_killed_at_any_moment_it_ends_the_same(hacked, tmp_path, monkeypatch):
     assert not (out / "stopped.json").exists()
     dies_at(checkpoint, "drop_after")
     assert (out / "stopped.json").exists() and steps(out)[-1] > hacked.stopped.kept
-    dies_at(run_module, "export_role")
+    dies_at(train_module, "export_role")
     assert go(out).stopped == hacked.stopped and steps(out)[-1] == steps(hacked.out)[-1]
     one, other = exported(out), exported(hacked.out)
     assert all(torch.equal(one[key], other[key]) for key in other)

@@ -93,7 +93,7 @@ def export_student(
     scheduler = check_sampler(family, Sampling(levels))
     weights = check_adapter(family, network, adapter)
     check = family.at((size or info.size) if ours else small_size(family, info))
-    prompts, device = [info.example_prompt, replace(info.example_prompt, text="")], next(network.parameters()).device
+    prompts, device = [info.example_prompt, replace(info.example_prompt, text="")], family.device
     mine = draw(ours or our_sampler(check, family.join(_plain(family, network, adapter)), levels), check, prompts, device)
     with atomic_dir(out, "export") as temporary:
         pipe = family.pipeline(family.parts(network), scheduler=scheduler)
@@ -158,7 +158,7 @@ def export_many_step(
         write_pipeline(temporary, family.pipeline(family.parts(network), scheduler=scheduler), weights, dtype)
         keys = save_loras(family, network, temporary, adapter, dtype) if adapter else []
         (temporary / RECORD).write_text(json.dumps(record, indent=2))
-        device = next(network.parameters()).device
+        device = family.device
         _check_stock(temporary, family.at(small_size(family, info)), [info.example_prompt], FEW, sampling.guidance, device, dtype)
         (temporary / "README.md").write_text(many_step_card(info, sampling, family.task))
         size_bytes = _sync(temporary)

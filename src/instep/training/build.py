@@ -97,6 +97,9 @@ def make_state(
         for name, config in recipe.roles.items()
         if config.optim is not None
     }
+    for name, role in roles.items():
+        if name in trained and (residency := role.backbone.residency) is not None:
+            trained[name].at_home = residency.clear
     device = family.device
     if latent_reward is not None and recipe.latent_reward is not None:
         trained["latent_reward"] = TrainedParams(dict(latent_reward.to(device).named_parameters()), recipe.latent_reward.optim)
@@ -126,11 +129,13 @@ def averaged(trained: TrainedParams) -> Iterator[None]:
     if trained.ema is None:
         yield
         return
+    trained.at_home()
     live = {key: p.data for key, p in trained.parameters.items()}
     for key, p in trained.parameters.items():
         p.data = trained.ema[key].to(p)
     try:
         yield
     finally:
+        trained.at_home()
         for key, p in trained.parameters.items():
             p.data = live[key]

@@ -37,6 +37,8 @@ class TrainedParams:
         self.optimizer = torch.optim.AdamW(list(self.masters.values()), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
         self.ema = {key: p.detach().clone() for key, p in self.masters.items()} if ema is not None else None
         self.steps = 0
+        # where networks take turns on a device: takes the one that is there home, before weights are exchanged
+        self.at_home: Callable[[], None] = lambda: None
 
     def step(self, lr: float, optim: AdamWConfig | None = None) -> tuple[Tensor, Tensor]:
         """Clips the gradient, steps (with the settings `optim`; None: its own) and clears the gradient.
@@ -92,7 +94,7 @@ class TrainedParams:
 def _master(p: nn.Parameter, host: bool) -> nn.Parameter:
     """The parameter that is stepped: the network's own, or a copy in float32, or one in host memory."""
     wide = p.dtype in (torch.float32, torch.float64)
-    if wide and not (host and p.device.type != "cpu"):
+    if wide and not host:
         return p
     copied = p.detach().to(device="cpu" if host else p.device, dtype=p.dtype if wide else torch.float32, copy=True)
     return nn.Parameter(copied)
