@@ -276,14 +276,14 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 import os, resource
 import test_run as t
-from instep.training import run
-real, calls = run.iteration, []
+from instep.training import loop
+real, calls = loop.iteration, []
 def limited(*args):
     calls.append(1)
     if len(calls) == 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize({log!r}) + 10, resource.RLIM_INFINITY))
     return real(*args)
-run.iteration = limited
+loop.iteration = limited
 try:
     t.group_run({out!r})
 except OSError as error:
