@@ -47,15 +47,17 @@ def borrowed_pipeline(pipe: Any) -> Any:
 def visiting(modules: Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
     """Networks on `device` for as long as the context lasts; then they are where they were, without having been copied back."""
     target = torch.device(device)
-    tensors = [p for module in modules for p in (*module.parameters(), *module.buffers()) if p.device != target]
-    home = [p.data for p in tensors]
-    for p in tensors:
-        p.data = p.data.to(target)
+    held: list[tuple[dict[str, Any], ...]] = [(part._parameters, part._buffers) for module in modules for part in module.modules()]
+    home = [(store, name, p) for stores in held for store in stores for name, p in store.items() if p is not None and p.device != target]
+    for store, name, p in home:
+        # a tensor of its own: a graph made meanwhile keeps it, and finds it on the device in its backward pass
+        moved = p.detach().to(target)
+        store[name] = nn.Parameter(moved, requires_grad=p.requires_grad) if isinstance(p, nn.Parameter) else moved
     try:
         yield
     finally:
-        for p, data in zip(tensors, home, strict=True):
-            p.data = data
+        for store, name, p in home:
+            store[name] = p
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:

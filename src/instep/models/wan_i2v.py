@@ -17,7 +17,7 @@ from instep.core.size import Size
 from instep.data.first_frame import read_first_frame
 from instep.data.prompt import Prompt, as_prompts
 from instep.diffusion.prediction import Condition
-from instep.models.borrow import compute_dtype
+from instep.models.borrow import compute_dtype, visiting
 from instep.models.family import ComfyUI, Task
 from instep.models.preset import Preset
 from instep.models.wan import WAN21_DMD, WanCondition, WanFamily
@@ -138,7 +138,8 @@ class WanImageFamily(WanFamily):
 
     def _encode_first_frame(self, prompt: Prompt) -> Tensor:
         first_frame = self.first_frame(prompt, self.size).to(self.device)
-        return known_latents(self.pipe.vae, first_frame[None], self.size.frames)[0]
+        with visiting([self.pipe.vae], self.device):
+            return known_latents(self.pipe.vae, first_frame[None], self.size.frames)[0]
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, WanImageCondition) and cond.first_frame is not None, "a first frame is needed; an unconditional prompt is stacked on one"

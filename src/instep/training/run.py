@@ -107,7 +107,7 @@ def train(
         print(f"{lent.name} is on the {lent.device.type} and trains on {device}; it stays as it is, and device={lent.device.type} trains it there")
     with visiting(modules_in(scored, monitor), device):
         check_inputs(recipe, options.execution.place(lent), scored, real, prompts, pairs, start_from, export_to=out / "student")
-    with run_lock(out), visiting(modules_in(scored, monitor), device), options.execution.attending():
+    with run_lock(out), visiting(modules_in(scored, monitor), device):
         write_manifest(out, recipe, lent, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
         if not guides(recipe) and any(prompt.negative for prompt in prompts):
             print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which ignores them")
@@ -149,8 +149,9 @@ def train(
             family, few_of(prompts, PROBE_PROMPTS), reward=None if scored is None or relative(scored) else scored, monitor=monitor, negative=negative_prompt
         )
         loop = Loop(recipe, family, out, options, state, source, probe, tracker, known_teacher)
-        loop.restore(start_from)
-        loop.run()
+        with options.execution.attending():
+            loop.restore(start_from)
+            loop.run()
         student = cast("Role", state.roles["student"])  # a run on a family has no other kind
         if not fits_stock(student):
             print(f"not exported: the student predicts {student.prediction_type}, which no stock pipeline of {family.name} samples; it stays in {out}")
