@@ -34,7 +34,7 @@ class PlanArgs:
 
     model: Annotated[str, tyro.conf.arg(help=MODEL_HELP)] = DEFAULT
     on: Literal["here", "A100", "H100", "H200"] = "here"
-    """What to plan for: this machine's device (--device), which is measured for two seconds, or one at 40 %% of the vendor's bf16 peak, an assumption."""
+    """What to plan for: this machine's device (--device), which is measured for two seconds, or one at 40 percent of the vendor's bf16 peak, an assumption."""
     memory: float | None = None
     """Memory of one device in GB; default: this machine's, or that of the given device."""
     gpus: int = 1
