@@ -179,7 +179,8 @@ def transformer_config(model: str) -> Any:
         return WanTransformer3DModel(**SMALLEST_TRANSFORMER).config  # type: ignore[arg-type]
     if model not in PUBLISHED:
         raise ValueError(f"model: {model!r} is not allowed; allowed: {', '.join([*PUBLISHED, SMALLEST])}")
-    return outline(model).parts["transformer"].config
+    network: Any = outline(model).pretrained
+    return network.config
 
 
 def latent_shape(case: Case) -> tuple[int, int, int, int]:

@@ -240,10 +240,10 @@ CASES = (
     Case(
         "plan",
         tuple(
-            f"plan {line} --model 1.3B --device H100 --memory 80"
-            for line in ("dmd2 --gan 0.01", "dollar --lora-rank 32", "apo --draw 1 4 --gpus 8 --no-checkpointing")
+            f"plan {line} --model 1.3B --on H100 --memory 80"
+            for line in ("dmd2 --gan 0.01", "dollar --lora-rank 32", "apo --draw 1 4 --gpus 8 --checkpointing off")
         ),
-        printed=r"│ +([\d.]+ (?:GB|MB|x)) │|: (\d+) iterations|: (\S+) FLOPs",
+        printed=r"│ +([\d.]+ (?:GB|MB)) │|: (\d+) iterations|: (\S+) FLOPs",
     ),
 )
 

@@ -84,9 +84,7 @@ def test_mistakes_in_options(capsys, line, answer):
 
 
 def test_mistakes_in_other_commands(capsys):
-    assert said(capsys, "plan dmd2 --device mars") == (
-        "--device: 'mars' is not allowed; allowed: 'cpu', 'cuda', 'A100', 'H100', 'H200' (see instep plan dmd2 --help)"
-    )
+    assert said(capsys, "plan dmd2 --on mars") == "--on: 'mars' is not allowed; allowed: 'here', 'A100', 'H100', 'H200' (see instep plan dmd2 --help)"
     assert said(capsys, "sample").startswith("Missing from instep sample: STR Folder of a run")
     assert said(capsys, "sample x --nonsense y").startswith("--nonsense: there is no such option")
 

@@ -247,7 +247,6 @@ def test_consistency_steps_of_the_teacher_are_counted_and_guided():
     view = consistency_view(RectifiedFlow(), student, teacher)
     next(Consistency(steps=3, guidance=3.0)(view))
     assert (teacher.asked, student.asked) == (3 * 2 * 64, 2 * 64)
-    assert Consistency(steps=3, guidance=3.0).passes(1) == (7.0, 1.0) and Consistency(steps=3, guidance=1.0).passes(1) == (4.0, 1.0)
     next(Consistency(steps=3, guidance=1.0, target="teacher")(view))
     assert teacher.asked == 3 * 2 * 64 + 4 * 64, "the target as Eq. 6 prints it is the teacher's"
     with pytest.raises(ValueError, match="cd_steps: 51"):

@@ -91,9 +91,7 @@ def test_the_objective_and_its_gradient_by_hand():
     torch.testing.assert_close(torch.autograd.grad(loss, slope)[0], (2 * (0.1 - wanted) * x_t.square()).mean())
 
 
-def test_it_costs_what_it_says_and_refuses_what_is_nothing():
-    assert GuidanceDistillation().passes(1) == (2.0, 1.0) and GuidanceDistillation(skip_scale=1.0, blocks=(1,)).passes(1) == (3.0, 1.0)
-    assert GuidanceDistillation(guidance=1.0, skip_scale=0.5, blocks=(0,)).passes(1) == (2.0, 1.0)
+def test_it_refuses_what_is_nothing():
     with pytest.raises(ValueError, match="guidance: 1 is none, and there is nothing to distil"):
         GuidanceDistillation(guidance=1.0)
     with pytest.raises(ValueError, match="skip_blocks: none, and skip-layer guidance of scale 0.5"):

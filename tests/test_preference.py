@@ -194,7 +194,6 @@ def test_half_online_gradients(positive):
 def test_each_kind_asks_for_what_it_compares():
     assert Preference().needs == {"reward", "reference"}
     assert Preference(pairs="offline").needs == {"pairs", "reference"}
-    assert Preference(pairs="offline", levels=HighLow(10)).passes(1) == (10, 10) and Preference().passes(8) == (0.25, 0.25)
     half = Preference(pairs="half-online")
     assert Stage("h", 1, 4, (half,), (), RolloutConfig((1.0, 0.5))).to_the_end
     with pytest.raises(ValueError, match="stage 'h': it compares with samples of the student but rollout is None"):

@@ -152,7 +152,7 @@ def test_its_parameters_are_options_of_every_command(own, capsys):
         main(["train", f"{own}:plain", "--help"])
     out = capsys.readouterr().out
     assert "--pull" in out and "weight of matching" in out and "--student.lr" in out
-    assert main(["plan", f"{own}:plain", "--device", "H100", "--steps", "1"]) == 0
+    assert main(["plan", f"{own}:plain", "--on", "H100", "--steps", "1"]) == 0
     assert "plain, stage match" in capsys.readouterr().out
     assert main(["lab", f"{own}:plain:pull=0.7", "--student", "particles", "--iterations", "1", "--members", "1", "--out", "lab", "--no-figures"]) == 0
     (run,) = json.loads(Path("lab/lab.json").read_text())["runs"]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from human_eval_helpers import sample_folder
-from test_apo import NONE, ONE_EACH, PAIRS, QUICK, RANKED, TINY
+from test_apo import NONE, QUICK, TINY
 from test_run import family, rows
 
 from instep.cli.main import main
@@ -21,10 +21,7 @@ from instep.data.pairs import PreferencePair
 from instep.data.prompt import texts_of
 from instep.human_eval.samples import match
 from instep.methods.recipe import AdamWConfig
-from instep.planning.plan import passes
-from instep.planning.workload import recipe_workload, workload
 from instep.recipes.apo import apo
-from instep.training import loop as module
 from instep.training.run import train
 
 FAST = replace(TINY, batch=8, student=AdamWConfig(1e-3))
@@ -155,33 +152,3 @@ def test_samples_of_two_seeds_are_matched_by_the_prompt(tmp_path):
         match(str(a), str(b))
     found = match(str(a), str(b), "prompt")
     assert [(x.prompt == y.prompt, x.seed, y.seed) for x, y in found.pairs] == [(True, 0, 5), (True, 1, 6)] * 3 and found.alone == (0, 3)
-
-
-def test_the_plan_counts_what_an_update_of_each_stage_evaluates(tmp_path, monkeypatch):
-    """Rows that go through a network, without a graph and with one, in a real update of each stage."""
-    from diffusers import WanTransformer3DModel
-
-    seen: list[list[int]] = []
-    forward, iteration = WanTransformer3DModel.forward, module.iteration
-
-    def counts(self, hidden_states, *args, **kwargs):
-        if seen and seen[-1] is not None:
-            seen[-1][torch.is_grad_enabled()] += len(hidden_states)
-        return forward(self, hidden_states, *args, **kwargs)
-
-    def one(*args):
-        seen.append([0, 0])
-        try:
-            return iteration(*args)
-        finally:
-            seen.append(None)
-
-    monkeypatch.setattr(WanTransformer3DModel, "forward", counts)
-    monkeypatch.setattr(module, "iteration", one)
-    recipe = apo(TINY, **ONE_EACH, skip=0.5, skip_blocks=(1,))
-    train(recipe, family(), out=tmp_path / "run", prompts=["a digit", "an eight"], reward=RANKED, pairs=PAIRS, options=QUICK)
-    fam = family()
-    base = workload(fam.parts(fam.pretrained), fam.dimensions(fam.pretrained))
-    for stage, real in zip(recipe.stages, [x for x in seen if x is not None], strict=True):
-        planned = passes(recipe_workload(recipe, stage, base))
-        assert [stage.batch * sum(item.value for item in items) for items in planned] == real, stage.name

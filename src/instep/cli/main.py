@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from instep.cli.parse import parse, recipe_args, recipe_name
+from instep.cli.parse import parse, recipe_args, recipe_name, takes
 from instep.core.unusable import Unusable
 
 USAGE = """instep: few-step diffusion models, distilled and aligned in one training loop
@@ -146,6 +146,8 @@ def _pairs(args: Sequence[str]) -> int:
 def _plan(args: Sequence[str]) -> int:
     name = recipe_name(args, "plan")
     from instep.cli.plan import PlanArgs, plan_command
+    from instep.planning.plan import RANK
 
     recipe, options = recipe_args(name, args[1:], "plan", PlanArgs)
-    return plan_command(recipe, options)
+    with_rank = [*args[1:], "--lora-rank", str(RANK)]
+    return plan_command(recipe, options, (lambda: recipe_args(name, with_rank, "plan", PlanArgs)[0]) if takes(name, "lora_rank") else None)

@@ -76,6 +76,14 @@ def recipe_args(name: str, args: Sequence[str], command: str, options: type) -> 
     return as_recipe(parsed.recipe, function, name if ":" in name else None), parsed.options
 
 
+def takes(name: str, option: str) -> bool:
+    """Whether a recipe has an option, of its own or among those that recipes share."""
+    from instep.recipes import find
+
+    hints = inspect.get_annotations(find(name), eval_str=True)
+    return option in hints or option in {field.name for field in dataclasses.fields(hints["common"])}
+
+
 def _check_names(name: str, function: Callable[..., Any], command: str, options: type) -> None:
     """Raises ValueError if a parameter of the recipe has the name of an existing option."""
     hints = inspect.get_annotations(function, eval_str=True)

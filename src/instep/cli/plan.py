@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
@@ -11,82 +13,150 @@ import tyro
 from instep.bundled import DEFAULT, LISTED, WORLDS, find
 from instep.core.size import Size
 from instep.methods.recipe import Recipe
+from instep.models.families import FAMILIES
+from instep.models.family import Family
 from instep.models.outline import PUBLISHED, outline
-from instep.planning.plan import duration, plan
+from instep.planning.plan import Machine, Plan, RewardCost, StagePlan, duration, gb, plan
 from instep.planning.throughput import measure_throughput, stated
-from instep.planning.workload import Workload, recipe_workload, workload
+from instep.training.execution import DTYPES, Execution
 
-KNOWN = f"a bundled video model ({LISTED}), a published size ({', '.join(PUBLISHED)}), and pipeline folders of families whose memory was counted"
-MODEL_HELP = f"A bundled video model ({LISTED}), a published size ({', '.join(PUBLISHED)}), or the path of a diffusers pipeline folder."
-Device = Literal["cpu", "cuda", "A100", "H100", "H200"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+KNOWN = f"a bundled model ({LISTED}), a published size ({', '.join(PUBLISHED)}), and pipeline folders of {', '.join(FAMILIES)}"
+MODEL_HELP = f"A bundled model ({LISTED}), a published size ({', '.join(PUBLISHED)}), or the path of a diffusers pipeline folder."
 CAPACITY = {"A100": 80.0, "H100": 80.0, "H200": 141.0}  # GB
 
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """The device to plan for."""
+    """What to plan for; the options of execution are those of `instep train`."""
 
     model: Annotated[str, tyro.conf.arg(help=MODEL_HELP)] = DEFAULT
-    device: Device = "cpu"
-    """cpu and cuda are measured for two seconds; A100, H100 and H200 are 40 %% of the vendor's bf16 peak, an assumption."""
+    on: Literal["here", "A100", "H100", "H200"] = "here"
+    """What to plan for: this machine's device (--device), which is measured for two seconds, or one at 40 percent of the vendor's bf16 peak, an assumption."""
     memory: float | None = None
     """Memory of one device in GB; default: this machine's, or that of the given device."""
     gpus: int = 1
-    """Number of devices over which weights, gradients and optimiser states are sharded."""
+    """Number of devices over which weights, gradients and optimiser states are sharded. instep itself trains on one."""
     size: tuple[int, int, int] | None = None
-    """Height, width and frames; default: 480 832 81, and a bundled model's own."""
-    float32: bool = False
-    """Weights in float32 instead of bfloat16 (always so on a CPU)."""
-    checkpointing: bool = True
-    """Activation checkpointing."""
+    """Height, width and frames; default: the model's own, 480 832 81 for Wan 2.1."""
+    reward_gb: float | None = None
+    """Memory of the reward model in GB, an assumption; default: 2, and 0 for a bundled model."""
+    reward_seconds: float | None = None
+    """Seconds in which it scores a sample, an assumption; default: 0.05, and 0 for a bundled model. Decoding is counted."""
+
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
+
+    @property
+    def kind(self) -> str:
+        """The type of the device that is planned for."""
+        return self.execution.target.type if self.on == "here" else "cuda"
 
 
-def plan_command(recipe: Recipe, args: PlanArgs) -> int:
-    """Prints a table for each stage and the time of the whole run."""
+def plan_command(recipe: Recipe, args: PlanArgs, adapted: Callable[[], Recipe] | None) -> int:
+    """Prints a table for each stage, the lines beside them, and the time of the whole run. `adapted`: see `plan`."""
     from rich.console import Console
 
-    console, total = Console(), 0.0
-    base = network(args)
-    throughput, source = speed(base, args.device)
-    for stage in (stage for stage in recipe.stages if stage.steps):
-        seen = plan(recipe_workload(recipe, stage, base), throughput, capacity(args) * 1e9, source)
-        total += stage.steps * seen.seconds
-        console.print(f"\n[bold]{recipe.name}, stage {stage.name}[/]: {stage.steps} iterations on {args.model}")
-        console.print(seen.table())
-    console.print(f"\nthe whole run: about {duration(total)} (sampling of probes, reward models and data loading are not counted)")
+    console, family = Console(), model_of(args)
+    machine = machine_of(args, family, max(stage.batch for stage in recipe.stages))
+    small = args.model in WORLDS
+    reward = RewardCost(_given(args.reward_gb, 0.0 if small else 2.0) * 1e9, _given(args.reward_seconds, 0.0 if small else 0.05))
+    found = plan(recipe, family, _planned(args), machine, reward, adapted)
+    console.print(f"[bold]{recipe.name}[/] on {args.model}, {family.size}: {found.verdict()}", highlight=False, soft_wrap=True)
+    for one in found.stages:
+        console.print(f"\n[bold]{recipe.name}, stage {one.stage.name}[/]: {one.stage.steps} iterations of {samples(one)}", highlight=False)
+        console.print(stage_table(one, machine))
+    console.print(beside_table(found))
+    console.print(f"\nthe whole run: about {duration(found.seconds)} {_left_out(found)}", highlight=False, soft_wrap=True)
     return 0
 
 
-def network(args: PlanArgs) -> Workload:
-    """The network at the size that is planned."""
+def _planned(args: PlanArgs) -> Execution:
+    """The run's execution; on a CPU there is no other memory to offload to."""
+    from dataclasses import replace
+
+    return replace(args.execution, device="cpu", offload=False) if args.kind == "cpu" else args.execution
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def model_of(args: PlanArgs) -> Family:
+    """The family as a run loads it, as shapes."""
     size = Size(*args.size) if args.size else None
+    if args.model in WORLDS:
+        return find(args.model).load(size).placed("meta")
+    dtype = DTYPES[args.execution.dtype or ("bfloat16" if args.kind == "cuda" else "float32")]
     try:
-        if args.model in WORLDS:
-            family = find(args.model).load(size)
-            base = workload(family.parts(family.pretrained), family.dimensions(family.pretrained))
-        else:
-            found = outline(args.model)
-            base = workload(found.parts, found.dimensions(size or Size()))
+        return outline(args.model, size, dtype)
     except ValueError as error:
         raise ValueError(f"{error}; planned are {KNOWN}" if str(error).startswith("model:") else str(error)) from error
-    wide = 4 if args.float32 or args.device == "cpu" else 2
-    return replace(base, bytes_per_parameter=wide, checkpointing=args.checkpointing, gpus=args.gpus)
 
 
-def speed(base: Workload, device: Device) -> tuple[float, str]:
-    if device in CAPACITY:
-        return stated(device), f"40 % of the {device}'s stated peak: an assumption"
-    return measure_throughput(base, device), f"measured on this {device}; a lower bound of the time for small networks"
+def machine_of(args: PlanArgs, family: Family, batch: int) -> Machine:
+    """The device that is planned for."""
+    if args.on != "here":
+        return Machine(_given(args.memory, CAPACITY[args.on]) * 1e9, stated(args.on), f"40 % of the {args.on}'s stated peak: an assumption", args.gpus)
+    rows = min(batch, args.execution.micro_batch or batch)
+    tokens = max(1, torch.Size(family.latent_shape[1:]).numel() // 4)
+    dtype = DTYPES[args.execution.dtype] if args.execution.dtype else family.dtype
+    speed = measure_throughput(family.feature_width(family.pretrained), tokens, rows, dtype, str(args.execution.target))
+    source = f"measured on this {args.kind}; a lower bound of the time for small networks"
+    return Machine(_given(args.memory, _memory_of(args.kind)) * 1e9, speed, source, args.gpus)
 
 
-def capacity(args: PlanArgs) -> float:
-    """Returns the memory of one device in GB."""
-    if args.memory is not None:
-        return args.memory
-    if args.device in CAPACITY:
-        return CAPACITY[args.device]
-    if args.device == "cuda":
+def _memory_of(kind: str) -> float:
+    """Memory of this machine's device in GB."""
+    if kind == "cuda":
         return torch.cuda.get_device_properties(0).total_memory / 1e9
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+# tables
+
+
+def samples(one: StagePlan) -> str:
+    stage = one.stage
+    return f"{stage.batch} samples" if stage.accumulate == 1 else f"{stage.accumulate} x {stage.batch} samples"
+
+
+def stage_table(one: StagePlan, machine: Machine) -> Table:
+    """Memory at the peak by kind, FLOPs by role, and time."""
+    from rich.table import Table
+
+    flops = one.trace.total_flops
+    again = (flops - one.trace.model_flops) / max(1.0, flops)
+    pace = f"{duration(one.seconds)} an iteration: {flops:.3g} FLOPs, {again:.0%} of them recomputation, at {machine.throughput:.3g} FLOP/s ({machine.source})"
+    table = Table(title=pace, title_justify="left")
+    for name in ("at the peak of an iteration", "amount", ""):
+        table.add_column(name, justify="right" if name == "amount" else "left")
+    for kind, count in sorted(one.memory.items(), key=lambda item: -item[1]):
+        table.add_row(kind, gb(count), "")
+    table.add_row("memory of one device", gb(one.bytes), "" if machine.gpus == 1 else f"states sharded over {machine.gpus}", end_section=True, style="bold")
+    if one.host:
+        table.add_row("in host memory", gb(sum(one.host.values())), "offloaded", end_section=True)
+    for label in dict.fromkeys(label for label, _ in one.trace.flops):
+        phases = {phase: one.trace.flops.get((label, phase), 0.0) for phase in ("forward", "backward", "recomputation")}
+        table.add_row(label, f"{sum(phases.values()):.3g}", ", ".join(f"{phase} {count:.3g}" for phase, count in phases.items() if count))
+    return table
+
+
+def beside_table(found: Plan) -> Table:
+    """What a run does beside its iterations."""
+    from rich.table import Table
+
+    table = Table(title="\nbeside the iterations", title_justify="left")
+    for name in ("", "memory", "time", "times", ""):
+        table.add_column(name, justify="left" if not name else "right")
+    for one in found.beside:
+        table.add_row(one.name, gb(one.bytes), duration(one.flops / found.machine.throughput), f"{one.times:.0f}", one.why)
+    return table
+
+
+def _left_out(found: Plan) -> str:
+    if not any(one.trace.scored for one in found.stages):
+        return "(data loading is not counted)"
+    reward = f"a reward of {gb(found.reward.bytes)} and {1000 * found.reward.seconds:.0f} ms a sample is assumed besides decoding"
+    return f"({reward}; data loading is not counted)"

@@ -28,9 +28,6 @@ class Adversarial(Force):
     def needs(self) -> frozenset[Need]:
         return frozenset({"real"})
 
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        return 0.0, 1.0
-
     def __call__(self, view: View) -> Tensor:
         samples = view.samples
         point = samples.point(self.on).detach()

@@ -60,9 +60,6 @@ class AlignPair(Force):
     def needs(self) -> frozenset[Need]:
         return frozenset({"preferred"})
 
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        return 2.0, 0.0
-
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:
         samples = view.samples
@@ -95,9 +92,6 @@ class AlignGroup(Force):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"reward"})
-
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        return 1.0 + 1.0 / group, 0.0
 
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:

@@ -72,9 +72,6 @@ class Consistency(Objective):
     def needs(self) -> frozenset[Need]:
         return frozenset({"real", "average"}) if self.target == "average" else frozenset({"real"})
 
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        return (self.steps * (1 if self.guidance == 1 else 2) + 1) / group, 1 / group
-
     def __call__(self, view: View) -> Iterator[Tensor]:
         real, cond = view.batch.real, view.batch.cond
         assert real is not None, "consistency distillation needs real samples in the batch"

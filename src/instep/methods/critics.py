@@ -84,10 +84,6 @@ class FakeScoreGANLoss(FakeScoreLoss):
     def needs(self) -> frozenset[Need]:
         return super().needs | {"real"}
 
-    @property
-    def passes(self) -> float:
-        return 3.0
-
     def losses(self, view: View) -> Iterator[Tensor]:
         yield from super().losses(view)
         samples, real = view.samples, view.batch.real

@@ -60,10 +60,6 @@ class GuidanceDistillation(Objective):
     def skips(self) -> tuple[int, ...]:
         return self.blocks if self._skip else ()
 
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        each = len(self.levels.window) / group  # a real sample a prompt
-        return ((2.0 if self._guides else 1.0) + (1.0 if self._skip else 0.0)) * each, each
-
     def __call__(self, view: View) -> Iterator[Tensor]:
         real = view.batch.real
         assert real is not None, "guidance distillation needs real samples in the batch"

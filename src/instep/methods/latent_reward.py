@@ -35,10 +35,6 @@ class LatentFit(Critic):
     def needs(self) -> frozenset[Need]:
         return frozenset({"labels", "latent_reward", "real"}) if self.real else frozenset({"labels", "latent_reward"})
 
-    @property
-    def passes(self) -> float:
-        return 0.0
-
     @torch.no_grad()
     def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[Prompt]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
         """Computes the rewards. Also logs the model's predictions for the student's samples before it learns from them, as held-out predictions."""

@@ -69,10 +69,6 @@ class DistributionMatching(Force):
     def needs(self) -> frozenset[Need]:
         return frozenset({"reward"}) if self.operator.needs_advantage else NOTHING
 
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        teacher = 1.0 if self.guidance == self.second == 1 else 2.0 if self.ca_levels is None else 3.0
-        return teacher + 1.0, 0.0
-
     def __call__(self, view: View) -> Tensor:
         return as_force(self.explain(view).direction)
 

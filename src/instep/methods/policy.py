@@ -41,9 +41,6 @@ class _Policy(Objective):
     def needs(self) -> frozenset[Need]:
         return frozenset({"reward", "trajectory"})
 
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        return 0.0, float(max(1, round(self.fraction * transitions)))
-
     def steps(self, view: View, path: Trajectory) -> Sequence[int]:
         """Draws the transitions to train on."""
         n = len(path.t)
@@ -96,10 +93,6 @@ class GRPO(_Policy):
     def needs(self) -> frozenset[Need]:
         return super().needs | {"reference"} if self.kl else super().needs
 
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        n = super().passes(group, transitions)[1]
-        return (n if self.kl else 0.0), n
-
     def __call__(self, view: View) -> Iterator[Tensor]:
         path, advantage = self.parts(view)
         steps = self.steps(view, path)
@@ -145,9 +138,6 @@ class DDPO(_Policy):
         super().__post_init__()
         if self.truncate < 1:
             raise ValueError(f"truncate: {self.truncate} is not allowed; 1 or more transitions")
-
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        return 0.0, min(super().passes(group, transitions)[1], self.truncate)
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         path, advantage = self.parts(view)

@@ -73,10 +73,6 @@ class Preference(Objective):
         }
         return needed[self.pairs]
 
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        each = 2 * len(self.levels.window) / group
-        return each, each
-
     def __call__(self, view: View) -> Iterator[Tensor]:
         draw = {"online": self.online, "half-online": self.half_online, "offline": self.offline}[self.pairs]
         pairs = draw(view)

@@ -27,9 +27,6 @@ class Regression(Objective):
     def needs(self) -> frozenset[Need]:
         return frozenset({"stored"})
 
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        return 0.0, 1.0
-
     def __call__(self, view: View) -> Iterator[Tensor]:
         stored = view.batch.stored
         assert stored is not None, "regression needs stored pairs of noise and the teacher's output in the batch"
@@ -51,9 +48,6 @@ class Denoising(Objective):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"real"})
-
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        return 0.0, 1.0
 
     def __call__(self, view: View) -> Iterator[Tensor]:
         real = view.batch.real

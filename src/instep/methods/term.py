@@ -144,13 +144,6 @@ class Term:
         """Blocks of the network that it leaves out of a role's pass."""
         return ()
 
-    def passes(self, group: int, transitions: int = 0) -> tuple[float, float]:
-        """Network evaluations a sample in groups of `group`, without a graph and with one, for `instep plan`; a reward's own are not counted.
-
-        `transitions`: stochastic steps of the rollout, which a policy gradient predicts again.
-        """
-        return 0.0, 0.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Force(Term):
@@ -189,11 +182,6 @@ class Critic:
     @property
     def needs(self) -> frozenset[Need]:
         return NOTHING
-
-    @property
-    def passes(self) -> float:
-        """Network evaluations (forward and backward) a sample and update, for `instep plan`."""
-        return 1.0
 
     def prepare(self, view: View, reward_fn: Callable[[Tensor, Sequence[Prompt]], Tensor] | None, note: Callable[[str, Tensor], None]) -> View:
         """Computes what its updates on one rollout share; `reward_fn` is the run's reward without a gradient, `note` writes a scalar into the log."""

@@ -173,6 +173,10 @@ class CogVideoXFamily(PipelineFamily):
     def unconditional(self, prompts: Sequence[Prompt | str]) -> CogVideoXCondition:
         return self._stacked(self.encoded(negatives_of(prompts)))
 
+    def blank(self, n: int) -> tuple[CogVideoXCondition, CogVideoXCondition]:
+        texts = CogVideoXCondition(text=torch.zeros(n, STOCK_TEXT_LENGTH, self.pipe.transformer.config.text_embed_dim, device=self.device))
+        return texts, texts
+
     def _stacked(self, encoded: Sequence[Encoded]) -> CogVideoXCondition:
         return CogVideoXCondition(text=torch.stack([one["text"] for one in encoded]).float().to(self.device))
 

@@ -148,6 +148,10 @@ class DiTFamily(PipelineFamily):
             label[given] = self.labels([negatives[i] for i in given])
         return ClassCondition(label=label)
 
+    def blank(self, n: int) -> tuple[ClassCondition, ClassCondition]:
+        labels = ClassCondition(label=torch.zeros(n, dtype=torch.long, device=self.device))
+        return labels, labels
+
     def decode(self, x: Tensor) -> Tensor:
         media = (x + 1) / 2
         return media.expand(-1, 3, -1, -1) if media.shape[1] == 1 else media

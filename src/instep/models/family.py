@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Literal, Protocol, Self
 
@@ -18,20 +17,6 @@ from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.preset import Preset
 
 Task = Literal["text-to-image", "text-to-video", "image-to-video", "class-to-image"]
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """What memory and time of a denoiser follow from: tokens of one sample, text tokens, width of a token, width of the feed-forward layer, blocks.
-
-    Blocks are counted as self-attention, cross-attention to the text and a feed-forward layer.
-    """
-
-    tokens: int
-    text_tokens: int
-    width: int
-    ffn: int
-    layers: int
 
 
 class ComfyUI(Protocol):
@@ -128,6 +113,10 @@ class Family(Protocol):
         """Encodes what guidance leads away from, one row a prompt: its negative prompt, the empty text where it has none."""
         ...
 
+    def blank(self, n: int) -> tuple[Condition, Condition]:
+        """For planning: conditions of the shapes that `encode` and `unconditional` give for n prompts of the longest text. Their values mean nothing."""
+        ...
+
     def encode_all(self, prompts: Sequence[Prompt], folder: FilePath, device: torch.device | str | None = None) -> None:
         """Encodes each text of the prompts, negative prompts and the empty text included, that `folder` lacks, and writes it there. From then on `encode` and
         `unconditional` look texts up there, and the text encoders are needed for other texts alone. They are on `device` meanwhile. A model without text
@@ -221,10 +210,6 @@ class Family(Protocol):
 
     def calls(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         """The prompts of each call of the stock pipeline: all at once, or one by one where a call takes one first frame."""
-        ...
-
-    def dimensions(self, network: nn.Module) -> Dimensions:
-        """What memory and time follow from, at this family's size; ValueError where that was not counted for the architecture."""
         ...
 
 

@@ -20,7 +20,7 @@ from instep.data.prompt import Prompt, as_prompts, negatives_of, texts_of
 from instep.diffusion.path import Path, RectifiedFlow
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.borrow import borrowed, borrowed_pipeline, cast, compute_dtype, visiting
-from instep.models.family import ComfyUI, Dimensions, Task
+from instep.models.family import ComfyUI, Task
 from instep.models.preset import Preset
 from instep.models.prompt_cache import Encoded, PromptCache, encoder_identity
 
@@ -174,6 +174,9 @@ class PipelineFamily:
         """
         raise NotImplementedError
 
+    def blank(self, n: int) -> tuple[Condition, Condition]:
+        raise NotImplementedError
+
     @torch.no_grad()
     def encoded(self, texts: Sequence[str]) -> list[Encoded]:
         """What `encode_text` returns for each, on the CPU: from memory, from the folder given to `encode_all`, or encoded now."""
@@ -286,15 +289,3 @@ class PipelineFamily:
 
     def _output(self, result: Any) -> Tensor:
         return result.images if self.task == "text-to-image" else result.frames
-
-    def dimensions(self, network: nn.Module) -> Dimensions:
-        vae = {} if self.pipe is None else self.pipe.vae.config
-        return self.dimensions_of(next(iter(self.parts(network).values())), self.size, vae)
-
-    @classmethod
-    def dimensions_of(cls, denoiser: nn.Module, size: Size, vae: Mapping[str, Any]) -> Dimensions:
-        """Of a denoiser, which may lie on the meta device, at `size`; `vae`: the VAE's configuration, for its compression.
-
-        Raises ValueError where the passes and memory of the architecture were not counted.
-        """
-        raise ValueError(f"model: the passes and memory of a {type(denoiser).__name__} were not counted yet")

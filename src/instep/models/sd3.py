@@ -18,8 +18,8 @@ from instep.models.pipeline_family import PipelineFamily
 from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
 
-# the pipeline's own limit of T5 tokens; CLIP's 77 tokens come before them, and the padding of both is attended to
-T5_TOKENS = 256
+# the pipeline's own limit of T5 tokens; CLIP's come before them, and the padding of both is attended to
+CLIP_TOKENS, T5_TOKENS = 77, 256
 
 # DMDR's scripts: adapters on all attention projections (the student's of rank 64, the fake's of 32) on 24 devices
 DMDR = "DMDR's released code (github.com/vvvvvjdy/dmdr), train_t2i/sd3/scripts/multi_node/"
@@ -146,6 +146,14 @@ class SD3Family(PipelineFamily):
 
     def unconditional(self, prompts: Sequence[Prompt | str]) -> SD3Condition:
         return self._stacked(self.encoded(negatives_of(prompts)))
+
+    def blank(self, n: int) -> tuple[SD3Condition, SD3Condition]:
+        config = self.pipe.transformer.config
+        texts = SD3Condition(
+            text=torch.zeros(n, CLIP_TOKENS + T5_TOKENS, config.joint_attention_dim, device=self.device),
+            pooled=torch.zeros(n, config.pooled_projection_dim, device=self.device),
+        )
+        return texts, texts
 
     def _stacked(self, encoded: Sequence[Encoded]) -> SD3Condition:
         text, pooled = (torch.stack([one[name] for one in encoded]).float().to(self.device) for name in ("text", "pooled"))

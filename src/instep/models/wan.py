@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from instep.core.size import Size
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
-from instep.models.family import ComfyUI, Dimensions, skipped
+from instep.models.family import ComfyUI, skipped
 from instep.models.pipeline_family import PipelineFamily, has_part
 from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
@@ -144,6 +144,14 @@ class WanFamily(PipelineFamily):
         """The negative prompts, padded likewise."""
         return self._pad(self.encoded(negatives_of(prompts)))
 
+    def blank(self, n: int) -> tuple[WanCondition, WanCondition]:
+        """Texts of the stock length."""
+        texts = WanCondition(
+            text=torch.zeros(n, STOCK_TEXT_LENGTH, self.pipe.transformer.config.text_dim, device=self.device),
+            bias=torch.zeros(n, STOCK_TEXT_LENGTH, device=self.device),
+        )
+        return texts, texts
+
     def _pad(self, encoded: Sequence[Encoded]) -> WanCondition:
         texts = [one["text"] for one in encoded]
         length = max(len(text) for text in texts) + 1
@@ -191,15 +199,3 @@ class WanFamily(PipelineFamily):
     def lora_key(self, part: str, layer: str) -> str:
         """The names that ComfyUI maps onto Wan and that diffusers converts by itself."""
         return f"diffusion_model.{comfyui_module(layer)}"
-
-    @classmethod
-    def dimensions_of(cls, denoiser: nn.Module, size: Size, vae: Mapping[str, Any]) -> Dimensions:
-        return wan_dimensions(denoiser, size, vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4))
-
-
-def wan_dimensions(network: Any, size: Size, spatial: int = 8, temporal: int = 4) -> Dimensions:
-    """Of a Wan transformer at `size`; spatial, temporal: the compression of its VAE."""
-    config = network.config
-    pt, ph, pw = config.patch_size
-    tokens = ((size.frames - 1) // temporal + 1) // pt * (size.height // spatial // ph) * (size.width // spatial // pw)
-    return Dimensions(tokens, STOCK_TEXT_LENGTH, config.num_attention_heads * config.attention_head_dim, config.ffn_dim, config.num_layers)

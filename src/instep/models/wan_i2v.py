@@ -125,6 +125,13 @@ class WanImageFamily(WanFamily):
         plain = super().unconditional(prompts)
         return WanImageCondition(text=plain.text, bias=plain.bias)
 
+    def blank(self, n: int) -> tuple[WanImageCondition, WanImageCondition]:
+        """Texts, and what is known of the videos: mask and latents."""
+        texts, _ = super().blank(n)
+        channels = self.pipe.transformer.config.in_channels - self.latent_shape[0]
+        null = WanImageCondition(text=texts.text, bias=texts.bias)
+        return replace(null, first_frame=torch.zeros(n, channels, *self.latent_shape[1:], device=self.device)), null
+
     def _known(self, prompts: Sequence[Prompt]) -> Tensor:
         """One row a prompt; each first frame is encoded alone, so that what it is does not depend on its neighbours."""
         found = {}

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from instep.planning.plan import pass_flops
-from instep.planning.workload import Workload
+from instep.planning.tally import Tally
 
 # bf16 peak of the dense tensor cores, as the vendor states it; nobody reaches it, `stated` multiplies it by a share
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+# tokens of the block that is measured; longer samples are cut
+MOST_TOKENS = 8192
 
 
-def measure_throughput(w: Workload, device: str = "cpu", seconds: float = 2.0) -> float:
-    """FLOP/s of this device on forwards of one transformer block at the workload's width, in its number format.
+def measure_throughput(width: int, tokens: int, rows: int, dtype: torch.dtype, device: str = "cpu", seconds: float = 2.0) -> float:
+    """FLOP/s of this device on forwards of one transformer block of that width, in that number format, on `rows` samples of `tokens` tokens.
 
-    Norms, modulation and GELU are in it, for they are what keeps small models from the speed of bare matrix products. A
-    few samples (at most 8192 tokens, longer ones are cut) stand for the batch. The fastest run counts: a busy machine
-    is slower than this.
+    Norms, modulation and GELU are in it, for they are what keeps small models from the speed of bare matrix products. A few samples (at most 8192 tokens) stand
+    for all. The fastest run counts: a busy machine is slower than this.
     """
-    dtype = torch.bfloat16 if w.bytes_per_parameter == 2 else torch.float32
-    tokens = min(8192, w.tokens)
-    batch = max(1, min(w.batch, 8192 // tokens))
-    one = replace(w, tokens=tokens, text_tokens=0, layers=1, roles="copies")
-    block = _Block(w.width, w.ffn).to(device=device, dtype=dtype)
-    x = torch.randn(batch, tokens, w.width, device=device, dtype=dtype)
+    tokens = max(1, min(MOST_TOKENS, tokens))
+    block = _Block(width).to(device=device, dtype=dtype)
+    x = torch.randn(max(1, min(rows, MOST_TOKENS // tokens)), tokens, width, device=device, dtype=dtype)
 
     def run() -> None:
         block(x)
@@ -37,22 +33,24 @@ def measure_throughput(w: Workload, device: str = "cpu", seconds: float = 2.0) -
 
     fastest, end = float("inf"), time.perf_counter() + seconds
     with torch.no_grad():
-        run()
+        with Tally() as tally:
+            run()
         while time.perf_counter() < end or fastest == float("inf"):
             start = time.perf_counter()
             run()
             fastest = min(fastest, time.perf_counter() - start)
-    return batch * pass_flops(one)[0] / fastest
+    return sum(tally.flops.values()) / fastest
 
 
 class _Block(nn.Module):
-    """The products of a Wan block, with what lies between them; cross-attention is only its two projections."""
+    """Self-attention and a feed-forward layer of four times the width, with what lies between them."""
 
-    def __init__(self, width: int, ffn: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = max(1, width // 128)
-        self.square = nn.ModuleList(nn.Linear(width, width) for _ in range(6))
-        self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
+        # heads of 128 where they come out even
+        self.heads = width // 128 if width % 128 == 0 else 1
+        self.square = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         def norm(y: Tensor) -> Tensor:
@@ -63,7 +61,6 @@ class _Block(nn.Module):
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (norm(q), norm(k), v))
         y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.square[3](y) * 0.5
-        x = x + self.square[5](norm(self.square[4](norm(x))))
         return x + self.down(nn.functional.gelu(self.up(norm(x)), approximate="tanh")) * 0.5
 
 

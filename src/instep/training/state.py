@@ -96,7 +96,7 @@ def _master(p: nn.Parameter, host: bool) -> nn.Parameter:
     wide = p.dtype in (torch.float32, torch.float64)
     if wide and not host:
         return p
-    copied = p.detach().to(device="cpu" if host else p.device, dtype=p.dtype if wide else torch.float32, copy=True)
+    copied = p.detach().to(device="cpu" if host and not p.is_meta else p.device, dtype=p.dtype if wide else torch.float32, copy=True)
     return nn.Parameter(copied)
 
 
