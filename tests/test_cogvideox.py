@@ -444,5 +444,6 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(["sample", str(tmp_path / "run"), "--prompts", "a digit", "--copies", "1", "--out", str(tmp_path / "s.webp")]) == 0
     assert (tmp_path / "s.webp").stat().st_size > 100
     assert main(["sample", str(folder), "--prompts", "a digit", "--copies", "1", "--steps", "2", "--out", str(tmp_path / "t.webp")]) == 0
-    assert main(["plan", "dmd2", "--model", str(folder)]) == 2
-    assert "CogVideoXTransformer3DModel" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["plan", "dmd2", "--model", str(folder)]) == 0
+    assert "stage match" in capsys.readouterr().out
