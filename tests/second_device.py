@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from instep.training.state import TrainedParams, TrainState
-from instep.training.step import Scalars
 
 # what may take tensors of both: copies, and indices on the host
 BOTH = ("aten.copy_", "aten._to_copy", "aten.index.", "aten.index_put")
@@ -28,18 +27,6 @@ class NoMixing(TorchDispatchMode):
         if len(kinds) > 1 and not str(func).startswith(BOTH):
             raise RuntimeError(f"{func} mixes devices: {[(tuple(tensor.shape), str(tensor.device)) for tensor in tensors]}")
         return func(*args, **(kwargs or {}))
-
-
-class Unread(Scalars):
-    """The scalars of an iteration without values: conditions are taken to hold."""
-
-    def settle(self) -> None:
-        flags, self._flags, self._waiting = self._flags, [], []
-        for _, then in flags:
-            then(True)
-
-    def means(self) -> dict[str, float]:
-        return {}
 
 
 def without_steps(state: TrainState) -> TrainState:

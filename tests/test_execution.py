@@ -8,7 +8,7 @@ import pytest
 import torch
 from every_recipe import PROMPTS, RECIPES, REWARD, SIZE, batches_of, family, run_stages, small, state_of
 from PIL import Image
-from second_device import NoMixing, Unread, without_steps
+from second_device import NoMixing, without_steps
 from test_run import rows
 from tiny import tiny_cogvideox_pipeline, tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from instep.models.families import family_of
 from instep.models.residency import Residency
 from instep.models.role import Role
 from instep.models.wan import WanFamily
+from instep.planning.meta import Unread
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.training.execution import LARGE, Execution, modules_in

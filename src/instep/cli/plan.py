@@ -101,8 +101,7 @@ def machine_of(args: PlanArgs, family: Family, batch: int) -> Machine:
         return Machine(_given(args.memory, CAPACITY[args.on]) * 1e9, stated(args.on), f"40 % of the {args.on}'s stated peak: an assumption", args.gpus)
     rows = min(batch, args.execution.micro_batch or batch)
     tokens = max(1, torch.Size(family.latent_shape[1:]).numel() // 4)
-    dtype = DTYPES[args.execution.dtype] if args.execution.dtype else family.dtype
-    speed = measure_throughput(family.feature_width(family.pretrained), tokens, rows, dtype, str(args.execution.target))
+    speed = measure_throughput(family.feature_width(family.pretrained), tokens, rows, args.execution.dtype_of(family), str(args.execution.target))
     source = f"measured on this {args.kind}; a lower bound of the time for small networks"
     return Machine(_given(args.memory, _memory_of(args.kind)) * 1e9, speed, source, args.gpus)
 

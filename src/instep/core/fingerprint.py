@@ -11,7 +11,7 @@ def weights_fingerprint(network: nn.Module) -> str:
     """Of a network's parameters: a few numbers of every tensor, 16 hexadecimal digits. Folders of the same name may hold other weights."""
     digest = hashlib.sha256()
     for name, p in network.named_parameters():
-        some = p.detach().flatten()[:: max(1, p.numel() // 16)][:16].float().cpu()
+        some = _spread(p, 16).float().cpu()
         digest.update(name.encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -25,6 +25,11 @@ def network_fingerprint(network: nn.Module) -> str:
     for name, value in network.state_dict().items():
         if not isinstance(value, Tensor):
             continue
-        some = value.detach().flatten()[:: max(1, value.numel() // 64)][:64].cpu().double()
+        some = _spread(value, 64).cpu().double()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _spread(x: Tensor, n: int) -> Tensor:
+    """Up to n values of a tensor, evenly spaced."""
+    return x.detach().flatten()[:: max(1, x.numel() // n)][:n]

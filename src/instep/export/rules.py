@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from instep.core.unusable import Unusable, named
+from instep.core.unusable import Unusable, is_finite, named
 from instep.export.scheduler import few_step_scheduler
-from instep.export.weights import is_finite
 from instep.models.adapters import Weight, has_adapter, lora_layers, plain_weights
 from instep.models.family import Family
 

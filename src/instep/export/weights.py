@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from instep.core.quiet import quiet
 from instep.core.tensor_file import DTYPES, Entry, file_parts, write_parts
-from instep.core.unusable import Unusable, named
+from instep.core.unusable import Unusable, is_finite, named
 from instep.models.adapters import Weight, plain_weights
+from instep.models.borrow import float32_parts, in_float32
 
 # of one file, as diffusers writes them
 SHARD_BYTES = 10_000_000_000
@@ -54,27 +55,18 @@ class Finite:
             )
 
 
-def is_finite(x: Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex()) or bool(x.isfinite().all())
-
-
 def target_dtype(name: str, weight: Weight, dtype: torch.dtype | None, keep: tuple[str, ...]) -> torch.dtype:
     """The dtype that a weight is written in: `dtype`, or its own for None, for buffers and for what the class keeps in float32 (norms, time embedding)."""
-    if dtype is None or not weight.parameter or not weight.base.is_floating_point() or any(part in name.split(".") for part in keep):
+    if dtype is None or not weight.parameter or not weight.base.is_floating_point() or in_float32(name, keep):
         return weight.base.dtype
     return dtype
-
-
-def kept(module: nn.Module) -> tuple[str, ...]:
-    """The parts of names whose parameters a network's class keeps in float32."""
-    return tuple(getattr(type(module), "_keep_in_fp32_modules", None) or ())
 
 
 def stored_dtype(module: nn.Module, weights: Mapping[str, Weight], dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of most of a network's weights, as written."""
     counts: Counter[torch.dtype] = Counter()
     for name, weight in weights.items():
-        counts[target_dtype(name, weight, dtype, kept(module))] += weight.base.numel()
+        counts[target_dtype(name, weight, dtype, float32_parts(type(module)))] += weight.base.numel()
     return counts.most_common(1)[0][0]
 
 
@@ -89,7 +81,7 @@ def entries_of(what: str, module: nn.Module, weights: Mapping[str, Weight], dtyp
 
     entries = {}
     for name, weight in weights.items():
-        target = target_dtype(name, weight, dtype, kept(module))
+        target = target_dtype(name, weight, dtype, float32_parts(type(module)))
         entries[name] = Entry(target, tuple(weight.base.shape), partial(make, name, weight, target))
     return entries
 
@@ -135,7 +127,7 @@ def write_encoder(folder: Path, module: Any, dtype: torch.dtype | None, finite: 
         return
     buffers, total = {name for name, _ in module.named_buffers()}, 0
     for file in sorted(folder.glob("*.safetensors")):
-        total += recast(file, partial(_encoder_dtype, dtype=dtype, buffers=buffers, keep=kept(module)), finite)
+        total += recast(file, partial(_encoder_dtype, dtype=dtype, buffers=buffers, keep=float32_parts(type(module))), finite)
     for file in folder.glob("*.safetensors.index.json"):
         index = json.loads(file.read_text())
         index["metadata"]["total_size"] = total
@@ -146,7 +138,7 @@ def write_encoder(folder: Path, module: Any, dtype: torch.dtype | None, finite: 
 
 
 def _encoder_dtype(name: str, own: torch.dtype, *, dtype: torch.dtype, buffers: set[str], keep: tuple[str, ...]) -> torch.dtype:
-    fixed = not own.is_floating_point or name in buffers or any(part in name.split(".") for part in keep)
+    fixed = not own.is_floating_point or name in buffers or in_float32(name, keep)
     return own if fixed else dtype
 
 

@@ -77,8 +77,8 @@ class Batch:
         return Batch(self.prompts[rows], self.cond[rows], self.null[rows], real, pairs, self.stored)
 
 
-def raise_unless(true: Tensor, error: Callable[[], Exception]) -> None:
-    """Raises `error()` unless the scalar tensor is true."""
+def raise_unless(true: Tensor | bool, error: Callable[[], Exception]) -> None:
+    """Raises `error()` unless the scalar is true."""
     if not bool(true):
         raise error()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -72,12 +72,22 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 @torch.no_grad()
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Casts a network in place; what diffusers keeps in float32 when it loads one stays in float32."""
-    kept = {id(p) for part in module.modules() for p in _kept_in_float32(part)}
-    for p in [*module.parameters(), *module.buffers()]:
+    kept = {id(p) for part in module.modules() for name, p in tensors_of(part).items() if in_float32(name, float32_parts(part))}
+    for p in tensors_of(module).values():
         if p.is_floating_point():
             p.data = p.data.to(torch.float32 if id(p) in kept and dtype != torch.float64 else dtype)
 
 
-def _kept_in_float32(module: nn.Module) -> list[torch.Tensor]:
-    names = getattr(module, "_keep_in_fp32_modules", None) or ()
-    return [p for name, p in [*module.named_parameters(), *module.named_buffers()] if any(part in name.split(".") for part in names)]
+def float32_parts(network: Any) -> tuple[str, ...]:
+    """The parts of names whose tensors diffusers and transformers keep in float32, of a network or its class."""
+    return tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
+
+
+def in_float32(name: str, parts: Sequence[str]) -> bool:
+    """Whether a tensor of this name is kept in float32 (`float32_parts`)."""
+    return any(part in name.split(".") for part in parts)
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from instep.core.size import Size
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
-from instep.models.borrow import borrowed, cast
+from instep.models.borrow import borrowed
 from instep.models.family import Task, skipped
 from instep.models.pipeline_family import PipelineFamily
 from instep.models.preset import Distillation, Preset
@@ -84,8 +83,9 @@ class DiTFamily(PipelineFamily):
         self.name, self.source, self.shift, self.names = name, source, shift, tuple(names)
         side = config.sample_size
         self.size, self.latent_shape = Size(side, side, 1), (config.in_channels, side, side)
-        self.transformer = self._network = borrowed(transformer)
-        for block in self.transformer.transformer_blocks:
+        self._network = borrowed(transformer)
+        network: Any = self._network
+        for block in network.transformer_blocks:
             # labels are dropped in the teacher's own training and nowhere else, whatever mode a module is put in
             block.norm1.emb.class_embedder.dropout_prob = 0.0
         self._rows = {str(i): i for i in range(self.classes)} | {word.lower(): i for i, word in enumerate(self.names)}
@@ -111,15 +111,6 @@ class DiTFamily(PipelineFamily):
     @classmethod
     def shift_of(cls, scheduler: Mapping[str, Any]) -> float:
         return float(scheduler.get("shift", 1.0))
-
-    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False) -> Self:
-        other = copy.copy(self)
-        other.transformer = other._network = borrowed(self.transformer)
-        if dtype is not None and dtype != self.dtype:
-            cast(other.transformer, dtype)
-        other.transformer.to("cpu" if offload else device)
-        other.micro_batch, other._device = micro_batch, torch.device(device)
-        return other
 
     def fit_size(self, size: Size) -> tuple[int, ...]:
         if size != self.size:
@@ -152,11 +143,11 @@ class DiTFamily(PipelineFamily):
         labels = ClassCondition(label=torch.zeros(n, dtype=torch.long, device=self.device))
         return labels, labels
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode_rows(self, x: Tensor) -> Tensor:
         media = (x + 1) / 2
         return media.expand(-1, 3, -1, -1) if media.shape[1] == 1 else media
 
-    def encode_media(self, media: Tensor) -> Tensor:
+    def encode_rows(self, media: Tensor) -> Tensor:
         """Media [B, 3, H, W] in [0, 1] to x [B, C, H, W]; of grey models the mean of the channels."""
         x = media * 2 - 1
         return x.mean(1, keepdim=True) if self.latent_shape[0] == 1 else x

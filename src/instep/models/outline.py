@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +14,7 @@ from instep.core.quiet import quiet
 from instep.core.size import Size
 from instep.models.borrow import cast as cast_network
 from instep.models.families import family_class
-from instep.models.folder import INDEX, family_in, is_model_folder
+from instep.models.folder import INDEX, family_in, is_model_folder, read_json
 from instep.models.preset import ModelSettings
 
 if TYPE_CHECKING:
@@ -127,4 +126,4 @@ def meta_part(kind: str, config: Mapping[str, Any]) -> Any:
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"model: {file} is missing; copy or download the folder again")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)

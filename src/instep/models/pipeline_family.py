@@ -126,26 +126,28 @@ class PipelineFamily:
 
     def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False) -> Self:
         other = copy.copy(self)
-        other.pipe, other.micro_batch, other._device = borrowed_pipeline(self.pipe), micro_batch, torch.device(device)
-        parts = {name: getattr(other.pipe, name) for name in self.denoisers}
+        other.micro_batch, other._device = micro_batch, torch.device(device)
+        if self.pipe is not None:
+            other.pipe = borrowed_pipeline(self.pipe)
+        parts = {name: borrowed(part) if self.pipe is None else getattr(other.pipe, name) for name, part in self.parts(self._network).items()}
         for part in parts.values():
             if dtype is not None and dtype != self.dtype:
                 cast(part, dtype)
-            part.to("cpu" if offload else device)
-        other.pipe.vae.to("cpu" if offload else device)
+        for moving in (*parts.values(), *other.vaes):
+            moving.to("cpu" if offload else device)
         other._network = other.join(parts)
         return other
 
     def decode(self, x: Tensor) -> Tensor:
         def decoded(rows: slice) -> Tensor:
-            with visiting([self.pipe.vae], x.device):
+            with visiting(self.vaes, x.device):
                 return self.decode_rows(x[rows]).to(x.dtype)
 
         return joined(decoded, len(x), self.micro_batch)
 
     def encode_media(self, media: Tensor) -> Tensor:
         def encoded(rows: slice) -> Tensor:
-            with visiting([self.pipe.vae], media.device):
+            with visiting(self.vaes, media.device):
                 return self.encode_rows(media[rows]).to(media.dtype)
 
         return joined(encoded, len(media), self.micro_batch)
@@ -157,6 +159,11 @@ class PipelineFamily:
     def encode_rows(self, media: Tensor) -> Tensor:
         """`encode_media` of as many rows as fit at once; the VAE's own dtype is allowed."""
         raise NotImplementedError
+
+    @property
+    def vaes(self) -> list[nn.Module]:
+        """The VAE, if the model has one."""
+        return [] if self.pipe is None else [self.pipe.vae]
 
     @property
     def vae_dtype(self) -> torch.dtype:

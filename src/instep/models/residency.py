@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from instep.models.borrow import tensors_of
+
 
 class Residency:
     """Keeps networks in host memory and the one that is used on the device.
@@ -24,22 +26,22 @@ class Residency:
         if module is self._here:
             return
         self.clear()
-        tensors = _tensors(module)
+        tensors = tensors_of(module).values()
         self._here, self._home = module, [p.data for p in tensors]
         for p in tensors:
-            p.data = p.data.to(self.device, non_blocking=True)
+            p.data = self.moved(p.data)
+
+    def moved(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor on the device."""
+        return x.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def clear(self) -> None:
         """Leaves no network on the device."""
         if self._here is None:
             return
-        for p, home in zip(_tensors(self._here), self._home, strict=True):
+        for p, home in zip(tensors_of(self._here).values(), self._home, strict=True):
             if p.requires_grad:
                 home.copy_(p.data)
             p.data = home
         self._here, self._home = None, []
-
-
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]

@@ -145,7 +145,7 @@ class WanImageFamily(WanFamily):
 
     def _encode_first_frame(self, prompt: Prompt) -> Tensor:
         first_frame = self.first_frame(prompt, self.size).to(self.device)
-        with visiting([self.pipe.vae], self.device):
+        with visiting(self.vaes, self.device):
             return known_latents(self.pipe.vae, first_frame[None], self.size.frames)[0]
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

@@ -21,14 +21,14 @@ from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples, TeacherSamples
 from instep.methods.recipe import Stage
 from instep.methods.term import Batch
+from instep.models.borrow import tensors_of
 from instep.models.family import Family
-from instep.models.residency import Residency
 from instep.models.role import Role
 from instep.planning.tally import Tally
 from instep.rewards.decoded import DECODE_BATCH
 from instep.training.batches import BatchSource
+from instep.training.scalars import Scalars
 from instep.training.state import TrainedParams, TrainState
-from instep.training.step import Scalars
 
 # rows that a reward scores, with a graph or without; what scoring costs is stated, not traced
 REWARD = "reward"
@@ -82,7 +82,7 @@ def tracing(tally: Tally, state: TrainState, stepped: Callable[[], None], shift:
         for role in state.roles.values():
             backbone = cast(Role, role).backbone
             if backbone.residency is not None:
-                stack.enter_context(_replaced(backbone.residency, "use", _bring(tally, backbone.residency)))
+                stack.enter_context(_replaced(backbone.residency, "moved", _copied(tally)))
         yield
         for role in state.roles.values():
             if (residency := cast(Role, role).backbone.residency) is not None:
@@ -138,20 +138,15 @@ def _step(trained: TrainedParams, stepped: Callable[[], None]) -> Callable[..., 
     return step
 
 
-def _bring(tally: Tally, residency: Residency) -> Callable[[Any], None]:
-    """A network that comes to the device is a copy; on the meta device it would stay where it is."""
+def _copied(tally: Tally) -> Callable[[Tensor], Tensor]:
+    """A tensor that comes to the device is a copy; on the meta device it would stay where it is."""
 
-    def use(module: Any) -> None:
-        if module is residency._here:
-            return
-        residency.clear()
-        tensors = [*module.parameters(), *module.buffers()]
-        residency._here, residency._home = module, [p.data for p in tensors]
-        for p in tensors:
-            p.data = torch.empty_like(p.data)
-            tally.assign(p.data, "network in use")
+    def moved(x: Tensor) -> Tensor:
+        there = torch.empty_like(x)
+        tally.assign(there, "network in use")
+        return there
 
-    return use
+    return moved
 
 
 def exits_from(shift: int) -> Callable[..., Tensor]:
@@ -228,11 +223,11 @@ def register(tally: Tally, state: TrainState, family: Family) -> list[Any]:
             trained_ids.add(id(p))
     for role in state.roles.values():
         module = cast(Role, role).backbone.module
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in tensors_of(module).values():
             if id(tensor) not in trained_ids:
                 tally.assign(tensor, "frozen weights")
     vae = None if family.pipe is None else getattr(family.pipe, "vae", None)
-    for tensor in () if vae is None else (*vae.parameters(), *vae.buffers()):
+    for tensor in () if vae is None else tensors_of(vae).values():
         tally.assign(tensor, "decoder")
     return hooks
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from instep.methods.recipe import Recipe, Stage
 from instep.models.family import Family
 from instep.planning.beside import Aside, asides
 from instep.planning.trace import OTHER_BATCHES, Model, Trace
-from instep.training.execution import Execution, is_large
+from instep.training.execution import Execution
 
 # share of the memory that is kept free: a plan that fills a device meets fragmentation
 HEADROOM = 0.08
@@ -204,10 +206,9 @@ def _changes(recipe: Recipe, family: Family, execution: Execution, adapted: Call
     found = []
     if not execution.checkpoints(family.pretrained):
         found.append(Change("checkpointing", "--checkpointing on", lambda e: replace(e, checkpointing="on")))
-    usual = family.preset.micro_batch if is_large(family.pretrained) else None
-    most = execution.micro_batch or usual or max(stage.batch for stage in recipe.stages if stage.steps)
+    most = execution.rows_of(family) or max(stage.batch for stage in recipe.stages if stage.steps)
     found += [Change("micro_batch", f"--micro-batch {n}", lambda e, n=n: replace(e, micro_batch=n)) for n in (8, 4, 2, 1) if n < most]  # type: ignore[misc]
-    if (execution.dtype or str(family.dtype).removeprefix("torch.")) != "bfloat16":
+    if execution.dtype_of(family) != torch.bfloat16:
         found.append(Change("dtype", "--dtype bfloat16", lambda e: replace(e, dtype="bfloat16")))
     if not execution.offload and execution.device != "cpu":
         found.append(Change("offload", "--offload", lambda e: replace(e, offload=True)))

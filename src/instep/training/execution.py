@@ -74,6 +74,10 @@ class Execution:
         """The dtype that a family's network computes in: the one that was asked for, else its own."""
         return family.dtype if self.dtype is None else DTYPES[self.dtype]
 
+    def rows_of(self, family: Family) -> int | None:
+        """The most rows that go through a family's network at once; None: all of a batch."""
+        return self.micro_batch or (family.preset.micro_batch if is_large(family.pretrained) else None)
+
     def loading_dtype(self) -> torch.dtype:
         """The dtype to load a pipeline's network in."""
         if self.dtype is not None:
@@ -119,8 +123,7 @@ class Execution:
             )
         if device.type == "cuda" and dtype == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        usual = family.preset.micro_batch if is_large(family.pretrained) else None
-        return family.placed(device, dtype, self.micro_batch or usual, offload=self.offload)
+        return family.placed(device, dtype, self.rows_of(family), offload=self.offload)
 
 
 def _attention_backends() -> list[str]:

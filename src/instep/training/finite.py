@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from instep.core.unusable import Unusable, named
+from instep.core.unusable import Unusable, is_finite, named
 from instep.diffusion.prediction import Condition, Denoiser, Prediction
 from instep.training import checkpoint
 from instep.training.history import Row
@@ -113,5 +113,5 @@ def _leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 def _finite(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(value.isfinite().all())
+        return is_finite(value)
     return not isinstance(value, float) or math.isfinite(value)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -18,6 +17,7 @@ from instep.diffusion.guidance import GuidedDenoiser
 from instep.diffusion.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
 from instep.methods.recipe import AdamWConfig, Stage
 from instep.methods.term import Batch, Critic, Force, View
+from instep.training.scalars import Scalars
 from instep.training.state import TrainState
 
 # micro-batches over which the rewards' variance is averaged in stages that share one scale
@@ -254,60 +254,3 @@ def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, log: Scalars)
         same = same & (g.flatten(1).abs().sum(1) > 0) & (h.flatten(1).abs().sum(1) > 0)
         cosine = nn.functional.cosine_similarity(g.flatten(1), h.flatten(1))
         log.add(f"force/cosine/{f.name}~{other.name}", torch.where(same, cosine, 0.0).sum() / same.sum(), same.any())
-
-
-class Scalars:
-    """Scalars of one iteration, averaged over micro-batches, epochs and updates, and conditions that are looked at with them.
-
-    They stay on their device until `settle`, which copies them to the host in one go.
-    """
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = {}
-        self._waiting: list[tuple[str, Tensor, Tensor]] = []
-        self._flags: list[tuple[Tensor, Callable[[bool], None]]] = []
-
-    def add(self, name: str, value: Tensor, there: Tensor | None = None) -> None:
-        """Adds a scalar; one for which `there` turns out to be false is left out."""
-        self._waiting.append((name, value, torch.ones((), dtype=torch.bool) if there is None else there))
-
-    def after(self, flag: Tensor, then: Callable[[bool], None]) -> None:
-        """Calls `then` with the value of a scalar tensor as soon as it is known, in the order in which they were given."""
-        self._flags.append((flag, then))
-
-    def require(self, true: Tensor, error: Callable[[], Exception]) -> None:
-        """Raises `error()` from `settle` unless the scalar tensor is true."""
-        self._flags.append((true, partial(_raise_unless, error=error)))
-
-    def settle(self) -> None:
-        """Waits for the device: what was added becomes numbers, and the flags are known."""
-        flags, self._flags = self._flags, []
-        waiting, self._waiting = self._waiting, []
-        known = iter(on_host([tensor.float() for tensor in (*(flag for flag, _ in flags), *(part for _, value, there in waiting for part in (value, there)))]))
-        answers = [bool(next(known)) for _ in flags]
-        for name, _, _ in waiting:
-            value, there = next(known), next(known)
-            if there:
-                self._values.setdefault(name, []).append(value)
-        for (_, then), answer in zip(flags, answers, strict=True):
-            then(answer)
-
-    def means(self) -> dict[str, float]:
-        return {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
-
-
-def on_host(values: Sequence[Tensor]) -> list[Tensor]:
-    """Scalar float32 tensors of any device on the host, with one copy a device."""
-    found: list[Tensor] = list(values)
-    by_device: dict[torch.device, list[int]] = {}
-    for i, value in enumerate(found):
-        by_device.setdefault(value.device, []).append(i)
-    for rows in by_device.values():
-        for i, value in zip(rows, torch.stack([found[i].detach().reshape(()) for i in rows]).cpu().unbind(), strict=True):
-            found[i] = value
-    return found
-
-
-def _raise_unless(true: bool, error: Callable[[], Exception]) -> None:
-    if not true:
-        raise error()
