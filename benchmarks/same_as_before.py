@@ -472,7 +472,9 @@ def collect(out: Path) -> dict[str, Any]:
                 values = json.loads(file.read_text(encoding="utf-8")).get("values", {})
                 scalars |= {f"{name}/{key}": value for key, value in leaves(values) if not key.startswith(UNSEEDED)}
         elif file.suffix == ".safetensors":
-            tensors |= {f"{name}/{key}": value for key, value in tensors_of(file)}
+            # encoded texts lie in files whose names are drawn, and each has a name of its own
+            where = parent if file.parent.name == "prompts" else name
+            tensors |= {f"{where}/{key}": value for key, value in tensors_of(file)}
         elif file.name.endswith("config.json") or file.name in ("model_index.json", "stopped.json"):
             scalars |= {f"{name}/{key}": value for key, value in leaves(json.loads(file.read_text(encoding="utf-8"))) if key.split("/")[-1] not in WORDS}
         elif file.suffix in (".webp", ".png"):
