@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from second_device import Unread, without_steps
+from second_device import without_steps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from instep.core.files import write_json
+from instep.planning.meta import Unread
 from instep.training.step import iteration
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line needs the error before it needs torch
+    from torch import Tensor
 
 
 class Unusable(ValueError):
