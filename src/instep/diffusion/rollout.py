@@ -1,8 +1,8 @@
 """Few-step rollouts of the student with a supervised exit.
 
 A few-step student predicts x0 at level t_1 = 1, re-noises it with fresh noise to t_2, and so on. Training supervises one
-of the steps, the *exit* (backward simulation, DMD2): samples at their exit carry the student's graph, everything before
-runs without one, and nothing after the exit is computed unless a method asks for the final sample.
+of the steps, the *exit* (backward simulation, DMD2). Samples are rolled out to the inputs of their exits without a graph; then one call predicts all
+exits, each at its own level, with the student's graph. Nothing after the exit is computed unless a method asks for the final sample.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def rollout_few_step(
     rng: torch.Generator,
     *,
     group: int = 1,
+    exits: range | None = None,
     live: frozenset[Where] = frozenset(),
     to_the_end: bool = False,
     through: Literal["last", "trajectory"] = "last",
@@ -114,46 +115,130 @@ def rollout_few_step(
     """Rolls out len(cond) samples of `shape`, each to its exit, or `to_the_end`.
 
     Points named in `live` carry the graph: the exit through its own step alone; the final sample through its last step, or
-    with `through="trajectory"` through every step (memory times the number of steps). Samples past their exit are dropped
-    from the batch, so a rollout of Q levels costs (Q + 1) / 2 evaluations a sample on average, Q to the end. `record` stores
-    the trajectory of a rollout to the end. `guidance` is only noted in it: a guided `student` brings its own.
+    with `through="trajectory"` through every step (memory times the number of steps). All exits are predicted in one call. `exits` are the indices
+    that `draw_exits` drew from (None: all levels). `record` stores the trajectory of a rollout to the end. `guidance` is only noted in it: a guided
+    `student` brings its own.
+
+    The numbers of calls and of rows in each are the same for all exits that can be drawn, since calls of a sharded network are collectives. A rollout
+    to the exit of Q levels costs (Q + 1) / 2 evaluations a sample if Q divides the number of groups, one to the end then costs Q. With fewer groups some
+    samples are evaluated further than they need to be: as far as another draw would need them.
     """
-    n, last = len(cond), len(levels) - 1
+    n, chained = len(cond), through == "trajectory" and "final" in live
     assert len(exit_id) == n and (to_the_end or not record)
-    chained = through == "trajectory" and "final" in live
-    exits: list[tuple[Tensor, Tensor, Tensor]] = []
-    steps: list[tuple[Tensor, Tensor, Tensor]] = []
-    final: Point | None = None
+    before, after = rows_beside_exits(range(len(levels)) if exits is None else exits, n // group, group, len(levels))
+    noise, again = randn((n, *shape), rng, device), torch.Generator(rng.device)
+    again.set_state(rng.get_state())
+    way = _Way(student, cond, levels, path, transition, exit_id, torch.tensor(levels, dtype=noise.dtype)[exit_id], live)
+    if to_the_end and (chained or record or "exit" not in live or sum(before) + sum(after) >= n * len(levels)):
+        exit_, final, steps = way.whole(noise, rng, chained=chained, record=record)
+        return Rollout(cond, group, exit_, final, _stacked(steps, levels, transition, guidance) if record else None)
+    x_t, predicted = way.to_the_exits(noise, rng, before)
+    exit_ = way.exits(x_t)
+    return Rollout(cond, group, exit_, way.onwards(noise, again, exit_, predicted, after) if to_the_end else None)
 
-    def predict(step: Step) -> Tensor:
-        nonlocal final
-        x_t, t, here = step.x_t, step.t, exit_id == step.index
-        alive = torch.ones_like(here) if to_the_end else exit_id >= step.index
-        graph = alive & (here if "exit" in live else torch.zeros_like(here))
-        if chained or (step.index == last and "final" in live):
-            graph = alive
-        x0 = _predict_rows(student, x_t, t, cond, graph, alive & ~graph)
-        rows = here.nonzero().flatten()
-        if len(rows):
-            seen = rows.to(x_t.device)
-            supervised = x0[seen]
-            if chained and step.index > 0 and "exit" in live:
-                supervised = student(x_t[seen].detach(), t[rows], cond[rows]).x0
-            exits.append((rows, supervised, x_t[seen].detach()))
-        if step.index == last and to_the_end:
-            final = Point(x0, x_t.detach(), t, exit_id.new_full((n,), last))
-        return x0 if chained else x0.detach()
 
-    def record_step(step: Step, x0: Tensor, x_next: Tensor) -> None:
-        if step.t_next is not None:
-            before, after = step.x_t.detach(), x_next.detach()
-            steps.append((before, after, transition.log_prob(path, x0.detach(), before, after, step.t, step.t_next)))
+@dataclass(frozen=True)
+class _Way:
+    """A batch on its way through the levels; `level` [B] are those of the exits.
 
-    noise = randn((n, *shape), rng, device)
-    # the noise of each transition is drawn for the whole batch whatever the exits are, so a sample does not depend on its neighbours' exits
-    sample(predict, noise, levels, path, transition, rng, record_step if record else None)
-    point = _gather(exits, levels, exit_id) if exits else None
-    return Rollout(cond, group, exit=point, final=final, trajectory=_stacked(steps, levels, transition, guidance) if record else None)
+    The noise of each transition is drawn for the whole batch whatever the exits are, so a sample does not depend on its neighbours' exits.
+    """
+
+    student: Denoiser
+    cond: Condition
+    levels: Sequence[float]
+    path: Path
+    transition: Transition
+    exit_id: Tensor
+    level: Tensor
+    live: frozenset[Where]
+
+    def exits(self, x_t: Tensor) -> Point:
+        """All exits, from their inputs x_t [B, ...], in one call."""
+        with _graph("exit" in self.live):
+            return Point(self.student(x_t, self.level, self.cond).x0, x_t, self.level, self.exit_id)
+
+    def to_the_exits(self, noise: Tensor, rng: torch.Generator, counts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """The inputs of the exits [B, ...], and what was predicted at each level; rows that are past their exit hold nothing of use there."""
+        at_exit, predicted = noise, []
+
+        def predict(step: Step) -> Tensor:
+            nonlocal at_exit
+            at_exit = _chosen(self.exit_id == step.index, step.x_t, at_exit)
+            predicted.append(self._predicted(step, self.exit_id > step.index, counts[step.index], step.x_t, graph=False))
+            return predicted[-1]
+
+        sample(predict, noise, self.levels, self.path, self.transition, rng)
+        return at_exit, predicted
+
+    def onwards(self, noise: Tensor, rng: torch.Generator, exit_: Point, predicted: Sequence[Tensor], counts: Sequence[int]) -> Point:
+        """The final samples. The way to the exits is gone again without a call, from what was `predicted`; `rng` draws the same noise again."""
+        final: Point | None = None
+
+        def predict(step: Step) -> Tensor:
+            nonlocal final
+            graph = step.index == len(self.levels) - 1 and "final" in self.live
+            known = _chosen(self.exit_id == step.index, exit_.x if graph else exit_.x.detach(), predicted[step.index])
+            x0 = self._predicted(step, self.exit_id < step.index, counts[step.index], known, graph=graph)
+            final = self._final(step, x0)
+            return x0.detach()
+
+        sample(predict, noise, self.levels, self.path, self.transition, rng)
+        assert final is not None
+        return final
+
+    def whole(self, noise: Tensor, rng: torch.Generator, *, chained: bool, record: bool) -> tuple[Point, Point, list[tuple[Tensor, Tensor, Tensor]]]:
+        """Exits, final samples and recorded steps, with all samples taken through all levels. Live exits are predicted once more, with their graph."""
+        at_exit, supervised, final = noise, noise, None
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def predict(step: Step) -> Tensor:
+            nonlocal at_exit, supervised, final
+            with _graph(chained or (step.index == len(self.levels) - 1 and "final" in self.live)):
+                x0 = self.student(step.x_t, step.t, self.cond).x0
+            here = self.exit_id == step.index
+            at_exit, supervised, final = _chosen(here, step.x_t.detach(), at_exit), _chosen(here, x0.detach(), supervised), self._final(step, x0)
+            return x0 if chained else x0.detach()
+
+        def record_step(step: Step, x0: Tensor, x_next: Tensor) -> None:
+            if step.t_next is not None:
+                x_t, x_next = step.x_t.detach(), x_next.detach()
+                steps.append((x_t, x_next, self.transition.log_prob(self.path, x0.detach(), x_t, x_next, step.t, step.t_next)))
+
+        sample(predict, noise, self.levels, self.path, self.transition, rng, record_step if record else None)
+        assert final is not None
+        return self.exits(at_exit) if "exit" in self.live else Point(supervised, at_exit, self.level, self.exit_id), final, steps
+
+    def _final(self, step: Step, x0: Tensor) -> Point:
+        return Point(x0, step.x_t.detach(), step.t, torch.full_like(self.exit_id, step.index))
+
+    def _predicted(self, step: Step, wanted: Tensor, count: int, x0: Tensor, *, graph: bool) -> Tensor:
+        """x0 [B, ...] with the `wanted` rows [B] predicted. Others fill the call up to `count` rows; no rows, no call."""
+        rows, others = wanted.nonzero().flatten(), (~wanted).nonzero().flatten()
+        called = torch.cat([rows, others[: max(count - len(rows), 0)]])
+        if len(called) == 0:
+            return x0
+        with _graph(graph):
+            if len(rows) == len(wanted):
+                return self.student(step.x_t, step.t, self.cond).x0
+            found = self.student(step.x_t[called.to(x0.device)], step.t[called], self.cond[called]).x0
+            return x0.index_copy(0, rows.to(x0.device), found[: len(rows)])
+
+
+def _graph(wanted: bool) -> torch.set_grad_enabled:
+    """With a graph, if it is wanted and the caller allows one."""
+    return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
+
+
+def rows_beside_exits(exits: range, n_groups: int, group: int, n_levels: int) -> tuple[list[int], list[int]]:
+    """The most samples whose exit comes after each level, and before it, of a draw of `draw_exits` among `exits`."""
+    each, more = divmod(n_groups, len(exits))
+
+    def most(n_exits: int) -> int:
+        wanted = min(max(n_exits, 0), len(exits))
+        return group * (each * wanted + min(more, wanted))
+
+    return [most(exits.stop - 1 - j) for j in range(n_levels)], [most(j - exits.start) for j in range(n_levels)]
 
 
 def _stacked(steps: list[tuple[Tensor, Tensor, Tensor]], levels: Sequence[float], transition: Transition, guidance: float) -> Trajectory:
@@ -164,21 +249,6 @@ def _stacked(steps: list[tuple[Tensor, Tensor, Tensor]], levels: Sequence[float]
     return Trajectory(x_t, x_next, t[:-1], t[1:], log_prob, transition, guidance)
 
 
-def _predict_rows(student: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, graph: Tensor, plain: Tensor) -> Tensor:
-    """x0 for the rows in `graph` with a graph and for those in `plain` without; other rows keep x_t (they are not used)."""
-    if bool(graph.all()):
-        return student(x_t, t, cond).x0
-    x0 = x_t.detach().clone()
-    for mask, with_graph in ((plain, False), (graph, True)):
-        rows = mask.nonzero().flatten()
-        if len(rows):
-            with torch.set_grad_enabled(with_graph and torch.is_grad_enabled()):
-                seen = rows.to(x_t.device)
-                x0 = x0.index_copy(0, seen, student(x_t[seen], t[rows], cond[rows]).x0)
-    return x0
-
-
-def _gather(parts: list[tuple[Tensor, Tensor, Tensor]], levels: Sequence[float], exit_id: Tensor) -> Point:
-    order = torch.cat([rows for rows, _, _ in parts]).argsort()
-    x, x_t = (torch.cat([part[i] for part in parts])[order.to(parts[0][1].device)] for i in (1, 2))
-    return Point(x, x_t, torch.tensor(levels, dtype=x.dtype)[exit_id], exit_id)
+def _chosen(rows: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    """The rows [B] of x, and the rest of `other`."""
+    return torch.where(rows.to(x.device).reshape(-1, *(1,) * (x.ndim - 1)), x, other)

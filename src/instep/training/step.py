@@ -142,6 +142,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
             exits,
             state.rng,
             group=stage.group,
+            exits=range(int(here[0]), int(here[-1]) + 1),
             live=live_points(stage, view) if with_graph else frozenset(),
             to_the_end=to_the_end or (stage.to_the_end and with_graph),
             through=stage.rollout.through,
