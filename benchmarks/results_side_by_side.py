@@ -92,8 +92,8 @@ def passes(one: Mapping[str, Any]) -> list[str]:
     return [
         *table,
         "",
-        "With fresh rollouts both sides make the same passes. Ours makes them in more and smaller calls: a sample leaves the batch at its exit, where it is "
-        "predicted with its graph. What a call costs by itself therefore weighs more, the smaller network and batch are.",
+        "With fresh rollouts both sides make the same passes. Ours makes them in more and smaller calls: a sample leaves the batch once the input of its exit "
+        "is known, and one call predicts all exits. What a call costs by itself therefore weighs more, the smaller network and batch are.",
     ]
 
 

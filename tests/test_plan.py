@@ -303,7 +303,7 @@ def test_advice_is_taken_by_train_and_makes_it_fit(monkeypatch):
     monkeypatch.setattr("instep.planning.plan.asides", lambda *_: ())
     whole = tiny_plan(1e12)
     seen = []
-    for share in (0.95, 0.25):
+    for share in (0.95, 0.22):
         bad = tiny_plan(share * whole.bytes)
         seen.append(" ".join(bad.advice))
         for advice in bad.advice:
