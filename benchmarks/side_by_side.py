@@ -14,7 +14,7 @@ PyTorch build and the versions of this one:
 Both sides train the same Wan transformer with random weights in float32 on one thread: the same batch, conditions, student levels, guidance, updates of
 the fake, re-noise levels, AdamW and clipping, without an averaged student. Theirs runs in a process, ours in another; both are started anew several
 times, rounds are interleaved and their order rotates. Measured are the process CPU time of a cycle, the passes through each network (counted by hooks,
-outside the timed rounds), and the bytes of weights and optimiser states. Writes benchmarks/results/side_by_side.json.
+outside the timed rounds), and the bytes of weights and optimiser states. Writes benchmarks/results/side_by_side.json after each size of a batch.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ def measure(case: Case, launches: int, rounds: int, their_python: str | None) ->
     cycles, load = cycles_of_a_round(case), os.getloadavg()[0]
     names = [*OURS, THEIRS] if their_python else [*OURS]
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    passes: dict[str, Any] = {}
     for launch in range(launches):
         with workers(case, their_python) as made:
             losses = {name: made[name].ask("losses", name, cycles) for name in names}
@@ -146,7 +147,8 @@ def measure(case: Case, launches: int, rounds: int, their_python: str | None) ->
                 first = (launch * rounds + turn) % len(names)
                 for name in names[first:] + names[:first]:
                     seconds[name].append(made[name].ask("time", name, cycles))
-            passes = {name: made[name].ask("passes", name, cycles) for name in names if name != "lora"}
+            if launch == 0:
+                passes = {name: made[name].ask("passes", name, cycles) for name in names if name != "lora"}
             sizes = {name: made[name].ask("memory", name) for name in names}
             found = {name: made[name].ask("versions") for name in names if name in (THEIRS, OURS[0])}
     # adapters share a network, where hooks cannot tell roles apart; they make the passes of full copies
@@ -202,13 +204,14 @@ def main() -> None:
         parser.error(f"--batch: {uneven[0]} is not allowed; it is a multiple of the student's {len(Case.levels)} levels, for example {Case.batch}")
     cases = [SMALLEST] if args.smoke else [replace(Case(), width=args.width, layers=args.layers, batch=batch) for batch in args.batch]
     launches, rounds = (1, 1) if args.smoke else (args.launches, args.rounds)
-    measured = [measure(case, launches, rounds, args.their_python) for case in cases]
-    result = {"date": datetime.date.today().isoformat(), "processor": processor(), "measured": measured}
-    print(json.dumps(result, indent=2))
-    if args.their_python and not args.smoke:
-        from instep.core.files import write_json
+    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "processor": processor(), "measured": []}
+    for case in cases:
+        result["measured"].append(measure(case, launches, rounds, args.their_python))
+        if args.their_python and not args.smoke:
+            from instep.core.files import write_json
 
-        write_json(RESULT, result)
+            write_json(RESULT, result)
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
