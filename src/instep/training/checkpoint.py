@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,21 @@ from torch import Tensor
 from instep.core.files import write_error
 from instep.training.state_files import State, join, sha256, split, write, write_tensors
 
-__all__ = ["State", "at", "drop_after", "every", "latest", "load", "load_optimizer_state", "optimizer_state", "restore_rng", "rng_state", "save", "step_of"]
+__all__ = [
+    "State",
+    "at",
+    "drop_after",
+    "every",
+    "latest",
+    "load",
+    "load_optimizer_state",
+    "optimizer_state",
+    "restore_rng",
+    "rng_state",
+    "save",
+    "step_of",
+    "write_state",
+]
 
 _NAME = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.replaced")
@@ -34,11 +48,15 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
     `state` is nested dicts with string keys, lists and tuples of tensors and JSON values. Raises ValueError if it is not, and OSError
     if it cannot be written, for example on a full disk; earlier checkpoints stay.
     """
+    return write_state(folder, step, *split(state), keep=keep, protect=protect)
+
+
+def write_state(folder: Path, step: int, values: Any, tensors: Mapping[str, Tensor], *, keep: int, protect: Collection[int] = ()) -> Path:
+    """`save` of a state that `split` has taken apart."""
     if keep < 1:
         raise ValueError(f"keep: {keep} is not allowed; keep at least 1 checkpoint")
     if step < 0:
         raise ValueError(f"step: {step} is not allowed; steps count from 0")
-    values, tensors = split(state)
     final, temporary = folder / f"step-{step:06d}", folder / f".step-{step:06d}.{os.getpid()}.tmp"
     try:
         _make(folder)
