@@ -12,7 +12,8 @@ Each case has a process of its own: one that runs out of memory or crashes becom
 benchmarks/results/gpu.json after every case; `make results` puts them into docs/gpu.md.
 
 FLOPs follow from a formula (`gpu_cases.PassFlops`) and from the rows that went through each network, which are counted as they pass. Utilisation is FLOPs
-over seconds and the card's dense bfloat16 peak. Peaks of memory include the building of the networks and the warm-up.
+over seconds and the card's dense bfloat16 peak. Peaks of memory include the building of the networks and the warm-up. Each row also has
+the planner's estimate (`gpu_plan.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cases import Case, cases, peak_flops, planned, smallest_case, weight
+from gpu_cases import Case, cases, peak_flops, smallest_case, weight
+from gpu_plan import planned
 
 from instep.core.files import write_json
 from instep.training.execution import Execution
@@ -207,6 +209,7 @@ def series(chosen: Sequence[Case], device: str, warmup: int, repeats: int, rows:
             if "outcome" not in event:
                 print(f"{head}: {event['phase']}, {in_words(event['peak'])}; {time_left}", file=sys.stderr, flush=True)
 
+        estimate = planned(case)
         start = time.monotonic()
         outcome = ask({"device": device, "case": asdict(case), "warmup": warmup, "repeats": repeats}, heard)
         if outcome["outcome"] == "measured":
@@ -215,7 +218,7 @@ def series(chosen: Sequence[Case], device: str, warmup: int, repeats: int, rows:
             time_left.to_come.pop(0)
         made = {"name": case.name, "case": asdict(case), **machine, "date": datetime.date.today().isoformat(), "warmup": warmup, "repeats": repeats}
         rows[:] = [row for row in rows if (row["card"], row["case"]) != (machine["card"], asdict(case))]
-        rows.append({**made, **outcome, "planned": planned(case)})
+        rows.append({**made, **outcome, "planned": estimate})
         save()
         spent = f"{outcome['seconds']['median']:.3g} s an iteration" if "seconds" in outcome else outcome["error"]
         print(f"{head}: {outcome['outcome']}, {spent}, {in_words(outcome['peak'])}; {time_left}", file=sys.stderr, flush=True)

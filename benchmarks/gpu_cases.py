@@ -86,11 +86,6 @@ def peak_flops(card: str | None) -> float | None:
     return next((peak for pattern, peak in PEAKS if card and re.search(pattern, card)), None)
 
 
-def planned(case: Case) -> dict[str, float] | None:
-    """The planner's estimate of a case, {"bytes": peak memory of the device, "seconds": of an iteration}; None: the planner was not asked."""
-    return None
-
-
 @dataclass(frozen=True)
 class Counted:
     """Rows that went through a network: without a graph, with one, and once more during the backward pass (micro-batches)."""

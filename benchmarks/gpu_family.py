@@ -78,6 +78,10 @@ class RandomWan(WanFamily):
         cond = self.encode(prompts)
         return WanCondition(text=cond.text.flip(1), bias=cond.bias)
 
+    def blank(self, n: int) -> tuple[WanCondition, WanCondition]:
+        texts = self.encode([""] * n)
+        return texts, texts
+
     def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         adapted = bool(getattr(module.blocks[0].attn1.to_q, "active_adapters", ()))
         backward = torch._C._current_graph_task_id() != -1
@@ -108,9 +112,8 @@ class Built:
         }
 
 
-def build(case: Case, device: torch.device) -> Built:
-    """Builds the networks, roles and optimisers of a case as a run does; the reward is the mean brightness of the decoded samples."""
-    execution = Execution(
+def execution_of(case: Case, device: torch.device) -> Execution:
+    return Execution(
         str(device),
         "bfloat16",
         case.micro_batch,
@@ -119,6 +122,11 @@ def build(case: Case, device: torch.device) -> Built:
         compile=case.compile,
         attention=case.attention,
     )
+
+
+def build(case: Case, device: torch.device) -> Built:
+    """Builds the networks, roles and optimisers of a case as a run does; the reward is the mean brightness of the decoded samples."""
+    execution = execution_of(case, device)
     family = execution.place(RandomWan(random_pipeline(case.model, torch.device("cpu") if case.offload else device), case))
     assert isinstance(family, RandomWan) and family.latent_shape == latent_shape(case)
     reward = FunctionReward(lambda media, prompts: media.mean((1, 2, 3, 4)), "brightness")

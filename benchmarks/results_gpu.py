@@ -26,7 +26,7 @@ COLUMNS = (
     "model utilisation",
     "hardware utilisation",
     "planned, GB",
-    "planned, s",
+    "planned hardware PFLOPs",
 )
 
 
@@ -88,16 +88,26 @@ def section(card: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """A case that ran, or the reason why it did not with the peaks that it came to."""
-    peak, plan = row["peak"] or {}, row["planned"] or {}
+    """A case that ran, or the reason why it did not with the peaks that it came to. What was planned has its error in brackets where it was measured."""
+    peak, plan = row["peak"] or {}, row["planned"]
     memory = [gigabytes(peak.get(kind)) for kind in ("allocated", "reserved", "resident")]
-    estimate = [gigabytes(plan.get("bytes")), f"{plan['seconds']:.1f}" if "seconds" in plan else "-"]
-    if row["outcome"] != "measured":
+    ran = row["outcome"] == "measured"
+    estimate = ["-", "-"]
+    if plan:
+        flops = plan["flops"]["hardware"]
+        estimate = [gigabytes(plan["bytes"]) + error(plan["bytes"], peak.get("allocated") if ran else None)]
+        estimate += [f"{flops / 1e15:.1f}" + error(flops, row["flops"]["hardware"] if ran else None)]
+    if not ran:
         return [why(row), *memory, "-", "-", "-", *estimate]
     seconds, shares = row["seconds"], row["utilisation"]
     used = [f"{shares[kind]:.0%}" if shares else "-" for kind in ("model", "hardware")]
     spread = f"{seconds['median']:.1f} ({seconds['low']:.1f} to {seconds['high']:.1f})"
     return [spread, *memory, f"{row['flops']['model'] / 1e15:.1f}", *used, *estimate]
+
+
+def error(planned: float, measured: float | None) -> str:
+    """How far a plan is above (+) or below (-) what was measured, in brackets; nothing where nothing was."""
+    return f" ({planned / measured - 1:+.1%})" if measured else ""
 
 
 def why(row: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from live_tensors import live_bytes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_pipeline
 
 from instep.core.size import Size
@@ -17,6 +17,7 @@ from instep.data.prompt import Prompt
 from instep.diffusion.levels import few_step_levels
 from instep.diffusion.sampling import Sampling
 from instep.export import weights
+from instep.export.load import load_pipeline, narrow_networks, widened
 from instep.export.rules import check_adapter
 from instep.export.weights import write_pipeline
 from instep.methods.recipe import AdamWConfig, LoRA
@@ -106,12 +107,55 @@ def test_an_average_is_exported_without_a_copy_of_the_live_weights(tmp_path, lor
         assert all(torch.equal(saved[key], value) for key, value in average.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lora", [False, True])
-def test_another_dtype_adds_the_file_that_the_check_maps(tmp_path, lora):
+def test_another_dtype_takes_no_more(tmp_path, lora, dtype):
     role = student_of(WanFamily(heavy_pipeline(), SIZE), lora)
     with live_bytes(tensors_of(role)) as live:
-        exported(role, tmp_path / "student", torch.float16)
-    assert live.peak / size_of(role.backbone.family.pipe.transformer) <= 1.55, "one copy in float32, and the file in float16"
+        exported(role, tmp_path / "student", dtype)
+    assert 0.9 < live.peak / size_of(role.backbone.family.pipe.transformer) <= 1.1, "one copy in float32; the file is cast a tensor at a time"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny_wan_pipeline, tiny_wan22_pipeline, tiny_sd3_pipeline])
+def test_the_check_loads_what_stock_diffusers_loads(tmp_path, make, dtype):
+    from diffusers import DiffusionPipeline
+
+    family = family_of(make())
+    network = family.new_backbone()
+    write_pipeline(tmp_path, family.pipeline(family.parts(network)), check_adapter(family, network, None), dtype)
+    ours, stock = load_pipeline(tmp_path, "cpu"), DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    networks = [name for name, part in stock.components.items() if isinstance(part, torch.nn.Module)]
+    assert {name for name in networks if not name.startswith("text_encoder")} == narrow_networks(tmp_path).keys()
+    for name in networks:
+        one, other = (getattr(pipe, name) for pipe in (ours, stock))
+        assert type(one) is type(other) and one.training == other.training
+        if name in narrow_networks(tmp_path):
+            assert {**one.config, "_name_or_path": ""} == {**other.config, "_name_or_path": ""}
+        mine, theirs = ({**dict(net.named_parameters()), **dict(net.named_buffers())} for net in (one, other))
+        assert mine.keys() == theirs.keys()
+        assert all(mine[key].dtype == theirs[key].dtype and torch.equal(mine[key], theirs[key]) for key in theirs), name
+
+
+def test_a_folder_whose_files_do_not_fit_the_network_is_refused(tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    family = WanFamily(tiny_wan_pipeline(), SIZE)
+    network = family.new_backbone()
+    write_pipeline(tmp_path, family.pipeline(family.parts(network)), check_adapter(family, network, None), torch.bfloat16)
+    folder = tmp_path / "transformer"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    there = load_file(file)
+    save_file({key: value for key, value in there.items() if key != "proj_out.bias"}, file)
+    with pytest.raises(ValueError, match="lacks proj_out.bias"):
+        widened(folder, WanTransformer3DModel)
+    save_file({**there, "extra": torch.ones(2)}, file)
+    with pytest.raises(ValueError, match="holds extra"):
+        widened(folder, WanTransformer3DModel)
+    save_file(there, file)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="ends within"):
+        widened(folder, WanTransformer3DModel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

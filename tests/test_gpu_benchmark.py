@@ -15,7 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from instep.core.files import write_json
-from instep.planning.meta import Unread
+from instep.planning.meta import Unread, exits_from, register, tensors_in
+from instep.planning.tally import Tally
+from instep.training import step
 from instep.training.step import iteration
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +46,7 @@ def test_the_smallest_case_runs_is_written_and_is_not_measured_twice(tmp_path):
     assert 0 < row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]
     assert 0 < row["flops"]["model"] < row["flops"]["hardware"]
     assert row["peak"]["resident"] > 1e8 and row["peak"]["allocated"] is None
+    assert 0 < row["planned"]["flops"]["model"] < row["planned"]["flops"]["hardware"] and row["planned"]["bytes"] > 1e6
     assert "iteration 2 of 2" in done.stderr and "0 min left" in done.stderr
     before = out.read_text()
     assert "0 cases to measure, 1 measured already" in gpu("--smallest", "--out", out).stderr and out.read_text() == before
@@ -120,6 +123,37 @@ def test_flops_are_those_that_are_computed(recipe, roles, checkpointing, micro_b
         assert flops["model"] < 0.95 * flops["hardware"]
     else:
         assert flops["model"] == flops["hardware"]
+
+
+@pytest.mark.parametrize("roles", ["lora", "copies"])
+@pytest.mark.parametrize("recipe", ["dmd2", "dm-align-group"])
+def test_the_plan_of_the_smallest_case_is_what_it_takes(recipe, roles, monkeypatch):
+    """The most bytes of tensors that are alive in real iterations with every exit, and the mean of their networks' FLOPs."""
+    import gpu_cases
+    import gpu_family
+    from gpu_plan import planned
+
+    case = replace(gpu_cases.smallest_case(), recipe=recipe, roles=roles)
+    built = gpu_family.build(case, CPU)
+    iteration(built.state, built.stage, [built.batch], 0.0)  # the moments are there
+    built.flops()
+    peaks, flops = [], []
+    for shift in range(len(built.stage.rollout.levels)):
+        monkeypatch.setattr(step, "draw_exits", exits_from(shift))
+        tally = Tally()
+        hooks = register(tally, built.state, built.family)
+        for tensor in tensors_in(built.batch):
+            tally.assign(tensor, "samples and conditions")
+        with tally:
+            iteration(built.state, built.stage, [built.batch], 0.0)
+        for hook in hooks:
+            hook.remove()
+        peaks.append(max(total for total, _ in tally.moments.values()))
+        flops.append(built.flops())
+    estimate = planned(case)
+    assert estimate["bytes"] == pytest.approx(max(peaks), rel=0.04)
+    for kind in ("model", "hardware"):
+        assert estimate["flops"][kind] == pytest.approx(sum(one[kind] for one in flops) / len(flops), rel=0.04)
 
 
 @pytest.mark.parametrize("roles", ["lora", "copies"])
@@ -208,14 +242,15 @@ def test_the_document_with_a_gpu_has_a_table_for_each_card(tmp_path):
     from results_gpu import lines
 
     lost = row("NVIDIA H200", name="lost", outcome="out of memory", phase="warm-up 1 of 2", error="OutOfMemoryError: CUDA", seconds=None, utilisation=None)
-    wired = row("NVIDIA H200", name="planned", planned={"bytes": 60e9, "seconds": 79.0})
+    wired = row("NVIDIA H200", name="planned", planned={"bytes": 60e9, "flops": {"model": 3e16, "hardware": 4.1e16}})
+    lost["planned"] = wired["planned"]
     write_json(tmp_path / "gpu.json", {"rows": [row("NVIDIA H200"), lost, wired, row("Other", utilisation=None), row(None)]})
     text = "\n".join(lines(tmp_path / "gpu.json"))
     assert "No GPU was there" not in text
     assert "### NVIDIA H200" in text and "2026-01-02; torch 2.13.0; 2 iterations before and 3 measured" in text and "2 of 3 cases ran to the end" in text
     assert "| a-case | 81.2 (80.0 to 82.0) | 61.2 | 64.0 | 3.0 | 33.0 | 41% | 50% | - | - |" in text
-    assert "| lost | out of memory (warm-up 1 of 2) | 61.2 | 64.0 | 3.0 | - | - | - | - | - |" in text
-    assert "| planned | 81.2 (80.0 to 82.0) | 61.2 | 64.0 | 3.0 | 33.0 | 41% | 50% | 60.0 | 79.0 |" in text
+    assert "| lost | out of memory (warm-up 1 of 2) | 61.2 | 64.0 | 3.0 | - | - | - | 60.0 | 41.0 |" in text
+    assert "| planned | 81.2 (80.0 to 82.0) | 61.2 | 64.0 | 3.0 | 33.0 | 41% | 50% | 60.0 (-2.0%) | 41.0 (+2.5%) |" in text
     assert "### Other" in text and "| a-case | 81.2 (80.0 to 82.0) | 61.2 | 64.0 | 3.0 | 33.0 | - | - | - | - |" in text
 
 

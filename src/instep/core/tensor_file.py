@@ -1,6 +1,7 @@
-"""safetensors files that are written a tensor at a time.
+"""safetensors files that are written and read a tensor at a time.
 
-The package's own writer takes all tensors at once, on the CPU, unshared and contiguous, and reports a full disk in words alone.
+The package's own writer takes all tensors at once, on the CPU, unshared and contiguous, and reports a full disk in words alone. Its own reader maps a whole
+file for as long as one tensor of it is alive.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ DTYPES = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,29 @@ def write_parts(path: Path, parts: Iterable[Any]) -> None:
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
+
+
+def dtypes_in(path: Path) -> set[torch.dtype]:
+    """The dtypes of a file's tensors, from its header alone."""
+    with open(path, "rb") as file:
+        return {TYPES[entry["dtype"]] for entry in _header(file).values()}
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file by name, in their order in it, each in memory of its own on the CPU. Raises ValueError for a file that ends too early."""
+    with open(path, "rb") as file:
+        header = _header(file)
+        begin = file.tell()
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            file.seek(begin + start)
+            x = torch.empty(entry["shape"], dtype=TYPES[entry["dtype"]])
+            if x.numel() and file.readinto(x.reshape(-1).view(torch.uint8).numpy().data) != end - start:
+                raise ValueError(f"weights: {path} ends within {name}; it was not written whole, copy it again")
+            yield name, x
+
+
+def _header(file: BinaryIO) -> dict[str, Any]:
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return header

@@ -19,6 +19,7 @@ from instep.data.prompt import Prompt
 from instep.diffusion.sampling import Sampling
 from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, many_step_card, model_card
 from instep.export.limits import check_differences
+from instep.export.load import load_pipeline
 from instep.export.lora import lora_files, save_loras
 from instep.export.rules import RECORD, check_adapter, check_dtype, check_sampler, check_target
 from instep.export.verify import (
@@ -28,7 +29,6 @@ from instep.export.verify import (
     difference,
     draw,
     draw_latents,
-    load_pipeline,
     our_sampler,
     stock_sampler,
     unchanged,

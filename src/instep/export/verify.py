@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instep.core.quiet import quiet
 from instep.core.size import Size
 from instep.core.unusable import Unusable
 from instep.data.prompt import Prompt, as_prompts
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser, Prediction
 from instep.diffusion.sampling import sample_few_step
+from instep.export.load import load_pipeline
 from instep.models.backbone import Backbone
 from instep.models.families import family_of
 from instep.models.family import Family
@@ -133,8 +132,9 @@ def draw_latents(
     dtype: that of the export, None for an unchanged one. narrow: the dtypes of the student's parameters in memory, by part and name, if it computes in less
     than float32.
 
-    Needs the memory of the folder's denoisers in float32, twice that of bfloat16 weights. Text encoders and VAE that were written as they are (`dtype` None) in
-    float32 on `device` are not loaded again; others are loaded in float32 too. Activations are those of the family's size.
+    Needs the memory of the folder's denoisers in float32, twice that of bfloat16 weights, whatever the folder holds
+    them in. Text encoders and VAE that were written as they are (`dtype` None) in float32 on `device` are not loaded again; others are loaded in float32 too.
+    Activations are those of the family's size.
     """
     pipe = load_pipeline(folder, device, {} if dtype else unchanged(family, device))
     there = family.with_pipe(pipe, family.size)
@@ -154,17 +154,6 @@ def unchanged(family: Family, device: torch.device) -> dict[str, nn.Module]:
     """The frozen networks in memory that stand for those of a folder, which hold the same values."""
     frozen = {name: part for name, part in family.pipe.components.items() if isinstance(part, nn.Module) and name not in family.denoisers}
     return {name: part for name, part in frozen.items() if all(p.dtype == torch.float32 and p.device == device for p in part.parameters())}
-
-
-def load_pipeline(folder: FilePath, device: torch.device | str, parts: Mapping[str, nn.Module] | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """The stock pipeline of a folder in `dtype`, with `parts` in place of those that need not be loaded."""
-    from diffusers import DiffusionPipeline
-
-    gc.collect()  # a network with hooks is part of a cycle: the one that was loaded before goes now
-    with quiet():
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **(parts or {})).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def stock_sampler(family: Family, pipe: Any, steps: int, guidance: float = 1.0) -> Sampler:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.quiet import quiet
-from instep.core.tensor_file import DTYPES, Entry, file_parts, write_parts
+from instep.core.tensor_file import TYPES, Entry, file_parts, write_parts
 from instep.core.unusable import Unusable, is_finite, named
 from instep.models.adapters import Weight, plain_weights
 from instep.models.borrow import float32_parts, in_float32
@@ -146,7 +146,6 @@ def recast(file: Path, dtype_of: Callable[[str, torch.dtype], torch.dtype], fini
     """Writes a safetensors file anew, a tensor at a time, in the dtypes that `dtype_of` (name, present dtype) returns; returns the bytes of its tensors."""
     from safetensors import safe_open
 
-    dtypes = {name: dtype for dtype, name in DTYPES.items()}
     temporary = file.with_name(file.name + PART)
     with safe_open(file, framework="pt") as there:
 
@@ -159,7 +158,7 @@ def recast(file: Path, dtype_of: Callable[[str, torch.dtype], torch.dtype], fini
         entries = {}
         for name in there.keys():  # noqa: SIM118 (no mapping)
             known = there.get_slice(name)
-            target = dtype_of(name, dtypes[known.get_dtype()])
+            target = dtype_of(name, TYPES[known.get_dtype()])
             entries[name] = Entry(target, tuple(known.get_shape()), partial(make, name, target))
         write_parts(temporary, file_parts(entries, there.metadata() or FORMAT))
     os.replace(temporary, file)

@@ -120,8 +120,17 @@ def plan(
 
 def _plan(recipe: Recipe, family: Family, execution: Execution, machine: Machine, reward: RewardCost) -> Plan:
     model = _model(recipe, family, execution)
-    stages = tuple(_stage_plan(model, stage, execution, machine, reward) for stage in recipe.stages if stage.steps)
+    stages = _iterations(model, execution, machine, reward)
     return Plan(stages, tuple(asides(model, recipe, lambda trace: sum(_placed(trace, execution, machine, model)[0].values()))), machine, reward)
+
+
+def iterations(recipe: Recipe, family: Family, execution: Execution, machine: Machine, reward: RewardCost = RewardCost()) -> tuple[StagePlan, ...]:
+    """An iteration of every stage that has steps; as `plan`, without what a run does beside its iterations and without advice."""
+    return _iterations(_model(recipe, family, execution), execution, machine, reward)
+
+
+def _iterations(model: Model, execution: Execution, machine: Machine, reward: RewardCost) -> tuple[StagePlan, ...]:
+    return tuple(_stage_plan(model, stage, execution, machine, reward) for stage in model.recipe.stages if stage.steps)
 
 
 def _model(recipe: Recipe, family: Family, execution: Execution) -> Model:

@@ -34,6 +34,7 @@ from instep.planning.meta import REWARD, Unread, batches_of, blank, register, re
 from instep.planning.tally import Moment, Phase, Tally
 from instep.training.build import make_state
 from instep.training.execution import Execution
+from instep.training.low_bit import MOMENTS, empty_moments
 from instep.training.state import TrainState
 from instep.training.step import iteration
 
@@ -157,7 +158,7 @@ def meta_state(recipe: Recipe, family: Family, execution: Execution) -> TrainSta
         state = make_state(recipe, blank(family), 0, None, execution=execution)
     for trained in state.trained.values():
         for master in trained.masters.values():
-            trained.optimizer.state[master] = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+            trained.optimizer.state[master] = empty_moments(master) if trained.low_bit else {name: torch.zeros_like(master) for name in MOMENTS}
     return state
 
 

@@ -93,7 +93,7 @@ def make_state(
         if recipe.latent_reward is not None:
             latent_reward = recipe.latent_reward.shape.build(family.latent_shape, family.unconditional([Prompt("")]), len(weights))
     trained = {
-        name: TrainedParams(roles[name].named_parameters(), config.optim, config.ema, host=execution.offload)
+        name: TrainedParams(roles[name].named_parameters(), config.optim, config.ema, host=execution.offload, low_bit=execution.low_bit)
         for name, config in recipe.roles.items()
         if config.optim is not None
     }

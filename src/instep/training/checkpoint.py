@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +20,24 @@ import torch
 from torch import Tensor
 
 from instep.core.files import write_error
+from instep.training.low_bit import in_8_bit, is_low_bit, moment_of, parts_of
 from instep.training.state_files import State, join, sha256, split, write, write_tensors
 
-__all__ = ["State", "at", "drop_after", "every", "latest", "load", "load_optimizer_state", "optimizer_state", "restore_rng", "rng_state", "save", "step_of"]
+__all__ = [
+    "State",
+    "at",
+    "drop_after",
+    "every",
+    "latest",
+    "load",
+    "load_optimizer_state",
+    "optimizer_state",
+    "restore_rng",
+    "rng_state",
+    "save",
+    "step_of",
+    "write_state",
+]
 
 _NAME = re.compile(r"step-(\d{6,})")
 _REPLACED = re.compile(r"\.(step-\d{6,})\.replaced")
@@ -34,11 +49,15 @@ def save(folder: Path, step: int, state: State, *, keep: int, protect: Collectio
     `state` is nested dicts with string keys, lists and tuples of tensors and JSON values. Raises ValueError if it is not, and OSError
     if it cannot be written, for example on a full disk; earlier checkpoints stay.
     """
+    return write_state(folder, step, *split(state), keep=keep, protect=protect)
+
+
+def write_state(folder: Path, step: int, values: Any, tensors: Mapping[str, Tensor], *, keep: int, protect: Collection[int] = ()) -> Path:
+    """`save` of a state that `split` has taken apart."""
     if keep < 1:
         raise ValueError(f"keep: {keep} is not allowed; keep at least 1 checkpoint")
     if step < 0:
         raise ValueError(f"step: {step} is not allowed; steps count from 0")
-    values, tensors = split(state)
     final, temporary = folder / f"step-{step:06d}", folder / f".step-{step:06d}.{os.getpid()}.tmp"
     try:
         _make(folder)
@@ -197,7 +216,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
     """Returns the state of a torch optimiser: its tensors for each parameter, and each group's settings."""
     state = optimizer.state_dict()
     groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    return {"state": {str(k): v for k, v in state["state"].items()}, "groups": groups}
+    return {"state": {str(k): {name: _plain(v) for name, v in entry.items()} for k, entry in state["state"].items()}, "groups": groups}
+
+
+def _plain(value: Any) -> Any:
+    """A moment in 8 bit as its plain tensors."""
+    return (parts_of(value) or value) if isinstance(value, Tensor) else value
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: State) -> None:
@@ -209,12 +233,23 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: State) -> None
             "resume with the recipe that wrote it"
         )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {int(k): dict(v) for k, v in saved["state"].items()}
+    _check_moments(optimizer, parameters, saved["state"])
+    state = {int(k): {name: moment_of(name, v) if isinstance(v, dict) else v for name, v in entry.items()} for k, entry in saved["state"].items()}
     for i, entry in state.items():
         if i >= len(parameters) or any(v.ndim and v.shape != parameters[i].shape for v in entry.values() if isinstance(v, Tensor)):
             raise ValueError(f"optimizer: the checkpoint's state of parameter {i} does not fit this optimiser; resume with the recipe that wrote it")
     groups = [{**old, **_tuples(old, new)} for old, new in zip(whole["param_groups"], saved["groups"], strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], saved: State) -> None:
+    """Raises ValueError if one of the checkpoint and the optimiser has moments in 8 bit and the other has not."""
+    known = {int(k): entry for k, entry in saved.items() if int(k) < len(parameters)}
+    for i, entry in known.items():
+        theirs, ours = isinstance(entry.get("exp_avg"), dict), is_low_bit(optimizer) and in_8_bit(parameters[i])
+        if "exp_avg" in entry and theirs != ours:
+            words = {True: "8bit", False: "float32"}
+            raise ValueError(f"moments: the checkpoint's are in {words[theirs]} and this run's in {words[ours]}; give --moments {words[theirs]}")
 
 
 def _tuples(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from instep.models.family import Family
+from instep.training.low_bit import check_installed
 
 # networks of more parameters are trained with activation checkpointing by default, and in the micro-batches of their preset
 LARGE = 500_000_000
@@ -44,6 +45,9 @@ class Execution:
     offload: bool = False
     """Keep float32 weights, moments and averages in host memory and step them there; networks and VAE take turns on the device. Slower: networks are moved,
     and each forward pass with a graph is computed twice."""
+    moments: Literal["float32", "8bit"] = "float32"
+    """AdamW's moments: 8bit keeps them in a quarter of the memory, by torchao (pip install 'instep[lowbit]'), rounded after each step. A run resumes in what
+    it began with."""
     compile: bool = False
     """torch.compile of the network's repeated blocks: minutes at the start, faster steps."""
     attention: str | None = None
@@ -56,10 +60,18 @@ class Execution:
             raise ValueError(f"checkpointing: {self.checkpointing!r} is not allowed; allowed: auto, on, off")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype: {self.dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
+        if self.moments not in ("float32", "8bit"):
+            raise ValueError(f"moments: {self.moments!r} is not allowed; allowed: float32, 8bit")
+        if self.low_bit:
+            check_installed()
         if self.device is not None:
             _check_device(self.device)
         if self.attention is not None and self.attention not in (allowed := _attention_backends()):
             raise ValueError(f"attention: {self.attention!r} is not allowed; allowed: {', '.join(allowed)}")
+
+    @property
+    def low_bit(self) -> bool:
+        return self.moments == "8bit"
 
     @property
     def target(self) -> torch.device:

@@ -24,6 +24,7 @@ from instep.training.health import Finding, HealthMonitor
 from instep.training.log import RunLog, Tracker
 from instep.training.options import RunOptions
 from instep.training.probe import KnownTeacher, Probe, few_of
+from instep.training.saving import CheckpointWriter, in_background
 from instep.training.state import TrainState
 from instep.training.step import iteration
 from instep.training.views import matching_views, save_views
@@ -59,6 +60,7 @@ class Loop:
         self.skipped = SkippedSteps()
         self.probed: list[stop.Probed] = []
         self.stopped: stop.Stopped | None = None
+        self.writer = CheckpointWriter(out / "checkpoints", options.keep, background=in_background(state.device, options.execution))
 
     def run(self) -> None:
         """Trains to the end or to a finding in `stop_on`; on SIGINT or SIGTERM finishes the iteration, saves and raises `Interrupted`."""
@@ -76,13 +78,17 @@ class Loop:
                     self._probe(log, health, {"stage": "start"})
                     self._save_if_due()
                 while state.step < total and self.stop is None and self.found is None:
+                    self.writer.check()
                     self._one(log, health)
+                self.writer.wait()
             if self.found is not None:
                 self._go_back(stop.decide(self.out, self.found, self.probed, self.options.stop_on))
             elif self.stop is not None:
                 self.save()
+                self.writer.wait()
                 raise Interrupted(f"{self.stop}: saved at step {state.step} of {total} in {self.out}; the same command goes on from there")
         finally:
+            self.writer.join()
             log.close()
             for s, handler in before.items():
                 signal.signal(s, handler)
@@ -107,6 +113,7 @@ class Loop:
 
     def _give_up(self, what: str) -> NoReturn:
         """Raises Unusable; the newest good checkpoint is kept."""
+        self.writer.join()
         raise ended(what, self.out, self.state.step, self.skipped)
 
     def _save_if_due(self) -> None:
@@ -179,13 +186,15 @@ class Loop:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def save(self) -> None:
+        """Saves a checkpoint of the present step. In the background (`CheckpointWriter`) its file is there once `writer.wait` returns."""
+        self.writer.wait()  # `good` looks at what is there
         kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()), *self.skipped.good(self.out))
         contents = saved.contents(self.state, self.source)
         try:
             check_state(contents)
         except Unusable as error:
             self._give_up(str(error))
-        checkpoint.save(self.out / "checkpoints", self.state.step, contents, keep=self.options.keep, protect=kept)
+        self.writer.save(self.state.step, contents, kept)
 
     def restore(self, start_from: Path | str | None) -> None:
         """Loads this run's newest intact checkpoint or, without any checkpoint, the roles of `start_from`. Raises ValueError if all are damaged."""

@@ -16,6 +16,7 @@ from instep.diffusion.path import Path
 from instep.diffusion.prediction import Denoiser
 from instep.methods.latent_reward_model import LatentReward
 from instep.methods.recipe import AdamWConfig
+from instep.training.low_bit import adamw8bit
 
 RewardFn = Callable[[Tensor, Sequence[Prompt]], Tensor]
 
@@ -25,16 +26,23 @@ class TrainedParams:
 
     A parameter in less than float32 has a *master* copy in float32, which the optimiser steps and the average follows; the network gets it rounded. At small
     learning rates a step is less than the spacing of bfloat16 numbers, and would be lost. Gradients are added up in float32 too. `host`: masters, moments
-    and average are kept and stepped in host memory, and only the network is on the device.
+    and average are kept and stepped in host memory, and only the network is on the device. `low_bit`: the moments are kept in 8 bit (`low_bit.py`).
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optim: AdamWConfig, ema: float | None = None, *, host: bool = False) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optim: AdamWConfig, ema: float | None = None, *, host: bool = False, low_bit: bool = False
+    ) -> None:
         self.parameters, self.optim, self.decay = dict(parameters), optim, ema
         self.masters = {key: _master(p, host) for key, p in self.parameters.items()}
         self._rounded = [(p, self.masters[key]) for key, p in self.parameters.items() if self.masters[key] is not p]
         for p, master in self._rounded:
             p.register_post_accumulate_grad_hook(partial(_hand_over, master=master))
-        self.optimizer = torch.optim.AdamW(list(self.masters.values()), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+        values, self.low_bit = list(self.masters.values()), low_bit
+        self.optimizer: torch.optim.Optimizer
+        if low_bit:
+            self.optimizer = adamw8bit(values, optim.lr, optim.betas, optim.weight_decay)
+        else:
+            self.optimizer = torch.optim.AdamW(values, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
         self.ema = {key: p.detach().clone() for key, p in self.masters.items()} if ema is not None else None
         self.steps = 0
         # where networks take turns on a device: takes the one that is there home, before weights are exchanged
@@ -50,11 +58,14 @@ class TrainedParams:
         values = list(self.masters.values())
         norm = nn.utils.clip_grad_norm_(values, optim.clip)
         finite = norm.isfinite()
-        # the fused kernel looks at it on the device and then leaves weights and moments alone
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
-            group |= {"lr": lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
-        self.optimizer.step()
+            group |= {"lr": torch.tensor(lr) if self.low_bit else lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+        if not self.low_bit:
+            # the fused kernel looks at it on the device and then leaves weights and moments alone
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bool(finite):  # waits for the device: torchao's step has no such flag
+            self.optimizer.step()
         self.round()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, finite
