@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from instep.core.transfer import to_device
 from instep.diffusion.noise import randn
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
@@ -135,7 +136,7 @@ def rollout_few_step(
         x0 = _predict_rows(student, x_t, t, cond, graph, alive & ~graph)
         rows = here.nonzero().flatten()
         if len(rows):
-            seen = rows.to(x_t.device)
+            seen = to_device(rows, x_t.device)
             supervised = x0[seen]
             if chained and step.index > 0 and "exit" in live:
                 supervised = student(x_t[seen].detach(), t[rows], cond[rows]).x0
@@ -173,12 +174,12 @@ def _predict_rows(student: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, gr
         rows = mask.nonzero().flatten()
         if len(rows):
             with torch.set_grad_enabled(with_graph and torch.is_grad_enabled()):
-                seen = rows.to(x_t.device)
+                seen = to_device(rows, x_t.device)
                 x0 = x0.index_copy(0, seen, student(x_t[seen], t[rows], cond[rows]).x0)
     return x0
 
 
 def _gather(parts: list[tuple[Tensor, Tensor, Tensor]], levels: Sequence[float], exit_id: Tensor) -> Point:
     order = torch.cat([rows for rows, _, _ in parts]).argsort()
-    x, x_t = (torch.cat([part[i] for part in parts])[order.to(parts[0][1].device)] for i in (1, 2))
+    x, x_t = (torch.cat([part[i] for part in parts])[to_device(order, parts[0][1].device)] for i in (1, 2))
     return Point(x, x_t, torch.tensor(levels, dtype=x.dtype)[exit_id], exit_id)
