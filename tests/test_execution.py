@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
 from every_recipe import PROMPTS, RECIPES, REWARD, SIZE, batches_of, family, run_stages, small, state_of
 from PIL import Image
-from second_device import NoMixing, without_steps
+from second_device import NoMixing, Poisoned, without_steps
 from test_run import rows
 from tiny import tiny_cogvideox_pipeline, tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 from torch import Tensor, nn
 
 from instep.core.rows import by_rows, joined, slices
 from instep.core.size import Size
+from instep.core.transfer import constants, to_device, to_match
 from instep.data.prompt import Prompt
 from instep.methods.recipe import AdamWConfig
 from instep.models.backbone import Backbone
@@ -26,11 +31,15 @@ from instep.models.wan import WanFamily
 from instep.planning.meta import Unread
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
-from instep.training.execution import LARGE, Execution, modules_in
+from instep.rewards.base import FunctionReward, as_reward
+from instep.rewards.decoded import make_reward_grad_fn
+from instep.training.execution import LARGE, Execution
+from instep.training.held import modules_in
+from instep.training.loop import Interrupted
 from instep.training.options import RunOptions
 from instep.training.run import train
 from instep.training.state import TrainedParams
-from instep.training.step import iteration
+from instep.training.step import iteration, snapshot_reference, sync_average
 
 BF16 = torch.bfloat16
 QUICK = RunOptions(save_every=50, probe_every=50, teacher_samples=4)
@@ -89,6 +98,41 @@ def test_a_pipeline_is_given_back_as_it_was_lent(tmp_path, rank):
     assert looks(pipe) == before and torch.equal(velocity(pipe), seen)
 
 
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("end", ["done", "error", "ctrl-c"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_pipeline_is_given_back_however_a_run_ends(rank, end, offload, tmp_path, monkeypatch):
+    """Its networks, their devices, dtypes, adapters, hooks and gradients; and the reward's own network."""
+    from instep.training import loop as module
+
+    pipe, net = tiny_wan_pipeline(), nn.Linear(1, 1)
+    scorer = [(p.data_ptr(), p.device, p.requires_grad) for p in net.parameters()]
+    before, seen = looks(pipe), velocity(pipe)
+    real = module.iteration
+
+    def ends(state, *args):
+        found = real(state, *args)
+        if end == "error":
+            raise Broken
+        if end == "ctrl-c":
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(module, "iteration", ends)
+    monkeypatch.setattr("instep.training.build.Residency", Poisoned)
+    recipe = small("dm-align-group", lora_rank=rank)
+    reward = FunctionReward(lambda media, prompts: net(media.mean((1, 2, 3, 4))[:, None])[:, 0], "scaled brightness", differentiable=True)
+    options = RunOptions(save_every=50, probe_every=50, teacher_samples=4, execution=Execution(offload=offload))
+    with {"done": nullcontext(), "error": pytest.raises(Broken), "ctrl-c": pytest.raises(Interrupted)}[end]:
+        train(recipe, WanFamily(pipe, SIZE, name="tiny"), out=tmp_path / "a", prompts=PROMPTS, reward=reward, options=options)
+    assert looks(pipe) == before and torch.equal(velocity(pipe), seen)
+    assert [(p.data_ptr(), p.device, p.requires_grad) for p in net.parameters()] == scorer
+
+
 def test_two_runs_on_one_pipeline_are_two_runs_on_two(tmp_path):
     pipe, at_size = tiny_wan_pipeline(), lambda pipe: WanFamily(pipe, SIZE, name="tiny")
     one = at_size(pipe)
@@ -98,11 +142,105 @@ def test_two_runs_on_one_pipeline_are_two_runs_on_two(tmp_path):
         assert mine.keys() == fresh.keys() and all(torch.equal(mine[key], fresh[key]) for key in mine)
 
 
-def test_a_pipeline_that_moves_by_hooks_is_refused():
+def by_accelerate(pipe):
+    pipe.transformer.blocks[0]._hf_hook = object()
+
+
+def by_group(pipe):
+    pipe.transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+
+
+def by_layerwise_casting(pipe):
+    pipe.transformer.enable_layerwise_casting(storage_dtype=BF16, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [(by_accelerate, "enable_model_cpu_offload, enable_sequential"), (by_group, "diffusers' .*group_offload"), (by_layerwise_casting, "diffusers' layerwise")],
+)
+def test_a_pipeline_that_moves_or_casts_by_hooks_is_refused(hook, message):
     pipe = tiny_wan_pipeline()
-    pipe.transformer._hf_hook = object()
-    with pytest.raises(ValueError, match="pipeline: its transformer is moved by hooks .*enable_model_cpu_offload.*place it"):
+    hook(pipe)
+    with pytest.raises(ValueError, match=f"pipeline: its transformer is moved or cast by hooks .{message}.*let the run place it"):
         family_of(pipe, SIZE)
+
+
+class Holder:
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def score(self, media: Tensor, prompts: object) -> Tensor:
+        return self.net(media.mean((1, 2, 3, 4))[:, None])[:, 0]
+
+
+class Slotted:
+    __slots__ = ("net",)
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+
+@dataclass(frozen=True)
+class Held:
+    nets: dict[str, list[nn.Module]]
+
+
+def scored_by(net: nn.Module, media: Tensor, prompts: object) -> Tensor:
+    return media
+
+
+def closure_over(given: object) -> Callable:
+    def reward(media: Tensor, prompts: object) -> Tensor:
+        return media if given is None else media * 2
+
+    return reward
+
+
+GLOBAL = nn.Linear(1, 1)
+
+
+def of_a_global(media: Tensor, prompts: object) -> Tensor:
+    return GLOBAL(media)
+
+
+HIDING: dict[str, Callable[[nn.Module], object]] = {
+    "bound method": lambda net: Holder(net).score,
+    "partial": lambda net: functools.partial(scored_by, net),
+    "partial's keyword": lambda net: functools.partial(scored_by, net=net),
+    "partial of a bound method": lambda net: functools.partial(Holder(net).score, prompts=()),
+    "closure": closure_over,
+    "closure over a closure": lambda net: closure_over(closure_over(Holder(net))),
+    "default": lambda net: lambda media, prompts, net=net: net(media),
+    "dictionary": lambda net: {"a": {"b": net}},
+    "list": lambda net: [1, "x", (net,)],
+    "set": lambda net: {net},
+    "dataclass": lambda net: Held({"a": [net]}),
+    "slots": Slotted,
+    "reward of a closure": lambda net: as_reward(closure_over(Holder(net))),
+}
+
+
+@pytest.mark.parametrize("how", HIDING)
+def test_a_reward_may_hide_its_network(how):
+    net = nn.Linear(1, 1)
+    assert modules_in(HIDING[how](net)) == [net]
+
+
+def test_a_function_may_name_its_network_and_may_hold_itself():
+    assert modules_in(of_a_global) == [GLOBAL]
+    around: list = []
+    around.append(around)
+    assert modules_in(around, lambda: late) == []
+    late = None
+
+
+def test_what_ships_holds_no_family():
+    """Rewards and monitors bring their own networks to the device, and no pipeline."""
+    from instep.bundled.worlds import find
+
+    world = find("moving-digits").ready()
+    nets = modules_in(world.reward, world.monitor)
+    assert nets and not {id(part) for net in nets for part in net.modules()} & {id(part) for part in world.family.pretrained.modules()}
 
 
 def test_rewards_and_monitors_come_along_and_go_home(monkeypatch):
@@ -118,7 +256,7 @@ def test_rewards_and_monitors_come_along_and_go_home(monkeypatch):
     assert set(modules_in(outer, None)) == {outer.classifier.net, outer.parts[0], outer.parts[1].net}
     home = [p.data_ptr() for module in modules_in(outer) for p in module.parameters()]
     asked = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: (asked.append(device), self.clone())[1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: (asked.append(device), self.clone())[1])
     with pytest.raises(KeyError), visiting(modules_in(outer), "meta"):
         assert not set(home) & {p.data_ptr() for module in modules_in(outer) for p in module.parameters()} and set(asked) == {torch.device("meta")}
         raise KeyError
@@ -215,7 +353,9 @@ def test_a_bfloat16_run_resumes_to_the_same_state(tmp_path):
     with interrupted_before(2):
         go(tmp_path / "cut")
     cut = go(tmp_path / "cut")
-    with pytest.raises(ValueError, match="holds another run .its dtype differ"):
+    with pytest.raises(
+        ValueError, match="holds another run .its dtype differs: bfloat16 there, float32 now.; to go on with it give dtype bfloat16 .--dtype bfloat16."
+    ):
         run(WanFamily(tiny_wan_pipeline(), SIZE, name="tiny"), tmp_path / "cut", iterations=3)
     for role in ("student", "fake"):
         mine, theirs = whole.state.trained[role], cut.state.trained[role]
@@ -267,6 +407,29 @@ def test_settings_that_cannot_be(given, message):
         Execution(**given)
 
 
+def test_a_run_needs_a_device_with_values_and_the_package_of_its_backend(tmp_path):
+    for options, message in (
+        ({"device": "meta"}, "device: meta is not allowed for a run: .*cpu, cuda"),
+        ({"attention": "flash"}, "attention: flash is not usable here: .*flash-attn.*; usable: .*native"),
+    ):
+        with pytest.raises(ValueError, match=message) as refused:
+            run(WanFamily(tiny_wan_pipeline(), SIZE, name="tiny"), tmp_path / "a", **options)
+        assert "\n" not in str(refused.value) and not (tmp_path / "a").exists()
+    Execution(attention="native").check()
+
+
+def test_a_resumed_run_names_what_its_weights_were_rounded_to(tmp_path):
+    """A pipeline that was loaded in another dtype, though both runs compute in float32; and one from another folder."""
+    recipe = dmd2(Common(steps=2, batch=4, critic_updates=1, **FAST), iterations=1)
+    options = RunOptions(save_every=50, probe_every=50, execution=Execution(dtype="float32"))
+    train(recipe, WanFamily(tiny_wan_pipeline(), SIZE, name="tiny", source="a"), out=tmp_path / "a", prompts=PROMPTS, options=options)
+    narrow = in_bfloat16(tiny_wan_pipeline())
+    with pytest.raises(ValueError, match="its weights differ: its model was loaded in float32, and this one in bfloat16; it was dmd2 with seed 0"):
+        train(recipe, WanFamily(narrow, SIZE, name="tiny", source="a"), out=tmp_path / "a", prompts=PROMPTS, options=options)
+    with pytest.raises(ValueError, match="its weights differ: its model came from a, and this one from b; it was"):
+        train(recipe, WanFamily(tiny_wan_pipeline(1), SIZE, name="tiny", source="b"), out=tmp_path / "a", prompts=PROMPTS, options=options)
+
+
 def test_float16_is_refused_with_the_fix_before_the_run(tmp_path):
     pipe = tiny_wan_pipeline()
     cast(pipe.transformer, torch.float16)
@@ -298,17 +461,70 @@ def test_offloaded_masters_step_alike():
 
 @pytest.mark.parametrize("name", ["dmd2", "dm-align-group", "dollar", "flow-dpo", "magic"])
 @pytest.mark.parametrize("rank", [None, 4])
-def test_offloaded_networks_compute_the_same(name, rank):
-    """Networks that take turns, with every pass computed again for its gradient: the same weights after an iteration of every stage."""
+def test_offloaded_networks_compute_the_same(name, rank, monkeypatch):
+    """Networks that take turns on a poisoned device, with every pass computed again for its gradient: the same weights after two iterations of every stage."""
+    monkeypatch.setattr("instep.training.build.Residency", Poisoned)
     after = []
     for offload in (False, True):
         execution = Execution(offload=offload)
         placed = execution.place(family())
         recipe = small(name, lora_rank=rank)
         state = state_of(recipe, placed, execution)
-        run_stages(recipe, state, batches_of(placed))
+        source = batches_of(placed)
+        run_stages(recipe, state, source)
+        run_stages(recipe, state, source)
         after.append({f"{role}.{key}": p for role, trained in state.trained.items() for key, p in trained.state().items()})
     assert after[0].keys() == after[1].keys() and all(torch.equal(p, after[1][key]) for key, p in after[0].items())
+
+
+@pytest.mark.parametrize("role", ["reference", "average"])
+def test_weights_that_are_not_trained_are_written_at_home(role, monkeypatch):
+    """A frozen copy that is on the device while the student is copied into it: it has the student's weights there the next time."""
+    monkeypatch.setattr("instep.training.build.Residency", Poisoned)
+    name = {"reference": "flow-dpo", "average": "dollar"}[role]
+    execution = Execution(offload=True)
+    placed = execution.place(family())
+    recipe = small(name)
+    stage = next(stage for stage in recipe.stages if role in stage.needs)
+    state = state_of(recipe, placed, execution)
+    network = state.roles[role].backbone
+    network.residency.use(network.module)
+    student = state.trained["student"]
+    with torch.no_grad():
+        for key, p in student.masters.items():
+            p.add_(1)
+            if student.ema is not None:
+                student.ema[key].copy_(p)
+    student.round()
+    (snapshot_reference if role == "reference" else sync_average)(state, stage)
+    network.residency.use(network.module)
+    assert all(torch.equal(p, student.masters[key]) for key, p in network.module.named_parameters())
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_an_offloaded_run_is_the_run_without(rank, tmp_path, monkeypatch):
+    """A whole run on the poisoned device: probes, checkpoints, an interruption and its continuation, and the export."""
+    from safetensors.torch import load_file
+    from test_run import interrupted_before
+
+    recipe, done = small("dm-align-group", lora_rank=rank), {}
+    for offload in (False, True):
+        out = tmp_path / str(offload)
+        options = RunOptions(save_every=1, probe_every=1, teacher_samples=4, execution=Execution(offload=offload))
+        with monkeypatch.context() as patch:
+            patch.setattr("instep.training.build.Residency", Poisoned)
+            if offload:
+                with interrupted_before(1):
+                    train(recipe, family(), out=out, prompts=PROMPTS, reward=REWARD, options=options)
+            done[offload] = train(recipe, family(), out=out, prompts=PROMPTS, reward=REWARD, options=options)
+    here, there = done[False], done[True]
+    timeless = [[{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows(each.out)] for each in (here, there)]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 3 and any(key.startswith("probe/") for key in timeless[0][-1])
+    for file in sorted(here.student.rglob("*.safetensors")):
+        mine, theirs = load_file(file), load_file(there.student / file.relative_to(here.student))
+        assert mine.keys() == theirs.keys() and all(torch.equal(x, theirs[key]) for key, x in mine.items()), file.name
+    for role, trained in here.state.trained.items():
+        assert all(torch.equal(p, there.state.trained[role].state()[key]) for key, p in trained.state().items()), role
 
 
 def test_one_network_is_on_the_device_at_a_time(monkeypatch):
@@ -398,6 +614,27 @@ def test_rows_a_few_at_a_time_give_the_same_gradient_with_the_graph_of_a_few():
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(whole, got, strict=True)) and most <= 1 + len(slices(7, 2))
     with torch.no_grad():
         assert len(by_rows(seen, 7, 3)) == 3
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_a_reward_that_draws_draws_the_same_when_it_is_computed_again(micro_batch):
+    """A weight for each sample from the host's generator: the gradient of a sum is those weights, whatever the slices are."""
+
+    class Latents:
+        def decode(self, x: Tensor) -> Tensor:
+            return x
+
+    decoder = Latents()
+    decoder.micro_batch = micro_batch
+    reward = FunctionReward(lambda media, prompts: torch.rand(len(media)) * media.mean((1, 2, 3)), "random weights", differentiable=True)
+    scores = make_reward_grad_fn(decoder, reward)
+    x = torch.ones(8, 3, 2, 2, requires_grad=True)
+    torch.manual_seed(0)
+    scores(x, ["a"] * 8).sum().backward()
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    weights = torch.rand(8)
+    assert torch.allclose(x.grad.sum((1, 2, 3)), weights) and torch.equal(after, torch.rand(1)), "the caller's stream goes on as if nothing was computed twice"
 
 
 def double(pipe):
@@ -579,9 +816,25 @@ def test_no_recipe_mixes_devices_or_waits_within_an_iteration(name, rank):
     assert log == {} and {p.device.type for trained in state.trained.values() for p in trained.parameters.values()} == {"meta"}
 
 
-def test_mixing_is_found():
-    with NoMixing(), pytest.raises(RuntimeError, match="mixes devices"):
-        nn.functional.linear(torch.randn(2, 3), torch.randn(3, 3, device="meta"))
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda x: nn.functional.linear(torch.randn(2, 3), x), "mixes devices"),
+        (lambda x: x[torch.tensor([0, 2])], "mixes devices"),
+        (lambda x: torch.randn(3).to("meta"), "blocks"),
+        (lambda x: x.copy_(torch.randn(3, 3)), "blocks"),
+        (lambda x: x.double(), "float64"),
+    ],
+)
+def test_mixing_waiting_and_float64_are_found(operation, message):
+    with NoMixing(), pytest.raises(RuntimeError, match=message):
+        operation(torch.randn(3, 3, device="meta"))
+
+
+def test_what_does_not_wait_is_let_pass():
+    with NoMixing():
+        x = to_device(torch.randn(3, 3), "meta")
+        assert (to_match(torch.arange(3).double(), x) * x + constants((1, 2, 3), x)).dtype == torch.float32
 
 
 def test_dtype_of_a_network_is_that_of_most_of_it():

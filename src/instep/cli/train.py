@@ -155,6 +155,7 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         return Setting(own.family, asked, reward or own.reward, own.monitor, real, pairs, own.known_teacher)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
+    args.execution.check()
     family = load(args.model, Size(*args.size) if args.size else None, args.execution.loading_dtype())
     return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, None, paired(labelled, family))
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from instep.core.transfer import to_match
+
 
 def _by_group(reward: Tensor, group: int) -> Tensor:
     if group < 1 or reward.ndim != 1 or len(reward) % group:
@@ -30,7 +32,7 @@ def group_advantage(reward: Tensor, group: int, *, deviation: float | Tensor | N
     centred = rewards - rewards.mean(1, keepdim=True)
     own = rewards.std(1, unbiased=False, keepdim=True)
     constant = _constant(rewards, eps)
-    spread = own if deviation is None else torch.as_tensor(deviation).to(own).expand_as(own)
+    spread = own if deviation is None else to_match(torch.as_tensor(deviation), own).expand_as(own)
     a = torch.where(constant, torch.zeros_like(centred), centred / (spread + eps)).reshape(-1)
     return a if clip is None else a.clamp(-clip, clip)
 

@@ -68,7 +68,7 @@ def by_level(guidance: float, guidance_2: float | None, boundary: float | None) 
 
 def scale_at(w: float | GuidanceByLevel, t: Tensor, like: Tensor) -> float | Tensor:
     """The scale at levels t [B], shaped to multiply `like` [B, ...]; a number where it is the same at all levels."""
-    return w if isinstance(w, int | float) else broadcast(w.at(t).to(like), like)
+    return w if isinstance(w, int | float) else broadcast(w.at(t), like)
 
 
 def predict_guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Condition, null: Condition, w: float | GuidanceByLevel) -> Guided:

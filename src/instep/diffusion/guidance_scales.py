@@ -13,6 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from instep.core.transfer import to_device
+
 GuidanceScales = tuple[float, float]
 
 # of each scale: itself, and so many pairs of a sine and a cosine
@@ -61,7 +63,7 @@ class GuidanceRange:
         return torch.cat([u, angle.sin().flatten(1), angle.cos().flatten(1)], 1)
 
     def _ends(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        low, high = torch.tensor([self.guidance, self.skip], device=device).T
+        low, high = to_device(torch.tensor([self.guidance, self.skip]), device).T
         return low, high
 
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from instep.core.transfer import to_match
+
 
 def broadcast(t: Tensor, x: Tensor) -> Tensor:
     """Levels [B] shaped to multiply a batch x [B, ...]."""
-    return t.reshape(-1, *(1,) * (x.ndim - 1)).to(x)
+    return to_match(t.reshape(-1, *(1,) * (x.ndim - 1)), x)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from instep.core.transfer import to_device
 from instep.diffusion.guidance_scales import GuidanceScales
 from instep.diffusion.path import Path, at_least_float32, broadcast
 
@@ -35,7 +36,7 @@ class Condition:
         return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})
 
     def __getitem__(self, rows: Tensor | slice) -> Self:
-        return self._map(lambda v: v[rows.to(v.device) if isinstance(rows, Tensor) else rows])
+        return self._map(lambda v: v[to_device(rows, v.device) if isinstance(rows, Tensor) else rows])
 
     def __len__(self) -> int:
         return next(len(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))
@@ -46,20 +47,20 @@ class Condition:
 
     def at_exit(self, exit_id: Tensor | None) -> Self:
         """The same condition with the exit that its samples come from ([B] integers)."""
-        return replace(self, exit_id=exit_id if exit_id is None else exit_id.to(self.device))
+        return replace(self, exit_id=exit_id if exit_id is None else to_device(exit_id, self.device))
 
     def with_guidance(self, guidance_scales: Tensor | GuidanceScales | None) -> Self:
         """The same condition with these guidance scales: [B, 2], or one pair for all; None: without any."""
         if isinstance(guidance_scales, tuple):
             guidance_scales = torch.tensor(guidance_scales).expand(len(self), 2)
-        return replace(self, guidance_scales=guidance_scales if guidance_scales is None else guidance_scales.to(self.device))
+        return replace(self, guidance_scales=guidance_scales if guidance_scales is None else to_device(guidance_scales, self.device))
 
     @property
     def device(self) -> torch.device:
         return next((v.device for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)), torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> Self:
-        return self._map(lambda v: v.to(device))
+        return self._map(lambda v: to_device(v, device))
 
     def stack(self, other: Self) -> Self:
         """Both batches, one after the other; a field that only one of them has is dropped."""

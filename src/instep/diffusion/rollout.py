@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from instep.core.transfer import to_device
 from instep.diffusion.noise import randn
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
@@ -221,8 +222,8 @@ class _Way:
         with _graph(graph):
             if len(rows) == len(wanted):
                 return self.student(step.x_t, step.t, self.cond).x0
-            found = self.student(step.x_t[called.to(x0.device)], step.t[called], self.cond[called]).x0
-            return x0.index_copy(0, rows.to(x0.device), found[: len(rows)])
+            found = self.student(step.x_t[to_device(called, x0.device)], step.t[called], self.cond[called]).x0
+            return x0.index_copy(0, to_device(rows, x0.device), found[: len(rows)])
 
 
 def _graph(wanted: bool) -> torch.set_grad_enabled:
@@ -251,4 +252,4 @@ def _stacked(steps: list[tuple[Tensor, Tensor, Tensor]], levels: Sequence[float]
 
 def _chosen(rows: Tensor, x: Tensor, other: Tensor) -> Tensor:
     """The rows [B] of x, and the rest of `other`."""
-    return torch.where(rows.to(x.device).reshape(-1, *(1,) * (x.ndim - 1)), x, other)
+    return torch.where(to_device(rows, x.device).reshape(-1, *(1,) * (x.ndim - 1)), x, other)

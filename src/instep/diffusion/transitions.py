@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from instep.core.transfer import to_match
 from instep.diffusion.path import Path, RectifiedFlow, broadcast
 from instep.diffusion.prediction import eps_of_x0
 
@@ -45,7 +46,7 @@ class Renoise(Transition):
     """mean a(t') x0, std b(t'): the few-step student's own step, which forgets x_t."""
 
     def gaussian(self, path: Path, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
-        return broadcast(path.a(t_next), x0) * x0, path.b(t_next).to(x0)
+        return broadcast(path.a(t_next), x0) * x0, to_match(path.b(t_next), x0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Deterministic(Transition):
     """mean a(t') x0 + b(t') eps, std 0: DDIM, the Euler step on the rectified flow. It can roll out, and is no policy."""
 
     def gaussian(self, path: Path, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
-        return path.renoise(x0, eps_of_x0(path, x_t, t, x0), t_next), torch.zeros_like(t_next).to(x0)
+        return path.renoise(x0, eps_of_x0(path, x_t, t, x0), t_next), x0.new_zeros(t_next.shape)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class CPS(Transition):
             raise ValueError(f"noise: {self.noise} is not allowed; above 0 (0 would be deterministic, no policy) up to 1 (the few-step step)")
 
     def gaussian(self, path: Path, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
-        b = path.b(t_next).to(x0)
+        b = to_match(path.b(t_next), x0)
         std = b * math.sin(self.noise * math.pi / 2)
         kept = b * math.cos(self.noise * math.pi / 2) if self.noise < 1 else torch.zeros_like(b)
         return broadcast(path.a(t_next), x0) * x0 + broadcast(kept, x0) * eps_of_x0(path, x_t, t, x0), std
@@ -91,7 +92,7 @@ class Posterior(Transition):
             raise ValueError(f"eta: {self.eta} is not allowed; above 0 (0 would be deterministic, no policy) up to 1 (DDPM)")
 
     def gaussian(self, path: Path, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, a_next, b_next = (f(level).to(x0) for level in (t, t_next) for f in (path.a, path.b))
+        a, b, a_next, b_next = (to_match(f(level), x0) for level in (t, t_next) for f in (path.a, path.b))
         std = self.eta * b_next / b * (b.square() - (a / a_next * b_next).square()).clamp(min=0).sqrt()
         kept = (b_next.square() - std.square()).clamp(min=0).sqrt()
         return broadcast(a_next, x0) * x0 + broadcast(kept, x0) * eps_of_x0(path, x_t, t, x0), std
@@ -114,10 +115,10 @@ class _FlowDiffusion(Transition):
     def gaussian(self, path: Path, x0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(path, RectifiedFlow):
             raise ValueError(f"transition: {type(self).__name__} is a step of the rectified flow, and this model's path is {type(path).__name__}; use CPS")
-        dt, s = (t_next - t).to(x0), self.diffusion(t, t_next).to(x0)
+        dt, s = to_match(t_next - t, x0), to_match(self.diffusion(t, t_next), x0)
         eps = eps_of_x0(path, x_t, t, x0)
         # the score is -eps / t
-        mean = x_t + broadcast(dt, x_t) * (eps - x0 + broadcast(0.5 * s.square() / t.to(x0), x_t) * eps)
+        mean = x_t + broadcast(dt, x_t) * (eps - x0 + broadcast(0.5 * s.square() / to_match(t, x0), x_t) * eps)
         return mean, s * (-dt).sqrt()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from instep.core.transfer import constants, to_match
 from instep.data.prompt import Prompt
 from instep.methods.term import Critic, Force, Labels, Need, View
 
@@ -45,11 +46,11 @@ class LatentFit(Critic):
         if self.others and len(batch.prompts) > 1:
             x, cond, prompts = torch.cat([x, made]), cond.stack(cond.rolled(k)), [*prompts, *prompts[k:], *prompts[:k]]
         if self.real and batch.real is not None:
-            x, cond, prompts = torch.cat([x, batch.real.to(x)]), cond.stack(batch.cond), [*prompts, *batch.prompts]
-        reward = reward_fn(x, prompts).to(x)
+            x, cond, prompts = torch.cat([x, to_match(batch.real, x)]), cond.stack(batch.cond), [*prompts, *batch.prompts]
+        reward = to_match(reward_fn(x, prompts), x)
         latent_reward.settle(reward)
         target = latent_reward.standard(reward, view.weights)
-        note("reward/train", (reward[:n] if reward.ndim == 1 else reward[:n] @ reward.new_tensor(view.weights)).mean())
+        note("reward/train", (reward[:n] if reward.ndim == 1 else reward[:n] @ constants(view.weights, reward)).mean())
         for i in range(reward.shape[1] if reward.ndim > 1 else 0):
             note(f"reward/train/{i}", reward[:n, i].mean())
         predicted, expected = latent_reward.rate(made, samples.cond), target[:n]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from instep.core.transfer import constants, widest
 from instep.diffusion.prediction import Condition
 
 Kind = Literal["image", "text-image", "video", "text-video"]
@@ -34,9 +35,15 @@ class LatentReward(nn.Module):
 
     def __init__(self, rewards: int = 1) -> None:
         super().__init__()
-        # sums over labels, in double: a mean of a million and a deviation of one must not drown in rounding
+        # sums over labels, in double where there is one: a mean of a million and a deviation of one must not drown in rounding
         for name, size in (("total", rewards), ("square", rewards), ("seen", 1)):
             self.register_buffer(name, torch.zeros(size, dtype=torch.float64))
+
+    def on(self, device: torch.device) -> Self:
+        """Itself, moved to a device, with its sums in the widest dtype there: in float32 a deviation below 1e-3 of the mean counts as none."""
+        for name in ("total", "square", "seen"):
+            setattr(self, name, getattr(self, name).to(widest(device)))
+        return self.to(device)
 
     def rate(self, x: Tensor, cond: Condition) -> Tensor:
         raise NotImplementedError
@@ -50,7 +57,7 @@ class LatentReward(nn.Module):
     def variance(self) -> Tensor:
         """Of each reward, [R]; 0 while all labels were alike but for rounding."""
         variance = self.square / self.seen.clamp(min=1) - self.mean.square()
-        return torch.where(variance > 1e-12 * self.mean.square(), variance, torch.zeros_like(variance))
+        return torch.where(variance > (1e-12 if variance.dtype == torch.float64 else 1e-6) * self.mean.square(), variance, torch.zeros_like(variance))
 
     @property
     def std(self) -> Tensor:
@@ -60,13 +67,13 @@ class LatentReward(nn.Module):
     def standard(self, reward: Tensor, weights: Sequence[float] = (1.0,)) -> Tensor:
         """Rewards [B] or [B, R], each in deviations from its mean, weighted and added: [B]."""
         each = reward[:, None] if reward.ndim == 1 else reward
-        return (((each.double() - self.mean) / self.std) @ self.mean.new_tensor(weights)).to(reward)
+        return (((each.to(self.total) - self.mean) / self.std) @ constants(weights, self.mean)).to(reward)
 
     @torch.no_grad()
     def settle(self, reward: Tensor) -> None:
         """Updates mean and deviation from rewards [B] or [B, R] until there are enough labels and they differ; later ones are ignored."""
-        counts = ((self.seen < SETTLE) | (self.variance <= 0).any()).double()
-        each = (reward[:, None] if reward.ndim == 1 else reward).double()
+        counts = ((self.seen < SETTLE) | (self.variance <= 0).any()).to(self.total)
+        each = (reward[:, None] if reward.ndim == 1 else reward).to(self.total)
         self.total += counts * each.sum(0)
         self.square += counts * each.square().sum(0)
         self.seen += counts * len(each)

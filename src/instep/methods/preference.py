@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instep.core.transfer import to_device
 from instep.diffusion.levels import LevelSampler, Uniform
 from instep.diffusion.prediction import Condition
 from instep.methods.critics import denoising_error
@@ -104,7 +105,7 @@ class Preference(Objective):
             return Compared(torch.cat([batch.real, own]), batch.cond.stack(batch.cond))
         assert batch.pairs is not None, "half-online preferences need labelled samples in the batch"
         good = torch.rand(len(own), generator=view.rng) < self.positive
-        good = good.reshape(-1, *(1,) * (own.ndim - 1)).to(own.device)
+        good = to_device(good.reshape(-1, *(1,) * (own.ndim - 1)), own.device)
         won, lost = torch.where(good, batch.pairs.chosen, own), torch.where(good, own, batch.pairs.rejected)
         return Compared(torch.cat([won, lost]), batch.cond.stack(batch.cond))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from instep.core.transfer import constants
 from instep.methods.term import Force, Need, View
 
 # latent elements whose reward's graph (decoder and reward model) is alive at a time; always at least one row
@@ -50,5 +51,5 @@ def balanced(gradients: Tensor, weights: Sequence[float]) -> Tensor:
         return weights[0] * gradients[0]
     norms = gradients.flatten(2).norm(dim=2).mean(1)
     usual = norms.sum() / (norms > 0).sum().clamp(min=1)  # a reward without a gradient here does not shrink the others
-    scale = gradients.new_tensor(weights) * torch.where(norms > 0, usual / norms.clamp(min=1e-12), torch.zeros_like(norms))
+    scale = constants(weights, gradients) * torch.where(norms > 0, usual / norms.clamp(min=1e-12), torch.zeros_like(norms))
     return torch.einsum("r,r...->...", scale, gradients)

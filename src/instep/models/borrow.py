@@ -27,20 +27,31 @@ def borrowed(module: M) -> M:
 def borrowed_pipeline(pipe: Any) -> Any:
     """A diffusers pipeline around borrowed networks and a copy of the scheduler; tokenizers and processors are shared.
 
-    Raises ValueError for a pipeline with offloading hooks, whose networks move by themselves.
+    Raises ValueError for a pipeline with hooks, whose networks move or cast themselves.
     """
     other = copy.copy(pipe)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            if hasattr(part, "_hf_hook"):
+            if what := _hooked(part):
                 raise ValueError(
-                    f"pipeline: its {name} is moved by hooks (enable_model_cpu_offload and its kin), under which no training is possible; load the pipeline "
-                    "without them, and let the run place it (device, offload)"
+                    f"pipeline: its {name} is moved or cast by hooks ({what}), under which no training is possible; load the pipeline without them, and let "
+                    "the run place it (device, offload, dtype)"
                 )
             object.__setattr__(other, name, borrowed(part))
     if getattr(pipe, "scheduler", None) is not None:
         object.__setattr__(other, "scheduler", copy.deepcopy(pipe.scheduler))
     return other
+
+
+def _hooked(network: nn.Module) -> str:
+    """What moves or casts a network, or a part of it, in each call; empty: nothing."""
+    for part in network.modules():
+        if hasattr(part, "_hf_hook"):
+            return "enable_model_cpu_offload, enable_sequential_cpu_offload or a device_map"
+        registry = getattr(part, "_diffusers_hook", None)
+        if registry is not None and (names := list(registry.hooks)):
+            return f"diffusers' {', '.join(names)}"
+    return ""
 
 
 @contextmanager
@@ -51,7 +62,7 @@ def visiting(modules: Iterable[nn.Module], device: torch.device | str) -> Iterat
     home = [(store, name, p) for stores in held for store in stores for name, p in store.items() if p is not None and p.device != target]
     for store, name, p in home:
         # a tensor of its own: a graph made meanwhile keeps it, and finds it on the device in its backward pass
-        moved = p.detach().to(target)
+        moved = p.detach().to(target, non_blocking=target.type != "cpu")
         store[name] = nn.Parameter(moved, requires_grad=p.requires_grad) if isinstance(p, nn.Parameter) else moved
     try:
         yield

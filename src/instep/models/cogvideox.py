@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
+from instep.core.transfer import to_device
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.path import VariancePreserving
 from instep.diffusion.prediction import Condition, PredictionType
@@ -103,7 +104,7 @@ def call(pipe: Any, path: VariancePreserving, module: Any, x_t: Tensor, t: Tenso
         rotary = pipe._prepare_rotary_positional_embeddings(height * spatial, width * spatial, x_t.shape[2], x_t.device)
     seen = x_t.permute(AXES)
     # contiguous, as the tensors that the pipeline draws are
-    v = module(seen.contiguous(), text.to(x_t.dtype), training_step(path, t).to(x_t.device), image_rotary_emb=rotary, return_dict=False)[0]
+    v = module(seen.contiguous(), text.to(x_t.dtype), to_device(training_step(path, t), x_t.device), image_rotary_emb=rotary, return_dict=False)[0]
     return v.permute(AXES)
 
 
@@ -178,7 +179,7 @@ class CogVideoXFamily(PipelineFamily):
         return texts, texts
 
     def _stacked(self, encoded: Sequence[Encoded]) -> CogVideoXCondition:
-        return CogVideoXCondition(text=torch.stack([one["text"] for one in encoded]).float().to(self.device))
+        return CogVideoXCondition(text=to_device(torch.stack([one["text"] for one in encoded]).float(), self.device))
 
     def decode_rows(self, x: Tensor) -> Tensor:
         # AutoencoderKLCogVideoX does not clamp; the pipeline does so afterwards

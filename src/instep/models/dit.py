@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
+from instep.core.transfer import to_device
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.models.borrow import borrowed
@@ -121,23 +122,23 @@ class DiTFamily(PipelineFamily):
         return self.size
 
     def labels(self, prompts: Sequence[str]) -> Tensor:
-        """Class of each prompt, [B]; ValueError for one that is no class."""
+        """Class of each prompt, [B] on the host; ValueError for one that is no class."""
         unknown = [p for p in prompts if p.strip().lower() not in self._rows]
         if unknown:
             raise ValueError(f"prompts: {unknown[0]!r} is no class of {self.name}; allowed: {', '.join(self._rows)}")
-        return torch.tensor([self._rows[p.strip().lower()] for p in prompts], device=self.device)
+        return torch.tensor([self._rows[p.strip().lower()] for p in prompts])
 
     def encode(self, prompts: Sequence[Prompt | str]) -> ClassCondition:
-        return ClassCondition(label=self.labels(texts_of(prompts)))
+        return ClassCondition(label=to_device(self.labels(texts_of(prompts)), self.device))
 
     def unconditional(self, prompts: Sequence[Prompt | str]) -> ClassCondition:
         """The class that a negative prompt names; the class that stands for none where there is no negative prompt."""
         negatives = negatives_of(prompts)
-        label = torch.full((len(negatives),), self.classes, device=self.device)
+        label = torch.full((len(negatives),), self.classes)
         given = [i for i, negative in enumerate(negatives) if negative.strip()]
         if given:
             label[given] = self.labels([negatives[i] for i in given])
-        return ClassCondition(label=label)
+        return ClassCondition(label=to_device(label, self.device))
 
     def blank(self, n: int) -> tuple[ClassCondition, ClassCondition]:
         labels = ClassCondition(label=torch.zeros(n, dtype=torch.long, device=self.device))
@@ -154,7 +155,7 @@ class DiTFamily(PipelineFamily):
 
     def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, ClassCondition)
-        return module(x_t, timestep=(t.float() * 1000).to(x_t.device), class_labels=cond.label, return_dict=False)[0]
+        return module(x_t, timestep=to_device(t.float() * 1000, x_t.device), class_labels=cond.label, return_dict=False)[0]
 
     def time_embedders(self, module: Any) -> Sequence[nn.Module]:
         """One a block: DiT embeds the time anew in each of them (and once more by the first block's for the output layer)."""

@@ -11,7 +11,8 @@ from instep.models.borrow import tensors_of
 class Residency:
     """Keeps networks in host memory and the one that is used on the device.
 
-    A network is on the device from its forward pass on until another one is used. A forward pass with a graph is computed again in the backward pass
+    A network is on the device from its forward pass on until another one is used. Whoever writes into weights that are not trained calls `clear` first: only
+    trained ones are taken home. A forward pass with a graph is computed again in the backward pass
     (`core/rows.py`), so a network comes back for its own backward pass and needs no place before.
     """
 
@@ -33,7 +34,7 @@ class Residency:
 
     def moved(self, x: torch.Tensor) -> torch.Tensor:
         """A tensor on the device."""
-        return x.to(self.device, non_blocking=True)
+        return x.to(self.device, non_blocking=self.device.type != "cpu")
 
     @torch.no_grad()
     def clear(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
+from instep.core.transfer import to_device
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.models.family import Task, skipped
@@ -156,7 +157,7 @@ class SD3Family(PipelineFamily):
         return texts, texts
 
     def _stacked(self, encoded: Sequence[Encoded]) -> SD3Condition:
-        text, pooled = (torch.stack([one[name] for one in encoded]).float().to(self.device) for name in ("text", "pooled"))
+        text, pooled = (to_device(torch.stack([one[name] for one in encoded]).float(), self.device) for name in ("text", "pooled"))
         return SD3Condition(text=text, pooled=pooled)
 
     def decode_rows(self, x: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class SD3Family(PipelineFamily):
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, SD3Condition)
         text, pooled = cond.text.to(x_t.dtype), cond.pooled.to(x_t.dtype)
-        return module(x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=(t.float() * 1000).to(x_t.device), return_dict=False)[0]
+        return module(x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=to_device(t.float() * 1000, x_t.device), return_dict=False)[0]
 
     def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
         return [module.time_text_embed.timestep_embedder]  # type: ignore[union-attr, list-item]

@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from instep.core.size import Size
+from instep.core.transfer import to_device
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.models.family import ComfyUI, skipped
@@ -163,7 +164,7 @@ class WanFamily(PipelineFamily):
             bias[i, : len(text)] = 0
             if len(text) < length:
                 bias[i, len(text)] = math.log(STOCK_TEXT_LENGTH - len(text)) if len(text) < STOCK_TEXT_LENGTH else -math.inf
-        return WanCondition(text=embeddings.to(self.device), bias=bias.to(self.device))
+        return WanCondition(text=to_device(embeddings, self.device), bias=to_device(bias, self.device))
 
     def decode_rows(self, x: Tensor) -> Tensor:
         return decode_latents(self.pipe.vae, x)
@@ -178,7 +179,7 @@ class WanFamily(PipelineFamily):
 
     def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, WanCondition)
-        return module(x_t, (t.float() * 1000).to(x_t.device), cond.text.to(x_t.dtype), return_dict=False)[0]
+        return module(x_t, to_device(t.float() * 1000, x_t.device), cond.text.to(x_t.dtype), return_dict=False)[0]
 
     def time_embedders(self, module: Any) -> Sequence[nn.Module]:
         return [module.condition_embedder.time_embedder]

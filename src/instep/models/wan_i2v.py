@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
+from instep.core.transfer import to_device, to_match
 from instep.data.first_frame import read_first_frame
 from instep.data.prompt import Prompt, as_prompts
 from instep.diffusion.prediction import Condition
@@ -89,7 +90,7 @@ class WanImageFamily(WanFamily):
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
-        self._first_frames: dict[str, Tensor] = {}
+        self._first_frames: dict[tuple[str, Size], Tensor] = {}
 
     @classmethod
     def accepts(cls, parts: Mapping[str, Any]) -> bool:
@@ -135,22 +136,26 @@ class WanImageFamily(WanFamily):
     def _known(self, prompts: Sequence[Prompt]) -> Tensor:
         """One row a prompt; each first frame is encoded alone, so that what it is does not depend on its neighbours."""
         found = {}
-        for key, prompt in {self.first_frame_key(prompt): prompt for prompt in prompts}.items():
+        for key, prompt in {self._kept_as(prompt): prompt for prompt in prompts}.items():
             known = self._first_frames.pop(key, None)
             found[key] = self._encode_first_frame(prompt).cpu() if known is None else known
         kept = self._first_frames | found
         room = KEPT_BYTES // next(iter(found.values())).nbytes
         self._first_frames = {key: kept[key] for key in list(kept)[max(0, len(kept) - room) :]}
-        return torch.stack([found[self.first_frame_key(prompt)] for prompt in prompts]).to(self.device)
+        return to_device(torch.stack([found[self._kept_as(prompt)] for prompt in prompts]), self.device)
+
+    def _kept_as(self, prompt: Prompt) -> tuple[str, Size]:
+        """What the latents of a first frame depend on; families at several sizes share those that are kept."""
+        return self.first_frame_key(prompt), self.size
 
     def _encode_first_frame(self, prompt: Prompt) -> Tensor:
-        first_frame = self.first_frame(prompt, self.size).to(self.device)
+        first_frame = to_device(self.first_frame(prompt, self.size), self.device)
         with visiting(self.vaes, self.device):
             return known_latents(self.pipe.vae, first_frame[None], self.size.frames)[0]
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, WanImageCondition) and cond.first_frame is not None, "a first frame is needed; an unconditional prompt is stacked on one"
-        return super().forward(module, torch.cat([x_t, cond.first_frame.to(x_t)], 1), t, cond)
+        return super().forward(module, torch.cat([x_t, to_match(cond.first_frame, x_t)], 1), t, cond)
 
     def call_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         (prompt,) = prompts

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from instep.core.transfer import to_match
 from instep.models.borrow import compute_dtype
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ WHOLE = 2**18
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the VAE's latents from its config, [1, C, 1, 1, 1]."""
-    mean, std = (torch.tensor(v).to(like).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (to_match(torch.tensor(v), like).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     return mean, std
 
 

@@ -162,7 +162,7 @@ def exits_from(shift: int) -> Callable[..., Tensor]:
 def few_of_each_size(tally: Tally) -> Callable[..., list[Any]]:
     """`by_rows` that computes one slice of each size, or two with a graph; the others are copies of an output."""
 
-    def by_rows(function: Callable[[slice], Any], n: int, size: int | None, *, recompute: bool = False) -> list[Any]:
+    def by_rows(function: Callable[[slice], Any], n: int, size: int | None, *, recompute: bool = False, draws_on: torch.device | None = None) -> list[Any]:
         parts = slices(n, size)
         again = (len(parts) > 1 or recompute) and torch.is_grad_enabled()
         alike: dict[int, list[slice]] = {}

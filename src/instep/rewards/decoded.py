@@ -65,11 +65,15 @@ def chunks(prompts: Sequence[Prompt | str], size: int, *, whole: bool) -> list[s
 def make_reward_grad_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, Sequence[Prompt | str]], Tensor] | None:
     """Reward of latents with a graph, through the unclamped decoder (a clamped one has no gradient where it saturates); None if it has none.
 
-    Of a bounded number of rows at a time the graph of decoder and reward is alive (`core/rows.py`).
+    Of a bounded number of rows at a time the graph of decoder and reward is alive (`core/rows.py`). A reward may draw from torch's global generators.
     """
     if reward is None or not reward.differentiable:
         return None
-    return lambda x, prompts: joined(lambda rows: _scores(reward, _media(family, reward, x[rows]), prompts[rows]), len(x), family.micro_batch)
+
+    def reward_grad_fn(x: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
+        return joined(lambda rows: _scores(reward, _media(family, reward, x[rows]), prompts[rows]), len(x), family.micro_batch, draws_on=x.device)
+
+    return reward_grad_fn
 
 
 def _scores(reward: Reward, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:

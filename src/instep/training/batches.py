@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from instep.core.transfer import to_device
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Stage
@@ -70,13 +71,13 @@ class BatchSource:
             assert self.pairs is not None
             rows = self._orders["pairs"].next(n)
             names = tuple(self.pairs.prompts[i] for i in rows)
-            pairs = Pairs(*(x[rows].to(self.device) for x in (self.pairs.chosen, self.pairs.rejected)))
+            pairs = Pairs(*(to_device(x[rows], self.device) for x in (self.pairs.chosen, self.pairs.rejected)))
             latents = pairs.chosen if stage.needs & {"real", "preferred"} else None
         elif stage.needs & {"real", "preferred"}:
             assert self.real is not None
             rows = self._orders["real"].next(n)
             names = tuple(self.real.prompts[i] for i in rows)
-            latents = self.real.latents[rows].to(self.device)
+            latents = to_device(self.real.latents[rows], self.device)
         else:
             names = tuple(self.prompts[i] for i in self._orders["prompts"].next(n))
         cond, null = self.family.encode(names), self.family.unconditional(names)
@@ -85,7 +86,7 @@ class BatchSource:
     def _stored(self, n: int) -> Stored:
         assert self.stored is not None
         rows = self._orders["stored"].next(n)
-        noise, latents = (x[rows].to(self.device) for x in (self.stored.noise, self.stored.latents))
+        noise, latents = (to_device(x[rows], self.device) for x in (self.stored.noise, self.stored.latents))
         return Stored(self.family.encode([self.stored.prompts[i] for i in rows]), noise, latents)
 
     def state(self) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def make_state(
             trained[name].at_home = residency.clear
     device = family.device
     if latent_reward is not None and recipe.latent_reward is not None:
-        trained["latent_reward"] = TrainedParams(dict(latent_reward.to(device).named_parameters()), recipe.latent_reward.optim)
+        trained["latent_reward"] = TrainedParams(dict(latent_reward.on(device).named_parameters()), recipe.latent_reward.optim)
     rng = torch.Generator().manual_seed(seed)
     reference, average = (tuple(roles[name].named_parameters().values()) if name in roles else () for name in ("reference", "average"))
     return TrainState(

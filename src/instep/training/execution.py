@@ -69,6 +69,14 @@ class Execution:
         if self.attention is not None and self.attention not in (allowed := _attention_backends()):
             raise ValueError(f"attention: {self.attention!r} is not allowed; allowed: {', '.join(allowed)}")
 
+    def check(self) -> None:
+        """Raises ValueError for a device without values, and for an attention backend whose package is missing: a run cannot be executed so, though planned."""
+        if self.target.type == "meta":
+            raise ValueError(f"device: {self.device} is not allowed for a run: its tensors have no values; cpu, cuda, cuda:1 or mps, or leave it out")
+        if self.attention is not None and (missing := _missing_for(self.attention)):
+            usable = [name for name in _attention_backends() if not _missing_for(name)]
+            raise ValueError(f"attention: {self.attention} is not usable here: {missing}; usable: {', '.join(usable)}, or leave it out")
+
     @property
     def low_bit(self) -> bool:
         return self.moments == "8bit"
@@ -145,20 +153,22 @@ def _attention_backends() -> list[str]:
     return [backend.value for backend in AttentionBackendName if "hub" not in backend.value]
 
 
+def _missing_for(backend: str) -> str:
+    """What a backend lacks on this machine, in diffusers' words; empty: nothing."""
+    from diffusers.models import attention_dispatch
+
+    name = attention_dispatch.AttentionBackendName(backend)
+    if name not in attention_dispatch._AttentionBackendRegistry._backends:
+        return "this version of diffusers does not run it"
+    try:
+        attention_dispatch._check_attention_backend_requirements(name)
+    except RuntimeError as error:
+        return str(error).rstrip(".")
+    return ""
+
+
 def is_large(network: nn.Module) -> bool:
     return sum(p.numel() for p in network.parameters()) > LARGE
-
-
-def modules_in(*objects: Any, depth: int = 3) -> list[nn.Module]:
-    """The networks that rewards and monitors hold, in their attributes or a few levels down."""
-    found: dict[int, nn.Module] = {}
-    for given in objects:
-        if isinstance(given, nn.Module):
-            found[id(given)] = given
-        elif depth and not isinstance(given, type | torch.Tensor | str | bytes):
-            inside = given if isinstance(given, list | tuple) else vars(given).values() if hasattr(given, "__dict__") else ()
-            found |= {id(module): module for module in modules_in(*inside, depth=depth - 1)}
-    return list(found.values())
 
 
 def accelerator() -> torch.device:

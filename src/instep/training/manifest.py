@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -60,6 +60,15 @@ def write_manifest(
         **({"recipe_source": recipe.source} if recipe.source else {}),
         "config": {k: v for k, v in json.loads(json.dumps(describe(recipe))).items() if k != "source"},
     }
+    about = {
+        "instep": __version__,
+        "command": command,
+        "model_path": family.source,
+        "loaded_in": str(family.dtype).removeprefix("torch."),
+        "size": dataclasses.asdict(family.size),
+        "prompt_count": len(set(prompts)),
+        "example_prompt": str(prompts[0]),
+    }
     file = out / "recipe.json"
     begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))
     there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -67,10 +76,7 @@ def write_manifest(
     different = [key for key in identity if there.get(key, "float32" if key == "dtype" else None) != identity[key]]
     if "instep" in there and (begun or not different):
         if different:
-            raise ValueError(
-                f"out: {out} holds another run (its {', '.join(different)} differ; it was {there['recipe']} with seed {there['seed']}); choose "
-                "another folder, or repeat that run's command to go on with it"
-            )
+            raise ValueError(f"out: {out} holds another run ({_difference(there, {**about, **identity}, different)}); {_fix(there, different)}")
     # the record of a run that was refused before it began is replaced
     elif "instep" not in there and out.exists() and any(path.name != lock.NAME for path in out.iterdir()):
         raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
@@ -82,15 +88,28 @@ def write_manifest(
                 f"out: {free / 1e9:.1f} GB are free where {out} lies, and this run's checkpoints and export need about {needed / 1e9:.1f} GB; "
                 "free some space or choose another disk"
             )
-        about = {
-            "instep": __version__,
-            "command": command,
-            "model_path": family.source,
-            "size": dataclasses.asdict(family.size),
-            "prompt_count": len(set(prompts)),
-            "example_prompt": str(prompts[0]),
-        }
         write_json(file, {**about, **identity})
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any], different: Sequence[str]) -> str:
+    """In which way a folder's run is another one. Weights that were rounded to another dtype differ for that reason alone."""
+    if "dtype" in different:
+        old, new = there.get("dtype", "float32"), here["dtype"]
+        others = [key for key in different if key not in ("dtype", "weights")]
+        return f"its dtype differs: {old} there, {new} now" + (f"; {', '.join(others)} too" if others else "")
+    was = f"it was {there['recipe']} with seed {there['seed']}"
+    if "weights" in different:
+        for key, did, preposition in (("loaded_in", "was loaded", "in"), ("model_path", "came", "from")):
+            if there.get(key, here[key]) != here[key]:
+                return f"its {', '.join(different)} differ: its model {did} {preposition} {there[key]}, and this one {preposition} {here[key]}; {was}"
+    return f"its {', '.join(different)} differ; {was}"
+
+
+def _fix(there: Mapping[str, Any], different: Sequence[str]) -> str:
+    if "dtype" in different:
+        old = there.get("dtype", "float32")
+        return f"to go on with it give dtype {old} (--dtype {old}), or choose another folder"
+    return "choose another folder, or repeat that run's command to go on with it"
 
 
 def _digest(prompts: Sequence[Prompt], *latents: Tensor) -> str:

@@ -24,9 +24,9 @@ from instep.training import stop
 from instep.training.batches import BatchSource
 from instep.training.build import averaged, make_state
 from instep.training.checks import check_inputs
-from instep.training.execution import modules_in
 from instep.training.finish import check_student, export_role, fits_stock
 from instep.training.finite import of_finite_samples
+from instep.training.held import modules_in
 from instep.training.inputs import as_family, as_prompt_list, every_prompt
 from instep.training.log import Tracker
 from instep.training.loop import Loop
@@ -94,6 +94,7 @@ def train(
     samples are no longer finite: it keeps its newest good checkpoint and exports nothing.
     """
     out, options = Path(out), options or RunOptions()
+    options.execution.check()
     prompts = with_negative(as_prompt_list(prompts), negative_prompt)
     lent = as_family(family, options.execution.loading_dtype())
     recipe = as_recipe(recipe, settings=ModelSettings(lent.preset, lent.shift))

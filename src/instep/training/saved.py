@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from instep.core.transfer import widest
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.methods.recipe import Recipe
 from instep.training import checkpoint
@@ -39,7 +40,7 @@ def load(state: TrainState, source: BatchSource, saved: dict[str, Any]) -> None:
     source.load_state(saved["source"])
     state.step = int(saved["step"])
     variance = saved["reward_variance"]
-    state.reward_variance = None if variance is None else [torch.tensor(v, dtype=torch.float64, device=state.device) for v in variance]
+    state.reward_variance = None if variance is None else [torch.tensor(v, dtype=widest(state.device), device=state.device) for v in variance]
     state.reference_stage = saved["reference_stage"]
     with torch.no_grad():
         for i, p in enumerate(state.reference):

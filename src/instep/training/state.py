@@ -52,7 +52,7 @@ class TrainedParams:
         """Clips the gradient, steps (with the settings `optim`; None: its own) and clears the gradient.
 
         Returns two scalar tensors: the gradient's norm, and whether it was finite. A step with a gradient that is not finite changes nothing. The caller
-        passes the second one to `settle`, at the latest before the next step.
+        passes the second one to `settle`, where there is an average before the next step.
         """
         optim = optim or self.optim
         values = list(self.masters.values())

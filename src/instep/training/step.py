@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instep.core.transfer import constants, to_device, widest
 from instep.data.prompt import Prompt
 from instep.diffusion.advantage import constant_groups, group_variance, several_advantages
 from instep.diffusion.bands import Band, in_band
@@ -27,7 +28,7 @@ REWARD_HORIZON = 10
 def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float, log: Scalars | None = None) -> dict[str, Any]:
     """Takes one student step and its critics' steps on `batches` (the micro-batches). Returns scalars for the log.
 
-    It waits for the device once, at its end, for the scalars; in a stage of several inner epochs once after each.
+    It waits for the device once, at its end, for the scalars; in a stage of several inner epochs once after each, and after each step of a critic with an average.
 
     The student goes first and the critics follow on its detached samples, as in DM-Align's Algorithm 1: no graph is alive while
     critics train, and a re-used rollout costs nothing.
@@ -71,6 +72,9 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                     (loss / len(views)).backward()
                     log.add(f"critic/{critic.role}", loss.detach())
             optimizer_step(state, critic.role, progress, log)
+            if state.trained[critic.role].ema is not None:
+                # the average follows each step, and not the last one alone
+                log.settle()
     log.settle()
     state.step += 1
     return log.means()
@@ -99,6 +103,7 @@ def live_points(stage: Stage, view: View) -> frozenset[Where]:
 def snapshot_reference(state: TrainState, stage: Stage) -> None:
     """Copies the student into the reference at the beginning of a stage that compares with a reference."""
     if "reference" in stage.needs and state.reference_stage != stage.name:
+        state.trained["student"].at_home()
         for mine, theirs in zip(state.reference, state.trained["student"].parameters.values(), strict=True):
             mine.copy_(theirs)
         state.reference_stage = stage.name
@@ -111,6 +116,7 @@ def sync_average(state: TrainState, stage: Stage) -> None:
     """Copies the student's running average into the role `average`, if the stage needs it."""
     mean = state.trained["student"].ema
     if "average" in stage.needs and mean is not None:
+        state.trained["student"].at_home()
         torch._foreach_copy_(list(state.average), list(mean.values()))
 
 
@@ -164,16 +170,16 @@ def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout 
     x = rollout.point("final").x.detach()
     each = torch.cat([state.reward_fn(x[rows], prompts[rows]) for rows in scoring_slices(prompts, stage.group)]).to(x)
     each = each[:, None] if each.ndim == 1 else each
-    weights = each.new_tensor(state.weights)
+    weights = constants(state.weights, each)
     reward = weights[0] * each[:, 0] if len(weights) == 1 else each @ weights
     log.add("reward/train", reward.mean())
     for i in range(len(weights) if len(weights) > 1 else 0):
         log.add(f"reward/train/{i}", each[:, i].mean())
     log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
-    log.add("reward/constant_groups", constant_groups(reward, stage.group).double() * stage.group / len(reward))
+    log.add("reward/constant_groups", constant_groups(reward, stage.group) * stage.group / len(reward))
     deviations: Sequence[Tensor | None] = [None] * len(weights)
     if stage.advantage.spread == "run":
-        now = [group_variance(column, stage.group).double() for column in each.unbind(1)]
+        now = [group_variance(column, stage.group).to(widest(column.device)) for column in each.unbind(1)]
         before = state.reward_variance or now
         state.reward_variance = [old + (new - old) / REWARD_HORIZON for old, new in zip(before, now, strict=True)]
         deviations = [variance.sqrt() for variance in state.reward_variance]
@@ -250,7 +256,7 @@ def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, log: Scalars)
     for (f, g), (other, h) in combinations(forces, 2):
         same = torch.ones(len(g), dtype=torch.bool, device=g.device)
         if f.on != other.on:
-            same = (view.samples.point("exit").exit_id == view.samples.point("final").exit_id).to(g.device)
+            same = to_device(view.samples.point("exit").exit_id == view.samples.point("final").exit_id, g.device)
         # rows with a zero force have no direction to compare
         same = same & (g.flatten(1).abs().sum(1) > 0) & (h.flatten(1).abs().sum(1) > 0)
         cosine = nn.functional.cosine_similarity(g.flatten(1), h.flatten(1))
