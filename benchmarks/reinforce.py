@@ -74,7 +74,9 @@ CELLS = {
     },
     "one-distil-only": Cell(lambda: dmd2(ONE, iterations=MORE), ONE_START, "1 step, control: distillation alone", probe_every=10),
     **{
-        f"one-joint-{w:g}": Cell(lambda w=w: refl(ONE, iterations=MORE, weight=w, weight_unit="raw"), ONE_START, f"1 step, joint, ReFL weight {w:g}", probe_every=10)
+        f"one-joint-{w:g}": Cell(
+            lambda w=w: refl(ONE, iterations=MORE, weight=w, weight_unit="raw"), ONE_START, f"1 step, joint, ReFL weight {w:g}", probe_every=10
+        )
         for w in (0.05, 0.1)
     },
     "rl-refl": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE), START, "ReFL alone after distillation", probe_every=10),

@@ -127,7 +127,8 @@ def _literal(force: DistributionMatching) -> bool:
 def _held(seen: History) -> Findings:
     """A held figure outside its band, relative to the start of the stage, in the last probes."""
     last = [row for row in seen.stage if number(row, "hold/multiplier") is not None][-OUT_OF_BAND:]
-    for key in sorted(k for row in last for k in row if k.startswith("hold/") and k.endswith("/bound")) if len(last) == OUT_OF_BAND else ():
+    held = sorted({k for row in last for k in row if k.startswith("hold/") and k.endswith("/bound")})
+    for key in held if len(last) == OUT_OF_BAND else ():
         figure = key.removeprefix("hold/").removesuffix("/bound")
         pairs = [(number(row, f"hold/{figure}"), number(row, key)) for row in last]
         if all(value is not None and bound is not None and (value - bound) * (1 - bound) < 0 for value, bound in pairs):

@@ -94,8 +94,8 @@ class Loop:
         cpu, wall = time.process_time(), time.perf_counter()
         try:
             every = self.options.terms_every
-            measure = every > 0 and (self.state.step + 1) % every == 0
-            row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress, measure=measure)}
+            measured = (None, True) if every and (self.state.step + 1) % every == 0 else ()
+            row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress, *measured)}
         except Unusable as error:
             self._give_up(str(error))
         row |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}

@@ -26,9 +26,7 @@ from instep.training.term_gradients import TermGradients, Weights, due, observe
 REWARD_HORIZON = 10
 
 
-def iteration(
-    state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float, log: Scalars | None = None, *, measure: bool = False
-) -> dict[str, Any]:
+def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float, log: Scalars | None = None, measure: bool = False) -> dict[str, Any]:
     """Takes one student step and its critics' steps on `batches` (the micro-batches). Returns scalars for the log.
 
     With `measure`, and where the stage's shares need it, the norm of each term's gradient is measured in the first inner epoch, by one more backward pass a
@@ -206,9 +204,7 @@ def recompute(state: TrainState, stage: Stage, view: View) -> Rollout | None:
     return replace(rollout, exit=predicted("exit", rollout.exit), final=predicted("final", rollout.final))
 
 
-def backward(
-    stage: Stage, view: View, scale: float, weights: Weights, log: Scalars, measured: TermGradients | None = None, *, last: bool = True
-) -> None:
+def backward(stage: Stage, view: View, scale: float, weights: Weights, log: Scalars, measured: TermGradients | None = None, *, last: bool = True) -> None:
     """Weighs and adds the forces of each point and calls autograd once; then each objective's scalars, one by one.
 
     With `measured` each term is measured alone before.
