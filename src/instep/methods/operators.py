@@ -130,9 +130,10 @@ class NaiveAdaptive(_Steered):
 class RewardTilted(Operator):
     """(d_real - d_fake) times a factor of the sample's reward (DMDR Eq. 4, RT-DM).
 
-    `zscore`: exp(advantage). `literal`: exp(r / rms(r)) over the rows at hand. The paper prints the norm in place of the root mean square, which grows with the number
-    of rows and would make the factor depend on the micro-batch; where rewards differ little beside their size the literal factor is nearly one for all samples,
-    whatever the norm. A factor on the force does not move its zero: with exact teachers neither form tilts the fixed point (docs/errata.md); a critic's `tilt` does.
+    `zscore`: exp(advantage). `literal`: exp(r / rms(r)) over the rows at hand. The paper prints the norm in place of the root mean square, which grows with the
+    number of rows and would make the factor depend on the micro-batch; where rewards differ little beside their size the literal factor is nearly one for all
+    samples, whatever the norm. A factor on the force does not move its zero: with exact teachers neither form tilts the fixed point (docs/errata.md); a
+    critic's `tilt` does.
     """
 
     formula: ClassVar[str] = "exp(r/norm) (d_real - d_fake)"

@@ -133,8 +133,9 @@ def _held(seen: History) -> Findings:
         pairs = [(number(row, f"hold/{figure}"), number(row, key)) for row in last]
         if all(value is not None and bound is not None and (value - bound) * (1 - bound) < 0 for value, bound in pairs):
             (value, bound), multiplier = pairs[-1], number(last[-1], "hold/multiplier")
-            text = f"{figure} left its band ({value:.2f} of its start, {bound:g} is held) for {OUT_OF_BAND} probes; the weight of the reward is at {multiplier:.2g}"
-            yield "warn", f"held:{figure}", f"{text} of what is given: something else moves it, or it does not recover; raise the weight of matching"
+            text = f"{figure} left its band ({value:.2f} of its start, {bound:g} is held) for {OUT_OF_BAND} probes, with the reward's weight multiplied by"
+            why = "something else moves it, or it does not recover; raise the weight of matching"
+            yield "warn", f"held:{figure}", f"{text} {multiplier:.2g}: {why}"
 
 
 def _exploded(seen: History) -> Findings:

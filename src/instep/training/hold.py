@@ -1,19 +1,20 @@
 """Held figures: a controller that moves the weight of the reward terms so that the reward rises as fast as the held figures allow.
 
-The user names figures of the probe and how much of each is to be kept, relative to its value x = 1 where the stage began: `diversity=0.95` is a bound b = 0.95 from
-below, `matching=1.1` one from above. The **slack** of a figure is s = (x - b) / (1 - b): 1 at the start, 0 at the bound, negative outside, for both directions. The
-controller sees the smallest slack after each probe and steers the multiplier m of all reward terms:
+The user names figures of the probe and how much of each is to be kept, relative to its value x = 1 where the stage began: `diversity=0.95` is a bound b = 0.95
+from below, `matching=1.1` one from above. The **slack** of a figure is s = (x - b) / (1 - b): 1 at the start, 0 at the bound, negative outside, for both
+directions. The controller sees the smallest slack after each probe and steers the multiplier m of all reward terms:
 
     p = s + LOOK_AHEAD min(0, s - s')            s' at the probe before: where a falling slack will be in LOOK_AHEAD probes
     u <- clip(u + GAIN clip(p - MARGIN, -1, 1), ln LEAST, ln MOST)
     m = exp(u) clip(1 + s / OUTSIDE, 0, 1)
 
-It is dual ascent on the logarithm of the weight with a derivative term. In ln m the loop has one gain whatever the unit of the weight: for a figure x = 1 - a m the slack
-is 1 - exp(u - u*), u* the weight at the bound, so the step GAIN decides alone how fast u comes to rest. The integral is u itself, and u is clipped, so nothing winds up while
-a bound is active. The last factor is proportional: outside its band a figure switches the reward off, wholly at a slack of -OUTSIDE.
+It is dual ascent on the logarithm of the weight with a derivative term. In ln m the loop has one gain whatever the unit of the weight: for a figure x = 1 - a m
+the slack is 1 - exp(u - u*), u* the weight at the bound, so the step GAIN decides alone how fast u comes to rest. The integral is u itself, and u is clipped,
+so nothing winds up while a bound is active. The last factor is proportional: outside its band a figure switches the reward off, wholly at a slack of -OUTSIDE.
 
-**Tolerance.** For a first-order figure x <- x + r (1 - a m - x) with r from 0.05 to 1 a probe and a up to 10 times the width of the band, the overshoot is below a tenth of the
-band (`TOLERANCE`), and x comes to rest MARGIN inside it (`test_hold.py`). A figure that never recovers (r without a restoring force) can be slowed down, but not held.
+**Tolerance.** For a first-order figure x <- x + r (1 - a m - x) with r from 0.05 to 1 a probe and a up to 10 times the width of the band, the overshoot is
+below a tenth of the band (`TOLERANCE`), and x comes to rest MARGIN inside it (`test_hold.py`). A figure that never recovers (r without a restoring force) can
+be slowed down, but not held.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ class Controller:
     def probed(self, held: Held, following: Stage, figures: Mapping[str, float]) -> tuple[Held, dict[str, float]]:
         """After a probe with these `figures`, before an iteration of the stage `following`. Returns the new state, and scalars for the log.
 
-        Raises ValueError for a figure that is not positive at the first start, to which nothing is relative. At a later stage's start such a figure keeps the start it had.
+        Raises ValueError for a figure that is not positive at the first start, to which nothing is relative. At a later stage's start such a figure keeps the
+        start it had.
         """
         seen = {**figures, **({MATCHING: held.total / held.count} if held.count else {})}
         scalars: dict[str, float] = {}
@@ -154,7 +156,8 @@ class Controller:
         """One step of the law, and each figure relative to its start."""
         if MATCHING in seen and MATCHING not in held.start:  # its start is its mean before the first probe of the stage
             held = replace(held, start={**held.start, MATCHING: seen[MATCHING]})
-        scalars, slacks = {}, []
+        scalars: dict[str, float] = {}
+        slacks: list[float] = []
         for bound in self.bounds:
             value, start = seen.get(bound.figure), held.start.get(bound.figure)
             if value is None or not start:
@@ -174,7 +177,7 @@ class Controller:
                 start[bound.figure] = figures[bound.figure]
             elif bound.figure not in start:
                 raise ValueError(
-                    f"hold: {bound.figure} is {figures.get(bound.figure)} at the start of stage {stage.name!r}, and nothing is a fraction of that; hold a figure "
-                    "that is positive there"
+                    f"hold: {bound.figure} is {figures.get(bound.figure)} at the start of stage {stage.name!r}, and nothing is a fraction of that; hold a "
+                    "figure that is positive there"
                 )
         return Held(stage.name, bool(stage.rewarded), start)

@@ -17,11 +17,11 @@ PROBE_EVERY = 20
 class RunOptions:
     """How a run is kept: `save_every` steps a checkpoint (the last `keep` stay), `probe_every` steps a probe, one `seed` for all.
 
-    `teacher_samples`: how many samples of the teacher are made and kept for recipes that need such. `stop_on`: health flags at which the run stops,
-    goes back to its best checkpoint by the monitor and exports that; probes that are the best so far are then saved too. `prompt_cache`: the folder of
-    encoded prompts, which several runs may share; None: `prompts` in the run's own. `execution`: device, precision and memory.
-    `hold`: figures of the probe that the weights of reward terms are steered by (`hold.py`). `probe_every` None: 20, and 5 with `hold`. `terms_every`: steps between
-    two measurements of each term's gradient, one more backward pass a term; 0: none. ValueError for what is no flag.
+    `teacher_samples`: how many samples of the teacher are made and kept for recipes that need such. `stop_on`: health flags at which the run stops, goes back
+    to its best checkpoint by the monitor and exports that; probes that are the best so far are then saved too. `prompt_cache`: the folder of encoded prompts,
+    which several runs may share; None: `prompts` in the run's own. `execution`: device, precision and memory. `hold`: figures of the probe that the weights of
+    reward terms are steered by (`hold.py`). `probe_every` None: 20, and 5 with `hold`. `terms_every`: steps between two measurements of each term's gradient,
+    one more backward pass a term; 0: none. ValueError for what is no flag.
     """
 
     seed: int = 0

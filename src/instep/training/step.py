@@ -30,7 +30,8 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     """Takes one student step and its critics' steps on `batches` (the micro-batches). Returns scalars for the log.
 
     With `measure`, and where the stage's shares need it, the norm of each term's gradient is measured in the first inner epoch, by one more backward pass a
-    term; the step itself is the same, bit for bit. It waits for the device once, at its end, for the scalars; in a stage of several inner epochs once after each.
+    term; the step itself is the same, bit for bit. It waits for the device once, at its end, for the scalars; in a stage of several inner epochs once after
+    each.
 
     The student goes first and the critics follow on its detached samples, as in DM-Align's Algorithm 1: no graph is alive while
     critics train, and a re-used rollout costs nothing.

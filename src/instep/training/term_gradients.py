@@ -1,8 +1,8 @@
 """The gradient of each term alone, and the weights that give a term a share of matching's gradient.
 
-Every term ends in one gradient of the student's parameters, whatever it acts on. Its norm there is the one size that terms of every kind have in common: at weight
-0.5 the norms of ReFL, GRPO and DPO differ by a factor of 3,500 on one student. A term of unit `share` therefore states its weight as a part of the norm of
-matching's gradient, and the factor between the two is a running ratio of measured norms.
+Every term ends in one gradient of the student's parameters, whatever it acts on. Its norm there is the one size that terms of every kind have in common: at
+weight 0.5 the norms of ReFL, GRPO and DPO differ by a factor of 3,500 on one student. A term of unit `share` therefore states its weight as a part of the norm
+of matching's gradient, and the factor between the two is a running ratio of measured norms.
 """
 
 from __future__ import annotations
