@@ -16,6 +16,7 @@ from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.refl import refl
+from instep.report import write_report
 from instep.training.findings import FLAGS
 from instep.training.health import examine, flags
 from instep.training.hold import GAIN, LEAST, MARGIN, MOST, OUTSIDE, START, TOLERANCE, Bound, Controller, Held, Law, check, parse
@@ -157,6 +158,9 @@ def test_a_held_run_resumes_to_the_same_weights(tmp_path):
     assert {"hold/multiplier", "hold/diversity", "hold/diversity/bound", "hold/matching"} <= seen[4].keys()
     assert "hold/multiplier" not in seen[0] and seen[2]["hold/multiplier"] == pytest.approx(START), "the stage before has no reward"
     assert {"term/dm/gradient", "term/reward/gradient"} <= seen[4].keys()
+    write_report([tmp_path / "whole"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Held figures" in page and "diversity, bound" in page and 'class="allowed"' in page and "Gradient of each term" in page
     with pytest.raises(ValueError, match="hold"):
         train(RECIPE, family(), out=tmp_path / "whole", prompts=PROMPTS, reward=Brightness(), monitor=Mild(), options=replace(OPTIONS, hold=()))
 

@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from test_run import PROMPTS, brightness, family, rows, weights
 from test_skeletons import LEVELS, batch_of, mlp_state, prompts
+from test_stop import Brightness
+from test_wan22 import family as two_experts
 
 from instep.lab.run import common, ensemble_state
 from instep.lab.world import World, flow_start
@@ -16,8 +19,12 @@ from instep.methods.policy import GRPO
 from instep.methods.recipe import RolloutConfig, Stage
 from instep.methods.term import Objective
 from instep.recipes.after import rl_after
+from instep.recipes.common import Common
 from instep.recipes.dmdr import dmdr
 from instep.recipes.refl import refl
+from instep.training.execution import Execution
+from instep.training.options import RunOptions
+from instep.training.run import train
 from instep.training.state import NormRatio
 from instep.training.step import iteration
 from instep.training.term_gradients import SHARE_EVERY, due
@@ -132,3 +139,40 @@ def test_a_term_without_a_gradient_is_left_out():
     stage = joint(DistributionMatching(), Silent(unit="share"))
     log, state = gradients_of(stage, [], measure=True)
     assert "term/dm/gradient" in log and not any("silent" in key for key in log) and not state.ratios
+
+
+EXECUTIONS = {
+    "full copies": (None, Execution()),
+    "lora": (4, Execution()),
+    "bfloat16": (None, Execution(dtype="bfloat16")),
+    "micro-batches": (4, Execution(micro_batch=2)),
+    "checkpointing": (None, Execution(checkpointing="on")),
+    "offload": (None, Execution(offload=True)),
+}
+
+
+@pytest.mark.parametrize("name", EXECUTIONS)
+def test_every_execution_measures_and_changes_nothing(name, tmp_path):
+    """Two micro-batches, two inner epochs, a force and a policy: the same weights with and without measurements, and norms of both terms."""
+    rank, execution = EXECUTIONS[name]
+    recipe = dmdr(
+        Common(batch=4, steps=2, critic_updates=1, accumulate=2, lora_rank=rank), warm=0, iterations=2, group=2, rl="grpo", weight_unit="raw", inner_epochs=2
+    )
+    for every in (0, 1):
+        options = RunOptions(save_every=1, probe_every=50, terms_every=every, execution=execution)
+        train(recipe, family(), out=tmp_path / str(every), prompts=PROMPTS, reward=brightness, options=options)
+    one, other = (weights(tmp_path / str(every)) for every in (0, 1))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not any(key.startswith("term/") for row in rows(tmp_path / "0") for key in row)
+    for row in rows(tmp_path / "1")[1:]:
+        assert row["term/dm/gradient"] > 0 and row["term/grpo/gradient"] > 0
+        assert row["term/grpo/gradient"] == pytest.approx(0.5 * row["term/grpo/gradient_unweighted"], rel=1e-5)
+
+
+def test_two_experts_have_one_norm(tmp_path):
+    """The norm is that of all trained experts' gradients; a share is measured whichever of them a micro-batch trains."""
+    recipe = refl(Common(batch=2, steps=4, critic_updates=1, shift=5.0), iterations=4)
+    train(recipe, two_experts(), out=tmp_path / "run", prompts=PROMPTS, reward=Brightness(), options=RunOptions(save_every=4, probe_every=50, terms_every=1))
+    seen = rows(tmp_path / "run")[1:]
+    assert all(row["term/dm/gradient"] > 0 and row["term/reward/gradient_unweighted"] > 0 for row in seen)
+    assert seen[0]["term/reward/weight"] == 0 and seen[-1]["term/reward/weight"] > 0
