@@ -35,16 +35,19 @@ from instep.training.step import iteration
 RESULTS = Path(__file__).parent / "results" / "hold"
 BRANCHES: tuple[Branch, ...] = ("refl", "grpo")
 # fixed shares of matching's gradient; the controller's is SHARE times its multiplier
-WEIGHTS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 SHARE = 0.5
 HOLD = Bound("diversity", 0.9)
-STEPS, DISTIL, ITERATIONS = 2, 600, 500
+STEPS, DISTIL, ITERATIONS = 2, 600, 400
 SAMPLES = 600  # a class and probe
 WORLD = World.named("ring8", members=1, reward="half")
 
 
 def recipe_of(rl: Branch, weight: float) -> Recipe:
-    return dmdr(replace(common(STEPS), ema=0.95), warm=0, iterations=ITERATIONS, rl=rl, weight=weight)
+    """Matching and the branch, with the average that probes look at, and at a constant learning rate: one that falls to zero would leave nothing to steer with."""
+    options = common(STEPS)
+    options = replace(options, ema=0.95, student=replace(options.student, decay=0.0))
+    return dmdr(options, warm=0, iterations=ITERATIONS, rl=rl, weight=weight)
 
 
 @torch.no_grad()

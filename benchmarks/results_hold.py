@@ -64,5 +64,7 @@ def _branch(outcomes: Sequence[Outcome], held: Sequence[bool]) -> list[str]:
     if own is None or not fixed:
         return [*table, ""]
     best = max(fixed, key=lambda o: o.gain)
-    text = f"The controller gains {own.gain / best.gain:.0%} of the best fixed weight inside the band ({best.name}); its multiplier ends at {own.multiplier:.2f}."
+    text = (
+        f"The controller gains {own.gain / best.gain:.0%} of the best fixed weight inside the band ({best.name}); its multiplier ends at {own.multiplier:.2f}."
+    )
     return [*table, "", text if own.inside else f"{text} It left the band.", ""]

@@ -19,7 +19,7 @@ from instep.recipes.refl import refl
 from instep.report import write_report
 from instep.training.findings import FLAGS
 from instep.training.health import examine, flags
-from instep.training.hold import GAIN, LEAST, MARGIN, MOST, OUTSIDE, START, TOLERANCE, Bound, Controller, Held, Law, check, parse
+from instep.training.hold import LEAST, MARGIN, MOST, OUTSIDE, RISE, START, TOLERANCE, Bound, Controller, Held, Law, check, parse
 from instep.training.options import RunOptions
 from instep.training.run import train
 
@@ -70,7 +70,7 @@ def test_the_integrator_does_not_wind_up():
     for _ in range(200):
         low = low.after(-5.0)
     assert low.u == math.log(LEAST) and low.multiplier == 0
-    assert low.after(1.0).multiplier == pytest.approx(LEAST * math.exp(GAIN * (1 - MARGIN))), "the first probe inside the band raises it at once"
+    assert low.after(1.0).multiplier == pytest.approx(LEAST * math.exp(RISE * (1 - MARGIN))), "the first probe inside the band raises it at once"
 
 
 def test_outside_of_its_band_a_figure_switches_the_reward_off():

@@ -5,11 +5,12 @@ from below, `matching=1.1` one from above. The **slack** of a figure is s = (x -
 directions. The controller sees the smallest slack after each probe and steers the multiplier m of all reward terms:
 
     p = s + LOOK_AHEAD min(0, s - s')            s' at the probe before: where a falling slack will be in LOOK_AHEAD probes
-    u <- clip(u + GAIN clip(p - MARGIN, -1, 1), ln LEAST, ln MOST)
+    e = p - MARGIN
+    u <- clip(u + (RISE min(e, 1) if e > 0 else max(FALL e, -3)), ln LEAST, ln MOST)
     m = exp(u) clip(1 + s / OUTSIDE, 0, 1)
 
 It is dual ascent on the logarithm of the weight with a derivative term. In ln m the loop has one gain whatever the unit of the weight: for a figure x = 1 - a m
-the slack is 1 - exp(u - u*), u* the weight at the bound, so the step GAIN decides alone how fast u comes to rest. The integral is u itself, and u is clipped,
+the slack is 1 - exp(u - u*), u* the weight at the bound, so the step sizes alone decide how fast u comes to rest; it falls faster than it rises. The integral is u itself, and u is clipped,
 so nothing winds up while a bound is active. The last factor is proportional: outside its band a figure switches the reward off, wholly at a slack of -OUTSIDE.
 
 **Tolerance.** For a first-order figure x <- x + r (1 - a m - x) with r from 0.05 to 1 a probe and a up to 10 times the width of the band, the overshoot is
@@ -27,8 +28,9 @@ from typing import Any
 from instep.methods.recipe import Recipe, Stage
 from instep.metrics.compare import direction
 
-GAIN = 0.5  # the most that ln m changes in one probe: a factor of 1.65
-LOOK_AHEAD = 3.0  # probes
+RISE = 0.2  # step of ln m at full slack, the most that it rises in one probe: a factor of 1.22
+FALL = 0.5  # its step for a unit of slack that is missing; it falls by 3 at most, a factor of 0.05
+LOOK_AHEAD = 5.0  # probes
 MARGIN = 0.1  # slack at which the multiplier rests
 OUTSIDE = 0.5  # slack below zero at which the reward is off
 START, LEAST, MOST = 0.1, 1 / 64, 4.0
@@ -102,7 +104,8 @@ class Law:
     def after(self, slack: float) -> Law:
         """The law after a probe with this smallest slack."""
         ahead = slack + LOOK_AHEAD * min(0.0, slack - self.slack)
-        step = GAIN * min(1.0, max(-1.0, ahead - MARGIN))
+        error = ahead - MARGIN
+        step = RISE * min(error, 1.0) if error > 0 else max(FALL * error, -3.0)
         return Law(min(math.log(MOST), max(math.log(LEAST), self.u + step)), slack)
 
 
