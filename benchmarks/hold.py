@@ -44,7 +44,7 @@ WORLD = World.named("ring8", members=1, reward="half")
 
 
 def recipe_of(rl: Branch, weight: float) -> Recipe:
-    """Matching and the branch, with the average that probes look at, and at a constant learning rate: one that falls to zero would leave nothing to steer with."""
+    """Matching and the branch, with the average that probes look at, and at a constant learning rate: one that falls to zero leaves nothing to steer with."""
     options = common(STEPS)
     options = replace(options, ema=0.95, student=replace(options.student, decay=0.0))
     return dmdr(options, warm=0, iterations=ITERATIONS, rl=rl, weight=weight)

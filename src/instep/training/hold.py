@@ -10,8 +10,9 @@ directions. The controller sees the smallest slack after each probe and steers t
     m = exp(u) clip(1 + s / OUTSIDE, 0, 1)
 
 It is dual ascent on the logarithm of the weight with a derivative term. In ln m the loop has one gain whatever the unit of the weight: for a figure x = 1 - a m
-the slack is 1 - exp(u - u*), u* the weight at the bound, so the step sizes alone decide how fast u comes to rest; it falls faster than it rises. The integral is u itself, and u is clipped,
-so nothing winds up while a bound is active. The last factor is proportional: outside its band a figure switches the reward off, wholly at a slack of -OUTSIDE.
+the slack is 1 - exp(u - u*), u* the weight at the bound, so the step sizes alone decide how fast u comes to rest; it falls faster than it rises. The integral
+is u itself, and u is clipped, so nothing winds up while a bound is active. The last factor is proportional: outside its band a figure switches the reward off,
+wholly at a slack of -OUTSIDE.
 
 **Tolerance.** For a first-order figure x <- x + r (1 - a m - x) with r from 0.05 to 1 a probe and a up to 10 times the width of the band, the overshoot is
 below a tenth of the band (`TOLERANCE`), and x comes to rest MARGIN inside it (`test_hold.py`). A figure that never recovers (r without a restoring force) can
