@@ -47,8 +47,8 @@ def lines() -> list[str]:
         "## Held figures",
         "",
         "`python benchmarks/hold.py`: matching and a reward branch from one distilled student of 2 steps in the laboratory (ring8, reward `half`, one seed), "
-        f"with fixed weights (shares of matching's gradient) and with the controller that holds the diversity above {bound:g} of its start. Inside: never more than "
-        f"{TOLERANCE:g} of the band below the bound, in any probe. The gain is the rise of the mean reward over the last {LAST} probes.",
+        f"with fixed weights (shares of matching's gradient) and with the controller that holds the diversity above {bound:g} of its start. Inside: never more "
+        f"than {TOLERANCE:g} of the band below the bound, in any probe. The gain is the rise of the mean reward over the last {LAST} probes.",
         "",
     ]
     for branch in sorted({one["branch"] for one in found}):
