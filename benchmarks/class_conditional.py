@@ -60,7 +60,7 @@ def common(guidance: float = 1.0) -> Common:
 
 def full(guidance: float) -> Recipe:
     """DMDR: half of the updates tilted with DynaRS and DynaDG, half matching and ReFL as one loss."""
-    return dmdr(common(guidance), warm=ITERATIONS // 2, iterations=ITERATIONS - ITERATIONS // 2)
+    return dmdr(common(guidance), warm=ITERATIONS // 2, iterations=ITERATIONS - ITERATIONS // 2, tilt="literal", weight_unit="raw")
 
 
 CELLS = {
@@ -73,9 +73,9 @@ CELLS = {
     "dmd2-1.5": Cell("DMD2", lambda: dmd2(common(1.5), iterations=ITERATIONS), 1.5),
     "dmd2-4": Cell("DMD2", lambda: dmd2(common(4.0), iterations=ITERATIONS), 4.0),
     "dmdr-1.5": Cell("DMDR", lambda: full(1.5), 1.5, rl=True),
-    "refl-1-half": Cell("DMD2 and ReFL from the start, weight .5", lambda: refl(common(), iterations=ITERATIONS), rl=True),
-    "refl-1-low": Cell("DMD2 and ReFL from the start, weight .05", lambda: refl(common(), iterations=ITERATIONS, weight=0.05), rl=True),
-    "refl-1-high": Cell("DMD2 and ReFL from the start, weight 5", lambda: refl(common(), iterations=ITERATIONS, weight=5.0), rl=True),
+    "refl-1-half": Cell("DMD2 and ReFL from the start, weight .5", lambda: refl(common(), iterations=ITERATIONS, weight_unit="raw"), rl=True),
+    "refl-1-low": Cell("DMD2 and ReFL from the start, weight .05", lambda: refl(common(), iterations=ITERATIONS, weight=0.05, weight_unit="raw"), rl=True),
+    "refl-1-high": Cell("DMD2 and ReFL from the start, weight 5", lambda: refl(common(), iterations=ITERATIONS, weight=5.0, weight_unit="raw"), rl=True),
     "gan-1": Cell("DMD2 with a discriminator on real scans, weight .01", lambda: dmd2(common(), iterations=ITERATIONS, gan=0.01)),
 }
 

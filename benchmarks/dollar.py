@@ -68,7 +68,7 @@ CELLS = {
     "vsd-cd-1": Cell(lambda: dollar(TWO, weight=0, cd_steps=1, iterations=MORE), "dmd2-2", "VSD + CD, m = 1", probability, 20),
     "vsd-cd-huber": Cell(lambda: dollar(TWO, weight=0, distance="huber", iterations=MORE), "dmd2-2", "VSD + CD, m = 5, Huber", probability, 20),
     "vsd-cd-average": Cell(lambda: dollar(TWO, weight=0, target="average", iterations=MORE), "dmd2-2", "VSD + CD, m = 5, target the average", probability, 20),
-    "vsd-ddpo": Cell(lambda: dmdr(TWO, warm=0, iterations=MORE, rl="ddpo", weight=1.0), "dmd2-2", "VSD + DDPO", probability, 20),
+    "vsd-ddpo": Cell(lambda: dmdr(TWO, warm=0, iterations=MORE, rl="ddpo", weight=1.0, weight_unit="raw"), "dmd2-2", "VSD + DDPO", probability, 20),
     "cd": Cell(lambda: dollar(TWO, matching=0, weight=0, cd=1.0, iterations=FEW), None, "CD alone from the teacher, m = 5", probability, 20),
     "cd-same": Cell(lambda: dollar(TWO, weight=0, iterations=FEW), None, "VSD + CD from the teacher, velocity as the teacher's", probability, 20),
     "cd-x0": Cell(lambda: dollar(TWO, weight=0, iterations=FEW, prediction_type="x0"), None, "VSD + CD from the teacher, x0 instead", probability, 20),

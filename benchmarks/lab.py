@@ -100,12 +100,17 @@ def start_of(args: LabArgs, start: StartName, kept: dict[tuple[str, StartName], 
     return kept[key]
 
 
+def as_measured(spec: str) -> str:
+    """A recipe as its results are stored: with the weight of the reward's gradient in its raw unit."""
+    return f"{spec},weight_unit=raw" if spec.startswith("refl:") else spec
+
+
 def run(experiment: Experiment, kept: dict[tuple[str, StartName], VelocityMLP]) -> tuple[list[LabRun], World]:
     """All recipes of an experiment."""
     args, made = experiment.options, []
     place = World.named(args.geometry, members=args.members, reward=args.reward)
     for spec in experiment.specs:
-        recipe = build(spec, common(args.steps, args.guidance), args.iterations)
+        recipe = build(as_measured(spec), common(args.steps, args.guidance), args.iterations)
         if args.student == "particles":
             runs = [train_particles(spec, recipe, place, seed=seed, steps=args.iterations) for seed in range(args.members)]
             made.append(LabRun(spec, recipe, runs[0].state, place, (_merged(runs),), sum(one.cpu_s for one in runs)))

@@ -75,7 +75,7 @@ CELLS = {
     "pair": Cell(lambda: dm_align_pair(distil=0, iterations=MORE), "dmd2-4", "DM-Align (Pair), weight .1"),
     "amd": Cell(lambda: amd(iterations=MORE), "dmd2-4", "AMD"),
     "amd-weight": Cell(lambda: amd(iterations=MORE, sensitivity=0.0), "dmd2-4", "AMD's critic weight alone"),
-    "refl": Cell(lambda: refl(iterations=MORE, weight=0.01), "dmd2-4", "DMD2 and the training reward's gradient (ReFL), weight .01"),
+    "refl": Cell(lambda: refl(iterations=MORE, weight=0.01, weight_unit="raw"), "dmd2-4", "DMD2 and the training reward's gradient (ReFL), weight .01"),
     "dmd2-4-gan": Cell(lambda: dmd2(gan=1e-2, iterations=BASE), what="4 steps, with a discriminator on real videos"),
     "decoupled-4": Cell(lambda: decoupled_dmd(iterations=BASE), what="4 steps, Decoupled-DMD"),
     "group-pull": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="pull"), "dmd2-4", "DM-Align (Group), pull-only"),

@@ -63,18 +63,20 @@ ONE_START = "dmd2-1"
 
 def joint(rl: str, weight: float, **options) -> Cell:
     what = f"joint, {rl.upper()} weight {weight:g}"
-    return Cell(lambda: dmdr(TWO, warm=0, iterations=MORE, rl=rl, weight=weight, **options), START, what, probe_every=10)
+    return Cell(lambda: dmdr(TWO, warm=0, iterations=MORE, rl=rl, weight=weight, weight_unit="raw", **options), START, what, probe_every=10)
 
 
 CELLS = {
     "distil-only": Cell(lambda: dmd2(TWO, iterations=MORE), START, "control: distillation alone", probe_every=10),
     **{
-        f"joint-{w:g}": Cell(lambda w=w: refl(TWO, iterations=MORE, weight=w), START, f"joint, ReFL weight {w:g}", probe_every=10)
+        f"joint-{w:g}": Cell(lambda w=w: refl(TWO, iterations=MORE, weight=w, weight_unit="raw"), START, f"joint, ReFL weight {w:g}", probe_every=10)
         for w in (0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 2.0)
     },
     "one-distil-only": Cell(lambda: dmd2(ONE, iterations=MORE), ONE_START, "1 step, control: distillation alone", probe_every=10),
     **{
-        f"one-joint-{w:g}": Cell(lambda w=w: refl(ONE, iterations=MORE, weight=w), ONE_START, f"1 step, joint, ReFL weight {w:g}", probe_every=10)
+        f"one-joint-{w:g}": Cell(
+            lambda w=w: refl(ONE, iterations=MORE, weight=w, weight_unit="raw"), ONE_START, f"1 step, joint, ReFL weight {w:g}", probe_every=10
+        )
         for w in (0.05, 0.1)
     },
     "rl-refl": Cell(lambda: rl_after(TWO, distil=0, iterations=MORE), START, "ReFL alone after distillation", probe_every=10),
@@ -85,18 +87,18 @@ CELLS = {
     "joint-grpo": joint("grpo", 0.1),
     "align-group": Cell(lambda: dm_align_group(TWO, distil=0, iterations=MORE), START, "DM-Align (Group)", probe_every=10),
     "amd": Cell(lambda: amd(TWO, iterations=MORE), START, "AMD", probe_every=10),
-    "tilted": Cell(lambda: dmdr(TWO, warm=FEW, iterations=0), None, "RT-DM from the start (literal, DynaRS, DynaDG)", probe_every=20),
+    "tilted": Cell(lambda: dmdr(TWO, warm=FEW, iterations=0, tilt="literal"), None, "RT-DM from the start (literal, DynaRS, DynaDG)", probe_every=20),
     "tilted-weight": Cell(lambda: dmdr(TWO, warm=FEW, iterations=0, tilt="weight"), None, "exact tilt from the start (DynaRS, DynaDG)", probe_every=20),
-    "tilted-more": Cell(lambda: dmdr(TWO, warm=MORE, iterations=0, dyna_rs=False, dyna_dg=0), "tilted", "RT-DM all the way", probe_every=10),
-    "tilted-joint": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST), "tilted", "RT-DM, then joint", probe_every=10),
+    "tilted-more": Cell(lambda: dmdr(TWO, warm=MORE, iterations=0, tilt="literal", dyna_rs=False, dyna_dg=0), "tilted", "RT-DM all the way", probe_every=10),
+    "tilted-joint": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST, weight_unit="raw"), "tilted", "RT-DM, then joint", probe_every=10),
     "grpo-teacher": Cell(lambda: dance_grpo(MANY, iterations=TEACHER), None, "DanceGRPO on the many-step model, 10 steps guided", probe_every=15),
     "dpo-teacher": Cell(lambda: flow_dpo(MANY, iterations=TEACHER), None, "online Flow-DPO on the many-step model, 10 steps guided", probe_every=15),
     "grpo-then-distil": Cell(lambda: dmd2(TWO, iterations=FEW + MORE), None, "DanceGRPO, then distillation", model="grpo-teacher"),
     "dpo-then-distil": Cell(lambda: dmd2(TWO, iterations=FEW + MORE), None, "Flow-DPO, then distillation", model="dpo-teacher"),
-    "reward-digit": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST), START, "joint, digit alone rewarded", DIGIT, probe_every=10),
-    "reward-motion": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST), START, "joint, motion alone rewarded", MOTION, probe_every=10),
+    "reward-digit": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST, weight_unit="raw"), START, "joint, digit alone rewarded", DIGIT, probe_every=10),
+    "reward-motion": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST, weight_unit="raw"), START, "joint, motion alone rewarded", MOTION, probe_every=10),
     "reward-both": Cell(
-        lambda: refl(TWO, iterations=MORE, weight=BEST),
+        lambda: refl(TWO, iterations=MORE, weight=BEST, weight_unit="raw"),
         START,
         "joint, both as two rewards",
         lambda digits: several((DIGIT(digits), 1.0), (MOTION(digits), 1.0)),

@@ -13,6 +13,7 @@ import claims
 import results_apo
 import results_dollar
 import results_gpu
+import results_hold
 import results_reinforce
 import results_side_by_side
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
@@ -253,6 +254,7 @@ def main() -> None:
         *claims.lines(),
         "",
         *lab_lines(),
+        *results_hold.lines(),
         "## Stock diffusers against our sampler",
         "",
         "`python benchmarks/export_difference.py`: largest absolute difference of final latents, float32.",

@@ -334,9 +334,9 @@ def test_recipes_differ_in_exactly_the_cells_of_the_table():
     assert decoupled_dmd(base, iterations=5).stages[0].terms == (replace(force, operator=Decoupled(), ca_levels=AboveExit(shift=base.shift)),)
     assert naive_adaptive(base, iterations=5).stages[-1].terms == (replace(force, operator=NaiveAdaptive(0.5)),)
     stage = refl(base, iterations=5).stages[-1]
-    assert stage.terms == (force, RewardGradient(weight=0.5)) and stage.critics == (critic,)
+    assert stage.terms == (force, RewardGradient(weight=0.5, unit="share")) and stage.critics == (critic,)
     stage = dmdr(base, warm=5, iterations=0, dyna_dg=0.0).stages[0]
-    assert stage.terms == (replace(force, operator=RewardTilted("literal"), levels=AnnealedBeta()),)
+    assert stage.terms == (replace(force, operator=RewardTilted("zscore"), levels=AnnealedBeta()),)
     for find in (dmd, dmd2, decoupled_dmd, magic, amd, refl):
         two = find(base, distil=2, iterations=1)
         assert [s.steps for s in two.stages] == [2, 1] and two.stages[0].terms == (force,) and two.stages[0].name == "distil", "the two-stage protocol"

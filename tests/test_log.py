@@ -143,6 +143,14 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys):
     assert re.fullmatch(r"distil   4/4  eta 0:00  s/it 0\.5  fake 0\.25  monitor 0\.5  cos\(dm~group\) -0\.25", last)
 
 
+def test_held_figures_are_shown_with_their_bounds(tmp_path):
+    log = RunLog(tmp_path)
+    log.row(5, {"hold/multiplier": 0.5, "hold/diversity": 0.97, "hold/diversity/bound": 0.95, "hold/matching": 1.02, "hold/matching/bound": 1.1})
+    log.row(6, {"wall_s": 1.0})
+    log.close()
+    assert log.metrics() == "s/it 1  multiplier 0.5  diversity 0.970 (≥ 0.95)  matching 1.020 (≤ 1.1)"
+
+
 def test_time_left_counts_from_where_a_run_resumed(tmp_path, monkeypatch):
     import instep.training.log as module
 

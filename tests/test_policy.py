@@ -128,15 +128,22 @@ def test_tilted_force_with_a_constant_reward_is_a_multiple_of_plain_matching():
 
     seen = ring_view(advantage=torch.zeros(n, dtype=F64))
     seen = seen.with_rollout(replace(seen.rollout, reward=torch.full((n,), 0.8, dtype=F64)))
-    torch.testing.assert_close(force.explain(seen).direction, plain * math.exp(1 / math.sqrt(n)))
+    torch.testing.assert_close(force.explain(seen).direction, plain * math.e)
 
 
 def test_tilted_force_by_hand():
     one = torch.tensor([[1.0], [1.0]], dtype=F64)
     d = Displacements(real=3 * one, fake=one, dm=one, ca=one)
     reward, a = torch.tensor([3.0, 4.0], dtype=F64), torch.tensor([-1.0, 1.0], dtype=F64)
-    torch.testing.assert_close(RewardTilted("literal")(d, a, reward), 2 * torch.tensor([[0.6], [0.8]], dtype=F64).exp())
+    torch.testing.assert_close(RewardTilted("literal")(d, a, reward), 2 * (reward / math.sqrt(12.5)).exp()[:, None])
     torch.testing.assert_close(RewardTilted("zscore")(d, a, reward), 2 * a.exp()[:, None])
+
+
+def test_literal_tilting_does_not_depend_on_the_micro_batch():
+    rng = torch.Generator().manual_seed(0)
+    d, reward = torch.randn(4, 2, dtype=F64, generator=rng), torch.rand(4, dtype=F64, generator=rng) + 1
+    of = lambda d, reward: RewardTilted("literal")(Displacements(d, 0 * d, d, d), 0 * reward, reward)  # noqa: E731
+    torch.testing.assert_close(of(d.repeat(8, 1), reward.repeat(8))[:4], of(d, reward))
 
 
 def test_annealed_levels_go_from_high_noise_to_uniform():
@@ -200,6 +207,6 @@ def test_joint_training_keeps_what_reinforcement_alone_loses():
         return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
     alone = run(rl_after(base, distil=150, iterations=150, rl="refl", weight=1.0))
-    joint = run(dmdr(base, warm=150, iterations=150, tilt="none", dyna_dg=0.0, dyna_rs=False, rl="refl", weight=0.05))
+    joint = run(dmdr(base, warm=150, iterations=150, tilt="none", dyna_dg=0.0, dyna_rs=False, rl="refl", weight=0.05, weight_unit="raw"))
     assert joint["quality"] > alone["quality"] + 0.2 and joint["reached"] > alone["reached"]
     assert joint["share"] > 0.52

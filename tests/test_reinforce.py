@@ -273,7 +273,7 @@ def mean(run, key):
 def test_preferences_beside_matching_raise_the_rewarded_share(distilled):
     """In the laboratory, four steps, half of the modes rewarded (share .5 without)."""
     world = World.named("ring8", members=2, reward="half")
-    recipe = dmdr(common(4), warm=0, iterations=300, rl="dpo", beta=2.0, weight=0.5)
+    recipe = dmdr(common(4), warm=0, iterations=300, rl="dpo", beta=2.0, weight=0.5, weight_unit="raw")
     run = train_lab("dpo", recipe, world, ensemble_state(recipe, world, distilled, 0))
     assert mean(run, "share") > 0.62 and mean(run, "quality") > 0.4
 
@@ -286,7 +286,7 @@ def test_a_policy_gradient_climbs_and_matching_or_its_dm_part_holds_it(distilled
     run = train_lab("alone", alone, world, ensemble_state(alone, world, distilled, 0))
     assert mean(run, "share") > 0.9 and mean(run, "tv") > 0.5
     for beside in ("matching", "dm"):
-        recipe = dmdr(common(4), warm=0, iterations=150, weight=0.3, beside=beside, **policy)
+        recipe = dmdr(common(4), warm=0, iterations=150, weight=0.3, weight_unit="raw", beside=beside, **policy)
         held = train_lab(beside, recipe, world, ensemble_state(recipe, world, distilled, 0))
         assert mean(held, "quality") > mean(run, "quality") + 0.2 and mean(held, "tv") < 0.2
 

@@ -188,7 +188,7 @@ def test_without_the_flag_it_trains_on_from_what_was_kept(tmp_path):
 
 
 def test_flags_that_are_none():
-    with pytest.raises(ValueError, match=r"stop_on: 'hackign' is not allowed; allowed: .*collapse, hacking"):
+    with pytest.raises(ValueError, match=r"stop_on: 'hackign' is not allowed; allowed: .*collapse, held, tilt, hacking"):
         RunOptions(stop_on=("hacking", "hackign"))
 
 

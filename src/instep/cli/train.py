@@ -22,6 +22,7 @@ from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.rewards.base import Reward
 from instep.training.execution import Execution
+from instep.training.hold import parse as parse_hold
 from instep.training.loop import Interrupted
 from instep.training.options import RunOptions
 from instep.training.probe import KnownTeacher, Monitor, few_of
@@ -67,8 +68,15 @@ class TrainArgs:
     """Height, width and frames of the videos; default: 480 832 81, and a bundled model's own."""
     save_every: int = 25
     """Steps between checkpoints."""
-    probe_every: int = 20
-    """Steps between probes (samples that feed the health checks and plots)."""
+    probe_every: int | None = None
+    """Steps between probes (samples that feed the health checks and plots); default 20, and 5 with hold."""
+    hold: str | None = None
+    """Figures of the probe to hold while the reward rises, relative to the start of the stage: "diversity=0.95,matching=1.1" keeps at least 95 % of the
+    diversity and lets the matching force grow by at most 10 %. After each probe a controller moves the weights of all reward terms by a common factor
+    between 0 and 4, so that the reward rises as fast as these bounds allow. Figures: diversity, motion, mean_brightness, saturation, matching, those of the
+    monitor (monitor_both, modes), and train_score where it is positive (a wrong name lists all)."""
+    terms_every: int = 20
+    """Steps between two measurements of the gradient of each term, which the log and the report show; one costs a backward pass a term. 0: none."""
     stop_on: tuple[str, ...] = ()
     """Health flags at which the run stops, goes back to its best checkpoint by the monitor, and exports that. hacking: the training reward rises while
     the monitor's share of right samples or the variety falls, or the matching force grows. Others: collapse, broken, exploded (a wrong name lists
@@ -114,6 +122,8 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
         teacher_samples=args.teacher_samples,
         stop_on=args.stop_on,
         prompt_cache=args.prompt_cache,
+        hold=parse_hold(args.hold) if args.hold is not None else (),
+        terms_every=args.terms_every,
     )
     setting = prepare(recipe, args)
     tracker = load_function(args.tracker, "tracker") if args.tracker else None

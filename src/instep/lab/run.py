@@ -35,8 +35,8 @@ SAMPLES = 4000  # a member and measurement
 def common(steps: int = 1, guidance: float = 1.0, *, condition_on_exit: bool = True, reuse: bool = True, critic_updates: int = 5) -> Common:
     """The options that work in the laboratory. Nothing is clipped: members of an ensemble must not feel each other's gradients.
 
-    Members still share what is one number a run: the deviation of rewards where a stage shares one, the norm that literal RT-DM weighs by, mean and
-    deviation of a latent reward model's labels, and a step that is skipped because a gradient is not finite.
+    Members still share what is one number a run: the deviation of rewards where a stage shares one, the size that literal RT-DM weighs by, the
+    norms behind weights that are shares, mean and deviation of a latent reward model's labels, and a step that is skipped because a gradient is not finite.
     """
     student = AdamWConfig(2e-3 if steps == 1 else 1e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6)
     return Common(

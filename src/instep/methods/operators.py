@@ -130,16 +130,18 @@ class NaiveAdaptive(_Steered):
 class RewardTilted(Operator):
     """(d_real - d_fake) times a factor of the sample's reward (DMDR Eq. 4, RT-DM).
 
-    `literal`: exp(r / |r|), the norm over the batch, as printed; `zscore`: exp(advantage). A factor on the force does not move its zero: with
-    exact teachers neither tilts the fixed point (docs/errata.md); a critic's `tilt` does.
+    `zscore`: exp(advantage). `literal`: exp(r / rms(r)) over the rows at hand. The paper prints the norm in place of the root mean square, which grows with the
+    number of rows and would make the factor depend on the micro-batch; where rewards differ little beside their size the literal factor is nearly one for all
+    samples, whatever the norm. A factor on the force does not move its zero: with exact teachers neither form tilts the fixed point (docs/errata.md); a
+    critic's `tilt` does.
     """
 
     formula: ClassVar[str] = "exp(r/norm) (d_real - d_fake)"
     needs_advantage: ClassVar[bool] = True
 
-    form: Literal["literal", "zscore"] = "literal"
+    form: Literal["literal", "zscore"] = "zscore"
 
     def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
         assert advantage is not None and reward is not None, "reward-tilted matching weighs by the reward; its stage must score"
-        exponent = advantage if self.form == "zscore" else reward / reward.norm().clamp(min=1e-12)
+        exponent = advantage if self.form == "zscore" else reward / reward.square().mean().sqrt().clamp(min=1e-12)
         return broadcast(exponent.exp(), d.real) * (d.real - d.fake)

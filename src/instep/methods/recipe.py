@@ -15,6 +15,7 @@ from instep.diffusion.sampling import Sampling
 from instep.diffusion.transitions import Deterministic, Renoise, Transition
 from instep.methods.guidance_distillation import GuidanceDistillation
 from instep.methods.latent_reward_model import LatentRewardShape
+from instep.methods.matching import DistributionMatching
 from instep.methods.term import Critic, Force, Need, Objective, Term
 
 
@@ -177,6 +178,12 @@ class Stage:
                 f"steps: 1 is not allowed in stage {self.name!r}: a 1-step student has no stochastic step (its only one is deterministic), so there is no "
                 "policy; use 2 or more steps, or a branch that climbs the reward's gradient (refl)"
             )
+        shares = [term.name for term in self.terms if term.unit == "share"]
+        if shares and self.matching is None:
+            raise ValueError(
+                f"unit: share is not allowed for {shares[0]!r} in stage {self.name!r}, which has no matching force to take a share of; give the stage one "
+                "with a positive weight, or the term unit='raw'"
+            )
         if any(isinstance(term, Force) for term in self.terms) and self.rollout is None:
             raise ValueError(f"stage {self.name!r}: it has forces but rollout is None; forces act on rolled-out samples")
         if "final" in self.needs and self.rollout is None:
@@ -189,6 +196,16 @@ class Stage:
     @property
     def objectives(self) -> tuple[Objective, ...]:
         return tuple(term for term in self.terms if isinstance(term, Objective))
+
+    @property
+    def matching(self) -> DistributionMatching | None:
+        """The matching force whose gradient shares are parts of: the first one of positive weight."""
+        return next((term for term in self.terms if isinstance(term, DistributionMatching) and term.unit == "raw" and term.weight > 0), None)
+
+    @property
+    def rewarded(self) -> tuple[Term, ...]:
+        """The terms that pull towards a reward: by its value, its gradient or pairs ranked by it. Matching that is tilted by a reward is none of them."""
+        return tuple(term for term in self.terms if term.needs & {"reward", "gradient", "latent_reward"} and not isinstance(term, DistributionMatching))
 
     @property
     def live(self) -> frozenset[Where]:

@@ -29,6 +29,8 @@ from instep.methods.latent_reward_model import LatentReward
 # reward model, rewards of the samples it learns from
 Need = Literal["reward", "gradient", "real", "preferred", "stored", "trajectory", "reference", "final", "pairs", "average", "latent_reward", "labels"]
 NOTHING: frozenset[Need] = frozenset()
+# what a weight is a factor of: the term as it is, or the norm of matching's gradient
+WeightUnit = Literal["raw", "share"]
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,15 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """Base of forces and objectives: a name for the log and a weight in the sum."""
+    """Base of forces and objectives: a name for the log and a weight in the sum.
+
+    `unit` of the weight: `raw`, a factor on the term as it is published; or `share`, the norm of the term's gradient of the student's parameters as a part of
+    that of the stage's matching force (0.5: half as long). The factor behind a share is measured while the run goes on (`training/term_gradients.py`).
+    """
 
     name: str
     weight: float = 1.0
+    unit: WeightUnit = "raw"
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -42,7 +42,7 @@ def asides(model: Model, recipe: Recipe, on_device: Callable[[Trace], float]) ->
     decoded = model.trace_call(lambda depth: _decode(depth.family, n if family.micro_batch is None else COPIES))
     decoding = decoded.total_flops * (1 if family.micro_batch is None else PROBE_PROMPTS)
     student = model.trace_call(lambda depth: _student(depth, recipe, n))
-    probes = 1 + steps // options.probe_every
+    probes = 1 + steps // options.probe_interval
     yield Aside("probe", max(map(on_device, (student, decoded))), student.total_flops + decoding, probes, f"{n} samples of the student, decoded")
     one = model.trace_call(lambda depth: _teacher(depth, recipe, n))
     peak = max(map(on_device, (one, decoded)))

@@ -39,7 +39,7 @@ class Unread(Scalars):
     """The scalars of an iteration without values: conditions are taken to hold."""
 
     def settle(self) -> None:
-        flags, self._flags, self._waiting = self._flags, [], []
+        flags, self._flags, self._waiting, self._read = self._flags, [], [], []
         for _, then in flags:
             then(True)
 

@@ -14,7 +14,7 @@ from instep.methods.policy import DDPO, GRPO
 from instep.methods.preference import Preference
 from instep.methods.recipe import AdamWConfig, LoRA, Recipe, RoleConfig, Stage
 from instep.methods.reward_gradient import RewardGradient
-from instep.methods.term import Critic, Term
+from instep.methods.term import Critic, Term, WeightUnit
 from instep.recipes.common import Common
 
 Branch = Literal["refl", "grpo", "dpo", "ddpo"]
@@ -29,6 +29,7 @@ def reinforce(
     kind: Branch,
     weight: float,
     *,
+    unit: WeightUnit = "raw",
     group: int,
     clip: float,
     kl: float,
@@ -41,10 +42,10 @@ def reinforce(
     if kind == "ddpo" and inner_epochs > 1:
         raise ValueError(f"inner_epochs: {inner_epochs} is not allowed with ddpo, which has no ratio to the student that rolled out; use 1, or grpo")
     branches: dict[Branch, Term] = {
-        "refl": RewardGradient(weight=weight),
-        "grpo": GRPO(weight=weight, clip=clip, kl=kl),
-        "ddpo": DDPO(weight=weight),
-        "dpo": Preference(weight=weight, beta=beta, levels=OneOf(common.levels)),
+        "refl": RewardGradient(weight=weight, unit=unit),
+        "grpo": GRPO(weight=weight, unit=unit, clip=clip, kl=kl),
+        "ddpo": DDPO(weight=weight, unit=unit),
+        "dpo": Preference(weight=weight, unit=unit, beta=beta, levels=OneOf(common.levels)),
     }
     terms = (*beside, branches[kind])
     parts: tuple[Term | Critic, ...] = (*terms, *critics)
@@ -59,11 +60,12 @@ def dmdr(
     warm: int = 60,
     iterations: int = 60,
     group: int = 8,
-    tilt: Tilt = "literal",
+    tilt: Tilt = "zscore",
     dyna_rs: bool = True,
     dyna_dg: float = 0.75,
     rl: Branch = "refl",
     weight: float = 0.5,
+    weight_unit: WeightUnit = "share",
     beside: Beside = "matching",
     clip: float = 1e-3,
     kl: float = 0.0,
@@ -77,14 +79,16 @@ def dmdr(
         warm: student updates of reward-tilted matching (stage 1).
         iterations: student updates of matching and reinforcement learning together (stage 2).
         group: samples a prompt, compared with each other.
-        tilt: how stage 1 uses the reward: a factor on the force (literal: Eq. 4; zscore: of the advantage), the fake's weight (weight: the
-            exact tilt), or none.
+        tilt: how stage 1 uses the reward: a factor on the force (zscore: exp of the advantage; literal: exp of the reward over its root mean square, after
+            Eq. 4, which does almost nothing where rewards differ little beside their size), the fake's weight (weight: the exact tilt), or none.
         dyna_rs: draw re-noise levels from high noise at first, annealed to uniform over stage 1 (DynaRS).
         dyna_dg: scale at which an adapter moves the teacher at the start of stage 1, annealed to zero (DynaDG): the fake's own with
             lora_rank, else one of its own; 0 leaves it out.
         rl: the reinforcement-learning branch: refl (gradient of a differentiable reward), dpo (best against worst of a group, any reward), grpo or
             ddpo (any reward, a student of 2 steps or more).
-        weight: weight of that branch (the paper's lambda: 0.5).
+        weight: weight of that branch.
+        weight_unit: unit of that weight. share: the norm of the branch's gradient as a part of matching's, so that 0.5 is half as long for every branch. raw: a
+            factor on the published loss (the paper's lambda: 0.5), whose gradients differ by a factor of thousands between branches.
         beside: the term beside it in stage 2: matching, its dm part alone, or matching with guidance weighted by the advantage.
         clip: bound of GRPO's ratio.
         kl: weight of GRPO's penalty for leaving the student of stage 1; 0 by default, since matching takes its place.
@@ -99,6 +103,7 @@ def dmdr(
         iterations,
         rl,
         weight,
+        unit=weight_unit,
         group=group,
         clip=clip,
         kl=kl,

@@ -16,7 +16,10 @@ COLOURS = 6
 
 @dataclass(frozen=True)
 class Series:
-    """A line: points (x, y), a colour index, a dash index; `reference` draws it thin and grey; `raw` is the unsmoothed line behind it."""
+    """A line: points (x, y), a colour index, a dash index; `reference` draws it thin and grey; `raw` is the unsmoothed line behind it.
+
+    `band`: the line is a bound, and the side that is allowed is shaded: 1 above it, -1 below it.
+    """
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -24,6 +27,7 @@ class Series:
     dash: int = 0
     reference: bool = False
     raw: tuple[tuple[float, float], ...] = ()
+    band: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,9 @@ def line_chart(
         body.append(f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y.at(0):.1f}" y2="{y.at(0):.1f}"/>')
     for s in series:
         style = "ref" if s.reference else f"c{s.colour % COLOURS} d{s.dash % 3}"
+        if s.band:
+            edge = y.high if s.band > 0 else y.low
+            body.append(f'<path class="allowed" d="{_path([(s.points[0][0], edge), *s.points, (s.points[-1][0], edge)], x, y)}Z"/>')
         if s.raw:
             held = [(a, min(max(b, y.low), y.high)) for a, b in s.raw]
             body.append(f'<path class="line raw {style}" d="{_path(held, x, y)}"/>')

@@ -53,6 +53,18 @@ PANELS = (
     Panel("Mean brightness", "Above the teacher's: too much guidance, or a reward that likes thick strokes.", r"probe/(mean_brightness(?:_teacher)?)"),
     Panel("Motion", "Mean change from frame to frame. A student that stands still is falling short of its teacher.", r"probe/(motion(?:_teacher)?)"),
     Panel("Saturation", "Share of raw values outside [0, 1] by more than 0.05.", r"probe/(saturation(?:_teacher)?)"),
+    Panel(
+        "Held figures",
+        "Each figure relative to its value at the start of the stage, and the bound that the controller keeps it inside of.",
+        r"hold/((?!multiplier$).+)",
+    ),
+    Panel("Weight of the reward", "The factor by which the controller multiplies the weight of every reward term, between 0 and 4.", r"hold/(multiplier)"),
+    Panel(
+        "Gradient of each term",
+        "Norm of the gradient of the student's parameters that a term leaves, its weight included: the one size that all terms have in common.",
+        r"term/([^/]+)/gradient",
+        log=True,
+    ),
     Panel("Size of the forces", "Norm of each force on a sample. A force a hundred times weaker than another does nothing.", r"force/([^/]+)/norm", log=True),
     Panel(
         "Angle between forces",
@@ -63,6 +75,8 @@ PANELS = (
     Panel("Critic loss", "How well the fake score follows the student. Rising for long: it no longer keeps up; update it more often.", r"critic/(.+)"),
     Panel("Objectives", "Losses on parameters.", r"objective/(.+)"),
     Panel("Student's gradient", "Norm before clipping.", r"grad/(student)", log=True, folded=True),
+    Panel("Gradient of each term, without its weight", "The norm at weight 1.", r"term/([^/]+)/gradient_unweighted", log=True, folded=True),
+    Panel("Weights of terms", "The factor on each term's own loss; of a share it follows the gradients.", r"term/([^/]+)/weight", log=True, folded=True),
     Panel("Learning rates", "After warm-up and decay.", r"lr/(.+)", folded=True),
     Panel("Seconds an iteration", "On the clock, and of all threads together.", r"(wall_s|cpu_s)", bounds=(0.0, 0.0), folded=True),
 )
@@ -89,9 +103,10 @@ def panel_series(panel: Panel, runs: Sequence[RunRecord]) -> list[Series]:
             colour, dash = (i, where) if len(runs) > 1 else (where, 0)
             if reference and len(runs) == 1 and len(keys) - len(plain) > 1:  # which teacher's line is whose: by the scalar's colour
                 reference, dash = False, 2
-            noisy = not key.startswith(("probe/", "lr/")) and len(points) > 2 * WINDOW
+            noisy = not key.startswith(("probe/", "lr/", "hold/")) and len(points) > 2 * WINDOW
             smooth = shorter(rolling(points, WINDOW)) if noisy else shorter(points)
-            found.append(Series(name, smooth, colour, dash, reference, shorter(points) if noisy and len(runs) == 1 else ()))
+            band = (1 if points[-1][1] < 1 else -1) if key.endswith("/bound") and len(runs) == 1 else 0
+            found.append(Series(name.replace("/bound", ", bound"), smooth, colour, dash, reference, shorter(points) if noisy and len(runs) == 1 else (), band))
     return found
 
 

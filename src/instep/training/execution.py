@@ -123,6 +123,8 @@ class Execution:
         """Compiles the repeated blocks of a network, if the run is to. A block is compiled anew for each adapter, with and without a graph."""
         if not self.compile:
             return
+        # the gradient of one term is measured before that of all, through the same graph
+        torch._functorch.config.donated_buffer = False
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
         for name, part in family.parts(network).items():
             if not getattr(part, "_repeated_blocks", None):

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Literal
 
+from instep.diffusion.levels import AnnealedBeta
+from instep.methods.matching import DistributionMatching
+from instep.methods.operators import RewardTilted
 from instep.methods.recipe import Stage
 from instep.methods.term import Force
 from instep.training.history import History, Row, mean, number
@@ -29,6 +32,9 @@ CRITIC_UP = 2.0  # critic loss over its stage's early value; less is normal: a s
 CONSTANT = 0.5  # share of groups without any spread in reward: healthy runs of the bundled model have below 0.03
 EXPLODED = 20.0  # gradient norm over its running median: single batches of 53 runs on the bundled model stay below 7
 EXPLODED_ROWS = 3  # of them in a row: one bad batch is clipped and forgotten
+# spread of a prompt's rewards over their size: below it the factors exp(r / rms) of its samples differ by less than a tenth
+FLAT = 0.1
+OUT_OF_BAND = 3  # probes in a row with a held figure outside its band
 MEDIAN_OF = 50  # rows of that running median
 # relative change of every probe metric below which nothing was learned. Prompts and noise of a probe are fixed, so an untouched student repeats
 # them: 1e-6 at a learning rate of 1e-9; of 53 runs on the bundled model the metric that had moved most had moved by 0.04 and more
@@ -64,7 +70,8 @@ def _forces(seen: History) -> Findings:
     norms = {k.split("/")[1]: mean(recent, k) or 0.0 for k in recent[-1] if k.startswith("force/") and k.endswith("/norm")}
     for name, norm in norms.items():
         share = norm / (max(norms.values()) or 1.0)
-        if share < SILENT and max(norms.values()) > 0:
+        # a held figure may switch the reward off
+        if share < SILENT and max(norms.values()) > 0 and not any("hold/multiplier" in row for row in recent):
             yield "warn", f"silent:{name}", f"the force {name} is {share:.1e} of the strongest one: it does nothing; raise its weight or drop it"
 
 
@@ -100,6 +107,35 @@ def _reward(seen: History) -> Findings:
         share = f"{constant:.0%} of the groups" if groups is None else f"{round(constant * groups)} of {groups} groups"
         text = f"reward: {share} had equal rewards in the last {WINDOW} iterations and gave no advantage: the reward does not tell samples apart"
         yield "warn", "constant_reward", f"{text}; use prompts that leave more open, or another reward"
+
+
+def _tilt(seen: History) -> Findings:
+    """The printed form of reward-tilted matching weighs all samples nearly alike where the rewards' spread is small beside their size."""
+    stage, recent = _stage(seen), seen.stage[-WINDOW:]
+    if stage is None or len(recent) < WINDOW or not any(isinstance(f, DistributionMatching) and _literal(f) for f in stage.forces):
+        return
+    spread, size = mean(recent, "reward/spread"), mean(recent, "reward/train")
+    if spread is not None and size and spread / abs(size) < FLAT:
+        text = f"rewards of a prompt differ by {spread / abs(size):.1%} of their size, so literal reward-tilted matching weighs all samples nearly alike"
+        yield "warn", "tilt", f"{text}; use --tilt zscore or weight"
+
+
+def _literal(force: DistributionMatching) -> bool:
+    return isinstance(force.operator, RewardTilted) and force.operator.form == "literal"
+
+
+def _held(seen: History) -> Findings:
+    """A held figure outside its band, relative to the start of the stage, in the last probes."""
+    last = [row for row in seen.stage if number(row, "hold/multiplier") is not None][-OUT_OF_BAND:]
+    held = sorted({k for row in last for k in row if k.startswith("hold/") and k.endswith("/bound")})
+    for key in held if len(last) == OUT_OF_BAND else ():
+        figure = key.removeprefix("hold/").removesuffix("/bound")
+        pairs = [(number(row, f"hold/{figure}"), number(row, key)) for row in last]
+        if all(value is not None and bound is not None and (value - bound) * (1 - bound) < 0 for value, bound in pairs):
+            (value, bound), multiplier = pairs[-1], number(last[-1], "hold/multiplier")
+            text = f"{figure} left its band ({value:.2f} of its start, {bound:g} is held) for {OUT_OF_BAND} probes, with the reward's weight multiplied by"
+            why = "something else moves it, or it does not recover; raise the weight of matching"
+            yield "warn", f"held:{figure}", f"{text} {multiplier:.2g}: {why}"
 
 
 def _exploded(seen: History) -> Findings:
@@ -249,9 +285,6 @@ def _farther(seen: History) -> str | None:
 
 def _steady(force: Force) -> bool:
     """The matching forces whose norm measures the distance from the teacher: neither tilted by the reward nor annealed over the stage."""
-    from instep.diffusion.levels import AnnealedBeta
-    from instep.methods.matching import DistributionMatching
-
     if not isinstance(force, DistributionMatching):
         return False
     return not force.operator.needs_advantage and force.adapter is None and not isinstance(force.levels, AnnealedBeta)
@@ -271,7 +304,7 @@ def _hacking(seen: History) -> Findings:
         yield "alarm", "hacking", f"{text} {', and '.join(signs)}: {fix}"
 
 
-CHECKS = (_forces, _finite, _exploded, _critic, _reward, _stuck, _images, _hacking)
+CHECKS = (_forces, _finite, _exploded, _critic, _reward, _tilt, _stuck, _images, _held, _hacking)
 
 # the flags that the checks above raise, without the name after the colon (opposed:dm and group)
 FLAGS = (
@@ -289,5 +322,7 @@ FLAGS = (
     "flicker",
     "still",
     "collapse",
+    "held",
+    "tilt",
     "hacking",
 )

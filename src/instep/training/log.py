@@ -23,7 +23,7 @@ from instep.training.health import Finding
 ROLLING = 10  # iterations that the shown metrics are averaged over
 QUIET_SECONDS = 20  # without a terminal: a line at most this often
 Tracker = Callable[[int, Mapping[str, float]], object]
-SHOWN = {"reward/train": "reward", "critic/fake": "fake", "probe/monitor_both": "monitor"}
+SHOWN = {"reward/train": "reward", "critic/fake": "fake", "probe/monitor_both": "monitor", "hold/multiplier": "multiplier"}
 
 
 class RunLog:
@@ -92,7 +92,7 @@ class RunLog:
             self._tracker = None
 
     def metrics(self) -> str:
-        """Rolling metrics: seconds an iteration, rewards, losses."""
+        """Rolling metrics: seconds an iteration, rewards, losses; figures that are held, relative to their start, with their bounds."""
         parts = []
         for key, name in {"wall_s": "s/it", **SHOWN}.items():
             values = [row[key] for row in self._recent if isinstance(row.get(key), int | float)]
@@ -102,6 +102,8 @@ class RunLog:
                 parts.append(f"{name} {sum(values) / len(values):.3g}")
         cosines = {k: v for k, v in self._last.items() if k.startswith("force/cosine/")}
         parts += [f"cos({k.removeprefix('force/cosine/')}) {v:+.2f}" for k, v in cosines.items()]
+        held = {k.removesuffix("/bound"): v for k, v in self._last.items() if k.startswith("hold/") and k.endswith("/bound")}
+        parts += [f"{k.removeprefix('hold/')} {self._last[k]:.3f} ({'≥' if v < 1 else '≤'} {v:g})" for k, v in held.items() if k in self._last]
         return "  ".join(parts)
 
     def _show(self, step: int, stage: str) -> None:

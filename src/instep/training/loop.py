@@ -21,6 +21,7 @@ from instep.training.batches import BatchSource
 from instep.training.build import averaged
 from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended
 from instep.training.health import Finding, HealthMonitor
+from instep.training.hold import Controller, Held
 from instep.training.log import RunLog, Tracker
 from instep.training.options import RunOptions
 from instep.training.probe import KnownTeacher, Probe, few_of
@@ -58,6 +59,7 @@ class Loop:
         self.reference: dict[str, float] = {}
         self.found: Finding | None = None  # the finding that stops the run
         self.skipped = SkippedSteps()
+        self.controller = Controller(options.hold) if options.hold else None
         self.probed: list[stop.Probed] = []
         self.stopped: stop.Stopped | None = None
         self.writer = CheckpointWriter(out / "checkpoints", options.keep, background=in_background(state.device, options.execution))
@@ -97,13 +99,17 @@ class Loop:
         stage, progress = self.recipe.at(self.state.step)
         cpu, wall = time.process_time(), time.perf_counter()
         try:
-            row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress)}
+            every = self.options.terms_every
+            measured = (None, True) if every and (self.state.step + 1) % every == 0 else ()
+            row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress, *measured)}
         except Unusable as error:
             self._give_up(str(error))
         row |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
         step = self.state.step
+        if self.controller is not None:
+            self.state.hold = self.controller.trained(self.state.hold or Held(), stage, row)
         self.skipped.row(step, row)
-        if step % self.options.probe_every == 0 or step in self.recipe.stage_ends():
+        if step % self.options.probe_interval == 0 or step in self.recipe.stage_ends():
             self._probe(log, health, row)
         else:
             self._note(log, health, row)
@@ -162,6 +168,10 @@ class Loop:
                 save_views(self.out / "views", self.state.step, views, prompts)
         teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
         row |= {f"probe/{key}": value for key, value in metrics.items()} | teacher
+        if self.controller is not None:
+            following, _ = self.recipe.at(min(self.state.step, self.recipe.steps - 1))
+            self.state.hold, scalars = self.controller.probed(self.state.hold or Held(), following, metrics)
+            row |= scalars
         # counted as saved: `_save_if_due` saves it unless it stops the run
         self.probed.append(stop.Probed(self.state.step, metrics.get("monitor_both"), True, metrics["diversity"]))
         self._note(log, health, row)

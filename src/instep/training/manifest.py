@@ -56,6 +56,7 @@ def write_manifest(
         "reward": reward and reward.name,
         "real": real and _digest(real.prompts, real.latents),
         "pairs": pairs and _digest(pairs.prompts, pairs.chosen, pairs.rejected),
+        "hold": {"probe_every": options.probe_interval, **{b.figure: b.fraction for b in options.hold}} if options.hold else None,
         "start_from": str(Path(start_from).resolve()) if start_from else None,
         **({"recipe_source": recipe.source} if recipe.source else {}),
         "config": {k: v for k, v in json.loads(json.dumps(describe(recipe))).items() if k != "source"},

@@ -7,26 +7,40 @@ from pathlib import Path
 
 from instep.training import stop
 from instep.training.execution import Execution
+from instep.training.hold import HOLD_EVERY, Bound
+
+# steps between probes
+PROBE_EVERY = 20
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """How a run is kept: `save_every` steps a checkpoint (the last `keep` stay), `probe_every` steps a probe, one `seed` for all.
 
-    `teacher_samples`: how many samples of the teacher are made and kept for recipes that need such. `stop_on`: health flags at which the run stops,
-    goes back to its best checkpoint by the monitor and exports that; probes that are the best so far are then saved too. `prompt_cache`: the folder of
-    encoded prompts, which several runs may share; None: `prompts` in the run's own. `execution`: device, precision and memory.
-    ValueError for what is no flag.
+    `teacher_samples`: how many samples of the teacher are made and kept for recipes that need such. `stop_on`: health flags at which the run stops, goes back
+    to its best checkpoint by the monitor and exports that; probes that are the best so far are then saved too. `prompt_cache`: the folder of encoded prompts,
+    which several runs may share; None: `prompts` in the run's own. `execution`: device, precision and memory. `hold`: figures of the probe that the weights of
+    reward terms are steered by (`hold.py`). `probe_every` None: 20, and 5 with `hold`. `terms_every`: steps between two measurements of each term's gradient,
+    one more backward pass a term; 0: none. ValueError for what is no flag.
     """
 
     seed: int = 0
     save_every: int = 25
-    probe_every: int = 20
+    probe_every: int | None = None
     keep: int = 2
     execution: Execution = Execution()
     teacher_samples: int = 512
     stop_on: tuple[str, ...] = ()
     prompt_cache: Path | None = None
+    hold: tuple[Bound, ...] = ()
+    terms_every: int = 20
 
     def __post_init__(self) -> None:
         stop.check_flags(self.stop_on)
+        if self.terms_every < 0:
+            raise ValueError(f"terms_every: {self.terms_every} is not allowed; steps between two measurements of each term's gradient, or 0 for none")
+
+    @property
+    def probe_interval(self) -> int:
+        """Steps between probes."""
+        return self.probe_every or (HOLD_EVERY if self.hold else PROBE_EVERY)

@@ -7,7 +7,7 @@ and the monitor, never a held-out classifier.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -66,6 +66,13 @@ class Probe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", as_prompts(self.prompts))
+
+    @torch.no_grad()
+    def figures(self) -> set[str]:
+        """Names of the metrics of the student's samples that rise or fall with their quality, from a trial on noise."""
+        x = randn((1, *self.family.latent_shape), torch.Generator().manual_seed(self.seed), self.family.device)
+        names = set(replace(self, copies=1)._measured(x, self.prompts[:1])) - {"train_spread"}
+        return names | {"modes"} if isinstance(self.monitor, ModeMonitor) else names
 
     @torch.no_grad()
     def student(self, denoiser: Denoiser, sampling: Sampling) -> dict[str, float]:

@@ -20,7 +20,7 @@ from instep.recipes import as_recipe
 from instep.rewards.base import Reward, as_reward
 from instep.rewards.decoded import make_reward_fn, make_reward_grad_fn, weights_of
 from instep.rewards.ranker import relative
-from instep.training import stop
+from instep.training import hold, stop
 from instep.training.batches import BatchSource
 from instep.training.build import averaged, make_state
 from instep.training.checks import check_inputs
@@ -107,7 +107,10 @@ def train(
     if device.type != lent.device.type:
         print(f"{lent.name} is on the {lent.device.type} and trains on {device}; it stays as it is, and device={lent.device.type} trains it there")
     with visiting(modules_in(scored, monitor), device):
-        check_inputs(recipe, options.execution.place(lent), scored, real, prompts, pairs, start_from, export_to=out / "student")
+        placed = options.execution.place(lent)
+        check_inputs(recipe, placed, scored, real, prompts, pairs, start_from, export_to=out / "student")
+        if options.hold:
+            hold.check(options.hold, recipe, probe_of(placed, prompts, scored, monitor, negative_prompt).figures())
     with run_lock(out), visiting(modules_in(scored, monitor), device):
         write_manifest(out, recipe, lent, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
         if not guides(recipe) and any(prompt.negative for prompt in prompts):
@@ -146,9 +149,7 @@ def train(
         elif real is not None and recipe.needs & {"real", "preferred"}:
             print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
         source = BatchSource(family, prompts, real, options.seed, stored, pairs)
-        probe = Probe(
-            family, few_of(prompts, PROBE_PROMPTS), reward=None if scored is None or relative(scored) else scored, monitor=monitor, negative=negative_prompt
-        )
+        probe = probe_of(family, prompts, scored, monitor, negative_prompt)
         loop = Loop(recipe, family, out, options, state, source, probe, tracker, known_teacher)
         with options.execution.attending():
             loop.restore(start_from)
@@ -170,6 +171,12 @@ def train(
                 command=command,
             )
         return Run(out, recipe, family, state, out / "student", loop.stopped)
+
+
+def probe_of(family: Family, prompts: Sequence[Prompt], reward: Reward | None, monitor: Monitor | None, negative: str | None) -> Probe:
+    """The probe of a run; a reward that compares samples scores none of its own."""
+    scored = None if reward is None or relative(reward) else reward
+    return Probe(family, few_of(prompts, PROBE_PROMPTS), reward=scored, monitor=monitor, negative=negative)
 
 
 def guides(recipe: Recipe) -> bool:

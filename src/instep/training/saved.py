@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from instep.diffusion.guidance_scales import GuidanceRange
 from instep.methods.recipe import Recipe
 from instep.training import checkpoint
 from instep.training.batches import BatchSource
-from instep.training.state import TrainState
+from instep.training.hold import Held
+from instep.training.state import NormRatio, TrainState
 
 
 def contents(state: TrainState, source: BatchSource) -> dict[str, Any]:
@@ -30,6 +32,8 @@ def contents(state: TrainState, source: BatchSource) -> dict[str, Any]:
         "reward_variance": None if state.reward_variance is None else [float(v) for v in state.reward_variance],
         "reference": {str(i): p.detach() for i, p in enumerate(state.reference)},
         "reference_stage": state.reference_stage,
+        **({"ratios": {name: asdict(ratio) for name, ratio in state.ratios.items()}} if state.ratios else {}),
+        **({"hold": asdict(state.hold)} if state.hold is not None else {}),
     }
 
 
@@ -42,6 +46,8 @@ def load(state: TrainState, source: BatchSource, saved: dict[str, Any]) -> None:
     variance = saved["reward_variance"]
     state.reward_variance = None if variance is None else [torch.tensor(v, dtype=widest(state.device), device=state.device) for v in variance]
     state.reference_stage = saved["reference_stage"]
+    state.ratios = {name: NormRatio(**ratio) for name, ratio in saved.get("ratios", {}).items()}
+    state.hold = Held.of_json(saved["hold"]) if "hold" in saved else state.hold
     with torch.no_grad():
         for i, p in enumerate(state.reference):
             p.copy_(saved["reference"][str(i)])

@@ -21,6 +21,7 @@ class Scalars:
         self._values: dict[str, list[Tensor]] = {}
         self._waiting: list[tuple[str, Tensor, Tensor]] = []
         self._flags: list[tuple[Tensor, Callable[[bool], None]]] = []
+        self._read: list[tuple[Tensor, Callable[[float], None]]] = []
 
     def add(self, name: str, value: Tensor, there: Tensor | None = None) -> None:
         """Adds a scalar; one for which `there` turns out to be false is left out."""
@@ -30,6 +31,10 @@ class Scalars:
         """Calls `then` with the value of a scalar tensor as soon as it is known, in the order in which they were given."""
         self._flags.append((flag, then))
 
+    def read(self, value: Tensor, then: Callable[[float], None]) -> None:
+        """Calls `then` with the value of a scalar tensor as soon as it is known, before any condition is looked at."""
+        self._read.append((value, then))
+
     def require(self, true: Tensor, error: Callable[[], Exception]) -> None:
         """Raises `error()` from `settle` unless the scalar tensor is true."""
         self._flags.append((true, partial(raise_unless, error=error)))
@@ -38,12 +43,17 @@ class Scalars:
         """Waits for the device: what was added becomes numbers, and the flags are known."""
         flags, self._flags = self._flags, []
         waiting, self._waiting = self._waiting, []
-        known = iter(on_host([tensor.float() for tensor in (*(flag for flag, _ in flags), *(part for _, value, there in waiting for part in (value, there)))]))
+        read, self._read = self._read, []
+        scalars = (*(flag for flag, _ in flags), *(part for _, value, there in waiting for part in (value, there)), *(value for value, _ in read))
+        known = iter(on_host([tensor.float() for tensor in scalars]))
         answers = [bool(next(known)) for _ in flags]
         for name, _, _ in waiting:
             value, there = next(known), next(known)
             if there:
                 self._values.setdefault(name, []).append(value)
+        values = [float(next(known)) for _ in read]
+        for (_, use), number in zip(read, values, strict=True):
+            use(number)
         for (_, then), answer in zip(flags, answers, strict=True):
             then(answer)
 

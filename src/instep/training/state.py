@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from instep.diffusion.path import Path
 from instep.diffusion.prediction import Denoiser
 from instep.methods.latent_reward_model import LatentReward
 from instep.methods.recipe import AdamWConfig
+from instep.training.hold import Held
 from instep.training.low_bit import adamw8bit
 
 RewardFn = Callable[[Tensor, Sequence[Prompt]], Tensor]
@@ -122,6 +124,32 @@ def _hand_over(p: nn.Parameter, master: nn.Parameter) -> None:
     p.grad = None
 
 
+@dataclass(frozen=True)
+class NormRatio:
+    """Running means of the norms of matching's gradient (with its weight) and of a term's own (without).
+
+    The mean is that of all measurements up to `HORIZON`, and from then on an exponential one of that horizon.
+    """
+
+    matching: float = 0.0
+    own: float = 0.0
+    count: int = 0
+
+    HORIZON: ClassVar[int] = 5
+
+    @property
+    def value(self) -> float:
+        """The weight at which both gradients have one norm; 0 as long as the term had no gradient."""
+        return self.matching / self.own if self.own > 0 else 0.0
+
+    def moved(self, matching: float, own: float) -> NormRatio:
+        """The means after one more measurement; the same if it is not finite."""
+        if not (math.isfinite(matching) and math.isfinite(own)):
+            return self
+        count = min(self.count + 1, self.HORIZON)
+        return NormRatio(self.matching + (matching - self.matching) / count, self.own + (own - self.own) / count, count)
+
+
 @dataclass
 class TrainState:
     """The state of a run between iterations. `reward_fn` maps latents [B, ...] and prompts to rewards [B], or is None; `reward_grad_fn` does the same
@@ -133,6 +161,9 @@ class TrainState:
     the student's running average; `latent_reward` is the latent reward model.
 
     `device` is where samples and networks are; the generator `rng` is on the host.
+
+    `ratios` are those of terms whose weight is a share of matching's gradient, by stage and term; `hold` is the state of the controller
+    that moves the weights of all reward terms, where figures are held.
 
     `boundary` is the level between two experts, and `bands` are the bands of the trained experts; a model of one network has one band of all levels.
     """
@@ -154,6 +185,13 @@ class TrainState:
     boundary: float | None = None
     bands: tuple[Band, ...] = (WHOLE,)
     device: torch.device = torch.device("cpu")
+    ratios: dict[str, NormRatio] = field(default_factory=dict)
+    hold: Held | None = None
+
+    @property
+    def multiplier(self) -> float:
+        """The factor on the weights of all reward terms."""
+        return 1.0 if self.hold is None else self.hold.multiplier
 
     def module_of(self, name: str) -> Any:
         """Returns the owner of the parameters in `trained[name]`: a role, or the latent reward model; both have `state` and `load_state`."""

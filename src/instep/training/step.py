@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -20,15 +21,18 @@ from instep.methods.recipe import AdamWConfig, Stage
 from instep.methods.term import Batch, Critic, Force, View
 from instep.training.scalars import Scalars
 from instep.training.state import TrainState
+from instep.training.term_gradients import TermGradients, Weights, due, observe
 
 # micro-batches over which the rewards' variance is averaged in stages that share one scale
 REWARD_HORIZON = 10
 
 
-def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float, log: Scalars | None = None) -> dict[str, Any]:
+def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float, log: Scalars | None = None, measure: bool = False) -> dict[str, Any]:
     """Takes one student step and its critics' steps on `batches` (the micro-batches). Returns scalars for the log.
 
-    It waits for the device once, at its end, for the scalars; in a stage of several inner epochs once after each, and after each step of a critic with an average.
+    With `measure`, and where the stage's shares need it, the norm of each term's gradient is measured in the first inner epoch, by one more backward pass a
+    term; the step itself is the same, bit for bit. It waits for the device once, at its end, for the scalars; in a stage of several inner epochs once after
+    each, and after each step of a critic with an average.
 
     The student goes first and the critics follow on its detached samples, as in DM-Align's Algorithm 1: no graph is alive while
     critics train, and a re-used rollout costs nothing.
@@ -37,6 +41,8 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     snapshot_reference(state, stage)
     sync_average(state, stage)
     views: list[View] = []
+    weights = Weights.now(state, stage)
+    gradients = TermGradients(state.trained["student"]) if measure or due(stage, progress) else None
     for epoch in range(stage.inner_epochs):
         for i, batch in enumerate(batches):
             if epoch == 0:
@@ -58,7 +64,9 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
             else:
                 view = replace(views[i], rollout=recompute(state, stage, views[i]), epoch=epoch)
-            backward(stage, view, 1 / len(batches), log)
+            backward(stage, view, 1 / len(batches), weights, log, gradients if epoch == 0 else None, last=i == len(batches) - 1)
+        if gradients is not None and epoch == 0:
+            log_terms(state, stage, weights, gradients.norms(), log)
         if stage.terms:
             optimizer_step(state, "student", progress, log, stage.optim)
         if stage.inner_epochs > 1:
@@ -204,21 +212,30 @@ def recompute(state: TrainState, stage: Stage, view: View) -> Rollout | None:
     return replace(rollout, exit=predicted("exit", rollout.exit), final=predicted("final", rollout.final))
 
 
-def backward(stage: Stage, view: View, scale: float, log: Scalars) -> None:
-    """Weighs and adds the forces of each point and calls autograd once; then each objective's scalars, one by one."""
+def backward(stage: Stage, view: View, scale: float, weights: Weights, log: Scalars, measured: TermGradients | None = None, *, last: bool = True) -> None:
+    """Weighs and adds the forces of each point and calls autograd once; then each objective's scalars, one by one.
+
+    With `measured` each term is measured alone before.
+    """
     live = live_points(stage, view)
     forces = [(force, checked_force(force, view)) for force in stage.forces if force.on in live]
-    log_forces(forces, view, log)
+    log_forces(forces, view, weights, log)
+    if measured is not None:
+        for force, g in forces:
+            x = view.samples.point(force.on).x
+            measured.add(force.name, partial(torch.autograd.backward, [x], [(scale * g).to(x)], retain_graph=True), last=last)
     points, gradients = [], []
     for where in sorted(live):
-        total = torch.stack([force.weight * g for force, g in forces if force.on == where]).sum(0)
+        total = torch.stack([weights.of[force.name] * g for force, g in forces if force.on == where]).sum(0)
         points.append(view.samples.point(where).x)
         gradients.append((scale * total).to(points[-1]))
     if points:
         torch.autograd.backward(points, gradients)
     for objective in stage.objectives:
         for loss in objective(view):
-            (scale * objective.weight * loss).backward()
+            if measured is not None:
+                measured.add(objective.name, partial((scale * loss).backward, retain_graph=True), last=False)
+            (scale * weights.of[objective.name] * loss).backward()
             log.add(f"objective/{objective.name}", loss.detach())
 
 
@@ -248,11 +265,23 @@ def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, 
     log.after(finite, trained.settle)
 
 
+def log_terms(state: TrainState, stage: Stage, weights: Weights, norms: Mapping[str, Tensor], log: Scalars) -> None:
+    """Logs the weight of each term and the norm of its gradient, with and without it; the ratios of shares move as soon as the norms are known."""
+    known: dict[str, float] = {}
+    for name, norm in norms.items():
+        log.add(f"term/{name}/gradient", weights.of[name] * norm)
+        log.add(f"term/{name}/gradient_unweighted", norm)
+        log.add(f"term/{name}/weight", torch.tensor(weights.of[name]))
+        log.read(norm, partial(known.__setitem__, name))
+    if norms:
+        log.after(torch.ones((), dtype=torch.bool), lambda _: observe(state, stage, known))
+
+
 @torch.no_grad()
-def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, log: Scalars) -> None:
+def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, weights: Weights, log: Scalars) -> None:
     """Logs the weighted norm of each force per sample (of the batch-mean gradient times B), and the cosine of any two at the same point."""
     for force, g in forces:
-        log.add(f"force/{force.name}/norm", force.weight * g.flatten(1).norm(dim=1).mean() * len(g))
+        log.add(f"force/{force.name}/norm", weights.of[force.name] * g.flatten(1).norm(dim=1).mean() * len(g))
     for (f, g), (other, h) in combinations(forces, 2):
         same = torch.ones(len(g), dtype=torch.bool, device=g.device)
         if f.on != other.on:
