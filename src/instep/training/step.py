@@ -28,7 +28,8 @@ REWARD_HORIZON = 10
 def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float, log: Scalars | None = None) -> dict[str, Any]:
     """Takes one student step and its critics' steps on `batches` (the micro-batches). Returns scalars for the log.
 
-    It waits for the device once, at its end, for the scalars; in a stage of several inner epochs once after each, and after each step of a critic with an average.
+    It waits for the device once, at its end, for the scalars; in a stage of several inner epochs also after each, and after each step of a critic that
+    has an average.
 
     The student goes first and the critics follow on its detached samples, as in DM-Align's Algorithm 1: no graph is alive while
     critics train, and a re-used rollout costs nothing.
