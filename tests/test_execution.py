@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from instep.core.rows import by_rows, joined, slices
 from instep.core.size import Size
-from instep.core.transfer import constants, to_device, to_match
 from instep.data.prompt import Prompt
+from instep.diffusion.transfer import constants, to_device, to_match
 from instep.methods.recipe import AdamWConfig
 from instep.models.backbone import Backbone
 from instep.models.borrow import cast, compute_dtype, visiting
