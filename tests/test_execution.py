@@ -6,7 +6,7 @@ import functools
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from instep.core.rows import by_rows, joined, slices
 from instep.core.size import Size
-from instep.core.transfer import constants, to_device, to_match
 from instep.data.prompt import Prompt
+from instep.diffusion.transfer import constants, to_device, to_match
 from instep.methods.recipe import AdamWConfig
 from instep.models.backbone import Backbone
 from instep.models.borrow import cast, compute_dtype, visiting
@@ -236,7 +236,7 @@ def test_a_function_may_name_its_network_and_may_hold_itself():
 
 def test_what_ships_holds_no_family():
     """Rewards and monitors bring their own networks to the device, and no pipeline."""
-    from instep.bundled.worlds import find
+    from instep.bundled import find
 
     world = find("moving-digits").ready()
     nets = modules_in(world.reward, world.monitor)
@@ -376,6 +376,33 @@ def test_gradients_of_micro_batches_add_up_in_float32():
     torch.testing.assert_close(master.grad, sum(part.to(BF16).float() for part in parts), rtol=0, atol=1e-7)
 
 
+def test_the_average_of_a_critic_follows_each_of_its_steps():
+    """Three updates an iteration: the average is the recursion over the weights after each of them, with the horizon of a young average."""
+    recipe = dmd2(Common(steps=2, batch=2, critic_updates=3, **FAST), iterations=2)
+    recipe = replace(recipe, roles={**recipe.roles, "fake": replace(recipe.roles["fake"], ema=0.9)})
+    placed = family()
+    state, source = state_of(recipe, placed), batches_of(placed)
+    fake = state.trained["fake"]
+    path = [{key: p.clone() for key, p in fake.state().items()}]
+    step = fake.step
+
+    def kept(*args):
+        found = step(*args)
+        path.append({key: p.clone() for key, p in fake.state().items()})
+        return found
+
+    fake.step = kept  # type: ignore[method-assign]
+    for i in range(2):
+        iteration(state, recipe.stages[0], source.next(recipe.stages[0]), i / 2)
+    assert len(path) == 7 and fake.steps == 6
+    for key, mean in fake.ema.items():
+        expected = path[0][key].double()
+        for n, weights in enumerate(path[1:], 1):
+            decay = min(0.9, (1 + n) / (10 + n))
+            expected = decay * expected + (1 - decay) * weights[key].double()
+        assert torch.allclose(mean.double(), expected, rtol=0, atol=1e-6), key
+
+
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
     p = nn.Parameter(torch.ones(3))
     trained = TrainedParams({"p": p}, AdamWConfig(1e-1, betas=(0.9, 0.99)), ema=0.5)
@@ -481,7 +508,10 @@ def test_offloaded_networks_compute_the_same(name, rank, monkeypatch):
 def test_weights_that_are_not_trained_are_written_at_home(role, monkeypatch):
     """A frozen copy that is on the device while the student is copied into it: it has the student's weights there the next time."""
     monkeypatch.setattr("instep.training.build.Residency", Poisoned)
+    import every_recipe
+
     name = {"reference": "flow-dpo", "average": "dollar"}[role]
+    monkeypatch.setattr(every_recipe, "STAGES", {**every_recipe.STAGES, "dollar": {**every_recipe.STAGES["dollar"], "target": "average"}})
     execution = Execution(offload=True)
     placed = execution.place(family())
     recipe = small(name)
@@ -739,10 +769,6 @@ class Counted:
 )
 def test_no_forward_decode_or_reward_sees_more_rows_than_a_micro_batch(name, micro_batch, tmp_path, monkeypatch):
     """A whole run: rollouts, critics, rewards, probes, views, the teacher's samples and the export's check."""
-    from dataclasses import replace
-
-    from every_recipe import FunctionReward
-
     counted: Counted | None = None
     place = WanFamily.placed
 

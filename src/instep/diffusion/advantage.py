@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from instep.core.transfer import to_match
+from instep.diffusion.transfer import to_match
 
 
 def _by_group(reward: Tensor, group: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from instep.core.transfer import to_device
+from instep.diffusion.transfer import to_device
 
 GuidanceScales = tuple[float, float]
 

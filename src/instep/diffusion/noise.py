@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from instep.core.transfer import to_device
+from instep.diffusion.transfer import to_device
 
 
 def randn(shape: Sequence[int], rng: torch.Generator, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:

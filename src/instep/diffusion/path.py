@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instep.core.transfer import to_match
+from instep.diffusion.transfer import to_match
 
 
 def broadcast(t: Tensor, x: Tensor) -> Tensor:

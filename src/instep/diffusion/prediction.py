@@ -13,9 +13,9 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from instep.core.transfer import to_device
 from instep.diffusion.guidance_scales import GuidanceScales
 from instep.diffusion.path import Path, at_least_float32, broadcast
+from instep.diffusion.transfer import to_device
 
 PredictionType = Literal["velocity", "x0", "eps", "v_prediction"]
 

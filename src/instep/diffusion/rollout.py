@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from instep.core.transfer import to_device
 from instep.diffusion.noise import randn
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.sampling import Step, sample
+from instep.diffusion.transfer import to_device
 from instep.diffusion.transitions import Renoise, Transition
 
 Where = Literal["exit", "final"]

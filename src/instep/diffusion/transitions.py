@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instep.core.transfer import to_match
 from instep.diffusion.path import Path, RectifiedFlow, broadcast
 from instep.diffusion.prediction import eps_of_x0
+from instep.diffusion.transfer import to_match
 
 
 @dataclass(frozen=True)

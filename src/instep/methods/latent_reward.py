@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from instep.core.transfer import constants, to_match
 from instep.data.prompt import Prompt
+from instep.diffusion.transfer import constants, to_match
 from instep.methods.term import Critic, Force, Labels, Need, View
 
 

@@ -12,8 +12,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from instep.core.transfer import constants, widest
 from instep.diffusion.prediction import Condition
+from instep.diffusion.transfer import constants, widest
 
 Kind = Literal["image", "text-image", "video", "text-video"]
 Frames = Literal["average", "volume"]

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instep.core.transfer import to_device
 from instep.diffusion.levels import LevelSampler, Uniform
 from instep.diffusion.prediction import Condition
+from instep.diffusion.transfer import to_device
 from instep.methods.critics import denoising_error
 from instep.methods.term import Need, Objective, View
 

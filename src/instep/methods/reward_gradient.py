@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instep.core.transfer import constants
+from instep.diffusion.transfer import constants
 from instep.methods.term import Force, Need, View
 
 # latent elements whose reward's graph (decoder and reward model) is alive at a time; always at least one row

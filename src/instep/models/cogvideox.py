@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.core.transfer import to_device
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.path import VariancePreserving
 from instep.diffusion.prediction import Condition, PredictionType
+from instep.diffusion.transfer import to_device
 from instep.models.family import skipped
 from instep.models.pipeline_family import PipelineFamily
 from instep.models.preset import Distillation, Preset

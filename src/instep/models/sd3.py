@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.core.transfer import to_device
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
+from instep.diffusion.transfer import to_device
 from instep.models.family import Task, skipped
 from instep.models.pipeline_family import PipelineFamily
 from instep.models.preset import Distillation, Preset

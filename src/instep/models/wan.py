@@ -14,9 +14,9 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.core.transfer import to_device
 from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
+from instep.diffusion.transfer import to_device
 from instep.models.family import ComfyUI, skipped
 from instep.models.pipeline_family import PipelineFamily, has_part
 from instep.models.preset import Distillation, Preset

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.core.transfer import to_device, to_match
 from instep.data.first_frame import read_first_frame
 from instep.data.prompt import Prompt, as_prompts
 from instep.diffusion.prediction import Condition
+from instep.diffusion.transfer import to_device, to_match
 from instep.models.borrow import compute_dtype, visiting
 from instep.models.family import ComfyUI, Task
 from instep.models.preset import Preset

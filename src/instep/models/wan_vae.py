@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from instep.core.transfer import to_match
+from instep.diffusion.transfer import to_match
 from instep.models.borrow import compute_dtype
 
 if TYPE_CHECKING:

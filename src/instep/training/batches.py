@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from instep.core.transfer import to_device
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
+from instep.diffusion.transfer import to_device
 from instep.methods.recipe import Stage
 from instep.methods.term import Batch, Pairs, Stored
 from instep.models.family import Family

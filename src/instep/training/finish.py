@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from instep.core.version import __version__
 from instep.data.prompt import Prompt
@@ -18,6 +19,7 @@ from instep.models.role import Role
 
 if TYPE_CHECKING:
     from instep.export import ExportReport
+    from instep.export.verify import Sampler
 
 
 def fits_stock(student: Role) -> bool:
@@ -68,6 +70,8 @@ def export_role(
         size=family.size,
         example_prompt=example,
     )
+    if student.backbone.residency is not None:
+        student.backbone.residency.clear()
     network, adapter = student.backbone.module, student.adapter
     if sampling.kind == "ode":
         if sampling.guidance_scales is not None:
@@ -75,11 +79,23 @@ def export_role(
         return export_many_step(family, network, sampling, to, info, adapter=adapter, dtype=dtype)
 
     if family.pipe is None:
-        ours = role_sampler(family, student, sampling.levels)
+        ours = _leaving(role_sampler(family, student, sampling.levels), student)
         return export_parts(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours)
     check = family.at(small_size(family, info))
-    ours = role_sampler(check, student, sampling.levels)
+    ours = _leaving(role_sampler(check, student, sampling.levels), student)
     return export_student(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours, size=check.size)
+
+
+def _leaving(sampler: Sampler, student: Role) -> Sampler:
+    """The sampler, after which no network that takes turns is left on the device: its weights are written from host memory, and the check needs the room."""
+
+    def ours(prompts: Sequence[Prompt], rng: torch.Generator) -> Tensor:
+        x = sampler(prompts, rng)
+        if student.backbone.residency is not None:
+            student.backbone.residency.clear()
+        return x
+
+    return ours
 
 
 def with_folded_guidance(student: Role, guidance_scales: GuidanceScales) -> nn.Module:

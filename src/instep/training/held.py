@@ -17,7 +17,7 @@ PLAIN = (type, ModuleType, BuiltinFunctionType, torch.Tensor, torch.device, torc
 
 
 def modules_in(*objects: Any) -> list[nn.Module]:
-    """The networks that objects hold, each once: in attributes and slots, lists, tuples, sets and mappings, bound methods, `functools.partial`, and in functions
+    """The networks that objects hold, each once: in attributes, slots, lists, tuples, sets, mappings, bound methods, `functools.partial`, and in functions
     as defaults, in closures, and as global variables that the function names.
 
     Parts of a network that was found are not listed again. A network that a function imports, or makes when it is called, cannot be found.

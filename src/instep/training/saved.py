@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from instep.core.transfer import widest
 from instep.diffusion.guidance_scales import GuidanceRange
+from instep.diffusion.transfer import widest
 from instep.methods.recipe import Recipe
 from instep.training import checkpoint
 from instep.training.batches import BatchSource

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instep.core.transfer import constants, to_device, widest
 from instep.data.prompt import Prompt
 from instep.diffusion.advantage import constant_groups, group_variance, several_advantages
 from instep.diffusion.bands import Band, in_band
 from instep.diffusion.guidance import GuidedDenoiser
 from instep.diffusion.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
+from instep.diffusion.transfer import constants, to_device, widest
 from instep.methods.recipe import AdamWConfig, Stage
 from instep.methods.term import Batch, Critic, Force, View
 from instep.training.scalars import Scalars
