@@ -27,7 +27,7 @@ from instep.models.role import Role
 from instep.planning.tally import Tally
 from instep.rewards.decoded import DECODE_BATCH
 from instep.training.batches import BatchSource
-from instep.training.low_bit import MOMENTS, parts_of
+from instep.training.low_bit import MOMENTS, plain
 from instep.training.scalars import Scalars
 from instep.training.state import TrainedParams, TrainState
 
@@ -214,7 +214,7 @@ def register(tally: Tally, state: TrainState, family: Family) -> list[Any]:
                 tally.assign(master, f"float32 weights of {name}")
             hooks.append(p.register_post_accumulate_grad_hook(lambda _, m=master, kind=f"gradients of {name}": tally.assign(m.grad, kind)))
             for moment in MOMENTS:
-                for part in tree_leaves(_plain(trained.optimizer.state.get(master, {}).get(moment))):
+                for part in tree_leaves(plain(trained.optimizer.state.get(master, {}).get(moment))):
                     tally.assign(part, f"moments of {name}")
         for mean in (trained.ema or {}).values():
             tally.assign(mean, f"average of {name}")
@@ -232,11 +232,6 @@ def register(tally: Tally, state: TrainState, family: Family) -> list[Any]:
     for tensor in () if vae is None else tensors_of(vae).values():
         tally.assign(tensor, "decoder")
     return hooks
-
-
-def _plain(moment: Any) -> Any:
-    """A moment as plain tensors."""
-    return (parts_of(moment) or moment) if isinstance(moment, Tensor) else moment
 
 
 def batches_of(family: Family, stage: Stage) -> list[Batch]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from instep.core.files import write_error
-from instep.training.low_bit import in_8_bit, is_low_bit, moment_of, parts_of
+from instep.training.low_bit import in_8_bit, is_low_bit, moment_of, plain
 from instep.training.state_files import State, join, sha256, split, write, write_tensors
 
 __all__ = [
@@ -216,12 +216,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
     """Returns the state of a torch optimiser: its tensors for each parameter, and each group's settings."""
     state = optimizer.state_dict()
     groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    return {"state": {str(k): {name: _plain(v) for name, v in entry.items()} for k, entry in state["state"].items()}, "groups": groups}
-
-
-def _plain(value: Any) -> Any:
-    """A moment in 8 bit as its plain tensors."""
-    return (parts_of(value) or value) if isinstance(value, Tensor) else value
+    return {"state": {str(k): {name: plain(v) for name, v in entry.items()} for k, entry in state["state"].items()}, "groups": groups}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: State) -> None:

@@ -45,6 +45,11 @@ def parts_of(moment: Tensor) -> dict[str, Tensor] | None:
     return {name: getattr(moment, name) for name in PARTS} if all(hasattr(moment, name) for name in PARTS) else None
 
 
+def plain(value: Any) -> Any:
+    """A moment in 8 bit as its plain tensors by name; anything else as it is."""
+    return (parts_of(value) or value) if isinstance(value, Tensor) else value
+
+
 def moment_of(name: str, parts: Mapping[str, Tensor]) -> Tensor:
     """The inverse of `parts_of`, of the moment of that name."""
     check_installed()
