@@ -149,16 +149,13 @@ NOISE_SEED = 0
 
 def group_by_hand(x, reward, advantage, *, toward, normaliser, sign, top_n, estimate, t=0.5):
     """A second derivation of the group force, sample by sample: one group, the noise that the view draws first."""
-    noise = torch.randn(1, *x.shape[1:], generator=torch.Generator().manual_seed(NOISE_SEED), dtype=torch.float32).to(x)[0]
+    noise = torch.randn(1, *x.shape[1:], generator=torch.Generator().manual_seed(NOISE_SEED), dtype=F64)[0]
     best = sorted(range(len(x)), key=lambda i: -float(reward[i]))[:top_n]
     rows = []
     for i in range(len(x)):
         point = (1 - t) * x[i] + t * noise
         own = estimate(point) if estimate else x[i]
-        if toward == "mean":
-            plus = sum(x[j] for j in best) / top_n
-        else:
-            plus = x[min(best, key=lambda j: float((x[i] - x[j]).norm()))]
+        plus = sum(x[j] for j in best) / top_n if toward == "mean" else x[min(best, key=lambda j: float((x[i] - x[j]).norm()))]
         target = estimate((1 - t) * plus + t * noise) if estimate else plus
         if toward == "kernel":
             density = [torch.distributions.Normal((1 - t) * x[j], t).log_prob(point).sum().exp() for j in best]
@@ -200,7 +197,7 @@ def test_pair_chooses_among_the_preferred_samples_of_its_prompt(toward) -> None:
     x = torch.tensor([[0.0, 0.0], [4.0, 4.0]], dtype=F64)
     preferred = torch.tensor([[[1.0, 0.0], [9.0, 9.0]], [[1.0, 0.0], [5.0, 5.0]]], dtype=F64)
     seen = AlignPair(levels=Fixed(), toward=toward).explain(view(x, {"fake": Linear(0.5)}, real=preferred))
-    noise = torch.randn(2, 2, generator=torch.Generator().manual_seed(NOISE_SEED)).to(F64)
+    noise = torch.randn(2, 2, generator=torch.Generator().manual_seed(NOISE_SEED), dtype=F64)
     x_t = 0.5 * x + 0.5 * noise
     plus = {"nearest": torch.stack([preferred[0, 0], preferred[1, 1]]), "mean": preferred.mean(1)}.get(toward)
     if plus is None:
