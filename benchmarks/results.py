@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import claims
+import results_align
 import results_apo
 import results_dollar
 import results_gpu
@@ -253,6 +254,7 @@ def main() -> None:
         *claims.lines(),
         "",
         *lab_lines(),
+        *results_align.lines(),
         "## Stock diffusers against our sampler",
         "",
         "`python benchmarks/export_difference.py`: largest absolute difference of final latents, float32.",
