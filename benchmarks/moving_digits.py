@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,24 +64,29 @@ class Cell:
 
 HIGH = Uniform(low=0.8, high=0.98)
 TWO = Common(steps=2)
+# the reading of DM-Align that these cells and those of reinforce.py were measured with: the last step, the mean of two, units of the own estimate
+OLD = partial(dm_align_group, distil=0, reach="last", toward="mean", top_n=2, normaliser="own", weight=0.3, matching=0.7, levels=Uniform(low=0.3, high=0.98))
+OLD_PAIR = partial(dm_align_pair, distil=0, iterations=MORE, reach="last", candidates=1, normaliser="own", levels=HIGH)
 CELLS = {
     "dmd2-4": Cell(lambda: dmd2(iterations=BASE), what="4 steps, fake told the exit, rollout re-used"),
     "dmd2-4-more": Cell(lambda: dmd2(iterations=MORE), "dmd2-4", "control: as many further iterations of DMD2"),
-    "group-signed": Cell(lambda: dm_align_group(distil=0, iterations=MORE), "dmd2-4", "DM-Align (Group), signed as the text says"),
+    "group-signed": Cell(lambda: OLD(iterations=MORE, sign="signed"), "dmd2-4", "DM-Align (Group), signed as the text says"),
     "dmd2-2": Cell(lambda: dmd2(TWO, iterations=FEW), what="2 steps"),
     "dmd2-1": Cell(lambda: dmd2(Common(steps=1), iterations=FEW), what="1 step"),
     "dmd2-4-one-fake": Cell(lambda: dmd2(Common(condition_on_exit=False), iterations=BASE), what="4 steps, one fake for all exits"),
     "dmd2-4-fresh": Cell(lambda: dmd2(Common(reuse=False), iterations=BASE), what="4 steps, a fresh rollout for every fake update"),
-    "group-printed": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="printed"), "dmd2-4", "DM-Align (Group), Eq. 7's sign as printed"),
-    "pair": Cell(lambda: dm_align_pair(distil=0, iterations=MORE), "dmd2-4", "DM-Align (Pair), weight .1"),
+    "group-printed": Cell(lambda: OLD(iterations=MORE, sign="printed"), "dmd2-4", "DM-Align (Group), Eq. 7's sign as printed"),
+    "pair": Cell(lambda: OLD_PAIR(weight=0.1, matching=0.9), "dmd2-4", "DM-Align (Pair), weight .1"),
     "amd": Cell(lambda: amd(iterations=MORE), "dmd2-4", "AMD"),
     "amd-weight": Cell(lambda: amd(iterations=MORE, sensitivity=0.0), "dmd2-4", "AMD's critic weight alone"),
     "refl": Cell(lambda: refl(iterations=MORE, weight=0.01, weight_unit="raw"), "dmd2-4", "DMD2 and the training reward's gradient (ReFL), weight .01"),
     "dmd2-4-gan": Cell(lambda: dmd2(gan=1e-2, iterations=BASE), what="4 steps, with a discriminator on real videos"),
     "decoupled-4": Cell(lambda: decoupled_dmd(iterations=BASE), what="4 steps, Decoupled-DMD"),
-    "group-pull": Cell(lambda: dm_align_group(distil=0, iterations=MORE, sign="pull"), "dmd2-4", "DM-Align (Group), pull-only"),
-    "group-high": Cell(lambda: dm_align_group(distil=0, iterations=MORE, weight=0.7, levels=HIGH), "dmd2-4", "Group at levels above .8 alone, weight .7"),
-    "pair-half": Cell(lambda: dm_align_pair(distil=0, iterations=MORE, weight=0.5), "dmd2-4", "DM-Align (Pair), the paper's weight"),
+    "group-pull": Cell(lambda: OLD(iterations=MORE, sign="pull"), "dmd2-4", "DM-Align (Group), pull-only"),
+    "group-high": Cell(
+        lambda: OLD(iterations=MORE, sign="signed", weight=0.7, matching=0.3, levels=HIGH), "dmd2-4", "Group at levels above .8 alone, weight .7"
+    ),
+    "pair-half": Cell(lambda: OLD_PAIR(), "dmd2-4", "DM-Align (Pair), the paper's weight"),
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from moving_digits import CELLS as DISTILLED
-from moving_digits import FEW, MORE, RESULTS, TWO, Cell, hacking, run_cell
+from moving_digits import FEW, MORE, OLD, RESULTS, TWO, Cell, hacking, run_cell
 from torch import Tensor
 
 from instep.bundled.classifiers import _wanted
@@ -23,7 +23,6 @@ from instep.core.files import write_json
 from instep.recipes.after import rl_after, sft_after
 from instep.recipes.amd import amd
 from instep.recipes.common import Common
-from instep.recipes.dm_align import dm_align_group
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.many_step import ManySteps, dance_grpo, flow_dpo
@@ -85,7 +84,7 @@ CELLS = {
     "sft": Cell(lambda: sft_after(TWO, distil=0, iterations=MORE), START, "fine-tuning on real videos alone after distillation", probe_every=10),
     "joint-dpo": joint("dpo", 0.1),
     "joint-grpo": joint("grpo", 0.1),
-    "align-group": Cell(lambda: dm_align_group(TWO, distil=0, iterations=MORE), START, "DM-Align (Group)", probe_every=10),
+    "align-group": Cell(lambda: OLD(TWO, iterations=MORE, sign="signed"), START, "DM-Align (Group)", probe_every=10),
     "amd": Cell(lambda: amd(TWO, iterations=MORE), START, "AMD", probe_every=10),
     "tilted": Cell(lambda: dmdr(TWO, warm=FEW, iterations=0, tilt="literal"), None, "RT-DM from the start (literal, DynaRS, DynaDG)", probe_every=20),
     "tilted-weight": Cell(lambda: dmdr(TWO, warm=FEW, iterations=0, tilt="weight"), None, "exact tilt from the start (DynaRS, DynaDG)", probe_every=20),

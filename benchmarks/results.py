@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import claims
+import results_align
 import results_apo
 import results_dollar
 import results_gpu
@@ -255,6 +256,7 @@ def main() -> None:
         "",
         *lab_lines(),
         *results_hold.lines(),
+        *results_align.lines(),
         "## Stock diffusers against our sampler",
         "",
         "`python benchmarks/export_difference.py`: largest absolute difference of final latents, float32.",

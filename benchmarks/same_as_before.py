@@ -128,7 +128,7 @@ CASES = (
     laboratory(
         "lab learned teacher",
         "dmd2:reuse=False,accumulate=2 dmd2:condition_on_exit=False magic dmdr:tilt=weight,rl=grpo,inner_epochs=2 dmdr:tilt=zscore,rl=ddpo,beside=dm "
-        "dmdr:tilt=none,dyna_rs=False,dyna_dg=0 dm-align-group:sign=pull,spread=group,through=trajectory",
+        "dmdr:tilt=none,dyna_rs=False,dyna_dg=0 dm-align-group:sign=pull,spread=group,reach=trajectory",
         "--start far --teacher learned --geometry grid9 --reward half --guidance 1.5 --steps 2 --iterations 4 --members 1",
     ),
     laboratory(
@@ -171,7 +171,7 @@ CASES = (
     train("magic lora", "magic --lora-rank 4 --iterations 2"),
     train(
         "dm-align-group lora",
-        f"dm-align-group --lora-rank 4 --checkpointing --distil 1 --iterations 2 --top-n 1 --sign pull --spread group --through trajectory {GROUP}",
+        f"dm-align-group --lora-rank 4 --checkpointing --distil 1 --iterations 2 --top-n 1 --sign pull --spread group --reach trajectory {GROUP}",
     ),
     train("dmdr lora", f"dmdr --lora-rank 4 --warm 2 --iterations 2 --rl dpo {GROUP}"),
     train("dollar lora", f"dollar --lora-rank 4 --checkpointing --fit 1 --iterations 2 --target average {PAIRS}"),

@@ -14,6 +14,7 @@ from instep.methods.align import AlignGroup, AlignPair, align_direction, group_f
 from instep.methods.matching import DistributionMatching
 from instep.methods.operators import Displacements, Standard
 from instep.methods.term import Batch, View, as_force
+from instep.recipes.dm_align import dm_align_group, dm_align_pair
 
 F64 = torch.float64
 
@@ -42,7 +43,7 @@ def view(x: torch.Tensor, roles, *, group: int = 1, reward=None, advantage=None,
     point = Point(x, x, torch.full((n,), 0.25, dtype=F64), torch.zeros(n, dtype=torch.long))
     cond = LabelCondition(label=torch.zeros(n, dtype=torch.long))
     prompts = ("0",) * (n // group)
-    batch = Batch(prompts, labels(prompts), labels([""] * len(prompts)), real)
+    batch = Batch(prompts, labels(prompts), labels([""] * len(prompts)), preferred=real)
     rollout = Rollout(cond, group, exit=point, final=point, reward=reward, advantage=advantage)
     return View(roles, RectifiedFlow(), batch, 0.0, torch.Generator().manual_seed(0), rollout)
 
@@ -88,13 +89,15 @@ def test_align_direction_by_hand() -> None:
     x = torch.tensor([[0.0, 4.0]], dtype=F64)
     estimate = torch.tensor([[1.0, 1.0]], dtype=F64)  # |x - estimate| is 1 and 3: mean 2
     preferred = torch.tensor([[3.0, 0.0]], dtype=F64)
-    torch.testing.assert_close(align_direction(x, estimate, preferred), torch.tensor([[-1.0, 0.5]], dtype=F64))
+    torch.testing.assert_close(align_direction(x, estimate, preferred, "own"), torch.tensor([[-1.0, 0.5]], dtype=F64))
+    # |x - preferred| is 3 and 4: mean 3.5
+    torch.testing.assert_close(align_direction(x, estimate, preferred), torch.tensor([[-2.0, 1.0]], dtype=F64) / 3.5)
 
 
 def test_pair_moves_toward_the_preferred_estimate_with_the_same_noise() -> None:
     x, real = torch.zeros(3, 2, dtype=F64), torch.full((3, 2), 4.0, dtype=F64)
     fake = Linear(0.5)
-    g = AlignPair(levels=Fixed())(view(x, {"fake": fake}, real=real))
+    g = AlignPair(levels=Fixed(), normaliser="own")(view(x, {"fake": fake}, real=real[:, None]))
     ((x_t, t, _),) = fake.calls
     own, other = x_t.chunk(2)
     # same level and same noise: the two noised points differ by a(t) (x - x_plus) alone
@@ -111,7 +114,7 @@ def test_group_sign(sign, factors) -> None:
     torch.testing.assert_close(group_factor(advantage, sign), torch.tensor(factors, dtype=F64))
     x = torch.tensor([[2.0, 2.0], [0.0, 0.0]], dtype=F64)
     fake = Linear(0.5)
-    g = AlignGroup(levels=Fixed(), top_n=1, sign=sign)(view(x, {"fake": fake}, group=2, reward=advantage, advantage=advantage))
+    g = AlignGroup(levels=Fixed(), top_n=1, sign=sign, toward="mean", normaliser="own")(view(x, {"fake": fake}, group=2, reward=advantage, advantage=advantage))
     ((x_t, _, cond),) = fake.calls
     assert len(x_t) == 3 and len(cond) == 3, "two samples and one preferred mean"
     low = 0.5 * (x_t[1] - x_t[2])  # estimate minus preferred estimate
@@ -124,10 +127,102 @@ def test_group_mean_of_the_best_shares_noise_and_level() -> None:
     x = torch.arange(8, dtype=F64).reshape(4, 2)
     reward = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=F64)
     fake = Linear(0.5)
-    AlignGroup(levels=Fixed(), top_n=2)(view(x, {"fake": fake}, group=4, reward=reward, advantage=reward - 1.5))
+    AlignGroup(levels=Fixed(), top_n=2, toward="mean")(view(x, {"fake": fake}, group=4, reward=reward, advantage=reward - 1.5))
     ((x_t, t, _),) = fake.calls
     noise = 2 * x_t[:4] - x
     torch.testing.assert_close(noise, noise[:1].expand(4, 2))
     torch.testing.assert_close(2 * x_t[4] - noise[0], x[2:].mean(0))
     with pytest.raises(ValueError, match="sign: 'other'"):
         group_factor(reward, "other")
+
+
+class Affine(Linear):
+    """An estimate that depends on the point nonlinearly, so that no two readings agree by accident."""
+
+    def __call__(self, x_t, t, cond):
+        x0 = self.scale * x_t + 0.1 * x_t.square()
+        return Prediction(x0, x0)
+
+
+NOISE_SEED = 0
+
+
+def group_by_hand(x, reward, advantage, *, toward, normaliser, sign, top_n, estimate, t=0.5):
+    """A second derivation of the group force, sample by sample: one group, the noise that the view draws first."""
+    noise = torch.randn(1, *x.shape[1:], generator=torch.Generator().manual_seed(NOISE_SEED), dtype=F64)[0]
+    best = sorted(range(len(x)), key=lambda i: -float(reward[i]))[:top_n]
+    rows = []
+    for i in range(len(x)):
+        point = (1 - t) * x[i] + t * noise
+        own = estimate(point) if estimate else x[i]
+        plus = sum(x[j] for j in best) / top_n if toward == "mean" else x[min(best, key=lambda j: float((x[i] - x[j]).norm()))]
+        target = estimate((1 - t) * plus + t * noise) if estimate else plus
+        if toward == "kernel":
+            density = [torch.distributions.Normal((1 - t) * x[j], t).log_prob(point).sum().exp() for j in best]
+            target = sum(p * x[j] for p, j in zip(density, best, strict=True)) / sum(density)
+        size = (x[i] - (target if normaliser == "target" else own)).abs().mean().clamp(min=1e-3)
+        a = float(advantage[i])
+        rows.append({"signed": -a, "pull": max(-a, 0.0), "printed": a}[sign] * (own - target) / size)
+    return torch.stack(rows) / x.numel()
+
+
+@pytest.mark.parametrize("sign", ["pull", "signed", "printed"])
+@pytest.mark.parametrize(("toward", "normaliser"), [(a, b) for a in ("nearest", "mean", "kernel") for b in ("target", "own")])
+def test_every_reading_of_the_group_force_by_a_second_derivation(toward, normaliser, sign) -> None:
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(4), dtype=F64)
+    reward = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.9, -2.0], dtype=F64)
+    advantage = (reward - reward.mean()) / reward.std(unbiased=False)
+    options = {"toward": toward, "normaliser": normaliser, "sign": sign, "top_n": 3}
+    for role in ("fake", "teacher", "student"):
+        fakes = {name: Linear(9.0) for name in ("fake", "teacher", "student")} | {role: Affine(0.6)}
+        g = AlignGroup(levels=Fixed(), estimate_by=role, **options)(view(x, fakes, group=6, reward=reward, advantage=advantage))
+        expected = group_by_hand(x, reward, advantage, **options, estimate=lambda point: 0.6 * point + 0.1 * point.square())
+        torch.testing.assert_close(g, expected, rtol=1e-9, atol=1e-12)
+    if toward != "kernel" and normaliser == "target":
+        g = AlignGroup(levels=Fixed(), estimate_by="samples", **options)(view(x, {}, group=6, reward=reward, advantage=advantage))
+        torch.testing.assert_close(g, group_by_hand(x, reward, advantage, **options, estimate=None), rtol=1e-9, atol=1e-12)
+
+
+def test_a_preferred_sample_is_its_own_nearest_and_others_take_the_closer_of_two() -> None:
+    x = torch.tensor([[0.0, 0.0], [10.0, 0.0], [1.0, 1.0], [8.0, 1.0]], dtype=F64)
+    reward = torch.tensor([3.0, 2.0, 1.0, 0.0], dtype=F64)
+    force = AlignGroup(levels=Fixed(), top_n=2, sign="signed")
+    seen = force.explain(view(x, {"fake": Linear(0.5)}, group=4, reward=reward, advantage=reward - 1.5))
+    torch.testing.assert_close(seen.own - seen.preferred, 0.25 * torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [-2.0, 1.0]], dtype=F64))
+    torch.testing.assert_close(seen.target, seen.x - seen.direction)
+
+
+@pytest.mark.parametrize("toward", ["nearest", "mean", "kernel"])
+def test_pair_chooses_among_the_preferred_samples_of_its_prompt(toward) -> None:
+    x = torch.tensor([[0.0, 0.0], [4.0, 4.0]], dtype=F64)
+    preferred = torch.tensor([[[1.0, 0.0], [9.0, 9.0]], [[1.0, 0.0], [5.0, 5.0]]], dtype=F64)
+    seen = AlignPair(levels=Fixed(), toward=toward).explain(view(x, {"fake": Linear(0.5)}, real=preferred))
+    noise = torch.randn(2, 2, generator=torch.Generator().manual_seed(NOISE_SEED), dtype=F64)
+    x_t = 0.5 * x + 0.5 * noise
+    plus = {"nearest": torch.stack([preferred[0, 0], preferred[1, 1]]), "mean": preferred.mean(1)}.get(toward)
+    if plus is None:
+        density = torch.stack([torch.distributions.Normal(0.5 * preferred[:, j], 0.5).log_prob(x_t).sum(1).exp() for j in range(2)], 1)
+        expected = ((density / density.sum(1, keepdim=True))[:, :, None] * preferred).sum(1)
+    else:
+        expected = 0.5 * (0.5 * plus + 0.5 * noise)
+    torch.testing.assert_close(seen.preferred, expected)
+    torch.testing.assert_close(seen.direction, (0.5 * x_t - expected) / (x - expected).abs().mean(1, keepdim=True))
+
+
+def test_options_of_the_alignment_forces_are_refused_early() -> None:
+    for options, message in (
+        ({"toward": "far"}, "toward: 'far' is not known; allowed: nearest, mean, kernel"),
+        ({"normaliser": "x"}, "normaliser: 'x' is not known"),
+        ({"estimate_by": "real"}, "estimate_by: 'real' is not known; allowed: fake, teacher, student, samples"),
+        ({"estimate_by": "samples", "toward": "kernel"}, "without noise there is no posterior"),
+        ({"estimate_by": "samples", "normaliser": "own"}, "a sample's distance to itself is zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AlignGroup(**options)
+    with pytest.raises(ValueError, match="candidates: 0 is not allowed"):
+        AlignPair(candidates=0)
+    with pytest.raises(ValueError, match="top_n: 8 is not allowed; between 1 and 7 of a group of 8"):
+        dm_align_group(top_n=8)
+    with pytest.raises(ValueError, match="reach: 'far' is not known; allowed: exit, last, trajectory"):
+        dm_align_pair(reach="far")
+    assert dm_align_group(weight=0.2, matching=0.9).stages[-1].terms[0].weight == 0.9, "the two weights of Eq. 8 are apart"

@@ -51,7 +51,8 @@ def pretrain(net: VelocityMLP, steps: int = 400) -> None:
 def batches(state: TrainState, n: int, preferred: Callable | None) -> list[Batch]:
     names = tuple(str(int(c)) for c in torch.randint(0, 2, (n,), generator=state.rng))
     cond = labels(names)
-    return [Batch(names, cond, labels([""] * n), preferred(cond.label, state.rng) if preferred else None)]
+    several = torch.stack([preferred(cond.label, state.rng) for _ in range(4)], 1) if preferred else None
+    return [Batch(names, cond, labels([""] * n), preferred=several)]
 
 
 def run(recipe: Recipe, reward_fn: Callable | None = None, preferred: Callable | None = None) -> Tensor:
@@ -99,31 +100,43 @@ def test_dmd2_matches_the_mixture(control):
     assert abs(right_share(control) - 0.5) < 0.1, "without a reward neither side is preferred"
 
 
-# every level, each group's own deviation: at high levels alone the force does next to nothing here, see below
-STRONG = {"weight": 0.05, "levels": Uniform(), "spread": "group"}
+# the paper's letter at a tenth of its weight: divided by the distance to its own estimate, the force is strong in two dimensions
+LETTER = {"reach": "last", "toward": "mean", "normaliser": "own", "spread": "group", "top_n": 2, "weight": 0.05, "matching": 0.95}
 
 
 @pytest.mark.parametrize("sign", ["signed", "pull"])
 def test_group_takes_the_student_to_the_rewarded_side(control, sign):
-    """In two dimensions the force is strong: a weight of .05 moves every sample, and leaves most of the quality."""
-    aligned = run(dm_align_group(COMMON, distil=300, iterations=150, sign=sign, **STRONG), rightness)
+    """A weight of .05 moves every sample, and leaves most of the quality."""
+    aligned = run(dm_align_group(COMMON, distil=300, iterations=150, sign=sign, **LETTER), rightness)
     assert right_share(aligned) > 0.9
     assert quality(aligned) > quality(control) - 0.35
 
 
+def test_the_default_aligns_and_keeps_the_quality(control):
+    """Toward the nearest preferred sample, at the exit, in units of the distance to it."""
+    aligned = run(dm_align_group(COMMON, distil=300, iterations=150), rightness)
+    assert right_share(aligned) > right_share(control) + 0.06
+    assert quality(aligned) > quality(control) - 0.1
+
+
 def test_printed_sign_takes_it_to_the_other_side():
     """Eq. 7 to the letter moves low samples away from the preferred mean: the reward falls."""
-    assert right_share(run(dm_align_group(COMMON, distil=300, iterations=150, sign="printed", **STRONG), rightness)) < 0.2
+    assert right_share(run(dm_align_group(COMMON, distil=300, iterations=150, sign="printed", **LETTER), rightness)) < 0.2
 
 
 def test_pair_moves_toward_the_preferred_side(control):
-    aligned = run(dm_align_pair(COMMON, distil=300, iterations=150, weight=0.05, levels=Uniform()), preferred=preferred_right)
+    aligned = run(dm_align_pair(COMMON, distil=300, iterations=150), preferred=preferred_right)
     assert right_share(aligned) > right_share(control) + 0.15
     assert quality(aligned) > quality(control) - 0.25
 
 
 def test_high_levels_alone_hardly_align(control):
     """High levels keep images from fading; on modes this far apart they also take nearly all of the alignment away."""
-    aligned = run(dm_align_group(COMMON, distil=300, iterations=150, weight=0.5, levels=Uniform(low=0.8, high=0.98)), rightness)
+    aligned = run(
+        dm_align_group(
+            COMMON, distil=300, iterations=150, **{**LETTER, "weight": 0.5, "matching": 0.5, "sign": "signed", "levels": Uniform(low=0.8, high=0.98)}
+        ),
+        rightness,
+    )
     assert abs(right_share(aligned) - right_share(control)) < 0.15
     assert quality(aligned) > quality(control) - 0.15

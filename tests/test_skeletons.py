@@ -58,7 +58,7 @@ def quality(x: Tensor) -> float:
 def test_dm_align_has_two_live_points():
     """Both forces reach the student, and the sum of their gradients is the gradient of the sum."""
     state = mlp_state(reward_fn=lambda x, names: x[:, 0])
-    stage = Stage("align", 1, 32, (DistributionMatching(weight=0.5), AlignGroup(weight=0.5, sign="signed")), (FakeScoreLoss(),), RolloutConfig(LEVELS), group=4)
+    stage = Stage("align", 1, 32, (DistributionMatching(weight=0.5), AlignGroup(weight=0.5, on="final")), (FakeScoreLoss(),), RolloutConfig(LEVELS), group=4)
     assert stage.live == {"exit", "final"} and stage.to_the_end
 
     def gradient(terms) -> Tensor:
@@ -74,11 +74,11 @@ def test_dm_align_has_two_live_points():
         iteration(one, Stage("align", 1, 32, terms, (), RolloutConfig(LEVELS), group=4), [batch_of(prompts(8, one.rng))], 0.0)
         return seen[0]
 
-    dm, group = DistributionMatching(weight=0.5), AlignGroup(weight=0.5, sign="signed")
+    dm, group = DistributionMatching(weight=0.5), AlignGroup(weight=0.5, on="final")
     both = gradient((dm, group))
     assert both.norm() > 0
     # the same rollout, the same random numbers: silence one of the two by its weight
-    silent_group = gradient((dm, AlignGroup(weight=0.0, sign="signed")))
+    silent_group = gradient((dm, AlignGroup(weight=0.0, on="final")))
     silent_dm = gradient((DistributionMatching(weight=0.0), group))
     torch.testing.assert_close(both, silent_group + silent_dm, rtol=1e-4, atol=1e-6)
     log = iteration(state, stage, [batch_of(prompts(8, state.rng))], 0.0)

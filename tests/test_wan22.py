@@ -216,7 +216,11 @@ def test_what_does_not_fit_is_refused_before_the_first_step(tmp_path):
         train(dmd2(Common(**{**vars(COMMON), "experts": "low", "steps": 1}), iterations=1), family(), out=tmp_path / "b", prompts=PROMPTS, options=QUICK)
     with pytest.raises(ValueError, match="experts: high is not allowed; dm-align-group has forces at the final sample"):
         train(
-            dm_align_group(Common(**{**vars(COMMON), "experts": "high"}), iterations=1, group=2), family(), out=tmp_path / "c", prompts=PROMPTS, reward=REWARD
+            dm_align_group(Common(**{**vars(COMMON), "experts": "high"}), iterations=1, group=2, reach="last"),
+            family(),
+            out=tmp_path / "c",
+            prompts=PROMPTS,
+            reward=REWARD,
         )
     with pytest.raises(ValueError, match="boundary_ratio: None is not allowed for two experts"):
         family_of(tiny_wan22_pipeline(boundary=None), SIZE)

@@ -94,6 +94,8 @@ class World:
         names = self.draw(n, rng)
         cond, null = labels(names, member), labels([""] * n, member)
         real = self.mixture.sample(cond.label, rng, self.rewarded if "preferred" in stage.needs else None) if stage.needs & {"real", "preferred"} else None
+        several = [self.mixture.sample(cond.label, rng, self.rewarded) for _ in range(stage.preferred_count - 1)]
+        preferred = torch.stack([real, *several], 1) if real is not None and stage.preferred_count else None
         pairs = None
         if "pairs" in stage.needs:
             if self.rewarded is None:
@@ -104,7 +106,7 @@ class World:
             noise = torch.randn(n, 2, generator=rng)
             x0 = sample_ode(self.teacher, cond, null, noise, steps=ODE_STEPS, path=self.path, guidance=guidance)
             stored = Stored(cond, noise, x0)
-        return Batch(as_prompts(names), cond, null, real, pairs, stored)
+        return Batch(as_prompts(names), cond, null, real, pairs, stored, preferred)
 
     def member(self, n: int) -> Tensor:
         """Which member each of n rows belongs to: blocks of n / members."""

@@ -219,6 +219,11 @@ class Stage:
         return frozenset().union(*(part.needs for part in parts))
 
     @property
+    def preferred_count(self) -> int:
+        """Preferred samples of each prompt in a batch, as many as any term chooses from."""
+        return max((term.preferred_count for term in self.terms), default=0)
+
+    @property
     def uses_guidance(self) -> bool:
         """Whether guidance is applied here, in sampling or in a target; for a student with guidance in its weights it would be applied twice."""
         return self.guided or any(isinstance(term, GuidanceDistillation) for term in self.terms)

@@ -64,6 +64,7 @@ class Batch:
     """A micro-batch: B prompts, encoded, and real samples (latents [B, ...]), pairs or `stored` if a method needs them.
 
     `cond` and `null` are one row a prompt; `null` encodes the negative or the empty prompt, for guidance. `stored` has its own prompts.
+    `preferred` [B, n, ...] are several preferred samples of each prompt, of which `real` is the first.
     """
 
     prompts: tuple[Prompt, ...]
@@ -72,11 +73,13 @@ class Batch:
     real: Tensor | None = None
     pairs: Pairs | None = None
     stored: Stored | None = None
+    preferred: Tensor | None = None
 
     def rows(self, rows: slice) -> Batch:
         pairs = self.pairs and Pairs(self.pairs.chosen[rows], self.pairs.rejected[rows])
         real = None if self.real is None else self.real[rows]
-        return Batch(self.prompts[rows], self.cond[rows], self.null[rows], real, pairs, self.stored)
+        preferred = None if self.preferred is None else self.preferred[rows]
+        return Batch(self.prompts[rows], self.cond[rows], self.null[rows], real, pairs, self.stored, preferred)
 
 
 def raise_unless(true: Tensor | bool, error: Callable[[], Exception]) -> None:
@@ -145,6 +148,11 @@ class Term:
     @property
     def needs(self) -> frozenset[Need]:
         return NOTHING
+
+    @property
+    def preferred_count(self) -> int:
+        """Preferred samples of each prompt that it chooses from; 0 for a term that does not choose."""
+        return 0
 
     @property
     def skips(self) -> tuple[int, ...]:

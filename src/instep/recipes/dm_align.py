@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from instep.diffusion.levels import Uniform
-from instep.methods.align import AlignGroup, AlignPair, Sign
+from instep.diffusion.rollout import Where
+from instep.methods.align import Align, AlignGroup, AlignPair, Estimator, Normaliser, Sign, Toward, best_of
 from instep.methods.recipe import Advantage, Recipe, RolloutConfig
-from instep.methods.term import Force
 from instep.recipes.common import Common
 
-# Near t = 0 the estimates equal the samples, and their difference is divided by almost zero: distant samples of one prompt
-# are blended, and images fade. Signed advantages cancel what the samples of a group share, so Group can use lower levels than Pair.
-GROUP_LEVELS = Uniform(low=0.3, high=0.98)
-PAIR_LEVELS = Uniform(low=0.8, high=0.98)
-
-Through = Literal["last", "trajectory"]
+# where the force acts, and how far its graph reaches back
+Reach = Literal["exit", "last", "trajectory"]
 
 
-def _joint(name: str, common: Common, align: Force, *, group: int, distil: int, iterations: int, spread: Literal["group", "run"], through: Through) -> Recipe:
-    """A distillation-only stage, then matching and alignment together with weights that sum to one."""
-    terms = (common.matching(1 - align.weight), align)
-    rollout = RolloutConfig(common.levels, through)
+def _point(reach: Reach) -> Where:
+    if reach not in get_args(Reach):
+        raise ValueError(f"reach: {reach!r} is not known; allowed: {', '.join(get_args(Reach))}")
+    return "exit" if reach == "exit" else "final"
+
+
+def _joint(
+    name: str, common: Common, align: Align, *, matching: float, group: int, distil: int, iterations: int, reach: Reach, spread: Literal["group", "run"]
+) -> Recipe:
+    """A distillation-only stage, then matching and alignment together."""
+    terms = (common.matching(matching), align)
+    rollout = RolloutConfig(common.levels, "trajectory" if reach == "trajectory" else "last")
     second = common.stage("align", iterations, terms, (common.critic(),), group=group, advantage=Advantage(spread), rollout=rollout)
     return common.recipe(name, common.distil(distil), second)
 
@@ -32,30 +36,52 @@ def dm_align_group(
     distil: int = 80,
     iterations: int = 40,
     group: int = 8,
-    top_n: int = 2,
-    sign: Sign = "signed",
+    top_n: int | None = None,
+    toward: Toward = "nearest",
+    sign: Sign = "pull",
     spread: Literal["group", "run"] = "run",
-    weight: float = 0.3,
-    levels: Uniform = GROUP_LEVELS,
-    through: Through = "last",
+    weight: float = 0.5,
+    matching: float = 0.5,
+    reach: Reach = "exit",
+    normaliser: Normaliser = "target",
+    estimate_by: Estimator = "fake",
+    levels: Uniform = Uniform(),
 ) -> Recipe:
     """Distil and align with a reward: DM-Align (Group), from prompts alone.
 
+    The paper's letter: --distil 0 --reach last --toward mean --normaliser own --sign signed --spread group.
+
     Args:
         common: options of every recipe.
-        distil: student updates of distribution matching alone, before the reward joins.
+        distil: student updates of distribution matching alone, before the reward joins; 0 joins it at once (the paper).
         iterations: student updates of matching and alignment together.
         group: samples a prompt, compared with each other.
-        top_n: number of a group's best samples in the preferred mean.
-        sign: signed (the paper's text: high samples move away from the mean), pull (only low ones move), printed (Eq. 7 to the letter).
-        spread: divisor of the advantages: each group's own standard deviation of rewards, or that of the whole run, so that groups of
+        top_n: number of a group's best samples that are preferred; default: half of the group.
+        toward: which preferred sample a sample is moved to. nearest: the one most like it, which keeps what it shows apart from what is wrong;
+            mean: the average of them (the paper), paler than any; kernel: their mean weighted by how likely each is to be the sample's own noised
+            point, without a network.
+        sign: pull (only samples below their group's mean move), signed (the paper's text: those above it move away as well), printed (Eq. 7 to the letter,
+            which lowers the reward).
+        spread: divisor of the advantages: each group's own standard deviation of rewards (the usual one), or that of the whole run, so that groups of
             equally good samples add little noise.
-        weight: weight of the alignment force; matching gets the rest (paper: 0.5).
-        levels: noise levels of the alignment force; at low ones it would blend samples that show different things.
-        through: how far the alignment force reaches back: the last step, or the whole trajectory (more memory).
+        weight: weight of the alignment force (Eq. 8's lambda_align; paper: 0.5).
+        matching: weight of the matching force beside it (Eq. 8's lambda_DMD; paper: 0.5).
+        reach: which steps of the student the alignment reaches. exit: the supervised step, a random one, with the final sample's reward; last: the step
+            that makes the final sample (the paper's x_final), too late to change what is drawn; trajectory: all steps, from the final sample (more memory).
+        normaliser: unit of the force. target: distance to the preferred estimate, as matching divides by the distance to the teacher's; own: distance
+            to the sample's own estimate, which explodes at low levels.
+        estimate_by: whose estimates are compared: fake (the paper), or a variant of its Appendix C.2: teacher, student, or samples (no noise, no network).
+        levels: noise levels of the alignment force.
     """
-    align = AlignGroup(weight=weight, top_n=top_n, sign=sign, levels=levels)
-    return _joint("dm-align-group", common, align, group=group, distil=distil, iterations=iterations, spread=spread, through=through)
+    n, most = best_of(top_n, group), group - (toward == "nearest")
+    if not 1 <= n <= most and group > 1:
+        raise ValueError(f"top_n: {top_n} is not allowed; between 1 and {most} of a group of {group}" + _all_preferred(toward))
+    align = AlignGroup(on=_point(reach), weight=weight, top_n=top_n, toward=toward, sign=sign, normaliser=normaliser, estimate_by=estimate_by, levels=levels)
+    return _joint("dm-align-group", common, align, matching=matching, group=group, distil=distil, iterations=iterations, reach=reach, spread=spread)
+
+
+def _all_preferred(toward: Toward) -> str:
+    return " (were all preferred, each would be nearest to itself and feel no force)" if toward == "nearest" else ""
 
 
 def dm_align_pair(
@@ -63,19 +89,34 @@ def dm_align_pair(
     *,
     distil: int = 80,
     iterations: int = 40,
-    weight: float = 0.1,
-    levels: Uniform = PAIR_LEVELS,
-    through: Through = "last",
+    candidates: int = 4,
+    toward: Toward = "nearest",
+    weight: float = 0.5,
+    matching: float = 0.5,
+    reach: Reach = "exit",
+    normaliser: Normaliser = "target",
+    estimate_by: Estimator = "fake",
+    levels: Uniform = Uniform(),
 ) -> Recipe:
-    """Distil and align with preferred real samples: DM-Align (Pair).
+    """Distil and align with preferred real samples: DM-Align (Pair). Preferred samples alone are enough; it reads no rejected ones.
+
+    The paper's letter: --distil 0 --reach last --candidates 1 --normaliser own.
 
     Args:
         common: options of every recipe.
-        distil: student updates of distribution matching alone, before the preferred samples join.
+        distil: student updates of distribution matching alone, before the preferred samples join; 0 joins them at once (the paper).
         iterations: student updates of matching and alignment together.
-        weight: weight of the alignment force; matching gets the rest (paper: 0.5).
-        levels: noise levels of the alignment force; at low ones it would blend samples that show different things.
-        through: how far the alignment force reaches back: the last step, or the whole trajectory (more memory).
+        candidates: most preferred samples of a prompt to choose from (the paper: 1). Where a prompt has fewer, they are all.
+        toward: which preferred sample a sample is moved to. nearest: the one most like it; mean: the average of them, paler than any; kernel: their mean
+            weighted by how likely each is to be the sample's own noised point, without a network.
+        weight: weight of the alignment force (Eq. 8's lambda_align; paper: 0.5).
+        matching: weight of the matching force beside it (Eq. 8's lambda_DMD; paper: 0.5).
+        reach: which steps of the student the alignment reaches. exit: the supervised step, a random one; last: the step that makes the final sample (the
+            paper's x_final), too late to change what is drawn; trajectory: all steps, from the final sample (more memory).
+        normaliser: unit of the force. target: distance to the preferred estimate, as matching divides by the distance to the teacher's; own: distance
+            to the sample's own estimate, which explodes at low levels.
+        estimate_by: whose estimates are compared: fake (the paper), or a variant of its Appendix C.2: teacher, student, or samples (no noise, no network).
+        levels: noise levels of the alignment force.
     """
-    align = AlignPair(weight=weight, levels=levels)
-    return _joint("dm-align-pair", common, align, group=1, distil=distil, iterations=iterations, spread="group", through=through)
+    align = AlignPair(on=_point(reach), weight=weight, candidates=candidates, toward=toward, normaliser=normaliser, estimate_by=estimate_by, levels=levels)
+    return _joint("dm-align-pair", common, align, matching=matching, group=1, distil=distil, iterations=iterations, reach=reach, spread="group")

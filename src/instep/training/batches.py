@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
@@ -53,6 +54,7 @@ class BatchSource:
             raise ValueError("prompts: the list is empty; give at least one prompt")
         self.family, self.prompts, self.real, self.stored, self.pairs = family, as_prompts(prompts), real, stored, pairs
         self.device = family.device
+        self._same: dict[str, dict[Prompt, list[int]]] = {}
         self._orders = {"prompts": ShuffledIndices(len(self.prompts), seed)}
         if real is not None:
             self._orders["real"] = ShuffledIndices(len(real.prompts), seed + 1)
@@ -66,22 +68,36 @@ class BatchSource:
         return [self._one(stage) for _ in range(stage.accumulate)]
 
     def _one(self, stage: Stage) -> Batch:
-        n, latents, pairs = stage.batch // stage.group, None, None
+        n, latents, pairs, preferred = stage.batch // stage.group, None, None, None
         if "pairs" in stage.needs:
             assert self.pairs is not None
             rows = self._orders["pairs"].next(n)
             names = tuple(self.pairs.prompts[i] for i in rows)
             pairs = Pairs(*(to_device(x[rows], self.device) for x in (self.pairs.chosen, self.pairs.rejected)))
             latents = pairs.chosen if stage.needs & {"real", "preferred"} else None
+            preferred = self._preferred("pairs", self.pairs.preferred, rows, stage.preferred_count)
         elif stage.needs & {"real", "preferred"}:
             assert self.real is not None
             rows = self._orders["real"].next(n)
             names = tuple(self.real.prompts[i] for i in rows)
             latents = to_device(self.real.latents[rows], self.device)
+            preferred = self._preferred("real", self.real, rows, stage.preferred_count)
         else:
             names = tuple(self.prompts[i] for i in self._orders["prompts"].next(n))
         cond, null = self.family.encode(names), self.family.unconditional(names)
-        return Batch(names, cond, null, latents, pairs, stored=self._stored(n) if "stored" in stage.needs else None)
+        return Batch(names, cond, null, latents, pairs, self._stored(n) if "stored" in stage.needs else None, preferred)
+
+    def _preferred(self, name: str, samples: RealSamples, rows: Sequence[int], count: int) -> Tensor | None:
+        """For each row its sample and the next ones of the same prompt, [B, count, ...]; a prompt with fewer begins again. None for count 0."""
+        if not count:
+            return None
+        if name not in self._same:
+            self._same[name] = {}
+            for i, prompt in enumerate(samples.prompts):
+                self._same[name].setdefault(prompt, []).append(i)
+        same = [self._same[name][samples.prompts[row]] for row in rows]
+        chosen = [[others[(others.index(row) + i) % len(others)] for i in range(count)] for row, others in zip(rows, same, strict=True)]
+        return samples.latents[torch.tensor(chosen)].to(self.device)
 
     def _stored(self, n: int) -> Stored:
         assert self.stored is not None
