@@ -12,6 +12,7 @@ from instep.training.hold import TOLERANCE
 
 RESULTS = Path(__file__).parent / "results" / "hold"
 LAST = 5  # probes at the end of a run whose mean is its result
+WORTH = 0.05  # a smaller gain is not told from none, and nothing is a part of it
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,6 @@ class Outcome:
     diversity: float
     least: float
     inside: bool
-    multiplier: float
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Outcome:
@@ -33,7 +33,7 @@ class Outcome:
         least = min(row["diversity"] for row in rows)
         name = f"held, {found['weight']:g} times a multiplier" if found["held"] else f"{found['weight']:g}"
         inside = least >= bound - TOLERANCE * (1 - bound)
-        return cls(found["branch"], name, mean("reward") - rows[0]["reward"], mean("diversity"), least, inside, mean("multiplier"))
+        return cls(found["branch"], name, mean("reward") - rows[0]["reward"], mean("diversity"), least, inside)
 
 
 def lines() -> list[str]:
@@ -64,7 +64,6 @@ def _branch(outcomes: Sequence[Outcome], held: Sequence[bool]) -> list[str]:
     if own is None or not fixed:
         return [*table, ""]
     best = max(fixed, key=lambda o: o.gain)
-    text = (
-        f"The controller gains {own.gain / best.gain:.0%} of the best fixed weight inside the band ({best.name}); its multiplier ends at {own.multiplier:.2f}."
-    )
+    share = f", {own.gain / best.gain:.0%} of it" if best.gain > WORTH else ""
+    text = f"The best fixed weight inside the band ({best.name}) gains {best.gain:+.3f}, the controller {own.gain:+.3f}{share}."
     return [*table, "", text if own.inside else f"{text} It left the band.", ""]
