@@ -1,0 +1,89 @@
+"""The moving-words world: grammar, split, drawing."""
+
+import hashlib
+
+import pytest
+import torch
+
+from instep.bundled import words
+from instep.bundled.glyphs import FONTS, LETTERS, spread
+from instep.bundled.words import Spec
+
+torch.set_num_threads(1)
+
+
+def test_a_prompt_and_its_spec_are_inverses_and_every_part_but_the_word_may_stay_open():
+    assert words.parse("the word KTLB") == Spec("KTLB")
+    assert words.parse("the word KTLB in serif letters moving left") == Spec("KTLB", "left", None, None, "serif")
+    assert words.parse("the word KTLB in large serif letters standing still") == Spec("KTLB", "still", None, "large", "serif")
+    for prompt in words.training_prompts():
+        assert words.describe(words.parse(prompt)) == prompt
+    for wrong in ("the word ktlb", "the word KTL", "KTLB", "the word KTLB moving", "the word KTLB in letters", "the word KTLB in serif large letters", ""):
+        with pytest.raises(ValueError, match="outside the grammar"):
+            words.parse(wrong)
+
+
+@pytest.mark.parametrize(
+    "given,named",
+    [({"word": "KTL"}, "word: 'KTL'"), ({"speed": "fast"}, "speed: 'fast'"), ({"font": "comic"}, "font: 'comic'"), ({"size": "huge"}, "size: 'huge'")],
+)
+def test_a_spec_names_what_is_not_allowed(given, named):
+    with pytest.raises(ValueError, match=named):
+        Spec(**{"word": "KTLB"} | given)
+
+
+def test_a_tenth_of_the_words_is_held_out_and_no_training_prompt_has_one():
+    rng = torch.Generator().manual_seed(0)
+    letters = torch.randint(26, (20000, 4), generator=rng).tolist()
+    share = sum(words.split_of("".join(LETTERS[i] for i in row)) == "heldout" for row in letters) / 20000
+    assert abs(share - 0.1) < 0.01
+    assert {words.split_of(words.parse(p).word) for p in words.training_prompts()} == {"train"}
+    assert {words.split_of(w) for w in words.random_words("heldout", 50, rng)} == {"heldout"}
+    assert len(set(words.training_prompts())) == 512
+
+
+def test_half_of_the_training_prompts_leave_something_open_and_each_choice_comes():
+    specs = [words.parse(p) for p in words.training_prompts()]
+    complete = [None not in (s.direction, s.size, s.font) and (s.direction == "still" or s.speed is not None) for s in specs]
+    assert 0.45 < sum(complete) / len(specs) < 0.6
+    assert {s.font for s in specs} == {None, *FONTS} and {s.size for s in specs} == {None, *words.SIZES}
+    assert {s.direction for s in specs} == {None, "still", *words.DIRECTIONS}
+
+
+def test_a_video_shows_its_spec_and_its_ink_fills_the_stated_box():
+    specs = [words.parse(p) for p in words.training_prompts()[:64]]
+    drawn = words.render(specs, seed=3)
+    assert drawn.media.shape == (64, 3, 9, 32, 64) and drawn.media.min() >= 0 and drawn.media.max() == 1
+    for spec, shown in zip(specs, drawn.shown, strict=True):
+        assert shown.word == spec.word and words.motion_of(shown) in words.motions_allowed(spec)
+        assert spec.size in (None, shown.size) and spec.font in (None, shown.font)
+    for video, boxes, whole in zip(drawn.media[:, 0], drawn.boxes, drawn.whole, strict=True):
+        for frame, (left, top, right, bottom), is_whole in zip(video, boxes.tolist(), whole.tolist(), strict=True):
+            ink = (frame < 0.98).nonzero()
+            seen = (int(ink[:, 1].min()), int(ink[:, 0].min()), int(ink[:, 1].max()) + 1, int(ink[:, 0].max()) + 1)
+            assert is_whole == (left >= 0 and top >= 0 and right <= 64 and bottom <= 32)
+            expected = (max(left, 0), max(top, 0), min(right, 64), min(bottom, 32))
+            assert max(abs(a - b) for a, b in zip(seen, expected, strict=True)) <= 1.05
+    assert (drawn.whole.sum(1) >= 3).all()
+
+
+def test_ink_is_kept_at_any_position_to_the_last_decimal():
+    """A pixel is the mean over its area: the ink on the canvas is the picture's own ink times the scale squared, wherever the word stands."""
+    shown = [Spec("KTLB", "still", None, "small", "serif")] * 4
+    drawn = words.place(shown, torch.tensor([[0.5, 0.1, 0.2], [0.5, 0.53, 0.47], [0.5, 0.9, 0.61], [0.5, 0.31, 0.77]]))
+    ink = (1 - drawn.media[:, 0].double()).sum((2, 3))
+    picture = spread("KTLB", "serif").pixels
+    assert (ink / (picture.sum() * (10.5 / 48) ** 2) - 1).abs().max() < 2e-3
+
+
+def test_speeds_and_sizes_are_as_stated():
+    shown = [Spec("HHHH", "right", speed, size, "sans") for speed in words.SPEEDS for size in words.SIZES]
+    boxes = words.place(shown, torch.full((4, 3), 0.5)).boxes
+    assert torch.allclose(boxes[:, -1, 0] - boxes[:, 0, 0], torch.tensor([6.0, 6.0, 12.0, 12.0]), atol=1e-4)
+    assert torch.allclose(boxes[:, 0, 3] - boxes[:, 0, 1], torch.tensor([10.5, 13.5, 10.5, 13.5]), atol=0.3)
+
+
+def test_the_same_seed_draws_the_same_videos_on_every_machine():
+    drawn = words.render([words.parse(p) for p in words.training_prompts()[:32]], seed=0)
+    pixels = drawn.media.mul(255).round().to(torch.uint8).numpy().tobytes()
+    assert hashlib.sha256(pixels).hexdigest() == "309c6131ced3d4928c1d15ae536082ecb97dccb2cf8b3fb731a7dd596eaa4f7c"
