@@ -60,7 +60,7 @@ def stage(out: Path, name: str, config: Any, seed: int, make: Callable[[], dict[
     return note
 
 
-def _load_vae(out: Path) -> AutoencoderKLWan:
+def load_vae(out: Path) -> AutoencoderKLWan:
     """The stored VAE (fp16 weights) in float32, frozen: what every later part sees."""
     from diffusers import AutoencoderKLWan
 
@@ -70,11 +70,11 @@ def _load_vae(out: Path) -> AutoencoderKLWan:
 def _vae(out: Path, config: VaeConfig, seed: int) -> dict[str, Any]:
     model = train_vae(config, seed)
     write_folder(out / "vae", lambda folder: model.half().save_pretrained(folder))
-    return {"psnr_db_reference": round(psnr(_load_vae(out), reference_videos(180, seed)[0]), 2)}
+    return {"psnr_db_reference": round(psnr(load_vae(out), reference_videos(180, seed)[0]), 2)}
 
 
 def _classifier(out: Path, config: ClassifierConfig, seed: int) -> dict[str, Any]:
-    vae = _load_vae(out)
+    vae = load_vae(out)
     classifier = train_classifier(config, vae, seed)
     media, specs = reference_videos(1080, seed + 1)
     prompts = [describe(spec) for spec in specs]
@@ -90,7 +90,7 @@ def _classifier(out: Path, config: ClassifierConfig, seed: int) -> dict[str, Any
 def _teacher(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    vae, tokenizer, encoder = _load_vae(out), build_tokenizer(), build_text_encoder(seed)
+    vae, tokenizer, encoder = load_vae(out), build_tokenizer(), build_text_encoder(seed)
     cached = out / ".work" / "latents.safetensors"
     if not cached.exists():
         found = cache_latents(vae, config.videos, seed)
