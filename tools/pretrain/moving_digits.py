@@ -87,26 +87,30 @@ def _classifier(out: Path, config: ClassifierConfig, seed: int) -> dict[str, Any
     return found
 
 
-def _teacher(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
+def pipeline_writer(out: Path, vae: AutoencoderKLWan, tokenizer: Any, encoder: nn.Module, shift: float) -> Callable[[nn.Module], None]:
+    """A function that writes the whole pipeline with a transformer as it is now, fp16, for those who want to look on."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
+    half_vae, half_encoder = copy.deepcopy(vae).half(), copy.deepcopy(encoder).half()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+
+    def snapshot(net: nn.Module) -> None:
+        parts = {"transformer": net.half(), "text_encoder": half_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
+        for name, part in parts.items():
+            write_folder(out / name, part.save_pretrained)
+        WanPipeline(vae=half_vae, **parts).save_config(out)
+
+    return snapshot
+
+
+def _teacher(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
     vae, tokenizer, encoder = load_vae(out), build_tokenizer(), build_text_encoder(seed)
     cached = out / ".work" / "latents.safetensors"
     if not cached.exists():
         found = cache_latents(vae, config.videos, seed)
         write_tensors(cached, {"x": found.x, "digits": found.digits, "motions": found.motions})
     run = TeacherRun(config, seed, Latents(**load_file(cached)), text_table(tokenizer, encoder))
-    half_vae, half_encoder = copy.deepcopy(vae).half(), copy.deepcopy(encoder).half()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
-
-    def snapshot(net: nn.Module) -> None:
-        """The whole pipeline as it is now, fp16, for those who want to look on."""
-        parts = {"transformer": net.half(), "text_encoder": half_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
-        for name, part in parts.items():
-            write_folder(out / name, part.save_pretrained)
-        WanPipeline(vae=half_vae, **parts).save_config(out)
-
-    train_teacher(run, out / ".work" / "teacher.safetensors", snapshot)
+    train_teacher(run, out / ".work" / "teacher.safetensors", pipeline_writer(out, vae, tokenizer, encoder, config.shift))
     return {"steps": run.step, "parameters": sum(p.numel() for p in run.net.parameters())}
 
 

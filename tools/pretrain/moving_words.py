@@ -8,12 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from instep.bundled import words
+from instep.core.files import write_tensors
 from pretrain.files import write_folder
-from pretrain.moving_digits import load_vae, stage
+from pretrain.moving_digits import load_vae, pipeline_writer, portable_names, stage
+from pretrain.teacher import TeacherConfig, TeacherRun, train_teacher
 from pretrain.vae import VaeConfig, psnr, train_vae
-from pretrain.words import build_words_vae, word_videos
+from pretrain.words import (
+    WordLatents,
+    WordTexts,
+    build_words_encoder,
+    build_words_tokenizer,
+    build_words_transformer,
+    build_words_vae,
+    cache_word_latents,
+    word_videos,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,7 @@ class WordsConfig:
     """Settings of every part."""
 
     vae: VaeConfig = field(default_factory=lambda: VaeConfig(steps=1200, first_frames=5, full_from=0.85, kl=1e-4, squared=2.0))
+    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(videos=8192, steps=10000, batch=32))
 
 
 def _vae(out: Path, config: VaeConfig, seed: int) -> dict[str, Any]:
@@ -28,6 +41,17 @@ def _vae(out: Path, config: VaeConfig, seed: int) -> dict[str, Any]:
     write_folder(out / "vae", lambda folder: model.half().save_pretrained(folder))
     held_out = words.render([words.parse(p) for p in words.prompts_of("heldout", 128, seed)], seed)
     return {"psnr_db_heldout": round(psnr(load_vae(out), held_out.media), 2)}
+
+
+def _teacher(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
+    vae, tokenizer, encoder = load_vae(out), build_words_tokenizer(), build_words_encoder(seed)
+    cached = out / ".work" / "latents.safetensors"
+    if not cached.exists():
+        found = cache_word_latents(vae, config.videos, seed)
+        write_tensors(cached, {"x": found.x, "codes": found.codes})
+    run = TeacherRun(config, seed, WordLatents(**load_file(cached)), WordTexts(tokenizer, encoder), build_words_transformer)
+    train_teacher(run, out / ".work" / "teacher.safetensors", pipeline_writer(out, vae, tokenizer, encoder, config.shift))
+    return {"steps": run.step, "parameters": sum(p.numel() for p in run.net.parameters())}
 
 
 def pretrain_moving_words(out: Path, seed: int = 0, threads: int = 1, resume: bool = True) -> None:
@@ -43,3 +67,5 @@ def pretrain_moving_words(out: Path, seed: int = 0, threads: int = 1, resume: bo
     if not resume:
         shutil.rmtree(out / ".work", ignore_errors=True)
     stage(out, "vae", config.vae, seed, lambda: _vae(out, config.vae, seed))
+    stage(out, "teacher", config.teacher, seed, lambda: _teacher(out, config.teacher, seed))
+    portable_names(out)

@@ -124,20 +124,20 @@ def complete(spec: Spec, rng: torch.Generator) -> Spec:
 
 
 def partial(spec: Spec, u: Tensor, full: float) -> Spec:
-    """A random part of a complete spec; u [5] uniform numbers. All of it with probability `full`; else size, font and direction are each said in half of the
-    cases, and the speed in half of those that say a direction. The word is always said."""
+    """A random part of a complete spec; u [2] uniform numbers in [0, 1). All of it with probability `full`; else size, font and direction are each said in
+    half of the cases, and the speed in half of those that say a direction. The word is always said."""
     if u[0] < full:
         return spec
-    said = (u[1:] < 0.5).tolist()
-    direction = spec.direction if said[2] else None
-    return Spec(spec.word, direction, spec.speed if direction and said[3] else None, spec.size if said[0] else None, spec.font if said[1] else None)
+    size, font, direction, speed = (bool(int(u[1] * 16) >> k & 1) for k in range(4))
+    said = Spec(spec.word, size=spec.size if size else None, font=spec.font if font else None)
+    return replace(said, direction=spec.direction, speed=spec.speed if speed else None) if direction else said
 
 
 def prompts_of(split: Split, n: int, seed: int, full: float = 0.5) -> list[str]:
     """n prompts with random words of a split; a share `full` says everything, the rest a random part."""
     rng = torch.Generator().manual_seed(seed)
     words = random_words(split, n, rng)
-    return [describe(partial(complete(Spec(word), rng), torch.rand(5, generator=rng), full)) for word in words]
+    return [describe(partial(complete(Spec(word), rng), torch.rand(2, generator=rng), full)) for word in words]
 
 
 def training_prompts() -> list[str]:
