@@ -1,4 +1,4 @@
-"""The parts of the moving-words pipeline before training: a 4x VAE, a tokenizer with a token for each letter, a frozen text encoder that tells places, a transformer."""
+"""The parts of the moving-words pipeline before training: a 4x VAE, a token for each letter, a frozen text encoder that tells places, a transformer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
 
 from instep.bundled.glyphs import FONTS, LETTERS
 from instep.bundled.words import DIRECTIONS, MOTIONS, SIZES, SPEEDS, Spec, describe, draw, motion_of, partial, random_words
