@@ -1,13 +1,28 @@
-"""The moving-words world: grammar, split, drawing."""
+"""The moving-words world: grammar, split, drawing, labelled pairs, and the parts of its pipeline."""
 
 import hashlib
 
 import pytest
 import torch
+from diffusers import WanPipeline
+from pretrain.moving_digits import pipeline_writer, portable_names
+from pretrain.words import (
+    WordLatents,
+    WordTexts,
+    build_words_encoder,
+    build_words_tokenizer,
+    build_words_transformer,
+    build_words_vae,
+    decoded_spec,
+    encoded_spec,
+)
 
 from instep.bundled import words
 from instep.bundled.glyphs import FONTS, LETTERS, spread
+from instep.bundled.moving_words import SHOWN, real_and_wrong
 from instep.bundled.words import Spec
+from instep.data.media import slow_motion
+from instep.data.prompt import as_prompts
 
 torch.set_num_threads(1)
 
@@ -87,3 +102,54 @@ def test_the_same_seed_draws_the_same_videos_on_every_machine():
     drawn = words.render([words.parse(p) for p in words.training_prompts()[:32]], seed=0)
     pixels = drawn.media.mul(255).round().to(torch.uint8).numpy().tobytes()
     assert hashlib.sha256(pixels).hexdigest() == "c28bbe2994117226d1adfc13e15436bd04a86585e10c7b1696fd446c3a971e12"
+
+
+def test_a_wrong_video_differs_in_a_letter_a_motion_or_in_its_pace():
+    prompts = as_prompts(words.training_prompts())
+    good, bad, names = real_and_wrong(prompts, 48, seed=0)
+    assert good.shape == bad.shape == (48, 3, 9, 32, 64) and set(names) <= set(prompts)
+    assert ((good - bad).abs().amax((1, 2, 3, 4)) > 0.2).all()
+    slowed = (slow_motion(good) == bad).flatten(1).all(1)
+    assert 5 < slowed.sum() < 35
+    assert {words.split_of(words.parse(prompt).word) for prompt in SHOWN} == {"heldout"}
+
+
+def test_a_video_s_labels_are_kept_as_numbers_and_its_captions_fit_it():
+    shown = words.render([words.parse(p) for p in words.training_prompts()[:40]], seed=0).shown
+    data = WordLatents(torch.zeros(40, 1), torch.tensor([encoded_spec(spec) for spec in shown]))
+    assert [decoded_spec(code) for code in data.codes.tolist()] == list(shown)
+    for i, spec in enumerate(shown):
+        assert words.parse(data.caption(i, torch.tensor([0.0, 0.0]), 0.5)) == spec
+        assert data.caption(i, torch.tensor([0.9, 0.0]), 0.5) == f"the word {spec.word}"
+
+
+def test_the_encoder_tells_each_letter_and_its_place():
+    """Both can be read off one letter's output by a linear map, on words that the map was not fitted to."""
+    texts = WordTexts(build_words_tokenizer(), build_words_encoder(0))
+    prompts = words.prompts_of("train", 300, seed=1)
+    out = texts.encode(prompts, torch.full((300,), 512))[0][:, 2:6].reshape(1200, 64)
+    inputs = torch.cat([out, torch.ones(1200, 1)], 1)
+    letters = torch.tensor([LETTERS.index(letter) for prompt in prompts for letter in words.parse(prompt).word])
+    for classes, labels in ((4, torch.arange(1200) % 4), (26, letters)):
+        read = torch.linalg.lstsq(inputs[:900], torch.eye(classes)[labels[:900]]).solution
+        assert ((inputs[900:] @ read).argmax(1) == labels[900:]).float().mean() > 0.97
+
+
+def test_each_letter_is_a_token_and_texts_are_encoded_as_the_stock_pipeline_does(tmp_path):
+    tokenizer, encoder = build_words_tokenizer(), build_words_encoder(0)
+    prompt = "the word KTLB in large serif letters moving left slowly"
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)
+    assert tokens == ["the", "word", "K", "T", "L", "B", "in", "large", "serif", "letters", "moving", "left", "slowly", "</s>"]
+    assert tokenizer("").input_ids == [1] and all(2 not in tokenizer(p).input_ids for p in words.training_prompts())
+    vae, net = build_words_vae(), build_words_transformer()
+    pipeline_writer(tmp_path, vae, tokenizer, encoder, 3.0)(net)
+    vae.half().save_pretrained(tmp_path / "vae")
+    portable_names(tmp_path)
+    assert sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) <= 8e6
+    pipe = WanPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32, local_files_only=True)
+    with torch.no_grad():
+        stock = pipe.encode_prompt([prompt, "the word ABCD"], do_classifier_free_guidance=False, max_sequence_length=512)[0]
+        ours, _ = WordTexts(tokenizer, encoder).encode([prompt, "the word ABCD"], torch.full((2,), 512))
+    assert (stock[:, :15] - ours).abs().max() < 1e-5 and stock[:, 15:].abs().max() == 0
+    frames = pipe(prompt, height=32, width=64, num_frames=9, num_inference_steps=1, guidance_scale=3.0, output_type="pt").frames
+    assert frames.shape == (1, 9, 3, 32, 64)
