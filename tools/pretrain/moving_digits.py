@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -123,13 +123,12 @@ def portable_names(out: Path) -> None:
         write_json(path, values)
 
 
-def _about(out: Path, config: PretrainConfig, seed: int, threads: int) -> dict[str, Any]:
-    """What `pretrain.json` says."""
-    names = ("vae", *(f"classifier-{classifier.name}" for classifier in config.classifiers), "teacher", "measure")
-    notes = {name: json.loads((out / ".work" / f"{name}.json").read_text()) for name in names}
+def record(out: Path, model: str, parts: Sequence[str], config: Any, seed: int, threads: int) -> dict[str, Any]:
+    """What `pretrain.json` holds of a model: how it was made, what each of its parts measured, versions and checksums."""
+    notes = {name: json.loads((out / ".work" / f"{name}.json").read_text()) for name in parts}
     sums = checksums(out)
     return {
-        "command": f"PYTHONPATH=tools python -m pretrain moving-digits --seed {seed}",
+        "command": f"PYTHONPATH=tools python -m pretrain {model} --seed {seed}",
         "seed": seed,
         "threads": threads,
         "config": asdict(config),
@@ -178,4 +177,5 @@ def pretrain_moving_digits(out: Path, seed: int = 0, threads: int = 2, resume: b
     torch.set_num_threads(threads)
     portable_names(out)
     stage(out, "measure", config.measure, seed, lambda: measure(out, config.measure, seed))
-    write_json(out / "pretrain.json", _about(out, config, seed, threads))
+    parts = ("vae", *(f"classifier-{classifier.name}" for classifier in config.classifiers), "teacher", "measure")
+    write_json(out / "pretrain.json", record(out, "moving-digits", parts, config, seed, threads))

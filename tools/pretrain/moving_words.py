@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from instep.bundled import words
 from instep.core.files import write_tensors
-from pretrain.files import write_folder
-from pretrain.moving_digits import load_vae, pipeline_writer, portable_names, stage
+from pretrain.files import write_folder, write_json
+from pretrain.moving_digits import load_vae, pipeline_writer, portable_names, record, stage
 from pretrain.teacher import TeacherConfig, TeacherRun, train_teacher
 from pretrain.vae import VaeConfig, psnr, train_vae
 from pretrain.words import (
@@ -69,3 +69,4 @@ def pretrain_moving_words(out: Path, seed: int = 0, threads: int = 1, resume: bo
     stage(out, "vae", config.vae, seed, lambda: _vae(out, config.vae, seed))
     stage(out, "teacher", config.teacher, seed, lambda: _teacher(out, config.teacher, seed))
     portable_names(out)
+    write_json(out / "pretrain.json", record(out, "moving-words", ("vae", "teacher"), config, seed, threads))
