@@ -89,9 +89,9 @@ def train_vae(
     average = Average(vae, config.ema)
     with Progress("vae", config.steps) as progress:
         for step in range(config.steps):
-            video = videos(config.batch, rng) * 2 - 1
-            if step < config.full_from * config.steps:
-                video = cropped(video, config, rng)
+            media = videos(config.batch, rng)
+            side, frames = (config.crop, config.first_frames) if step < config.full_from * config.steps else (max(media.shape[-2:]), media.shape[2])
+            video = cropped(media, side, frames, rng) * 2 - 1
             posterior = vae.encode(video).latent_dist
             recon = decode_unclamped(vae, posterior.sample())
             error = recon - video
@@ -106,11 +106,11 @@ def train_vae(
     return _with_statistics(vae, rng, videos)
 
 
-def cropped(video: Tensor, config: VaeConfig, rng: torch.Generator) -> Tensor:
-    """A random crop of video [B, 3, F, H, W]: at most `crop` pixels a side, its first `first_frames` frames."""
-    height, width = (min(config.crop, side) for side in video.shape[-2:])
-    top, left = (int(torch.randint(0, side - kept + 1, (1,), generator=rng)) for side, kept in zip(video.shape[-2:], (height, width), strict=True))
-    return video[:, :, : config.first_frames, top : top + height, left : left + width]
+def cropped(media: Tensor, side: int, frames: int, rng: torch.Generator) -> Tensor:
+    """A random crop of media [B, 3, F, H, W]: at most `side` pixels high and wide, the first `frames` frames."""
+    height, width = (min(side, whole) for whole in media.shape[-2:])
+    top, left = (int(torch.randint(0, whole - kept + 1, (1,), generator=rng)) for whole, kept in zip(media.shape[-2:], (height, width), strict=True))
+    return media[:, :, :frames, top : top + height, left : left + width]
 
 
 @torch.no_grad()
