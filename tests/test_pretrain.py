@@ -126,14 +126,16 @@ def test_the_command_hands_its_arguments_to_the_model_s_own_training(monkeypatch
     from pretrain import __main__ as command
 
     seen = []
-    for name in ("moving_digits", "moving_digits_i2v", "digits"):
+    for name in ("moving_digits", "moving_digits_i2v", "moving_words", "digits"):
         monkeypatch.setattr(f"pretrain.{name}.pretrain_{name}", lambda *given, name=name: seen.append((name, *given)))
     command.main(["moving-digits", "--out", "there", "--seed", "3", "--threads", "1", "--fresh"])
     command.main(["moving-digits-i2v"])
+    command.main(["moving-words", "--seed", "1"])
     command.main(["digits", "--threads", "1"])
     assert seen == [
         ("moving_digits", Path("there"), 3, 1, False),
         ("moving_digits_i2v", Path("moving-digits-i2v"), 0, 2, True),
+        ("moving_words", Path("moving-words"), 1, 2, True),
         ("digits", Path("digits"), 0, 1),
     ]
     for wrong, named in ((["sd3"], "choose from"), (["digits", "--threads", "0"], "threads: 0 is not allowed")):
@@ -164,3 +166,17 @@ def test_the_wheel_holds_the_package_and_its_rows_and_no_pretraining(tmp_path):
         names = {file.distribution_path for file in WheelBuilder(str(root)).recurse_included_files()}
     assert "instep/bundled/worlds.py" in names and "instep/bundled/assets/moving-digits/baselines.json" in names
     assert all(name.startswith("instep/") for name in names) and not any("pretrain" in name and not name.endswith("pretrain.json") for name in names)
+
+
+def test_the_vae_learns_crops_first_and_whole_frames_late(monkeypatch):
+    """Any layout and any videos: here those of moving words, whose frames are not square."""
+    from pretrain import vae
+    from pretrain.words import build_words_vae, word_videos
+
+    seen = []
+    plain = vae.decode_unclamped
+    monkeypatch.setattr(vae, "decode_unclamped", lambda model, z: seen.append(out := plain(model, z)) or out)
+    config = vae.VaeConfig(steps=3, batch=1, crop=16, first_frames=5, full_from=0.6)
+    model = vae.train_vae(config, 0, build_words_vae, lambda n, rng: word_videos(min(n, 2), rng))
+    assert [tuple(out.shape[2:]) for out in seen] == [(5, 16, 16), (5, 16, 16), (9, 32, 64)]
+    assert len(model.config.latents_std) == 16 and min(model.config.latents_std) > 0 and model.config.latents_std != [1.0] * 16

@@ -1,18 +1,18 @@
-"""Rebuilds a bundled model from raw scans, from a clone: `PYTHONPATH=tools python -m pretrain MODEL --out FOLDER [--seed 0] [--threads 2] [--fresh]`."""
+"""Rebuilds a bundled model, from a clone: `PYTHONPATH=tools python -m pretrain MODEL --out FOLDER [--seed 0] [--threads 2] [--fresh]`."""
 
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from instep.bundled import DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, NAMES
+from instep.bundled import DIGITS, MOVING_DIGITS, MOVING_DIGITS_I2V, MOVING_WORDS
 
 
 def main(given: Sequence[str] | None = None) -> None:
     """Reads the command line and trains; exit status 2 for what is not allowed."""
     parser = argparse.ArgumentParser(
-        prog="python -m pretrain", description="Rebuild a bundled model from raw scans, seeded; moving-digits takes an hour on two cores."
+        prog="python -m pretrain", description="Rebuild a bundled model from raw scans or drawn letters, seeded; a video model takes an hour on two cores."
     )
-    parser.add_argument("model", choices=NAMES)
+    parser.add_argument("model", choices=(MOVING_DIGITS, MOVING_DIGITS_I2V, DIGITS, MOVING_WORDS))
     parser.add_argument("--out", type=Path, help="the model's folder, by default its name; an interrupted run there goes on")
     parser.add_argument("--seed", type=int, default=0, help="seed of every part")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -28,11 +28,13 @@ def _rebuild(model: str) -> Callable[[Path, int, int, bool], None]:
     from pretrain.digits import pretrain_digits
     from pretrain.moving_digits import pretrain_moving_digits
     from pretrain.moving_digits_i2v import pretrain_moving_digits_i2v
+    from pretrain.moving_words import pretrain_moving_words
 
     def digits(out: Path, seed: int, threads: int, resume: bool) -> None:
         pretrain_digits(out, seed, threads)  # minutes: it begins again every time
 
-    return {MOVING_DIGITS: pretrain_moving_digits, MOVING_DIGITS_I2V: pretrain_moving_digits_i2v, DIGITS: digits}[model]
+    video = {MOVING_DIGITS: pretrain_moving_digits, MOVING_DIGITS_I2V: pretrain_moving_digits_i2v, MOVING_WORDS: pretrain_moving_words}
+    return (video | {DIGITS: digits})[model]
 
 
 if __name__ == "__main__":

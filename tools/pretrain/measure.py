@@ -16,7 +16,7 @@ from instep.core.progress import Progress
 from instep.models.wan_vae import decode_latents, encode_latents
 from pretrain.attention import TextBias, TrainingAttention
 from pretrain.classifiers import reference_videos
-from pretrain.teacher import STOCK_PADDING, TextTable, text_table
+from pretrain.teacher import STOCK_PADDING, Texts, text_table
 
 CLASSIFIER_NAMES: tuple[ClassifierName, ...] = ("training", "monitor", "heldout")
 
@@ -31,17 +31,19 @@ class MeasureConfig:
 
 
 class Sampler:
-    """A pipeline's Euler sampling, in batches and with one weighted pad token instead of hundreds."""
+    """A pipeline's Euler sampling of latents of `shape` [C, f, h, w], in batches and with one weighted pad token instead of hundreds.
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
+    `texts` encodes its prompts; by default those of the moving digits.
+    """
+
+    def __init__(self, pipe: Any, texts: Texts | None = None, shape: tuple[int, ...] = (16, 3, 6, 6)) -> None:
+        self.pipe, self.shape = pipe, shape
         self.bias = TextBias(torch.zeros(1, 1))
-        self.table: TextTable = text_table(pipe.tokenizer, pipe.text_encoder)
+        self.texts = texts or text_table(pipe.tokenizer, pipe.text_encoder)
         for block in pipe.transformer.blocks:
             block.attn2.set_processor(TrainingAttention(self.bias))
 
-    def _velocity(self, x: Tensor, t: Tensor, rows: Tensor, padding: int) -> Tensor:
-        text, self.bias.value = self.table.condition(rows, torch.full((len(rows),), padding))
+    def _velocity(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return self.pipe.transformer(x, (t * 1000).expand(len(x)), text, return_dict=False)[0]
 
     def stock_levels(self, steps: int) -> Tensor:
@@ -56,18 +58,19 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], levels: Tensor, guidance: float, seed: int, padding: int = STOCK_PADDING) -> Tensor:
-        """Clamped media [B, 3, 9, 48, 48] by Euler steps from level to level."""
+        """Clamped media [B, 3, F, H, W] by Euler steps from level to level."""
         rng = torch.Generator().manual_seed(seed)
         out = []
         for start in range(0, len(prompts), 90):
-            rows = torch.tensor([self.table.rows[p] for p in prompts[start : start + 90]])
-            null = torch.full_like(rows, self.table.rows[""])
-            x = torch.randn(len(rows), 16, 3, 6, 6, generator=rng)
+            part = prompts[start : start + 90]
+            x = torch.randn(len(part), *self.shape, generator=rng)
+            asked = part if guidance == 1 else [*part, *[""] * len(part)]
+            text, self.bias.value = self.texts.encode(asked, torch.full((len(asked),), padding))
             for t, after in zip(levels[:-1], levels[1:], strict=True):
                 if guidance == 1:
-                    v = self._velocity(x, t, rows, padding)
+                    v = self._velocity(x, t, text)
                 else:
-                    conditional, unconditional = self._velocity(torch.cat([x, x]), t, torch.cat([rows, null]), padding).chunk(2)
+                    conditional, unconditional = self._velocity(torch.cat([x, x]), t, text).chunk(2)
                     v = unconditional + guidance * (conditional - unconditional)
                 x = x + (after - t) * v
             out.append(decode_latents(self.pipe.vae, x).clamp(0, 1))

@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -60,7 +60,7 @@ def stage(out: Path, name: str, config: Any, seed: int, make: Callable[[], dict[
     return note
 
 
-def _load_vae(out: Path) -> AutoencoderKLWan:
+def load_vae(out: Path) -> AutoencoderKLWan:
     """The stored VAE (fp16 weights) in float32, frozen: what every later part sees."""
     from diffusers import AutoencoderKLWan
 
@@ -70,11 +70,11 @@ def _load_vae(out: Path) -> AutoencoderKLWan:
 def _vae(out: Path, config: VaeConfig, seed: int) -> dict[str, Any]:
     model = train_vae(config, seed)
     write_folder(out / "vae", lambda folder: model.half().save_pretrained(folder))
-    return {"psnr_db_reference": round(psnr(_load_vae(out), reference_videos(180, seed)[0]), 2)}
+    return {"psnr_db_reference": round(psnr(load_vae(out), reference_videos(180, seed)[0]), 2)}
 
 
 def _classifier(out: Path, config: ClassifierConfig, seed: int) -> dict[str, Any]:
-    vae = _load_vae(out)
+    vae = load_vae(out)
     classifier = train_classifier(config, vae, seed)
     media, specs = reference_videos(1080, seed + 1)
     prompts = [describe(spec) for spec in specs]
@@ -87,26 +87,30 @@ def _classifier(out: Path, config: ClassifierConfig, seed: int) -> dict[str, Any
     return found
 
 
-def _teacher(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
+def pipeline_writer(out: Path, vae: AutoencoderKLWan, tokenizer: Any, encoder: nn.Module, shift: float) -> Callable[[nn.Module], None]:
+    """A function that writes the whole pipeline with a transformer as it is now, fp16, for those who want to look on."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    vae, tokenizer, encoder = _load_vae(out), build_tokenizer(), build_text_encoder(seed)
-    cached = out / ".work" / "latents.safetensors"
-    if not cached.exists():
-        found = cache_latents(vae, config.videos, seed)
-        write_tensors(cached, {"x": found.x, "digits": found.digits, "motions": found.motions})
-    run = TeacherRun(config, seed, Latents(**load_file(cached)), text_table(tokenizer, encoder))
     half_vae, half_encoder = copy.deepcopy(vae).half(), copy.deepcopy(encoder).half()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
 
     def snapshot(net: nn.Module) -> None:
-        """The whole pipeline as it is now, fp16, for those who want to look on."""
         parts = {"transformer": net.half(), "text_encoder": half_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
         for name, part in parts.items():
             write_folder(out / name, part.save_pretrained)
         WanPipeline(vae=half_vae, **parts).save_config(out)
 
-    train_teacher(run, out / ".work" / "teacher.safetensors", snapshot)
+    return snapshot
+
+
+def _teacher(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
+    vae, tokenizer, encoder = load_vae(out), build_tokenizer(), build_text_encoder(seed)
+    cached = out / ".work" / "latents.safetensors"
+    if not cached.exists():
+        found = cache_latents(vae, config.videos, seed)
+        write_tensors(cached, {"x": found.x, "digits": found.digits, "motions": found.motions})
+    run = TeacherRun(config, seed, Latents(**load_file(cached)), text_table(tokenizer, encoder))
+    train_teacher(run, out / ".work" / "teacher.safetensors", pipeline_writer(out, vae, tokenizer, encoder, config.shift))
     return {"steps": run.step, "parameters": sum(p.numel() for p in run.net.parameters())}
 
 
@@ -119,13 +123,12 @@ def portable_names(out: Path) -> None:
         write_json(path, values)
 
 
-def _about(out: Path, config: PretrainConfig, seed: int, threads: int) -> dict[str, Any]:
-    """What `pretrain.json` says."""
-    names = ("vae", *(f"classifier-{classifier.name}" for classifier in config.classifiers), "teacher", "measure")
-    notes = {name: json.loads((out / ".work" / f"{name}.json").read_text()) for name in names}
+def record(out: Path, model: str, parts: Sequence[str], config: Any, seed: int, threads: int) -> dict[str, Any]:
+    """What `pretrain.json` holds of a model: how it was made, what each of its parts measured, versions and checksums."""
+    notes = {name: json.loads((out / ".work" / f"{name}.json").read_text()) for name in parts}
     sums = checksums(out)
     return {
-        "command": f"PYTHONPATH=tools python -m pretrain moving-digits --seed {seed}",
+        "command": f"PYTHONPATH=tools python -m pretrain {model} --seed {seed}",
         "seed": seed,
         "threads": threads,
         "config": asdict(config),
@@ -174,4 +177,5 @@ def pretrain_moving_digits(out: Path, seed: int = 0, threads: int = 2, resume: b
     torch.set_num_threads(threads)
     portable_names(out)
     stage(out, "measure", config.measure, seed, lambda: measure(out, config.measure, seed))
-    write_json(out / "pretrain.json", _about(out, config, seed, threads))
+    parts = ("vae", *(f"classifier-{classifier.name}" for classifier in config.classifiers), "teacher", "measure")
+    write_json(out / "pretrain.json", record(out, "moving-digits", parts, config, seed, threads))

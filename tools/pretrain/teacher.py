@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ SNAPSHOT_SECONDS = 240.0
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Settings of the teacher's training."""
+    """Settings of the teacher's training; `autocast`: matrix products in bfloat16."""
 
     videos: int = 24576
     steps: int = 11000
@@ -43,6 +43,7 @@ class TeacherConfig:
     muon_lr: float = 0.01
     adam_lr: float = 2e-3
     ema: float = 0.999
+    autocast: bool = True
 
 
 def build_transformer() -> WanTransformer3DModel:
@@ -74,6 +75,43 @@ class Latents:
     motions: Tensor
     first_frame: Tensor | None = None
 
+    def caption(self, i: int, u: Tensor, full: float) -> str:
+        """A prompt that video i fits: all that it shows with probability `full`, else less; u [2 or more] uniform numbers."""
+        return describe(prompt_spec(int(self.digits[i]), int(self.motions[i]), u, full))
+
+
+class TrainingSet(Protocol):
+    """Cached videos, each of which can be captioned in several ways; see `Latents`."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def first_frame(self) -> Tensor | None: ...
+
+    def caption(self, i: int, u: Tensor, full: float) -> str: ...
+
+
+class Texts(Protocol):
+    """Encoded prompts: `tokens` is the most that a prompt has, with one pad token."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    def encode(self, prompts: Sequence[str], padded_to: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts as if padded to `padded_to` [B] tokens: text [B, L, D] and its bias [B, L]."""
+        ...
+
+
+def pad_bias(lengths: Tensor, padded_to: Tensor, tokens: int) -> Tensor:
+    """What is added to the attention logits [B, L] of texts of `lengths` [B] tokens, as if padded to `padded_to` [B].
+
+    One pad token with log r added to its attention logits weighs as much as r pad tokens; tokens after it weigh nothing.
+    """
+    lengths, position = lengths[:, None], torch.arange(tokens)[None]
+    pads = (padded_to[:, None] - lengths).clamp(min=1).float().log()
+    return torch.where(position < lengths, 0.0, torch.where(position == lengths, pads, -math.inf))
+
 
 @torch.no_grad()
 def cache_latents(vae: AutoencoderKLWan, n: int, seed: int) -> Latents:
@@ -97,15 +135,17 @@ class TextTable:
     rows: dict[str, int]
 
     def condition(self, index: Tensor, padded_to: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [B] as if padded to `padded_to` [B] tokens: text [B, L, D] and its bias [B, L].
+        """Rows [B] as if padded to `padded_to` [B] tokens: text [B, L, D] and its bias [B, L]."""
+        return self.embeddings[index], pad_bias(self.lengths[index], padded_to, self.tokens)
 
-        One pad token with log r added to its attention logits weighs as much as r pad tokens; tokens after it weigh nothing.
-        """
-        lengths = self.lengths[index][:, None]
-        position = torch.arange(self.embeddings.shape[1])[None]
-        pads = (padded_to[:, None] - lengths).clamp(min=1).float().log()
-        bias = torch.where(position < lengths, 0.0, torch.where(position == lengths, pads, -math.inf))
-        return self.embeddings[index], bias
+    @property
+    def tokens(self) -> int:
+        """L."""
+        return self.embeddings.shape[1]
+
+    def encode(self, prompts: Sequence[str], padded_to: Tensor) -> tuple[Tensor, Tensor]:
+        """`condition` of the prompts' rows."""
+        return self.condition(torch.tensor([self.rows[prompt] for prompt in prompts]), padded_to)
 
 
 @torch.no_grad()
@@ -137,13 +177,13 @@ class TeacherRun:
     """Training state that can be written to one safetensors file and read back; step i always draws the same batch."""
 
     def __init__(
-        self, config: TeacherConfig, seed: int, data: Latents, table: TextTable, build: Callable[[], WanTransformer3DModel] = build_transformer
+        self, config: TeacherConfig, seed: int, data: TrainingSet, table: Texts, build: Callable[[], WanTransformer3DModel] = build_transformer
     ) -> None:
         """`build` makes the network as it is before training; parameters that it freezes stay as they are."""
         torch.manual_seed(seed + 21)
         self.config, self.seed, self.data, self.table, self.build, self.step = config, seed, data, table, build, 0
         self.net = build().train()
-        self.bias = TextBias(torch.zeros(config.batch, table.embeddings.shape[1]))
+        self.bias = TextBias(torch.zeros(config.batch, table.tokens))
         for block in self.net.blocks:
             block.attn1.set_processor(TrainingAttention(self.bias))
             block.attn2.set_processor(TrainingAttention(self.bias))
@@ -159,11 +199,10 @@ class TeacherRun:
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         pick = torch.randint(0, len(self.data.x), (c.batch,), generator=rng)
         u = torch.rand(c.batch, 5, generator=rng)
-        labels = zip(self.data.digits[pick].tolist(), self.data.motions[pick].tolist(), u, strict=True)
-        rows = torch.tensor([self.table.rows["" if v[2] < c.drop else describe(prompt_spec(d, m, v, c.full))] for d, m, v in labels])
+        prompts = ["" if v[2] < c.drop else self.data.caption(i, v, c.full) for i, v in zip(pick.tolist(), u, strict=True)]
         short = (u[:, 4] * math.log(STOCK_PADDING)).exp().ceil()
         padded_to = torch.where(u[:, 3] < c.stock_padding, STOCK_PADDING, short)
-        text, self.bias.value = self.table.condition(rows, padded_to)
+        text, self.bias.value = self.table.encode(prompts, padded_to)
         return self.data.x[pick].float(), None if self.data.first_frame is None else self.data.first_frame[pick].float(), text, rng
 
     def compile(self) -> None:
@@ -186,7 +225,7 @@ class TeacherRun:
         eps = torch.randn(x0.shape, generator=rng)
         level = t.view(-1, 1, 1, 1, 1)
         x_t = (1 - level) * x0 + level * eps
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.autocast):
             out = self.net(x_t if first_frame is None else torch.cat([x_t, first_frame], 1), t * 1000, text, return_dict=False)[0]
         return F.mse_loss(out.float(), eps - x0)
 

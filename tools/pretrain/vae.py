@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Settings of the VAE's training; from `full_from` of the steps on, whole frames instead of crops; `kl` weighs a mean over elements."""
+    """Settings of the VAE's training; from `full_from` of the steps on, whole frames instead of crops of at most `crop` pixels a side and, where
+    `first_frames` is below a video's length, of so many frames; `kl` weighs a mean over elements, `squared` the squared error beside the absolute one."""
 
     steps: int = 1400
     batch: int = 8
     crop: int = 32
+    first_frames: int = 9
     full_from: float = 0.8
     muon_lr: float = 0.01
     adam_lr: float = 2e-3
     kl: float = 2e-4
+    squared: float = 1.0
     ema: float = 0.995
 
 
@@ -65,38 +69,54 @@ def real_videos(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     return frames[:, None].expand(-1, 3, -1, -1, -1), digits, motions
 
 
-def train_vae(config: VaeConfig, seed: int) -> AutoencoderKLWan:
-    """Trains the VAE on random crops of training videos and, late, on whole frames, then fixes its latents' statistics."""
+def digit_videos(n: int, rng: torch.Generator) -> Tensor:
+    """The media of `real_videos`."""
+    return real_videos(n, rng)[0]
+
+
+def train_vae(
+    config: VaeConfig, seed: int, build: Callable[[], AutoencoderKLWan] = build_vae, videos: Callable[[int, torch.Generator], Tensor] = digit_videos
+) -> AutoencoderKLWan:
+    """Trains the VAE that `build` makes on random crops of training videos and, late, on whole frames, then fixes its latents' statistics.
+
+    `videos(n, rng)` draws media [n, 3, F, H, W] in [0, 1].
+    """
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed + 1)
-    vae = build_vae()
+    vae = build()
     matrices = [p for p in vae.parameters() if p.ndim >= 4]
     optimisers = Optimisers(matrices, [p for p in vae.parameters() if p.ndim < 4], config.steps, config.muon_lr, config.adam_lr)
     average = Average(vae, config.ema)
     with Progress("vae", config.steps) as progress:
         for step in range(config.steps):
-            media = real_videos(config.batch, rng)[0]
-            side = config.crop if step < config.full_from * config.steps else media.shape[-1]
-            top, left = torch.randint(0, media.shape[-1] - side + 1, (2,), generator=rng).tolist()
-            video = media[..., top : top + side, left : left + side] * 2 - 1
+            media = videos(config.batch, rng)
+            side, frames = (config.crop, config.first_frames) if step < config.full_from * config.steps else (max(media.shape[-2:]), media.shape[2])
+            video = cropped(media, side, frames, rng) * 2 - 1
             posterior = vae.encode(video).latent_dist
             recon = decode_unclamped(vae, posterior.sample())
             error = recon - video
             kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-            loss = error.abs().mean() + error.square().mean() + config.kl * kl
+            loss = error.abs().mean() + config.squared * error.square().mean() + config.kl * kl
             loss.backward()
             optimisers.step(step)
             average.update(vae, step)
             progress.step(loss=finite(loss, "vae", step))
     vae.load_state_dict(average.weights)
     vae.eval().requires_grad_(False)
-    return _with_statistics(vae, rng)
+    return _with_statistics(vae, rng, videos)
+
+
+def cropped(media: Tensor, side: int, frames: int, rng: torch.Generator) -> Tensor:
+    """A random crop of media [B, 3, F, H, W]: at most `side` pixels high and wide, the first `frames` frames."""
+    height, width = (min(side, whole) for whole in media.shape[-2:])
+    top, left = (int(torch.randint(0, whole - kept + 1, (1,), generator=rng)) for whole, kept in zip(media.shape[-2:], (height, width), strict=True))
+    return media[:, :, :frames, top : top + height, left : left + width]
 
 
 @torch.no_grad()
-def _with_statistics(vae: AutoencoderKLWan, rng: torch.Generator) -> AutoencoderKLWan:
+def _with_statistics(vae: AutoencoderKLWan, rng: torch.Generator, videos: Callable[[int, torch.Generator], Tensor]) -> AutoencoderKLWan:
     """Writes the mean and standard deviation of 512 videos' latents into the config."""
-    z = torch.cat([vae.encode(real_videos(32, rng)[0] * 2 - 1).latent_dist.mode() for _ in range(16)])
+    z = torch.cat([vae.encode(videos(32, rng) * 2 - 1).latent_dist.mode() for _ in range(16)])
     mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     return vae

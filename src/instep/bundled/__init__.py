@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     where: str
 
 
-MOVING_DIGITS, DIGITS, MOVING_DIGITS_I2V = "moving-digits", "digits", "moving-digits-i2v"
+MOVING_DIGITS, DIGITS, MOVING_DIGITS_I2V, MOVING_WORDS = "moving-digits", "digits", "moving-digits-i2v", "moving-words"
 WORLDS = {
     MOVING_DIGITS: Entry("videos", "instep.bundled.worlds:MOVING_DIGITS_WORLD"),
     DIGITS: Entry("class-conditional 8 x 8 images", "instep.bundled.worlds:DIGITS_WORLD"),

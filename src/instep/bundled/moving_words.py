@@ -1,0 +1,136 @@
+"""The moving-words world: a miniature Wan pipeline that writes a word of random letters and moves it, with prompts, real videos and labelled pairs.
+
+Its readers, which score what a video's word is, are handed in: `moving_words` takes a reward and a monitor, `words_world` what makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from instep import models
+from instep.bundled import MOVING_WORDS, folder_of, words
+from instep.bundled.glyphs import LETTERS
+from instep.bundled.world import World, as_miniature
+from instep.core.quiet import quiet
+from instep.core.size import Size
+from instep.data.media import slow_motion
+from instep.data.prompt import Prompt, as_prompts
+from instep.data.samples import PairSamples, RealSamples
+from instep.diffusion.guidance import GuidanceByLevel
+from instep.models.family import Family
+from instep.models.wan import WanFamily
+from instep.rewards.base import Reward
+from instep.rewards.features import Features
+from instep.training.probe import Monitor, Probe
+
+if TYPE_CHECKING:
+    from diffusers import WanPipeline
+
+VIDEO = Size(words.WIDTH, words.HEIGHT, words.FRAMES)
+# what `instep sample` draws; the words are held out of training
+SHOWN = ("the word CQSL moving left slowly", "the word RMAF in large serif letters standing still", "the word OJAL in round letters")
+
+
+@torch.no_grad()
+def _encoded(family: WanFamily, media: Tensor) -> Tensor:
+    """Latents of media [N, 3, F, H, W], a few at a time."""
+    return torch.cat([family.encode_media(part) for part in media.split(32)])
+
+
+@dataclass(frozen=True)
+class MovingWords:
+    """Everything a recipe may need on moving words."""
+
+    family: WanFamily
+    prompts: tuple[Prompt, ...]
+    reward: Reward
+    monitor: Monitor
+
+    def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
+        """None: no metrics of the teacher ship with this world."""
+        return None
+
+    def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
+        """Real videos through the VAE, each with one of the training prompts: what DM-Align (Pair) prefers."""
+        rng = torch.Generator().manual_seed(seed)
+        names = tuple(self.prompts[i] for i in torch.randint(len(self.prompts), (n,), generator=rng).tolist())
+        return RealSamples(names, _encoded(self.family, words.render([words.parse(name) for name in names], seed).media))
+
+    def pairs(self, n: int = 512, seed: int = 78) -> PairSamples:
+        """Labelled pairs of training prompts: a real video, and one with another letter, of another motion, or the same slowed down.
+
+        What is wrong is drawn among what the prompt says; a copy in slow motion is drawn as often where the video moves.
+        """
+        good, bad, names = real_and_wrong(self.prompts, n, seed)
+        return PairSamples(names, _encoded(self.family, good), _encoded(self.family, bad))
+
+
+def real_and_wrong(prompts: tuple[Prompt, ...], n: int, seed: int) -> tuple[Tensor, Tensor, tuple[Prompt, ...]]:
+    """n real videos of random prompts, as many wrong ones [n, 3, 9, 32, 64] that keep size, font and place, and their prompts."""
+    rng = torch.Generator().manual_seed(seed)
+    names = tuple(prompts[i] for i in torch.randint(len(prompts), (n,), generator=rng).tolist())
+    specs = [words.parse(name) for name in names]
+    shown = [words.complete(spec, rng) for spec in specs]
+    at = torch.rand(n, 3, generator=rng, dtype=torch.float64)
+    wrong = [_wrong(spec, complete, rng) for spec, complete in zip(specs, shown, strict=True)]
+    good = words.place(shown, at).media
+    bad = words.place([complete if other is None else other for complete, other in zip(shown, wrong, strict=True)], at).media
+    slowed = torch.tensor([other is None for other in wrong])
+    bad[slowed] = slow_motion(good[slowed])
+    return good, bad, names
+
+
+def _wrong(spec: words.Spec, shown: words.Spec, rng: torch.Generator) -> words.Spec | None:
+    """What a rejected video shows where the chosen one shows `shown` for the prompt `spec`: another letter, another motion, or None: the same slowed down."""
+    kinds = ["letter", *(["motion"] if spec.direction is not None else []), *(["slow"] if shown.direction != "still" else [])]
+    u, v, w = torch.rand(3, generator=rng).tolist()
+    kind = kinds[int(u * len(kinds))]
+    if kind == "slow":
+        return None
+    if kind == "letter":
+        place = int(v * words.LENGTH)
+        other = LETTERS[(LETTERS.index(shown.word[place]) + 1 + int(w * (len(LETTERS) - 1))) % len(LETTERS)]
+        return replace(shown, word=shown.word[:place] + other + shown.word[place + 1 :])
+    others = [i for i in range(len(words.MOTIONS)) if i not in words.motions_allowed(spec)]
+    moving = words.motion_spec(shown.word, others[int(v * len(others))])
+    return replace(moving, size=shown.size, font=shown.font)
+
+
+def family(size: Size | None = None) -> Family:
+    """The bundled pipeline's family, at a size or its own."""
+    return as_miniature(models.load(folder_of(MOVING_WORDS), size or VIDEO, name=MOVING_WORDS))
+
+
+def moving_words(reward: Reward, monitor: Monitor) -> MovingWords:
+    """Loads the bundled pipeline; `reward` and `monitor` read its videos."""
+    loaded = family()
+    assert isinstance(loaded, WanFamily)
+    return MovingWords(loaded, as_prompts(words.training_prompts()), reward, monitor)
+
+
+def _pipeline() -> WanPipeline:
+    """The stock pipeline in float32."""
+    from diffusers import WanPipeline
+
+    with quiet():
+        return WanPipeline.from_pretrained(folder_of(MOVING_WORDS), dtype=torch.float32, local_files_only=True)
+
+
+def words_world(reward: Callable[[], Reward], monitor: Callable[[], Monitor], features: Callable[[Literal["training", "monitor"]], Features]) -> World:
+    """The world to register, given what makes its readers: a reward, a monitor, and the features of either."""
+    return World(
+        name=MOVING_WORDS,
+        folder=folder_of(MOVING_WORDS),
+        size=VIDEO,
+        ready=lambda: moving_words(reward(), monitor()),
+        load=family,
+        pipeline=_pipeline,
+        shown=as_prompts(SHOWN),
+        features=features,
+        evaluation=None,
+    )

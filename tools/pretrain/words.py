@@ -1,0 +1,161 @@
+"""The parts of the moving-words pipeline before training: a 4x VAE, a token for each letter, a frozen text encoder that tells places, a transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from instep.bundled.glyphs import FONTS, LETTERS
+from instep.bundled.words import DIRECTIONS, MOTIONS, SIZES, SPEEDS, Spec, describe, draw, motion_of, partial, random_words
+from instep.core.progress import Progress
+from instep.models.wan_vae import encode_latents
+from pretrain.teacher import pad_bias
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+VOCABULARY = ("<pad>", "</s>", "<unk>", *LETTERS, "the", "word", "in", "letters", "moving", "standing", "still", *DIRECTIONS, *SPEEDS, *SIZES, *FONTS)
+
+
+def build_words_vae() -> AutoencoderKLWan:
+    """The untrained VAE: Wan's residual layout, 4x in time and in space, base width 8; the posterior starts narrow, otherwise its noise drowns the signal."""
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_downsample=[True, True],
+        is_residual=True,
+        scale_factor_spatial=4,
+        scale_factor_temporal=4,
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    )
+    with torch.no_grad():
+        vae.quant_conv.bias[16:] = -6.0
+        vae.quant_conv.weight[16:] *= 0.1
+    return vae
+
+
+def word_videos(n: int, rng: torch.Generator) -> Tensor:
+    """Fully random training videos: media [n, 3, 9, 32, 64] in [0, 1]."""
+    return draw([Spec(word) for word in random_words("train", n, rng)], rng).media
+
+
+def build_words_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each capital and for each word in small letters, and an end token; the empty prompt is the end token alone."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    letters = pre_tokenizers.Split(Regex("[A-Z]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), letters])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512, padding_side="right"
+    )
+
+
+def build_words_encoder(seed: int) -> UMT5EncoderModel:
+    """A frozen random UMT5 (width 64, 1 layer, 4 heads) whose head k looks at the token k places before.
+
+    So the k-th letter's output holds the token "word", each k along a direction of its own: cross-attention can tell letters and places. The
+    weights are rounded to fp16, as they will be stored.
+    """
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(seed)
+    config = UMT5Config(vocab_size=len(VOCABULARY), d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    encoder = UMT5EncoderModel(config)
+    with torch.no_grad():
+        bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # [buckets, heads]; bucket k < 8 is k places before
+        bias.zero_()
+        for head in range(4):
+            bias[head + 1, head] = 12.0
+    return encoder.half().float().eval().requires_grad_(False)
+
+
+def build_words_transformer() -> WanTransformer3DModel:
+    """The untrained network: width 128, 4 heads, 6 layers, patches of 1 x 2 x 2 (96 tokens), 1.7 million parameters."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=16,
+        out_channels=16,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=512,
+        num_layers=6,
+        rope_max_seq_len=32,
+    )
+
+
+@dataclass(frozen=True)
+class WordLatents:
+    """Cached training set: latents x [N, 16, 3, 8, 16] (half) and codes [N, 7]: four letters, motion, size, font."""
+
+    x: Tensor
+    codes: Tensor
+    first_frame: None = None
+
+    def caption(self, i: int, u: Tensor, full: float) -> str:
+        """A prompt that video i fits: all that it shows with probability `full`, else less; u [2 or more] uniform numbers."""
+        return describe(partial(decoded_spec(self.codes[i].tolist()), u, full))
+
+
+def encoded_spec(spec: Spec) -> list[int]:
+    """A complete spec as four letters, motion, size and font."""
+    assert spec.size is not None and spec.font is not None
+    return [*map(LETTERS.index, spec.word), motion_of(spec), SIZES.index(spec.size), FONTS.index(spec.font)]
+
+
+def decoded_spec(code: Sequence[int]) -> Spec:
+    """The inverse of `encoded_spec`."""
+    *letters, motion, size, font = code
+    direction, _, speed = MOTIONS[motion].partition(" ")
+    return Spec("".join(LETTERS[i] for i in letters), direction, speed or None, SIZES[size], FONTS[font])
+
+
+@torch.no_grad()
+def cache_word_latents(vae: AutoencoderKLWan, n: int, seed: int) -> WordLatents:
+    """Encodes n fully random training videos."""
+    rng = torch.Generator().manual_seed(seed + 11)
+    x, codes = [], []
+    with Progress("latents", n // 32) as progress:
+        for _ in range(n // 32):
+            drawn = draw([Spec(word) for word in random_words("train", 32, rng)], rng)
+            x.append(encode_latents(vae, drawn.media).half())
+            codes += map(encoded_spec, drawn.shown)
+            progress.step()
+    return WordLatents(torch.cat(x), torch.tensor(codes))
+
+
+class WordTexts:
+    """Prompts of the grammar, encoded where they are needed: there are too many for a table."""
+
+    tokens = 15  # the longest prompt has 14 with its end token
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], padded_to: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts as `WanPipeline` encodes them (zeros after the end token), as if padded to `padded_to` [B] tokens: text [B, L, D] and its bias [B, L]."""
+        ids = [self.tokenizer(prompt).input_ids for prompt in prompts]
+        lengths = torch.tensor([len(row) for row in ids])
+        padded = torch.tensor([row + [0] * (self.tokens - len(row)) for row in ids])
+        mask = torch.arange(self.tokens)[None] < lengths[:, None]
+        text = self.encoder(padded, attention_mask=mask.long()).last_hidden_state * mask[..., None]
+        return text, pad_bias(lengths, padded_to, self.tokens)
