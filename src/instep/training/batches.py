@@ -97,7 +97,7 @@ class BatchSource:
                 self._same[name].setdefault(prompt, []).append(i)
         same = [self._same[name][samples.prompts[row]] for row in rows]
         chosen = [[others[(others.index(row) + i) % len(others)] for i in range(count)] for row, others in zip(rows, same, strict=True)]
-        return samples.latents[torch.tensor(chosen)].to(self.device)
+        return to_device(samples.latents[torch.tensor(chosen)], self.device)
 
     def _stored(self, n: int) -> Stored:
         assert self.stored is not None
