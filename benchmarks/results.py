@@ -15,6 +15,7 @@ import results_apo
 import results_dollar
 import results_gpu
 import results_hold
+import results_precision
 import results_reinforce
 import results_side_by_side
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
@@ -257,6 +258,7 @@ def main() -> None:
         *lab_lines(),
         *results_hold.lines(),
         *results_align.lines(),
+        *results_precision.lines(),
         "## Stock diffusers against our sampler",
         "",
         "`python benchmarks/export_difference.py`: largest absolute difference of final latents, float32.",
