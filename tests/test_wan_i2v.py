@@ -122,8 +122,9 @@ def test_latents_of_first_frames_are_kept_for_each_size(tmp_path):
     """A family at another size shares what is kept, and takes nothing of the wrong size from it."""
     Image.fromarray(torch.full((48, 48, 3), 40, dtype=torch.uint8).numpy()).save(tmp_path / "a.png")
     made, names = family(), [Prompt("a seven", tmp_path / "a.png")]
+    one = made.encode(names).first_frame
     larger = made.at(Size(2 * made.size.height, 2 * made.size.width, made.size.frames))
-    one, other = made.encode(names).first_frame, larger.encode(names).first_frame
+    other = larger.encode(names).first_frame
     assert one.shape[2:] == made.latent_shape[1:] and other.shape[2:] == larger.latent_shape[1:] != made.latent_shape[1:]
     assert torch.equal(made.encode(names).first_frame, one) and torch.equal(larger.encode(names).first_frame, other)
 
