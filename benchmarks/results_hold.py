@@ -48,7 +48,8 @@ def lines() -> list[str]:
         "",
         "`python benchmarks/hold.py`: matching and a reward branch from one distilled student of 2 steps in the laboratory (ring8, reward `half`, one seed), "
         f"with fixed weights (shares of matching's gradient) and with the controller that holds the diversity above {bound:g} of its start. Inside: never more "
-        f"than {TOLERANCE:g} of the band below the bound, in any probe. The gain is the rise of the mean reward over the last {LAST} probes.",
+        f"than {TOLERANCE:g} of the band below the bound, in any probe. The gain is the rise of the mean reward over the last {LAST} probes. "
+        "The controller was tuned on this very set-up, and the grid of fixed weights is coarse: read it as a fit, not as a test on fresh runs.",
         "",
     ]
     for branch in sorted({one["branch"] for one in found}):

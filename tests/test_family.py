@@ -174,7 +174,8 @@ def test_adversarial_force_is_autograd_of_its_loss():
 
 def test_discriminator_losses_by_hand():
     x, real = torch.full((3, 2), 1.0, dtype=F64), torch.full((3, 2), 2.0, dtype=F64)
-    seen = view(x, {"fake": Headed(0.5)}, real=real)
+    seen = view(x, {"fake": Headed(0.5)})
+    seen = replace(seen, batch=replace(seen.batch, real=real))
     _, on_real, on_fake = FakeScoreGANLoss(levels=Fixed(), gan_levels=Fixed(), gan_weight=0.1).losses(seen)
     rng = torch.Generator().manual_seed(0)
     noises = [torch.randn(3, 2, generator=rng, dtype=F64) for _ in range(3)]

@@ -113,7 +113,7 @@ def test_calls_and_their_rows_are_the_same_whatever_exits_are_drawn(n_groups, li
     draws = {tuple(draw_exits(n_groups, 2, len(LEVELS), rng(seed)).tolist()) for seed in range(40)}
     assert len(draws) > 3
     live = live if to_the_end else live - {"final"}
-    seen = {tuple(calls(torch.tensor(exits), group=2, live=live, to_the_end=to_the_end, through=through)) for exits in draws}
+    seen = {tuple(calls(torch.tensor(exits), group=2, live=live, to_the_end=to_the_end, through=through, same_calls=True)) for exits in draws}
     assert len(seen) == 1
     ((*made_,),) = seen
     if live == {"exit"}:
@@ -122,8 +122,14 @@ def test_calls_and_their_rows_are_the_same_whatever_exits_are_drawn(n_groups, li
 
 def test_the_number_of_calls_is_the_same_even_for_exits_that_no_draw_gives():
     """Exits of two groups that are not stratified."""
-    seen = {len(calls(torch.tensor(exits), live=frozenset({"exit"}))) for exits in product(range(len(LEVELS)), repeat=2)}
+    seen = {len(calls(torch.tensor(exits), live=frozenset({"exit"}), same_calls=True)) for exits in product(range(len(LEVELS)), repeat=2)}
     assert seen == {len(LEVELS)}
+
+
+def test_no_sample_is_evaluated_beyond_its_exit_unless_calls_must_be_the_same():
+    for exits in product(range(len(LEVELS)), repeat=2):
+        made_ = calls(torch.tensor(exits), live=frozenset({"exit"}))
+        assert sum(rows for rows, _ in made_) == sum(exits) + 2 and made_[-1] == (2, True)
 
 
 def test_samples_leave_the_batch_at_their_exit():
@@ -138,6 +144,6 @@ def test_no_level_beyond_the_last_possible_exit_is_reached():
     """A micro-batch of the upper expert: its exits are among the first two levels, and nothing below them is evaluated."""
     for seed in range(4):
         exit_id = draw_exits(1, 2, 2, rng(seed))
-        assert calls(exit_id, group=2, exits=range(2), live=frozenset({"exit"})) == [(2, False), (2, True)]
-        low = calls(exit_id + 2, group=2, exits=range(2, 4), live=frozenset({"exit"}))
+        assert calls(exit_id, group=2, exits=range(2), live=frozenset({"exit"}), same_calls=True) == [(2, False), (2, True)]
+        low = calls(exit_id + 2, group=2, exits=range(2, 4), live=frozenset({"exit"}), same_calls=True)
         assert low == [(2, False)] * 3 + [(2, True)]

@@ -88,8 +88,8 @@ def test_it_stops_goes_back_and_exports_what_it_went_back_to(hacked):
 def test_the_checkpoint_is_that_of_a_run_that_was_never_stopped(hacked, tmp_path, monkeypatch):
     """The same run without `stop_on` has the same rows and, at the step that was kept, the same weights; it goes on past the finding."""
     free, kept = tmp_path / "free", hacked.stopped.kept
-    real = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *args, keep, **more: real(*args, keep=99, **more))
+    real = checkpoint.write_state
+    monkeypatch.setattr(checkpoint, "write_state", lambda *args, keep, **more: real(*args, keep=99, **more))
     assert go(free, ()).stopped is None and steps(free)[-1] == RECIPE.steps
     assert [r.step for r in flags(free) if r.flag == "hacking"] == [hacked.stopped.step]
     one, other = (checkpoint.load(checkpoint.at(out / "checkpoints", kept)) for out in (free, hacked.out))
@@ -133,7 +133,7 @@ def test_killed_at_any_moment_it_ends_the_same(hacked, tmp_path, monkeypatch):
                 go(out)
 
     dies_at(run_module, "iteration", 3)
-    dies_at(checkpoint, "save")
+    dies_at(checkpoint, "write_state")
     dies_at(stop, "decide")
     assert not (out / "stopped.json").exists() and flags(out)
     dies_at(stop, "write_json")

@@ -112,6 +112,7 @@ def rollout_few_step(
     transition: Transition = Renoise(),
     guidance: float = 1.0,
     device: torch.device | str = "cpu",
+    same_calls: bool = False,
 ) -> Rollout:
     """Rolls out len(cond) samples of `shape`, each to its exit, or `to_the_end`.
 
@@ -120,13 +121,15 @@ def rollout_few_step(
     that `draw_exits` drew from (None: all levels). `record` stores the trajectory of a rollout to the end. `guidance` is only noted in it: a guided
     `student` brings its own.
 
-    The numbers of calls and of rows in each are the same for all exits that can be drawn, since calls of a sharded network are collectives. A rollout
-    to the exit of Q levels costs (Q + 1) / 2 evaluations a sample if Q divides the number of groups, one to the end then costs Q. With fewer groups some
-    samples are evaluated further than they need to be: as far as another draw would need them.
+    A rollout to the exit of Q levels costs (Q + 1) / 2 evaluations a sample on average, one to the end Q. With `same_calls` the numbers of calls and of rows
+    in each are the same for all exits that can be drawn: calls of a sharded network are collectives, and every rank makes the same ones. Where Q does not
+    divide the number of groups, some samples are then evaluated further than they need to be: as far as another draw would need them.
     """
     n, chained = len(cond), through == "trajectory" and "final" in live
     assert len(exit_id) == n and (to_the_end or not record)
-    before, after = rows_beside_exits(range(len(levels)) if exits is None else exits, n // group, group, len(levels))
+    before, after = (
+        rows_beside_exits(range(len(levels)) if exits is None else exits, n // group, group, len(levels)) if same_calls else _rows(exit_id, len(levels))
+    )
     noise, again = randn((n, *shape), rng, device), torch.Generator(rng.device)
     again.set_state(rng.get_state())
     way = _Way(student, cond, levels, path, transition, exit_id, torch.tensor(levels, dtype=noise.dtype)[exit_id], live)
@@ -240,6 +243,12 @@ def rows_beside_exits(exits: range, n_groups: int, group: int, n_levels: int) ->
         return group * (each * wanted + min(more, wanted))
 
     return [most(exits.stop - 1 - j) for j in range(n_levels)], [most(j - exits.start) for j in range(n_levels)]
+
+
+def _rows(exit_id: Tensor, n_levels: int) -> tuple[list[int], list[int]]:
+    """The samples whose exit comes after each level, and before it."""
+    level = torch.arange(n_levels)[:, None]
+    return (exit_id > level).sum(1).tolist(), (exit_id < level).sum(1).tolist()
 
 
 def _stacked(steps: list[tuple[Tensor, Tensor, Tensor]], levels: Sequence[float], transition: Transition, guidance: float) -> Trajectory:
