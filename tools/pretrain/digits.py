@@ -25,7 +25,7 @@ from instep.models.backbone import Backbone
 from instep.models.dit import CLASSES, DiTFamily
 from instep.models.role import Role
 from pretrain.classifiers import SPLITS
-from pretrain.files import checksums, write_folder, write_json
+from pretrain.files import begin, checksums, write_folder, write_json
 from pretrain.optim import Average, Optimisers, finite
 
 if TYPE_CHECKING:
@@ -207,11 +207,8 @@ def pretrain_digits(out: Path, seed: int = 0, threads: int = 1, config: DigitsCo
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if threads < 1:
-        raise ValueError(f"threads: {threads} is not allowed; use 1 or more, at most the number of cores")
-    torch.set_num_threads(threads)
+    begin(out, threads)
     config, began = config or DigitsConfig(), time.process_time()
-    out.mkdir(parents=True, exist_ok=True)
     reference, names = split_media("reference")
     for classifier_config in config.classifiers:
         classifier = train_digit_classifier(classifier_config, seed)

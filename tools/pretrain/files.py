@@ -11,6 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+
+def begin(out: Path, threads: int, resume: bool = True) -> None:
+    """Makes the folder of a training, and without `resume` forgets what an interrupted one left there. ValueError if `threads` is below 1."""
+    if threads < 1:
+        raise ValueError(f"threads: {threads} is not allowed; use 1 or more, at most the number of cores")
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        shutil.rmtree(out / ".work", ignore_errors=True)
+
 
 def write_json(path: Path, value: Any) -> None:
     """JSON beside its name, then renamed."""

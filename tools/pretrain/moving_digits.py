@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from instep.bundled.digits import describe
 from instep.core.files import write_tensors
 from instep.models.wan_vae import decode_latents, encode_latents
 from pretrain.classifiers import CLASSIFIERS, SPLITS, ClassifierConfig, accuracy, reference_videos, train_classifier
-from pretrain.files import checksums, stage_done, write_folder, write_json
+from pretrain.files import begin, checksums, stage_done, write_folder, write_json
 from pretrain.measure import MeasureConfig, measure
 from pretrain.teacher import Latents, TeacherConfig, TeacherRun, cache_latents, text_table, train_teacher
 from pretrain.text import build_text_encoder, build_tokenizer
@@ -165,13 +164,8 @@ def pretrain_moving_digits(out: Path, seed: int = 0, threads: int = 2, resume: b
     About an hour on two cores; with `resume` an interrupted run of the same seed goes on where it stopped. `threads` are used for the VAE and
     the measurement; classifiers and teacher are trained side by side with 1 and `threads` - 1. ValueError if `threads` is below 1.
     """
-    if threads < 1:
-        raise ValueError(f"threads: {threads} is not allowed; use 1 or more, at most the number of cores")
-    torch.set_num_threads(threads)
+    begin(out, threads, resume)
     config = PretrainConfig()
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        shutil.rmtree(out / ".work", ignore_errors=True)
     stage(out, "vae", config.vae, seed, lambda: _vae(out, config.vae, seed))
     _classifiers_and_teacher(out, config, seed, threads)
     torch.set_num_threads(threads)

@@ -29,7 +29,7 @@ from instep.models.backbone import Backbone
 from instep.models.role import Role
 from instep.models.wan_i2v import known_latents
 from instep.models.wan_vae import decode_latents, encode_latents
-from pretrain.files import checksums, write_folder, write_json
+from pretrain.files import begin, checksums, write_folder, write_json
 from pretrain.measure import CLASSIFIER_NAMES, shares_right
 from pretrain.moving_digits import portable_names, stage
 from pretrain.teacher import Latents, TeacherConfig, TeacherRun, text_table, train_teacher
@@ -175,13 +175,8 @@ def pretrain_moving_digits_i2v(out: Path, seed: int = 0, threads: int = 1, resum
 
     A quarter of an hour on one core; with `resume` an interrupted run of the same seed goes on where it stopped. ValueError if `threads` is below 1.
     """
-    if threads < 1:
-        raise ValueError(f"threads: {threads} is not allowed; use 1 or more, at most the number of cores")
-    torch.set_num_threads(threads)
+    begin(out, threads, resume)
     config = config or ImageConfig()
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        shutil.rmtree(out / ".work", ignore_errors=True)
     stage(out, "teacher", config.teacher, seed, lambda: _train(out, config.teacher, seed))
     portable_names(out)
     stage(out, "measure", config, seed, lambda: measure_image_to_video(out, config, seed))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from instep.bundled import words
 from instep.core.files import write_tensors
-from pretrain.files import write_folder, write_json
+from pretrain.files import begin, write_folder, write_json
 from pretrain.moving_digits import load_vae, pipeline_writer, portable_names, record, stage
 from pretrain.teacher import TeacherConfig, TeacherRun, train_teacher
 from pretrain.vae import VaeConfig, psnr, train_vae
@@ -59,13 +57,8 @@ def pretrain_moving_words(out: Path, seed: int = 0, threads: int = 1, resume: bo
 
     With `resume` an interrupted run of the same seed goes on where it stopped. ValueError if `threads` is below 1.
     """
-    if threads < 1:
-        raise ValueError(f"threads: {threads} is not allowed; use 1 or more, at most the number of cores")
-    torch.set_num_threads(threads)
+    begin(out, threads, resume)
     config = WordsConfig()
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        shutil.rmtree(out / ".work", ignore_errors=True)
     stage(out, "vae", config.vae, seed, lambda: _vae(out, config.vae, seed))
     stage(out, "teacher", config.teacher, seed, lambda: _teacher(out, config.teacher, seed))
     portable_names(out)

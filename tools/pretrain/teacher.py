@@ -46,8 +46,8 @@ class TeacherConfig:
     autocast: bool = True
 
 
-def build_transformer() -> WanTransformer3DModel:
-    """The untrained network: width 128, 4 heads, 6 layers, patches of 1 x 2 x 2, 1.75 million parameters."""
+def build_transformer(text_dim: int = 32) -> WanTransformer3DModel:
+    """The untrained network for texts of width `text_dim`: width 128, 4 heads, 6 layers, patches of 1 x 2 x 2, 1.75 million parameters."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
@@ -56,7 +56,7 @@ def build_transformer() -> WanTransformer3DModel:
         attention_head_dim=32,
         in_channels=16,
         out_channels=16,
-        text_dim=32,
+        text_dim=text_dim,
         freq_dim=64,
         ffn_dim=512,
         num_layers=6,

@@ -35,23 +35,27 @@ class VaeConfig:
     ema: float = 0.995
 
 
-def build_vae() -> AutoencoderKLWan:
-    """The untrained VAE; the posterior starts narrow, otherwise its noise drowns the signal for hundreds of steps."""
+def build_vae(base: int = 16, patch: int | None = 2) -> AutoencoderKLWan:
+    """The untrained VAE of base width `base`: Wan's residual layout, 4x in time and, times the side of a `patch`, in space.
+
+    The posterior starts narrow, otherwise its noise drowns the signal for hundreds of steps.
+    """
     from diffusers import AutoencoderKLWan
 
+    side = patch or 1
     vae = AutoencoderKLWan(
-        base_dim=16,
-        decoder_base_dim=16,
+        base_dim=base,
+        decoder_base_dim=base,
         z_dim=16,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,
         attn_scales=[],
         temperal_downsample=[True, True],
         is_residual=True,
-        patch_size=2,
-        in_channels=12,
-        out_channels=12,
-        scale_factor_spatial=8,
+        patch_size=patch,
+        in_channels=3 * side**2,
+        out_channels=3 * side**2,
+        scale_factor_spatial=4 * side,
         scale_factor_temporal=4,
         latents_mean=[0.0] * 16,
         latents_std=[1.0] * 16,

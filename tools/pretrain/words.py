@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from instep.bundled.glyphs import FONTS, LETTERS
-from instep.bundled.words import DIRECTIONS, MOTIONS, SIZES, SPEEDS, Spec, describe, draw, motion_of, partial, random_words
+from instep.bundled.motions import DIRECTIONS, SPEEDS, direction_and_speed
+from instep.bundled.words import SIZES, Spec, describe, draw, motion_of, partial, random_words
 from instep.core.progress import Progress
 from instep.models.wan_vae import encode_latents
-from pretrain.teacher import pad_bias
+from pretrain.teacher import build_transformer, pad_bias
+from pretrain.vae import build_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -23,27 +25,8 @@ VOCABULARY = ("<pad>", "</s>", "<unk>", *LETTERS, "the", "word", "in", "letters"
 
 
 def build_words_vae() -> AutoencoderKLWan:
-    """The untrained VAE: Wan's residual layout, 4x in time and in space, base width 8; the posterior starts narrow, otherwise its noise drowns the signal."""
-    from diffusers import AutoencoderKLWan
-
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=16,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        attn_scales=[],
-        temperal_downsample=[True, True],
-        is_residual=True,
-        scale_factor_spatial=4,
-        scale_factor_temporal=4,
-        latents_mean=[0.0] * 16,
-        latents_std=[1.0] * 16,
-    )
-    with torch.no_grad():
-        vae.quant_conv.bias[16:] = -6.0
-        vae.quant_conv.weight[16:] *= 0.1
-    return vae
+    """The untrained VAE: base width 8, no patches, so 4x in space."""
+    return build_vae(base=8, patch=None)
 
 
 def word_videos(n: int, rng: torch.Generator) -> Tensor:
@@ -85,21 +68,8 @@ def build_words_encoder(seed: int) -> UMT5EncoderModel:
 
 
 def build_words_transformer() -> WanTransformer3DModel:
-    """The untrained network: width 128, 4 heads, 6 layers, patches of 1 x 2 x 2 (96 tokens), 1.7 million parameters."""
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=4,
-        attention_head_dim=32,
-        in_channels=16,
-        out_channels=16,
-        text_dim=64,
-        freq_dim=64,
-        ffn_dim=512,
-        num_layers=6,
-        rope_max_seq_len=32,
-    )
+    """The untrained network of moving digits, for texts of width 64 (96 tokens a video)."""
+    return build_transformer(text_dim=64)
 
 
 @dataclass(frozen=True)
@@ -124,8 +94,7 @@ def encoded_spec(spec: Spec) -> list[int]:
 def decoded_spec(code: Sequence[int]) -> Spec:
     """The inverse of `encoded_spec`."""
     *letters, motion, size, font = code
-    direction, _, speed = MOTIONS[motion].partition(" ")
-    return Spec("".join(LETTERS[i] for i in letters), direction, speed or None, SIZES[size], FONTS[font])
+    return Spec("".join(LETTERS[i] for i in letters), *direction_and_speed(motion), SIZES[size], FONTS[font])
 
 
 @torch.no_grad()
