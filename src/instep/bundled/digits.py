@@ -18,17 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instep.bundled.motions import DIRECTIONS, MOTIONS, SPEEDS, UNIT, direction_and_speed, motions_that_fit, said
 from instep.data.prompt import Prompt, texts_of
 
 FRAMES, SIZE, DIGIT_SIZE = 9, 48, 24
 SOURCE_SIZE = 8  # the scans are 8 x 8
 TRAVEL = {"slowly": 8.0, "fast": 16.0}  # pixels from the first frame to the last
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-DIRECTIONS = ("left", "right", "up", "down")
-SPEEDS = ("slowly", "fast")
-MOTIONS: tuple[str, ...] = ("still", *(f"{d} {s}" for d in DIRECTIONS for s in SPEEDS))
 Split = Literal["train", "monitor", "heldout", "reference"]
-_UNIT = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,7 @@ class PromptSpec:
 def describe(spec: PromptSpec) -> str:
     """The prompt that says exactly `spec`; inverse of `parse`."""
     words = ["a digit" if spec.digit is None else f"{'an' if spec.digit == 8 else 'a'} {WORDS[spec.digit]}"]
-    if spec.direction == "still":
-        words.append("standing still")
-    elif spec.direction is not None:
-        words += ["moving", spec.direction, *([spec.speed] if spec.speed else [])]
-    return " ".join(words)
+    return " ".join([*words, *said(spec.direction, spec.speed)])
 
 
 def parse(prompt: Prompt | str) -> PromptSpec:
@@ -82,17 +75,12 @@ def parse(prompt: Prompt | str) -> PromptSpec:
 
 def motion_spec(digit: int | None, motion: int) -> PromptSpec:
     """A spec with the motion of index `motion` in MOTIONS fully said."""
-    direction, _, speed = MOTIONS[motion].partition(" ")
-    return PromptSpec(digit, direction, speed or None)
+    return PromptSpec(digit, *direction_and_speed(motion))
 
 
 def motions_allowed(spec: PromptSpec) -> list[int]:
     """Indices into MOTIONS that fit the spec; all nine if it says nothing of motion."""
-    if spec.direction is None:
-        return list(range(len(MOTIONS)))
-    if spec.direction == "still":
-        return [0]
-    return [i for i, m in enumerate(MOTIONS) if m.split()[0] == spec.direction and spec.speed in (None, m.split()[-1])]
+    return motions_that_fit(spec.direction, spec.speed)
 
 
 def full_prompts() -> list[str]:
@@ -172,7 +160,7 @@ def random_paths(motions: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]
 
 def travels(motions: Tensor) -> Tensor:
     """Pixels from the first frame to the last [B, 2] (x, y) for motion indices [B]."""
-    table = torch.tensor([(0.0, 0.0), *((u * TRAVEL[s], v * TRAVEL[s]) for u, v in _UNIT.values() for s in SPEEDS)])
+    table = torch.tensor([(0.0, 0.0), *((u * TRAVEL[s], v * TRAVEL[s]) for u, v in UNIT.values() for s in SPEEDS)])
     return table[motions]
 
 

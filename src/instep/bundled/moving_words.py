@@ -15,8 +15,7 @@ from torch import Tensor
 from instep import models
 from instep.bundled import MOVING_WORDS, folder_of, words
 from instep.bundled.glyphs import LETTERS
-from instep.bundled.world import World, as_miniature
-from instep.core.quiet import quiet
+from instep.bundled.world import World, as_miniature, encoded, text_to_video_pipeline
 from instep.core.size import Size
 from instep.data.media import slow_motion
 from instep.data.prompt import Prompt, as_prompts
@@ -29,17 +28,11 @@ from instep.rewards.features import Features
 from instep.training.probe import Monitor, Probe
 
 if TYPE_CHECKING:
-    from diffusers import WanPipeline
+    pass
 
 VIDEO = Size(words.WIDTH, words.HEIGHT, words.FRAMES)
 # what `instep sample` draws; the words are held out of training
 SHOWN = ("the word CQSL moving left slowly", "the word RMAF in large serif letters standing still", "the word OJAL in round letters")
-
-
-@torch.no_grad()
-def _encoded(family: WanFamily, media: Tensor) -> Tensor:
-    """Latents of media [N, 3, F, H, W], a few at a time."""
-    return torch.cat([family.encode_media(part) for part in media.split(32)])
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class MovingWords:
         """Real videos through the VAE, each with one of the training prompts: what DM-Align (Pair) prefers."""
         rng = torch.Generator().manual_seed(seed)
         names = tuple(self.prompts[i] for i in torch.randint(len(self.prompts), (n,), generator=rng).tolist())
-        return RealSamples(names, _encoded(self.family, words.render([words.parse(name) for name in names], seed).media))
+        return RealSamples(names, encoded(self.family, words.render([words.parse(name) for name in names], seed).media))
 
     def pairs(self, n: int = 512, seed: int = 78) -> PairSamples:
         """Labelled pairs of training prompts: a real video, and one with another letter, of another motion, or the same slowed down.
@@ -67,7 +60,7 @@ class MovingWords:
         What is wrong is drawn among what the prompt says; a copy in slow motion is drawn as often where the video moves.
         """
         good, bad, names = real_and_wrong(self.prompts, n, seed)
-        return PairSamples(names, _encoded(self.family, good), _encoded(self.family, bad))
+        return PairSamples(names, encoded(self.family, good), encoded(self.family, bad))
 
 
 def real_and_wrong(prompts: tuple[Prompt, ...], n: int, seed: int) -> tuple[Tensor, Tensor, tuple[Prompt, ...]]:
@@ -113,14 +106,6 @@ def moving_words(reward: Reward, monitor: Monitor) -> MovingWords:
     return MovingWords(loaded, as_prompts(words.training_prompts()), reward, monitor)
 
 
-def _pipeline() -> WanPipeline:
-    """The stock pipeline in float32."""
-    from diffusers import WanPipeline
-
-    with quiet():
-        return WanPipeline.from_pretrained(folder_of(MOVING_WORDS), dtype=torch.float32, local_files_only=True)
-
-
 def words_world(reward: Callable[[], Reward], monitor: Callable[[], Monitor], features: Callable[[Literal["training", "monitor"]], Features]) -> World:
     """The world to register, given what makes its readers: a reward, a monitor, and the features of either."""
     return World(
@@ -129,7 +114,7 @@ def words_world(reward: Callable[[], Reward], monitor: Callable[[], Monitor], fe
         size=VIDEO,
         ready=lambda: moving_words(reward(), monitor()),
         load=family,
-        pipeline=_pipeline,
+        pipeline=lambda: text_to_video_pipeline(folder_of(MOVING_WORDS)),
         shown=as_prompts(SHOWN),
         features=features,
         evaluation=None,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from instep.bundled.glyphs import CAP_HEIGHT, FONTS, LETTERS, spread
+from instep.bundled.motions import DIRECTIONS, MOTIONS, SPEEDS, UNIT, direction_and_speed, motions_that_fit, said
 from instep.data.prompt import Prompt, texts_of
 
 FRAMES, HEIGHT, WIDTH, LENGTH = 9, 32, 64, 4
@@ -24,12 +25,8 @@ CAPITALS = {"small": (10.0, 11.0), "large": (13.0, 14.0)}  # height of a capital
 WIDEST = WIDTH - 4  # a wider word is drawn smaller
 TRAVEL = {"slowly": 6.0, "fast": 12.0}  # pixels from the first frame to the last
 SIZES = tuple(CAPITALS)
-DIRECTIONS = ("left", "right", "up", "down")
-SPEEDS = tuple(TRAVEL)
-MOTIONS: tuple[str, ...] = ("still", *(f"{d} {s}" for d in DIRECTIONS for s in SPEEDS))
 HELD_OUT = 10  # one word in so many
 Split = Literal["train", "heldout"]
-_UNIT = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 _GRAMMAR = re.compile(
     rf"the word (?P<word>[A-Z]{{{LENGTH}}})(?: in(?: (?P<size>{'|'.join(SIZES)}))?(?: (?P<font>{'|'.join(FONTS)}))? letters)?"
     rf"(?: (?P<still>standing still)| moving (?P<direction>{'|'.join(DIRECTIONS)})(?: (?P<speed>{'|'.join(SPEEDS)}))?)?"
@@ -62,11 +59,7 @@ def describe(spec: Spec) -> str:
     words = ["the word", spec.word]
     if spec.size or spec.font:
         words += ["in", *filter(None, (spec.size, spec.font)), "letters"]
-    if spec.direction == "still":
-        words.append("standing still")
-    elif spec.direction is not None:
-        words += ["moving", spec.direction, *([spec.speed] if spec.speed else [])]
-    return " ".join(words)
+    return " ".join([*words, *said(spec.direction, spec.speed)])
 
 
 def parse(prompt: Prompt | str) -> Spec:
@@ -99,8 +92,7 @@ def random_words(split: Split, n: int, rng: torch.Generator) -> list[str]:
 
 def motion_spec(word: str, motion: int) -> Spec:
     """A spec with the motion of index `motion` in MOTIONS fully said."""
-    direction, _, speed = MOTIONS[motion].partition(" ")
-    return Spec(word, direction, speed or None)
+    return Spec(word, *direction_and_speed(motion))
 
 
 def motion_of(spec: Spec) -> int:
@@ -110,9 +102,7 @@ def motion_of(spec: Spec) -> int:
 
 def motions_allowed(spec: Spec) -> list[int]:
     """Indices into MOTIONS that fit the spec; all nine if it says nothing of motion."""
-    if spec.direction is None:
-        return list(range(len(MOTIONS)))
-    return [i for i, m in enumerate(MOTIONS) if m.split()[0] == spec.direction and spec.speed in (None, m.split()[-1])]
+    return motions_that_fit(spec.direction, spec.speed)
 
 
 def complete(spec: Spec, rng: torch.Generator) -> Spec:
@@ -191,7 +181,7 @@ def place(shown: Sequence[Spec], u: Tensor) -> Drawn:
 
 def _travel(spec: Spec) -> tuple[float, float]:
     """Pixels (x, y) from the first frame to the last."""
-    x, y = _UNIT.get(spec.direction or "", (0.0, 0.0))
+    x, y = UNIT.get(spec.direction or "", (0.0, 0.0))
     return x * TRAVEL.get(spec.speed or "", 0.0), y * TRAVEL.get(spec.speed or "", 0.0)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
+from instep.core.quiet import quiet
 from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
@@ -20,6 +22,9 @@ from instep.models.preset import Preset
 from instep.rewards.base import Reward
 from instep.rewards.features import Features
 from instep.training.probe import Monitor, Probe
+
+if TYPE_CHECKING:
+    from diffusers import WanPipeline
 
 EvalSize = Literal["quick", "full"]
 
@@ -114,3 +119,17 @@ class World:
     features: Callable[[Literal["training", "monitor"]], Features]
     evaluation: Evaluation | None
     adopt: Callable[[Family], Family] = as_miniature
+
+
+@torch.no_grad()
+def encoded(family: Family, media: Tensor) -> Tensor:
+    """Latents of media [N, 3, F, H, W], a few at a time."""
+    return torch.cat([family.encode_media(part) for part in media.split(32)])
+
+
+def text_to_video_pipeline(folder: Path) -> WanPipeline:
+    """The stock pipeline of a bundled folder, in float32."""
+    from diffusers import WanPipeline
+
+    with quiet():
+        return WanPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)

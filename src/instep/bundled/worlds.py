@@ -19,8 +19,7 @@ from instep.bundled.evaluation import DigitsEvaluation
 from instep.bundled.features import ClassifierFeatures
 from instep.bundled.moving_digits_i2v import MovingDigitsImageFamily, bundled_pipeline
 from instep.bundled.teacher_probe import known_metrics
-from instep.bundled.world import World, as_miniature
-from instep.core.quiet import quiet
+from instep.bundled.world import World, as_miniature, encoded, text_to_video_pipeline
 from instep.core.size import Size
 from instep.data.media import slow_motion
 from instep.data.prompt import Prompt, as_prompts
@@ -33,7 +32,7 @@ from instep.rewards.features import Features
 from instep.training.probe import Probe
 
 if TYPE_CHECKING:
-    from diffusers import WanPipeline
+    pass
 
 VIDEO = Size(digits.SIZE, digits.SIZE, digits.FRAMES)
 IMAGE = Size(digits.SOURCE_SIZE, digits.SOURCE_SIZE, 1)
@@ -64,12 +63,6 @@ class ClassifierMonitor:
         """Mean number of different motions among the samples of each open prompt: 5.5 of 8 samples where all nine are equally likely."""
         seen = self.classifier.logits(media)[1].argmax(1).reshape(-1, self.open_copies)
         return sum(len(row.unique()) for row in seen) / len(seen)
-
-
-@torch.no_grad()
-def encoded(family: WanFamily, media: Tensor) -> Tensor:
-    """Latents of media [N, 3, F, H, W], a few at a time."""
-    return torch.cat([family.encode_media(part) for part in media.split(32)])
 
 
 def _known_teacher(world: MovingDigits | MovingDigitsI2V, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
@@ -250,21 +243,13 @@ def _video_features(model: str) -> Callable[[Literal["training", "monitor"]], Fe
     return lambda name: ClassifierFeatures(model, load_classifier(name), VIDEO, 3 * 2 * FEATURES)
 
 
-def _text_to_video_pipeline() -> WanPipeline:
-    """The stock pipeline in float32."""
-    from diffusers import WanPipeline
-
-    with quiet():
-        return WanPipeline.from_pretrained(folder_of(MOVING_DIGITS), dtype=torch.float32, local_files_only=True)
-
-
 MOVING_DIGITS_WORLD = World(
     name=MOVING_DIGITS,
     folder=folder_of(MOVING_DIGITS),
     size=VIDEO,
     ready=moving_digits,
     load=lambda size: as_miniature(models.load(folder_of(MOVING_DIGITS), size or VIDEO, name=MOVING_DIGITS)),
-    pipeline=_text_to_video_pipeline,
+    pipeline=lambda: text_to_video_pipeline(folder_of(MOVING_DIGITS)),
     shown=as_prompts(SHOWN),
     features=_video_features(MOVING_DIGITS),
     evaluation=DigitsEvaluation(),
