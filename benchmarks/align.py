@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measured import store
 
 from instep.bundled import find
-from instep.cli.evaluate import sampler_of
 from instep.cli.lab import LabArgs
 from instep.core.files import write_json
 from instep.lab.networks import VelocityMLP
@@ -33,7 +33,6 @@ from instep.recipes.amd import amd
 from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
-from instep.training.build import averaged
 from instep.training.options import RunOptions
 from instep.training.run import train as train_model
 
@@ -131,13 +130,7 @@ def run_cell(world: str, name: str, seed: int, runs: Path) -> None:
         start_from=runs / f"{world}-{cell.start}-{seed}" if cell.start else None,
         options=RunOptions(seed=seed, probe_every=MORE, save_every=MORE, keep=1),
     )
-    seconds, evaluation = time.process_time() - began, place.evaluation
-    assert evaluation is not None, f"{world} is not measured by instep eval"
-    with averaged(run.state.trained["student"]):
-        generate = sampler_of(run.state.roles["student"], ready.family, recipe.sampling)
-        row = evaluation.row(name, "student", generate, evaluation.prompts("full", 0), steps=len(recipe.levels), guidance=recipe.sampling.guidance)
-    write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed})
-    print(f"{file.name}: {time.process_time() - began:.0f} s of CPU", flush=True)
+    store(file, run, recipe, place, name, seed=seed, began=began)
 
 
 def main() -> None:

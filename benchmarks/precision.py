@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from measured import store
 
 from instep.bundled import MOVING_DIGITS, find
-from instep.cli.evaluate import sampler_of
-from instep.core.files import write_json
 from instep.recipes.dmd import dmd2
-from instep.training.build import averaged
 from instep.training.execution import Execution
 from instep.training.options import RunOptions
 from instep.training.run import train
@@ -38,13 +36,7 @@ def run(dtype: Dtype, seed: int, runs: Path) -> None:
     ready, recipe = place.ready(), dmd2(iterations=ITERATIONS)
     options = RunOptions(seed=seed, probe_every=ITERATIONS, save_every=ITERATIONS, keep=1, execution=Execution(dtype=dtype))
     done = train(recipe, ready.family, out=runs / f"{dtype}-{seed}", prompts=ready.prompts, reward=ready.reward, monitor=ready.monitor, options=options)
-    seconds, evaluation = time.process_time() - began, place.evaluation
-    assert evaluation is not None
-    with averaged(done.state.trained["student"]):
-        generate = sampler_of(done.state.roles["student"], done.family, recipe.sampling)
-        row = evaluation.row(dtype, "student", generate, evaluation.prompts("full", 0), steps=len(recipe.levels), guidance=recipe.sampling.guidance)
-    write_json(file, {"row": row.json(), "iterations": recipe.steps, "train_cpu_s": seconds, "seed": seed})
-    print(f"{file.name}: {time.process_time() - began:.0f} s of CPU", flush=True)
+    store(file, done, recipe, place, dtype, seed=seed, began=began)
 
 
 def main() -> None:
