@@ -77,6 +77,11 @@ class Backbone:
         if checkpointing:
             module.enable_gradient_checkpointing(self._checkpointed)
 
+    def go_home(self) -> None:
+        """Where networks take turns on a device: leaves none there."""
+        if self.residency is not None:
+            self.residency.clear()
+
     def __deepcopy__(self, memo: dict) -> Self:
         # a copy of the module copies its hooks, which would otherwise copy this object and with it the whole pipeline
         return self

@@ -126,7 +126,6 @@ class Role:
                     f"state of role {self.name!r}: {key} is {tuple(state[key].shape)} there and {tuple(p.shape)} here; start from a run of the same model, "
                     "with as many steps (the fake knows each exit) and the same LoRA rank"
                 )
-        if self.backbone.residency is not None:
-            self.backbone.residency.clear()
+        self.backbone.go_home()
         for key, p in own.items():
             p.copy_(state[key])

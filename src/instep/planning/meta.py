@@ -86,8 +86,7 @@ def tracing(tally: Tally, state: TrainState, stepped: Callable[[], None], shift:
                 stack.enter_context(_replaced(backbone.residency, "moved", _copied(tally)))
         yield
         for role in state.roles.values():
-            if (residency := cast(Role, role).backbone.residency) is not None:
-                residency.clear()
+            cast(Role, role).backbone.go_home()
 
 
 @contextmanager

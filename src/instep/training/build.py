@@ -98,8 +98,8 @@ def make_state(
         if config.optim is not None
     }
     for name, role in roles.items():
-        if name in trained and (residency := role.backbone.residency) is not None:
-            trained[name].at_home = residency.clear
+        if name in trained:
+            trained[name].at_home = role.backbone.go_home
     device = family.device
     if latent_reward is not None and recipe.latent_reward is not None:
         trained["latent_reward"] = TrainedParams(dict(latent_reward.on(device).named_parameters()), recipe.latent_reward.optim)

@@ -70,8 +70,7 @@ def export_role(
         size=family.size,
         example_prompt=example,
     )
-    if student.backbone.residency is not None:
-        student.backbone.residency.clear()
+    student.backbone.go_home()
     network, adapter = student.backbone.module, student.adapter
     if sampling.kind == "ode":
         if sampling.guidance_scales is not None:
@@ -91,8 +90,7 @@ def _leaving(sampler: Sampler, student: Role) -> Sampler:
 
     def ours(prompts: Sequence[Prompt], rng: torch.Generator) -> Tensor:
         x = sampler(prompts, rng)
-        if student.backbone.residency is not None:
-            student.backbone.residency.clear()
+        student.backbone.go_home()
         return x
 
     return ours
