@@ -18,6 +18,7 @@ from instep.diffusion.levels import LevelSampler, Uniform
 from instep.diffusion.path import Path, broadcast
 from instep.diffusion.prediction import Condition
 from instep.diffusion.rollout import Where
+from instep.diffusion.transfer import to_match
 from instep.methods.matching import distance
 from instep.methods.term import Force, Need, View, as_force
 
@@ -88,8 +89,8 @@ def posterior_mean(path: Path, x_t: Tensor, t: Tensor, candidates: Tensor) -> Te
 
     It is their softmax-weighted mean, with logits -|x_t - a c|^2 / (2 b^2); x_t is [B, ...], the levels t are [B], above 0.
     """
-    a, b = (value.to(x_t)[:, None] for value in (path.a(t), path.b(t)))
-    logits = -squared_distances(x_t, broadcast(a[:, 0], candidates) * candidates) / (2 * b.square())
+    b = to_match(path.b(t), x_t)[:, None]
+    logits = -squared_distances(x_t, broadcast(path.a(t), candidates) * candidates) / (2 * b.square())
     weights = logits.softmax(1).reshape(*logits.shape, *(1,) * (x_t.ndim - 1))
     return (weights * candidates).sum(1)
 

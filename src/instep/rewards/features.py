@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.quiet import quiet
 from instep.data.media import read_media
+from instep.diffusion.transfer import constants
 from instep.rewards.samples import evenly_spaced
 
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, in processors' files
@@ -100,7 +101,7 @@ class Preparation:
             if min(top, left) < 0:
                 raise ValueError(f"media: {height} x {width} are too small for a crop of {self.crop[0]} x {self.crop[1]}; give larger ones")
             frames = frames[:, :, top : top + self.crop[0], left : left + self.crop[1]]
-        mean, std = (frames.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (constants(values, frames)[:, None, None] for values in (self.mean, self.std))
         return (frames - mean) / std
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from instep.data.prompt import Prompt
+from instep.diffusion.transfer import constants
 from instep.rewards.base import Reward, as_reward, checked_scores
 
 
@@ -49,7 +50,7 @@ class Several:
 
     def score(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         each = self.each(media, prompts)
-        return each @ each.new_tensor(self.weights)
+        return each @ constants(self.weights, each)
 
 
 def parts_of(reward: Reward) -> tuple[Reward, ...]:
