@@ -79,7 +79,7 @@ def run(rl: Branch, weight: float, start: VelocityMLP, hold: Bound | None) -> di
         if step % HOLD_EVERY == 0:
             now = probe(state, recipe)
             if controller:
-                state.hold, _ = controller.probed(state.hold or Held(), stage, now)
+                state.hold, _ = controller.probed(state.hold, stage, now)
             rows.append({"step": step, "reward": now["reward"], "diversity": now["diversity"] / first["diversity"], "multiplier": state.multiplier})
     return {"branch": rl, "weight": weight, "held": hold is not None, "rows": rows}
 

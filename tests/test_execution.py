@@ -34,9 +34,9 @@ from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward, as_reward
 from instep.rewards.decoded import make_reward_grad_fn
 from instep.training.execution import LARGE, Execution
-from instep.training.held import modules_in
 from instep.training.loop import Interrupted
 from instep.training.options import RunOptions
+from instep.training.reward_networks import modules_in
 from instep.training.run import train
 from instep.training.state import TrainedParams
 from instep.training.step import iteration, snapshot_reference, sync_average

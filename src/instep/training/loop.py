@@ -21,7 +21,7 @@ from instep.training.batches import BatchSource
 from instep.training.build import averaged
 from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended
 from instep.training.health import Finding, HealthMonitor
-from instep.training.hold import Controller, Held
+from instep.training.hold import Controller
 from instep.training.log import RunLog, Tracker
 from instep.training.options import RunOptions
 from instep.training.probe import KnownTeacher, Probe, few_of
@@ -100,14 +100,14 @@ class Loop:
         cpu, wall = time.process_time(), time.perf_counter()
         try:
             every = self.options.terms_every
-            measured = (None, True) if every and (self.state.step + 1) % every == 0 else ()
-            row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress, *measured)}
+            measure = every > 0 and (self.state.step + 1) % every == 0
+            row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress, None, measure)}
         except Unusable as error:
             self._give_up(str(error))
         row |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
         step = self.state.step
         if self.controller is not None:
-            self.state.hold = self.controller.trained(self.state.hold or Held(), stage, row)
+            self.state.hold = self.controller.trained(self.state.hold, stage, row)
         self.skipped.row(step, row)
         if step % self.options.probe_interval == 0 or step in self.recipe.stage_ends():
             self._probe(log, health, row)
@@ -170,7 +170,7 @@ class Loop:
         row |= {f"probe/{key}": value for key, value in metrics.items()} | teacher
         if self.controller is not None:
             following, _ = self.recipe.at(min(self.state.step, self.recipe.steps - 1))
-            self.state.hold, scalars = self.controller.probed(self.state.hold or Held(), following, metrics)
+            self.state.hold, scalars = self.controller.probed(self.state.hold, following, metrics)
             row |= scalars
         # counted as saved: `_save_if_due` saves it unless it stops the run
         self.probed.append(stop.Probed(self.state.step, metrics.get("monitor_both"), True, metrics["diversity"]))

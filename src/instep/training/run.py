@@ -26,13 +26,13 @@ from instep.training.build import averaged, make_state
 from instep.training.checks import check_inputs
 from instep.training.finish import check_student, export_role, fits_stock
 from instep.training.finite import of_finite_samples
-from instep.training.held import modules_in
 from instep.training.inputs import as_family, as_prompt_list, every_prompt
 from instep.training.log import Tracker
 from instep.training.loop import Loop
 from instep.training.manifest import write_manifest
 from instep.training.options import RunOptions
 from instep.training.probe import PROBE_PROMPTS, KnownTeacher, Monitor, Probe, few_of
+from instep.training.reward_networks import modules_in
 from instep.training.state import TrainState
 from instep.training.teacher_samples import teacher_samples
 from instep.training.views import samples, save_samples

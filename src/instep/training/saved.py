@@ -33,7 +33,7 @@ def contents(state: TrainState, source: BatchSource) -> dict[str, Any]:
         "reference": {str(i): p.detach() for i, p in enumerate(state.reference)},
         "reference_stage": state.reference_stage,
         **({"ratios": {name: asdict(ratio) for name, ratio in state.ratios.items()}} if state.ratios else {}),
-        **({"hold": asdict(state.hold)} if state.hold is not None else {}),
+        **({"hold": asdict(state.hold)} if state.hold != Held() else {}),
     }
 
 

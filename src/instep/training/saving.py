@@ -36,10 +36,10 @@ class CheckpointWriter:
     def save(self, step: int, state: State, protect: Collection[int] = ()) -> None:
         """Saves the state of `step` as it is now (`checkpoint.save`); in the background it returns once the state is copied."""
         self.wait()
-        values, tensors = split(state)
         if not self.background:
-            checkpoint.write_state(self.folder, step, values, tensors, keep=self.keep, protect=protect)
+            checkpoint.save(self.folder, step, state, keep=self.keep, protect=protect)
             return
+        values, tensors = split(state)
         copied = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
 
         def write() -> None:

@@ -186,12 +186,12 @@ class TrainState:
     bands: tuple[Band, ...] = (WHOLE,)
     device: torch.device = torch.device("cpu")
     ratios: dict[str, NormRatio] = field(default_factory=dict)
-    hold: Held | None = None
+    hold: Held = Held()
 
     @property
     def multiplier(self) -> float:
         """The factor on the weights of all reward terms."""
-        return 1.0 if self.hold is None else self.hold.multiplier
+        return self.hold.multiplier
 
     def module_of(self, name: str) -> Any:
         """Returns the owner of the parameters in `trained[name]`: a role, or the latent reward model; both have `state` and `load_state`."""

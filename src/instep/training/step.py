@@ -21,7 +21,7 @@ from instep.methods.recipe import AdamWConfig, Stage
 from instep.methods.term import Batch, Critic, Force, View
 from instep.training.scalars import Scalars
 from instep.training.state import TrainState
-from instep.training.term_gradients import TermGradients, Weights, due, observe
+from instep.training.term_gradients import TermGradients, due, observe, weights_now
 
 # micro-batches over which the rewards' variance is averaged in stages that share one scale
 REWARD_HORIZON = 10
@@ -41,7 +41,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     snapshot_reference(state, stage)
     sync_average(state, stage)
     views: list[View] = []
-    weights = Weights.now(state, stage)
+    weights = weights_now(state, stage)
     gradients = TermGradients(state.trained["student"]) if measure or due(stage, progress) else None
     for epoch in range(stage.inner_epochs):
         for i, batch in enumerate(batches):
@@ -212,7 +212,9 @@ def recompute(state: TrainState, stage: Stage, view: View) -> Rollout | None:
     return replace(rollout, exit=predicted("exit", rollout.exit), final=predicted("final", rollout.final))
 
 
-def backward(stage: Stage, view: View, scale: float, weights: Weights, log: Scalars, measured: TermGradients | None = None, *, last: bool = True) -> None:
+def backward(
+    stage: Stage, view: View, scale: float, weights: Mapping[str, float], log: Scalars, measured: TermGradients | None = None, *, last: bool = True
+) -> None:
     """Weighs and adds the forces of each point and calls autograd once; then each objective's scalars, one by one.
 
     With `measured` each term is measured alone before.
@@ -226,7 +228,7 @@ def backward(stage: Stage, view: View, scale: float, weights: Weights, log: Scal
             measured.add(force.name, partial(torch.autograd.backward, [x], [(scale * g).to(x)], retain_graph=True), last=last)
     points, gradients = [], []
     for where in sorted(live):
-        total = torch.stack([weights.of[force.name] * g for force, g in forces if force.on == where]).sum(0)
+        total = torch.stack([weights[force.name] * g for force, g in forces if force.on == where]).sum(0)
         points.append(view.samples.point(where).x)
         gradients.append((scale * total).to(points[-1]))
     if points:
@@ -235,7 +237,7 @@ def backward(stage: Stage, view: View, scale: float, weights: Weights, log: Scal
         for loss in objective(view):
             if measured is not None:
                 measured.add(objective.name, partial((scale * loss).backward, retain_graph=True), last=False)
-            (scale * weights.of[objective.name] * loss).backward()
+            (scale * weights[objective.name] * loss).backward()
             log.add(f"objective/{objective.name}", loss.detach())
 
 
@@ -265,23 +267,23 @@ def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, 
     log.after(finite, trained.settle)
 
 
-def log_terms(state: TrainState, stage: Stage, weights: Weights, norms: Mapping[str, Tensor], log: Scalars) -> None:
+def log_terms(state: TrainState, stage: Stage, weights: Mapping[str, float], norms: Mapping[str, Tensor], log: Scalars) -> None:
     """Logs the weight of each term and the norm of its gradient, with and without it; the ratios of shares move as soon as the norms are known."""
     known: dict[str, float] = {}
     for name, norm in norms.items():
-        log.add(f"term/{name}/gradient", weights.of[name] * norm)
+        log.add(f"term/{name}/gradient", weights[name] * norm)
         log.add(f"term/{name}/gradient_unweighted", norm)
-        log.add(f"term/{name}/weight", torch.tensor(weights.of[name]))
+        log.add(f"term/{name}/weight", torch.tensor(weights[name]))
         log.read(norm, partial(known.__setitem__, name))
     if norms:
         log.after(torch.ones((), dtype=torch.bool), lambda _: observe(state, stage, known))
 
 
 @torch.no_grad()
-def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, weights: Weights, log: Scalars) -> None:
+def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, weights: Mapping[str, float], log: Scalars) -> None:
     """Logs the weighted norm of each force per sample (of the batch-mean gradient times B), and the cosine of any two at the same point."""
     for force, g in forces:
-        log.add(f"force/{force.name}/norm", weights.of[force.name] * g.flatten(1).norm(dim=1).mean() * len(g))
+        log.add(f"force/{force.name}/norm", weights[force.name] * g.flatten(1).norm(dim=1).mean() * len(g))
     for (f, g), (other, h) in combinations(forces, 2):
         same = torch.ones(len(g), dtype=torch.bool, device=g.device)
         if f.on != other.on:

@@ -8,7 +8,6 @@ of matching's gradient, and the factor between the two is a running ratio of mea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,16 +58,12 @@ class TermGradients:
             self._norms[name] = torch.nn.utils.get_total_norm(found)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The weight of every term of a stage in one iteration, by name."""
+def weights_now(state: TrainState, stage: Stage) -> dict[str, float]:
+    """The weight of every term of a stage in this iteration, by name.
 
-    of: Mapping[str, float]
-
-    @classmethod
-    def now(cls, state: TrainState, stage: Stage) -> Weights:
-        """Raw weights as they are given; shares by the ratios measured so far, 0 before the first; those of rewards times the run's multiplier."""
-        return cls({term.name: _weight(state, stage, term) for term in stage.terms})
+    Raw weights as they are given; shares by the ratios measured so far, 0 before the first; those of rewards times the run's multiplier.
+    """
+    return {term.name: _weight(state, stage, term) for term in stage.terms}
 
 
 def _weight(state: TrainState, stage: Stage, term: Term) -> float:
