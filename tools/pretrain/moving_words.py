@@ -30,7 +30,7 @@ from pretrain.words import (
 class WordsConfig:
     """Settings of every part."""
 
-    vae: VaeConfig = field(default_factory=lambda: VaeConfig(steps=1200, first_frames=5, full_from=0.85, kl=1e-4, squared=2.0))
+    vae: VaeConfig = field(default_factory=lambda: VaeConfig(steps=1800, first_frames=5, full_from=0.85, kl=1e-4, squared=2.0))
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(videos=8192, steps=10000, batch=32))
 
 

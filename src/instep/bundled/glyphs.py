@@ -1,4 +1,4 @@
-"""The letters of the moving-words world: pictures of the capitals A to Z in six bold fonts, drawn once and shipped (`assets/fonts`, with the licences).
+"""The letters of the moving-words world: pictures of the capitals A to Z in four bold fonts, drawn once and shipped (`assets/fonts`, with the licences).
 
 No font file is read and no font renderer is used, so a word looks the same on every machine.
 """
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-FONTS = ("sans", "grotesk", "modern", "round", "spartan", "serif")
+FONTS = ("sans", "grotesk", "spartan", "serif")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CAP_HEIGHT = 48  # pixels of an H in the pictures
 GLYPH_ABOVE, GLYPH_ROWS = 4, 72  # rows above an H, and in all

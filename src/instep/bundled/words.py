@@ -1,6 +1,6 @@
 """Moving words: words of four random letters that stand still or move over a small canvas, and the prompts that name them.
 
-A video is grey (3 equal channels), dark letters on a light ground, 9 frames of 64 x 32 (width x height). A word is drawn in one of six fonts, its capitals
+A video is grey (3 equal channels), dark letters on a light ground, 9 frames of 64 x 32 (width x height). A word is drawn in one of four fonts, its capitals
 10 to 11 px (small) or 13 to 14 px (large) tall, and travels 12 px (fast) or 6 px (slowly). Words are random, so nearly none stands in a dictionary, and a
 tenth of all words, chosen by a hash of their letters, is held out of training.
 """
@@ -23,6 +23,7 @@ from instep.data.prompt import Prompt, texts_of
 FRAMES, HEIGHT, WIDTH, LENGTH = 9, 32, 64, 4
 CAPITALS = {"small": (10.0, 11.0), "large": (13.0, 14.0)}  # height of a capital in pixels, from and to
 WIDEST = WIDTH - 4  # a wider word is drawn smaller
+OFF_CENTRE = 3.0  # pixels, at most, from the centre of the canvas to that of the word in the middle of a video
 TRAVEL = {"slowly": 6.0, "fast": 12.0}  # pixels from the first frame to the last
 SIZES = tuple(CAPITALS)
 HELD_OUT = 10  # one word in so many
@@ -169,7 +170,7 @@ def place(shown: Sequence[Spec], u: Tensor) -> Drawn:
     extent = (ink[:, 2:] - ink[:, :2]) * scale[:, None]
     travel = torch.tensor([_travel(spec) for spec in shown], dtype=torch.float64)
     room = torch.tensor([WIDTH, HEIGHT], dtype=torch.float64) - extent - travel.abs()
-    start = room / 2 + (u[:, 1:] - 0.5) * room.clamp(min=0) + (-travel).clamp(min=0)
+    start = room / 2 + (u[:, 1:] - 0.5) * room.clamp(0, 2 * OFF_CENTRE) + (-travel).clamp(min=0)
     corner = start[:, None] + torch.linspace(0, 1, FRAMES, dtype=torch.float64)[None, :, None] * travel[:, None]
     boxes = torch.cat([corner, corner + extent[:, None]], -1)
     whole = (boxes[..., :2] >= -1e-9).all(-1) & (boxes[..., 2] <= WIDTH + 1e-9) & (boxes[..., 3] <= HEIGHT + 1e-9)
