@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 VIDEO = Size(words.WIDTH, words.HEIGHT, words.FRAMES)
 # what `instep sample` draws; the words are held out of training
-SHOWN = ("the word CQSL moving left slowly", "the word RMAF in large serif letters standing still", "the word OJAL in round letters")
+SHOWN = ("the word CQSL moving left slowly", "the word RMAF in large serif letters standing still", "the word OJAL in spartan letters")
 
 
 @dataclass(frozen=True)
