@@ -165,6 +165,13 @@ class DigitsEvaluation:
     def accuracies(self) -> Mapping[str, Mapping[str, float]]:
         return {short: classifier.accuracy for short, classifier in load_classifiers().items()}
 
+    @property
+    def notice(self) -> str | None:
+        return None
+
+    def complete(self, row: Row) -> bool:
+        return True
+
     def prompts(self, size: EvalSize = "quick", seed: int = 0, negative: str | None = None) -> EvalSet:
         return evaluation_set(size, seed, image_to_video=self.image_to_video, negative=negative)
 

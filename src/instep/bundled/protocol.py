@@ -48,9 +48,7 @@ def rank(prompts: tuple[str, ...], key: Callable[[str], Any]) -> Tensor:
     return torch.tensor([places[prompt] for prompt in prompts])
 
 
-def generated_row(
-    name: str, kind: Kind, generate: Generate, asked: PromptSet, measure: Measure, *, steps: int, guidance: float = 1.0, note: str = ""
-) -> Row:
+def generated_row(name: str, kind: Kind, generate: Generate, asked: PromptSet, measure: Measure, *, steps: int, guidance: float = 1.0, note: str = "") -> Row:
     """Generates a sample for every prompt and measures them; NFE counts both halves of guidance."""
     raw, cost = generate_all(generate, asked.asked, asked.seed, name)
     return Row(name, kind, measure(raw, cost), steps * (1 if guidance == 1 else 2), steps, guidance, len(raw), note)
