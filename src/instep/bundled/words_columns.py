@@ -98,7 +98,7 @@ COLUMNS = (
     Column(
         "heldout_legible",
         "legible",
-        "share of all samples that PP-OCR reads as the same four capitals in more than half of these frames, right or wrong: a misspelling is legible, a smear is not",
+        "share of samples that PP-OCR reads as the same four capitals in more than half of these frames; a misspelling is legible, a smear is not",
         3,
         "main",
         verdict=True,
