@@ -24,7 +24,7 @@ from instep.models.wan import WanFamily
 from instep.rewards.base import Reward
 from instep.training.probe import Monitor, Probe
 
-VIDEO = Size(words.WIDTH, words.HEIGHT, words.FRAMES)
+VIDEO = Size(words.HEIGHT, words.WIDTH, words.FRAMES)
 # what `instep sample` draws; the words are held out of training
 SHOWN = ("the word CQSL moving left slowly", "the word RMAF in large serif letters standing still", "the word OJAL in round letters")
 
