@@ -10,7 +10,7 @@ import torch
 from instep.bundled import words, words_evaluation
 from instep.bundled.glyphs import FONTS
 from instep.bundled.outside_reader import MARGIN, OutsideReader, cropped, installed, outside_reader
-from instep.bundled.word_figures import edit_distance, figures_of
+from instep.bundled.word_figures import figures_of
 from instep.bundled.word_readers import Attributes, Reading, whole_frames
 from instep.bundled.words_evaluation import WordsEvaluation, WordsSet, evaluation_set, measure, real_videos
 from instep.data.prompt import Prompt
@@ -19,16 +19,6 @@ from instep.metrics.figures import Value
 
 torch.set_num_threads(1)
 ALL = torch.ones(1, 9, dtype=torch.bool)
-
-
-def test_edit_distance_against_the_recursion_of_its_definition():
-    def plain(a: str, b: str) -> int:
-        if not a or not b:
-            return len(a) + len(b)
-        return min(plain(a[1:], b) + 1, plain(a, b[1:]) + 1, plain(a[1:], b[1:]) + (a[0] != b[0]))
-
-    for a, b in (("KTLB", "KTLB"), ("KTLB", "KLB"), ("", "AB"), ("KTLB", "TKLBX"), ("AAAA", "BAAB"), ("ABCD", "DCBA")):
-        assert edit_distance(a, b) == edit_distance(b, a) == plain(a, b)
 
 
 def test_a_word_is_right_in_more_than_half_of_the_frames_that_count():

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instep.rewards.ocr import rapid_ocr
+
 INK = 0.5  # a pixel darker than this is ink
 MARGIN = 2  # pixels of white around the ink
 MISSING = "PP-OCR is not installed (pip install 'instep[ocr]'), so the held-out figures are left out and the monitor's stand"
@@ -61,10 +63,7 @@ def outside_reader() -> OutsideReader | None:
     """PP-OCR with the weights inside its package; None where the extra `ocr` is not installed."""
     if not installed():
         return None
-    from rapidocr import RapidOCR
-
-    threads = torch.get_num_threads()
-    engine = RapidOCR(params={"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": threads})
+    engine = rapid_ocr().engine
 
     def recognise(image: Tensor) -> str:
         found: Sequence[str] | None = engine(image.numpy(), use_det=False, use_cls=False, use_rec=True).txts

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from instep.bundled.words import LENGTH
+from instep.rewards.ocr import edit_distance
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,6 @@ class WordFigures:
     word: Tensor
     letters: Tensor
     legible: Tensor
-
-
-def edit_distance(a: str, b: str) -> int:
-    """The smallest number of characters to insert, delete or replace that turns `a` into `b` (Levenshtein 1966)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        corner, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
-    return row[-1]
 
 
 def figures_of(texts: Sequence[Sequence[str]], counts: Tensor, asked: Sequence[str]) -> WordFigures:
