@@ -48,7 +48,7 @@ def same(kept: Row, now: Row) -> None:
 def test_what_ships_holds_and_is_read_instead_of_measured(name, tmp_path, monkeypatch):
     """Red where weights, classifiers or the protocol changed: run benchmarks/baselines.py."""
     monkeypatch.setenv("INSTEP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(protocol, "generate_all", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr("instep.bundled.protocol.generate_all", lambda *given: pytest.fail("measured"))
     monkeypatch.setattr(protocol, "measure", lambda *given: pytest.fail("measured"))
     rows = baselines(name)
     found = {f"teacher-{teacher[0]}-{teacher[1]:g}": rows.teacher(*teacher) for teacher in TEACHERS} | {"real": rows.real(), "decoded": rows.decoded()}

@@ -27,14 +27,22 @@ class Entry(NamedTuple):
     where: str
 
 
+def folder_of(name: str) -> Path:
+    """Folder of a model that ships with the package."""
+    return Path(__file__).parent / "assets" / name
+
+
 MOVING_DIGITS, DIGITS, MOVING_DIGITS_I2V, MOVING_WORDS = "moving-digits", "digits", "moving-digits-i2v", "moving-words"
-WORLDS = {
+_ENTRIES = {
     MOVING_DIGITS: Entry("videos", "instep.bundled.worlds:MOVING_DIGITS_WORLD"),
     DIGITS: Entry("class-conditional 8 x 8 images", "instep.bundled.worlds:DIGITS_WORLD"),
     MOVING_DIGITS_I2V: Entry("videos from their first frame", "instep.bundled.worlds:MOVING_DIGITS_I2V_WORLD"),
+    MOVING_WORDS: Entry("videos of a word", "instep.bundled.moving_words:MOVING_WORDS_WORLD"),
 }
+# a world without its weights is not there
+WORLDS = {name: entry for name, entry in _ENTRIES.items() if (folder_of(name) / "transformer").is_dir()}
 NAMES = tuple(WORLDS)
-DEFAULT = NAMES[0]
+DEFAULT = MOVING_DIGITS
 LISTED = ", ".join(NAMES)
 DESCRIBED = ", ".join(f"{name} ({entry.about})" for name, entry in WORLDS.items())
 
@@ -45,11 +53,6 @@ def find(name: str) -> World:
         raise ValueError(f"world: {name!r} is not bundled; allowed: {LISTED}")
     module, attribute = WORLDS[name].where.split(":")
     return getattr(import_module(module), attribute)
-
-
-def folder_of(name: str) -> Path:
-    """Folder of a model that ships with the package."""
-    return Path(__file__).parent / "assets" / name
 
 
 def load(model: str | Path, size: Size | Sequence[int] | None = None, dtype: torch.dtype = torch.float32) -> Family:

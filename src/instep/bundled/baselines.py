@@ -81,12 +81,13 @@ class Baselines:
     def _kept(self, key: str, measure: Callable[[], Row]) -> Row:
         """The row that ships or was kept, if it was measured under the same fingerprint; else it is measured and kept."""
         fingerprint = self.fingerprint
-        rows = shipped_rows(self.shipped, fingerprint)
-        if key in rows:
-            return rows[key]
+        row = shipped_rows(self.shipped, fingerprint).get(key)
+        if row is not None and self.evaluation.complete(row):
+            return row
         file = cache_folder() / f"{fingerprint}-{key}.json"
-        if file.is_file():
-            return Row.of_json(json.loads(file.read_text(encoding="utf-8")))
+        row = Row.of_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        if row is not None and self.evaluation.complete(row):
+            return row
         row = measure()
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time the next time, not the metrics
             write_json(file, row.json())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from instep.bundled import digits
 from instep.bundled.classifiers import FOLDER, Classifier, ClassifierName, Embedded, load_classifier
 from instep.bundled.columns import COLUMNS
 from instep.bundled.drawn_frames import drawn_video
-from instep.data.prompt import Prompt, with_negative
+from instep.bundled.protocol import PromptSet, generated_row, of_features, of_videos, rank, real_row
+from instep.bundled.world import EvalSize
+from instep.data.prompt import Prompt
 from instep.metrics import figures as m
 from instep.metrics.columns import Column
-from instep.metrics.compare import BATCH, Cost, Generate, Kind, Row, generate_all
+from instep.metrics.compare import Cost, Generate, Kind, Row
 from instep.metrics.figures import Value
 
-EvalSize = Literal["quick", "full"]
 # raise it whenever a row comes out otherwise than before (other prompts, metrics, keys or seeds): rows that were kept are then measured anew
 VERSION = 1
 CLASSIFIERS: dict[str, ClassifierName] = {"train": "training", "monitor": "monitor", "heldout": "heldout"}
@@ -31,50 +32,36 @@ FIRST_FRAME_SEED = 900_000_000  # seed of the first given frame
 
 
 @dataclass(frozen=True)
-class EvalSet:
-    """Prompts of an evaluation: fully specified ones, then open ones with many samples each, so that modes can be counted.
+class EvalSet(PromptSet):
+    """Prompts of digits. `image_to_video`: each sample begins with a first frame of its own, that of a real video of its prompt."""
 
-    `negative` is the negative prompt of all. `image_to_video`: each sample begins with a first frame of its own, that of a real video of its prompt.
-    """
-
-    full: tuple[str, ...]
-    open: tuple[str, ...]
-    seed: int = 0
-    name: str = "quick"
     image_to_video: bool = False
-    negative: str | None = None
-    reference: dict[str, Any] = field(default_factory=dict, compare=False)
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        return self.full + self.open
 
     @property
     def asked(self) -> tuple[Prompt, ...]:
         """What a model is asked for: the prompts, with their first frames and the negative prompt."""
         if not self.image_to_video:
-            return with_negative(self.prompts, self.negative)
+            return super().asked
         return tuple(Prompt(prompt, f"reference/{FIRST_FRAME_SEED + i}", self.negative) for i, prompt in enumerate(self.prompts))
 
     @property
     def order(self) -> Tensor:
         """A number for each prompt [N]; equal ones are equal, near ones have the same motion or else the same digit."""
-        specs = {prompt: digits.parse(prompt) for prompt in dict.fromkeys(self.prompts)}
 
         def key(prompt: str) -> tuple[bool, list[int], int]:
-            digit = specs[prompt].digit
-            return prompt in self.open, digits.motions_allowed(specs[prompt]), -1 if digit is None else digit
+            spec = digits.parse(prompt)
+            return prompt in self.open, digits.motions_allowed(spec), -1 if spec.digit is None else spec.digit
 
-        rank = {prompt: i for i, prompt in enumerate(sorted(specs, key=key))}
-        return torch.tensor([rank[prompt] for prompt in self.prompts])
+        return rank(self.prompts, key)
 
 
-def evaluation_set(name: Literal["quick", "full"] = "quick", seed: int = 0, image_to_video: bool = False, negative: str | None = None) -> EvalSet:
+def evaluation_set(name: EvalSize = "quick", seed: int = 0, image_to_video: bool = False, negative: str | None = None) -> EvalSet:
     """`quick`: each of the 90 full prompts once and 19 open ones (10 name a digit only, 9 a motion only) 8 times; `full`: 3 times and 18 times."""
     each, many = {"quick": (1, 8), "full": (3, 18)}[name]
     digit_only = [digits.describe(digits.PromptSpec(digit=d)) for d in range(10)]
     motion_only = [digits.describe(digits.motion_spec(None, k)) for k in range(len(digits.MOTIONS))]
-    return EvalSet(tuple(digits.full_prompts() * each), tuple(p for p in digit_only + motion_only for _ in range(many)), seed, name, image_to_video, negative)
+    full, open_ = digits.full_prompts() * each, [p for p in digit_only + motion_only for _ in range(many)]
+    return EvalSet(tuple(full), tuple(open_), seed, name, negative, image_to_video)
 
 
 @torch.no_grad()
@@ -91,27 +78,13 @@ def measure(raw: Tensor, cost: Cost, eval_set: EvalSet, classifiers: Mapping[str
         values[f"{name}_both_open"] = m.of_share(right.both[full:])
         values[f"{name}_score"] = m.of_mean(classifier.score_of(embedded[name], prompts)[:full], order[:full])
     heldout = classifiers["heldout"]
-    features, drawn = embedded["heldout"].features, reference_features(eval_set, heldout)
-    reference, one_each = drawn.flatten(0, 1), drawn[:, 0]
-    fake, real = features[full:], drawn[full:].flatten(0, 1)
-    values |= {
-        "fd": m.of_set(lambda rows: m.frechet_distance(features[rows], reference), order),
-        "fd_open": m.of_set(lambda rows: m.frechet_distance(fake[rows], real), order[full:]),
-        "precision": m.of_set(lambda rows: m.precision(features[rows], one_each), order),
-        "recall": m.of_set(lambda rows: m.recall(features[rows], one_each), order),
-    }
+    values |= of_features(embedded["heldout"].features, reference_features(eval_set, heldout), order, full)
     values |= open_prompt_metrics(embedded["heldout"][full:], eval_set.open, heldout)
-    per_sample = {
-        "mean_brightness": m.mean_brightness(media),
-        "saturation": m.saturation(raw),
-        "wobble": m.wobble(media),
-        "flicker": m.flicker(media),
-        "dynamic": m.dynamic(media),
-    }
+    values |= of_videos(raw, order, cost)
     if eval_set.image_to_video:
-        per_sample["first_frame"] = (media[:, :, 0] - given_videos(eval_set)[:, :, 0]).square().mean((1, 2, 3)).sqrt()
-    values |= {key: m.of_mean(x, order) for key, x in per_sample.items()}
-    return values | {"seconds": Value(cost.cpu, 0.0), "seconds_wall": Value(cost.wall, 0.0)}
+        off = (media[:, :, 0] - given_videos(eval_set)[:, :, 0]).square().mean((1, 2, 3)).sqrt()
+        values["first_frame"] = m.of_mean(off, order)
+    return values
 
 
 def open_prompt_metrics(embedded: Embedded, prompts: Sequence[str], classifier: Classifier) -> dict[str, Value]:
@@ -151,9 +124,7 @@ def real_vs_real_row(eval_set: EvalSet, classifiers: Mapping[str, Classifier], s
     """Real-vs-real: another draw of reference videos (of an image-to-video set: those that its first frames begin) measured as if it had been generated, or
     `through` a VAE first."""
     real = given_videos(eval_set) if eval_set.image_to_video else real_videos(eval_set, seed)
-    media = real if through is None else torch.cat([through(part) for part in real.split(BATCH)])
-    name = "real videos (another draw)" if through is None else "real videos through the VAE"
-    return Row(name, "real", measure(media, Cost(), eval_set, classifiers), n=len(eval_set.prompts))
+    return real_row(real, lambda raw, cost: measure(raw, cost, eval_set, classifiers), through)
 
 
 def evaluate(
@@ -168,9 +139,8 @@ def evaluate(
     note: str = "",
 ) -> Row:
     """Generates for every prompt of the set and measures; NFE counts both halves of guidance."""
-    raw, cost = generate_all(generate, eval_set.asked, eval_set.seed, name)
-    nfe = steps * (1 if guidance == 1 else 2)
-    return Row(name, kind, measure(raw, cost, eval_set, classifiers), nfe, steps, guidance, len(raw), note)
+    of = lambda raw, cost: measure(raw, cost, eval_set, classifiers)  # noqa: E731
+    return generated_row(name, kind, generate, eval_set, of, steps=steps, guidance=guidance, note=note)
 
 
 def load_classifiers() -> dict[str, Classifier]:
@@ -194,6 +164,13 @@ class DigitsEvaluation:
     @property
     def accuracies(self) -> Mapping[str, Mapping[str, float]]:
         return {short: classifier.accuracy for short, classifier in load_classifiers().items()}
+
+    @property
+    def notice(self) -> str | None:
+        return None
+
+    def complete(self, row: Row) -> bool:
+        return True
 
     def prompts(self, size: EvalSize = "quick", seed: int = 0, negative: str | None = None) -> EvalSet:
         return evaluation_set(size, seed, image_to_video=self.image_to_video, negative=negative)

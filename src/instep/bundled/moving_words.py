@@ -1,20 +1,18 @@
-"""The moving-words world: a miniature Wan pipeline that writes a word of random letters and moves it, with prompts, real videos and labelled pairs.
-
-Its readers, which score what a video's word is, are handed in: `moving_words` takes a reward and a monitor, `words_world` what makes them.
-"""
+"""The moving-words world: a miniature Wan pipeline that writes a word of random letters and moves it, with prompts, readers, real videos and labelled pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from instep import models
-from instep.bundled import MOVING_WORDS, folder_of, words
+from instep.bundled import MOVING_WORDS, folder_of, word_readers, words
 from instep.bundled.glyphs import LETTERS
+from instep.bundled.words_evaluation import WordsEvaluation
 from instep.bundled.world import World, as_miniature, encoded, text_to_video_pipeline
 from instep.core.size import Size
 from instep.data.media import slow_motion
@@ -24,13 +22,9 @@ from instep.diffusion.guidance import GuidanceByLevel
 from instep.models.family import Family
 from instep.models.wan import WanFamily
 from instep.rewards.base import Reward
-from instep.rewards.features import Features
 from instep.training.probe import Monitor, Probe
 
-if TYPE_CHECKING:
-    pass
-
-VIDEO = Size(words.WIDTH, words.HEIGHT, words.FRAMES)
+VIDEO = Size(words.HEIGHT, words.WIDTH, words.FRAMES)
 # what `instep sample` draws; the words are held out of training
 SHOWN = ("the word CQSL moving left slowly", "the word RMAF in large serif letters standing still", "the word OJAL in spartan letters")
 
@@ -94,28 +88,29 @@ def _wrong(spec: words.Spec, shown: words.Spec, rng: torch.Generator) -> words.S
     return replace(moving, size=shown.size, font=shown.font)
 
 
-def family(size: Size | None = None) -> Family:
-    """The bundled pipeline's family, at a size or its own."""
-    return as_miniature(models.load(folder_of(MOVING_WORDS), size or VIDEO, name=MOVING_WORDS))
+def words_world(folder: Path) -> World:
+    """The world of a moving-words pipeline in `folder`."""
 
+    def load(size: Size | None = None) -> Family:
+        return as_miniature(models.load(folder, size or VIDEO, name=MOVING_WORDS))
 
-def moving_words(reward: Reward, monitor: Monitor) -> MovingWords:
-    """Loads the bundled pipeline; `reward` and `monitor` read its videos."""
-    loaded = family()
-    assert isinstance(loaded, WanFamily)
-    return MovingWords(loaded, as_prompts(words.training_prompts()), reward, monitor)
+    def ready() -> MovingWords:
+        family = load()
+        assert isinstance(family, WanFamily)
+        return MovingWords(family, as_prompts(words.training_prompts()), word_readers.reward(), word_readers.monitor())
 
-
-def words_world(reward: Callable[[], Reward], monitor: Callable[[], Monitor], features: Callable[[Literal["training", "monitor"]], Features]) -> World:
-    """The world to register, given what makes its readers: a reward, a monitor, and the features of either."""
     return World(
         name=MOVING_WORDS,
-        folder=folder_of(MOVING_WORDS),
+        folder=folder,
         size=VIDEO,
-        ready=lambda: moving_words(reward(), monitor()),
-        load=family,
-        pipeline=lambda: text_to_video_pipeline(folder_of(MOVING_WORDS)),
+        ready=ready,
+        load=load,
+        pipeline=lambda: text_to_video_pipeline(folder),
         shown=as_prompts(SHOWN),
-        features=features,
-        evaluation=None,
+        features=word_readers.features,
+        evaluation=WordsEvaluation(),
+        rewards={"exact": word_readers.exact_match},
     )
+
+
+MOVING_WORDS_WORLD = words_world(folder_of(MOVING_WORDS))

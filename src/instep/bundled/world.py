@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -68,6 +68,15 @@ class Evaluation(Protocol):
         """Of each classifier, on real samples."""
         ...
 
+    @property
+    def notice(self) -> str | None:
+        """What a reader of the metrics must know, such as a held-out classifier that is not installed; None: nothing."""
+        ...
+
+    def complete(self, row: Row) -> bool:
+        """Whether a row that was kept has all that would be measured now."""
+        ...
+
     def prompts(self, size: EvalSize, seed: int, negative: str | None = None) -> Any:
         """The prompts of an evaluation, `negative` the negative prompt of all; the other members take them."""
         ...
@@ -106,7 +115,7 @@ class World:
     ready: the model with prompts, reward, monitor, real samples and pairs. load: the family alone, at a size (None: its own). pipeline: the stock pipeline,
     None where no stock pipeline samples the model. shown: the prompts that `instep sample` draws. features: what a learned reward reads, of the training or
     the monitor classifier. evaluation: None for a world that `instep eval` does not measure. adopt: the family of an export of a run on this
-    world, which reads prompts as the world does.
+    world, which reads prompts as the world does. rewards: by their names on the command line, those beside the reward of `ready`.
     """
 
     name: str
@@ -119,6 +128,7 @@ class World:
     features: Callable[[Literal["training", "monitor"]], Features]
     evaluation: Evaluation | None
     adopt: Callable[[Family], Family] = as_miniature
+    rewards: Mapping[str, Callable[[], Reward]] = field(default_factory=dict)
 
 
 @torch.no_grad()

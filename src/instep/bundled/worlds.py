@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,11 +28,9 @@ from instep.diffusion.guidance import GuidanceByLevel
 from instep.models.dit import DiTFamily
 from instep.models.wan import WanFamily
 from instep.models.wan_i2v import WanImageFamily
+from instep.rewards.base import FunctionReward, Reward
 from instep.rewards.features import Features
 from instep.training.probe import Probe
-
-if TYPE_CHECKING:
-    pass
 
 VIDEO = Size(digits.SIZE, digits.SIZE, digits.FRAMES)
 IMAGE = Size(digits.SOURCE_SIZE, digits.SOURCE_SIZE, 1)
@@ -239,6 +237,12 @@ def class_digits(scale: Scale = "log") -> ClassDigits:
     return ClassDigits(family, _names(torch.arange(10)), reward, monitor)
 
 
+def exact() -> Reward:
+    """Whether the training classifier finds digit and motion right, 1 or 0: a black box, without a gradient."""
+    classifier = load_classifier("training")
+    return FunctionReward(lambda media, prompts: classifier.correct(media, prompts).both.float(), name="digit and motion right")
+
+
 def _video_features(model: str) -> Callable[[Literal["training", "monitor"]], Features]:
     return lambda name: ClassifierFeatures(model, load_classifier(name), VIDEO, 3 * 2 * FEATURES)
 
@@ -253,6 +257,7 @@ MOVING_DIGITS_WORLD = World(
     shown=as_prompts(SHOWN),
     features=_video_features(MOVING_DIGITS),
     evaluation=DigitsEvaluation(),
+    rewards={"exact": exact},
 )
 MOVING_DIGITS_I2V_WORLD = World(
     name=MOVING_DIGITS_I2V,
@@ -265,6 +270,7 @@ MOVING_DIGITS_I2V_WORLD = World(
     adopt=lambda family: as_miniature(MovingDigitsImageFamily(family.pipe, family.size, family.name, family.source)),
     features=_video_features(MOVING_DIGITS_I2V),
     evaluation=DigitsEvaluation(image_to_video=True),
+    rewards={"exact": exact},
 )
 DIGITS_WORLD = World(
     name=DIGITS,

@@ -12,8 +12,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from instep.bundled import DEFAULT, NAMES, base_model, find, load
+from instep.bundled import DEFAULT, NAMES, WORLDS, base_model, find, load
 from instep.bundled.baselines import Baselines, noise_for
+from instep.bundled.controls import shipped_control
 from instep.bundled.world import Evaluation
 from instep.cli import default_threads
 from instep.cli.export import newest_step, read_run, sampling_of, student_of
@@ -39,7 +40,7 @@ class EvalArgs:
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Folders of runs; none: the teacher and naive sampling alone."""
     protocol: Protocol = "quick"
-    """quick: 242 videos a model; full: 612."""
+    """quick: 242 videos a model (240 of words); full: 612."""
     seed: int = 0
     """Seed of the noise."""
     teacher_steps: tuple[int, ...] = ()
@@ -63,15 +64,16 @@ def eval_command(args: EvalArgs) -> int:
         print_rows(measure_run(folder, args.protocol, args.seed))
     if args.teacher_steps or not args.dirs:
         evaluation = evaluation_of(args.teacher)
-        baselines = Baselines(load(args.teacher), evaluation, evaluation.prompts(args.protocol, args.seed), find(args.teacher).folder)
-        steps = args.teacher_steps or TEACHER_STEPS
-        print_rows(Measured([baselines.real(), *(baselines.teacher(n, w) for n in steps for w in (3.0, 1.0))], evaluation.columns))
+        family = load(args.teacher)
+        baselines = Baselines(family, evaluation, evaluation.prompts(args.protocol, args.seed), find(args.teacher).folder)
+        pairs = [(n, w) for n in args.teacher_steps or TEACHER_STEPS for w in (family.preset.guidance, 1.0)]
+        print_rows(Measured([baselines.real(), *(baselines.teacher(n, w) for n, w in pairs)], evaluation.columns, evaluation.notice))
     return 0
 
 
 def measured_worlds() -> tuple[str, ...]:
     """Returns the bundled models that have an evaluation protocol."""
-    return tuple(name for name in NAMES if find(name).evaluation is not None)
+    return tuple(name for name in WORLDS if find(name).evaluation is not None)
 
 
 def evaluation_of(name: str) -> Evaluation:
@@ -95,17 +97,19 @@ def report_command(args: ReportArgs) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows, real videos first, and the names of their metrics."""
+    """Rows, real videos first, the names of their metrics, and what a reader of them must know."""
 
     rows: list[Row]
     columns: tuple[Column, ...]
+    notice: str | None = None
 
 
 def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> Measured:
-    """Rows of a run's student, its baselines at equal NFE, the 50-step teacher and real-vs-real; also written to metrics.json.
+    """Rows of a run's student, its control, its baselines at equal NFE, the 50-step teacher and real-vs-real; also written to metrics.json.
 
-    In that file `flags` holds the health flags that were open at the end, `health` all that were raised, with their first and last steps, `hacking`
-    whether that flag was ever raised, and `stopped` where and why the run stopped itself (null: it did not).
+    In that file `control` is the name of the row of distillation alone for as many updates (null: none ships), and `notice` what a reader of the metrics must
+    know. `flags` holds the health flags that were open at the end, `health` all that were raised, with their first and last steps, `hacking` whether that flag
+    was ever raised, and `stopped` where and why the run stopped itself (null: it did not).
     """
     record = read_run(folder)
     model, known = model_of(record, folder)
@@ -126,7 +130,8 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> Me
             before.append(row_of(f"student after stage {stage!r}", "control", earlier, other, sampling_of(record, step)))
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
     baselines = Baselines(load(model), evaluation, eval_set, find(known).folder)
-    rows = [row, *before, baselines.decoded(), *(baselines.teacher(n, w) for n, w in dict.fromkeys(pairs))]
+    control = shipped_control(baselines, record)
+    rows = [row, *([control] if control else []), *before, baselines.decoded(), *(baselines.teacher(n, w) for n, w in dict.fromkeys(pairs))]
     real, health = baselines.real(), flags(folder)
     write_json(
         folder / "metrics.json",
@@ -135,6 +140,8 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> Me
             "columns": [column.json() for column in evaluation.columns],
             "rows": [r.json() for r in rows],
             "real_vs_real": real.json(),
+            "control": control.name if control else None,
+            "notice": evaluation.notice,
             "flags": [raised.flag for raised in health if raised.cleared is None],
             "health": [{"flag": r.flag, "level": r.level, "step": r.step, "cleared": r.cleared} for r in health],
             "hacking": any(raised.flag == "hacking" for raised in health),
@@ -142,7 +149,7 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> Me
             "classifiers": evaluation.accuracies,
         },
     )
-    return Measured([real, *rows], evaluation.columns)
+    return Measured([real, *rows], evaluation.columns, evaluation.notice)
 
 
 def model_of(record: dict[str, Any], folder: Path) -> tuple[str, str]:
@@ -188,6 +195,8 @@ def print_rows(measured: Measured) -> None:
         cells = [_cell(row, key) for key in columns]
         table.add_row(row.name, str(row.nfe or "-"), *cells, style="bold" if row.kind == "student" else None)
     Console(width=None if os.environ.get("COLUMNS") else 150).print(table)
+    if measured.notice:
+        print(measured.notice)
 
 
 def _cell(row: Row, key: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from instep.rewards.external import command
 from instep.rewards.frames import SampledFrames
 from instep.rewards.jpeg import JPEG
 from instep.rewards.motion import DynamicDegree
+from instep.rewards.ocr import OCR, rapid_ocr
 from instep.rewards.ranker import Ranked
 from instep.rewards.remote import HttpReward, secret_of
 from instep.rewards.samples import positive
 from instep.rewards.several import several
 from instep.rewards.vlm import OpenAIEndpoint, VisionLanguageRanker, instructions
 
-BUILT_IN = ("compressible", "incompressible", "dynamic-degree")
+BUILT_IN = ("compressible", "incompressible", "dynamic-degree", "ocr")
 FORMS = f"{', '.join(BUILT_IN)}, module:function, command:PROGRAM ARGUMENTS, http://HOST/PATH, preferences:FOLDER, vlm:ADDRESS or FOLDER"
 # settings that every reward takes, and those of commands and addresses
 SEEN: dict[str, Callable[[str], Any]] = {"frames": int, "clip": int}
@@ -31,14 +32,18 @@ OF_SERVERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "model": str, "toke
 OF_FOLDERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "device": str, "dtype": str}
 
 
-def load_reward(text: str) -> Reward | Callable[..., Any]:
+# rewards of a bundled model by their names: they need no argument
+Own = Mapping[str, Callable[[], Reward]]
+
+
+def load_reward(text: str, own: Own | None = None) -> Reward | Callable[..., Any]:
     """Rewards separated by commas, each `[WEIGHT*][SETTING=VALUE ...] NAME`: 0.5*frames=4 compressible, timeout=30 command:python score.py.
 
-    NAME is one of compressible, incompressible, dynamic-degree, module:function, command:PROGRAM ARGUMENTS, an http(s) address, preferences:FOLDER (of
-    `instep pairs fit`), or vlm: and an address or a model's folder. Quoted commas belong to a command. Raises ValueError, with the reason,
+    NAME is one of `own`, compressible, incompressible, dynamic-degree, ocr, module:function, command:PROGRAM ARGUMENTS, an http(s) address,
+    preferences:FOLDER (of `instep pairs fit`), or vlm: and an address or a model's folder. Quoted commas belong to a command. Raises ValueError, with the reason,
     before anything but the rewards' own modules and networks is loaded.
     """
-    parts = [_weighted(part) for part in _split(text)]
+    parts = [_weighted(part, own or {}) for part in _split(text)]
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else several(*parts)
 
 
@@ -53,7 +58,7 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in joined]
 
 
-def _weighted(text: str) -> tuple[Any, float]:
+def _weighted(text: str, own: Own) -> tuple[Any, float]:
     # only a leading NUMBER* is a weight; other stars belong to a command or an address
     weight, name = (found[1].strip(), found[2].strip()) if (found := re.match(r"([^*:=/]*)\*(.*)", text, re.DOTALL)) else ("", text)
     try:
@@ -62,10 +67,10 @@ def _weighted(text: str) -> tuple[Any, float]:
         raise ValueError(f"reward: the weight {weight!r} of {name!r} is not a number; write for example module:a,0.5*module:b") from None
     if not -float("inf") < value < float("inf"):
         raise ValueError(f"reward: the weight {weight!r} of {name!r} is not allowed; it is a finite number")
-    return _one(name), value
+    return _one(name, own), value
 
 
-def _one(text: str) -> Any:
+def _one(text: str, own: Own) -> Any:
     settings: dict[str, str] = {}
     name = text
     while found := re.match(r"([A-Za-z_-]+)=(\S*)\s+(.*)", name, re.DOTALL):
@@ -89,7 +94,7 @@ def _one(text: str) -> Any:
     if frames is not None and clip is not None:
         raise ValueError(f"reward: frames and clip of {name!r} cannot go together; frames scores each as an image, clip the short video that they make")
     try:
-        return _ranked(name.removeprefix("vlm:"), **given) if ranks else _looking_at(_named(name, given), frames, clip)
+        return _ranked(name.removeprefix("vlm:"), **given) if ranks else _looking_at(_named(name, given, own), frames, clip)
     except ValueError as error:
         raise error if str(error).startswith("reward:") else ValueError(f"reward: {error}") from None
 
@@ -102,11 +107,15 @@ def _settings(name: str) -> dict[str, Callable[[str], Any]]:
     return {**own, **({} if name == "dynamic-degree" else SEEN)}
 
 
-def _named(name: str, given: dict[str, Any]) -> Any:
+def _named(name: str, given: dict[str, Any], own: Own) -> Any:
+    if name in own:
+        return own[name]()
     if name in ("compressible", "incompressible"):
         return JPEG("small" if name == "compressible" else "large")
     if name == "dynamic-degree":
         return DynamicDegree()
+    if name == "ocr":
+        return OCR(rapid_ocr())
     if name.startswith("command:"):
         return command(name.removeprefix("command:"), **given)
     if _is_address(name):
@@ -117,7 +126,7 @@ def _named(name: str, given: dict[str, Any]) -> Any:
 
         return load_preferences(Path(name.removeprefix("preferences:")), features_of)
     if ":" not in name:
-        raise ValueError(f"reward: {name!r} is not of the form module:function, for example my_functions:brightness, and is none of {FORMS}")
+        raise ValueError(f"reward: {name!r} is not of the form module:function, for example my_functions:brightness, and is none of {', '.join([*own, FORMS])}")
     return load_function(name, "reward")
 
 

@@ -48,8 +48,10 @@ class TrainArgs:
     """Negative prompt of the teacher's guidance for prompts without one of their own; without guidance it has no effect."""
     reward: str | None = None
     """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
-    (motion); "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them;
-    preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples.
+    (motion); ocr, how well the text between quotes in the prompt can be read in the sample (pip install 'instep[ocr]');
+    "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them; preferences:FOLDER,
+    learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples;
+    exact, of a bundled video model: 1 where its training classifier or reader finds the prompt followed, else 0, without a gradient.
     Settings precede the name: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
     "frames=4 compressible" (only 4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each
     normalised before weighting; quote a command with commas. Default: the bundled model's training classifier. Protocols: docs/rewards.md."""
@@ -153,7 +155,8 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
 
 def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     """Loads the model and the recipe's other inputs; errors here come before any training."""
-    reward = load_reward(args.reward) if args.reward is not None else None
+    own_rewards = find(args.model).rewards if args.model in WORLDS else {}
+    reward = load_reward(args.reward, own_rewards) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     labelled = load_pairs(args.pairs) if args.pairs else None
     if args.model in WORLDS:
@@ -194,9 +197,13 @@ def finish(run: Run, setting: Setting, evaluate: bool) -> None:
         return
     from instep.cli.evaluate import measure_run, measured_worlds, print_rows
     from instep.report import write_report
+    from instep.report.read import read_runs
+    from instep.report.verdict import answer
 
     if setting.family.name in measured_worlds():
-        print_rows(measure_run(run.out))
+        measured = measure_run(run.out)
+        print(answer(read_runs([run.out])).text)
+        print_rows(measured)
     report = run.out / "report.html"
     write_report([run.out], report)
     print(f"student   {run.student or 'not exported'}\nreport    {report}")

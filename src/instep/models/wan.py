@@ -26,6 +26,8 @@ from instep.models.wan_vae import decode_latents, encode_latents
 
 # WanPipeline pads every prompt to this many tokens, without a mask
 STOCK_TEXT_LENGTH = 512
+# WanPipeline takes heights and widths that this divides
+STOCK_SIDE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,9 @@ class WanFamily(PipelineFamily):
         return (self.pipe.vae.config.z_dim, (size.frames - 1) // temporal + 1, size.height // spatial, size.width // spatial)
 
     def smallest(self) -> Size:
-        side = 3 * self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size[1]
+        token = self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size[1]
+        unit = math.lcm(token, STOCK_SIDE)
+        side = math.ceil(3 * token / unit) * unit
         return Size(side, side, 2 * self.pipe.vae_scale_factor_temporal + 1)
 
     def encode_text(self, text: str) -> Encoded:

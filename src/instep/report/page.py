@@ -66,7 +66,8 @@ def page(runs: Sequence[RunRecord]) -> str:
 def answer(runs: Sequence[RunRecord]) -> str:
     """The sentence that the page is read for, and what its words mean."""
     found = verdict.answer(runs)
-    notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in found.notes)
+    notices = dict.fromkeys(run.metrics.notice for run in runs if run.metrics and run.metrics.notice)
+    notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in (*found.notes, *(f"{notice[0].upper()}{notice[1:]}." for notice in notices)))
     control = any(row.kind == "control" for _, same in by_protocol(runs) for row in rows_of(same))
     return f"<p class='answer {found.outcome}'>{found.sentence}</p>{notes}{verdict.terms(control) if any(run.metrics for run in runs) else ''}"
 

@@ -39,13 +39,18 @@ class Views:
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.json: measured rows, the real-vs-real row, the classifiers' own accuracies, what the metrics are called."""
+    """metrics.json: measured rows, the real-vs-real row, the classifiers' own accuracies, what the metrics are called.
+
+    control: the name of the row that was trained as long on the same model without a reward; "" where there is none. notice: what a reader must know.
+    """
 
     rows: tuple[Row, ...]
     real_vs_real: Row | None
     classifiers: Mapping[str, Mapping[str, float]]
     protocol: str
     columns: tuple[Column, ...] = ()
+    control: str = ""
+    notice: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,8 @@ def _metrics(path: Path) -> Metrics:
     real_vs_real = found.get("real_vs_real")
     rows = tuple(_row(row) for row in found.get("rows") or [])
     columns = tuple(Column(**column) for column in found.get("columns") or ())
-    return Metrics(rows, _row(real_vs_real) if real_vs_real else None, found.get("classifiers") or {}, str(found.get("protocol", "")), columns)
+    said = {key: str(found.get(key) or "") for key in ("protocol", "control", "notice")}
+    return Metrics(rows, _row(real_vs_real) if real_vs_real else None, found.get("classifiers") or {}, columns=columns, **said)
 
 
 def _row(found: Mapping[str, Any]) -> Row:

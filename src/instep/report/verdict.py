@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 
 from instep.metrics.columns import Column
 from instep.metrics.compare import Row, better, difference, direction
@@ -31,6 +32,11 @@ class Answer:
     outcome: str
     sentence: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The sentence without markup."""
+        return unescape(re.sub(r"<[^>]+>", "", self.sentence))
 
 
 Columns = Sequence[Column]
@@ -82,7 +88,7 @@ def outcome(student: Row, other: Row, key: str, real_vs_real: Row | None) -> str
 
 
 def answer(runs: Sequence[RunRecord]) -> Answer:
-    """The first run against the first control among the others, or, without one, against naive sampling at the same NFE."""
+    """The first run against the first control among the others, or the one that its metrics name, or without any against naive sampling at the same NFE."""
     groups = [same for _, same in by_protocol(runs) if any(run is runs[0] for run in same)]
     if not groups or not students(groups[0]):
         return Answer("unknown", f"<b>Unknown:</b> metrics of {escape(runs[0].label)} are not recorded.")
@@ -90,8 +96,9 @@ def answer(runs: Sequence[RunRecord]) -> Answer:
     student, *controls = students(same)
     notes = tuple(f"{run.label} is not compared: {why_apart(run)}." for run in runs if not any(run is other for other in same))
     rows, columns = rows_of(same), columns_of(same)
+    own = [row for row in rows if row.kind == "control" and same[0].metrics and row.name == same[0].metrics.control]
     naive = [row for row in naive_of(student, rows, columns) if row.nfe == student.nfe]
-    return against(student, controls[0] if controls else next(iter(naive), None), teacher_of(rows), real_vs_real_of(same), columns, notes)
+    return against(student, next(iter([*controls, *own, *naive]), None), teacher_of(rows), real_vs_real_of(same), columns, notes)
 
 
 def why_apart(run: RunRecord) -> str:
