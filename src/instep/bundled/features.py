@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from instep.bundled import LISTED, WORLDS, find
-from instep.bundled.classifiers import Classifier
-from instep.bundled.digit_classifiers import DigitClassifier
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.size import Size
 from instep.data.media import fitted, read_media
@@ -31,12 +30,26 @@ def features_of(given: str, frames: int = 8) -> Features:
     return find(model).features("monitor" if classifier == "monitor" else "training")
 
 
+class Embeds(Protocol):
+    """A bundled classifier or reader: features of media, and what prompts ask for in their space, each [B, D]."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def net(self) -> nn.Module: ...
+
+    def features(self, media: Tensor) -> Tensor: ...
+
+    def asked(self, prompts: Sequence[str]) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class ClassifierFeatures:
     """A bundled classifier's penultimate features, and its last layer's weights of what the prompt asks for."""
 
     model: str
-    classifier: Classifier | DigitClassifier
+    classifier: Embeds
     size: Size
     width: int
 

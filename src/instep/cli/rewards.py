@@ -13,13 +13,14 @@ from instep.rewards.external import command
 from instep.rewards.frames import SampledFrames
 from instep.rewards.jpeg import JPEG
 from instep.rewards.motion import DynamicDegree
+from instep.rewards.ocr import OCR, rapid_ocr
 from instep.rewards.ranker import Ranked
 from instep.rewards.remote import HttpReward, secret_of
 from instep.rewards.samples import positive
 from instep.rewards.several import several
 from instep.rewards.vlm import OpenAIEndpoint, VisionLanguageRanker, instructions
 
-BUILT_IN = ("compressible", "incompressible", "dynamic-degree")
+BUILT_IN = ("compressible", "incompressible", "dynamic-degree", "ocr")
 FORMS = f"{', '.join(BUILT_IN)}, module:function, command:PROGRAM ARGUMENTS, http://HOST/PATH, preferences:FOLDER, vlm:ADDRESS or FOLDER"
 # settings that every reward takes, and those of commands and addresses
 SEEN: dict[str, Callable[[str], Any]] = {"frames": int, "clip": int}
@@ -34,7 +35,7 @@ OF_FOLDERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "device": str, "dty
 def load_reward(text: str) -> Reward | Callable[..., Any]:
     """Rewards separated by commas, each `[WEIGHT*][SETTING=VALUE ...] NAME`: 0.5*frames=4 compressible, timeout=30 command:python score.py.
 
-    NAME is one of compressible, incompressible, dynamic-degree, module:function, command:PROGRAM ARGUMENTS, an http(s) address, preferences:FOLDER (of
+    NAME is one of compressible, incompressible, dynamic-degree, ocr, module:function, command:PROGRAM ARGUMENTS, an http(s) address, preferences:FOLDER (of
     `instep pairs fit`), or vlm: and an address or a model's folder. Quoted commas belong to a command. Raises ValueError, with the reason,
     before anything but the rewards' own modules and networks is loaded.
     """
@@ -107,6 +108,8 @@ def _named(name: str, given: dict[str, Any]) -> Any:
         return JPEG("small" if name == "compressible" else "large")
     if name == "dynamic-degree":
         return DynamicDegree()
+    if name == "ocr":
+        return OCR(rapid_ocr())
     if name.startswith("command:"):
         return command(name.removeprefix("command:"), **given)
     if _is_address(name):

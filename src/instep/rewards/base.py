@@ -22,7 +22,8 @@ class Reward(Protocol):
 
     `name` is also the reward's fingerprint: a run resumes only with a reward of the same name. The name contains every setting that changes a score, and
     nothing that differs between processes (no object id, no token). A reward gets the prompts' texts alone; if it has a true `sees_first_frames`, it gets
-    `Prompt` values, with the first frames of image-to-video prompts.
+    `Prompt` values, with the first frames of image-to-video prompts. One that cannot score every prompt has a method `check_prompts(prompts)`, which raises
+    RewardError for the first that it cannot; a run calls it before it begins.
     """
 
     @property
@@ -78,6 +79,13 @@ def as_reward(reward: Reward | Callable[[Tensor, Sequence[str]], Any]) -> Reward
 def prompts_for(reader: object, prompts: Sequence[Prompt | str]) -> Sequence[Any]:
     """Prompts in the form that a reward, ranker or monitor takes: `Prompt` values if it has a true `sees_first_frames`, else texts."""
     return as_prompts(prompts) if getattr(reader, "sees_first_frames", False) else texts_of(prompts)
+
+
+def check_prompts(reward: object, prompts: Sequence[Prompt | str]) -> None:
+    """Raises RewardError for the first prompt that a reward with a method `check_prompts` cannot score; other rewards take any prompt."""
+    check = getattr(reward, "check_prompts", None)
+    if check is not None:
+        check(prompts_for(reward, prompts))
 
 
 def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from instep.data.prompt import Prompt
-from instep.rewards.base import Reward, checked_scores
+from instep.rewards.base import Reward, check_prompts, checked_scores
 from instep.rewards.samples import evenly_spaced
 from instep.rewards.several import Several
 
@@ -48,6 +48,10 @@ class SampledFrames:
     @property
     def space(self) -> Literal["pixel", "latent"]:
         return self.reward.space
+
+    def check_prompts(self, prompts: Sequence[Prompt | str]) -> None:
+        """RewardError for the first prompt that `reward` cannot score."""
+        check_prompts(self.reward, prompts)
 
     def score(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         """[B] of videos [B, 3, F, H, W]."""

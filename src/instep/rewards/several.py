@@ -11,7 +11,7 @@ from torch import Tensor
 
 from instep.data.prompt import Prompt
 from instep.diffusion.transfer import constants
-from instep.rewards.base import Reward, as_reward, checked_scores
+from instep.rewards.base import Reward, as_reward, check_prompts, checked_scores
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Several:
     @property
     def space(self) -> Literal["pixel", "latent"]:
         return self.parts[0].space
+
+    def check_prompts(self, prompts: Sequence[Prompt | str]) -> None:
+        """RewardError for the first prompt that one of the rewards cannot score."""
+        for part in self.parts:
+            check_prompts(part, prompts)
 
     def each(self, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         """Every reward's own scores, [B, R]."""

@@ -14,7 +14,7 @@ from instep.diffusion.bands import in_band
 from instep.diffusion.sampling import Sampling
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
-from instep.rewards.base import Reward
+from instep.rewards.base import Reward, check_prompts
 from instep.rewards.decoded import make_reward_fn, make_reward_grad_fn
 from instep.rewards.ranker import relative
 from instep.rewards.several import Several
@@ -80,6 +80,7 @@ def check_inputs(
             f"pairs: latents of shape {tuple(pairs.chosen.shape[1:])} do not fit the model's {family.latent_shape}; encode them with family.encode_media"
         )
     if reward is not None:
+        check_prompts(reward, prompts)
         # a reward that compares samples needs at least two
         pair = [prompts[0], prompts[0] if relative(reward) else prompts[-1]]
         trial = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
