@@ -49,7 +49,8 @@ class TrainArgs:
     reward: str | None = None
     """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
     (motion); ocr, how well the text between quotes in the prompt can be read in the sample (pip install 'instep[ocr]');
-    "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them; preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples.
+    "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them; preferences:FOLDER,
+    learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples.
     Settings precede the name: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
     "frames=4 compressible" (only 4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each
     normalised before weighting; quote a command with commas. Default: the bundled model's training classifier. Protocols: docs/rewards.md."""
