@@ -73,13 +73,13 @@ class Pool:
                 parts.append((drawn, round_trip(vae, drawn.media, noise).mean(1).half()))
                 progress.step()
         self.media = torch.cat([grey for _, grey in parts])
-        self.boxes, self.whole = (torch.cat([getattr(drawn, key) for drawn, _ in parts]) for key in ("boxes", "whole"))
+        self.boxes, self.letters, self.whole = (torch.cat([getattr(drawn, key) for drawn, _ in parts]) for key in ("boxes", "letters", "whole"))
         self.shown = [spec for drawn, _ in parts for spec in drawn.shown]
 
     def draw(self, n: int, rng: torch.Generator) -> Labelled:
         rows = torch.randint(len(self.shown), (n,), generator=rng)
         media = self.media[rows].float()[:, None]
-        return labelled(Drawn(media, self.boxes[rows], self.whole[rows], tuple(self.shown[i] for i in rows.tolist())), rng)
+        return labelled(Drawn(media, self.boxes[rows], self.letters[rows], self.whole[rows], tuple(self.shown[i] for i in rows.tolist())), rng)
 
 
 def loss_of(net: Trunk, batch: Labelled, smoothing: float, placed: float, rng: torch.Generator) -> Tensor:
