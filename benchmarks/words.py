@@ -2,6 +2,7 @@
 
     PYTHONPATH=tools python benchmarks/words.py sample FOLDER --out crops.npz     # minutes; instep's own environment
     python benchmarks/words.py read crops.npz --out words.json                    # an environment with `pip install rapidocr onnxruntime numpy`
+    PYTHONPATH=src python benchmarks/words.py ours crops.npz --out ours.json      # the same videos, uncropped, by the bundled readers; seconds
 
 Words are held out of training, prompts say everything, and a reader sees each frame cut to its ink and 2 px around. A frame counts where no ink touches the
 edge of the canvas (all frames of a video that has none such); a video is right when more than half of its frames that count are read exactly.
@@ -78,6 +79,29 @@ def read(given: Path, out: Path) -> None:
     out.write_text(json.dumps({"reader": "PP-OCR (rapidocr)", "videos": len(wanted), "arms": arms}, indent=1) + "\n")
 
 
+def ours(given: Path, out: Path) -> None:
+    """Shares of videos that the bundled readers read right, with standard errors, and of frames in which they read four letters, for each arm."""
+    import torch
+
+    from instep.bundled.word_readers import correct_of, reader
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    arms: dict[str, Any] = {}
+    with np.load(given) as stored:
+        prompts = [f"the word {word}" for word in stored["words"].tolist()]
+        for name in (key for key in stored.files if key != "words"):
+            media = torch.from_numpy(stored[name]).float().div(255)[:, None].expand(-1, 3, -1, -1, -1)
+            for which in ("training", "monitor"):
+                found = reader(which).judge(media)
+                right = float(correct_of(found, prompts).word.float().mean())
+                four = float(np.mean([len(text) == 4 for texts in found.texts for text in texts]))
+                error = round((right * (1 - right) / len(prompts)) ** 0.5, 4)
+                row = {"videos right": round(right, 4), "error": error, "frames with four letters": round(four, 4)}
+                arms.setdefault(name, {})[which] = row
+                print(f"{name:<28} {which:<9} videos right {right:.3f} +- {error:.3f}   frames with four letters {four:.3f}", flush=True)
+    out.write_text(json.dumps({"readers": "bundled", "videos": len(prompts), "arms": arms}, indent=1) + "\n")
+
+
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,14 +113,16 @@ def main() -> None:
     one.add_argument("--steps", type=int, nargs="*", default=[50, 4, 2, 1])
     one.add_argument("--seed", type=int, default=0)
     two = parts.add_parser("read", help="read them with PP-OCR")
-    two.add_argument("crops", type=Path)
-    for part in (one, two):
+    three = parts.add_parser("ours", help="read them with the bundled readers")
+    for part in (two, three):
+        part.add_argument("crops", type=Path)
+    for part in (one, two, three):
         part.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.part == "sample":
         sample(args.folder, args.out, args.n, args.guidance, args.steps, args.seed)
     else:
-        read(args.crops, args.out)
+        {"read": read, "ours": ours}[args.part](args.crops, args.out)
 
 
 if __name__ == "__main__":

@@ -99,12 +99,14 @@ def test_every_prompt_is_looked_at_before_a_run():
     check_prompts(lambda media, prompts: media, ["a bird"])
 
 
-def test_a_run_whose_prompts_have_no_quotes_ends_in_one_line_before_it_begins(monkeypatch, tmp_path, capsys):
+def test_a_run_with_a_prompt_without_quotes_ends_in_one_line_before_it_begins(monkeypatch, tmp_path, capsys):
+    """Also where it is neither the first nor the last prompt, which the trial of every reward looks at: nothing is written."""
     monkeypatch.setattr("instep.cli.rewards.rapid_ocr", Brightness)
-    line = ["train", "dm-align-group", "--model", "moving-digits", "--steps", "1", "--reward", "ocr", "--out", str(tmp_path / "run")]
+    (tmp_path / "prompts.txt").write_text('a "seven"\na seven\na "two"\n')
+    line = ["train", "dm-align-group", "--steps", "1", "--reward", "ocr", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run")]
     assert main(line) == 2
     err = capsys.readouterr().err
-    assert err.count("error:") == 1 and "has no text between quotes" in err.splitlines()[-1]
+    assert err.count("error:") == 1 and "the prompt 'a seven' has no text between quotes" in err.splitlines()[-1] and not (tmp_path / "run").exists()
 
 
 def test_without_its_packages_the_reward_names_the_extra(monkeypatch, capsys):

@@ -6,15 +6,14 @@ Whatever cannot be read has no letter in its label, so that the reader does not 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from instep.bundled import words
-from instep.bundled.glyphs import LETTERS, spread
-from instep.bundled.words import Drawn, Spec
+from instep.bundled.glyphs import LETTERS
+from instep.bundled.words import Drawn
 
 GHOSTS, BLURRED, DAMAGED = 0.06, 0.05, 0.28  # shares of the videos
 
@@ -42,27 +41,6 @@ def joined(*parts: Labelled) -> Labelled:
     return Labelled(*(torch.cat([getattr(part, key) for part in parts]) for key in Labelled.__dataclass_fields__))
 
 
-@cache
-def _step(first: str, second: str, font: str) -> int:
-    """Columns from a letter's left edge to that of the next one, in the letters' own pixels."""
-    return spread(first + second, font).ink[2] - spread(second, font).ink[2]
-
-
-@cache
-def _wide(letter: str, font: str) -> int:
-    return spread(letter, font).ink[2]
-
-
-def letter_spans(spec: Spec) -> list[tuple[float, float]]:
-    """Where each letter of a complete spec's word begins and ends, as parts of the word's width."""
-    assert spec.font is not None
-    left, spans = 0, []
-    for letter, after in zip(spec.word, [*spec.word[1:], None], strict=True):
-        spans.append((left, left + _wide(letter, spec.font)))
-        left += 0 if after is None else _step(letter, after, spec.font)
-    return [(a / spans[-1][1], b / spans[-1][1]) for a, b in spans]
-
-
 def covered(n: int, begin: Tensor, end: Tensor) -> Tensor:
     """The part of each of n pixels in a row that lies between begin and end [...]: [..., n]."""
     i = torch.arange(n)
@@ -79,31 +57,29 @@ def blurred(ink: Tensor, sigma: Tensor) -> Tensor:
     return F.conv2d(rows, kernel[:, None, None], padding=(0, 9), groups=n).transpose(0, 1)
 
 
-def labelled(drawn: Drawn, rng: torch.Generator, media: Tensor | None = None) -> Labelled:
-    """Drawn videos (or `media` in their place) with their labels, a part of them damaged, and all disturbed."""
-    ink, shown = 1 - (drawn.media if media is None else media).mean(1), drawn.shown
+def labelled(drawn: Drawn, rng: torch.Generator) -> Labelled:
+    """Drawn videos with their labels, a part of them damaged, and all disturbed."""
+    ink, shown = 1 - drawn.media.mean(1), drawn.shown
     letters = torch.tensor([[1 + LETTERS.index(letter) for letter in spec.word] for spec in shown])
     classes = torch.tensor([[words.motion_of(spec), words.SIZES.index(spec.size or ""), words.FONTS.index(spec.font or "")] for spec in shown])
     n = len(shown)
     u = torch.rand(n, generator=rng)
     ghost, smooth = u < GHOSTS, (u >= GHOSTS) & (u < GHOSTS + BLURRED)
     hurt = (u > 1 - DAMAGED)[:, None] & (torch.rand(n, 4, generator=rng) < 0.4)
-    spans = torch.tensor([letter_spans(spec) for spec in shown])
-    ink = _damaged(ink, drawn.boxes, spans, hurt, rng)
+    ink = _damaged(ink, drawn, hurt, rng)
     mixed = torch.rand(n, 1, 1, 1, generator=rng) * 0.3 + 0.35
     ink = torch.where(ghost[:, None, None, None], torch.lerp(ink, ink.roll(1, 0), mixed), ink)
     ink = torch.where(smooth[:, None, None, None], blurred(ink, 3 + 2 * torch.rand(n, generator=rng)), ink)
     kept = ~hurt & ~(ghost | smooth)[:, None]
     order = (~kept).int().argsort(dim=1, stable=True)
-    left, right = drawn.boxes[..., 0, None], drawn.boxes[..., 2, None]
-    centres = torch.lerp(left, right, spans.mean(2).gather(1, order)[:, None])
+    centres = drawn.letters.mean(3).gather(2, order[:, None].expand(-1, words.FRAMES, -1))
     return Labelled(_disturbed(ink, rng), letters.gather(1, order), kept.sum(1), centres, drawn.whole, classes, ~(ghost | smooth))
 
 
-def _damaged(ink: Tensor, boxes: Tensor, spans: Tensor, hurt: Tensor, rng: torch.Generator) -> Tensor:
+def _damaged(ink: Tensor, drawn: Drawn, hurt: Tensor, rng: torch.Generator) -> Tensor:
     """Videos whose letters `hurt` [N, 4] are replaced: by nothing, in their upper or lower part, by a smear, another video's ink, or a scribble."""
     n = len(ink)
-    left, top, right, bottom = boxes.unbind(-1)
+    _, top, _, bottom = drawn.boxes.unbind(-1)
     smear = blurred(ink, torch.full((n,), 2.5)) * 1.2
     scribble = F.interpolate(torch.rand(n, 1, 16, 32, generator=rng), scale_factor=2.0, mode="bilinear").mul(4).sub(1.5).clamp(0, 1)
     others = torch.stack([torch.zeros_like(ink), smear, (ink + ink.roll(1, 0)) / 2, scribble.expand_as(ink)])
@@ -111,7 +87,7 @@ def _damaged(ink: Tensor, boxes: Tensor, spans: Tensor, hurt: Tensor, rng: torch
         kind = torch.randint(6, (n,), generator=rng)  # 0 to 3: all of it by one of the others; 4, 5: one half by nothing
         cut = top + (bottom - top) * (0.4 + 0.2 * torch.rand(n, 1, generator=rng))
         high, low = torch.where((kind == 4)[:, None], cut, top), torch.where((kind == 5)[:, None], cut, bottom)
-        wide = (right - left)[..., None] * spans[:, None, k] + left[..., None]
+        wide = drawn.letters[:, :, k]
         mask = covered(words.HEIGHT, high - 0.5, low + 0.5)[..., None] * covered(words.WIDTH, wide[..., 0] - 0.3, wide[..., 1] + 0.3)[..., None, :]
         other = others[torch.where(kind < 4, kind, 0), torch.arange(n)]
         ink = torch.where(hurt[:, k, None, None, None], torch.lerp(ink, other, mask), ink)

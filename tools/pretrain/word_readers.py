@@ -26,6 +26,7 @@ from pretrain.word_damage import Labelled, joined, labelled
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
+TESTED = 512  # held-out videos that a reader's accuracy is measured on
 FRAMES = 3  # of each video that are read in an update; its neighbours look alike
 
 
@@ -72,13 +73,13 @@ class Pool:
                 parts.append((drawn, round_trip(vae, drawn.media, noise).mean(1).half()))
                 progress.step()
         self.media = torch.cat([grey for _, grey in parts])
-        self.boxes, self.whole = (torch.cat([getattr(drawn, key) for drawn, _ in parts]) for key in ("boxes", "whole"))
+        self.boxes, self.letters, self.whole = (torch.cat([getattr(drawn, key) for drawn, _ in parts]) for key in ("boxes", "letters", "whole"))
         self.shown = [spec for drawn, _ in parts for spec in drawn.shown]
 
     def draw(self, n: int, rng: torch.Generator) -> Labelled:
         rows = torch.randint(len(self.shown), (n,), generator=rng)
         media = self.media[rows].float()[:, None]
-        return labelled(Drawn(media, self.boxes[rows], self.whole[rows], tuple(self.shown[i] for i in rows.tolist())), rng)
+        return labelled(Drawn(media, self.boxes[rows], self.letters[rows], self.whole[rows], tuple(self.shown[i] for i in rows.tolist())), rng)
 
 
 def loss_of(net: Trunk, batch: Labelled, smoothing: float, placed: float, rng: torch.Generator) -> Tensor:
@@ -142,7 +143,7 @@ def reference_videos(n: int, seed: int) -> tuple[Tensor, list[str]]:
 def _reader(out: Path, config: ReaderConfig, seed: int) -> dict[str, Any]:
     vae = load_vae(out) if (out / "vae").is_dir() else None
     reader = train_reader(config, vae, seed)
-    media, prompts = reference_videos(512, seed + 1)
+    media, prompts = reference_videos(TESTED, seed + 1)
     found = {"real": accuracy(reader, media, prompts)}
     if vae is not None:
         found["through the VAE"] = accuracy(reader, torch.cat([round_trip(vae, part) for part in media.split(32)]), prompts)

@@ -1,6 +1,6 @@
 """Connectionist temporal classification (Graves et al. 2006): the probability that a network which reads columns gives to a word.
 
-It stands beside `torch.nn.functional.ctc_loss`, whose backward pass is not deterministic on a GPU and has no derivative of its own.
+It stands in place of `torch.nn.functional.ctc_loss`, whose backward pass is not deterministic on a GPU and cannot be differentiated again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _NONE = -1e9  # the logarithm of an impossible path's probability, finite so tha
 
 
 def ctc_log_probability(log_p: Tensor, words: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """log of the summed probability of all paths over the columns that read a word, [N] <= 0 (equation 8).
+    """log of the summed probability of all paths over the columns that read a word, [N] <= 0 (section 4.1).
 
     log_p [N, T, C]: log-probabilities of a column's C symbols, 0 is the blank. words [N, L]: symbols 1 to C - 1. lengths [N]: how many of the L count,
     0 to L (None: all). A path reads the word that is left when repetitions are merged and blanks are dropped. -1e9 or less where T columns are too few.

@@ -28,7 +28,7 @@ from instep.rewards.features import Features
 from instep.training.probe import Monitor
 
 FOLDER = folder_of(MOVING_WORDS) / "readers"
-VIDEO = Size(words.HEIGHT, words.WIDTH, words.FRAMES)
+VIDEO = Size(words.WIDTH, words.HEIGHT, words.FRAMES)
 INK = 0.5  # a pixel darker than this is ink
 MIDDLE = slice(3, 6)  # the frames in which every real word lies wholly on the canvas
 SCORED = slice(0, words.FRAMES, 2)  # the frames whose log-probability is taken: their neighbours look alike
