@@ -31,7 +31,7 @@ class WordsConfig:
     """Settings of every part."""
 
     vae: VaeConfig = field(default_factory=lambda: VaeConfig(steps=1800, first_frames=5, full_from=0.85, kl=1e-4, squared=2.0))
-    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(videos=8192, steps=10000, batch=32))
+    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(videos=12288, steps=10000, batch=32, shown=0.2))
 
 
 def _vae(out: Path, config: VaeConfig, seed: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _teacher(out: Path, config: TeacherConfig, seed: int) -> dict[str, Any]:
     cached = out / ".work" / "latents.safetensors"
     if not cached.exists():
         found = cache_word_latents(vae, config.videos, seed)
-        write_tensors(cached, {"x": found.x, "codes": found.codes})
+        write_tensors(cached, {"x": found.x, "codes": found.codes, "parts": found.parts})
     run = TeacherRun(config, seed, WordLatents(**load_file(cached)), WordTexts(tokenizer, encoder), build_words_transformer)
     train_teacher(run, out / ".work" / "teacher.safetensors", pipeline_writer(out, vae, tokenizer, encoder, config.shift))
     return {"steps": run.step, "parameters": sum(p.numel() for p in run.net.parameters())}

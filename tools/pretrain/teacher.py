@@ -31,7 +31,8 @@ SNAPSHOT_SECONDS = 240.0
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Settings of the teacher's training; `autocast`: matrix products in bfloat16."""
+    """Settings of the teacher's training; `autocast`: matrix products in bfloat16; `shown` weighs the cross-entropy of a linear reading of block
+    `read_after` that tells what each latent shows (a network for training alone; see `TrainingSet.shown`)."""
 
     videos: int = 24576
     steps: int = 11000
@@ -44,6 +45,8 @@ class TeacherConfig:
     adam_lr: float = 2e-3
     ema: float = 0.999
     autocast: bool = True
+    shown: float = 0.0
+    read_after: int = 3
 
 
 def build_transformer(text_dim: int = 32) -> WanTransformer3DModel:
@@ -75,6 +78,9 @@ class Latents:
     motions: Tensor
     first_frame: Tensor | None = None
 
+    def shown(self, pick: Tensor) -> None:
+        """None: nobody says what each latent shows."""
+
     def caption(self, i: int, u: Tensor, full: float) -> str:
         """A prompt that video i fits: all that it shows with probability `full`, else less; u [2 or more] uniform numbers."""
         return describe(prompt_spec(int(self.digits[i]), int(self.motions[i]), u, full))
@@ -90,6 +96,10 @@ class TrainingSet(Protocol):
     def first_frame(self) -> Tensor | None: ...
 
     def caption(self, i: int, u: Tensor, full: float) -> str: ...
+
+    def shown(self, pick: Tensor) -> Tensor | None:
+        """What each latent of videos `pick` [B] shows: shares [B, F, H, W, classes], or None."""
+        ...
 
 
 class Texts(Protocol):
@@ -173,6 +183,29 @@ def prompt_spec(digit: int, motion: int, u: Tensor, full: float) -> PromptSpec:
     return [*choices, PromptSpec()][k]
 
 
+class Reading(nn.Module):
+    """A linear reading of a block's output, for training alone: which class each latent shows. Like a label for each place, it teaches the first blocks what
+    belongs where long before the squared error would."""
+
+    def __init__(self, net: WanTransformer3DModel, block: int, classes: int) -> None:
+        super().__init__()
+        self.grid, self.classes, self.hidden = net.config.patch_size, classes, torch.empty(0)
+        width = net.config.num_attention_heads * net.config.attention_head_dim
+        self.linear = nn.Linear(width, math.prod(self.grid) * classes)
+        net.blocks[block].register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _args: Any, out: Tensor) -> None:
+        self.hidden = out
+
+    def loss(self, shares: Tensor) -> Tensor:
+        """Cross-entropy with shares [B, F, H, W, classes], mean over latents."""
+        b, f, h, w, _ = shares.shape
+        pf, ph, pw = self.grid
+        logits = self.linear(self.hidden.float()).view(b, f // pf, h // ph, w // pw, pf, ph, pw, self.classes)
+        logits = logits.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(shares.shape)
+        return -(shares * logits.log_softmax(-1)).sum(-1).mean()
+
+
 class TeacherRun:
     """Training state that can be written to one safetensors file and read back; step i always draws the same batch."""
 
@@ -183,6 +216,8 @@ class TeacherRun:
         torch.manual_seed(seed + 21)
         self.config, self.seed, self.data, self.table, self.build, self.step = config, seed, data, table, build, 0
         self.net = build().train()
+        shares = data.shown(torch.tensor([0]))
+        self.reading = None if shares is None or not config.shown else Reading(self.net, config.read_after, shares.shape[-1])
         self.bias = TextBias(torch.zeros(config.batch, table.tokens))
         for block in self.net.blocks:
             block.attn1.set_processor(TrainingAttention(self.bias))
@@ -190,11 +225,11 @@ class TeacherRun:
         named = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
         matrices = [p for n, p in named.items() if n.startswith("blocks.") and p.ndim == 2]
         chosen = {id(p) for p in matrices}
-        others = [p for p in named.values() if id(p) not in chosen]
+        others = [p for p in named.values() if id(p) not in chosen] + ([] if self.reading is None else list(self.reading.parameters()))
         self.optimisers = Optimisers(matrices, others, config.steps, config.muon_lr, config.adam_lr)
         self.average = Average(self.net, config.ema)
 
-    def _batch(self) -> tuple[Tensor, Tensor | None, Tensor, torch.Generator]:
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, torch.Generator]:
         c = self.config
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         pick = torch.randint(0, len(self.data.x), (c.batch,), generator=rng)
@@ -203,7 +238,7 @@ class TeacherRun:
         short = (u[:, 4] * math.log(STOCK_PADDING)).exp().ceil()
         padded_to = torch.where(u[:, 3] < c.stock_padding, STOCK_PADDING, short)
         text, self.bias.value = self.table.encode(prompts, padded_to)
-        return self.data.x[pick].float(), None if self.data.first_frame is None else self.data.first_frame[pick].float(), text, rng
+        return pick, self.data.x[pick].float(), None if self.data.first_frame is None else self.data.first_frame[pick].float(), text, rng
 
     def compile(self) -> None:
         """Compiles the network (a third faster); without a C compiler training goes on uncompiled."""
@@ -219,7 +254,7 @@ class TeacherRun:
 
     def _loss(self) -> Tensor:
         """Flow matching: the network's output is eps - x0, t is uniform, then shifted (t = 1 is noise)."""
-        x0, first_frame, text, rng = self._batch()
+        pick, x0, first_frame, text, rng = self._batch()
         u = (torch.randperm(len(x0), generator=rng) + torch.rand(len(x0), generator=rng)) / len(x0)
         t = self.config.shift * u / (1 + (self.config.shift - 1) * u)
         eps = torch.randn(x0.shape, generator=rng)
@@ -227,7 +262,8 @@ class TeacherRun:
         x_t = (1 - level) * x0 + level * eps
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.autocast):
             out = self.net(x_t if first_frame is None else torch.cat([x_t, first_frame], 1), t * 1000, text, return_dict=False)[0]
-        return F.mse_loss(out.float(), eps - x0)
+        loss = F.mse_loss(out.float(), eps - x0)
+        return loss if self.reading is None else loss + self.config.shown * self.reading.loss(self.data.shown(pick))
 
     def advance(self) -> float:
         """One step; the loss."""
@@ -241,6 +277,8 @@ class TeacherRun:
     def _tensors(self) -> dict[str, Tensor]:
         """Everything to keep, by reference."""
         tensors = {f"net/{k}": v for k, v in self.net.state_dict().items()} | {f"ema/{k}": v for k, v in self.average.weights.items()}
+        if self.reading is not None:
+            tensors |= {f"reading/{k}": v for k, v in self.reading.state_dict().items()}
         for i, part in enumerate(self.optimisers.parts):
             for j, p in enumerate(part.param_groups[0]["params"]):
                 tensors |= {f"optim/{i}/{j}/{k}": v for k, v in part.state[p].items()}
@@ -258,6 +296,8 @@ class TeacherRun:
         self.step = int(tensors.pop("step"))
         self.net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net/")})
         self.average.weights = {k[4:]: v.clone() for k, v in tensors.items() if k.startswith("ema/")}
+        if self.reading is not None:
+            self.reading.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("reading/")})
         for name, value in tensors.items():
             if name.startswith("optim/"):
                 _, i, j, key = name.split("/")

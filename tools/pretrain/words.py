@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from instep.bundled.glyphs import FONTS, LETTERS
 from instep.bundled.motions import DIRECTIONS, SPEEDS, direction_and_speed
-from instep.bundled.words import SIZES, Spec, describe, draw, motion_of, partial, random_words
+from instep.bundled.words import HEIGHT, LENGTH, SIZES, WIDTH, Drawn, Spec, describe, draw, motion_of, partial, random_words
 from instep.core.progress import Progress
 from instep.models.wan_vae import encode_latents
 from pretrain.teacher import build_transformer, pad_bias
@@ -74,11 +75,19 @@ def build_words_transformer() -> WanTransformer3DModel:
 
 @dataclass(frozen=True)
 class WordLatents:
-    """Cached training set: latents x [N, 16, 3, 8, 16] (half) and codes [N, 7]: four letters, motion, size, font."""
+    """Cached training set: latents x [N, 16, 3, 8, 16] (half), codes [N, 7]: four letters, motion, size, font; and `parts` [N, 3, 8, 16, 5] (half): how much of
+    each latent's pixels lies in the box of each of the four letters, and in none."""
 
     x: Tensor
     codes: Tensor
+    parts: Tensor
     first_frame: None = None
+
+    def shown(self, pick: Tensor) -> Tensor:
+        """What each latent of videos `pick` [B] shows, as shares [B, 3, 8, 16, 27] of the letters A to Z and of nothing."""
+        which = F.one_hot(self.codes[pick, :LENGTH], len(LETTERS)).float()
+        parts = self.parts[pick].float()
+        return torch.cat([torch.einsum("btyxk,bkc->btyxc", parts[..., :-1], which), parts[..., -1:]], -1)
 
     def caption(self, i: int, u: Tensor, full: float) -> str:
         """A prompt that video i fits: all that it shows with probability `full`, else less; u [2 or more] uniform numbers."""
@@ -101,14 +110,31 @@ def decoded_spec(code: Sequence[int]) -> Spec:
 def cache_word_latents(vae: AutoencoderKLWan, n: int, seed: int) -> WordLatents:
     """Encodes n fully random training videos."""
     rng = torch.Generator().manual_seed(seed + 11)
-    x, codes = [], []
+    x, codes, parts = [], [], []
     with Progress("latents", n // 32) as progress:
         for _ in range(n // 32):
             drawn = draw([Spec(word) for word in random_words("train", 32, rng)], rng)
             x.append(encode_latents(vae, drawn.media).half())
             codes += map(encoded_spec, drawn.shown)
+            parts.append(letter_parts(drawn).half())
             progress.step()
-    return WordLatents(torch.cat(x), torch.tensor(codes))
+    return WordLatents(torch.cat(x), torch.tensor(codes), torch.cat(parts))
+
+
+def letter_parts(drawn: Drawn) -> Tensor:
+    """The share of each latent's pixels [N, 3, 8, 16] that lies in the box of each letter, and in none: [N, 3, 8, 16, 5]. A latent spans 4 x 4 pixels; the
+    first spans one frame, each other one four."""
+    across = _covered(drawn.letters, WIDTH // 4)
+    down = _covered(drawn.boxes[..., 1::2], HEIGHT // 4)
+    share = across[:, :, None].mT * down[:, :, :, None, None]  # [N, 9, 8, 16, 4]
+    share = torch.cat([share[:, :1], share[:, 1:].unflatten(1, (-1, 4)).mean(2)], 1)
+    return torch.cat([share, (1 - share.sum(-1, keepdim=True)).clamp(min=0)], -1)
+
+
+def _covered(ends: Tensor, n: int) -> Tensor:
+    """The share of each of n cells of 4 pixels that spans from, to [..., 2] in pixels cover: [..., n]."""
+    cell = torch.arange(n) * 4.0
+    return (torch.minimum(cell + 4, ends[..., 1:]) - torch.maximum(cell, ends[..., :1])).clamp(min=0) / 4
 
 
 class WordTexts:

@@ -25,10 +25,12 @@ _FOLDER = Path(__file__).parent / "assets" / "fonts"
 
 @dataclass(frozen=True)
 class Spread:
-    """A word's picture [rows, columns] in [0, 1], 1 is ink, and the box of its ink (left, top, right, bottom) in that picture's pixels."""
+    """A word's picture [rows, columns] in [0, 1], 1 is ink, the box of its ink (left, top, right, bottom) and where each letter's ink begins and ends
+    (left, right), in that picture's pixels."""
 
     pixels: Tensor
     ink: tuple[int, int, int, int]
+    letters: tuple[tuple[int, int], ...]
 
 
 @cache
@@ -46,12 +48,14 @@ def spread(word: str, font: str) -> Spread:
     strip, metrics = _font(font)
     width = sum(metrics[letter][3] + TRACKING for letter in word) + 2 * CAP_HEIGHT
     picture, at = np.zeros((GLYPH_ROWS, width), strip.dtype), CAP_HEIGHT
+    ends = []
     for letter in word:
         column, wide, left, advance = metrics[letter]
         to = picture[:, at + left : at + left + wide]
         np.maximum(to, strip[:, column : column + wide], out=to)
+        ends.append((at + left, at + left + wide))
         at += advance + TRACKING
     rows, columns = np.flatnonzero(picture.max(1)), np.flatnonzero(picture.max(0))
     first, last = int(columns[0]), int(columns[-1]) + 1
     pixels = torch.from_numpy(picture[:, first:last]).double() / 255
-    return Spread(pixels, (0, int(rows[0]), last - first, int(rows[-1]) + 1))
+    return Spread(pixels, (0, int(rows[0]), last - first, int(rows[-1]) + 1), tuple((a - first, b - first) for a, b in ends))

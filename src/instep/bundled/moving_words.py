@@ -26,7 +26,7 @@ from instep.training.probe import Monitor, Probe
 
 VIDEO = Size(words.HEIGHT, words.WIDTH, words.FRAMES)
 # what `instep sample` draws; the words are held out of training
-SHOWN = ("the word CQSL moving left slowly", "the word RMAF in large serif letters standing still", "the word OJAL in round letters")
+SHOWN = ("the word CQSL moving left slowly", "the word RMAF in large serif letters standing still", "the word OJAL in spartan letters")
 
 
 @dataclass(frozen=True)

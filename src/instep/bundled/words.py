@@ -139,10 +139,12 @@ def training_prompts() -> list[str]:
 @dataclass(frozen=True)
 class Drawn:
     """Videos that show `shown` (complete specs): media [N, 3, 9, 32, 64] in [0, 1], the ink's box in each frame [N, 9, 4] (left, top, right, bottom in pixels;
-    the canvas spans 0 to 64 and 0 to 32), and whether the word lies wholly on the canvas [N, 9]."""
+    the canvas spans 0 to 64 and 0 to 32), where each letter's ink begins and ends [N, 9, 4, 2] (left, right), and whether the word lies wholly on the
+    canvas [N, 9]."""
 
     media: Tensor
     boxes: Tensor
+    letters: Tensor
     whole: Tensor
     shown: tuple[Spec, ...]
 
@@ -175,9 +177,11 @@ def place(shown: Sequence[Spec], u: Tensor) -> Drawn:
     boxes = torch.cat([corner, corner + extent[:, None]], -1)
     whole = (boxes[..., :2] >= -1e-9).all(-1) & (boxes[..., 2] <= WIDTH + 1e-9) & (boxes[..., 3] <= HEIGHT + 1e-9)
     origin = corner - (ink[:, :2] * scale[:, None])[:, None]
+    ends = torch.tensor([word.letters for word in words], dtype=torch.float64) * scale[:, None, None]
+    letters = (origin[:, :, None, None, 0] + ends[:, None]).float()
     frames = torch.stack([_frames(word.pixels, at, float(s)) for word, at, s in zip(words, origin, scale, strict=True)])
     media = (1 - frames).mul(255).round().div(255).float()
-    return Drawn(media[:, None].expand(-1, 3, -1, -1, -1).contiguous(), boxes.float(), whole, tuple(shown))
+    return Drawn(media[:, None].expand(-1, 3, -1, -1, -1).contiguous(), boxes.float(), letters, whole, tuple(shown))
 
 
 def _travel(spec: Spec) -> tuple[float, float]:
