@@ -1,26 +1,18 @@
-"""DM-Align's readings: each in the exact laboratory, the best of them on a bundled world whose teacher leaves room.
+"""DM-Align's readings in the exact laboratory. On a bundled world they stand beside other methods: benchmarks/methods_on.py.
 
-    python benchmarks/align.py lab                                     # about half an hour of CPU time
-    python benchmarks/align.py world --seeds 0 1 2                     # about 8 minutes a seed
-    python benchmarks/align.py world --world moving-digits --cells control default
-    make results                                                       # docs/results.md from what was measured
+    python benchmarks/align.py         # about half an hour of CPU time
+    make results                       # docs/results.md from what was measured
 
-A laboratory reading is kept as benchmarks/results/align/lab-STEPS-NAME.json, a cell of a world as WORLD-NAME-SEED.json; what is there is not
-run again. Another world needs its name in OPTIONS and what ships with every bundled world: `instep.bundled.find`.
+A reading is kept as benchmarks/results/align/lab-STEPS-NAME.json; what is there is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from measured import store
 
-from instep.bundled import find
 from instep.cli.lab import LabArgs
 from instep.core.files import write_json
 from instep.lab.networks import VelocityMLP
@@ -28,13 +20,6 @@ from instep.lab.run import common, ensemble_state, train
 from instep.lab.spec import build
 from instep.lab.table import as_json
 from instep.lab.world import World, flow_start
-from instep.methods.recipe import Recipe
-from instep.recipes.amd import amd
-from instep.recipes.common import Common
-from instep.recipes.dm_align import dm_align_group, dm_align_pair
-from instep.recipes.dmd import dmd2
-from instep.training.options import RunOptions
-from instep.training.run import train as train_model
 
 RESULTS = Path(__file__).parent / "results" / "align"
 GROUP, PAIR = "dm-align-group", "dm-align-pair"
@@ -66,33 +51,6 @@ LAB_STEPS = (4, 1)
 LAB_ITERATIONS = 1500
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A student of a world: its recipe with the world's options, the cell whose roles it goes on from, and what it is."""
-
-    recipe: Callable[[Common], Recipe]
-    start: str | None
-    what: str
-
-
-# options of each world under which its unguided teacher leaves room for alignment
-OPTIONS = {"moving-digits": Common(guidance=1.0)}
-BASE, MORE = 120, 60
-CELLS = {
-    "start": Cell(lambda c: dmd2(c, iterations=BASE), None, "start: DMD2"),
-    "control": Cell(lambda c: dmd2(c, iterations=MORE), "start", "control: DMD2 goes on"),
-    "default": Cell(lambda c: dm_align_group(c, distil=0, iterations=MORE), "start", "Group, default"),
-    "signed-2": Cell(lambda c: dm_align_group(c, distil=0, iterations=MORE, sign="signed", top_n=2), "start", "Group, signed, nearest of the best two"),
-    "letter": Cell(
-        lambda c: dm_align_group(c, distil=0, iterations=MORE, reach="last", toward="mean", normaliser="own", sign="signed", spread="group", top_n=2),
-        "start",
-        "Group, the paper's letter, after a first stage",
-    ),
-    "pair": Cell(lambda c: dm_align_pair(c, distil=0, iterations=MORE), "start", "Pair, default"),
-    "amd": Cell(lambda c: amd(c, iterations=MORE), "start", "AMD, for comparison"),
-}
-
-
 def run_reading(name: str, steps: int, starts: dict[str, VelocityMLP]) -> None:
     """Trains and measures one reading in the laboratory (ring8, half of the modes rewarded, three members) unless its result is there."""
     file = RESULTS / f"lab-{steps}-{name}.json"
@@ -110,50 +68,17 @@ def run_reading(name: str, steps: int, starts: dict[str, VelocityMLP]) -> None:
     print(f"{file.name}: {run.cpu_s:.0f} s of CPU", flush=True)
 
 
-def run_cell(world: str, name: str, seed: int, runs: Path) -> None:
-    """Trains and measures one cell, and before it the one that it goes on from, unless its result is there."""
-    file, cell = RESULTS / f"{world}-{name}-{seed}.json", CELLS[name]
-    if file.is_file():
-        return
-    if cell.start is not None:
-        run_cell(world, cell.start, seed, runs)
-    place, began = find(world), time.process_time()
-    ready, recipe = place.ready(), cell.recipe(OPTIONS[world])
-    run = train_model(
-        recipe,
-        ready.family,
-        out=runs / f"{world}-{name}-{seed}",
-        prompts=ready.prompts,
-        reward=ready.reward,
-        monitor=ready.monitor,
-        real=ready.real() if recipe.needs & {"real", "preferred"} else None,
-        start_from=runs / f"{world}-{cell.start}-{seed}" if cell.start else None,
-        options=RunOptions(seed=seed, probe_every=MORE, save_every=MORE, keep=1),
-    )
-    store(file, run, recipe, place, name, seed=seed, began=began)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("lab", "world"))
-    parser.add_argument("--readings", nargs="+", default=list(READINGS), choices=list(READINGS), help="of the laboratory")
-    parser.add_argument("--steps", type=int, nargs="+", default=list(LAB_STEPS), help="students of the laboratory")
-    parser.add_argument("--world", default="moving-digits", choices=list(OPTIONS))
-    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS), help="of the world")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--runs", type=Path, default=Path("runs/align"))
+    parser.add_argument("--readings", nargs="+", default=list(READINGS), choices=list(READINGS))
+    parser.add_argument("--steps", type=int, nargs="+", default=list(LAB_STEPS), help="of the students")
     args = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    if args.part == "lab":
-        starts: dict[str, VelocityMLP] = {}
-        for steps in args.steps:
-            for name in args.readings:
-                run_reading(name, steps, starts)
-        return
-    for seed in args.seeds:
-        for name in args.cells:
-            run_cell(args.world, name, seed, args.runs)
+    starts: dict[str, VelocityMLP] = {}
+    for steps in args.steps:
+        for name in args.readings:
+            run_reading(name, steps, starts)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 
-from align import CELLS, LAB_STEPS, OPTIONS, READINGS, RESULTS
-from stored import row_of
-
-from instep.metrics.compare import combined
-
-COLUMNS = {
-    "heldout_both": "right, held-out classifier",
-    "monitor_both": "right, monitor",
-    "fd": "FD",
-    "modes_motion": "motions of 9",
-    "modes_digit": "digits of 10",
-    "mean_brightness": "mean brightness",
-}
+from align import LAB_STEPS, READINGS, RESULTS
 
 
 def _lab(name: str, steps: int) -> str:
@@ -42,27 +30,10 @@ def lab_table() -> list[str]:
     return lines if len(lines) > 2 else []
 
 
-def world_table(world: str) -> list[str]:
-    """Every cell that was measured on a world, all seeds together."""
-    lines = ["| student | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for name, cell in CELLS.items():
-        rows = [row_of(json.loads(file.read_text())["row"]) for file in sorted(RESULTS.glob(f"{world}-{name}-[0-9].json"))]
-        if rows:
-            values = combined(rows).values
-            cells = [f"{values[key].value:.3f} ± {values[key].se:.3f}" if key in values else "-" for key in COLUMNS]
-            lines.append(f"| {cell.what} | {len(rows)} | " + " | ".join(cells) + " |")
-    return lines if len(lines) > 2 else []
-
-
 def lines() -> list[str]:
     """The section; empty as long as nothing was measured."""
-    lab, worlds = lab_table(), {world: world_table(world) for world in OPTIONS}
-    if not lab and not any(worlds.values()):
+    lab = lab_table()
+    if not lab:
         return []
-    text = ["## Readings of DM-Align", "", "`python benchmarks/align.py lab` and `world`. What each reading is: [errata.md](errata.md).", ""]
-    if lab:
-        text += ["In the exact laboratory (ring8, half of the modes rewarded, 1,500 iterations, three members):", "", *lab, ""]
-    for world, table in worlds.items():
-        if table:
-            text += [f"On `{world}` with guidance {OPTIONS[world].guidance:g}, 612 samples a seed:", "", *table, ""]
-    return text
+    about = "In the exact laboratory (ring8, half of the modes rewarded, 1,500 iterations, three members):"
+    return ["## Readings of DM-Align", "", "`python benchmarks/align.py`. What each reading is: [errata.md](errata.md).", "", about, "", *lab, ""]

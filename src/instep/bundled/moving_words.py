@@ -12,6 +12,8 @@ from torch import Tensor
 from instep import models
 from instep.bundled import MOVING_WORDS, folder_of, word_readers, words
 from instep.bundled.glyphs import LETTERS
+from instep.bundled.teacher_probe import known_metrics
+from instep.bundled.word_readers import WordReader
 from instep.bundled.words_evaluation import WordsEvaluation
 from instep.bundled.world import World, as_miniature, encoded, text_to_video_pipeline
 from instep.core.size import Size
@@ -38,9 +40,14 @@ class MovingWords:
     reward: Reward
     monitor: Monitor
 
+    @property
+    def classifiers(self) -> tuple[WordReader, WordReader]:
+        """The training and the monitor reader."""
+        return word_readers.reader("training"), word_readers.reader("monitor")
+
     def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
-        """None: no metrics of the teacher ship with this world."""
-        return None
+        """The teacher's metrics on a run's own probe, as they ship; None for a probe with another reward or monitor."""
+        return known_metrics(self, Path(self.family.source), probe, guidance)
 
     def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos through the VAE, each with one of the training prompts: what DM-Align (Pair) prefers."""

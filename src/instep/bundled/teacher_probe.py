@@ -7,12 +7,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from instep.bundled.baselines import hash_weights
-from instep.bundled.classifiers import Classifier
 from instep.diffusion.guidance import GuidanceByLevel
 from instep.models.backbone import Backbone
 from instep.models.role import Role
@@ -23,7 +22,14 @@ FILE = "teacher_probe.json"
 VERSION = 1
 
 
-def fingerprint(probe: Probe, guidance: float | GuidanceByLevel, *classifiers: Classifier) -> str:
+class Named(Protocol):
+    """A classifier or reader: its name and its network."""
+
+    name: str
+    net: Any
+
+
+def fingerprint(probe: Probe, guidance: float | GuidanceByLevel, *classifiers: Named) -> str:
     """Of what the teacher's metrics depend on: the model's weights and how it is sampled, the probe's prompts and seed, the classifiers, and `VERSION`."""
     family = probe.family
     size = [family.size.height, family.size.width, family.size.frames]
@@ -37,16 +43,33 @@ def fingerprint(probe: Probe, guidance: float | GuidanceByLevel, *classifiers: C
     return digest.hexdigest()[:16]
 
 
-def known_metrics(folder: Path, probe: Probe, guidance: float | GuidanceByLevel, *classifiers: Classifier) -> Mapping[str, float] | None:
-    """The metrics in a folder's teacher_probe.json; None if there is no such file or it was measured under another fingerprint."""
+class Own(Protocol):
+    """What of a bundled world a probe must use for the metrics that ship to be its own."""
+
+    @property
+    def family(self) -> Any: ...
+
+    @property
+    def reward(self) -> Any: ...
+
+    @property
+    def monitor(self) -> Any: ...
+
+    @property
+    def classifiers(self) -> tuple[Any, ...]: ...
+
+
+def known_metrics(own: Own, folder: Path, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
+    """The metrics in a folder's teacher_probe.json; None if there is no such file, if it was measured under another fingerprint, or if the probe has another
+    reward, monitor or negative prompt than the world's own."""
     file = folder / FILE
-    if not file.is_file():
+    if probe.reward is not own.reward or probe.monitor is not own.monitor or probe.negative is not None or not file.is_file():
         return None
     kept = json.loads(file.read_text(encoding="utf-8"))
-    return kept["metrics"] if kept["fingerprint"] == fingerprint(probe, guidance, *classifiers) else None
+    return kept["metrics"] if kept["fingerprint"] == fingerprint(probe, guidance, *own.classifiers) else None
 
 
-def measure(probe: Probe, guidance: float, *classifiers: Classifier) -> dict[str, Any]:
+def measure(probe: Probe, guidance: float, *classifiers: Named) -> dict[str, Any]:
     """Return what a teacher_probe.json holds, measured now."""
     teacher = Role("teacher", Backbone(probe.family, probe.family.pretrained))
     metrics = probe.teacher(teacher, guidance)

@@ -44,6 +44,11 @@ class Ready(Protocol):
     @property
     def monitor(self) -> Monitor: ...
 
+    @property
+    def classifiers(self) -> tuple[Any, ...]:
+        """The training and the monitor classifier."""
+        ...
+
     def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
         """The teacher's metrics on a probe that ship with the package; None for any other probe, and where none ship."""
         ...

@@ -63,11 +63,6 @@ class ClassifierMonitor:
         return sum(len(row.unique()) for row in seen) / len(seen)
 
 
-def _known_teacher(world: MovingDigits | MovingDigitsI2V, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
-    own = probe.reward is world.reward and probe.monitor is world.monitor and probe.negative is None
-    return known_metrics(folder_of(world.family.name), probe, guidance, world.reward, world.monitor.classifier) if own else None
-
-
 @dataclass(frozen=True)
 class MovingDigits:
     """Everything a recipe may ask for on the embedded default."""
@@ -77,9 +72,14 @@ class MovingDigits:
     reward: Classifier
     monitor: ClassifierMonitor
 
+    @property
+    def classifiers(self) -> tuple[Classifier, Classifier]:
+        """The training and the monitor classifier."""
+        return self.reward, self.monitor.classifier
+
     def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
         """The teacher's metrics on a run's own probe, as they ship; None for a probe with another reward or monitor."""
-        return _known_teacher(self, probe, guidance)
+        return known_metrics(self, folder_of(self.family.name), probe, guidance)
 
     def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos of the training split through the VAE, each with one of the training prompts: what DM-Align (Pair) prefers."""
@@ -138,9 +138,14 @@ class MovingDigitsI2V:
     reward: Classifier
     monitor: ClassifierMonitor
 
+    @property
+    def classifiers(self) -> tuple[Classifier, Classifier]:
+        """The training and the monitor classifier."""
+        return self.reward, self.monitor.classifier
+
     def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
         """The teacher's metrics on a run's own probe, as they ship; None for a probe with another reward or monitor."""
-        return _known_teacher(self, probe, guidance)
+        return known_metrics(self, folder_of(self.family.name), probe, guidance)
 
     def real(self, n: int = 1024, seed: int = 77) -> RealSamples:
         """Real videos of the training split through the VAE, each with a training prompt and its own first frame."""
@@ -205,6 +210,11 @@ class ClassDigits:
     prompts: tuple[Prompt, ...]
     reward: DigitClassifier
     monitor: DigitClassifier
+
+    @property
+    def classifiers(self) -> tuple[DigitClassifier, DigitClassifier]:
+        """The training and the monitor classifier."""
+        return self.reward, self.monitor
 
     def known_teacher(self, probe: Probe, guidance: float | GuidanceByLevel) -> Mapping[str, float] | None:
         """None: its teacher is measured in a moment."""

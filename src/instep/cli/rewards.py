@@ -40,8 +40,8 @@ def load_reward(text: str, own: Own | None = None) -> Reward | Callable[..., Any
     """Rewards separated by commas, each `[WEIGHT*][SETTING=VALUE ...] NAME`: 0.5*frames=4 compressible, timeout=30 command:python score.py.
 
     NAME is one of `own`, compressible, incompressible, dynamic-degree, ocr, module:function, command:PROGRAM ARGUMENTS, an http(s) address,
-    preferences:FOLDER (of `instep pairs fit`), or vlm: and an address or a model's folder. Quoted commas belong to a command. Raises ValueError, with the reason,
-    before anything but the rewards' own modules and networks is loaded.
+    preferences:FOLDER (of `instep pairs fit`), or vlm: and an address or a model's folder. Quoted commas belong to a command. Raises ValueError, with the
+    reason, before anything but the rewards' own modules and networks is loaded.
     """
     parts = [_weighted(part, own or {}) for part in _split(text)]
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else several(*parts)

@@ -1,0 +1,200 @@
+"""The methods side by side on a bundled world whose teacher leaves room: a common start, then each method for as many iterations.
+
+    python benchmarks/methods_on.py moving-words --seeds 0 1 2              # hours of CPU time; resumes
+    python benchmarks/methods_on.py moving-words --steps 2 --arms control dm-align-group amd --seeds 3 4 5
+    python benchmarks/methods_on.py moving-digits --seeds 0 1 2             # the teacher unguided
+    make results                                                            # docs/results.md from what was measured
+
+The start is DMD2 for `--base` iterations; each arm goes on from it for `--more`. Seeds are paired: the arms of a seed share the start, and all rows share
+prompts and noise. A cell is kept as benchmarks/results/methods/WORLD-STEPS-ARM-SEED.json, and what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from measured import store
+
+from instep.bundled import find, load
+from instep.bundled.baselines import Baselines
+from instep.bundled.world import EvalSize
+from instep.cli.evaluate import evaluation_of, measured_worlds
+from instep.core.files import write_json
+from instep.methods.recipe import Recipe
+from instep.recipes.after import rl_after
+from instep.recipes.amd import amd
+from instep.recipes.common import Common
+from instep.recipes.dm_align import dm_align_group, dm_align_pair
+from instep.recipes.dmd import dmd2
+from instep.recipes.dmdr import dmdr
+from instep.recipes.dollar import dollar
+from instep.recipes.many_step import ManySteps, dance_grpo
+from instep.training.options import RunOptions
+from instep.training.run import train
+
+RESULTS = Path(__file__).parent / "results" / "methods"
+GUIDANCE = {"moving-digits": 1.0}  # where the guided teacher leaves no room; elsewhere the recipes' own
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all cells share: world, student's steps, teacher's guidance, iterations of the start and of what follows, batch, evaluation."""
+
+    world: str
+    steps: int = 4
+    guidance: float = 3.0
+    base: int = 120
+    more: int = 60
+    batch: int = 32
+    protocol: EvalSize = "full"
+
+    @property
+    def common(self) -> Common:
+        return Common(steps=self.steps, guidance=self.guidance, batch=self.batch)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A student: its recipe, the cell whose roles it goes on from, its reward (the world's own, or the black box), and the cell whose model is its teacher.
+
+    stochastic: it needs a rollout with noise between steps, which one step has not.
+    """
+
+    what: str
+    recipe: Callable[[Plan], Recipe]
+    start: str | None = "start"
+    reward: Literal["own", "exact"] = "own"
+    teacher: str | None = None
+    stochastic: bool = False
+
+
+def _letter(plan: Plan) -> Recipe:
+    return dm_align_group(plan.common, distil=0, iterations=plan.more, reach="last", toward="mean", normaliser="own", sign="signed", spread="group", top_n=2)
+
+
+ARMS = {
+    "start": Arm("start: DMD2", lambda p: dmd2(p.common, iterations=p.base), None),
+    "control": Arm("control: DMD2 goes on", lambda p: dmd2(p.common, iterations=p.more)),
+    "dm-align-group": Arm("DM-Align (Group)", lambda p: dm_align_group(p.common, distil=0, iterations=p.more)),
+    "dm-align-pair": Arm("DM-Align (Pair)", lambda p: dm_align_pair(p.common, distil=0, iterations=p.more)),
+    "amd": Arm("AMD", lambda p: amd(p.common, iterations=p.more)),
+    "dmdr-refl": Arm("DMDR with ReFL", lambda p: dmdr(p.common, warm=0, iterations=p.more, rl="refl")),
+    "dmdr-grpo": Arm("DMDR with GRPO, black box", lambda p: dmdr(p.common, warm=0, iterations=p.more, rl="grpo"), reward="exact", stochastic=True),
+    "dollar": Arm("DOLLAR (VSD + CD + LRM), black box", lambda p: dollar(p.common, fit=p.more // 2, iterations=p.more), reward="exact"),
+    "rl-after": Arm("ReFL alone after distillation", lambda p: rl_after(p.common, distil=0, iterations=p.more, rl="refl")),
+    "tuned-teacher": Arm(
+        "DanceGRPO on the teacher, black box",
+        lambda p: dance_grpo(ManySteps(guidance=p.guidance, batch=p.batch), iterations=p.more),
+        None,
+        reward="exact",
+    ),
+    "two-stage": Arm("two stages: DanceGRPO on the teacher, then DMD2", lambda p: dmd2(p.common, iterations=p.base), None, teacher="tuned-teacher"),
+    "dm-align-group-signed": Arm(
+        "DM-Align (Group), signed, nearest of the best two", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, sign="signed", top_n=2)
+    ),
+    "dm-align-group-letter": Arm("DM-Align (Group), the paper's letter", _letter),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs and results of a benchmark lie."""
+
+    runs: Path
+    results: Path = RESULTS
+
+    def file(self, plan: Plan, arm: str, seed: int) -> Path:
+        return self.results / f"{plan.world}-{plan.steps}-{arm}-{seed}.json"
+
+    def run(self, plan: Plan, arm: str, seed: int) -> Path:
+        return self.runs / f"{plan.world}-{plan.steps}-{arm}-{seed}"
+
+
+def done(file: Path, plan: Plan) -> bool:
+    """Whether a cell is there; ValueError if it is, but of another plan."""
+    if not file.is_file():
+        return False
+    stored = json.loads(file.read_text(encoding="utf-8"))["plan"]
+    if stored != asdict(plan):
+        differ = ", ".join(f"{key} {stored.get(key)} there, {value} now" for key, value in asdict(plan).items() if stored.get(key) != value)
+        raise ValueError(f"plan: {file.name} was measured otherwise ({differ}); give the same options, or move it away")
+    return True
+
+
+def run_cell(plan: Plan, name: str, seed: int, place: Place) -> None:
+    """Trains and measures one cell, and before it those that it goes on from, unless its result is there."""
+    arm = ARMS[name]
+    if done(place.file(plan, name, seed), plan):
+        return
+    if arm.stochastic and plan.steps == 1:
+        print(f"{name}: left out, a student of 1 step has no stochastic rollout", flush=True)
+        return
+    for before in filter(None, (arm.start, arm.teacher)):
+        run_cell(plan, before, seed, place)
+    world, began, recipe = find(plan.world), time.process_time(), arm.recipe(plan)
+    ready = world.ready()
+    run = train(
+        recipe,
+        load(place.run(plan, arm.teacher, seed) / "student") if arm.teacher else ready.family,
+        out=place.run(plan, name, seed),
+        prompts=ready.prompts,
+        reward=ready.reward if arm.reward == "own" else world.rewards["exact"](),
+        monitor=ready.monitor,
+        real=ready.real() if recipe.needs & {"real", "preferred"} else None,
+        start_from=place.run(plan, arm.start, seed) if arm.start else None,
+        options=RunOptions(seed=seed, probe_every=plan.more, save_every=plan.more, keep=1, terms_every=0),
+    )
+    about = {"plan": asdict(plan), "arm": name, "before": arm.start or arm.teacher}
+    store(place.file(plan, name, seed), run, recipe, world, name, seed=seed, began=began, size=plan.protocol, about=about)
+
+
+def run_baselines(plan: Plan, place: Place) -> None:
+    """Real videos, real videos through the VAE, the teacher at 50 steps and at the student's, unless they are there."""
+    file = place.results / f"{plan.world}-{plan.steps}-baselines.json"
+    if done(file, plan):
+        return
+    evaluation, family = evaluation_of(plan.world), load(plan.world)
+    rows = Baselines(family, evaluation, evaluation.prompts(plan.protocol, 0), find(plan.world).folder)
+    pairs = dict.fromkeys([(50, plan.guidance), (plan.steps, plan.guidance), (plan.steps, 1.0)])
+    found = [rows.real(), rows.decoded(), *(rows.teacher(steps, guidance) for steps, guidance in pairs)]
+    write_json(file, {"plan": asdict(plan), "rows": [row.json() for row in found]})
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Reads the command line and runs every cell that is not there; status 2 for what is not allowed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("world", choices=[name for name in measured_worlds() if "exact" in find(name).rewards])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=4, help="steps of the student")
+    parser.add_argument("--guidance", type=float, help="of the teacher; default: 1 on moving-digits, else that of the recipes")
+    parser.add_argument("--base", type=int, default=120, help="iterations of the start")
+    parser.add_argument("--more", type=int, default=60, help="iterations of each arm after it")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--protocol", choices=("quick", "full"), default="full", help="videos a row: about 240, or 612")
+    parser.add_argument("--monitor-alone", action="store_true", help="measure without the held-out judge where it is not installed")
+    parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(given)
+    torch.set_num_threads(1)
+    notice = evaluation_of(args.world).notice
+    if notice and not args.monitor_alone:
+        parser.error(f"{notice}; install it, or give --monitor-alone")
+    guidance = GUIDANCE.get(args.world, Common().guidance) if args.guidance is None else args.guidance
+    plan, place = Plan(args.world, args.steps, guidance, args.base, args.more, args.batch, args.protocol), Place(args.runs, args.results)
+    place.results.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for name in args.arms:
+            run_cell(plan, name, seed, place)
+    run_baselines(plan, place)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The first section of docs/results.md: methods side by side on bundled worlds whose teacher leaves room, from what benchmarks/methods_on.py measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods_on import ARMS, RESULTS
+from stored import row_of
+
+from instep.bundled import WORLDS, find
+from instep.metrics.columns import Column
+from instep.metrics.compare import Row, combined, difference, direction
+from instep.metrics.figures import Value
+
+MODES = 0.95  # share of the control's modes that a gain may not cost more than
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What was measured of one world and one number of steps: rows by arm and seed, processor seconds of training alike, rows that never change."""
+
+    plan: dict[str, Any]
+    rows: dict[str, dict[int, Row]]
+    seconds: dict[str, dict[int, float]]
+    baselines: tuple[Row, ...]
+
+
+def read(results: Path = RESULTS) -> list[Cells]:
+    """All cells, moving-words first, then by steps, many before few."""
+    groups: dict[tuple[str, int], dict[str, Any]] = {}
+    for file in sorted(results.glob("*.json")):
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        plan = stored["plan"]
+        group = groups.setdefault((plan["world"], plan["steps"]), {"plan": plan, "arms": {}, "baselines": ()})
+        if "rows" in stored:
+            group["baselines"] = tuple(row_of(row) for row in stored["rows"])
+        else:
+            group["arms"].setdefault(stored["arm"], {})[stored["seed"]] = stored
+    found = []
+    for (world, _), group in sorted(groups.items(), key=lambda item: (item[0][0] != "moving-words", item[0][0], -item[0][1])):
+        if world in WORLDS:
+            rows = {arm: {seed: row_of(cell["row"]) for seed, cell in cells.items()} for arm, cells in group["arms"].items()}
+            seconds = {arm: {seed: _seconds(group["arms"], arm, seed) for seed in cells} for arm, cells in group["arms"].items()}
+            found.append(Cells(group["plan"], rows, seconds, group["baselines"]))
+    return found
+
+
+def _seconds(arms: dict[str, dict[int, Any]], arm: str, seed: int) -> float:
+    """Processor seconds of training a cell and those that it goes on from."""
+    cell = arms[arm][seed]
+    before = cell.get("before")
+    return cell["train_cpu_s"] + (_seconds(arms, before, seed) if before and seed in arms.get(before, {}) else 0.0)
+
+
+def paired(rows: dict[int, Row], others: dict[int, Row], key: str) -> Value | None:
+    """Mean over the seeds of both of row minus other, with the larger of two errors: the spread between seeds, and what the samples of independent rows
+    allow. None without a common seed that has the metric."""
+    seeds = [seed for seed in rows if seed in others and key in rows[seed].values and key in others[seed].values]
+    if not seeds:
+        return None
+    each = [difference(rows[seed], others[seed], key) for seed in seeds]
+    values = torch.tensor([d.value for d in each], dtype=torch.float64)
+    within = math.sqrt(sum(d.se**2 for d in each)) / len(each)
+    between = float(values.std()) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+    return Value(float(values.mean()), max(within, between))
+
+
+def modes(row: Row, control: Row) -> float:
+    """The smallest share of the control's modes, over all kinds of modes that are counted."""
+    return min(row.values[key].value / control.values[key].value for key in row.values if key.startswith("modes"))
+
+
+def headline(rows: Sequence[Row], columns: Sequence[Column]) -> Column:
+    """The first metric with a good end that all rows have: the held-out judge's, or without it the monitor's."""
+    return next(c for c in columns if c.verdict and direction(c.key) and all(c.key in row.values for row in rows))
+
+
+def shown(rows: Sequence[Row], columns: Sequence[Column]) -> list[Column]:
+    """The columns of the table: those that the terminal or a verdict shows and some row has."""
+    return [c for c in columns if (c.short or c.verdict) and any(c.key in row.values for row in rows)]
+
+
+def table(cells: Cells, columns: Sequence[Column]) -> list[str]:
+    """Every row: real videos, the teacher, the arms; seeds of an arm as their mean."""
+    rows = [(row.name, row, None, "-") for row in cells.baselines]
+    for arm, what in ARMS.items():
+        if arm in cells.rows:
+            seconds = cells.seconds[arm].values()
+            rows.append((what.what, combined(list(cells.rows[arm].values())), len(cells.rows[arm]), f"{sum(seconds) / len(seconds):.0f}"))
+    kept = shown([row for _, row, _, _ in rows], columns)
+    lines = ["| | NFE | seeds | " + " | ".join(c.head for c in kept) + " | CPU s of training |", "|---" * (len(kept) + 4) + "|"]
+    for name, row, seeds, seconds in rows:
+        figures = [f"{c.text(row.values[c.key].value)} ± {c.text(row.values[c.key].se)}" if c.key in row.values else "-" for c in kept]
+        lines.append(f"| {name} | {row.nfe or '-'} | {seeds or '-'} | " + " | ".join(figures) + f" | {seconds} |")
+    return lines
+
+
+def against_control(cells: Cells, columns: Sequence[Column]) -> list[str]:
+    """Each arm minus the control, seed by seed, in the headline and the distance; what it keeps of the control's modes; and the verdict."""
+    control = cells.rows.get("control")
+    if not control:
+        return []
+    rows = [row for arm in cells.rows.values() for row in arm.values()]
+    column = headline(rows, columns)
+    lines = [f"| against the control | seeds | {column.head} | FD | modes, of the control's | verdict |", "|---|---|---|---|---|---|"]
+    for arm, what in ARMS.items():
+        if arm in ("control", "start", "tuned-teacher") or arm not in cells.rows:
+            continue
+        gain, distance = (paired(cells.rows[arm], control, key) for key in (column.key, "fd"))
+        common = [seed for seed in cells.rows[arm] if seed in control]
+        if gain is None or distance is None:
+            continue
+        kept = sum(modes(cells.rows[arm][seed], control[seed]) for seed in common) / len(common)
+        cells_of = [f"{value.value:+.3f} ± {value.se:.3f}" for value in (gain, distance)]
+        lines.append(f"| {what.what} | {len(common)} | {' | '.join(cells_of)} | {kept:.0%} | {verdict(gain, distance, kept, direction(column.key))} |")
+    return lines if len(lines) > 2 else []
+
+
+def verdict(gain: Value, distance: Value, kept: float, sign: int) -> str:
+    """What two standard errors allow to be told: of the headline, then of what a gain costs."""
+    if abs(gain.value) <= 2 * gain.se:
+        return "no difference"
+    if sign * gain.value < 0:
+        return "worse"
+    costs = [*(["modes"] if kept < MODES else []), *(["FD"] if distance.value > 2 * distance.se else [])]
+    return f"better, at the cost of {' and '.join(costs)}" if costs else "better"
+
+
+def lines() -> list[str]:
+    """The section; empty as long as nothing was measured."""
+    found = read()
+    if not found:
+        return []
+    text = [
+        "## Methods side by side, where there is room",
+        "",
+        "`python benchmarks/methods_on.py WORLD`. DMD2 first, then each method for as many iterations from that start; `two stages` aligns the teacher for as "
+        "many iterations as an arm has and then distils for as many as the start has. A gain over the control is the mean of the differences seed by seed; its "
+        "error is the larger of their spread and what the samples allow. A gain counts as bought where the smallest share of the control's modes is below "
+        f"{MODES:.0%} or the Fréchet distance grows by more than two standard errors. Processor seconds are those of training, the start included.",
+        "",
+    ]
+    for cells in found:
+        evaluation, plan = find(cells.plan["world"]).evaluation, cells.plan
+        assert evaluation is not None
+        text += [
+            f"### {plan['world']}, {plan['steps']} step{'s' * (plan['steps'] > 1)}",
+            "",
+            f"Teacher's guidance {plan['guidance']:g}; {plan['base']} iterations, then {plan['more']}, batch {plan['batch']}.",
+            "",
+            *table(cells, evaluation.columns),
+            "",
+            *against_control(cells, evaluation.columns),
+            "",
+        ]
+    return text
