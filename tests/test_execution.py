@@ -354,7 +354,7 @@ def test_a_bfloat16_run_resumes_to_the_same_state(tmp_path):
         go(tmp_path / "cut")
     cut = go(tmp_path / "cut")
     with pytest.raises(
-        ValueError, match="holds another run .its dtype differs: bfloat16 there, float32 now.; to go on with it give dtype bfloat16 .--dtype bfloat16."
+        ValueError, match="holds another run .its dtype: bfloat16 there, float32 now.; to go on with it give dtype bfloat16 .--dtype bfloat16."
     ):
         run(WanFamily(tiny_wan_pipeline(), SIZE, name="tiny"), tmp_path / "cut", iterations=3)
     for role in ("student", "fake"):
