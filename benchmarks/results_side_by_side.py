@@ -42,8 +42,8 @@ def intro(result: Mapping[str, Any]) -> list[str]:
     return [
         f"`python benchmarks/side_by_side.py --their-python PATH`, {result['date']}, {result['processor']}, one thread a process. "
         f"Ours: {software[OURS[0]]}. "
-        f"Theirs: {software[THEIRS]}. At batches of {sizes} the processes were started anew {launches} times (`--launches`), each time for {rounds} interleaved "
-        f"rounds (`--rounds`) of {first['cycles_of_a_round']} cycles. Load average before and after: {loads}.",
+        f"Theirs: {software[THEIRS]}. At batches of {sizes} the processes were started anew {launches} times (`--launches`), each time for {rounds} "
+        f"interleaved rounds (`--rounds`) of {first['cycles_of_a_round']} cycles. Load average before and after: {loads}.",
         "",
         f"A cycle is one student update and {case['critic_updates']} of the fake, for a student of {len(case['levels'])} steps and a teacher with guidance "
         f"{case['guidance']:g}. Both sides train the same Wan transformer ({case['layers']} blocks of width {case['width']}, random weights, float32) on "
@@ -52,8 +52,8 @@ def intro(result: Mapping[str, Any]) -> list[str]:
         "batch; its draws are balanced, so that both sides roll out equally far. Figures are medians, with the smallest and the largest round in "
         "brackets; shares of theirs are taken round by round. Weights include buffers.",
         "",
-        "Conditions are of equal length on both sides, and nothing is padded, so neither side needs an attention mask. A stock Wan condition has 512 tokens, of "
-        "which ours keeps the prompt and one padding token; that gain is left out, and so is the mask that it takes, about 2 % of a pass of this network.",
+        "Conditions are of equal length on both sides, and nothing is padded, so neither side needs an attention mask. A stock Wan condition has 512 tokens, "
+        "of which ours keeps the prompt and one padding token; that gain is left out, and so is the mask that it takes, about 2 % of a pass of this network.",
     ]
 
 
