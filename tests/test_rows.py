@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from instep.models.wan import WanFamily
 from instep.rewards.base import FunctionReward
 from instep.rewards.decoded import make_reward_grad_fn
 from instep.training.execution import Execution
+from instep.training.probe import Probe
 from instep.training.run import train
 from instep.training.state import TrainedParams
 from instep.training.step import iteration
@@ -201,7 +203,7 @@ def test_no_forward_decode_or_reward_sees_more_rows_than_a_micro_batch(name, mic
 
     monkeypatch.setattr(WanFamily, "placed", placed)
     monkeypatch.setattr("instep.training.run.TEACHER_STEPS", 2)
-    monkeypatch.setattr("instep.training.probe.TEACHER_STEPS", 2)
+    monkeypatch.setattr(Probe, "teacher", partialmethod(Probe.teacher, steps=2))
     lent = family()
     reward = FunctionReward(brightness, "brightness", differentiable=True)
     source = batches_of(lent)
