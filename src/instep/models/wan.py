@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -32,13 +32,26 @@ STOCK_SIDE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class WanCondition(Condition):
-    """Text embeddings [B, L, D] and the additive attention bias of each token [B, L] that stands for the stock padding."""
+    """Text embeddings [B, L, D] and the additive attention bias of each token [B, L] that stands for the stock padding.
+
+    `bias` None means that of zeros, where nothing is padded: cross-attention then needs no mask, which costs time.
+    """
 
     text: Tensor
-    bias: Tensor
+    bias: Tensor | None = None
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        return self.text, self.bias > -math.inf
+        text, bias = self.text, self._explicit_bias()
+        return text, bias > -math.inf
+
+    def stack(self, other: Self) -> Self:
+        """Both batches, one after the other. The bias is made explicit unless neither has one and both texts are equally long."""
+        if self.bias is None and other.bias is None and self.text.shape[1] == other.text.shape[1]:
+            return super().stack(other)
+        return super(WanCondition, replace(self, bias=self._explicit_bias())).stack(replace(other, bias=other._explicit_bias()))
+
+    def _explicit_bias(self) -> Tensor:
+        return self.text.new_zeros(self.text.shape[:2]) if self.bias is None else self.bias
 
     def _join(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """Batches of unequal text length are padded to the longer one with tokens that weigh nothing."""
@@ -62,7 +75,7 @@ class PaddedTextProcessor(WanAttnProcessor):
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
         cond = self.current()
-        if isinstance(cond, WanCondition):
+        if isinstance(cond, WanCondition) and cond.bias is not None:
             attention_mask = cond.bias[:, None, None].to(hidden_states.dtype)
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 

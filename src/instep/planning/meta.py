@@ -30,6 +30,7 @@ from instep.training.batches import BatchSource
 from instep.training.low_bit import MOMENTS, plain
 from instep.training.scalars import Scalars
 from instep.training.state import TrainedParams, TrainState
+from instep.training.term_gradients import TermGradients
 
 # rows that a reward scores, with a graph or without; what scoring costs is stated, not traced
 REWARD = "reward"
@@ -48,8 +49,11 @@ class Unread(Scalars):
 
 
 @contextmanager
-def tracing(tally: Tally, state: TrainState, stepped: Callable[[], None], shift: int = 0) -> Iterator[None]:
-    """While it lasts, an iteration on the meta device is counted by roles, and takes the short ways of this file."""
+def tracing(tally: Tally, state: TrainState, stepped: Callable[[], None], shift: int = 0, measured: float = 1.0) -> Iterator[None]:
+    """While it lasts, an iteration on the meta device is counted by roles, and takes the short ways of this file.
+
+    `measured`: the part of the iterations that measure the gradient of each term.
+    """
     forward = Role._forward
 
     def labelled(role: Role, *args: Any) -> Any:
@@ -66,11 +70,18 @@ def tracing(tally: Tally, state: TrainState, stepped: Callable[[], None], shift:
         finally:
             tally.every_slice = before
 
+    measure = TermGradients.add
+
+    def measured_term(gradients: TermGradients, name: str, backward: Callable[[], None], *, last: bool) -> None:
+        with tally.sometimes(measured):
+            measure(gradients, name, backward, last=last)
+
     rows = few_of_each_size(tally)
     with ExitStack() as stack:
         for owner, name, value in (
             (Role, "_forward", labelled),
             (Role, "__call__", called),
+            (TermGradients, "add", measured_term),
             (core_rows, "by_rows", rows),
             (role_module, "by_rows", rows),
             (step_module, "draw_exits", exits_from(shift)),

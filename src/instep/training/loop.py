@@ -28,6 +28,7 @@ from instep.training.probe import KnownTeacher, Probe, few_of
 from instep.training.saving import CheckpointWriter, in_background
 from instep.training.state import TrainState
 from instep.training.step import iteration
+from instep.training.term_gradients import at_interval
 from instep.training.views import matching_views, save_views
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ class Loop:
         stage, progress = self.recipe.at(self.state.step)
         cpu, wall = time.process_time(), time.perf_counter()
         try:
-            every = self.options.terms_every
-            measure = every > 0 and (self.state.step + 1) % every == 0
+            measure = at_interval(self.state.step, self.options.terms_every)
             row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress, None, measure)}
         except Unusable as error:
             self._give_up(str(error))

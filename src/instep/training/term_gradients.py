@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from instep.methods.recipe import Stage
+from instep.methods.recipe import Recipe, Stage
 from instep.methods.term import Term
 from instep.training.state import NormRatio, TrainedParams, TrainState
 
@@ -80,6 +80,17 @@ def due(stage: Stage, progress: float) -> bool:
         return False
     n = round(progress * stage.steps)
     return n % SHARE_EVERY == 0 or (n < SHARE_EVERY and n & (n - 1) == 0)
+
+
+def measured_share(recipe: Recipe, stage: Stage, every: int) -> float:
+    """The part of a stage's iterations, in [0, 1], in which the gradients of its terms are measured; `every`: see `RunOptions.terms_every`."""
+    first = sum(one.steps for one in recipe.stages[: recipe.stages.index(stage)])
+    return sum(due(stage, n / stage.steps) or at_interval(first + n, every) for n in range(stage.steps)) / max(stage.steps, 1)
+
+
+def at_interval(step: int, every: int) -> bool:
+    """Whether iteration `step` (from 0) is the last of an interval of `every` (0: of none)."""
+    return every > 0 and (step + 1) % every == 0
 
 
 def observe(state: TrainState, stage: Stage, norms: Mapping[str, float]) -> None:
