@@ -62,7 +62,7 @@ def dmdr(
     group: int = 8,
     tilt: Tilt = "zscore",
     dyna_rs: bool = True,
-    dyna_dg: float = 0.75,
+    dyna_dg: float = 0.375,
     rl: Branch = "refl",
     weight: float = 0.5,
     weight_unit: WeightUnit = "share",
@@ -81,9 +81,11 @@ def dmdr(
         group: samples a prompt, compared with each other.
         tilt: how stage 1 uses the reward: a factor on the force (zscore: exp of the advantage; literal: exp of the reward over its root mean square, after
             Eq. 4, which does almost nothing where rewards differ little beside their size), the fake's weight (weight: the exact tilt), or none.
-        dyna_rs: draw re-noise levels from high noise at first, annealed to uniform over stage 1 (DynaRS).
-        dyna_dg: scale at which an adapter moves the teacher at the start of stage 1, annealed to zero (DynaDG): the fake's own with
-            lora_rank, else one of its own; 0 leaves it out.
+        dyna_rs: draw re-noise levels from high noise at first, annealed over stage 1 to those of stage 2: uniform, with the timestep shift of the model
+            (DynaRS).
+        dyna_dg: scale at which an adapter moves the teacher at the start of stage 1, as a part of the scale that the adapter is trained at, annealed to zero
+            (DynaDG; the released code: 0.75 beside a fake at 2, which is 0.375). The adapter is the fake's own with lora_rank, else one of its own;
+            0 leaves it out.
         rl: the reinforcement-learning branch: refl (gradient of a differentiable reward), dpo (best against worst of a group, any reward), grpo or
             ddpo (any reward, a student of 2 steps or more).
         weight: weight of that branch.
@@ -117,7 +119,7 @@ def dmdr(
 
 def _warm(common: Common, steps: int, group: int, tilt: Tilt, dyna_rs: bool, dyna_dg: float) -> tuple[Stage, RoleConfig]:
     """Returns stage 1 and the teacher's role for it."""
-    levels = AnnealedBeta() if dyna_rs else common.renoise
+    levels = AnnealedBeta(shift=common.shift) if dyna_rs else common.renoise
     operator = RewardTilted(tilt) if tilt in ("literal", "zscore") else None
     force = common.matching(operator=operator, levels=levels, adapter=Annealed(dyna_dg, 1.0) if dyna_dg else None)
     fake = common.critic(tilt=1.0 if tilt == "weight" else 0.0, levels=levels)
