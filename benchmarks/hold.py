@@ -26,7 +26,8 @@ from instep.lab.run import common, ensemble_state, train
 from instep.lab.world import World, flow_start
 from instep.methods.recipe import Recipe
 from instep.recipes.dmd import dmd2
-from instep.recipes.dmdr import Branch, dmdr
+from instep.recipes.dmdr import dmdr
+from instep.recipes.reinforcement import Branch
 from instep.training.build import averaged
 from instep.training.hold import HOLD_EVERY, Bound, Controller, Held
 from instep.training.state import TrainState

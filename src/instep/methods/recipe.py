@@ -97,33 +97,43 @@ class LatentRewardConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """The student's own rollout. `through`: how far the graph of the final sample reaches.
+    """The student's own rollout. `through`: the number of its last steps that the graph of a final sample reaches.
 
     A few-step student goes from level to level by `Renoise` and without guidance; a many-step one, whose sampler is made stochastic for a
     policy gradient, by another `transition`, and with the `guidance` it is used with.
     """
 
     levels: tuple[float, ...]
-    through: Literal["last", "trajectory"] = "last"
+    through: int = 1
     transition: Transition = Renoise()
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
+        if not 1 <= self.through <= len(self.levels):
+            raise ValueError(
+                f"through: {self.through} is not allowed; the last steps that the gradient reaches, between 1 and the {len(self.levels)} there are"
+            )
+
+
+# what the advantages of a group are divided by
+Spread = Literal["group", "run", "none"]
 
 
 @dataclass(frozen=True)
 class Advantage:
     """How rewards become advantages: centred in each group, divided by `spread`, and clipped to +-`clip` if there is one (AMD Eq. 12: 1).
 
-    `spread`: each group's own deviation of rewards, or a running one over the whole `run`, with which a group of similar samples
-    has small advantages instead of the usual size.
+    `spread`: each group's own deviation of rewards (GRPO); a running one over the whole `run`, with which a group of similar samples has small
+    advantages instead of the usual size; or `none`: advantages in the reward's own unit (Dr. GRPO, Liu et al. 2025, which divides by no deviation).
     """
 
-    spread: Literal["group", "run"] = "group"
+    spread: Spread = "group"
     clip: float | None = None
 
     def __post_init__(self) -> None:
+        if self.spread not in get_args(Spread):
+            raise ValueError(f"spread: {self.spread!r} is not known; allowed: {', '.join(get_args(Spread))}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip: {self.clip} is not allowed; a positive bound on the advantage, or None for no bound")
 

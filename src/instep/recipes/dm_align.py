@@ -25,7 +25,7 @@ def _joint(
 ) -> Recipe:
     """A distillation-only stage, then matching and alignment together."""
     terms = (common.matching(matching), align)
-    rollout = RolloutConfig(common.levels, "trajectory" if reach == "trajectory" else "last")
+    rollout = RolloutConfig(common.levels, common.steps if reach == "trajectory" else 1)
     second = common.stage("align", iterations, terms, (common.critic(),), group=group, advantage=Advantage(spread), rollout=rollout)
     return common.recipe(name, common.distil(distil), second)
 

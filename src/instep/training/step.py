@@ -186,7 +186,9 @@ def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout 
     log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
     log.add("reward/constant_groups", constant_groups(reward, stage.group) * stage.group / len(reward))
     deviations: Sequence[Tensor | None] = [None] * len(weights)
-    if stage.advantage.spread == "run":
+    if stage.advantage.spread == "none":
+        deviations = [torch.ones(()) for _ in weights]
+    elif stage.advantage.spread == "run":
         now = [group_variance(column, stage.group).to(widest(column.device)) for column in each.unbind(1)]
         before = state.reward_variance or now
         state.reward_variance = [old + (new - old) / REWARD_HORIZON for old, new in zip(before, now, strict=True)]
