@@ -353,7 +353,8 @@ def _check_reward_on(stage: Stage) -> None:
     if stage.reward_on not in get_args(Where):
         raise ValueError(f"reward_on: {stage.reward_on!r} is not known; allowed: {', '.join(get_args(Where))}")
     if stage.reward_on == "exit":
-        for part in (*stage.terms, *stage.critics):
+        parts: tuple[Term | Critic, ...] = (*stage.terms, *stage.critics)
+        for part in parts:
             if "reward" in part.needs and getattr(part, "on", "final") != "exit":
                 name = getattr(part, "name", type(part).__name__)
                 raise ValueError(f"reward_on: exit is not allowed in stage {stage.name!r}, where {name!r} compares final samples; use final")
