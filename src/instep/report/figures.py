@@ -26,9 +26,9 @@ ALIGN_CAPTIONS = {
     "generator": ("student's sample", "What the student makes now. Samples of a group stand in the order of their rewards, the best first."),
     "preferred": ("preferred estimate", "What a preferred sample was, as the fake says after noise: of the better samples of the group, or of real ones."),
     "align_force": ("alignment force", "From the sample's own estimate to the preferred one, as a change of the image; grey where a sample feels none."),
-    "align_target": ("its target", "The sample after that change: where the reward, or the preference, pulls the student."),
+    "align_target": ("alignment's target", "The sample after that change: where the reward, or the preference, pulls the student."),
     "force": ("matching force", "From the fake's estimate to the teacher's, of the same sample at the same level."),
-    "target": ("its target", "The sample after that change: where the teacher pulls the student."),
+    "target": ("matching's target", "The sample after that change: where the teacher pulls the student."),
 }
 
 
@@ -65,12 +65,13 @@ def grid(key: str, videos: Tensor, heads: Sequence[str], rows: Sequence[str], no
     for r, row in enumerate(rows):
         body.append(f"<div class='label'>{row}</div>")
         body += [tile(animation(key, c * n + r, columns * n, plain(f"{heads[c]}: {row}")), heads[c]) for c in range(columns)]
-    teach = f"<dl class='teach'>{''.join(notes)}</dl>" if notes else ""
+    wide = " wide" if columns > 5 else ""
+    teach = f"<dl class='teach{wide}'>{''.join(notes)}</dl>" if notes else ""
     half = -(-n // 2) if n >= 4 and columns <= 4 else n  # few columns leave room for two grids side by side
     cut = half * (columns + 1)
     parts = [part for part in (body[:cut], body[cut:]) if part]
     grids = "".join(f"<div class='grid' style='--columns:{columns}'><div class='corner'></div>{head}{''.join(part)}</div>" for part in parts)
-    kind = " two" if len(parts) > 1 else " wide" if columns > 5 else ""
+    kind = " two" if len(parts) > 1 else wide
     return f"{style}{teach}<div class='grids{kind}'>{grids}</div>"
 
 
