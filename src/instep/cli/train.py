@@ -29,7 +29,7 @@ from instep.training.probe import KnownTeacher, Monitor, few_of
 from instep.training.run import Run, final_samples, train
 
 if TYPE_CHECKING:
-    from instep.data.media import LabelledPair
+    from instep.data.pairs import PreferencePair, PreferredSample
 
 MODEL_HELP = f"A bundled model: {DESCRIBED}; or the path of a diffusers pipeline folder."
 
@@ -57,7 +57,8 @@ class TrainArgs:
     normalised before weighting; quote a command with commas. Default: the bundled model's training classifier. Protocols: docs/rewards.md."""
     pairs: Path | None = None
     """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
-    real ones. Default: the bundled model's own."""
+    real ones. Recipes that need preferred or real samples alone (dm-align-pair, dmd2 --gan) read no rejected ones, and rows may leave them out.
+    Default: the bundled model's own."""
     tracker: str | None = None
     """Another tracker beside log.jsonl and TensorBoard, as module:function, called with (step, scalars) for every row."""
     seed: int = 0
@@ -158,35 +159,45 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     own_rewards = find(args.model).rewards if args.model in WORLDS else {}
     reward = load_reward(args.reward, own_rewards) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
-    labelled = load_pairs(args.pairs) if args.pairs else None
+    labelled = load_labelled(args.pairs, recipe) if args.pairs else None
     if args.model in WORLDS:
         own = find(args.model).ready()
         # a user's own pairs bring their chosen samples with them
-        real = own.real() if recipe.needs & {"real", "preferred"} and labelled is None else None
-        pairs = paired(labelled, own.family) or (own.pairs() if "pairs" in recipe.needs else None)
+        if labelled is not None:
+            real, pairs = labelled.encoded(own.family)
+        else:
+            real = own.real() if recipe.needs & {"real", "preferred"} else None
+            pairs = own.pairs() if "pairs" in recipe.needs else None
         asked = with_negative(prompts or own.prompts, args.negative_prompt)
         return Setting(own.family, asked, reward or own.reward, own.monitor, real, pairs, own.known_teacher)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     args.execution.check()
     family = load(args.model, Size(*args.size) if args.size else None, args.execution.loading_dtype())
-    return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, None, paired(labelled, family))
+    real, pairs = labelled.encoded(family) if labelled is not None else (None, None)
+    return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, real, pairs)
 
 
-def load_pairs(path: Path) -> Sequence[LabelledPair]:
-    """Reads and checks the pairs of a file; their media are not read yet."""
-    from instep.data.pairs import read_pairs
+@dataclass(frozen=True)
+class Labelled:
+    """The rows of a file of labelled media: pairs, or preferred samples alone."""
 
-    return read_pairs(path)
+    pairs: Sequence[PreferencePair] = ()
+    preferred: Sequence[PreferredSample] = ()
+
+    def encoded(self, family: Family) -> tuple[RealSamples | None, PairSamples | None]:
+        """Their media as latents of the family."""
+        from instep.data.media import pair_samples, preferred_samples
+
+        return (preferred_samples(self.preferred, family), None) if self.preferred else (None, pair_samples(self.pairs, family))
 
 
-def paired(labelled: Sequence[LabelledPair] | None, family: Family) -> PairSamples | None:
-    """Encodes labelled media as latents of the family."""
-    if labelled is None:
-        return None
-    from instep.data.media import pair_samples
+def load_labelled(path: Path, recipe: Recipe) -> Labelled:
+    """Reads and checks the rows of a file, preferred samples alone where the recipe needs no pairs; their media are not read yet."""
+    from instep.data.pairs import read_pairs, read_preferred
 
-    return pair_samples(labelled, family)
+    alone = recipe.needs & {"real", "preferred"} and "pairs" not in recipe.needs
+    return Labelled(preferred=read_preferred(path)) if alone else Labelled(read_pairs(path))
 
 
 def finish(run: Run, setting: Setting, evaluate: bool) -> None:

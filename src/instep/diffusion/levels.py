@@ -109,20 +109,23 @@ class AboveExit(LevelSampler):
 class AnnealedBeta(LevelSampler):
     """t ~ Beta(1 + 3 c, 1 + c / 2) with c a half-cosine from 1 to 0 over the stage: from high noise, Beta(4, 1.5), to uniform (DMDR, DynaRS).
 
-    Clamped to [low, high]. The parameters are those of DMDR's released code, annealed by the fraction of the stage.
+    Shifted and clamped to [low, high] as `Uniform` is, so that at its end it draws what `Uniform` of the same shift draws. The parameters are those of
+    DMDR's released code, which has no shift, annealed by the fraction of the stage.
     """
 
     low: float = 0.02
     """Lowest level."""
     high: float = 0.98
     """Highest level."""
+    shift: float = 1.0
+    """Timestep shift before the clamp."""
 
     def __post_init__(self) -> None:
-        Uniform(self.low, self.high)
+        Uniform(self.low, self.high, self.shift)
 
     def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
         c = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
         # X / (X + Y) of two gammas; torch's gamma sampler takes a generator only here
         shape = torch.tensor([[1 + 3 * c], [1 + 0.5 * c]]).expand(2, n)
         x, y = torch._standard_gamma(shape, generator=rng)
-        return (x / (x + y)).clamp(self.low, self.high)
+        return shift_level(x / (x + y), self.shift).clamp(self.low, self.high)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instep.diffusion.advantage import best_and_worst
 from instep.diffusion.levels import LevelSampler, Uniform
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device
@@ -91,10 +92,9 @@ class Preference(Objective):
         samples = view.samples
         x, advantage = samples.point("final").x.detach(), samples.advantage
         assert advantage is not None, "online preferences come from rewards; the stage must score them"
-        groups = advantage.reshape(-1, samples.group)
-        first = torch.arange(len(groups), device=x.device) * samples.group
-        rows = torch.cat([first + groups.argmax(1), first + groups.argmin(1)])
-        return Compared(x[rows], samples.cond[rows], groups.amax(1) > groups.amin(1))
+        best, worst, differ = best_and_worst(advantage, samples.group)
+        rows = torch.cat([best, worst])
+        return Compared(x[rows], samples.cond[rows], differ)
 
     def half_online(self, view: View) -> Compared:
         """A labelled sample of each prompt and the student's first one of it."""

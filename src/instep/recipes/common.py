@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from instep.diffusion.levels import LevelSampler, Uniform, few_step_levels
 from instep.diffusion.prediction import PredictionType
 from instep.methods.adapted_teacher import Annealed
-from instep.methods.critics import FakeScoreGANLoss, FakeScoreLoss
+from instep.methods.critics import ErrorOf, FakeScoreGANLoss, FakeScoreLoss
 from instep.methods.matching import DistributionMatching
 from instep.methods.operators import Operator, Standard
 from instep.methods.recipe import AdamWConfig, Advantage, Experts, LatentRewardConfig, LoRA, Recipe, RoleConfig, RolloutConfig, Stage
@@ -33,6 +33,8 @@ class Common:
     """Train the fake on the samples of the student's own rollout instead of fresh ones."""
     condition_on_exit: bool = True
     """Condition the fake on the step of the rollout that a sample comes from."""
+    fake_target: ErrorOf = "velocity"
+    """What the fake's squared error is taken of: velocity (flows), eps (the noise: DMD2 on SDXL), or x0."""
     student: AdamWConfig = AdamWConfig(2e-4)
     """AdamW of the student."""
     fake: AdamWConfig = AdamWConfig(4e-4)
@@ -93,11 +95,19 @@ class Common:
                 reuse=self.reuse,
                 condition_on_exit=self.condition_on_exit,
                 levels=levels,
+                target=self.fake_target,
                 tilt=tilt,
                 gan_weight=gan,
                 gan_levels=levels,
             )
-        return FakeScoreLoss(updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, tilt=tilt)
+        return FakeScoreLoss(
+            updates=self.critic_updates,
+            reuse=self.reuse,
+            condition_on_exit=self.condition_on_exit,
+            levels=levels,
+            target=self.fake_target,
+            tilt=tilt,
+        )
 
     def stage(
         self,

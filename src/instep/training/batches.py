@@ -67,6 +67,14 @@ class BatchSource:
         """The micro-batches of one iteration."""
         return [self._one(stage) for _ in range(stage.accumulate)]
 
+    def first(self, stage: Stage) -> Batch:
+        """The first micro-batch of a run; no cursor moves."""
+        now = self.state()
+        self.load_state(dict.fromkeys(now, 0))
+        batch = self._one(stage)
+        self.load_state(now)
+        return batch
+
     def _one(self, stage: Stage) -> Batch:
         n, latents, pairs, preferred = stage.batch // stage.group, None, None, None
         if "pairs" in stage.needs:

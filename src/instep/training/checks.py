@@ -51,7 +51,10 @@ def check_inputs(
         if not stage.steps:
             continue
         if "preferred" in stage.needs and real is None:
-            raise ValueError(f"real: stage {stage.name!r} of {recipe.name} needs preferred samples; pass real=RealSamples(prompts, latents)")
+            raise ValueError(
+                f"real: stage {stage.name!r} of {recipe.name} needs preferred samples; pass real=RealSamples(prompts, latents), or --pairs FILE on the "
+                "command line"
+            )
         if "pairs" in stage.needs and pairs is None:
             raise ValueError(
                 f"pairs: stage {stage.name!r} of {recipe.name} needs labelled pairs; pass pairs=PairSamples(prompts, chosen, rejected), --pairs FILE on the "

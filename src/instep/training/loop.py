@@ -14,9 +14,10 @@ from instep.core.files import write_json
 from instep.core.json_lines import read_rows
 from instep.core.unusable import Unusable
 from instep.diffusion.guidance import by_level
-from instep.methods.recipe import Recipe
+from instep.methods.recipe import Recipe, Stage
 from instep.models.family import Family
 from instep.training import checkpoint, saved, stop
+from instep.training.align_views import align_stage, align_views
 from instep.training.batches import BatchSource
 from instep.training.build import averaged
 from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended
@@ -163,9 +164,7 @@ class Loop:
                     raise
                 self._give_up(f"{BROKEN} ({error})")
             if self.state.step in (0, *self.recipe.stage_ends()):
-                prompts = few_of(self.probe.prompts, 6)
-                views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)
-                save_views(self.out / "views", self.state.step, views, prompts)
+                self._show(stage)
         teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
         row |= {f"probe/{key}": value for key, value in metrics.items()} | teacher
         if self.controller is not None:
@@ -177,6 +176,15 @@ class Loop:
         self._note(log, health, row)
         if self.found is None and not (watched.finite and math.isfinite(metrics["mean_brightness"])):
             self._give_up(BROKEN)
+
+    def _show(self, stage: Stage) -> None:
+        """Writes views of the stage's matching force, and of an alignment force beside it."""
+        step, folder, prompts = self.state.step, self.out / "views", few_of(self.probe.prompts, 6)
+        save_views(folder, step, matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed), prompts)
+        aligned = align_stage(self.recipe, step)
+        shown = align_views(self.state, aligned, self.family, self.source, self.probe.seed) if aligned else None
+        if shown is not None:
+            save_views(folder, step, shown.tensors, shown.prompts, "align")
 
     def _note(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
         """Logs a row and prints new health findings."""

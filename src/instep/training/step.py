@@ -131,7 +131,7 @@ def sync_average(state: TrainState, stage: Stage) -> None:
 def fresh_rollout(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:
     """Returns the view with a fresh rollout for a critic that does not re-use the student's; it is scored if the critic needs rewards."""
     scored = "reward" in critic.needs
-    rollout = roll_out(state, stage, view, with_graph=False, to_the_end=scored)
+    rollout = roll_out(state, stage, view, with_graph=False, to_the_end=scored and stage.reward_on == "final")
     return view.with_rollout(score_rollout(state, stage, view, rollout, log) if scored else rollout)
 
 
@@ -169,13 +169,13 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
 
 @torch.no_grad()
 def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, log: Scalars) -> Rollout | None:
-    """Adds the final samples' rewards and their advantages within groups; groups of equal rewards get advantage 0 and are counted."""
+    """Adds the rewards of the samples that the stage scores and their advantages within groups; groups of equal rewards get advantage 0 and are counted."""
     if rollout is None or "reward" not in stage.needs:
         return rollout
     if state.reward_fn is None:
         raise ValueError(f"reward: stage {stage.name!r} needs one and none was given; pass reward= to train(), or choose a recipe without")
     prompts = [prompt for prompt in view.batch.prompts for _ in range(stage.group)]
-    x = rollout.point("final").x.detach()
+    x = rollout.point(stage.reward_on).x.detach()
     each = torch.cat([state.reward_fn(x[rows], prompts[rows]) for rows in scoring_slices(prompts, stage.group)]).to(x)
     each = each[:, None] if each.ndim == 1 else each
     weights = constants(state.weights, each)
@@ -186,7 +186,9 @@ def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout 
     log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
     log.add("reward/constant_groups", constant_groups(reward, stage.group) * stage.group / len(reward))
     deviations: Sequence[Tensor | None] = [None] * len(weights)
-    if stage.advantage.spread == "run":
+    if stage.advantage.spread == "none":
+        deviations = [torch.ones(()) for _ in weights]
+    elif stage.advantage.spread == "run":
         now = [group_variance(column, stage.group).to(widest(column.device)) for column in each.unbind(1)]
         before = state.reward_variance or now
         state.reward_variance = [old + (new - old) / REWARD_HORIZON for old, new in zip(before, now, strict=True)]
