@@ -169,7 +169,8 @@ class Family(Protocol):
         ...
 
     def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
-        """The submodules whose outputs [B, width] are the time embedding (one, or one a block); a role adds its own embeddings to each output.
+        """The submodules whose outputs, [B, width] or one a token, [B, N, width], are the time embedding (one, or one a block); a role adds its own
+        embeddings to each output.
 
         Each is diffusers' `TimestepEmbedding`, whose last layer is `linear_2`: an export folds guidance scales into its bias.
         """
