@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from tiny import FRAMES, HEIGHT, WIDTH
-from tiny_families import tiny_ti2v_image_pipeline, tiny_ti2v_pipeline, tiny_wan21_i2v_pipeline, tiny_wan22_i2v_pipeline
+from tiny_families import tiny_sdxl_pipeline, tiny_ti2v_image_pipeline, tiny_ti2v_pipeline, tiny_wan21_i2v_pipeline, tiny_wan22_i2v_pipeline
 from torch import Tensor
 
 from instep.core.size import Size
@@ -25,7 +25,7 @@ from instep.models.role import Role
 from instep.recipes.common import Common
 
 TEXTS = ("a seven moving left fast", "a digit", "an eight", "a two standing still")
-VIDEO = Size(HEIGHT, WIDTH, FRAMES)
+VIDEO, IMAGE = Size(HEIGHT, WIDTH, FRAMES), Size(16, 16, 1)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ CASES = {
         ),
         Case("Wan 2.2 TI2V-5B, text", tiny_ti2v_pipeline, "TI2VFamily", VIDEO),
         Case("Wan 2.2 TI2V-5B, image", tiny_ti2v_image_pipeline, "TI2VImageFamily", VIDEO, given=1),
+        Case("SDXL", tiny_sdxl_pipeline, "SDXLFamily", IMAGE, shift=1.0),
     )
 }
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from tiny import tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from tiny import clip_tokenizer, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 if TYPE_CHECKING:
-    from diffusers import WanImageToVideoPipeline, WanPipeline
+    from diffusers import StableDiffusionXLPipeline, WanImageToVideoPipeline, WanPipeline
 
 
 def tiny_wan22_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
@@ -54,3 +54,57 @@ def tiny_wan21_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
     return WanImageToVideoPipeline(
         **{**base.components, "transformer": transformer.eval(), "image_encoder": encoder.eval(), "image_processor": processor},
     )
+
+
+def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """UNet of widths 8 and 16, two CLIPs of width 16, VAE of factor 2, the scheduler of SDXL base; images of 16 x 16 are latents [B, 4, 8, 8]."""
+    import tempfile
+
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with tempfile.TemporaryDirectory() as folder:
+        clip = clip_tokenizer(folder)
+    text = CLIPTextConfig(
+        vocab_size=len(clip),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=clip.bos_token_id,
+        eos_token_id=clip.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(2, 4),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 16,
+            cross_attention_dim=32,
+            norm_num_groups=4,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.13025,
+        )
+        parts = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text), "text_encoder_2": CLIPTextModelWithProjection(text)}
+    for part in parts.values():
+        part.eval()
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1, interpolation_type="linear"
+    )
+    return StableDiffusionXLPipeline(**parts, tokenizer=clip, tokenizer_2=clip, scheduler=scheduler)

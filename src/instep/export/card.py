@@ -190,7 +190,7 @@ def _usage(info: ExportInfo, levels: Sequence[float], measured: Measured) -> str
     if measured.scheduler == "LCMScheduler":
         repeat += (
             f"\n- The scheduler is a stock `LCMScheduler` with this model's own table of noise levels. For {n} step{'s' if n > 1 else ''} it predicts the clean"
-            " video and noises\n  it anew; its boundary condition is scaled away."
+            f" {_medium(measured.task)} and noises\n  it anew; its boundary condition is scaled away."
         )
     return f"""## Use
 

@@ -66,17 +66,6 @@ def noise_path(scheduler: Any) -> VariancePreserving:
     return VariancePreserving(alpha_bars=tuple(scheduler.alphas_cumprod.double().tolist()))
 
 
-def training_step(path: VariancePreserving, t: Tensor) -> Tensor:
-    """Levels [B] in [0, 1] as the timesteps the network knows, k / N as k - 1; between them fractions, below 1 / N still 0.
-
-    A level of the table in float32 misses k by up to 6e-5, which is rounded away.
-    """
-    position = t.double() * path.steps
-    whole = position.round()
-    position = torch.where((position - whole).abs() < 1e-3, whole, position)
-    return (position - 1).clamp(min=0).float()
-
-
 def check_pipeline(pipe: Any) -> None:
     """ValueError for relatives of CogVideoX 1.0 text-to-video that this family cannot run."""
     config = pipe.transformer.config
@@ -104,7 +93,7 @@ def call(pipe: Any, path: VariancePreserving, module: Any, x_t: Tensor, t: Tenso
         rotary = pipe._prepare_rotary_positional_embeddings(height * spatial, width * spatial, x_t.shape[2], x_t.device)
     seen = x_t.permute(AXES)
     # contiguous, as the tensors that the pipeline draws are
-    v = module(seen.contiguous(), text.to(x_t.dtype), to_device(training_step(path, t), x_t.device), image_rotary_emb=rotary, return_dict=False)[0]
+    v = module(seen.contiguous(), text.to(x_t.dtype), to_device(path.training_step(t), x_t.device), image_rotary_emb=rotary, return_dict=False)[0]
     return v.permute(AXES)
 
 

@@ -23,6 +23,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "instep.models.wan22_ti2v:TI2VImageFamily",
     ),
     "StableDiffusion3Pipeline": ("instep.models.sd3:SD3Family",),
+    "StableDiffusionXLPipeline": ("instep.models.sdxl:SDXLFamily",),
     "CogVideoXPipeline": ("instep.models.cogvideox:CogVideoXFamily",),
 }
 

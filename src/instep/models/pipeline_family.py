@@ -282,9 +282,9 @@ class PipelineFamily:
             call = partial(call, num_frames=size.frames)
         if guidance_2 is not None:
             call = partial(call, guidance_scale_2=guidance_2)
-        guided = guidance != 1 and any(prompt.negative is not None for prompt in found)
         drawn = []
         for group in self.calls(found):
+            guided = guidance != 1 and any(prompt.negative is not None for prompt in group)
             given: dict[str, Any] = {"prompt": [prompt.text for prompt in group], "negative_prompt": negatives_of(group) if guided else None}
             drawn.append(self._output(call(**given, **self.call_inputs(group))))
         samples = torch.cat(drawn)

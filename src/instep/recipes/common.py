@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from instep.diffusion.levels import LevelSampler, Uniform, few_step_levels
 from instep.diffusion.prediction import PredictionType
@@ -37,6 +38,8 @@ class Common:
     """AdamW of the student."""
     fake: AdamWConfig = AdamWConfig(4e-4)
     """AdamW of the fake."""
+    fake_target: Literal["velocity", "eps", "x0"] = "velocity"
+    """What the fake's denoising error is measured in: velocity weighs all levels alike, eps (DMD2's on SDXL) the clean ones more, x0 the noisy ones."""
     ema: float | None = 0.95
     """Decay of the averaged student that is exported; None exports the student itself."""
     lora_rank: int | None = None
@@ -93,11 +96,14 @@ class Common:
                 reuse=self.reuse,
                 condition_on_exit=self.condition_on_exit,
                 levels=levels,
+                target=self.fake_target,
                 tilt=tilt,
                 gan_weight=gan,
                 gan_levels=levels,
             )
-        return FakeScoreLoss(updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, tilt=tilt)
+        return FakeScoreLoss(
+            updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, target=self.fake_target, tilt=tilt
+        )
 
     def stage(
         self,
