@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from family_cases import CASES, Case, family, our_x0, pipeline_of, prompts_of, rebuilt, stock_x0
 from test_run import interrupted_before, same
 from torch import Tensor
 
+from instep.data.prompt import Prompt
 from instep.export.verify import verify_export
+from instep.models.backbone import Backbone
+from instep.models.preset import ModelSettings
+from instep.models.role import Role
+from instep.recipes.common import Common
+from instep.recipes.defaults import with_settings
 from instep.recipes.dmd import dmd2
 from instep.training import run as module
 from instep.training.options import RunOptions
@@ -35,6 +43,47 @@ def test_the_guided_teacher_takes_the_stock_pipelines_step(case: Case, tmp_path)
             assert (ours - stock)[:, :, case.given :].abs().max() <= 1e-5 * stock.abs().max()
             found.append(ours)
         assert (found[0] - found[1])[:, :, case.given :].abs().max() > 1e-4, "the prompts differ"
+
+
+@ALL
+def test_shapes_features_and_skipped_blocks(case: Case, tmp_path):
+    """Media and latents fit each other, planning's conditions are those of prompts, a head reads tokens, and a skipped block counts."""
+    fam, prompts = family(case), prompts_of(case, tmp_path)[:2]
+    x = torch.randn(2, *fam.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        media = fam.decode(x)
+        assert fam.encode_media(media.clamp(0, 1)).shape == x.shape
+    frames = () if fam.task == "text-to-image" else (case.size.frames,)
+    assert media.shape == (2, 3, *frames, case.size.height, case.size.width)
+    for found, planned in zip((fam.encode(prompts), fam.unconditional(prompts)), fam.blank(2), strict=True):
+        for field in dataclasses.fields(found):
+            one, other = getattr(found, field.name), getattr(planned, field.name)
+            assert (one is None) == (other is None), field.name
+            if one is not None:  # planning has texts of the longest length
+                assert one.ndim == other.ndim and all(a <= b for a, b in zip(one.shape, other.shape, strict=True)), field.name
+    role = Role("fake", Backbone(fam, fam.new_backbone()), head=True, exits=4)
+    t, cond = torch.tensor([0.7, 0.7]), fam.encode(prompts).at_exit(torch.tensor([0, 3]))
+    assert role(x, t, cond).logit.shape == (2,)
+    with torch.no_grad():
+        whole, skipped = (one(x, t, cond).x0 for one in (role, role.skipping([1])))
+    assert (whole - skipped)[:, :, case.given :].abs().max() > 1e-4
+
+
+def test_a_model_without_guidance_zeros_is_told_the_empty_text():
+    """SDXL's pipeline puts zeros in the place of a missing negative prompt, and only there."""
+    fam = family(CASES["SDXL"])
+    null = fam.unconditional(["a cat", Prompt("a dog", negative=""), Prompt("a dog", negative="blurry")])
+    assert null.text[0].abs().max() == 0 and null.pooled[0].abs().max() == 0
+    assert torch.equal(null.text[1], fam.encode([""]).text[0]) and torch.equal(null.text[2], fam.encode(["blurry"]).text[0])
+    assert [len(group) for group in fam.calls([Prompt("a"), Prompt("b"), Prompt("c", negative="d"), Prompt("e")])] == [2, 1, 1]
+
+
+def test_published_settings_are_those_of_the_papers():
+    sdxl = family(CASES["SDXL"])
+    common = with_settings(Common(), ModelSettings(sdxl.preset, sdxl.shift))
+    assert (common.levels, common.fake_target, common.guidance, common.batch * common.accumulate) == ((1.0, 0.75, 0.5, 0.25), "eps", 8.0, 128)
+    assert common.critic().target == common.critic(gan=0.01).target == "eps"
+    assert sdxl.path.training_step(torch.tensor(common.levels)).tolist() == [999, 749, 499, 249]
 
 
 def drawn(case: Case, pipe, prompts) -> Tensor:
