@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from tiny import FRAMES, HEIGHT, WIDTH
-from tiny_families import tiny_sdxl_pipeline, tiny_ti2v_image_pipeline, tiny_ti2v_pipeline, tiny_wan21_i2v_pipeline, tiny_wan22_i2v_pipeline
+from tiny_families import (
+    tiny_sdxl_pipeline,
+    tiny_ti2v_image_pipeline,
+    tiny_ti2v_pipeline,
+    tiny_wan21_i2v_pipeline,
+    tiny_wan22_i2v_pipeline,
+    tiny_z_image_pipeline,
+)
 from torch import Tensor
 
 from instep.core.size import Size
@@ -62,6 +69,7 @@ CASES = {
         Case("Wan 2.2 TI2V-5B, text", tiny_ti2v_pipeline, "TI2VFamily", VIDEO),
         Case("Wan 2.2 TI2V-5B, image", tiny_ti2v_image_pipeline, "TI2VImageFamily", VIDEO, given=1),
         Case("SDXL", tiny_sdxl_pipeline, "SDXLFamily", IMAGE, shift=1.0),
+        Case("Z-Image", tiny_z_image_pipeline, "ZImageFamily", IMAGE, shift=3.0),
     )
 }
 
@@ -129,11 +137,10 @@ def stock_x0(case: Case, prompt: Prompt, x: Tensor, level: float) -> Tensor:
     recorder = Recorder(timestep_of(fam, level), copy.deepcopy(pipe.scheduler.config))
     other = rebuilt(pipe)
     object.__setattr__(other, "scheduler", recorder)
-    back = [fam.axes.index(i) for i in range(len(fam.axes))]
-    other.prepare_latents = given_latents(other.prepare_latents, x.permute(fam.axes))
+    other.prepare_latents = given_latents(other.prepare_latents, fam.stock_latents(x))
     fam.stock_sample(other, [prompt], steps=1, guidance=case.guidance, guidance_2=case.guidance_2, output="latent")
     (raw,) = recorder.seen
-    return to_prediction(fam.prediction_type, raw.permute(back), fam.path, x, torch.tensor([level])).x0
+    return to_prediction(fam.prediction_type, fam.own_latents(raw), fam.path, x, torch.tensor([level])).x0
 
 
 def given_latents(prepare: Callable[..., Any], latents: Tensor) -> Callable[..., Any]:

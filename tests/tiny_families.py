@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from tiny import clip_tokenizer, tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from tiny import byte_tokenizer, clip_tokenizer, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline, WanImageToVideoPipeline, WanPipeline
+    from diffusers import StableDiffusionXLPipeline, WanImageToVideoPipeline, WanPipeline, ZImagePipeline
+    from transformers import PreTrainedTokenizerFast
 
 
 def tiny_wan22_i2v_pipeline(seed: int = 0) -> WanImageToVideoPipeline:
@@ -108,3 +109,58 @@ def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1, interpolation_type="linear"
     )
     return StableDiffusionXLPipeline(**parts, tokenizer=clip, tokenizer_2=clip, scheduler=scheduler)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """`byte_tokenizer` with a chat template that leaves the content as it is."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def tiny_z_image_pipeline(seed: int = 0) -> ZImagePipeline:
+    """Three layers of width 32, a Qwen3 of width 16, VAE of factor 2; images of 16 x 16 are latents [B, 4, 8, 8]."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    tokenizer = chat_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=3,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 6, 6],
+            axes_lens=[1024, 512, 512],
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.36,
+            shift_factor=0.12,
+        )
+        encoder = Qwen3Model(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=8,
+            )
+        )
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.eval(),
+        text_encoder=encoder.eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )

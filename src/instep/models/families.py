@@ -24,6 +24,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     ),
     "StableDiffusion3Pipeline": ("instep.models.sd3:SD3Family",),
     "StableDiffusionXLPipeline": ("instep.models.sdxl:SDXLFamily",),
+    "ZImagePipeline": ("instep.models.z_image:ZImageFamily",),
     "CogVideoXPipeline": ("instep.models.cogvideox:CogVideoXFamily",),
 }
 

@@ -45,8 +45,10 @@ class PipelineFamily:
     denoisers: tuple[str, ...] = ("transformer",)
     boundary: float | None = None
     takes_first_frame = False
+    # our axes in the order of the pipeline's latents, where they are those of ours in another order
     axes: tuple[int, ...] = (0, 1, 2, 3, 4)
     passes_generator = False
+    even_sigmas = False
     comfyui: ComfyUI | None = None
     micro_batch: int | None = None
     _device: torch.device | None = None
@@ -265,7 +267,20 @@ class PipelineFamily:
 
     def usual(self) -> tuple[int, float]:
         defaults = inspect.signature(type(self.pipe).__call__).parameters
-        return defaults["num_inference_steps"].default, defaults["guidance_scale"].default
+        return defaults["num_inference_steps"].default, defaults[next(iter(self.guidance_arguments(1.0)))].default
+
+    def guidance_arguments(self, guidance: float) -> dict[str, float]:
+        return {"guidance_scale": guidance}
+
+    def stock_latents(self, x: Tensor) -> Tensor:
+        return x.permute(self.axes)
+
+    def own_latents(self, latents: Tensor) -> Tensor:
+        return latents.permute([self.axes.index(i) for i in range(len(self.axes))])
+
+    def first_noise(self, n: int, rng: torch.Generator) -> Tensor:
+        whole = (n, *self.latent_shape)
+        return self.own_latents(torch.randn([whole[i] for i in self.axes], generator=rng, device=rng.device))
 
     def calls(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         return [[prompt] for prompt in prompts] if self.takes_first_frame else [list(prompts)]
@@ -276,7 +291,7 @@ class PipelineFamily:
     ) -> Tensor:
         """With guidance (other than 1) the pipeline gets the negative prompts."""
         found, size = as_prompts(prompts), self.size
-        call = partial(pipe, height=size.height, width=size.width, num_inference_steps=steps, guidance_scale=guidance)
+        call = partial(pipe, height=size.height, width=size.width, num_inference_steps=steps, **self.guidance_arguments(guidance))
         call = partial(call, output_type="pt" if output == "media" else "latent")
         if self.task != "text-to-image":
             call = partial(call, num_frames=size.frames)
