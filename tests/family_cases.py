@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from tiny import FRAMES, HEIGHT, WIDTH
 from tiny_families import (
+    tiny_cogvideox15_pipeline,
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
     tiny_sdxl_pipeline,
     tiny_ti2v_image_pipeline,
     tiny_ti2v_pipeline,
@@ -37,7 +40,9 @@ VIDEO, IMAGE = Size(HEIGHT, WIDTH, FRAMES), Size(16, 16, 1)
 
 @dataclass(frozen=True)
 class Case:
-    """A family on its tiny pipeline. `shift` gives the student's four levels, `levels` are those of teacher parity, `given` latent frames are known."""
+    """A family on its tiny pipeline. `shift` gives the student's four levels, `levels` are those of teacher parity, `given` latent frames are known,
+    `negative` is a negative prompt, None where the pipeline takes none.
+    """
 
     name: str
     make: Callable[[], Any]
@@ -48,6 +53,7 @@ class Case:
     guidance_2: float | None = None
     levels: tuple[float, ...] = (0.95, 0.6, 0.2)
     given: int = 0
+    negative: str | None = "blurry"
     loras: tuple[str, ...] = ("lora.safetensors",)
 
     def common(self, rank: int | None) -> Common:
@@ -70,6 +76,9 @@ CASES = {
         Case("Wan 2.2 TI2V-5B, image", tiny_ti2v_image_pipeline, "TI2VImageFamily", VIDEO, given=1),
         Case("SDXL", tiny_sdxl_pipeline, "SDXLFamily", IMAGE, shift=1.0),
         Case("Z-Image", tiny_z_image_pipeline, "ZImageFamily", IMAGE, shift=3.0),
+        Case("CogVideoX 1.5", tiny_cogvideox15_pipeline, "CogVideoXFamily", Size(32, 32, 9), shift=1.0),
+        Case("FLUX.2-klein", tiny_flux2_klein_pipeline, "Flux2KleinBaseFamily", IMAGE, negative=None),
+        Case("FLUX.1-dev", tiny_flux_pipeline, "FluxFamily", IMAGE),
     )
 }
 
@@ -97,7 +106,7 @@ def prompts_of(case: Case, folder: Path) -> list[Prompt]:
         for image in images:
             pixels = torch.randint(256, (case.size.height, case.size.width, 3), generator=rng, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(image)
-    return [Prompt(text, image=image, negative="blurry" if i == 1 else None) for i, (text, image) in enumerate(zip(TEXTS, images, strict=True))]
+    return [Prompt(text, image=image, negative=case.negative if i == 1 else None) for i, (text, image) in enumerate(zip(TEXTS, images, strict=True))]
 
 
 def rebuilt(pipe: Any, **parts: Any) -> Any:

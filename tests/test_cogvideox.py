@@ -254,7 +254,6 @@ def test_variants_and_sizes_that_do_not_fit_are_named(tmp_path):
         with pytest.raises(ValueError, match="height and width are multiples of 16, frames are 8 k . 1"):
             CogVideoXFamily(pipe, size)
     for key, value, text in (
-        ("patch_size_t", 2, "CogVideoX 1.5"),
         ("in_channels", 8, "image-to-video"),
         ("max_text_seq_length", 64, "max_text_seq_length: 64"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,8 +12,13 @@ from test_run import interrupted_before, same
 from torch import Tensor
 
 from instep.data.prompt import Prompt
+from instep.diffusion.levels import few_step_levels
+from instep.export.scheduler import flow_scheduler
 from instep.export.verify import verify_export
 from instep.models.backbone import Backbone
+from instep.models.families import family_class, parts_of
+from instep.models.flux import FluxFamily
+from instep.models.flux2_klein import Flux2KleinBaseFamily
 from instep.models.preset import ModelSettings
 from instep.models.role import Role
 from instep.recipes.common import Common
@@ -55,6 +61,14 @@ def test_shapes_features_and_skipped_blocks(case: Case, tmp_path):
         assert fam.encode_media(media.clamp(0, 1)).shape == x.shape
     frames = () if fam.task == "text-to-image" else (case.size.frames,)
     assert media.shape == (2, 3, *frames, case.size.height, case.size.width)
+    pipe, drawn_as = rebuilt(pipeline_of(case.name)), {}
+    for output in ("latent", "media"):
+        torch.manual_seed(0)
+        drawn_as[output] = fam.stock_sample(pipe, prompts[:1], steps=1, guidance=1.0, output=output)
+    with torch.no_grad():
+        decoded = fam.decode(fam.own_latents(drawn_as["latent"]))
+    assert (decoded.clamp(0, 1) - drawn_as["media"]).abs().max() <= 1e-5, "latents are decoded as the pipeline decodes them"
+    assert torch.equal(fam.own_latents(fam.stock_latents(x)), x)
     for found, planned in zip((fam.encode(prompts), fam.unconditional(prompts)), fam.blank(2), strict=True):
         for field in dataclasses.fields(found):
             one, other = getattr(found, field.name), getattr(planned, field.name)
@@ -76,6 +90,31 @@ def test_a_model_without_guidance_zeros_is_told_the_empty_text():
     assert null.text[0].abs().max() == 0 and null.pooled[0].abs().max() == 0
     assert torch.equal(null.text[1], fam.encode([""]).text[0]) and torch.equal(null.text[2], fam.encode(["blurry"]).text[0])
     assert [len(group) for group in fam.calls([Prompt("a"), Prompt("b"), Prompt("c", negative="d"), Prompt("e")])] == [2, 1, 1]
+
+
+def test_shifts_by_size_are_those_of_the_pipelines():
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    dynamic = {"use_dynamic_shifting": True, "max_shift": 1.15}
+    assert Flux2KleinBaseFamily.shift_of(dynamic) == pytest.approx(math.exp(compute_empirical_mu(4096, 50)), rel=1e-5)
+    assert FluxFamily.shift_of(dynamic) == pytest.approx(math.exp(1.15)) and FluxFamily.shift_of({"shift": 1.0}) == 1
+
+
+def test_a_distilled_klein_is_taught_without_guidance_and_takes_no_negative_prompt():
+    pipe = pipeline_of("FLUX.2-klein")
+    assert family_class("Flux2KleinPipeline", {**parts_of(pipe), "is_distilled": True}).preset.guidance == 1
+    with pytest.raises(ValueError, match="has a negative prompt, and the pipeline of flux.2-klein takes none"):
+        family(CASES["FLUX.2-klein"]).check_prompts([Prompt("a cat", negative="blurry")])
+
+
+@pytest.mark.parametrize("levels", [few_step_levels(4, 3.0), few_step_levels(8, 7.56), (1.0, 0.757, 0.522), (1.0, 0.4), (1.0,)])
+def test_a_pipeline_that_gives_even_sigmas_gets_a_scheduler_for_them(levels):
+    n = len(levels)
+    scheduler = flow_scheduler(levels, even_sigmas=True)
+    scheduler.set_timesteps(sigmas=[1 - j / n for j in range(n)], mu=1.0)
+    assert scheduler.sigmas[:-1].tolist() == pytest.approx(list(levels), abs=1e-6)
+    with pytest.raises(ValueError, match="cannot be represented by FlowMatchEulerDiscreteScheduler"):
+        flow_scheduler((1.0, 0.9, 0.3, 0.1), even_sigmas=True)
 
 
 def test_published_settings_are_those_of_the_papers():

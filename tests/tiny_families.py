@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from tiny import byte_tokenizer, clip_tokenizer, tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from tiny import byte_tokenizer, clip_tokenizer, tiny_cogvideox_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline, WanImageToVideoPipeline, WanPipeline, ZImagePipeline
+    from diffusers import (
+        CogVideoXPipeline,
+        Flux2KleinPipeline,
+        FluxPipeline,
+        StableDiffusionXLPipeline,
+        WanImageToVideoPipeline,
+        WanPipeline,
+        ZImagePipeline,
+    )
     from transformers import PreTrainedTokenizerFast
 
 
@@ -164,3 +172,126 @@ def tiny_z_image_pipeline(seed: int = 0) -> ZImagePipeline:
         tokenizer=tokenizer,
         transformer=transformer.eval(),
     )
+
+
+def tiny_cogvideox15_pipeline(seed: int = 0) -> CogVideoXPipeline:
+    """`tiny_cogvideox_pipeline` with patches over two latent frames: 9 frames of 32 x 32 are latents [B, 4, 4, 4, 4], the first of them padding."""
+    from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    base = tiny_cogvideox_pipeline(seed, rotary=True)
+    config = {key: value for key, value in base.transformer.config.items() if not key.startswith("_")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = CogVideoXTransformer3DModel(**{**config, "patch_size_t": 2, "patch_bias": False, "sample_height": 300, "sample_width": 300})
+    with torch.no_grad():
+        transformer.patch_embed.text_proj.weight.mul_(4)
+        for block in transformer.transformer_blocks:
+            block.attn1.to_v.weight.mul_(16)
+    return CogVideoXPipeline(**{**base.components, "transformer": transformer.eval()})
+
+
+def tiny_flux2_klein_pipeline(seed: int = 0) -> Flux2KleinPipeline:
+    """One block of two streams and two of one, width 32; a Qwen3 of 27 layers, as three of them are read; images of 16 x 16 are latents [B, 16, 4, 4]."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = chat_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        )
+        vae = AutoencoderKLFlux2(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+        )
+        vae.bn.running_mean.normal_(0, 0.1)
+        vae.bn.running_var.uniform_(0.5, 2)
+        encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=27,
+                num_attention_heads=1,
+                num_key_value_heads=1,
+                head_dim=8,
+            )
+        )
+    # a few tokens among 512 of padding say little to random weights: louder values let two prompts differ visibly
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:
+            block.attn.add_v_proj.weight.mul_(16)
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.eval(),
+        text_encoder=encoder.eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+
+
+def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
+    """One block of two streams and two of one, width 32, told guidance; CLIP and T5 of width 16; images of 16 x 16 are latents [B, 4, 8, 8]."""
+    import tempfile
+
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        clip = clip_tokenizer(folder)
+    tokenizer = byte_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.36,
+            shift_factor=0.12,
+        )
+        text = CLIPTextConfig(
+            vocab_size=len(clip),
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+        )
+        parts = {
+            "transformer": transformer,
+            "vae": vae,
+            "text_encoder": CLIPTextModel(text),
+            "text_encoder_2": T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
+        }
+    for part in parts.values():
+        part.eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    return FluxPipeline(**parts, tokenizer=clip, tokenizer_2=tokenizer, scheduler=scheduler)

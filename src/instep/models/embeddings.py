@@ -42,3 +42,12 @@ def fold_guidance(embedders: Sequence[nn.Module], embedding: GuidanceEmbedding, 
 def last_layer(embedder: nn.Module) -> nn.Linear:
     """The linear layer that makes a time embedder's output."""
     return [layer for layer in embedder.modules() if isinstance(layer, nn.Linear)][-1]
+
+
+def check_foldable(embedders: Sequence[nn.Module], name: str) -> None:
+    """ValueError if guidance scales cannot be folded into the time embedders' biases, because they have none."""
+    if any(last_layer(embedder).bias is None for embedder in embedders):
+        raise ValueError(
+            f"guidance_range: a student of {name} cannot be conditioned on guidance scales, because its time embedding has no bias that an export could fold "
+            "them into; choose a recipe that distils a fixed guidance"
+        )

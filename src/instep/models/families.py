@@ -25,6 +25,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "StableDiffusion3Pipeline": ("instep.models.sd3:SD3Family",),
     "StableDiffusionXLPipeline": ("instep.models.sdxl:SDXLFamily",),
     "ZImagePipeline": ("instep.models.z_image:ZImageFamily",),
+    "FluxPipeline": ("instep.models.flux:FluxFamily",),
+    "Flux2KleinPipeline": ("instep.models.flux2_klein:Flux2KleinBaseFamily", "instep.models.flux2_klein:Flux2KleinFamily"),
     "CogVideoXPipeline": ("instep.models.cogvideox:CogVideoXFamily",),
 }
 

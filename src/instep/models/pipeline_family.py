@@ -49,6 +49,9 @@ class PipelineFamily:
     axes: tuple[int, ...] = (0, 1, 2, 3, 4)
     passes_generator = False
     even_sigmas = False
+    # whether the pipeline's call takes negative prompts, and whether it guides only where it is given some
+    takes_negative_prompt = True
+    guides_by_negative_prompt = False
     comfyui: ComfyUI | None = None
     micro_batch: int | None = None
     _device: torch.device | None = None
@@ -174,6 +177,8 @@ class PipelineFamily:
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         if wrong := next((prompt for prompt in prompts if prompt.image is not None), None):
             raise ValueError(f"prompts: {str(wrong)!r} names a first frame, and {self.name} takes text alone; leave [image: ...] out, or choose another model")
+        if not self.takes_negative_prompt and (wrong := next((prompt for prompt in prompts if prompt.negative is not None), None)):
+            raise ValueError(f"prompts: {str(wrong)!r} has a negative prompt, and the pipeline of {self.name} takes none; leave [negative: ...] out")
 
     def encode_text(self, text: str) -> Encoded:
         """What the text encoders make of one text: tensors by name, without a batch axis, in the encoders' own dtype, on any device.
@@ -299,11 +304,18 @@ class PipelineFamily:
             call = partial(call, guidance_scale_2=guidance_2)
         drawn = []
         for group in self.calls(found):
-            guided = guidance != 1 and any(prompt.negative is not None for prompt in group)
-            given: dict[str, Any] = {"prompt": [prompt.text for prompt in group], "negative_prompt": negatives_of(group) if guided else None}
-            drawn.append(self._output(call(**given, **self.call_inputs(group))))
+            guided = guidance != 1 and (self.guides_by_negative_prompt or any(prompt.negative is not None for prompt in group))
+            given: dict[str, Any] = {"prompt": [prompt.text for prompt in group]}
+            if self.takes_negative_prompt:
+                given["negative_prompt"] = negatives_of(group) if guided else None
+            result = self._output(call(**given, **self.call_inputs(group)))
+            drawn.append(self.stepped_latents(result) if output == "latent" else result)
         samples = torch.cat(drawn)
         return samples.transpose(1, 2) if output == "media" and samples.ndim == 5 else samples
+
+    def stepped_latents(self, latents: Tensor) -> Tensor:
+        """The latents that a call of the pipeline returns, in the layout that it steps."""
+        return latents
 
     def call_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """What a call of the pipeline takes of these prompts besides their texts."""
