@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import FRAMES, HEIGHT, WIDTH
+from tiny import FRAMES, HEIGHT, WIDTH, tiny_cogvideox_pipeline, tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_pipeline
 from tiny_families import (
     tiny_cogvideox15_pipeline,
     tiny_flux2_klein_pipeline,
@@ -35,13 +35,15 @@ from instep.models.role import Role
 from instep.recipes.common import Common
 
 TEXTS = ("a seven moving left fast", "a digit", "an eight", "a two standing still")
+TWO_LORAS = ("lora.safetensors", "lora_2.safetensors")
 VIDEO, IMAGE = Size(HEIGHT, WIDTH, FRAMES), Size(16, 16, 1)
 
 
 @dataclass(frozen=True)
 class Case:
     """A family on its tiny pipeline. `shift` gives the student's four levels, `levels` are those of teacher parity, `given` latent frames are known,
-    `negative` is a negative prompt, None where the pipeline takes none.
+    `negative` is a negative prompt, None where the pipeline takes none. `slow`: a test file of its own covers the family in
+    every run of the tests.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Case:
     levels: tuple[float, ...] = (0.95, 0.6, 0.2)
     given: int = 0
     negative: str | None = "blurry"
+    slow: bool = False
     loras: tuple[str, ...] = ("lora.safetensors",)
 
     def common(self, rank: int | None) -> Common:
@@ -63,15 +66,13 @@ class Case:
 CASES = {
     case.name: case
     for case in (
+        Case("Wan 2.1 T2V", tiny_wan_pipeline, "WanFamily", VIDEO, slow=True),
+        Case("Wan 2.2 T2V A14B", tiny_wan22_pipeline, "Wan22Family", VIDEO, guidance_2=3.0, loras=TWO_LORAS, slow=True),
+        Case("Stable Diffusion 3", tiny_sd3_pipeline, "SD3Family", IMAGE, shift=3.0, slow=True),
+        Case("Stable Diffusion 3.5", partial(tiny_sd3_pipeline, dual=True), "SD3Family", IMAGE, shift=3.0, slow=True),
+        Case("CogVideoX", tiny_cogvideox_pipeline, "CogVideoXFamily", Size(32, 32, 9), shift=1.0, slow=True),
         Case("Wan 2.1 I2V", tiny_wan21_i2v_pipeline, "Wan21ImageFamily", VIDEO),
-        Case(
-            "Wan 2.2 I2V A14B",
-            tiny_wan22_i2v_pipeline,
-            "Wan22ImageFamily",
-            VIDEO,
-            guidance_2=3.0,
-            loras=("lora.safetensors", "lora_2.safetensors"),
-        ),
+        Case("Wan 2.2 I2V A14B", tiny_wan22_i2v_pipeline, "Wan22ImageFamily", VIDEO, guidance_2=3.0, loras=TWO_LORAS),
         Case("Wan 2.2 TI2V-5B, text", tiny_ti2v_pipeline, "TI2VFamily", VIDEO),
         Case("Wan 2.2 TI2V-5B, image", tiny_ti2v_image_pipeline, "TI2VImageFamily", VIDEO, given=1),
         Case("SDXL", tiny_sdxl_pipeline, "SDXLFamily", IMAGE, shift=1.0),

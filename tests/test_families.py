@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 from family_cases import CASES, Case, family, our_x0, pipeline_of, prompts_of, rebuilt, stock_x0
-from test_run import interrupted_before, same
+from test_run import interrupted_before, rows, same
 from torch import Tensor
 
+from instep.cli.main import main
 from instep.data.prompt import Prompt
 from instep.diffusion.levels import few_step_levels
 from instep.export.scheduler import flow_scheduler
@@ -23,13 +24,16 @@ from instep.models.preset import ModelSettings
 from instep.models.role import Role
 from instep.recipes.common import Common
 from instep.recipes.defaults import with_settings
+from instep.recipes.dm_align import dm_align_group
 from instep.recipes.dmd import dmd2
+from instep.rewards.base import FunctionReward
 from instep.training import run as module
+from instep.training.execution import Execution
 from instep.training.options import RunOptions
 from instep.training.run import train
 
 QUICK = RunOptions(save_every=1, probe_every=50)
-ALL = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+ALL = pytest.mark.parametrize("case", [pytest.param(case, id=name, marks=[pytest.mark.slow] if case.slow else []) for name, case in CASES.items()])
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +168,25 @@ def test_a_student_killed_and_resumed_ends_the_same(case: Case, rank, tmp_path):
         train(recipe, family(case), out=tmp_path / "cut", prompts=prompts, options=QUICK)
     same(whole.out, train(recipe, family(case), out=tmp_path / "cut", prompts=prompts, options=QUICK).out)
     check_export(case, whole, prompts, rank)
+
+
+@pytest.mark.slow
+@ALL
+def test_a_group_in_bfloat16_is_computed_a_row_at_a_time(case: Case, tmp_path):
+    recipe = dm_align_group(case.common(4), distil=1, iterations=1, group=2)
+    options = RunOptions(save_every=50, probe_every=50, execution=Execution(dtype="bfloat16", micro_batch=1, checkpointing="on"))
+    reward = FunctionReward(lambda media, prompts: media.flatten(1).mean(1), name="brightness")
+    run = train(recipe, family(case), out=tmp_path / "run", prompts=prompts_of(case, tmp_path), reward=reward, options=options)
+    assert all(value == value for value in rows(run.out)[-1].values() if isinstance(value, float)), "finite metrics"
+    assert (run.student / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+@ALL
+def test_the_commands_take_a_folder(case: Case, tmp_path, capsys):
+    pipeline_of(case.name).save_pretrained(tmp_path / "model")
+    prompt, size = str(prompts_of(case, tmp_path)[0]), [str(side) for side in (case.size.height, case.size.width, case.size.frames)]
+    sample = ["sample", str(tmp_path / "model"), "--prompts", prompt, "--copies", "1", "--steps", "2", "--size", *size, "--out", str(tmp_path / "s.webp")]
+    assert main(sample) == 0 and (tmp_path / "s.webp").stat().st_size > 50
+    assert main(["plan", "dmd2", "--model", str(tmp_path / "model"), "--size", *size]) == 0
+    assert "stage match" in capsys.readouterr().out
