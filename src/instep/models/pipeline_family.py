@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path as FilePath
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,14 @@ from instep.core.progress import Progress
 from instep.core.quiet import quiet
 from instep.core.rows import joined
 from instep.core.size import Size, as_size
-from instep.data.prompt import Prompt, as_prompts, negatives_of, texts_of
+from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.path import Path, RectifiedFlow
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.borrow import borrowed, borrowed_pipeline, cast, compute_dtype, visiting
-from instep.models.family import ComfyUI, Task
+from instep.models.family import ComfyUI
 from instep.models.preset import Preset
 from instep.models.prompt_cache import Encoded, PromptCache, encoder_identity
+from instep.models.stock_calls import StockCalls
 
 
 def has_part(parts: Mapping[str, Any], name: str) -> bool:
@@ -31,7 +31,7 @@ def has_part(parts: Mapping[str, Any], name: str) -> bool:
     return part is not None and not (isinstance(part, list | tuple) and part[0] is None)
 
 
-class PipelineFamily:
+class PipelineFamily(StockCalls):
     """A diffusers pipeline with a VAE and text encoders, seen as a family (see `models/family.py`).
 
     A family sets the class attributes, and implements `fit_size`, `native_size`, `smallest`, `encode_text`, the conditions made of its tensors (`encode`,
@@ -41,22 +41,17 @@ class PipelineFamily:
     pipeline_class: ClassVar[str]
     path: Path = RectifiedFlow()
     prediction_type: PredictionType = "velocity"
-    task: Task = "text-to-video"
     denoisers: tuple[str, ...] = ("transformer",)
     boundary: float | None = None
-    takes_first_frame = False
-    # our axes in the order of the pipeline's latents, where they are those of ours in another order
-    axes: tuple[int, ...] = (0, 1, 2, 3, 4)
     passes_generator = False
     even_sigmas = False
-    # whether the pipeline's call takes negative prompts, and whether it guides only where it is given some
-    takes_negative_prompt = True
-    guides_by_negative_prompt = False
     comfyui: ComfyUI | None = None
     micro_batch: int | None = None
     _device: torch.device | None = None
     preset: Preset
     lora_targets: tuple[str, ...]
+    # parts that are loaded in float32 whatever the rest is
+    wide_parts: ClassVar[tuple[str, ...]] = ("vae",)
     shift: float = 1.0
     # tokens that a text is cut or padded to
     text_length: int = 0
@@ -79,12 +74,13 @@ class PipelineFamily:
 
     @classmethod
     def load(cls, folder: FilePath, size: Size | None = None, name: str = "", dtype: torch.dtype = torch.float32) -> Self:
-        """Loads a diffusers folder offline, from safetensors only: networks and text encoders in `dtype`, the VAE in float32."""
+        """Loads a diffusers folder offline, from safetensors only: networks and text encoders in `dtype`, the VAE (`wide_parts`) in float32."""
         with quiet():
             import diffusers
 
             kind: Any = getattr(diffusers, cls.pipeline_class)
-            pipe = kind.from_pretrained(folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, use_safetensors=True)
+            dtypes = {"default": dtype} | dict.fromkeys(cls.wide_parts, torch.float32)
+            pipe = kind.from_pretrained(folder, dtype=dtypes, local_files_only=True, use_safetensors=True)
         return cls(pipe, size, name, str(folder))
 
     @classmethod
@@ -269,57 +265,3 @@ class PipelineFamily:
 
     def lora_key(self, part: str, layer: str) -> str:
         return f"{part}.{layer}"
-
-    def usual(self) -> tuple[int, float]:
-        defaults = inspect.signature(type(self.pipe).__call__).parameters
-        return defaults["num_inference_steps"].default, defaults[next(iter(self.guidance_arguments(1.0)))].default
-
-    def guidance_arguments(self, guidance: float) -> dict[str, float]:
-        return {"guidance_scale": guidance}
-
-    def stock_latents(self, x: Tensor) -> Tensor:
-        return x.permute(self.axes)
-
-    def own_latents(self, latents: Tensor) -> Tensor:
-        return latents.permute([self.axes.index(i) for i in range(len(self.axes))])
-
-    def first_noise(self, n: int, rng: torch.Generator) -> Tensor:
-        whole = (n, *self.latent_shape)
-        return self.own_latents(torch.randn([whole[i] for i in self.axes], generator=rng, device=rng.device))
-
-    def calls(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-        return [[prompt] for prompt in prompts] if self.takes_first_frame else [list(prompts)]
-
-    @torch.no_grad()
-    def stock_sample(
-        self, pipe: Any, prompts: Sequence[Prompt], *, steps: int, guidance: float, output: Literal["media", "latent"], guidance_2: float | None = None
-    ) -> Tensor:
-        """With guidance (other than 1) the pipeline gets the negative prompts."""
-        found, size = as_prompts(prompts), self.size
-        call = partial(pipe, height=size.height, width=size.width, num_inference_steps=steps, **self.guidance_arguments(guidance))
-        call = partial(call, output_type="pt" if output == "media" else "latent")
-        if self.task != "text-to-image":
-            call = partial(call, num_frames=size.frames)
-        if guidance_2 is not None:
-            call = partial(call, guidance_scale_2=guidance_2)
-        drawn = []
-        for group in self.calls(found):
-            guided = guidance != 1 and (self.guides_by_negative_prompt or any(prompt.negative is not None for prompt in group))
-            given: dict[str, Any] = {"prompt": [prompt.text for prompt in group]}
-            if self.takes_negative_prompt:
-                given["negative_prompt"] = negatives_of(group) if guided else None
-            result = self._output(call(**given, **self.call_inputs(group)))
-            drawn.append(self.stepped_latents(result) if output == "latent" else result)
-        samples = torch.cat(drawn)
-        return samples.transpose(1, 2) if output == "media" and samples.ndim == 5 else samples
-
-    def stepped_latents(self, latents: Tensor) -> Tensor:
-        """The latents that a call of the pipeline returns, in the layout that it steps."""
-        return latents
-
-    def call_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """What a call of the pipeline takes of these prompts besides their texts."""
-        return {}
-
-    def _output(self, result: Any) -> Tensor:
-        return result.images if self.task == "text-to-image" else result.frames

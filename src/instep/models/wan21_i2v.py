@@ -37,6 +37,8 @@ class Wan21ImageFamily(WanImageFamily):
     """
 
     has_image_encoder = True
+    # as the model's card loads them
+    wide_parts: ClassVar[tuple[str, ...]] = ("vae", "image_encoder")
     condition: ClassVar[type[WanImageCondition]] = Wan21ImageCondition
 
     def check_pipeline(self, pipe: Any) -> None:
