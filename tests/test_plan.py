@@ -273,8 +273,8 @@ def test_models_that_cannot_be_planned_get_one_line(tmp_path, capsys):
 
     assert "'15B' is not known (15B/model_index.json is missing); planned are a bundled model" in answer("15B")
     index = tmp_path / "model_index.json"
-    index.write_text(json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}))
-    assert "it is a FluxPipeline, which no family knows yet" in answer(tmp_path)
+    index.write_text(json.dumps({"_class_name": "LTXPipeline", "transformer": ["diffusers", "LTXVideoTransformer3DModel"]}))
+    assert "it is a LTXPipeline, which no family knows yet" in answer(tmp_path)
     index.write_text(json.dumps({"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}))
     assert "config.json is missing" in answer(tmp_path)
     (tmp_path / "transformer").mkdir()

@@ -113,6 +113,8 @@ class WanFamily(PipelineFamily):
     comfyui: ComfyUI | None = WanComfyUI()
     preset = WAN21
     text_length = STOCK_TEXT_LENGTH
+    # whether the pipeline gives each token a level of its own (Wan 2.2 TI2V)
+    expand_timesteps = False
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
@@ -120,15 +122,21 @@ class WanFamily(PipelineFamily):
 
     @classmethod
     def accepts(cls, parts: Mapping[str, Any]) -> bool:
-        return not has_part(parts, "transformer_2")
+        experts = 2 if has_part(parts, "transformer_2") else 1
+        return experts == len(cls.denoisers) and bool(parts.get("expand_timesteps")) == cls.expand_timesteps
 
     @classmethod
     def shift_of(cls, scheduler: Mapping[str, Any]) -> float:
         return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
 
     def check_pipeline(self, pipe: Any) -> None:
-        if getattr(pipe, "transformer_2", None) is not None:
+        if len(self.denoisers) == 1 and getattr(pipe, "transformer_2", None) is not None:
             raise ValueError("pipeline: it has two transformers (Wan 2.2's experts); load it with instep.load, which chooses the family of two experts")
+        if bool(pipe.config.expand_timesteps) != self.expand_timesteps:
+            raise ValueError(
+                f"pipeline: expand_timesteps {pipe.config.expand_timesteps} (a level for every token: Wan 2.2 TI2V) does not fit {type(self).__name__}; load "
+                "it with instep.load, which chooses the family"
+            )
 
     def native_size(self) -> Size:
         return Size(480, 832, 81)
@@ -196,7 +204,11 @@ class WanFamily(PipelineFamily):
 
     def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, WanCondition)
-        return module(x_t, to_device(t.float() * 1000, x_t.device), cond.text.to(x_t.dtype), return_dict=False)[0]
+        return module(x_t, self.timesteps(t, x_t), cond.text.to(x_t.dtype), return_dict=False)[0]
+
+    def timesteps(self, t: Tensor, x_t: Tensor) -> Tensor:
+        """Levels t [B] as the transformer reads them: [B], or [B, N] with one for each token."""
+        return to_device(t.float() * 1000, x_t.device)
 
     def time_embedders(self, module: Any) -> Sequence[nn.Module]:
         return [module.condition_embedder.time_embedder]
