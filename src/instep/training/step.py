@@ -15,6 +15,7 @@ from instep.data.prompt import Prompt
 from instep.diffusion.advantage import constant_groups, group_variance, several_advantages
 from instep.diffusion.bands import Band, in_band
 from instep.diffusion.guidance import GuidedDenoiser
+from instep.diffusion.streams import SampleStreams
 from instep.diffusion.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
 from instep.diffusion.transfer import constants, to_device, widest
 from instep.methods.recipe import AdamWConfig, Stage
@@ -42,6 +43,8 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     sync_average(state, stage)
     views: list[View] = []
     weights = weights_now(state, stage)
+    # of everything that samples draw in this iteration
+    key = int(torch.randint(2**63 - 1, (), generator=state.rng))
     gradients = TermGradients(state.trained["student"]) if measure or due(stage, progress) else None
     for epoch in range(stage.inner_epochs):
         for i, batch in enumerate(batches):
@@ -52,7 +55,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                     state.path,
                     batch,
                     progress,
-                    state.rng,
+                    SampleStreams(key, i, state.rng),
                     reward_grad_fn=state.reward_grad_fn,
                     weights=state.weights,
                     latent_reward=state.latent_reward,
@@ -154,7 +157,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
             state.path,
             state.shape,
             exits,
-            state.rng,
+            view.rng,
             group=stage.group,
             exits=range(int(here[0]), int(here[-1]) + 1),
             live=live_points(stage, view) if with_graph else frozenset(),
