@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 
 from instep.diffusion.bands import draw_in_band
-from instep.diffusion.levels import AboveExit, AnnealedBeta, OneOf, Uniform
 from instep.diffusion.level_windows import HighLow, NearTrajectory
+from instep.diffusion.levels import AboveExit, AnnealedBeta, OneOf, Uniform
 from instep.diffusion.noise import beta, copy_of, rand, randint, randn
 from instep.diffusion.streams import CHUNK, SampleStreams
 

@@ -28,8 +28,8 @@ def in_band(t: Tensor, band: Band) -> Tensor:
 def draw_in_band(draw: Callable[[Rng], Tensor], band: Band, rng: Rng) -> Tensor:
     """Levels [n] of a sampler, given that they lie in the band: those outside are drawn again.
 
-    `draw` draws n levels from what it is given. The band of all levels takes the first draw as it is. What lies outside after `TRIES` draws, because the sampler (almost) never falls
-    into the band, is mapped into it linearly.
+    `draw` draws n levels from what it is given. The band of all levels takes the first draw as it is. What lies outside after `TRIES` draws, because the
+    sampler (almost) never falls into the band, is mapped into it linearly.
     """
     if band == WHOLE:
         return draw(rng)

@@ -37,8 +37,8 @@ def randint(high: int, n: int, rng: Rng) -> Tensor:
 def beta(a: float, b: float, n: int, rng: Rng) -> Tensor:
     """Numbers [n] of the distribution Beta(a, b) for a and b of 1 or more, on the host: X / (X + Y) of two gamma variables.
 
-    These are Marsaglia and Tsang's (2000): d v of the first candidate v = (1 + z / sqrt(9 d))^3 with ln u < z^2 / 2 + d - d v + d ln v, where d is the shape less 1/3.
-    A fixed number of candidates is drawn, so that draws stay in step; all of them are refused with a probability below 1e-10, and the last one is then taken.
+    These are Marsaglia and Tsang's (2000): d v of the first candidate v = (1 + z / sqrt(9 d))^3 with ln u < z^2 / 2 + d - d v + d ln v, where d is the shape
+    less 1/3. A fixed number of candidates is drawn, so that draws stay in step; if all are refused, with a probability below 1e-10, the last one is taken.
     """
     d = torch.tensor([a, b], dtype=torch.float64)[:, None] - 1 / 3
     z, u = randn((n, 2, CANDIDATES), rng, "cpu", torch.float64), rand((n, 2, CANDIDATES), rng).double()
