@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +26,13 @@ from instep.methods.recipe import Recipe
 from instep.methods.term import Batch, Stored
 from instep.models.family import Family
 from instep.models.wan22 import Wan22Family
+from instep.recipes import find
+from instep.recipes.common import Common
+from instep.rewards.base import FunctionReward
 from instep.training.execution import Execution
+from instep.training.loop import Interrupted
+from instep.training.options import RunOptions
+from instep.training.run import Run, train
 from instep.training.state import TrainState
 from instep.training.step import iteration
 
@@ -127,11 +135,36 @@ def results(case: str, ranks: Ranks) -> dict[str, Tensor]:
         return CASES[case](ranks)
 
 
+RUN = "run"
+STEPS, STOPS_AT = 4, 2
+
+
+def run(out: Path, stops: bool = False) -> Run:
+    """A short run, which ends in a student; with `stops` the last rank gets SIGTERM in its iteration to the step `STOPS_AT`."""
+    recipe = find("dm-align-group")(Common(steps=2, batch=4, critic_updates=1, ema=0.9), distil=0, iterations=STEPS, group=2, top_n=1)
+    seen: list[int] = []
+
+    def brightness(media: Tensor, prompts: object) -> Tensor:
+        seen.append(len(media))
+        # it scored once before the first step, to be tried
+        if stops and len(seen) == 1 + STOPS_AT and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 > 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return media.mean((1, 2, 3, 4))
+
+    options = RunOptions(save_every=1, keep=9, probe_every=STEPS, terms_every=0, execution=Execution(device="cpu"))
+    return train(recipe, every_recipe.family(), out=out, prompts=every_recipe.PROMPTS, reward=FunctionReward(brightness, "brightness"), options=options)
+
+
 def main(file: str, *cases: str) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
-        found = {f"{case}|{key}": x for case in cases for key, x in results(case, ranks).items()}
+        found = {f"{case}|{key}": x for case in cases if case != RUN for key, x in results(case, ranks).items()}
         save_file(found, Path(f"{file}-{ranks.rank}.safetensors"))
+        if RUN in cases:
+            try:
+                run(Path(f"{file}-run"), stops=True)
+            except Interrupted as stopped:
+                Path(f"{file}-{ranks.rank}.stopped").write_text(str(stopped), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import every_recipe
 import many_ranks
 import pytest
 import torch
@@ -16,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from instep.core.ranks import ALONE
+from instep.training import checkpoint
+from instep.training.checks import check_ranks
 
 # what CI has time for: one recipe of each kind of statistic
 QUICK = ("lab/dmd2", "lab/dm-align-group", "lab/amd", "lab/dmdr", "lab/dollar", "lab/flow-grpo", "lab/apo", "wan/dm-align-group", "wan22/dm-align-group/lora")
@@ -52,13 +56,40 @@ def check(case: str, found: Sequence[Mapping[str, Tensor]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> list[dict[str, Tensor]]:
-    return spawned(tmp_path_factory.mktemp("ranks"), 2, QUICK)
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> list[dict[str, Tensor]]:
+    return spawned(folder, 2, (*QUICK, many_ranks.RUN))
 
 
 @pytest.mark.parametrize("case", QUICK)
 def test_two_processes_compute_what_one_does(case, two):
     check(case, two)
+
+
+def test_a_signal_to_one_process_saves_the_run_which_goes_on_in_one(folder, two, tmp_path):
+    """One log, one checkpoint and one message; and the weights that one process reaches alone."""
+    out, newest = folder / "of-2-run", many_ranks.STOPS_AT
+    assert f"SIGTERM: saved at step {newest} of" in (folder / "of-2-1.stopped").read_text(encoding="utf-8")
+    assert (folder / "of-2-0.stopped").is_file() and not (out / ".lock").exists()
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()] == [*range(newest + 1)]
+    together, alone = many_ranks.run(out), many_ranks.run(tmp_path / "alone")
+    assert together.state.step == alone.state.step == many_ranks.STEPS and together.student is not None and together.student.is_dir()
+    for name, trained in alone.state.trained.items():
+        for key, x in trained.state().items():
+            torch.testing.assert_close(together.state.trained[name].state()[key], x, rtol=2e-4, atol=2e-6)
+    source = checkpoint.load(checkpoint.latest(out / "checkpoints"))["source"]
+    assert source == checkpoint.load(checkpoint.latest(tmp_path / "alone" / "checkpoints"))["source"]
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    recipe = every_recipe.small("dm-align-group")
+    check_ranks(recipe, 2)
+    with pytest.raises(ValueError, match="4 samples in groups of 2 are 2 groups .* 4 processes .* a multiple of 8 samples"):
+        check_ranks(recipe, 4)
 
 
 @pytest.mark.slow

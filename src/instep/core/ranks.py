@@ -14,15 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from instep.core.elsewhere import Elsewhere, Lost
+
 T = TypeVar("T")
 # bytes of gradients that are sent in one collective
 BUCKET = 2**26
 # how long a process waits for the others: rank 0 alone probes and exports
 PATIENCE = timedelta(minutes=60)
-
-
-class Lost(ConnectionError):
-    """Another process of the run has ended or does not answer; the same command goes on from the newest checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +117,6 @@ class Ranks:
                 sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             dist.broadcast(sent, 0)
         return sent.numpy().tobytes()
-
-
-class Elsewhere(Exception):
-    """An error that rank 0 has raised, and reports."""
 
 
 ALONE = Ranks()

@@ -28,8 +28,8 @@ class Scalars:
         self._read: list[tuple[Tensor, Callable[[float], None]]] = []
 
     def add(self, name: str, value: Tensor, there: Tensor | None = None) -> None:
-        """Adds a scalar; one for which `there` turns out to be false is left out."""
-        self._waiting.append((name, value, torch.ones((), dtype=torch.bool) if there is None else there))
+        """Adds a scalar. `there` is the part of the rows at hand that it is the mean of (None: all); where that turns out to be 0, it is left out."""
+        self._waiting.append((name, value, torch.ones(()) if there is None else there))
 
     def after(self, flag: Tensor, then: Callable[[bool], None]) -> None:
         """Calls `then` with the value of a scalar tensor as soon as it is known, in the order in which they were given."""
@@ -66,10 +66,10 @@ class Scalars:
         if self._ranks.count == 1 or not known:
             return known
         for i in range(flags, flags + 2 * waiting, 2):
-            known[i] = torch.where(known[i + 1] > 0, known[i], 0.0)
+            known[i] = torch.where(known[i + 1] > 0, known[i] * known[i + 1], 0.0)
         means = list(self._ranks.mean(torch.stack([x.double() for x in known])).unbind())
         for i in range(flags, flags + 2 * waiting, 2):
-            means[i] = means[i] / means[i + 1].clamp(min=1e-12)
+            means[i] = means[i] / means[i + 1]
         return [(x == 1).double() for x in means[:flags]] + means[flags:]
 
     def means(self) -> dict[str, float]:
