@@ -18,7 +18,7 @@ class Lost(ConnectionError):
 
 
 def wait_to_speak(error: BaseException) -> None:
-    """Waits for the turn of this process to report an error: at once in rank 0 and in a run of one process, later in the others, last where a process is lost."""
+    """Waits for this process's turn to report an error: none in rank 0 and in a run of one process; a later one in the others; the last for `Lost`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         rank = int(os.environ.get("RANK", "0"))
         time.sleep((LAST if isinstance(error, Lost) else 0.0) + (LATER + 0.1 * rank if rank else 0.0))

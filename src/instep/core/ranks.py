@@ -25,10 +25,11 @@ PATIENCE = timedelta(minutes=60)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's `rank` among the `count` that share a run. Every rank calls every method that has a collective, in the same order."""
+    """This process's `rank` among the `count` that share a run, `local` of them on this machine. Every rank calls every method that has a collective, in the same order."""
 
     rank: int = 0
     count: int = 1
+    local: int = 1
 
     @property
     def first(self) -> bool:
@@ -129,20 +130,20 @@ def joined() -> Iterator[Ranks]:
     Each process is on the accelerator of its local rank, if there are enough; tensors there are sent by NCCL, those in host memory by gloo. A group that the
     caller made is used as it is.
     """
+    local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), here)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield ALONE
         return
-    local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     fits = torch.accelerator.is_available() and torch.accelerator.device_count() >= here
     if fits:
         torch.accelerator.set_device_index(local)
     with _together():
         dist.init_process_group("cpu:gloo,cuda:nccl" if fits and torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), here)
     finally:
         dist.destroy_process_group()
 

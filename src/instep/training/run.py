@@ -101,6 +101,7 @@ def train(
     out, options = Path(out), options or RunOptions()
     with joined() as ranks, _quiet(ranks):
         options.execution.check()
+        options.execution.check_shared(ranks)
         prompts = with_negative(as_prompt_list(prompts), negative_prompt)
         lent = as_family(family, options.execution.loading_dtype())
         recipe = as_recipe(recipe, settings=ModelSettings(lent.preset, lent.shift))
