@@ -25,7 +25,10 @@ PATIENCE = timedelta(minutes=60)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's `rank` among the `count` that share a run, `local` of them on this machine. Every rank calls every method that has a collective, in the same order."""
+    """This process's `rank` among the `count` that share a run, `local` of them on this machine.
+
+    Every rank calls every method that has a collective, in the same order.
+    """
 
     rank: int = 0
     count: int = 1

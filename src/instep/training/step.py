@@ -295,5 +295,5 @@ def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, weights: Mapp
             same = to_device(view.samples.point("exit").exit_id == view.samples.point("final").exit_id, g.device)
         # rows with a zero force have no direction to compare
         same = same & (g.flatten(1).abs().sum(1) > 0) & (h.flatten(1).abs().sum(1) > 0)
-        cosine = nn.functional.cosine_similarity(g.flatten(1), h.flatten(1))
+        cosine = nn.functional.cosine_similarity(len(g) * g.flatten(1), len(h) * h.flatten(1))
         log.add(f"force/cosine/{f.name}~{other.name}", torch.where(same, cosine, 0.0).sum() / same.sum(), same.to(cosine).mean())
