@@ -46,11 +46,13 @@ def spawned(folder: Path, count: int, cases: Sequence[str]) -> list[dict[str, Te
 
 def check(case: str, found: Sequence[Mapping[str, Tensor]]) -> None:
     alone = many_ranks.results(case, ALONE)
-    rtol, atol = (1e-10, 1e-12) if case.startswith("lab/") else (2e-4, 2e-6)
+    exact = (1e-10, 1e-12) if case.startswith("lab/") else (2e-4, 2e-6)
     for rank, results in enumerate(found):
         mine = {key.partition("|")[2]: x for key, x in results.items() if key.startswith(f"{case}|")}
         assert mine.keys() == alone.keys()
         for key, x in alone.items():
+            # where a force almost vanishes, its direction is rounding
+            rtol, atol = (1e-4, 1e-6) if "cosine" in key else exact
             torch.testing.assert_close(mine[key], x, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, key=key, rank=rank: f"{key} of rank {rank}: {text}")
     assert any(key.startswith("student/") for key in alone)
 

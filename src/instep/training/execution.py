@@ -88,7 +88,8 @@ class Execution:
             )
         if (there := torch.accelerator.device_count()) < ranks.local:
             raise ValueError(
-                f"device: this machine has {there} of {self.target.type} for {ranks.local} processes; start as many, --nproc-per-node {there}, or give --device cpu"
+                f"device: this machine has {there} of {self.target.type} for {ranks.local} processes; start as many, --nproc-per-node {there}, or give "
+                "--device cpu"
             )
 
     @property
