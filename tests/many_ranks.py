@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import every_recipe
 import torch
@@ -135,7 +136,7 @@ def results(case: str, ranks: Ranks) -> dict[str, Tensor]:
         return CASES[case](ranks)
 
 
-RUN = "run"
+RUN, COLLECTIVES = "run", "collectives"
 STEPS, STOPS_AT = 4, 2
 
 
@@ -155,10 +156,31 @@ def run(out: Path, stops: bool = False) -> Run:
     return train(recipe, every_recipe.family(), out=out, prompts=every_recipe.PROMPTS, reward=FunctionReward(brightness, "brightness"), options=options)
 
 
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """The numbers that each collective inside sends."""
+    sizes: list[int] = []
+    real = torch.distributed.all_reduce
+
+    def counting(x: Tensor, *args: Any) -> Any:
+        sizes.append(x.numel())
+        return real(x, *args)
+
+    torch.distributed.all_reduce = counting
+    try:
+        yield sizes
+    finally:
+        torch.distributed.all_reduce = real
+
+
 def main(file: str, *cases: str) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
-        found = {f"{case}|{key}": x for case in cases if case != RUN for key, x in results(case, ranks).items()}
+        found = {}
+        for case in (case for case in cases if case != RUN):
+            with counted() as sizes:
+                found |= {f"{case}|{key}": x for key, x in results(case, ranks).items()}
+            found[f"{case}|{COLLECTIVES}"] = torch.tensor(sizes)
         save_file(found, Path(f"{file}-{ranks.rank}.safetensors"))
         if RUN in cases:
             try:

@@ -49,6 +49,8 @@ def check(case: str, found: Sequence[Mapping[str, Tensor]]) -> None:
     exact = (1e-10, 1e-12) if case.startswith("lab/") else (2e-4, 2e-6)
     for rank, results in enumerate(found):
         mine = {key.partition("|")[2]: x for key, x in results.items() if key.startswith(f"{case}|")}
+        sent = mine.pop(many_ranks.COLLECTIVES)
+        assert len(sent) and torch.equal(sent, found[0][f"{case}|{many_ranks.COLLECTIVES}"]), "all ranks send the same"
         assert mine.keys() == alone.keys()
         for key, x in alone.items():
             # where a force almost vanishes, its direction is rounding
@@ -95,9 +97,54 @@ def test_a_batch_that_processes_cannot_share_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_every_recipe_on_several_processes(count, tmp_path):
-    cases = [case for case in many_ranks.CASES if count == 2 or case.startswith("lab/")]
-    found = spawned(tmp_path, count, cases)
-    for case in cases:
-        check(case, found)
+def test_every_recipe_on_several_processes(tmp_path):
+    """The number and the sizes of collectives do not depend on the number of processes."""
+    two = spawned(tmp_path, 2, tuple(many_ranks.CASES))
+    laboratory = [case for case in many_ranks.CASES if case.startswith("lab/")]
+    four = spawned(tmp_path, 4, laboratory)
+    for case in many_ranks.CASES:
+        check(case, two)
+    for case in laboratory:
+        check(case, four)
+        assert torch.equal(two[0][f"{case}|{many_ranks.COLLECTIVES}"], four[0][f"{case}|{many_ranks.COLLECTIVES}"])
+
+
+REWARD = """
+import os, signal
+
+scored = []
+
+
+def brightness(media, prompts):
+    scored.append(len(media))
+    if len(scored) == 4 and os.environ.get("DIES") and os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return media.flatten(1).mean(1)
+"""
+
+
+def launched(folder: Path, out: Path, count: int, **environment: str) -> subprocess.CompletedProcess:
+    """`instep train` by torchrun in `count` processes; in one without torchrun."""
+    options = "--model digits --steps 2 --batch 4 --group 2 --top-n 1 --distil 0 --iterations 4 --critic-updates 1 --save-every 1 --probe-every 9"
+    run = ["-m", "instep", "train", "dm-align-group", *options.split(), "--no-evaluate", "--reward", "brightness_of:brightness", "--out", str(out)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    there = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *launcher, *run], cwd=folder, env=there, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_killed_process_ends_all_and_the_same_command_goes_on_in_any_number(count, tmp_path):
+    (tmp_path / "brightness_of.py").write_text(REWARD, encoding="utf-8")
+    out = tmp_path / "run"
+    killed = launched(tmp_path, out, 2, DIES="1")
+    assert killed.returncode != 0 and killed.stderr.count("error: ") <= 1, killed.stderr
+    left = checkpoint.latest(out / "checkpoints")
+    assert left is not None and checkpoint.step_of(left) < 4 and not (out / "student").exists()
+    resumed, alone = launched(tmp_path, out, count), launched(tmp_path, tmp_path / "alone", 1)
+    assert resumed.returncode == alone.returncode == 0, resumed.stderr + alone.stderr
+    one, other = (checkpoint.load(checkpoint.latest(folder / "checkpoints")) for folder in (out, tmp_path / "alone"))
+    assert one["step"] == other["step"] == 4 and (out / "student" / "model_index.json").is_file()
+    for name, weights in other["roles"].items():
+        for key, x in weights.items():
+            torch.testing.assert_close(one["roles"][name][key], x, rtol=1e-3, atol=1e-5)

@@ -70,7 +70,8 @@ def _main(args: list[str]) -> int:
         return 2
     try:
         return commands[args[0]](args[1:]) or 0
-    except Elsewhere:
+    except Elsewhere as error:
+        wait_to_speak(error)  # torchrun ends rank 0 as soon as another one ends
         return 2
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) or os.environ.get("INSTEP_TRACEBACK"):

@@ -14,6 +14,7 @@ import tyro
 from instep.bundled import DEFAULT, DESCRIBED, WORLDS, find, load
 from instep.cli import default_threads
 from instep.cli.rewards import load_reward
+from instep.core.elsewhere import wait_to_speak
 from instep.core.ranks import joined
 from instep.core.size import Size
 from instep.core.user_code import load_function
@@ -148,6 +149,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
                 command=command,
             )
         except Interrupted as stopped:
+            wait_to_speak(stopped)
             if ranks.first:
                 print(f"stopped by {stopped}:\n  {command}", file=sys.stderr)
             return 130

@@ -76,7 +76,7 @@ class Ranks:
                 x.copy_(mean.view_as(x))
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, a JSON value, on every rank; a ValueError of rank 0 is one of every rank."""
+        """What `make` returns on rank 0, a JSON value, on every rank, once it has returned. Raises its error there and `Elsewhere` in the others."""
         if self.count == 1:
             return make()
         answer: dict[str, Any] = {}

@@ -83,14 +83,16 @@ class Loop:
                 decided = self.ranks.of_first(lambda: asdict(stop.decide(self.out, found, self.probed, self.options.stop_on)))
                 self._go_back(stop.Stopped(**decided))
             elif self.stop is not None:
-                if self.ranks.first:
-                    self.save()
-                    self.writer.wait()
+                self.ranks.of_first(self._save_now)
                 raise Interrupted(f"{self.stop}: saved at step {state.step} of {total} in {self.out}; the same command goes on from there")
         finally:
             self.writer.join()
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+    def _save_now(self) -> None:
+        self.save()
+        self.writer.wait()
 
     def _lead(self, total: int) -> None:
         """The loop of the rank that writes."""
@@ -258,8 +260,8 @@ class Loop:
         check_state(saved.contents(self.state, self.source))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop is not None:
-            raise KeyboardInterrupt
+        if self.stop is not None and self.ranks.count == 1:
+            raise KeyboardInterrupt  # torchrun repeats what it is sent, and ends its processes 30 seconds later itself
         self.stop = signal.Signals(number).name
 
 
