@@ -20,7 +20,7 @@ from instep.lab.mixture import LabelCondition
 from instep.lab.run import common, ensemble_state, train, train_particles
 from instep.lab.world import World, flow_start
 from instep.methods.matching import DistributionMatching
-from instep.methods.operators import Displacements, RewardTilted
+from instep.methods.operators import Displacements, RewardTilted, relative
 from instep.methods.policy import DDPO, GRPO, surrogate
 from instep.methods.recipe import RolloutConfig, Stage
 from instep.recipes.after import rl_after
@@ -135,14 +135,14 @@ def test_tilted_force_by_hand():
     one = torch.tensor([[1.0], [1.0]], dtype=F64)
     d = Displacements(real=3 * one, fake=one, dm=one, ca=one)
     reward, a = torch.tensor([3.0, 4.0], dtype=F64), torch.tensor([-1.0, 1.0], dtype=F64)
-    torch.testing.assert_close(RewardTilted("literal")(d, a, reward), 2 * (reward / math.sqrt(12.5)).exp()[:, None])
+    torch.testing.assert_close(RewardTilted("literal")(d, a, relative(reward)), 2 * (reward / math.sqrt(12.5)).exp()[:, None])
     torch.testing.assert_close(RewardTilted("zscore")(d, a, reward), 2 * a.exp()[:, None])
 
 
 def test_literal_tilting_does_not_depend_on_the_micro_batch():
     rng = torch.Generator().manual_seed(0)
     d, reward = torch.randn(4, 2, dtype=F64, generator=rng), torch.rand(4, dtype=F64, generator=rng) + 1
-    of = lambda d, reward: RewardTilted("literal")(Displacements(d, 0 * d, d, d), 0 * reward, reward)  # noqa: E731
+    of = lambda d, reward: RewardTilted("literal")(Displacements(d, 0 * d, d, d), 0 * reward, relative(reward))  # noqa: E731
     torch.testing.assert_close(of(d.repeat(8, 1), reward.repeat(8))[:4], of(d, reward))
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from instep.cli.parse import parse, recipe_args, recipe_name, takes
+from instep.core.elsewhere import Elsewhere, wait_to_speak
 from instep.core.unusable import Unusable
 
 USAGE = """instep: few-step diffusion models, distilled and aligned in one training loop
@@ -69,9 +70,13 @@ def _main(args: list[str]) -> int:
         return 2
     try:
         return commands[args[0]](args[1:]) or 0
+    except Elsewhere as error:
+        wait_to_speak(error)  # torchrun ends rank 0 as soon as another one ends
+        return 2
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) or os.environ.get("INSTEP_TRACEBACK"):
             raise
+        wait_to_speak(error)
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Unusable) else 2
 

@@ -14,6 +14,8 @@ import tyro
 from instep.bundled import DEFAULT, DESCRIBED, WORLDS, find, load
 from instep.cli import default_threads
 from instep.cli.rewards import load_reward
+from instep.core.elsewhere import wait_to_speak
+from instep.core.ranks import joined
 from instep.core.size import Size
 from instep.core.user_code import load_function
 from instep.data.prompt import Prompt, load_prompts, with_negative
@@ -128,29 +130,33 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
         hold=parse_hold(args.hold) if args.hold is not None else (),
         terms_every=args.terms_every,
     )
-    setting = prepare(recipe, args)
     tracker = load_function(args.tracker, "tracker") if args.tracker else None
-    try:
-        run = train(
-            recipe,
-            setting.family,
-            out=out,
-            prompts=setting.prompts,
-            negative_prompt=args.negative_prompt,
-            reward=setting.reward,
-            monitor=setting.monitor,
-            real=setting.real,
-            pairs=setting.pairs,
-            start_from=args.start_from,
-            options=options,
-            tracker=tracker,
-            known_teacher=setting.known_teacher,
-            command=command,
-        )
-    except Interrupted as stopped:
-        print(f"stopped by {stopped}:\n  {command}", file=sys.stderr)
-        return 130
-    finish(run, setting, args.evaluate)
+    with joined() as ranks:
+        with ranks.one_by_one():  # what the first one caches is there for the others
+            setting = prepare(recipe, args)
+        try:
+            run = train(
+                recipe,
+                setting.family,
+                out=out,
+                prompts=setting.prompts,
+                negative_prompt=args.negative_prompt,
+                reward=setting.reward,
+                monitor=setting.monitor,
+                real=setting.real,
+                pairs=setting.pairs,
+                start_from=args.start_from,
+                options=options,
+                tracker=tracker,
+                known_teacher=setting.known_teacher,
+                command=command,
+            )
+        except Interrupted as stopped:
+            wait_to_speak(stopped)
+            if ranks.first:
+                print(f"stopped by {stopped}:\n  {command}", file=sys.stderr)
+            return 130
+        ranks.of_first(lambda: finish(run, setting, args.evaluate))
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from instep.diffusion.noise import randn
+from instep.diffusion.noise import Rng, copy_of, randn
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.sampling import Step, sample
@@ -101,7 +101,7 @@ def rollout_few_step(
     path: Path,
     shape: Sequence[int],
     exit_id: Tensor,
-    rng: torch.Generator,
+    rng: Rng,
     *,
     group: int = 1,
     exits: range | None = None,
@@ -129,8 +129,8 @@ def rollout_few_step(
     before, after = (
         rows_beside_exits(range(len(levels)) if exits is None else exits, n // group, group, len(levels)) if same_calls else _rows(exit_id, len(levels))
     )
-    noise, again = randn((n, *shape), rng, device), torch.Generator(rng.device)
-    again.set_state(rng.get_state())
+    noise = randn((n, *shape), rng, device)
+    again = copy_of(rng)
     way = _Way(student, cond, levels, path, transition, exit_id, torch.tensor(levels, dtype=noise.dtype)[exit_id], live)
     if to_the_end and (chained or record or "exit" not in live or sum(before) + sum(after) >= n * len(levels)):
         exit_, final, steps = way.whole(noise, rng, through=through if "final" in live else 0, record=record)
@@ -161,7 +161,7 @@ class _Way:
         with _graph("exit" in self.live):
             return Point(self.student(x_t, self.level, self.cond).x0, x_t, self.level, self.exit_id)
 
-    def to_the_exits(self, noise: Tensor, rng: torch.Generator, counts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    def to_the_exits(self, noise: Tensor, rng: Rng, counts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """The inputs of the exits [B, ...], and what was predicted at each level; rows that are past their exit hold nothing of use there."""
         at_exit, predicted = noise, []
 
@@ -174,7 +174,7 @@ class _Way:
         sample(predict, noise, self.levels, self.path, self.transition, rng)
         return at_exit, predicted
 
-    def onwards(self, noise: Tensor, rng: torch.Generator, exit_: Point, predicted: Sequence[Tensor], counts: Sequence[int]) -> Point:
+    def onwards(self, noise: Tensor, rng: Rng, exit_: Point, predicted: Sequence[Tensor], counts: Sequence[int]) -> Point:
         """The final samples. The way to the exits is gone again without a call, from what was `predicted`; `rng` draws the same noise again."""
         final: Point | None = None
 
@@ -190,7 +190,7 @@ class _Way:
         assert final is not None
         return final
 
-    def whole(self, noise: Tensor, rng: torch.Generator, *, through: int, record: bool) -> tuple[Point, Point, list[tuple[Tensor, Tensor, Tensor]]]:
+    def whole(self, noise: Tensor, rng: Rng, *, through: int, record: bool) -> tuple[Point, Point, list[tuple[Tensor, Tensor, Tensor]]]:
         """Exits, final samples and recorded steps, with all samples taken through all levels, the last `through` of them with a graph. Live exits are
         predicted once more, with their graph."""
         at_exit, supervised, final = noise, noise, None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from instep.diffusion.advantage import best_and_worst
 from instep.diffusion.guidance import GuidedDenoiser
+from instep.diffusion.noise import shared
 from instep.diffusion.prediction import Denoiser
 from instep.diffusion.rollout import Trajectory
 from instep.methods.term import Need, Objective, View
@@ -53,7 +54,7 @@ class _Policy(Objective):
         n = len(path.t)
         if self.fraction == 1:
             return range(n)
-        chosen = torch.randperm(n, generator=view.rng)[: max(1, round(self.fraction * n))]
+        chosen = torch.randperm(n, generator=shared(view.rng))[: max(1, round(self.fraction * n))]
         return sorted(chosen.tolist())
 
     def predict(self, view: View, path: Trajectory, s: int, denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor]:

@@ -104,7 +104,7 @@ class Preference(Objective):
             assert batch.real is not None, "half-online preferences need preferred samples in the batch"
             return Compared(torch.cat([batch.real, own]), batch.cond.stack(batch.cond))
         assert batch.pairs is not None, "half-online preferences need labelled samples in the batch"
-        good = torch.rand(len(own), generator=view.rng) < self.positive
+        good = view.rand(len(own)) < self.positive
         good = to_device(good.reshape(-1, *(1,) * (own.ndim - 1)), own.device)
         won, lost = torch.where(good, batch.pairs.chosen, own), torch.where(good, own, batch.pairs.rejected)
         return Compared(torch.cat([won, lost]), batch.cond.stack(batch.cond))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -19,6 +20,7 @@ import instep.training.step as step_module
 from instep.core.rows import joined, slices
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples, TeacherSamples
+from instep.diffusion.streams import SampleStreams
 from instep.methods.recipe import Stage
 from instep.methods.term import Batch
 from instep.models.borrow import tensors_of
@@ -87,6 +89,7 @@ def tracing(tally: Tally, state: TrainState, stepped: Callable[[], None], shift:
             (step_module, "draw_exits", exits_from(shift)),
             (torch.nn.functional, "scaled_dot_product_attention", fused_attention),
             (torch, "randn", _noise),
+            (SampleStreams, "normal", _normal),
         ):
             stack.enter_context(_replaced(owner, name, value))
         for trained in state.trained.values():
@@ -130,12 +133,22 @@ def fused_attention(
 
 
 _randn = torch.randn
+# numbers that are drawn in a trace
+FEW = 10_000
 
 
 def _noise(*shape: Any, generator: torch.Generator | None = None, **kind: Any) -> Tensor:
     """Drawn numbers where they are few, such as levels; the values of noise mean nothing here, and there are billions of them."""
-    few = torch.empty(*shape, device="meta").numel() < 10_000
+    few = torch.empty(*shape, device="meta").numel() < FEW
     return _randn(*shape, generator=generator, **kind) if few else torch.empty(*shape, **kind)
+
+
+_drawn = SampleStreams.normal
+
+
+def _normal(streams: SampleStreams, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`_noise` of streams."""
+    return _drawn(streams, shape, dtype) if math.prod(shape) < FEW else torch.empty(tuple(shape), dtype=dtype)
 
 
 def _step(trained: TrainedParams, stepped: Callable[[], None]) -> Callable[..., tuple[Tensor, Tensor]]:

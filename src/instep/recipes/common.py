@@ -22,7 +22,7 @@ class Common:
     steps: int = 4
     """Steps (network evaluations) of the student."""
     batch: int = 32
-    """Samples of a micro-batch; with groups, a multiple of their size."""
+    """Samples of a micro-batch; with groups, a multiple of their size. Several processes (torchrun) share them."""
     guidance: float = 3.0
     """Classifier-free guidance of the teacher; 1 is none."""
     shift: float = 3.0

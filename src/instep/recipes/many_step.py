@@ -28,7 +28,7 @@ class ManySteps:
     steps: int = 10
     """Sampling steps of a rollout; two evaluations each with guidance."""
     batch: int = 32
-    """Samples of a micro-batch, a multiple of the group's size."""
+    """Samples of a micro-batch, a multiple of the group's size. Several processes (torchrun) share them."""
     guidance: float = 3.0
     """Classifier-free guidance of the model, in rollouts and in use; 1 is none."""
     shift: float = 3.0

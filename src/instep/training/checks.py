@@ -21,6 +21,17 @@ from instep.rewards.several import Several
 from instep.training.build import trained_bands
 
 
+def check_ranks(recipe: Recipe, count: int) -> None:
+    """Raises ValueError unless the groups of every stage's batch are a multiple of the processes."""
+    for stage in recipe.stages:
+        groups = stage.batch // stage.group
+        if stage.steps and groups % count:
+            raise ValueError(
+                f"batch: {stage.batch} samples in groups of {stage.group} are {groups} groups in stage {stage.name!r}, which {count} processes cannot share "
+                f"evenly; give a multiple of {stage.group * count} samples, or start fewer processes"
+            )
+
+
 def check_inputs(
     recipe: Recipe,
     family: Family,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from instep.core.ranks import ALONE, Ranks
 from instep.methods.recipe import Recipe, Stage
 from instep.methods.term import Term
 from instep.training.state import NormRatio, TrainedParams, TrainState
@@ -27,7 +28,8 @@ class TermGradients:
     more float32 copy of the trained parameters; of several micro-batches the sums of all terms are alive together.
     """
 
-    def __init__(self, trained: TrainedParams) -> None:
+    def __init__(self, trained: TrainedParams, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         self._masters = list(trained.masters.values())
         self._sums: dict[str, list[Tensor | None]] = {}
         self._norms: dict[str, Tensor] = {}
@@ -55,6 +57,7 @@ class TermGradients:
     def _close(self, name: str) -> None:
         found = [g for g in self._sums.pop(name) if g is not None]
         if found:
+            self._ranks.average(found)
             self._norms[name] = torch.nn.utils.get_total_norm(found)
 
 
