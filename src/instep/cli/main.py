@@ -18,6 +18,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep report DIR... -o F  one self-contained HTML page
   instep export DIR --to D   the student as a stock diffusers folder
   instep recipes             what can be trained; with --model, what is published for a model and the defaults that follow
+  instep rewards             the rewards that go by a name, and what each needs; convert: published pickles as safetensors
   instep plan RECIPE         memory and time, before anything runs
   instep human-eval A B      a local page on which people compare or score samples of two models, blind
   instep pairs export|import|fit  preferences as training pairs, public sets in the same form, a reward learned from them
@@ -51,6 +52,7 @@ def _main(args: list[str]) -> int:
         "report": _report,
         "export": _export,
         "recipes": _recipes,
+        "rewards": _rewards,
         "plan": _plan,
         "lab": _lab,
         "human-eval": _human_eval,
@@ -88,6 +90,17 @@ def _recipes(args: Sequence[str]) -> int:
     from instep.cli.recipes import RecipesArgs, recipes_command
 
     return recipes_command(parse(RecipesArgs, args, "recipes"))
+
+
+def _rewards(args: Sequence[str]) -> int:
+    from instep.cli import named_rewards
+
+    if args and args[0] in ("-h", "--help"):
+        print(named_rewards.USAGE)
+        return 0
+    if args and args[0] == "convert":
+        return named_rewards.convert_reward_command(parse(named_rewards.ConvertRewardArgs, args[1:], "rewards convert"))
+    return named_rewards.list_rewards_command(parse(named_rewards.ListRewardsArgs, args, "rewards"))
 
 
 def _sample(args: Sequence[str]) -> int:

@@ -12,19 +12,20 @@ from instep.rewards.base import Reward, as_reward
 from instep.rewards.external import command
 from instep.rewards.frames import SampledFrames
 from instep.rewards.jpeg import JPEG
-from instep.rewards.motion import DynamicDegree
+from instep.rewards.named import NAMED, Choice, Named, named
 from instep.rewards.ranker import Ranked
 from instep.rewards.remote import HttpReward, secret_of
 from instep.rewards.samples import positive
 from instep.rewards.several import several
 from instep.rewards.vlm import OpenAIEndpoint, VisionLanguageRanker, instructions
 
-BUILT_IN = ("compressible", "incompressible", "dynamic-degree")
-FORMS = f"{', '.join(BUILT_IN)}, module:function, command:PROGRAM ARGUMENTS, http://HOST/PATH, preferences:FOLDER, vlm:ADDRESS or FOLDER"
+FORMS = f"{', '.join(NAMED)}, module:function, command:PROGRAM ARGUMENTS, http://HOST/PATH, preferences:FOLDER, vlm:ADDRESS or FOLDER"
 # settings that every reward takes, and those of commands and addresses
 SEEN: dict[str, Callable[[str], Any]] = {"frames": int, "clip": int}
 OF_COMMANDS: dict[str, Callable[[str], Any]] = {"timeout": float, "retries": int}
 OF_ADDRESSES: dict[str, Callable[[str], Any]] = {**OF_COMMANDS, "backoff": float, "batch": int, "workers": int, "token": str}
+# settings of rewards with a name: where their files are
+OF_NAMED: dict[str, Callable[[str], Any]] = {"folder": Path, "base": Path, "dtype": str}
 # settings of rankers: frames of each video; settings of rankers at an address, and of those in this process
 OF_RANKERS: dict[str, Callable[[str], Any]] = {"domain": str, "frames": int}
 OF_SERVERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "model": str, "token": str, "timeout": float, "retries": int}
@@ -34,7 +35,7 @@ OF_FOLDERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "device": str, "dty
 def load_reward(text: str) -> Reward | Callable[..., Any]:
     """Rewards separated by commas, each `[WEIGHT*][SETTING=VALUE ...] NAME`: 0.5*frames=4 compressible, timeout=30 command:python score.py.
 
-    NAME is one of compressible, incompressible, dynamic-degree, module:function, command:PROGRAM ARGUMENTS, an http(s) address, preferences:FOLDER (of
+    NAME is a reward that `instep rewards` lists, module:function, command:PROGRAM ARGUMENTS, an http(s) address, preferences:FOLDER (of
     `instep pairs fit`), or vlm: and an address or a model's folder. Quoted commas belong to a command. Raises ValueError, with the reason,
     before anything but the rewards' own modules and networks is loaded.
     """
@@ -78,7 +79,7 @@ def _one(text: str) -> Any:
     given: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in allowed:
-            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none: its speed is per frame of the whole video"
+            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none: it scores the whole video"
             raise ValueError(f"reward: {key!r} is no setting of {name!r}; {takes}")
         try:
             given[key] = allowed[key](value)
@@ -98,15 +99,21 @@ def _settings(name: str) -> dict[str, Callable[[str], Any]]:
     """Returns the settings that a reward of this name takes."""
     if name.startswith("vlm:"):
         return OF_SERVERS if _is_address(name.removeprefix("vlm:")) else OF_FOLDERS
+    if (known := _known(name)) is not None:
+        return {**{key: OF_NAMED[key] for key in known.settings}, **(SEEN if known.frames else {})}
     own = OF_COMMANDS if name.startswith("command:") else OF_ADDRESSES if _is_address(name) else {}
-    return {**own, **({} if name == "dynamic-degree" else SEEN)}
+    return {**own, **SEEN}
+
+
+def _known(name: str) -> Named | None:
+    """The entry of a reward with a name of its own; a module may be called like one that has no parts."""
+    head, colon, _ = name.partition(":")
+    return known if (known := NAMED.get(head)) is not None and (known.parts or not colon) else None
 
 
 def _named(name: str, given: dict[str, Any]) -> Any:
-    if name in ("compressible", "incompressible"):
-        return JPEG("small" if name == "compressible" else "large")
-    if name == "dynamic-degree":
-        return DynamicDegree()
+    if _known(name) is not None:
+        return named(name, Choice(**given))
     if name.startswith("command:"):
         return command(name.removeprefix("command:"), **given)
     if _is_address(name):
