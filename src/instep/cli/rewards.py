@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from instep.core.user_code import load_function
-from instep.rewards.base import Reward, as_reward
+from instep.rewards.base import FunctionReward, Reward, as_reward
 from instep.rewards.external import command
 from instep.rewards.frames import SampledFrames
 from instep.rewards.jpeg import JPEG
@@ -26,6 +27,8 @@ OF_COMMANDS: dict[str, Callable[[str], Any]] = {"timeout": float, "retries": int
 OF_ADDRESSES: dict[str, Callable[[str], Any]] = {**OF_COMMANDS, "backoff": float, "batch": int, "workers": int, "token": str}
 # settings of rewards with a name: where their files are
 OF_NAMED: dict[str, Callable[[str], Any]] = {"folder": Path, "base": Path, "dtype": str}
+# settings of functions: whether their scores have a gradient
+OF_FUNCTIONS: dict[str, Callable[[str], Any]] = {"gradient": lambda value: {"yes": True, "no": False}[value]}
 # settings of rankers: frames of each video; settings of rankers at an address, and of those in this process
 OF_RANKERS: dict[str, Callable[[str], Any]] = {"domain": str, "frames": int}
 OF_SERVERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "model": str, "token": str, "timeout": float, "retries": int}
@@ -83,6 +86,8 @@ def _one(text: str) -> Any:
             raise ValueError(f"reward: {key!r} is no setting of {name!r}; {takes}")
         try:
             given[key] = allowed[key](value)
+        except KeyError:
+            raise ValueError(f"reward: {key}={value} of {name!r} is not allowed; yes or no") from None
         except ValueError:
             raise ValueError(f"reward: {key}={value} of {name!r} is not allowed; it is a {'whole ' if allowed[key] is int else ''}number") from None
     ranks = name.startswith("vlm:")
@@ -101,7 +106,9 @@ def _settings(name: str) -> dict[str, Callable[[str], Any]]:
         return OF_SERVERS if _is_address(name.removeprefix("vlm:")) else OF_FOLDERS
     if (known := _known(name)) is not None:
         return {**{key: OF_NAMED[key] for key in known.settings}, **(SEEN if known.frames else {})}
-    own = OF_COMMANDS if name.startswith("command:") else OF_ADDRESSES if _is_address(name) else {}
+    if name.startswith("preferences:"):
+        return dict(SEEN)
+    own = OF_COMMANDS if name.startswith("command:") else OF_ADDRESSES if _is_address(name) else OF_FUNCTIONS
     return {**own, **SEEN}
 
 
@@ -125,7 +132,18 @@ def _named(name: str, given: dict[str, Any]) -> Any:
         return load_preferences(Path(name.removeprefix("preferences:")), features_of)
     if ":" not in name:
         raise ValueError(f"reward: {name!r} is not of the form module:function, for example my_functions:brightness, and is none of {FORMS}")
-    return load_function(name, "reward")
+    return _function(name, **given)
+
+
+def _function(name: str, gradient: bool | None = None) -> Any:
+    """The user's function or reward; `gradient` says of a plain function whether its scores have one."""
+    function = load_function(name, "reward")
+    if gradient is None:
+        return function
+    found = as_reward(function)
+    if not isinstance(found, FunctionReward):
+        raise ValueError(f"gradient: {name} is a reward of its own, whose field `differentiable` says it; leave the setting out")
+    return replace(found, differentiable=gradient)
 
 
 def _ranked(
