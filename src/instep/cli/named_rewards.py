@@ -40,8 +40,12 @@ class ConvertRewardArgs:
     to: Path
     """The folder to write into, for example models/hpsv2: --reward hpsv2 looks there."""
     base: Path | None = None
-    """Folder with the configuration and tokenizer that the weights belong to, which are copied: a CLIP of the same architecture, or BERT for ImageReward.
+    """Folder with the configuration and tokenizer that the weights belong to, which are copied: a CLIP of the same architecture, BERT for
+    ImageReward, Qwen2-VL for HPSv3 and VideoAlign.
     Default: the file's own folder."""
+    instruction: Path | None = None
+    """The authors' Python file with the instruction that HPSv3 (data_collator_qwen.py) or VideoAlign (prompt_template.py) was trained with. It is parsed, and
+    not run."""
 
 
 def list_rewards_command(args: ListRewardsArgs) -> int:
@@ -68,6 +72,6 @@ def list_rewards_command(args: ListRewardsArgs) -> int:
 
 
 def convert_reward_command(args: ConvertRewardArgs) -> int:
-    what = convert(args.file, args.to, args.base)
+    what = convert(args.file, args.to, args.base, args.instruction)
     print(f"{args.file.name} was {what}; it is now in {args.to}")
     return 0

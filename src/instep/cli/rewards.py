@@ -26,7 +26,7 @@ SEEN: dict[str, Callable[[str], Any]] = {"frames": int, "clip": int}
 OF_COMMANDS: dict[str, Callable[[str], Any]] = {"timeout": float, "retries": int}
 OF_ADDRESSES: dict[str, Callable[[str], Any]] = {**OF_COMMANDS, "backoff": float, "batch": int, "workers": int, "token": str}
 # settings of rewards with a name: where their files are
-OF_NAMED: dict[str, Callable[[str], Any]] = {"folder": Path, "base": Path, "dtype": str}
+OF_NAMED: dict[str, Callable[[str], Any]] = {"folder": Path, "base": Path, "dtype": str, "fps": float}
 # settings of functions: whether their scores have a gradient
 OF_FUNCTIONS: dict[str, Callable[[str], Any]] = {"gradient": lambda value: {"yes": True, "no": False}[value]}
 # settings of rankers: frames of each video; settings of rankers at an address, and of those in this process

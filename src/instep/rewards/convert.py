@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instep.core.files import write_tensors
+from instep.core.files import write_error
+from instep.core.tensor_file import Entry, file_parts, write_parts
+from instep.rewards.convert_qwen import prepared, save_beside
 from instep.rewards.image_reward import BlipScorer
 from instep.rewards.published_names import blip_of_image_reward, blip_settings, clip_of_open_clip, mismatch
 from instep.rewards.score_head import ScoreHead
@@ -19,11 +22,12 @@ from instep.rewards.score_head import ScoreHead
 BESIDE = ("*.json", "*.txt")
 
 
-def convert(file: Path, to: Path, base: Path | None = None) -> str:
+def convert(file: Path, to: Path, base: Path | None = None, instruction: Path | None = None) -> str:
     """Writes the weights of `file` into the folder `to` under the names of the networks here, beside the configuration and tokenizer of `base`.
 
     What the file holds is told by the names in it: a CLIP of open_clip (HPSv2, DFN-CLIP), a CLIP of transformers, ImageReward, the head of the aesthetic
-    predictor. Returns what it was. Raises ValueError for other files, for a base that is missing or does not fit, and where `to` holds weights already.
+    predictor, HPSv3 or VideoAlign; the last two need the Python file with the authors' `instruction`, which is parsed and not run.
+    Returns what it was. Raises ValueError for other files, for a base that is missing or does not fit, and where `to` holds weights already.
     """
     weights = read_weights(file)
     names = weights.keys()
@@ -35,10 +39,12 @@ def convert(file: Path, to: Path, base: Path | None = None) -> str:
         return _clip(_renamed(clip_of_open_clip, weights, file), to, base or file.parent, "a CLIP of open_clip")
     if "vision_model.embeddings.class_embedding" in names:
         return _clip(weights, to, base or file.parent, "a CLIP of transformers")
+    if any("rm_head." in name for name in names):
+        return _qwen(weights, file, to, base, instruction)
     some = ", ".join(list(names)[:3])
     raise ValueError(
-        f"file: {file} is none of the files that are known (its weights begin {some}); allowed: HPSv2's, DFN-CLIP's or another CLIP's, ImageReward's, and the "
-        "head of the aesthetic predictor"
+        f"file: {file} is none of the files that are known (its weights begin {some}); allowed: HPSv2's, DFN-CLIP's or another CLIP's, ImageReward's, the head "
+        "of the aesthetic predictor, HPSv3's and VideoAlign's"
     )
 
 
@@ -102,7 +108,7 @@ def _image_reward(weights: dict[str, Tensor], to: Path, base: Path | None) -> st
     for pattern in ("tokenizer*", "vocab.txt", "special_tokens_map.json"):
         _copy(base, to, pattern)
     config.save_pretrained(to)
-    write_tensors(to / "model.safetensors", renamed)
+    _write_tensors(to / "model.safetensors", renamed)
     return "ImageReward"
 
 
@@ -110,8 +116,31 @@ def _head(weights: dict[str, Tensor], to: Path) -> str:
     if wrong := mismatch(weights, ScoreHead(weights["layers.0.weight"].shape[1])):
         raise ValueError(f"file: it is not the head of the aesthetic predictor ({wrong}); give sac+logos+ava1-l14-linearMSE.pth")
     _free(to, "head.safetensors")
-    write_tensors(to / "head.safetensors", weights)
+    _write_tensors(to / "head.safetensors", weights)
     return "the head of the aesthetic predictor"
+
+
+def _qwen(weights: dict[str, Tensor], file: Path, to: Path, base: Path | None, instruction: Path | None) -> str:
+    if base is None:
+        raise ValueError("base: none was given; give the Qwen2-VL that the file was trained from, configuration and tokenizer, --base FOLDER")
+    _check_base(base, ("config.json", "tokenizer_config.json"), "the Qwen2-VL that the file was trained from")
+    what, renamed, config, tokenizer, record = prepared(weights, file, base, instruction)
+    _free(to, "model.safetensors")
+    to.mkdir(parents=True, exist_ok=True)
+    save_beside(to, config, tokenizer, record)
+    _write_tensors(to / "model.safetensors", renamed)
+    return what
+
+
+def _write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """A tensor at a time, whole or not at all: such files hold gigabytes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_parts(temporary, file_parts({name: Entry.of(value.detach().contiguous()) for name, value in weights.items()}))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(error, str(path), "what was there before is unchanged") from error
 
 
 def _check_base(base: Path, files: tuple[str, ...], what: str) -> None:
@@ -138,4 +167,4 @@ def _write(to: Path, weights: Mapping[str, Tensor], base: Path) -> None:
         _copy(base, to, pattern)
     # an index of the base's own weights would lead to files that are not here
     (to / "model.safetensors.index.json").unlink(missing_ok=True)
-    write_tensors(to / "model.safetensors", weights)
+    _write_tensors(to / "model.safetensors", weights)

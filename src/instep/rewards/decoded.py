@@ -66,7 +66,8 @@ def make_reward_grad_fn(family: Decodes, reward: Reward | None) -> Callable[[Ten
     """Reward of latents with a graph; None if it has none.
 
     The reward sees media in [0, 1]. Where the decoder leaves the range, the gradient passes as if nothing were clamped (straight-through); a plain clamp
-    has none there. Of a bounded number of rows at a time the graph of decoder and reward is alive (`core/rows.py`). A reward may draw from torch's global generators.
+    has none there. Of a bounded number of rows at a time the graph of decoder and reward is alive (`core/rows.py`). A reward may draw from torch's global
+    generators.
     """
     if reward is None or not reward.differentiable:
         return None
