@@ -48,11 +48,12 @@ class TrainArgs:
     """Negative prompt of the teacher's guidance for prompts without one of their own; without guidance it has no effect."""
     reward: str | None = None
     """Reward as a name of `instep rewards` (hpsv2, pickscore, videoalign:ta, compressible ...), or as module:function, called with (media [B, 3, F, H, W]
-    in [0, 1], prompts); with "gradient=yes module:function" its gradient can be climbed; "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them;
-    preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples.
-    Settings precede the name: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
-    "frames=4 compressible" (only 4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each
-    normalised before weighting; quote a command with commas. Default: the bundled model's training classifier. Protocols: docs/rewards.md."""
+    in [0, 1], prompts); with "gradient=yes module:function" its gradient can be climbed; "command:python score.py", a program that prints scores;
+    http://127.0.0.1:8000/score, an address that answers with them; preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or
+    "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples. Settings precede the name: "timeout=30 retries=2 command:python
+    score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score", "frames=4 hpsv2" (only 4 frames of each video, as images; clip=4 as a short
+    video). Several with weights as 0.5*pickscore,hpsv2, each normalised before weighting; quote a command with commas. Default: the bundled model's training
+    classifier. Protocols: docs/rewards.md."""
     pairs: Path | None = None
     """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
     real ones. Default: the bundled model's own."""
