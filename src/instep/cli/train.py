@@ -16,7 +16,9 @@ from instep.cli import default_threads
 from instep.cli.rewards import load_reward
 from instep.core.size import Size
 from instep.core.user_code import load_function
+from instep.data.latent_cache import FOLDER, real_samples
 from instep.data.prompt import Prompt, load_prompts, with_negative
+from instep.data.real_files import real_files
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
@@ -54,6 +56,14 @@ class TrainArgs:
     score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score", "frames=4 hpsv2" (only 4 frames of each video, as images; clip=4 as a short
     video). Several with weights as 0.5*pickscore,hpsv2, each normalised before weighting; quote a command with commas. Default: the bundled model's training
     classifier. Protocols: docs/rewards.md."""
+    real: Path | None = None
+    """Your own images or videos, for recipes with real or preferred samples: a folder (the caption of a.mp4 is in a.txt beside it), or an index, .jsonl or
+    .parquet, with the columns file and prompt. They are cropped in the middle to the model's shape, resized, resampled to real_fps, and encoded once into a
+    cache; an interrupted run goes on there. Default: the bundled model's own, else samples of the teacher."""
+    real_fps: float = 16.0
+    """Frames a second of the model's videos, at which real ones are read; Wan's are 16, CogVideoX's 8."""
+    real_cache: Path | None = None
+    """Folder of the encoded real samples, which runs of one model may share; default: real in the folder of the run."""
     pairs: Path | None = None
     """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
     real ones. Default: the bundled model's own."""
@@ -114,7 +124,7 @@ class Setting:
 def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     """Runs the recipe; returns 0 when it is done, and 130 when it was interrupted and saved."""
     torch.set_num_threads(args.threads or default_threads())
-    out = args.out or Path("runs") / f"{recipe.name}-{args.seed}"
+    out = folder_of(recipe, args)
     options = RunOptions(
         seed=args.seed,
         save_every=args.save_every,
@@ -152,15 +162,25 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     return 0
 
 
+def folder_of(recipe: Recipe, args: TrainArgs) -> Path:
+    """The folder of the run."""
+    return args.out or Path("runs") / f"{recipe.name}-{args.seed}"
+
+
 def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     """Loads the model and the recipe's other inputs; errors here come before any training."""
     reward = load_reward(args.reward) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     labelled = load_pairs(args.pairs) if args.pairs else None
+    files = real_files(args.real) if args.real else None
+    if files is not None and not recipe.needs & {"real", "preferred"}:
+        raise ValueError(f"real: {recipe.name} uses no real samples; leave the option out, or choose a recipe that does, like dm-align-pair")
+    cache = args.real_cache or folder_of(recipe, args) / FOLDER
     if args.model in WORLDS:
         own = find(args.model).ready()
         # a user's own pairs bring their chosen samples with them
-        real = own.real() if recipe.needs & {"real", "preferred"} and labelled is None else None
+        real = own.real() if recipe.needs & {"real", "preferred"} and labelled is None and files is None else None
+        real = real_samples(files, own.family, cache, args.real_fps) if files is not None else real
         pairs = paired(labelled, own.family) or (own.pairs() if "pairs" in recipe.needs else None)
         asked = with_negative(prompts or own.prompts, args.negative_prompt)
         return Setting(own.family, asked, reward or own.reward, own.monitor, real, pairs, own.known_teacher)
@@ -168,7 +188,8 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     args.execution.check()
     family = load(args.model, Size(*args.size) if args.size else None, args.execution.loading_dtype())
-    return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, None, paired(labelled, family))
+    real = real_samples(files, family, cache, args.real_fps) if files is not None else None
+    return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, real, paired(labelled, family))
 
 
 def load_pairs(path: Path) -> Sequence[LabelledPair]:
