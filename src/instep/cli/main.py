@@ -14,7 +14,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
 
   instep train RECIPE        distil and align; resumes if the folder holds the same run
   instep sample DIR          samples of a run, an exported student or a pipeline folder
-  instep eval DIR...         measure runs against the teacher and naive sampling
+  instep eval DIR...         measure runs against the teacher and naive sampling; with --prompts any model, by rewards and given data
   instep report DIR... -o F  one self-contained HTML page
   instep export DIR --to D   the student as a stock diffusers folder
   instep recipes             what can be trained; with --model, what is published for a model and the defaults that follow
@@ -112,7 +112,12 @@ def _sample(args: Sequence[str]) -> int:
 def _eval(args: Sequence[str]) -> int:
     from instep.cli.evaluate import EvalArgs, eval_command
 
-    return eval_command(parse(EvalArgs, args, "eval"))
+    options = parse(EvalArgs, args, "eval")
+    if options.prompts is None:
+        return eval_command(options)
+    from instep.cli.evaluate_prompts import eval_prompts_command
+
+    return eval_prompts_command(options)
 
 
 def _report(args: Sequence[str]) -> int:
