@@ -136,6 +136,7 @@ def _write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
     """A tensor at a time, whole or not at all: such files hold gigabytes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_parts(temporary, file_parts({name: Entry.of(value.detach().contiguous()) for name, value in weights.items()}))
         os.replace(temporary, path)
     except OSError as error:
