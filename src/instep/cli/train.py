@@ -18,7 +18,9 @@ from instep.core.elsewhere import wait_to_speak
 from instep.core.ranks import joined
 from instep.core.size import Size
 from instep.core.user_code import load_function
+from instep.data.latent_cache import FOLDER, real_samples
 from instep.data.prompt import Prompt, load_prompts, with_negative
+from instep.data.real_files import real_files
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
@@ -49,14 +51,22 @@ class TrainArgs:
     negative_prompt: str | None = None
     """Negative prompt of the teacher's guidance for prompts without one of their own; without guidance it has no effect."""
     reward: str | None = None
-    """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
-    (motion); ocr, how well the text between quotes in the prompt can be read in the sample (pip install 'instep[ocr]');
-    "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them; preferences:FOLDER,
-    learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples;
-    exact, of a bundled video model: 1 where its training classifier or reader finds the prompt followed, else 0, without a gradient.
-    Settings precede the name: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
-    "frames=4 compressible" (only 4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each
-    normalised before weighting; quote a command with commas. Default: the bundled model's training classifier. Protocols: docs/rewards.md."""
+    """Reward as a name of `instep rewards` (hpsv2, pickscore, videoalign:ta, ocr, compressible ...), or as module:function, called with (media [B, 3, F, H, W]
+    in [0, 1], prompts); with "gradient=yes module:function" its gradient can be climbed; "command:python score.py", a program that prints scores;
+    http://127.0.0.1:8000/score, an address that answers with them; preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or
+    "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples; exact, of a bundled video model: 1 where its training
+     classifier or reader finds the prompt followed, else 0, without a gradient. Settings precede the name: "timeout=30 retries=2 command:python
+    score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score", "frames=4 hpsv2" (only 4 frames of each video, as images; clip=4 as a short
+    video). Several with weights as 0.5*pickscore,hpsv2, each normalised before weighting; quote a command with commas. Default: the bundled model's training
+    classifier. Protocols: docs/rewards.md."""
+    real: Path | None = None
+    """Your own images or videos, for recipes with real or preferred samples: a folder (the caption of a.mp4 is in a.txt beside it), or an index, .jsonl or
+    .parquet, with the columns file and prompt. They are cropped in the middle to the model's shape, resized, resampled to real_fps, and encoded once into a
+    cache; an interrupted run goes on there. Default: the bundled model's own, else samples of the teacher."""
+    real_fps: float = 16.0
+    """Frames a second of the model's videos, at which real ones are read; Wan's are 16, CogVideoX's 8."""
+    real_cache: Path | None = None
+    """Folder of the encoded real samples, which runs of one model may share; default: real in the folder of the run."""
     pairs: Path | None = None
     """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
     real ones. Recipes that need preferred or real samples alone (dm-align-pair, dmd2 --gan) read no rejected ones, and rows may leave them out.
@@ -118,7 +128,7 @@ class Setting:
 def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     """Runs the recipe; returns 0 when it is done, and 130 when it was interrupted and saved."""
     torch.set_num_threads(args.threads or default_threads())
-    out = args.out or Path("runs") / f"{recipe.name}-{args.seed}"
+    out = folder_of(recipe, args)
     options = RunOptions(
         seed=args.seed,
         save_every=args.save_every,
@@ -160,20 +170,30 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     return 0
 
 
+def folder_of(recipe: Recipe, args: TrainArgs) -> Path:
+    """The folder of the run."""
+    return args.out or Path("runs") / f"{recipe.name}-{args.seed}"
+
+
 def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     """Loads the model and the recipe's other inputs; errors here come before any training."""
     own_rewards = find(args.model).rewards if args.model in WORLDS else {}
     reward = load_reward(args.reward, own_rewards) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
     labelled = load_labelled(args.pairs, recipe) if args.pairs else None
+    files = real_files(args.real) if args.real else None
+    if files is not None and not recipe.needs & {"real", "preferred"}:
+        raise ValueError(f"real: {recipe.name} uses no real samples; leave the option out, or choose a recipe that does, like dm-align-pair")
+    cache = args.real_cache or folder_of(recipe, args) / FOLDER
     if args.model in WORLDS:
         own = find(args.model).ready()
         # a user's own pairs bring their chosen samples with them
         if labelled is not None:
             real, pairs = labelled.encoded(own.family)
         else:
-            real = own.real() if recipe.needs & {"real", "preferred"} else None
+            real = own.real() if recipe.needs & {"real", "preferred"} and files is None else None
             pairs = own.pairs() if "pairs" in recipe.needs else None
+        real = real_samples(files, own.family, cache, args.real_fps) if files is not None else real
         asked = with_negative(prompts or own.prompts, args.negative_prompt)
         return Setting(own.family, asked, reward or own.reward, own.monitor, real, pairs, own.known_teacher)
     if prompts is None:
@@ -181,6 +201,7 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     args.execution.check()
     family = load(args.model, Size(*args.size) if args.size else None, args.execution.loading_dtype())
     real, pairs = labelled.encoded(family) if labelled is not None else (None, None)
+    real = real_samples(files, family, cache, args.real_fps) if files is not None else real
     return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, real, pairs)
 
 

@@ -18,7 +18,7 @@ CHUNK = 2**18
 
 @dataclass(frozen=True, kw_only=True)
 class RewardGradient(Force):
-    """Gradient with respect to x of -mean R(x), R through the unclamped decoder, on the supervised forward's own x0.
+    """Gradient with respect to x of -mean R(x), R through the decoder, on the supervised forward's own x0.
 
     The reward's graph lives only inside this call, a few rows at a time, and is gone before the student's backward begins. With several rewards,
     each gradient is scaled to the mean norm of all of them before weighting, so that none dominates by its scale.

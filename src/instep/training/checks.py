@@ -79,7 +79,8 @@ def check_inputs(
             raise ValueError(
                 f"reward: stage {stage.name!r} of {recipe.name} climbs its gradient and "
                 + ("none was given" if reward is None else f"{_blunt(reward).name!r} is not differentiable")
-                + "; give one that is (a Reward with differentiable = True), or choose a recipe that needs scores alone, like amd or dm-align-group"
+                + "; give one that is (a Reward with differentiable = True, or --reward 'gradient=yes module:function'), or choose a recipe that needs scores "
+                "alone, like amd or dm-align-group"
             )
         if "labels" in stage.needs and reward is not None and relative(reward):
             raise ValueError(f"reward: {reward.name!r} compares samples with each other, and stage {stage.name!r} needs the score of each; give it a reward")

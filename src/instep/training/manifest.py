@@ -16,6 +16,7 @@ from instep.core import lock
 from instep.core.files import write_json
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.version import __version__
+from instep.data import latent_cache
 from instep.data.first_frame import digest
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
@@ -84,7 +85,7 @@ def write_manifest(
         if different:
             raise ValueError(f"out: {out} holds another run ({_difference(before, {**about, **identity}, different)}); {_fix(before, different)}")
     # the record of a run that was refused before it began is replaced
-    elif "instep" not in there and out.exists() and any(path.name != lock.NAME for path in out.iterdir()):
+    elif "instep" not in there and out.exists() and any(path.name not in (lock.NAME, latent_cache.FOLDER) for path in out.iterdir()):
         raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
     else:
         free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
@@ -120,8 +121,11 @@ def _fix(there: Mapping[str, Any], different: Sequence[str]) -> str:
 
 
 def _digest(prompts: Sequence[Prompt], *latents: Tensor) -> str:
-    """Of samples and their prompts."""
-    return hashlib.sha256("\n".join(map(str, prompts)).encode() + b"".join(x.detach().float().cpu().numpy().tobytes() for x in latents)).hexdigest()[:16]
+    """Of samples and their prompts; latents that are mapped from a file are read a few at a time."""
+    digest = hashlib.sha256("\n".join(map(str, prompts)).encode())
+    for part in (part for x in latents for part in x.detach().split(64)):
+        digest.update(part.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def checkpoint_bytes(recipe: Recipe, family: Family) -> int:
