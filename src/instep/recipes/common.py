@@ -34,7 +34,8 @@ class Common:
     condition_on_exit: bool = True
     """Condition the fake on the step of the rollout that a sample comes from."""
     fake_target: ErrorOf = "velocity"
-    """What the fake's squared error is taken of: velocity (flows) weighs all levels alike, eps (the noise: DMD2 on SDXL) the clean ones more, x0 the noisy ones."""
+    """What the fake's squared error is taken of: velocity (flows) weighs all levels alike, eps (the noise: DMD2 on SDXL) the clean ones more, x0 the noisy
+    ones."""
     student: AdamWConfig = AdamWConfig(2e-4)
     """AdamW of the student."""
     fake: AdamWConfig = AdamWConfig(4e-4)

@@ -72,7 +72,9 @@ NAMED: Mapping[str, Named] = {
     "compressible": Named("- kilobytes as JPEG at quality 95", lambda of: JPEG("small"), gradient=False),
     "incompressible": Named("+ kilobytes as JPEG at quality 95", lambda of: JPEG("large"), gradient=False),
     "dynamic-degree": Named("speed of the fastest 5 % of blocks, in diagonals a frame", lambda of: DynamicDegree(), gradient=False, frames=False),
-    "ocr": Named("the text between quotes in the prompt, 1 - edit distance / length, in [0, 1]; pip install 'instep[ocr]'", lambda of: OCR(rapid_ocr()), gradient=False),
+    "ocr": Named(
+        "the text between quotes in the prompt, 1 - edit distance / length, in [0, 1]; pip install 'instep[ocr]'", lambda of: OCR(rapid_ocr()), gradient=False
+    ),
 }
 
 

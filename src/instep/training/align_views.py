@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from instep.core.ranks import ALONE
 from instep.diffusion.levels import LevelSampler
+from instep.diffusion.noise import Rng
 from instep.methods.align import Align
 from instep.methods.matching import DistributionMatching
 from instep.methods.recipe import Recipe, Stage
@@ -37,7 +39,7 @@ class _Given(LevelSampler):
 
     levels: Tensor
 
-    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: Rng) -> Tensor:
         return self.levels
 
 
@@ -60,7 +62,7 @@ def align_views(state: TrainState, stage: Stage, family: Family, source: BatchSo
     align, matching = _align(stage), stage.matching
     if align is None or matching is None:
         return None
-    apart = replace(state, rng=torch.Generator().manual_seed(seed))
+    apart = replace(state, rng=torch.Generator().manual_seed(seed), ranks=ALONE)
     batch = source.first(replace(stage, batch=stage.group if stage.group > 1 else MOST))
     seen = View(
         apart.roles,
