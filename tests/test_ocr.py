@@ -101,7 +101,7 @@ def test_every_prompt_is_looked_at_before_a_run():
 
 def test_a_run_with_a_prompt_without_quotes_ends_in_one_line_before_it_begins(monkeypatch, tmp_path, capsys):
     """Also where it is neither the first nor the last prompt, which the trial of every reward looks at: nothing is written."""
-    monkeypatch.setattr("instep.cli.rewards.rapid_ocr", Brightness)
+    monkeypatch.setattr("instep.rewards.named.rapid_ocr", Brightness)
     (tmp_path / "prompts.txt").write_text('a "seven"\na seven\na "two"\n')
     line = ["train", "dm-align-group", "--steps", "1", "--reward", "ocr", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "run")]
     assert main(line) == 2
@@ -118,7 +118,7 @@ def test_without_its_packages_the_reward_names_the_extra(monkeypatch, capsys):
 
 
 def test_the_command_line_takes_frames_and_weights(monkeypatch):
-    monkeypatch.setattr("instep.cli.rewards.rapid_ocr", Brightness)
+    monkeypatch.setattr("instep.rewards.named.rapid_ocr", Brightness)
     both = load_reward("0.5*frames=3 ocr, compressible")
     assert both.name == "0.5 ocr (brightness), 3 frames + 1 compressible"
 
