@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from second_device import NoMixing
 from test_preferences import tiny_clip
 from tiny import byte_tokenizer
 from torch import Tensor, nn
@@ -391,3 +392,19 @@ def test_names_change_with_weights_and_preparation(clip, tmp_path):
     settings["image_processor"]["image_mean"] = [0.5] * 3
     file.write_text(json.dumps(settings))
     assert named("pickscore", Choice(folder=tmp_path / "other")).name != other
+
+
+def test_on_another_device_images_do_not_mix_with_the_host(clip, tmp_path):
+    """On torch's meta device, where a score has no value, but an operation on tensors of two devices raises, as it would on a GPU. (Text encoders of
+    transformers read their padding mask back from the device.)"""
+    tiny_dinov2(tmp_path / "dinov2")
+    torch.save(ScoreHead(24).state_dict(), tmp_path / "head.pth")
+    convert(tmp_path / "head.pth", tmp_path / "head")
+    hpsv2, classifier = named("hpsv2", Choice(folder=clip[0])), named("dinov2", Choice(folder=tmp_path / "dinov2"))
+    marks = named("aesthetic", Choice(folder=tmp_path / "head", base=clip[0]))
+    media = torch.rand(2, 3, 40, 56, device="meta", requires_grad=True)
+    for score in (lambda: hpsv2.model.of_videos(media), lambda: marks.score(media, PROMPTS), lambda: classifier.score(media, ["hen", "0"])):
+        score()  # the networks come to the device
+        with NoMixing():
+            found = score()
+        assert found.is_meta and len(found) == 2 and torch.autograd.grad(found.sum(), media)[0].shape == media.shape

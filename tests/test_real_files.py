@@ -13,12 +13,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import instep.data.clips as clips
 from instep.cli.main import main
 from instep.core.size import Size
 from instep.data.clips import read_clip
 from instep.data.latent_cache import real_samples
+from instep.data.media import fitted, read_media
 from instep.data.real_files import RealFile, real_files
 
 IMAGE, VIDEO = Size(8, 12, 1), Size(8, 12, 3)
@@ -99,8 +102,14 @@ def test_a_video_is_read_frame_by_frame(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio.v3", module)
     assert greys_of(read_clip(tmp_path / "a.mp4", VIDEO, 10)) == [10, 40, 70] and given == [0, 10, 20, 30, 40, 50, 60, 70]
     monkeypatch.setattr(clips, "MOST_PIXELS", 95)
+    given.clear()
     with pytest.raises(ValueError, match="real: .*a.mp4 is 8 x 12, more than 95 pixels; reduce it"):
         read_clip(tmp_path / "a.mp4", VIDEO, 10)
+    assert given == [0], "without a size in the header the first frame tells it"
+    module.immeta = lambda path: {"fps": 30.0, "size": (12, 8)}
+    with pytest.raises(ValueError, match="more than 95 pixels"):
+        read_clip(tmp_path / "a.mp4", VIDEO, 10)
+    assert given == [0]
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
@@ -219,3 +228,24 @@ def test_a_run_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
     assert main(line) == 0, "the same command finds its cache"
     assert main(["train", "dm-align-group", "--model", "digits", "--real", "data"]) == 2
     assert "real: dm-align-group uses no real samples" in capsys.readouterr().err
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation gave."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.most = max([self.most, *(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor))])
+        return made
+
+
+def test_a_large_image_is_reduced_before_it_is_repeated(tmp_path):
+    Image.fromarray(noise(240, 240)).save(tmp_path / "a.png")
+    size = Size(24, 24, 30)
+    plain = fitted(read_media(tmp_path / "a.png", 30), size, "a")
+    with Largest() as seen:
+        got = fitted(read_media(tmp_path / "a.png", 30, size), size, "a")
+    torch.testing.assert_close(got, plain)
+    assert seen.most == 3 * 240 * 240, "one frame of the source"

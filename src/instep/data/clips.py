@@ -78,13 +78,18 @@ def _video(path: Path, size: Size) -> Iterator[tuple[Tensor, float]]:
         import imageio.v3 as iio
         from PIL import Image
 
-        rate = float(iio.immeta(path).get("fps") or 0)
+        about = iio.immeta(path)
+        rate = float(about.get("fps") or 0)
         frames = iio.imiter(path)
     except Exception as error:
         raise ValueError(
             f"real: {path} cannot be read as a video ({type(error).__name__}); install a codec (pip install 'imageio[pyav]'), or save it as an animated "
             ".webp, which needs none"
         ) from error
+    # where the header tells the size, before a frame is decoded
+    claimed = about.get("size") or about.get("source_size")
+    if claimed:
+        _check_size(path, int(claimed[0]), int(claimed[1]))
     for frame in frames:
         _check_size(path, frame.shape[1], frame.shape[0])
         yield _fitted(Image.fromarray(frame[..., :3]), size), 1 / rate if rate > 0 else 0.0

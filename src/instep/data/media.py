@@ -59,23 +59,28 @@ class LabelledPair(LabelledSample, Protocol):
     def tie(self) -> bool: ...
 
 
-def read_media(path: Path, frames: int | None = None) -> Tensor:
+def read_media(path: Path, frames: int | None = None, shape: Size | None = None) -> Tensor:
     """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1]. Raises ValueError, with the fix, for a file that cannot be read.
 
     `frames`, where a model takes so many: frames of an animation that last longer than others are repeated, until there are so many, and an image that
-    might be an animation of equal frames is repeated that often. Without it every frame is there once, as it is stored.
+    might be an animation of equal frames is repeated that often. Without it every frame is there once, as it is stored. `shape`: frames are reduced or
+    enlarged to that height and width before they are repeated, so that a large image costs its memory once.
     """
     suffix = path.suffix.lower()
     if suffix in IMAGES:
         stored, durations = _images(path)
         again = repeats(durations, frames) if frames is not None and suffix in ANIMATED else [1] * len(durations)
         rows = torch.arange(len(stored)).repeat_interleave(torch.tensor(again))
-        found = stored[rows if frames is None else rows[: max(frames, len(stored))]]
+        rows = rows if frames is None else rows[: max(frames, len(stored))]
     elif suffix in VIDEOS:
-        found = _video(path)
+        stored = _video(path)
+        # of a video no more than what is taken becomes float
+        rows = torch.arange(len(stored) if shape is None or frames is None else min(len(stored), frames))
+        stored = stored[: len(rows)]
     else:
         raise ValueError(f"media: {path.name!r} ends in {path.suffix!r}; allowed: {', '.join((*IMAGES, *VIDEOS))}")
-    return found.permute(3, 0, 1, 2).float() / 255
+    media = stored.permute(3, 0, 1, 2).float() / 255
+    return (media if shape is None else _shaped(media, shape, str(path)))[:, rows]
 
 
 def repeats(durations: Sequence[float], frames: int) -> list[int]:
@@ -127,12 +132,17 @@ def _video(path: Path) -> Tensor:
 
 def fitted(media: Tensor, size: Size, name: str) -> Tensor:
     """Media [3, F, H, W] as the model takes them: its first frames, reduced or enlarged to its size. ValueError, naming `name`, if they do not fit."""
-    frames, height, width = media.shape[1:]
+    frames = media.shape[1]
     if frames < size.frames:
         raise ValueError(f"media: {name} has {frames} frames and the model takes {size.frames}; give longer videos, or train at --size HEIGHT WIDTH {frames}")
+    return _shaped(media[:, : size.frames], size, name)
+
+
+def _shaped(first: Tensor, size: Size, name: str) -> Tensor:
+    """Media [3, F, H, W] at the model's height and width. ValueError, naming `name`, for those of another aspect."""
+    height, width = first.shape[2:]
     if abs(height / width * size.width / size.height - 1) > ASPECT:
         raise ValueError(f"media: {name} is {height} x {width}, not of the shape of {size.height} x {size.width}; crop it, or train at another --size")
-    first = media[:, : size.frames]
     if (height, width) == (size.height, size.width):
         return first
     smaller = height >= size.height
@@ -168,7 +178,7 @@ def _latents(paths: Sequence[Path], family: EncodesMedia) -> Tensor:
     """Files as latents [N, C, (F,) H, W] on the CPU; ValueError if one does not fit, or all are images and the model makes videos."""
     device, moves, latents = family.device, False, []
     for path in paths:
-        media = fitted(read_media(path, family.size.frames), family.size, str(path)).to(device)
+        media = fitted(read_media(path, family.size.frames, family.size), family.size, str(path)).to(device)
         moves = moves or bool((media != media[:, :1]).any())
         latents.append(family.encode_media(media[None] if family.size.frames > 1 else media[None, :, 0])[0].cpu())
     if family.size.frames > 1 and not moves:

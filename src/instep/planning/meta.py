@@ -27,7 +27,7 @@ from instep.models.borrow import tensors_of
 from instep.models.family import Family
 from instep.models.role import Role
 from instep.planning.tally import Tally
-from instep.rewards.decoded import DECODE_BATCH
+from instep.rewards.decoded import DECODE_BATCH, in_range
 from instep.training.batches import BatchSource
 from instep.training.low_bit import MOMENTS, plain
 from instep.training.scalars import Scalars
@@ -213,8 +213,8 @@ def reward_of(family: Family, tally: Tally, *, graph: bool = False) -> Callable[
 
     def score(x: Tensor) -> Tensor:
         with tally.span("decoder"):
-            media = family.decode(x)
-            media = media if graph else media.clamp(0, 1)
+            # a reward is given a copy in float32
+            media = in_range(family.decode(x)).to(torch.float32, copy=True)
         tally.count_rows(REWARD, len(x))
         return media.square().flatten(1).mean(1)
 

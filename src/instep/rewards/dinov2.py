@@ -14,6 +14,7 @@ from torch import Tensor
 
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.quiet import quiet
+from instep.diffusion.transfer import to_device
 from instep.rewards.base import RewardError
 from instep.rewards.located import Needed, locate
 from instep.rewards.prepare import Preparation, as_videos, frames_of
@@ -46,8 +47,9 @@ class ClassifierReward:
         videos = as_videos(media)
         self.network.to(media.device)
         logits = self.network(pixel_values=self.prepare(frames_of(videos))).logits
-        log_prob = F.log_softmax(logits, 1).unflatten(0, (len(videos), -1))
-        return log_prob[torch.arange(len(videos)), :, torch.tensor([self._class(prompt) for prompt in prompts])].mean(1)
+        log_prob = F.log_softmax(logits, 1).unflatten(0, (len(videos), -1)).mean(1)
+        wanted = to_device(torch.tensor([[self._class(prompt)] for prompt in prompts]), media.device)
+        return log_prob.gather(1, wanted)[:, 0]
 
     def _class(self, prompt: str) -> int:
         found = self.classes.get(prompt.strip().lower())

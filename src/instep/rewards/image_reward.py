@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.quiet import quiet
+from instep.diffusion.transfer import to_device
 from instep.rewards.image_text import check_prompts
 from instep.rewards.located import Needed, locate
 from instep.rewards.prepare import Preparation, as_videos, frames_of
@@ -74,8 +75,8 @@ class ImageReward:
         check_prompts("imagereward", prompts)
         videos = as_videos(media)
         frames = videos.shape[2]
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").to(media.device)
-        ids, mask = (x.repeat_interleave(frames, 0) for x in (tokens.input_ids, tokens.attention_mask))
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+        ids, mask = (to_device(x.repeat_interleave(frames, 0), media.device) for x in (tokens.input_ids, tokens.attention_mask))
         return self.network.to(media.device)(self.prepare(frames_of(videos)), ids, mask).unflatten(0, (-1, frames)).mean(1)
 
 

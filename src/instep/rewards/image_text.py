@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.quiet import quiet
+from instep.diffusion.transfer import to_device
 from instep.rewards.base import RewardError
 from instep.rewards.prepare import Preparation, as_videos
 
@@ -58,7 +59,7 @@ class ImageText:
         self.network.to(device)
         # SigLIP was trained with padding to its full length; CLIP does not mind
         tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.tokens, return_tensors="pt")
-        return _embedding(self.network.get_text_features(**tokens.to(device)))
+        return _embedding(self.network.get_text_features(**{name: to_device(value, device) for name, value in tokens.items()}))
 
 
 @dataclass(frozen=True)

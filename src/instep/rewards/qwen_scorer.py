@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.quiet import quiet
+from instep.diffusion.transfer import to_device
 from instep.rewards.located import Needed, locate
 from instep.rewards.prepare import CLIP_MEAN, CLIP_STD, normalised
 
@@ -43,13 +44,12 @@ class QwenScorer(nn.Module):
             layers = [nn.Linear(width, hidden[0]), nn.ReLU(), nn.Dropout(0.05), nn.Linear(hidden[0], hidden[1]), nn.ReLU(), nn.Linear(hidden[1], outputs)]
             self.rm_head = nn.Sequential(*layers)
 
-    def forward(self, ids: Tensor, mask: Tensor, patches: Tensor, grid: Tensor, kind: Kind, special: Tensor) -> Tensor:
-        """Scores [B, S, outputs] at the S special tokens of each row of ids [B, T]; patches of all samples one after another."""
+    def forward(self, ids: Tensor, mask: Tensor, patches: Tensor, grid: Tensor, kind: Kind, places: Tensor) -> Tensor:
+        """Scores [B, S, outputs] at `places` [B, S] of ids [B, T]; patches of all samples one after another."""
         given = {"pixel_values": patches, "image_grid_thw": grid} if kind == "image" else {"pixel_values_videos": patches, "video_grid_thw": grid}
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         hidden = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **given).last_hidden_state
-        at = torch.isin(ids, special)
-        return self.rm_head(hidden[at].float()).unflatten(0, (len(ids), -1))
+        return self.rm_head(hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2])).float())
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,12 @@ class QwenReader:
         tokens = self.tokenizer([self._asked(prompt, kind, math.prod(grid) // merge**2) for prompt in prompts], padding=True, return_tensors="pt")
         device = videos.device
         rows = torch.tensor([grid] * len(videos), device=device)
-        special = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(self.special)), device=device)
-        dtype = self.network.model.dtype
+        special = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(self.special)))
+        # each special token is there once in a row, so that they come in the order of rows
+        places = torch.isin(tokens.input_ids, special).nonzero()[:, 1].reshape(len(prompts), len(special))
+        ids, mask, places = (to_device(x, device) for x in (tokens.input_ids, tokens.attention_mask, places))
         self.network.to(device)
-        return self.network(tokens.input_ids.to(device), tokens.attention_mask.to(device), patches.flatten(0, 1).to(dtype), rows, kind, special)
+        return self.network(ids, mask, patches.flatten(0, 1).to(self.network.model.dtype), rows, kind, places)
 
     def _asked(self, prompt: str, kind: Kind, tokens: int) -> str:
         """The message of the chat, with one place for each token of the image or video."""
