@@ -5,22 +5,18 @@ They may use the training reward and the *monitor* classifier; a held-out classi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import median
 from typing import Literal
 
-from instep.diffusion.levels import AnnealedBeta
 from instep.methods.matching import DistributionMatching
 from instep.methods.operators import RewardTilted
-from instep.methods.recipe import Stage
-from instep.methods.term import Force
-from instep.training.history import History, Row, mean, number
+from instep.training.hacking import hacking
+from instep.training.history import PERSIST, WINDOW, History, Row, mean, number
 
 Level = Literal["ok", "warn", "alarm"]
 Findings = Iterator[tuple[Level, str, str]]
 
-PERSIST = 2  # consecutive probes that must agree: one noisy probe of a few dozen samples is weak evidence
-WINDOW = 20  # iterations of a rolling mean: one batch's cosine, loss or share of constant groups is noise
 OPPOSED = -0.5  # cosine of two forces below which most of each is spent on undoing the other
 SILENT = 0.01  # share of the strongest force below which another one does nothing
 BRIGHTNESS_OFF = 0.25  # relative deviation of mean brightness from the teacher's that is visible as over- or under-saturation
@@ -39,22 +35,6 @@ MEDIAN_OF = 50  # rows of that running median
 # relative change of every probe metric below which nothing was learned. Prompts and noise of a probe are fixed, so an untouched student repeats
 # them: 1e-6 at a learning rate of 1e-9; of 53 runs on the bundled model the metric that had moved most had moved by 0.04 and more
 STUCK = 0.01
-RISE = 0.3  # rise of the training reward in deviations within a group: twice the standard error of a probe of 48 samples
-FALL = 0.1  # fall of the monitor's share of right samples: more than twice the standard error of 48 samples at 0.9
-# kinds of sample a prompt that leaves them open is given, relative to the stage's beginning. On the bundled model (10 prompts, 8 samples each) 5.0 are
-# seen; four draws of one student had 4.9 to 5.1, chance alone allows a deviation of 0.3, and 40 healthy iterations (7 runs) changed it by -0.1 to +0.5
-FEWER = 0.85
-# diversity relative to the stage's beginning and to the teacher, both. Noise is fixed: 40 iterations with a reward beside matching leave 0.956 and 1.02
-# or more (14 runs on the bundled model, 4 steps), 0.94 and 1.0 at 2 steps (3 runs, weight 0.1); a student may lose what it has more than the teacher.
-# Reinforcement alone, after 30 to 40 iterations: 0.86 and 0.94 (4 steps), 0.78 to 0.90 and 0.83 to 0.96 (2 steps, 3 runs; the margin was set with these)
-ALIKE, LEANER = 0.92, 1.0
-# matching force over that of the stage's first ten iterations: 41 runs on the bundled model stay below 1.08
-FARTHER = 1.25
-
-
-def _stage(seen: History) -> Stage | None:
-    """The recipe's stage that the newest row belongs to."""
-    return next((s for s in seen.recipe.stages if s.name == seen.rows[-1].get("stage")), None) if seen.recipe else None
 
 
 def _forces(seen: History) -> Findings:
@@ -102,7 +82,7 @@ def _reward(seen: History) -> Findings:
     recent = seen.stage[-WINDOW:]
     constant = mean(recent, "reward/constant_groups")
     if constant is not None and len(recent) == WINDOW and constant > CONSTANT:
-        stage = _stage(seen)
+        stage = seen.recipe_stage
         groups = stage.accumulate * stage.batch // stage.group * WINDOW if stage else None
         share = f"{constant:.0%} of the groups" if groups is None else f"{round(constant * groups)} of {groups} groups"
         text = f"reward: {share} had equal rewards in the last {WINDOW} iterations and gave no advantage: the reward does not tell samples apart"
@@ -111,7 +91,7 @@ def _reward(seen: History) -> Findings:
 
 def _tilt(seen: History) -> Findings:
     """The printed form of reward-tilted matching weighs all samples nearly alike where the rewards' spread is small beside their size."""
-    stage, recent = _stage(seen), seen.stage[-WINDOW:]
+    stage, recent = seen.recipe_stage, seen.stage[-WINDOW:]
     if stage is None or len(recent) < WINDOW or not any(isinstance(f, DistributionMatching) and _literal(f) for f in stage.forces):
         return
     spread, size = mean(recent, "reward/spread"), mean(recent, "reward/train")
@@ -218,90 +198,9 @@ def _images(seen: History) -> Findings:
             yield "alarm", flag, f"{words}: {key} is {times(key):.0%} of the teacher's; lower the weight of the reward, or stop earlier"
 
 
-def _rewarded(seen: History) -> bool:
-    """Whether a reward trains in this stage: only then can it be hacked."""
-    stage = _stage(seen)
-    if stage is not None:
-        return any(term.needs & {"reward", "gradient", "latent_reward"} for term in stage.terms) or "reward" in stage.needs
-    return any("reward/train" in row or "force/reward/norm" in row for row in seen.stage)
-
-
-def _rise(seen: History) -> Callable[[Row], float | None]:
-    """Rise of the training reward since the stage began, in within-group standard deviations, since each reward has its own zero and unit.
-
-    The deviation is that of the stage's own groups; if the stage scores none (it uses the reward's gradient), it is that of the probe's copies at the
-    beginning of the stage.
-    """
-    spread = mean(seen.stage, "reward/spread") or number(seen.since[0], "probe/train_spread")
-    before = number(seen.since[0], "probe/train_score")
-
-    def rise(row: Row) -> float | None:
-        now = number(row, "probe/train_score")
-        return None if now is None or before is None or not spread else (now - before) / spread
-
-    return rise
-
-
-def _since(seen: History, key: str) -> tuple[float | None, list[float]]:
-    """A probe metric at the beginning of the stage, and in the last probes; the latter list is empty if one of them lacks it."""
-    values = [number(row, f"probe/{key}") for row in seen.since[-PERSIST:]]
-    known = [value for value in values if value is not None]
-    return number(seen.since[0], f"probe/{key}"), known if len(known) == PERSIST else []
-
-
-def _fewer_right(seen: History) -> str | None:
-    first, last = _since(seen, "monitor_both")
-    if first is None or not last or max(last) >= first - FALL:
-        return None
-    return f"the monitor's share of right samples fell from {first:.2f} to {last[-1]:.2f}"
-
-
-def _fewer_modes(seen: History) -> str | None:
-    first, last = _since(seen, "modes")
-    if not first or not last or max(last) >= FEWER * first:
-        return None
-    return f"prompts that leave a choice open are given fewer kinds of sample ({first:.1f} before, {last[-1]:.1f} now)"
-
-
-def _alike(seen: History) -> str | None:
-    """Compares with the teacher as well: a student that had more variety than its teacher, as after distillation, may lose the surplus."""
-    first, last = _since(seen, "diversity")
-    teacher = number(seen.since[-1], "probe/diversity_teacher")
-    if not first or not last or max(last) >= ALIKE * first or (teacher is not None and max(last) >= LEANER * teacher):
-        return None
-    beside = f", {last[-1] / teacher:.0%} of the teacher's" if teacher else ""
-    return f"samples of one prompt become alike (diversity fell to {last[-1] / first:.0%}{beside})"
-
-
-def _farther(seen: History) -> str | None:
-    """By the force, not by the fake's loss, which doubles in any student that sharpens while it is distilled."""
-    keys = {f"force/{force.name}/norm" for force in stage.forces if _steady(force)} if (stage := _stage(seen)) else {"force/dm/norm"}
-    for key in sorted(keys) if len(seen.stage) >= 3 * WINDOW // 2 else ():
-        early, late = mean(seen.stage[: WINDOW // 2], key), mean(seen.stage[-WINDOW:], key)
-        if early and late and late > FARTHER * early:
-            return f"the matching force is {late / early:.1f} times what it was: the student moves away from the teacher"
-    return None
-
-
-def _steady(force: Force) -> bool:
-    """The matching forces whose norm measures the distance from the teacher: neither tilted by the reward nor annealed over the stage."""
-    if not isinstance(force, DistributionMatching):
-        return False
-    return not force.operator.needs_advantage and force.adapter is None and not isinstance(force.levels, AnnealedBeta)
-
-
 def _hacking(seen: History) -> Findings:
-    """The training reward rose since the stage began while the monitor, the diversity or the matching force got worse; only where a reward trains."""
-    if len(seen.since) <= PERSIST or not _rewarded(seen):
-        return
-    rise = _rise(seen)
-    if not all((rise(row) or 0.0) > RISE for row in seen.since[-PERSIST:]):
-        return
-    signs = [text for sign in (_fewer_right, _fewer_modes, _alike, _farther) if (text := sign(seen))]
-    if signs:
-        text = f"since stage {seen.stage[-1].get('stage')} began the training reward rose by {rise(seen.since[-1]):.1f} within-group deviations while"
-        fix = "the reward is being hacked; lower its weight, add matching or raise its weight, or stop earlier"
-        yield "alarm", "hacking", f"{text} {', and '.join(signs)}: {fix}"
+    if signs := hacking(seen):
+        yield "alarm", "hacking", f"{signs}: the reward is being hacked; lower its weight, add matching or raise its weight, or stop earlier"
 
 
 CHECKS = (_forces, _finite, _exploded, _critic, _reward, _tilt, _stuck, _images, _held, _hacking)

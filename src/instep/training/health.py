@@ -10,8 +10,8 @@ from typing import Any
 
 from instep.core.files import append_text
 from instep.methods.recipe import Recipe
-from instep.training.findings import CHECKS, WINDOW, Level
-from instep.training.history import History, Row
+from instep.training.findings import CHECKS, Level
+from instep.training.history import WINDOW, History, Row
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from instep.methods.recipe import Recipe
+from instep.methods.recipe import Recipe, Stage
+
+PERSIST = 2  # consecutive probes that must agree: one noisy probe of a few dozen samples is weak evidence
+WINDOW = 20  # iterations of a rolling mean: one batch's cosine, loss or share of constant groups is noise
 
 Row = Mapping[str, Any]
 
@@ -33,6 +36,11 @@ class History:
         seen = [row for row in probes(rows) if row.get("stage") not in idle]
         before = [row for row in seen if row["step"] < stage[0]["step"]]
         return cls(rows, stage, seen, before[-1:] + [row for row in seen if row["step"] >= stage[0]["step"]], recipe)
+
+    @property
+    def recipe_stage(self) -> Stage | None:
+        """The recipe's stage that the newest row belongs to."""
+        return next((s for s in self.recipe.stages if s.name == self.rows[-1].get("stage")), None) if self.recipe else None
 
 
 def number(row: Row, key: str) -> float | None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from instep.core.files import write_json
 from instep.core.json_lines import read_rows
 from instep.training import checkpoint
-from instep.training.findings import FLAGS, PERSIST
+from instep.training.findings import FLAGS
 from instep.training.health import Finding, flags
-from instep.training.history import number, probes
+from instep.training.history import PERSIST, number, probes
 
 NAME = "stopped.json"
 
