@@ -65,8 +65,8 @@ def lines() -> list[str]:
     text = ["## Readings of DM-Align", "", "`python benchmarks/align.py lab` and `world`. What each reading is: [errata.md](errata.md).", ""]
     if lab:
         text += [
-            "In the exact laboratory (ring8, half of the modes rewarded, 1,500 iterations, three members). Quality is the share of samples on a mode, the rewarded "
-            "share is of those, and a mode counts if it holds a quarter of its due mass or more; 4 modes of 8 are rewarded:",
+            "In the exact laboratory (ring8, half of the modes rewarded, 1,500 iterations, three members). Quality is the share of samples on a mode, the "
+            "rewarded share is of those, and a mode counts if it holds a quarter of its due mass or more; 4 modes of 8 are rewarded:",
             "",
             *lab,
             "",
