@@ -39,5 +39,8 @@ def lines() -> list[str]:
     lab = lab_table()
     if not lab:
         return []
-    about = "In the exact laboratory (ring8, half of the modes rewarded, 1,500 iterations, three members):"
+    about = (
+        "In the exact laboratory (ring8, half of the modes rewarded, 1,500 iterations, three members). Quality is the share of samples on a mode, the "
+        "rewarded share is of those, and a mode counts if it holds a quarter of its due mass or more; 4 modes of 8 are rewarded:"
+    )
     return ["## Readings of DM-Align", "", "`python benchmarks/align.py`. What each reading is: [errata.md](errata.md).", "", about, "", *lab, ""]
