@@ -83,11 +83,11 @@ def settings_of(model: str | Path) -> ModelSettings | None:
     from instep.models.outline import PUBLISHED, settings_of_size
 
     folder = Path(model)
-    if model in WORLDS or base_model(folder) in WORLDS:
-        from instep.bundled.world import MINIATURE
+    world = model if model in WORLDS else base_model(folder)
+    if world in WORLDS:
         from instep.models.preset import ModelSettings
 
-        return ModelSettings(MINIATURE, None)
+        return ModelSettings(find(str(world)).preset, None)
     if model in PUBLISHED:
         return settings_of_size(str(model))
     return settings_in(folder) if is_model_folder(folder) else None
