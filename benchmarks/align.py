@@ -29,6 +29,7 @@ LETTER = "reach=last,toward=mean,normaliser=own,sign=signed,spread=group,top_n=2
 READINGS = {
     "control": ("dmd2", "control: distillation alone"),
     "amd": ("amd", "AMD, for comparison"),
+    "amd-exit": ("amd:reward_on=exit", "AMD, with the reward of the exit"),
     "default": (GROUP, "Group, default: exit, nearest of the best half, pull, distance to the target"),
     "letter": (f"{GROUP}:{LETTER}", "Group, the paper's letter, after a first stage"),
     "signed": (f"{GROUP}:sign=signed", "Group, signed"),

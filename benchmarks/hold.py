@@ -1,6 +1,7 @@
 """A held figure against fixed weights, in the exact laboratory: does the controller reach the reward of the best fixed weight that stays in the band?
 
-    python benchmarks/hold.py          # minutes of CPU time; skips what is stored
+    python benchmarks/hold.py                 # all seeds; skips what is stored
+    python benchmarks/hold.py --seeds 1 2 3   # those that the controller was not tuned on
     make results
 
 A student of two steps is distilled. Then matching and a reward branch train together: with each of several fixed weights (shares of matching's gradient), and
@@ -26,7 +27,8 @@ from instep.lab.run import common, ensemble_state, train
 from instep.lab.world import World, flow_start
 from instep.methods.recipe import Recipe
 from instep.recipes.dmd import dmd2
-from instep.recipes.dmdr import Branch, dmdr
+from instep.recipes.dmdr import dmdr
+from instep.recipes.reinforcement import Branch
 from instep.training.build import averaged
 from instep.training.hold import HOLD_EVERY, Bound, Controller, Held
 from instep.training.state import TrainState
@@ -35,7 +37,9 @@ from instep.training.step import iteration
 RESULTS = Path(__file__).parent / "results" / "hold"
 BRANCHES: tuple[Branch, ...] = ("refl", "grpo")
 # fixed shares of matching's gradient; the controller's is SHARE times its multiplier
-WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
+WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0)
+# the controller was tuned on the first; the others are fresh
+SEEDS = (0, 1, 2, 3)
 SHARE = 0.5
 HOLD = Bound("diversity", 0.9)
 STEPS, DISTIL, ITERATIONS = 2, 600, 400
@@ -65,10 +69,10 @@ def _spread(x: Tensor) -> float:
     return float(torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)))
 
 
-def run(rl: Branch, weight: float, start: VelocityMLP, hold: Bound | None) -> dict[str, Any]:
+def run(rl: Branch, weight: float, start: VelocityMLP, hold: Bound | None, seed: int) -> dict[str, Any]:
     """One run from the distilled student; a row a probe."""
     recipe = recipe_of(rl, weight)
-    state, stage = ensemble_state(recipe, WORLD, start, 0), recipe.stages[0]
+    state, stage = ensemble_state(recipe, WORLD, start, seed), recipe.stages[0]
     controller = Controller((hold,)) if hold else None
     first = probe(state, recipe)
     if controller:
@@ -81,33 +85,35 @@ def run(rl: Branch, weight: float, start: VelocityMLP, hold: Bound | None) -> di
             if controller:
                 state.hold, _ = controller.probed(state.hold, stage, now)
             rows.append({"step": step, "reward": now["reward"], "diversity": now["diversity"] / first["diversity"], "multiplier": state.multiplier})
-    return {"branch": rl, "weight": weight, "held": hold is not None, "rows": rows}
+    return {"branch": rl, "weight": weight, "held": hold is not None, "seed": seed, "rows": rows}
 
 
-def distilled() -> VelocityMLP:
-    """The student of two steps that every run begins as."""
+def distilled(seed: int) -> VelocityMLP:
+    """The student of two steps that every run of a seed begins as."""
     recipe = dmd2(common(STEPS), iterations=DISTIL)
-    state = ensemble_state(recipe, WORLD, flow_start(WORLD, 0), 0)
+    state = ensemble_state(recipe, WORLD, flow_start(WORLD, seed), seed)
     return train("dmd2", recipe, WORLD, state).state.roles["student"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--branches", nargs="+", default=list(BRANCHES), choices=list(BRANCHES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    start = None
-    for rl in args.branches:
-        for name, weight, hold in (("held", SHARE, HOLD), *((f"{w:g}", w, None) for w in WEIGHTS)):
-            file = RESULTS / f"{rl}-{name}.json"
-            if not file.is_file():
-                start = start or distilled()
-                found = run(rl, weight, start, hold)
-                write_json(file, {"bound": HOLD.fraction, **found})
-                last = found["rows"][-1]
-                low = min(row["diversity"] for row in found["rows"])
-                print(f"{rl} {name}: reward {last['reward']:.3f}, diversity {last['diversity']:.3f} (least {low:.3f})", flush=True)
+    for seed in args.seeds:
+        start = None
+        for rl in args.branches:
+            for name, weight, hold in (("held", SHARE, HOLD), *((f"{w:g}", w, None) for w in WEIGHTS)):
+                file = RESULTS / f"{rl}-{name}-{seed}.json"
+                if not file.is_file():
+                    start = start or distilled(seed)
+                    found = run(rl, weight, start, hold, seed)
+                    write_json(file, {"bound": HOLD.fraction, **found})
+                    last = found["rows"][-1]
+                    low = min(row["diversity"] for row in found["rows"])
+                    print(f"{file.stem}: reward {last['reward']:.3f}, diversity {last['diversity']:.3f} (least {low:.3f})", flush=True)
 
 
 if __name__ == "__main__":

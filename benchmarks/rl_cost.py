@@ -31,8 +31,8 @@ RECIPES = {
     "policy gradient alone, student of 2 steps": rl_after(Common(steps=2), distil=0, rl="grpo"),
     "policy gradient alone, student of 4 steps": rl_after(Common(steps=4), distil=0, rl="grpo"),
     "joint with matching, student of 4 steps": dmdr(Common(steps=4), warm=0, rl="grpo", weight_unit="raw"),
-    "many-step model, 10 guided steps": flow_grpo(ManySteps(steps=10)),
-    "many-step model, 25 guided steps": flow_grpo(ManySteps(steps=25)),
+    "many-step model, 10 guided steps": flow_grpo(ManySteps(steps=10), kl=0.0),
+    "many-step model, 25 guided steps": flow_grpo(ManySteps(steps=25), kl=0.0),
 }
 
 

@@ -102,7 +102,7 @@ class Ours:
             )
         )
         self.state, self.stage = make_state(recipe, family, case.seed, None), recipe.stages[0]
-        cond, null = (WanCondition(text=text, bias=torch.zeros(text.shape[:2])) for text in texts(case))
+        cond, null = (WanCondition(text=text) for text in texts(case))
         self.batch = Batch(as_prompts(["a"] * case.batch), cond, null)
         self.modules = {name: self.state.roles[name].backbone.module for name in ROLES}
         self.optimizers = {name: trained.optimizer for name, trained in self.state.trained.items()}

@@ -45,7 +45,7 @@ class Match(Force):
     @torch.no_grad()
     def __call__(self, view: View) -> Tensor:
         x, cond = view.samples.point("exit").x, view.samples.cond
-        t = 0.02 + 0.96 * torch.rand(len(x), generator=view.rng)
+        t = 0.02 + 0.96 * view.rand(len(x))
         x_t = view.path.renoise(x, view.randn_like(x), t)
         real, fake = view.roles["teacher"](x_t, t, cond).x0, view.roles["fake"](x_t, t, cond).x0
         # the teacher's estimate minus the fake's points along the difference of their scores; a force is descended, so its sign is the other one

@@ -6,6 +6,7 @@ import torch
 from tiny import tiny_wan_pipeline
 from torch import Tensor
 
+from instep.core.ranks import ALONE, Ranks
 from instep.core.size import Size
 from instep.data.prompt import as_prompts
 from instep.data.samples import PairSamples, RealSamples, TeacherSamples
@@ -57,12 +58,12 @@ def small(name: str, *, batch: int = 4, **common: object) -> Recipe:
     return find(name)(shared, **(own if name in STAGES and ("iterations" in own or name == "apo") else {"iterations": 1, **own}))
 
 
-def state_of(recipe: Recipe, placed: Family, execution: Execution = Execution(), reward: FunctionReward = REWARD) -> TrainState:
+def state_of(recipe: Recipe, placed: Family, execution: Execution = Execution(), reward: FunctionReward = REWARD, ranks: Ranks = ALONE) -> TrainState:
     """The state of a run at its beginning."""
-    return make_state(recipe, placed, 0, make_reward_fn(placed, reward), make_reward_grad_fn(placed, reward), execution=execution)
+    return make_state(recipe, placed, 0, make_reward_fn(placed, reward), make_reward_grad_fn(placed, reward), execution=execution, ranks=ranks)
 
 
-def batches_of(placed: Family, seed: int = 0) -> BatchSource:
+def batches_of(placed: Family, seed: int = 0, ranks: Ranks = ALONE) -> BatchSource:
     """Batches with everything that any stage needs; samples are noise."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -70,7 +71,7 @@ def batches_of(placed: Family, seed: int = 0) -> BatchSource:
         return torch.randn(4, *placed.latent_shape, generator=rng)
 
     real, pairs = RealSamples(PROMPTS, latents()), PairSamples(PROMPTS, latents(), latents())
-    return BatchSource(placed, PROMPTS, real, seed, TeacherSamples(PROMPTS, latents(), latents()), pairs)
+    return BatchSource(placed, PROMPTS, real, seed, TeacherSamples(PROMPTS, latents(), latents()), pairs, ranks)
 
 
 def run_stages(recipe: Recipe, state: TrainState, source: BatchSource) -> list[dict[str, float]]:

@@ -157,6 +157,19 @@ def write_images(out: Path, prompts: tuple[str, ...], seed: int) -> None:
             {k: to_uint8(v) for k, v in views.items()} | {"levels": torch.linspace(0.95, 0.2, len(prompts))},
         )
         write_json(out / "views" / f"step-{step:06d}.json", {"step": step, "prompts": list(prompts)})
+    write_align_views(out, prompts[0], real)
+
+
+def write_align_views(out: Path, prompt: str, real: torch.Tensor) -> None:
+    """One group: its samples are more and more blurred, and drawn to the best."""
+    group = torch.cat([blurred(real[:1], width) for width in (1, 3, 5, 7)])
+    preferred, advantages = group[:1].expand_as(group), torch.tensor([1.4, 0.3, -0.6, -1.1])
+    pull = (-advantages).clamp(min=0)[:, None, None, None, None] * (preferred - group)
+    views = {"generator": group, "preferred": preferred, "align_force": 0.5 + pull, "align_target": group + pull}
+    views |= {"force": 0.5 + (real[:1] - group) / 2, "target": (real[:1] + group) / 2}
+    numbers = {"levels": torch.full((4,), 0.6), "advantages": advantages}
+    write_tensors(out / "views" / "align-000100.safetensors", {k: to_uint8(v) for k, v in views.items()} | numbers)
+    write_json(out / "views" / "align-000100.json", {"step": 100, "prompts": [prompt] * 4})
 
 
 def blurred(media: torch.Tensor, width: int) -> torch.Tensor:

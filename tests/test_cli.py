@@ -37,7 +37,7 @@ def elsewhere(tmp_path, monkeypatch):
 def test_help(capsys, args):
     assert main(args) == 0
     out = capsys.readouterr().out
-    for command in ("train", "sample", "eval", "report", "export", "recipes", "plan", "lab", "human-eval", "pairs"):
+    for command in ("train", "sample", "eval", "report", "export", "recipes", "rewards", "plan", "lab", "human-eval", "pairs"):
         assert f"instep {command}" in out
     assert "instep train dm-align-group --out runs/first" in out, "one line to begin with"
 
@@ -50,7 +50,7 @@ def test_recipes_are_listed_with_what_they_do(capsys):
 
 
 def test_unknown_names(capsys):
-    commands = "train, sample, eval, report, export, recipes, plan, lab, human-eval, pairs"
+    commands = "train, sample, eval, report, export, recipes, rewards, plan, lab, human-eval, pairs"
     assert said(capsys, "nonsense") == f"command 'nonsense' is not known; allowed: {commands}"
     allowed = ", ".join(NAMES)
     assert said(capsys, "train nonsense").startswith(f"recipe: 'nonsense' is not known; allowed: {allowed}")

@@ -23,7 +23,7 @@ from instep.export.scheduler_vp import float32_betas
 from instep.lab.mixture import ExactTeacher, Mixture, labels
 from instep.models import load
 from instep.models.backbone import Backbone
-from instep.models.cogvideox import AXES, CogVideoXFamily, noise_path, training_step
+from instep.models.cogvideox import AXES, CogVideoXFamily, noise_path
 from instep.models.role import Role
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
@@ -75,7 +75,7 @@ def test_the_paths_table_is_the_schedulers(options):
     assert torch.equal(path.table()[1:], stock.alphas_cumprod)
     t = torch.arange(1, 1001, dtype=F64) / 1000
     assert torch.equal(path.alpha_bar(t), stock.alphas_cumprod)
-    assert torch.equal(training_step(path, t.float()), torch.arange(1000.0))
+    assert torch.equal(path.training_step(t.float()), torch.arange(1000.0))
     assert path.a(torch.ones(1)).item() == (0.0 if stock.config.rescale_betas_zero_snr else pytest.approx(stock.alphas_cumprod[-1].item() ** 0.5))
     assert path.alpha_bar(torch.zeros(1)).item() == 1
 
@@ -89,8 +89,8 @@ def test_the_5b_models_scheduler_gives_the_same_table():
 
 def test_training_steps_of_the_papers_levels():
     path = noise_path(tiny_cogvideox_pipeline().scheduler)
-    assert training_step(path, torch.tensor(few_step_levels(4))).tolist() == [999, 749, 499, 249]
-    assert training_step(path, torch.tensor([0.0, 0.00005, 0.5005])).tolist() == pytest.approx([0, 0, 499.5])
+    assert path.training_step(torch.tensor(few_step_levels(4))).tolist() == [999, 749, 499, 249]
+    assert path.training_step(torch.tensor([0.0, 0.00005, 0.5005])).tolist() == pytest.approx([0, 0, 499.5])
 
 
 def test_alpha_bar_falls_without_a_jump_to_zero():
@@ -254,7 +254,6 @@ def test_variants_and_sizes_that_do_not_fit_are_named(tmp_path):
         with pytest.raises(ValueError, match="height and width are multiples of 16, frames are 8 k . 1"):
             CogVideoXFamily(pipe, size)
     for key, value, text in (
-        ("patch_size_t", 2, "CogVideoX 1.5"),
         ("in_channels", 8, "image-to-video"),
         ("max_text_seq_length", 64, "max_text_seq_length: 64"),
     ):

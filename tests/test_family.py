@@ -337,7 +337,7 @@ def test_recipes_differ_in_exactly_the_cells_of_the_table():
     stage = refl(base, iterations=5).stages[-1]
     assert stage.terms == (force, RewardGradient(weight=0.5, unit="share")) and stage.critics == (critic,)
     stage = dmdr(base, warm=5, iterations=0, dyna_dg=0.0).stages[0]
-    assert stage.terms == (replace(force, operator=RewardTilted("zscore"), levels=AnnealedBeta()),)
+    assert stage.terms == (replace(force, operator=RewardTilted("zscore"), levels=AnnealedBeta(shift=base.shift)),)
     for find in (dmd, dmd2, decoupled_dmd, magic, amd, refl):
         two = find(base, distil=2, iterations=1)
         assert [s.steps for s in two.stages] == [2, 1] and two.stages[0].terms == (force,) and two.stages[0].name == "distil", "the two-stage protocol"

@@ -146,14 +146,13 @@ def held_run(out):
 
 
 def test_a_held_run_resumes_to_the_same_weights(tmp_path):
-    """The controller and the ratios of shares are in the checkpoint: killed between two probes it ends the same, log and weights."""
+    """The controller and the ratios of shares are in the checkpoint: killed twice, each time between two probes, it ends the same, log and weights."""
     held_run(tmp_path / "whole")
     for step in (3, 5):
-        out = tmp_path / f"stopped-{step}"
         with interrupted_before(step):
-            held_run(out)
-        held_run(out)
-        same(tmp_path / "whole", out)
+            held_run(tmp_path / "stopped")
+    held_run(tmp_path / "stopped")
+    same(tmp_path / "whole", tmp_path / "stopped")
     seen = rows(tmp_path / "whole")
     assert {"hold/multiplier", "hold/diversity", "hold/diversity/bound", "hold/matching"} <= seen[4].keys()
     assert "hold/multiplier" not in seen[0] and seen[2]["hold/multiplier"] == pytest.approx(START), "the stage before has no reward"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.training import checkpoint, low_bit
 from instep.training.execution import Execution
+from instep.training.manifest import write_manifest
 from instep.training.options import RunOptions
 from instep.training.run import train
 from instep.training.state import TrainedParams
@@ -30,6 +34,22 @@ def eager():
     """torchao's step compiled would take seconds a shape."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@pytest.mark.parametrize("recorded", ["8bit", "float32", None])
+def test_a_run_goes_on_with_its_own_moments(tmp_path, recorded):
+    """A folder from before moments were recorded is taken; its checkpoint is compared."""
+    recipe, model, options = dmd2(Common(steps=2, batch=2), iterations=1), family(), RunOptions(execution=Execution("cpu"))
+    again = partial(write_manifest, tmp_path / "run", recipe, model, options, PROMPTS, None, "train")
+    again()
+    file = tmp_path / "run" / "recipe.json"
+    record = json.loads(file.read_text())
+    assert record.pop("moments") == "float32"
+    file.write_text(json.dumps(record | ({"moments": recorded} if recorded else {})))
+    (tmp_path / "run" / "log.jsonl").touch()
+    other = "holds another run .its moments: 8bit there, float32 now.; to go on with it give moments 8bit .--moments 8bit., or choose another folder"
+    with pytest.raises(ValueError, match=other) if recorded == "8bit" else nullcontext():
+        again()
 
 
 def params(seed: int = 0) -> TrainedParams:

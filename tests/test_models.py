@@ -42,10 +42,10 @@ def test_what_is_wrong_is_named(folder, tmp_path):
         for part in ("transformer", "text_encoder", "tokenizer", "scheduler"):
             (broken / part).symlink_to(folder / part)
         load(str(broken), SIZE)
-    with pytest.raises(ValueError, match="a FluxPipeline, which no family knows yet"):
+    with pytest.raises(ValueError, match="a LTXPipeline, which no family knows yet"):
         other = tmp_path / "other"
         other.mkdir()
-        (other / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+        (other / "model_index.json").write_text(json.dumps({"_class_name": "LTXPipeline"}))
         load(str(other), SIZE)
     with pytest.raises(ValueError, match="size: 50 x 48"):
         load(str(folder), Size(50, 48, 9))

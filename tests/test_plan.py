@@ -39,6 +39,7 @@ from instep.training.build import make_state
 from instep.training.execution import Execution
 from instep.training.state import TrainState
 from instep.training.step import iteration
+from instep.training.term_gradients import measured_share
 
 torch.set_num_threads(1)
 FORMULAS = {
@@ -81,19 +82,22 @@ def real_state(recipe: Recipe, placed: Family, execution: Execution) -> TrainSta
     return make_state(recipe, placed, 0, make_reward_fn(placed, BRIGHTNESS), make_reward_grad_fn(placed, BRIGHTNESS), execution=execution)
 
 
-def measured(recipe: Recipe, pipe: Any, size: Size, execution: Execution, stage: Stage) -> tuple[float, float]:
-    """FLOPs of a real iteration by torch's own counter, and the most bytes of tensors that are alive in one; AdamW has its moments."""
+def measured(recipe: Recipe, pipe: Any, size: Size, execution: Execution, stage: Stage, terms: bool = False) -> tuple[float, float]:
+    """FLOPs of a real iteration by torch's own counter, and the most bytes of tensors that are alive in one; AdamW has its moments.
+
+    With `terms` it measures the gradient of each term.
+    """
     placed = execution.place(family_of(pipe, size))
     state, batches = real_state(recipe, placed, execution), meta.batches_of(placed, stage)
     with even_exits():
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-            iteration(state, stage, batches, 0.0)
+            iteration(state, stage, batches, 0.0, measure=terms)
         tally = Tally()
         meta.register(tally, state, placed)
         for tensor in (tensor for batch in batches for tensor in meta.tensors_in(batch)):
             tally.assign(tensor, "samples and conditions")
         with tally:
-            iteration(state, stage, batches, 0.0)
+            iteration(state, stage, batches, 0.0, measure=terms)
     assert sum(tally.flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-9)
     return counter.get_total_flops(), max(total for total, _ in tally.moments.values())
 
@@ -144,6 +148,25 @@ def test_the_plan_is_what_a_real_iteration_computes_and_keeps(name):
     print(f"{name}: FLOPs {found.total_flops / flops - 1:+.2%}, bytes {ours / most - 1:+.2%} of {most / 1e6:.1f} MB")
     assert found.total_flops == pytest.approx(flops, rel=1e-3)
     assert ours == pytest.approx(most, rel=0.05)
+
+
+def test_gradients_of_single_terms_are_planned_as_often_as_they_are_measured():
+    """With --terms-every 4, in 2 of the 9 iterations; memory is that of an iteration that measures."""
+    recipe, execution = dmd2(Common(steps=1, batch=1, critic_updates=1, accumulate=2), gan=0.01, iterations=9), Execution(device="cpu", checkpointing="on")
+    stage = recipe.stages[-1]
+    (without, _), (with_terms, most) = (measured(recipe, tiny_wan_pipeline(layers=1), SIZE, execution, stage, terms) for terms in (False, True))
+    found = Model(recipe, on_meta(tiny_wan_pipeline(layers=1), SIZE, execution), replace(execution, device="meta"), terms_every=4).trace(stage)
+    assert with_terms > 1.1 * without and found.total_flops == pytest.approx(without + 2 / 9 * (with_terms - without), rel=1e-3)
+    assert sum(found.memory().values()) == pytest.approx(most, rel=0.05)
+
+
+def test_how_often_the_gradients_of_single_terms_are_measured():
+    recipe = small("dmdr", batch=4)
+    warm, joint = (replace(stage, steps=20) for stage in recipe.stages)
+    recipe = replace(recipe, stages=(warm, joint))
+    assert measured_share(recipe, warm, 0) == 0 and measured_share(recipe, warm, 8) == 2 / 20
+    # shares: in 0, 1, 2, 4 and every fifth iteration; every eighth of the run, from 7 on, is 23, 31 and 39: 3, 11 and 19 of this stage
+    assert measured_share(recipe, joint, 0) == 7 / 20 and measured_share(recipe, joint, 8) == 10 / 20
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -250,8 +273,8 @@ def test_models_that_cannot_be_planned_get_one_line(tmp_path, capsys):
 
     assert "'15B' is not known (15B/model_index.json is missing); planned are a bundled model" in answer("15B")
     index = tmp_path / "model_index.json"
-    index.write_text(json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}))
-    assert "it is a FluxPipeline, which no family knows yet" in answer(tmp_path)
+    index.write_text(json.dumps({"_class_name": "LTXPipeline", "transformer": ["diffusers", "LTXVideoTransformer3DModel"]}))
+    assert "it is a LTXPipeline, which no family knows yet" in answer(tmp_path)
     index.write_text(json.dumps({"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}))
     assert "config.json is missing" in answer(tmp_path)
     (tmp_path / "transformer").mkdir()
@@ -338,9 +361,13 @@ def test_the_command_plans_every_bundled_model(model, capsys):
 
 
 def test_every_recipe_is_planned_for_the_bundled_model(capsys, monkeypatch):
+    from instep.cli import plan as command
+
     monkeypatch.setattr("instep.planning.plan.asides", lambda *_: ())
+    bundled = command.model_of(command.PlanArgs())
+    monkeypatch.setattr(command, "model_of", lambda args: bundled)
     for name in RECIPES:
-        assert main(["plan", name, "--on", "H100", *([] if name == "apo" else ["--steps", "2"])]) == 0, name
+        assert main(["plan", name, "--on", "H100", "--terms-every", "0", *([] if name == "apo" else ["--steps", "2"])]) == 0, name
         assert "fits in 80 GB: yes" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ from test_family import AnyLevel, direction
 from test_forces import F64, Linear, view
 from test_skeletons import batch_of, mlp_state, prompts
 
-from instep.diffusion.levels import AnnealedBeta
+from instep.diffusion.levels import AnnealedBeta, Uniform
 from instep.diffusion.path import RectifiedFlow, VariancePreserving
 from instep.diffusion.prediction import Prediction
 from instep.diffusion.rollout import Trajectory
@@ -20,7 +20,7 @@ from instep.lab.mixture import LabelCondition
 from instep.lab.run import common, ensemble_state, train, train_particles
 from instep.lab.world import World, flow_start
 from instep.methods.matching import DistributionMatching
-from instep.methods.operators import Displacements, RewardTilted
+from instep.methods.operators import Displacements, RewardTilted, relative
 from instep.methods.policy import DDPO, GRPO, surrogate
 from instep.methods.recipe import RolloutConfig, Stage
 from instep.recipes.after import rl_after
@@ -135,14 +135,14 @@ def test_tilted_force_by_hand():
     one = torch.tensor([[1.0], [1.0]], dtype=F64)
     d = Displacements(real=3 * one, fake=one, dm=one, ca=one)
     reward, a = torch.tensor([3.0, 4.0], dtype=F64), torch.tensor([-1.0, 1.0], dtype=F64)
-    torch.testing.assert_close(RewardTilted("literal")(d, a, reward), 2 * (reward / math.sqrt(12.5)).exp()[:, None])
+    torch.testing.assert_close(RewardTilted("literal")(d, a, relative(reward)), 2 * (reward / math.sqrt(12.5)).exp()[:, None])
     torch.testing.assert_close(RewardTilted("zscore")(d, a, reward), 2 * a.exp()[:, None])
 
 
 def test_literal_tilting_does_not_depend_on_the_micro_batch():
     rng = torch.Generator().manual_seed(0)
     d, reward = torch.randn(4, 2, dtype=F64, generator=rng), torch.rand(4, dtype=F64, generator=rng) + 1
-    of = lambda d, reward: RewardTilted("literal")(Displacements(d, 0 * d, d, d), 0 * reward, reward)  # noqa: E731
+    of = lambda d, reward: RewardTilted("literal")(Displacements(d, 0 * d, d, d), 0 * reward, relative(reward))  # noqa: E731
     torch.testing.assert_close(of(d.repeat(8, 1), reward.repeat(8))[:4], of(d, reward))
 
 
@@ -157,6 +157,31 @@ def test_annealed_levels_go_from_high_noise_to_uniform():
         AnnealedBeta()(9, progress=0.3, t_exit=None, rng=torch.Generator().manual_seed(1)),
         AnnealedBeta()(9, progress=0.3, t_exit=None, rng=torch.Generator().manual_seed(1)),
     )
+
+
+def test_annealed_levels_end_as_the_shifted_uniform_ones_and_begin_as_the_shifted_beta():
+    """P(t <= x) = P(u <= x / (s - (s - 1) x)) in closed form: u uniform at the end of the stage, Beta(4, 1.5) at its start, whose CDF is integrated."""
+    shift, x = 3.0, torch.tensor([0.2, 0.5, 0.8, 0.95], dtype=F64)
+    unshifted = x / (shift - (shift - 1) * x)
+    grid = torch.linspace(0, 1, 100_001, dtype=F64)
+    density = grid**3 * (1 - grid).sqrt()
+    whole = torch.cumulative_trapezoid(density, grid)
+    beta = whole[(unshifted * 100_000).long() - 1] / whole[-1]
+    for progress, expected in ((0.0, beta), (1.0, unshifted)):
+        drawn = AnnealedBeta(shift=shift)(40_000, progress=progress, t_exit=None, rng=torch.Generator().manual_seed(0))
+        torch.testing.assert_close((drawn.double()[:, None] <= x).double().mean(0), expected, rtol=0, atol=0.01)
+    uniform = Uniform(shift=shift)(40_000, progress=0.0, t_exit=None, rng=torch.Generator().manual_seed(0))
+    torch.testing.assert_close((uniform.double()[:, None] <= x).double().mean(0), unshifted, rtol=0, atol=0.01)
+    warm, joint = dmdr(Common(shift=5.0)).stages
+    assert warm.terms[0].levels.shift == warm.critics[0].levels.shift == joint.terms[0].levels.shift == 5.0, "nothing jumps between the stages"
+
+
+def test_dynamic_guidance_begins_as_released():
+    """DMDR's released class-conditional code: the fake's adapter at 2, the teacher's at 0.75 times a half-cosine; ours is trained at 1."""
+    for rank in (None, 4):
+        anneal = dmdr(Common(lora_rank=rank)).stages[0].terms[0].adapter
+        for progress in (0.0, 0.3, 1.0):
+            assert anneal.at(progress) == pytest.approx(0.75 / 2.0 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def test_the_fakes_adapter_adapts_the_teacher():

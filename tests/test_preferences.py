@@ -26,8 +26,9 @@ from instep.recipes.common import Common
 from instep.recipes.refl import refl
 from instep.rewards.base import Reward, checked_scores
 from instep.rewards.bradley_terry import fit
-from instep.rewards.features import Preparation, image_text_features
+from instep.rewards.features import image_text_features
 from instep.rewards.preferences import learn, load_preferences, read_features, save
+from instep.rewards.prepare import Preparation
 from instep.training.options import RunOptions
 from instep.training.run import train
 
@@ -329,7 +330,7 @@ def test_features_of_an_image_text_model(tmp_path):
 
 def test_preparation_follows_the_processors_file():
     square = {"do_resize": True, "size": {"height": 6, "width": 4}, "resample": 2, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    got = Preparation.of(square, "x")(torch.full((1, 3, 12, 8), 0.75))
+    got = Preparation.of(square, "features: x")(torch.full((1, 3, 12, 8), 0.75))
     assert got.shape == (1, 3, 6, 4) and got.unique().tolist() == [1.0]
     plain = Preparation.of({"do_resize": False, "do_center_crop": True, "crop_size": {"height": 4, "width": 2}}, "x")
     frames = torch.rand(1, 3, 6, 8)
@@ -338,7 +339,7 @@ def test_preparation_follows_the_processors_file():
         plain(torch.rand(1, 3, 3, 3))
     for wrong in ({"do_resize": True, "size": {"max_num_patches": 256}}, {"do_resize": True, "size": {"shortest_edge": 4}, "resample": 0}):
         with pytest.raises(ValueError, match="features: x resizes images in a way that is not known"):
-            Preparation.of(wrong, "x")
+            Preparation.of(wrong, "features: x")
 
 
 def test_a_reward_on_an_image_text_model(tmp_path, capsys):

@@ -301,10 +301,10 @@ def test_every_value_has_a_source(folders):
 
 
 def test_a_pipeline_that_no_family_knows_is_refused(tmp_path, capsys):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "LTXPipeline"}))
     for line in (["train", "dmd2"], ["plan", "dmd2"], ["train", "dmd2", "--help"], ["recipes"]):
         assert main([*line, "--model", str(tmp_path)]) == 2
-        assert "model: it is a FluxPipeline, which no family knows yet; allowed: WanPipeline," in capsys.readouterr().err, line
+        assert "model: it is a LTXPipeline, which no family knows yet; allowed: WanPipeline," in capsys.readouterr().err, line
 
 
 def test_what_is_no_model_gets_the_command_s_own_answer(tmp_path, capsys):

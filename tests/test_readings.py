@@ -80,9 +80,10 @@ def reached(**options) -> list[bool]:
 
 
 def test_how_far_the_gradient_of_the_final_sample_reaches():
-    """The paper writes dG/dtheta: the last step by default, every step on demand; an exit's is always its own step alone."""
+    """The paper writes dG/dtheta: the last step by default, several or all on demand; an exit's is always its own step alone."""
     assert reached(live=frozenset({"final"})) == [False, False, False, True]
-    assert reached(live=frozenset({"final"}), through="trajectory") == [True, True, True, True]
+    assert reached(live=frozenset({"final"}), through=2) == [False, False, True, True]
+    assert reached(live=frozenset({"final"}), through=4) == [True, True, True, True]
     student = Watched()
     exits = torch.full((8,), 1)
     rollout_few_step(student, labels(["0"] * 8), LEVELS, PATH, (2,), exits, rng(), live=frozenset({"exit"})).exit.x.square().sum().backward()

@@ -32,6 +32,7 @@ from instep.recipes.after import rl_after, sft_after
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
+from instep.recipes.refl import refl
 from instep.rewards.base import FunctionReward
 from instep.rewards.several import several
 from instep.training.options import RunOptions
@@ -182,7 +183,11 @@ def test_grpos_penalty_is_the_divergence_of_the_two_gaussians():
     found = grpo.divergence(seen, path, 1, x0, level, below)
     normal = lambda s: torch.distributions.Normal(*(lambda m, d: (m, d[:, None].expand_as(m)))(*DanceSDE(0.3).gaussian(PATH, s * x_t[1], x_t[1], level, below)))  # noqa: E731
     torch.testing.assert_close(found, torch.distributions.kl_divergence(normal(scale), normal(0.2)).mean(1))
+    whole = replace(grpo, kl_unit="sum").divergence(seen, path, 1, x0, level, below)
+    torch.testing.assert_close(whole, torch.distributions.kl_divergence(normal(scale), normal(0.2)).sum(1))
     assert GRPO().needs == {"reward", "trajectory"} and grpo.needs == {"reward", "trajectory", "reference"}
+    with pytest.raises(ValueError, match="kl_unit: 'element' is not known; allowed: mean, sum"):
+        GRPO(kl_unit="element")
 
 
 def test_several_rewards_are_normalised_apart():
@@ -361,8 +366,6 @@ def test_a_silent_reward_does_not_quieten_the_others():
 
 
 def test_of_several_rewards_the_one_without_a_gradient_is_named(tmp_path):
-    from instep.recipes.refl import refl
-
     good = FunctionReward(lambda media, prompts: media.mean((1, 2, 3, 4)), name="good", differentiable=True)
     cut = FunctionReward(lambda media, prompts: media.detach().mean((1, 2, 3, 4)), name="cut", differentiable=True)
     with pytest.raises(ValueError, match="reward: 'cut' is declared differentiable, but its scores have no gradient"):

@@ -46,7 +46,7 @@ def test_whole_run_in_one_file(run, tmp_path):
         assert said in page.text, said
     assert "not recorded" not in page.text and "160 logged iterations" in page.text
     films = [a for tag, a in page.elements if tag == "div" and "film" in (a.get("class") or "")]
-    assert len(films) == 3 * 6 + 2 * 5 * 6 and all(a["aria-label"] for a in films)
+    assert len(films) == 3 * 6 + 2 * 5 * 6 + 6 * 4 and all(a["aria-label"] for a in films)
     panels = re.findall(r'<script type="application/json">(.*?)</script>', text)
     assert len(panels) >= 10 and all(json.loads(panel)["series"] for panel in panels)
 

@@ -559,7 +559,7 @@ def test_rewards_on_the_command_line(monkeypatch):
     [
         (
             "compressibel",
-            "reward: 'compressibel' is not of the form module:function, .* none of compressible, incompressible, dynamic-degree, ocr, module:function, comm",
+            "reward: 'compressibel' is not of the form module:function, .* none of clipscore, .*, dynamic-degree, ocr, module:function, command:",
         ),
         ("compressible,", "reward: '' is empty between commas"),
         ("", "reward: '' is empty"),

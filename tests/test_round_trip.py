@@ -14,10 +14,9 @@ from test_run import family, rows
 
 from instep.cli.main import main
 from instep.cli.sample import save_each
-from instep.cli.train import load_pairs, paired
 from instep.data.animation import save_animation
 from instep.data.media import pair_samples, read_media, repeats
-from instep.data.pairs import PreferencePair
+from instep.data.pairs import PreferencePair, read_pairs
 from instep.data.prompt import texts_of
 from instep.human_eval.samples import match
 from instep.methods.recipe import AdamWConfig
@@ -99,7 +98,7 @@ def test_the_files_that_were_preferred_are_the_chosen_ones(evaluated):
 def test_what_annotators_preferred_is_what_is_trained_on(evaluated, tmp_path):
     folder, sides = evaluated
     fam = family()
-    made = paired(load_pairs(folder / "pairs.jsonl"), fam)
+    made = pair_samples(read_pairs(folder / "pairs.jsonl"), fam)
     prompts = list(ANSWERS)
     assert sorted(texts_of(made.prompts)) == sorted(set(prompts) - {"split", "nothing"}), "ties are left out"
 
@@ -142,7 +141,7 @@ def test_how_often_frames_are_repeated():
 def test_images_are_no_pairs_for_a_model_of_videos(tmp_path):
     for name, grey in (("a", 0), ("b", 200)):
         save_animation(tmp_path / f"{name}.webp", torch.full((1, 48, 48, 3), grey, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="pairs: no sample of 1 pairs moves, and the model makes videos of 9 frames"):
+    with pytest.raises(ValueError, match="pairs: none of 2 samples moves, and the model makes videos of 9 frames"):
         pair_samples([PreferencePair("x", tmp_path / "a.webp", tmp_path / "b.webp")], family())
 
 

@@ -94,6 +94,7 @@ def test_a_run_leaves_what_it_promises(whole):
     kept = sorted(path.name for path in (whole / "checkpoints").iterdir())
     assert kept == ["step-000002", "step-000004", "step-000005"], "the newest two, and the end of each stage"
     assert (whole / "student" / "model_index.json").is_file() and (whole / "student" / "README.md").is_file()
+    assert sorted(path.name for path in (whole / "views").glob("align-*.safetensors")) == ["align-000002.safetensors", "align-000005.safetensors"]
     assert list((whole / "views").glob("step-*.safetensors")) and list((whole / "tensorboard").iterdir())
 
 

@@ -66,12 +66,12 @@ def test_bands_hold_every_level_once():
 
 def test_levels_of_a_band_follow_the_samplers_law_within_it():
     rng = torch.Generator().manual_seed(0)
-    low = draw_in_band(lambda: Uniform(0.02, 0.98)(20_000, progress=0.0, t_exit=None, rng=rng), (0.0, 0.875))
+    low = draw_in_band(lambda own: Uniform(0.02, 0.98)(20_000, progress=0.0, t_exit=None, rng=own), (0.0, 0.875), rng)
     assert bool((low < 0.875).all()) and float(low.mean()) == pytest.approx((0.02 + 0.875) / 2, abs=0.005)
-    never = draw_in_band(lambda: torch.full((4,), 0.1), (0.875, 1.0))
+    never = draw_in_band(lambda own: torch.full((4,), 0.1), (0.875, 1.0), rng)
     assert bool(in_band(never, (0.875, 1.0)).all()), "a sampler that never falls into the band is mapped into it"
     once = torch.Generator().manual_seed(1)
-    plain = draw_in_band(lambda: torch.rand(3, generator=once), WHOLE)
+    plain = draw_in_band(lambda own: torch.rand(3, generator=own), WHOLE, once)
     assert torch.equal(plain, torch.rand(3, generator=torch.Generator().manual_seed(1))), "one network: one draw, as before"
 
 

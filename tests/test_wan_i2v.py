@@ -210,16 +210,21 @@ def test_stock_and_ours_draw_the_same_videos_and_the_first_frame_matters():
 def test_variants_that_are_conditioned_otherwise_are_refused():
     pipe = tiny_wan_i2v_pipeline()
     pipe.register_to_config(expand_timesteps=True)
-    with pytest.raises(ValueError, match="expand_timesteps .* is not built"):
+    with pytest.raises(ValueError, match="expand_timesteps True .* does not fit WanImageFamily"):
+        WanImageFamily(pipe, SIZE)
+    with pytest.raises(ValueError, match="a transformer of 36 channels in, 16 out does not fit its VAE; 16 and 16 do"):
         family_of(pipe)
     pipe = tiny_wan_i2v_pipeline()
     pipe.transformer_2 = pipe.transformer
     with pytest.raises(ValueError, match="two transformers"):
         WanImageFamily(pipe, SIZE)
+    pipe.register_to_config(expand_timesteps=True)
+    with pytest.raises(ValueError, match="a WanImageToVideoPipeline, of a variant that no family knows"):
+        family_of(pipe)
     pipe = tiny_wan_i2v_pipeline()
     pipe.transformer.register_to_config(image_dim=8)
-    with pytest.raises(ValueError, match="an image encoder .* is not built"):
-        WanImageFamily(pipe, SIZE)
+    with pytest.raises(ValueError, match="image_dim 8 .* needs the pipeline's image_encoder and image_processor"):
+        family_of(pipe, SIZE)
     pipe = tiny_wan_i2v_pipeline()
     pipe.transformer = tiny_wan_pipeline().transformer
     with pytest.raises(ValueError, match="a transformer of 16 channels in, 16 out does not fit its VAE; 36 and 16 do"):

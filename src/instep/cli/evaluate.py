@@ -35,10 +35,33 @@ TEACHER_HELP = f"The bundled model of these rows, one that is measured ({', '.jo
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Measure the students of runs on bundled video models by each model's protocol; writes metrics.json into each folder."""
+    """Measure runs. On bundled video models by each model's own protocol, into metrics.json in each folder. With --prompts any run, student or pipeline, on
+    prompts of your own, by rewards, distances to given data, diversity and steadiness."""
 
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Folders of runs; none: the teacher and naive sampling alone."""
+    """Folders of runs; none: the teacher and naive sampling alone. With --prompts also exported students and pipelines, or names of bundled models."""
+    prompts: Path | None = None
+    """Text file with one prompt a line, or JSON lines, to measure any model on."""
+    reward: str | None = None
+    """With --prompts: rewards as in `instep train`, for example "hpsv2, clipscore, videoalign:mq"; each is reported by itself."""
+    real: Path | None = None
+    """With --prompts and --features: images or videos to compare with, as in `instep train`: Frechet distance, precision, recall."""
+    real_fps: float = 16.0
+    """Frames a second at which they are read."""
+    features: str | None = None
+    """With --prompts: clip, dinov2, or the folder of such a network, in whose features distances, diversity and consistency in time are measured."""
+    copies: int = 4
+    """With --prompts: samples a prompt."""
+    steps: int | None = None
+    """With --prompts: sampling steps; default: the student's own, and for a pipeline those that its model card gives."""
+    guidance: float | None = None
+    """With --prompts: classifier-free guidance; default 1 for a student, and for a pipeline that of its model card."""
+    size: tuple[int, int, int] | None = None
+    """With --prompts: height, width, frames; default: the size that the student was trained at."""
+    device: str = "cpu"
+    """With --prompts: where to sample and score, for example cuda."""
+    out: Path = Path("evaluation.json")
+    """With --prompts: file of rows, columns and protocol."""
     protocol: Protocol = "quick"
     """quick: 242 videos a model (240 of words); full: 612."""
     seed: int = 0
@@ -46,6 +69,12 @@ class EvalArgs:
     teacher_steps: tuple[int, ...] = ()
     """More rows of the teacher, guided and not, at these numbers of steps."""
     teacher: Annotated[str, tyro.conf.arg(help=TEACHER_HELP)] = DEFAULT
+
+    def __post_init__(self) -> None:
+        if self.copies < 1:
+            raise ValueError(f"copies: {self.copies} is not allowed; 1 or more samples a prompt")
+        if self.prompts is None and (given := next((name for name in ("reward", "real", "features") if getattr(self, name) is not None), None)):
+            raise ValueError(f"{given}: it measures samples of your own prompts; give them with --prompts FILE")
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,18 @@ import sys
 from collections.abc import Sequence
 
 from instep.cli.parse import parse, recipe_args, recipe_name, takes
+from instep.core.elsewhere import Elsewhere, wait_to_speak
 from instep.core.unusable import Unusable
 
 USAGE = """instep: few-step diffusion models, distilled and aligned in one training loop
 
   instep train RECIPE        distil and align; resumes if the folder holds the same run
   instep sample DIR          samples of a run, an exported student or a pipeline folder
-  instep eval DIR...         measure runs against the teacher and naive sampling
+  instep eval DIR...         measure runs against the teacher and naive sampling; with --prompts any model, by rewards and given data
   instep report DIR... -o F  one self-contained HTML page
   instep export DIR --to D   the student as a stock diffusers folder
   instep recipes             what can be trained; with --model, what is published for a model and the defaults that follow
+  instep rewards             the rewards that go by a name, and what each needs; convert: published pickles as safetensors
   instep plan RECIPE         memory and time, before anything runs
   instep human-eval A B      a local page on which people compare or score samples of two models, blind
   instep pairs export|import|fit  preferences as training pairs, public sets in the same form, a reward learned from them
@@ -51,6 +53,7 @@ def _main(args: list[str]) -> int:
         "report": _report,
         "export": _export,
         "recipes": _recipes,
+        "rewards": _rewards,
         "plan": _plan,
         "lab": _lab,
         "human-eval": _human_eval,
@@ -69,9 +72,13 @@ def _main(args: list[str]) -> int:
         return 2
     try:
         return commands[args[0]](args[1:]) or 0
+    except Elsewhere as error:
+        wait_to_speak(error)  # torchrun ends rank 0 as soon as another one ends
+        return 2
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) or os.environ.get("INSTEP_TRACEBACK"):
             raise
+        wait_to_speak(error)
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, Unusable) else 2
 
@@ -90,6 +97,17 @@ def _recipes(args: Sequence[str]) -> int:
     return recipes_command(parse(RecipesArgs, args, "recipes"))
 
 
+def _rewards(args: Sequence[str]) -> int:
+    from instep.cli import named_rewards
+
+    if args and args[0] in ("-h", "--help"):
+        print(named_rewards.USAGE)
+        return 0
+    if args and args[0] == "convert":
+        return named_rewards.convert_reward_command(parse(named_rewards.ConvertRewardArgs, args[1:], "rewards convert"))
+    return named_rewards.list_rewards_command(parse(named_rewards.ListRewardsArgs, args, "rewards"))
+
+
 def _sample(args: Sequence[str]) -> int:
     from instep.cli.sample import SampleArgs, sample_command
 
@@ -99,7 +117,12 @@ def _sample(args: Sequence[str]) -> int:
 def _eval(args: Sequence[str]) -> int:
     from instep.cli.evaluate import EvalArgs, eval_command
 
-    return eval_command(parse(EvalArgs, args, "eval"))
+    options = parse(EvalArgs, args, "eval")
+    if options.prompts is None:
+        return eval_command(options)
+    from instep.cli.evaluate_prompts import eval_prompts_command
+
+    return eval_prompts_command(options)
 
 
 def _report(args: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from instep.models.outline import PUBLISHED, outline
 from instep.planning.plan import Machine, Plan, RewardCost, StagePlan, duration, gb, plan
 from instep.planning.throughput import measure_throughput, stated
 from instep.training.execution import DTYPES, Execution
+from instep.training.options import RunOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,6 +47,9 @@ class PlanArgs:
     reward_seconds: float | None = None
     """Seconds in which it scores a sample, an assumption; default: 0.05, and 0 for a bundled model. Decoding is counted."""
 
+    terms_every: int = RunOptions.terms_every
+    """Steps between two measurements of the gradient of each term, as in `instep train`; 0: none."""
+
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     @property
@@ -62,7 +66,8 @@ def plan_command(recipe: Recipe, args: PlanArgs, adapted: Callable[[], Recipe] |
     machine = machine_of(args, family, max(stage.batch for stage in recipe.stages))
     small = args.model in WORLDS
     reward = RewardCost(_given(args.reward_gb, 0.0 if small else 2.0) * 1e9, _given(args.reward_seconds, 0.0 if small else 0.05))
-    found = plan(recipe, family, _planned(args), machine, reward, adapted)
+    options = RunOptions(execution=_planned(args), terms_every=args.terms_every)
+    found = plan(recipe, family, options.execution, machine, reward, adapted, options.terms_every)
     console.print(f"[bold]{recipe.name}[/] on {args.model}, {family.size}: {found.verdict()}", highlight=False, soft_wrap=True)
     for one in found.stages:
         console.print(f"\n[bold]{recipe.name}, stage {one.stage.name}[/]: {one.stage.steps} iterations of {samples(one)}", highlight=False)

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from instep.core.user_code import load_function
-from instep.rewards.base import Reward, as_reward
+from instep.rewards.base import FunctionReward, Reward, as_reward
 from instep.rewards.external import command
 from instep.rewards.frames import SampledFrames
 from instep.rewards.jpeg import JPEG
-from instep.rewards.motion import DynamicDegree
-from instep.rewards.ocr import OCR, rapid_ocr
+from instep.rewards.named import NAMED, Choice, Named, named
 from instep.rewards.ranker import Ranked
 from instep.rewards.remote import HttpReward, secret_of
 from instep.rewards.samples import positive
 from instep.rewards.several import several
 from instep.rewards.vlm import OpenAIEndpoint, VisionLanguageRanker, instructions
 
-BUILT_IN = ("compressible", "incompressible", "dynamic-degree", "ocr")
-FORMS = f"{', '.join(BUILT_IN)}, module:function, command:PROGRAM ARGUMENTS, http://HOST/PATH, preferences:FOLDER, vlm:ADDRESS or FOLDER"
+FORMS = f"{', '.join(NAMED)}, module:function, command:PROGRAM ARGUMENTS, http://HOST/PATH, preferences:FOLDER, vlm:ADDRESS or FOLDER"
 # settings that every reward takes, and those of commands and addresses
 SEEN: dict[str, Callable[[str], Any]] = {"frames": int, "clip": int}
 OF_COMMANDS: dict[str, Callable[[str], Any]] = {"timeout": float, "retries": int}
 OF_ADDRESSES: dict[str, Callable[[str], Any]] = {**OF_COMMANDS, "backoff": float, "batch": int, "workers": int, "token": str}
+# settings of rewards with a name: where their files are
+OF_NAMED: dict[str, Callable[[str], Any]] = {"folder": Path, "base": Path, "dtype": str, "fps": float}
+# settings of functions: whether their scores have a gradient
+OF_FUNCTIONS: dict[str, Callable[[str], Any]] = {"gradient": lambda value: {"yes": True, "no": False}[value]}
 # settings of rankers: frames of each video; settings of rankers at an address, and of those in this process
 OF_RANKERS: dict[str, Callable[[str], Any]] = {"domain": str, "frames": int}
 OF_SERVERS: dict[str, Callable[[str], Any]] = {**OF_RANKERS, "model": str, "token": str, "timeout": float, "retries": int}
@@ -39,9 +42,9 @@ Own = Mapping[str, Callable[[], Reward]]
 def load_reward(text: str, own: Own | None = None) -> Reward | Callable[..., Any]:
     """Rewards separated by commas, each `[WEIGHT*][SETTING=VALUE ...] NAME`: 0.5*frames=4 compressible, timeout=30 command:python score.py.
 
-    NAME is one of `own`, compressible, incompressible, dynamic-degree, ocr, module:function, command:PROGRAM ARGUMENTS, an http(s) address,
-    preferences:FOLDER (of `instep pairs fit`), or vlm: and an address or a model's folder. Quoted commas belong to a command. Raises ValueError, with the
-    reason, before anything but the rewards' own modules and networks is loaded.
+    NAME is one of `own`, a reward that `instep rewards` lists, module:function, command:PROGRAM ARGUMENTS, an http(s) address, preferences:FOLDER (of
+    `instep pairs fit`), or vlm: and an address or a model's folder. Quoted commas belong to a command. Raises ValueError, with the reason,
+    before anything but the rewards' own modules and networks is loaded.
     """
     parts = [_weighted(part, own or {}) for part in _split(text)]
     return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else several(*parts)
@@ -79,14 +82,16 @@ def _one(text: str, own: Own) -> Any:
         settings[found[1]], name = found[2], found[3].strip()
     if not name:
         raise ValueError(f"reward: {text!r} is empty between commas; give one of {FORMS}")
-    allowed = _settings(name)
+    allowed = _settings(name, own)
     given: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in allowed:
-            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none: its speed is per frame of the whole video"
+            takes = f"it takes {', '.join(allowed)}" if allowed else "it takes none: it scores the whole video"
             raise ValueError(f"reward: {key!r} is no setting of {name!r}; {takes}")
         try:
             given[key] = allowed[key](value)
+        except KeyError:
+            raise ValueError(f"reward: {key}={value} of {name!r} is not allowed; yes or no") from None
         except ValueError:
             raise ValueError(f"reward: {key}={value} of {name!r} is not allowed; it is a {'whole ' if allowed[key] is int else ''}number") from None
     ranks = name.startswith("vlm:")
@@ -99,23 +104,31 @@ def _one(text: str, own: Own) -> Any:
         raise error if str(error).startswith("reward:") else ValueError(f"reward: {error}") from None
 
 
-def _settings(name: str) -> dict[str, Callable[[str], Any]]:
+def _settings(name: str, own: Own) -> dict[str, Callable[[str], Any]]:
     """Returns the settings that a reward of this name takes."""
+    if name in own:
+        return dict(SEEN)
     if name.startswith("vlm:"):
         return OF_SERVERS if _is_address(name.removeprefix("vlm:")) else OF_FOLDERS
-    own = OF_COMMANDS if name.startswith("command:") else OF_ADDRESSES if _is_address(name) else {}
-    return {**own, **({} if name == "dynamic-degree" else SEEN)}
+    if (known := _known(name)) is not None:
+        return {**{key: OF_NAMED[key] for key in known.settings}, **(SEEN if known.frames else {})}
+    if name.startswith("preferences:"):
+        return dict(SEEN)
+    taken = OF_COMMANDS if name.startswith("command:") else OF_ADDRESSES if _is_address(name) else OF_FUNCTIONS
+    return {**taken, **SEEN}
+
+
+def _known(name: str) -> Named | None:
+    """The entry of a reward with a name of its own; a module may be called like one that has no parts."""
+    head, colon, _ = name.partition(":")
+    return known if (known := NAMED.get(head)) is not None and (known.parts or not colon) else None
 
 
 def _named(name: str, given: dict[str, Any], own: Own) -> Any:
     if name in own:
         return own[name]()
-    if name in ("compressible", "incompressible"):
-        return JPEG("small" if name == "compressible" else "large")
-    if name == "dynamic-degree":
-        return DynamicDegree()
-    if name == "ocr":
-        return OCR(rapid_ocr())
+    if _known(name) is not None:
+        return named(name, Choice(**given))
     if name.startswith("command:"):
         return command(name.removeprefix("command:"), **given)
     if _is_address(name):
@@ -127,7 +140,18 @@ def _named(name: str, given: dict[str, Any], own: Own) -> Any:
         return load_preferences(Path(name.removeprefix("preferences:")), features_of)
     if ":" not in name:
         raise ValueError(f"reward: {name!r} is not of the form module:function, for example my_functions:brightness, and is none of {', '.join([*own, FORMS])}")
-    return load_function(name, "reward")
+    return _function(name, **given)
+
+
+def _function(name: str, gradient: bool | None = None) -> Any:
+    """The user's function or reward; `gradient` says of a plain function whether its scores have one."""
+    function = load_function(name, "reward")
+    if gradient is None:
+        return function
+    found = as_reward(function)
+    if not isinstance(found, FunctionReward):
+        raise ValueError(f"gradient: {name} is a reward of its own, whose field `differentiable` says it; leave the setting out")
+    return replace(found, differentiable=gradient)
 
 
 def _ranked(

@@ -55,18 +55,8 @@ def sample_command(args: SampleArgs) -> int:
     """Samples with stock diffusers and writes one animation."""
     folder, record = find_pipeline(args.dir)
     family = family_in(args.dir, folder, record, Size(*args.size) if args.size else None)
-    steps = args.steps or (len(record["levels"]) if record else family.preset.sampler_steps)
-    usual = record.get("guidance", 1.0) if record else family.preset.guidance
-    guidance = usual if args.guidance is None else args.guidance
-    guidance_2 = family.preset.guidance_2 if record is None and args.guidance is None else None
-    if record and record.get("guidance_scales") and guidance != 1:
-        raise ValueError(
-            f"guidance: {guidance:g} is not allowed; {folder} has its own in its weights, and others come from `instep export RUN --to FOLDER --guidance`"
-        )
-    if record and record.get("sampler", "few-step") == "few-step" and steps != len(record["levels"]):
-        raise ValueError(
-            f"steps: {steps} does not fit {folder}; its scheduler is solved for exactly {len(record['levels'])}, train another student for {steps}"
-        )
+    settings = settings_of(folder, record, family, args.steps, args.guidance)
+    steps, guidance, guidance_2 = settings.steps, settings.guidance, settings.guidance_2
     if args.each is not None and args.each.exists():
         raise ValueError(f"each: {args.each} exists; choose another folder, nothing is overwritten unasked")
     if args.out.exists():
@@ -90,6 +80,32 @@ def sample_command(args: SampleArgs) -> int:
         print(f"row {i + 1}: {prompt}")
     print(f"wrote {args.out} ({steps} steps, guidance {guidance:g}{'' if guidance_2 is None else f' and {guidance_2:g}'}, seed {args.seed})")
     return 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the stock pipeline samples."""
+
+    steps: int
+    guidance: float
+    guidance_2: float | None
+
+
+def settings_of(folder: Path, record: dict | None, family: Family, steps: int | None, guidance: float | None) -> Settings:
+    """The given settings, else a student's own, else those of the model's card. Raises ValueError for those that a student cannot be sampled with."""
+    count = steps or (len(record["levels"]) if record else family.preset.sampler_steps)
+    usual = record.get("guidance", 1.0) if record else family.preset.guidance
+    scale = usual if guidance is None else guidance
+    scale_2 = family.preset.guidance_2 if record is None and guidance is None else None
+    if record and record.get("guidance_scales") and scale != 1:
+        raise ValueError(
+            f"guidance: {scale:g} is not allowed; {folder} has its own in its weights, and others come from `instep export RUN --to FOLDER --guidance`"
+        )
+    if record and record.get("sampler", "few-step") == "few-step" and count != len(record["levels"]):
+        raise ValueError(
+            f"steps: {count} does not fit {folder}; its scheduler is solved for exactly {len(record['levels'])}, train another student for {count}"
+        )
+    return Settings(count, scale, scale_2)
 
 
 def save_each(folder: Path, videos: Tensor, prompts: Sequence[Prompt], copies: int, seed: int) -> None:

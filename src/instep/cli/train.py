@@ -14,9 +14,13 @@ import tyro
 from instep.bundled import DEFAULT, DESCRIBED, WORLDS, find, load
 from instep.cli import default_threads
 from instep.cli.rewards import load_reward
+from instep.core.elsewhere import wait_to_speak
+from instep.core.ranks import joined
 from instep.core.size import Size
 from instep.core.user_code import load_function
+from instep.data.latent_cache import FOLDER, real_samples
 from instep.data.prompt import Prompt, load_prompts, with_negative
+from instep.data.real_files import real_files
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
@@ -29,7 +33,7 @@ from instep.training.probe import KnownTeacher, Monitor, few_of
 from instep.training.run import Run, final_samples, train
 
 if TYPE_CHECKING:
-    from instep.data.media import LabelledPair
+    from instep.data.pairs import PreferencePair, PreferredSample
 
 MODEL_HELP = f"A bundled model: {DESCRIBED}; or the path of a diffusers pipeline folder."
 
@@ -47,17 +51,26 @@ class TrainArgs:
     negative_prompt: str | None = None
     """Negative prompt of the teacher's guidance for prompts without one of their own; without guidance it has no effect."""
     reward: str | None = None
-    """Reward as module:function, called with (media [B, 3, F, H, W] in [0, 1], prompts); compressible or incompressible (JPEG size); dynamic-degree
-    (motion); ocr, how well the text between quotes in the prompt can be read in the sample (pip install 'instep[ocr]');
-    "command:python score.py", a program that prints scores; http://127.0.0.1:8000/score, an address that answers with them; preferences:FOLDER,
-    learned by `instep pairs fit`; vlm:FOLDER or "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples;
-    exact, of a bundled video model: 1 where its training classifier or reader finds the prompt followed, else 0, without a gradient.
-    Settings precede the name: "timeout=30 retries=2 command:python score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score",
-    "frames=4 compressible" (only 4 frames of each video, as images; clip=4 as a short video). Several with weights as module:a,0.5*module:b, each
-    normalised before weighting; quote a command with commas. Default: the bundled model's training classifier. Protocols: docs/rewards.md."""
+    """Reward as a name of `instep rewards` (hpsv2, pickscore, videoalign:ta, ocr, compressible ...), or as module:function, called with (media [B, 3, F, H, W]
+    in [0, 1], prompts); with "gradient=yes module:function" its gradient can be climbed; "command:python score.py", a program that prints scores;
+    http://127.0.0.1:8000/score, an address that answers with them; preferences:FOLDER, learned by `instep pairs fit`; vlm:FOLDER or
+    "model=NAME vlm:http://127.0.0.1:8000/v1", a vision-language model that compares samples; exact, of a bundled video model: 1 where its training
+     classifier or reader finds the prompt followed, else 0, without a gradient. Settings precede the name: "timeout=30 retries=2 command:python
+    score.py", "workers=8 batch=4 token=NAME_OF_VARIABLE https://host/score", "frames=4 hpsv2" (only 4 frames of each video, as images; clip=4 as a short
+    video). Several with weights as 0.5*pickscore,hpsv2, each normalised before weighting; quote a command with commas. Default: the bundled model's training
+    classifier. Protocols: docs/rewards.md."""
+    real: Path | None = None
+    """Your own images or videos, for recipes with real or preferred samples: a folder (the caption of a.mp4 is in a.txt beside it), or an index, .jsonl or
+    .parquet, with the columns file and prompt. They are cropped in the middle to the model's shape, resized, resampled to real_fps, and encoded once into a
+    cache; an interrupted run goes on there. Default: the bundled model's own, else samples of the teacher."""
+    real_fps: float = 16.0
+    """Frames a second of the model's videos, at which real ones are read; Wan's are 16, CogVideoX's 8."""
+    real_cache: Path | None = None
+    """Folder of the encoded real samples, which runs of one model may share; default: real in the folder of the run."""
     pairs: Path | None = None
     """Labelled pairs, one JSON object a line: {"prompt": ..., "chosen": FILE, "rejected": FILE}, files beside it; their chosen samples also serve as
-    real ones. Default: the bundled model's own."""
+    real ones. Recipes that need preferred or real samples alone (dm-align-pair, dmd2 --gan) read no rejected ones, and rows may leave them out.
+    Default: the bundled model's own."""
     tracker: str | None = None
     """Another tracker beside log.jsonl and TensorBoard, as module:function, called with (step, scalars) for every row."""
     seed: int = 0
@@ -115,7 +128,7 @@ class Setting:
 def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     """Runs the recipe; returns 0 when it is done, and 130 when it was interrupted and saved."""
     torch.set_num_threads(args.threads or default_threads())
-    out = args.out or Path("runs") / f"{recipe.name}-{args.seed}"
+    out = folder_of(recipe, args)
     options = RunOptions(
         seed=args.seed,
         save_every=args.save_every,
@@ -127,30 +140,39 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
         hold=parse_hold(args.hold) if args.hold is not None else (),
         terms_every=args.terms_every,
     )
-    setting = prepare(recipe, args)
     tracker = load_function(args.tracker, "tracker") if args.tracker else None
-    try:
-        run = train(
-            recipe,
-            setting.family,
-            out=out,
-            prompts=setting.prompts,
-            negative_prompt=args.negative_prompt,
-            reward=setting.reward,
-            monitor=setting.monitor,
-            real=setting.real,
-            pairs=setting.pairs,
-            start_from=args.start_from,
-            options=options,
-            tracker=tracker,
-            known_teacher=setting.known_teacher,
-            command=command,
-        )
-    except Interrupted as stopped:
-        print(f"stopped by {stopped}:\n  {command}", file=sys.stderr)
-        return 130
-    finish(run, setting, args.evaluate)
+    with joined() as ranks:
+        with ranks.one_by_one():  # what the first one caches is there for the others
+            setting = prepare(recipe, args)
+        try:
+            run = train(
+                recipe,
+                setting.family,
+                out=out,
+                prompts=setting.prompts,
+                negative_prompt=args.negative_prompt,
+                reward=setting.reward,
+                monitor=setting.monitor,
+                real=setting.real,
+                pairs=setting.pairs,
+                start_from=args.start_from,
+                options=options,
+                tracker=tracker,
+                known_teacher=setting.known_teacher,
+                command=command,
+            )
+        except Interrupted as stopped:
+            wait_to_speak(stopped)
+            if ranks.first:
+                print(f"stopped by {stopped}:\n  {command}", file=sys.stderr)
+            return 130
+        ranks.of_first(lambda: finish(run, setting, args.evaluate))
     return 0
+
+
+def folder_of(recipe: Recipe, args: TrainArgs) -> Path:
+    """The folder of the run."""
+    return args.out or Path("runs") / f"{recipe.name}-{args.seed}"
 
 
 def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
@@ -158,35 +180,51 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     own_rewards = find(args.model).rewards if args.model in WORLDS else {}
     reward = load_reward(args.reward, own_rewards) if args.reward is not None else None
     prompts = tuple(load_prompts(args.prompts)) if args.prompts else None
-    labelled = load_pairs(args.pairs) if args.pairs else None
+    labelled = load_labelled(args.pairs, recipe) if args.pairs else None
+    files = real_files(args.real) if args.real else None
+    if files is not None and not recipe.needs & {"real", "preferred"}:
+        raise ValueError(f"real: {recipe.name} uses no real samples; leave the option out, or choose a recipe that does, like dm-align-pair")
+    cache = args.real_cache or folder_of(recipe, args) / FOLDER
     if args.model in WORLDS:
         own = find(args.model).ready()
         # a user's own pairs bring their chosen samples with them
-        real = own.real() if recipe.needs & {"real", "preferred"} and labelled is None else None
-        pairs = paired(labelled, own.family) or (own.pairs() if "pairs" in recipe.needs else None)
+        if labelled is not None:
+            real, pairs = labelled.encoded(own.family)
+        else:
+            real = own.real() if recipe.needs & {"real", "preferred"} and files is None else None
+            pairs = own.pairs() if "pairs" in recipe.needs else None
+        real = real_samples(files, own.family, cache, args.real_fps) if files is not None else real
         asked = with_negative(prompts or own.prompts, args.negative_prompt)
         return Setting(own.family, asked, reward or own.reward, own.monitor, real, pairs, own.known_teacher)
     if prompts is None:
         raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
     args.execution.check()
     family = load(args.model, Size(*args.size) if args.size else None, args.execution.loading_dtype())
-    return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, None, paired(labelled, family))
+    real, pairs = labelled.encoded(family) if labelled is not None else (None, None)
+    real = real_samples(files, family, cache, args.real_fps) if files is not None else real
+    return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, real, pairs)
 
 
-def load_pairs(path: Path) -> Sequence[LabelledPair]:
-    """Reads and checks the pairs of a file; their media are not read yet."""
-    from instep.data.pairs import read_pairs
+@dataclass(frozen=True)
+class Labelled:
+    """The rows of a file of labelled media: pairs, or preferred samples alone."""
 
-    return read_pairs(path)
+    pairs: Sequence[PreferencePair] = ()
+    preferred: Sequence[PreferredSample] = ()
+
+    def encoded(self, family: Family) -> tuple[RealSamples | None, PairSamples | None]:
+        """Their media as latents of the family."""
+        from instep.data.media import pair_samples, preferred_samples
+
+        return (preferred_samples(self.preferred, family), None) if self.preferred else (None, pair_samples(self.pairs, family))
 
 
-def paired(labelled: Sequence[LabelledPair] | None, family: Family) -> PairSamples | None:
-    """Encodes labelled media as latents of the family."""
-    if labelled is None:
-        return None
-    from instep.data.media import pair_samples
+def load_labelled(path: Path, recipe: Recipe) -> Labelled:
+    """Reads and checks the rows of a file, preferred samples alone where the recipe needs no pairs; their media are not read yet."""
+    from instep.data.pairs import read_pairs, read_preferred
 
-    return pair_samples(labelled, family)
+    alone = recipe.needs & {"real", "preferred"} and "pairs" not in recipe.needs
+    return Labelled(preferred=read_preferred(path)) if alone else Labelled(read_pairs(path))
 
 
 def finish(run: Run, setting: Setting, evaluate: bool) -> None:

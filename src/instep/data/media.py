@@ -13,7 +13,7 @@ from torch import Tensor
 
 from instep.core.size import Size
 from instep.data.prompt import Prompt
-from instep.data.samples import PairSamples
+from instep.data.samples import PairSamples, RealSamples
 
 IMAGES = (".webp", ".gif", ".png", ".jpg", ".jpeg")
 VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv")
@@ -39,14 +39,18 @@ class EncodesMedia(Protocol):
         ...
 
 
-class LabelledPair(Protocol):
-    """Two media files of one prompt, of which people preferred one; a tie carries no preference. `data.pairs.PreferencePair` is one."""
+class LabelledSample(Protocol):
+    """A media file that people prefer for its prompt. `data.pairs.PreferredSample` is one."""
 
     @property
     def prompt(self) -> str: ...
 
     @property
     def chosen(self) -> Path: ...
+
+
+class LabelledPair(LabelledSample, Protocol):
+    """Two media files of one prompt, of which people preferred one; a tie carries no preference. `data.pairs.PreferencePair` is one."""
 
     @property
     def rejected(self) -> Path: ...
@@ -149,21 +153,33 @@ def pair_samples(pairs: Sequence[LabelledPair], family: EncodesMedia) -> PairSam
     decided = [pair for pair in pairs if not pair.tie]
     if not decided:
         raise ValueError(f"pairs: all {len(pairs)} of them are ties, which carry no preference; give at least one with a preferred sample")
-    device, moves = family.device, False
+    both = _latents([pair.chosen for pair in decided] + [pair.rejected for pair in decided], family)
+    chosen, rejected = both.chunk(2)
+    return PairSamples(_prompts(decided, family), chosen, rejected)
 
-    def latent(path: Path) -> Tensor:
-        nonlocal moves
+
+@torch.no_grad()
+def preferred_samples(labelled: Sequence[LabelledSample], family: EncodesMedia) -> RealSamples:
+    """Preferred files as latents of `family`, one at a time; otherwise as `pair_samples`."""
+    return RealSamples(_prompts(labelled, family), _latents([one.chosen for one in labelled], family))
+
+
+def _latents(paths: Sequence[Path], family: EncodesMedia) -> Tensor:
+    """Files as latents [N, C, (F,) H, W] on the CPU; ValueError if one does not fit, or all are images and the model makes videos."""
+    device, moves, latents = family.device, False, []
+    for path in paths:
         media = fitted(read_media(path, family.size.frames), family.size, str(path)).to(device)
         moves = moves or bool((media != media[:, :1]).any())
-        return family.encode_media(media[None] if family.size.frames > 1 else media[None, :, 0])[0].cpu()
-
-    chosen, rejected = (torch.stack([latent(path) for path in paths]) for paths in ([p.chosen for p in decided], [p.rejected for p in decided]))
+        latents.append(family.encode_media(media[None] if family.size.frames > 1 else media[None, :, 0])[0].cpu())
     if family.size.frames > 1 and not moves:
-        raise ValueError(f"pairs: no sample of {len(decided)} pairs moves, and the model makes videos of {family.size.frames} frames; give videos, not images")
-    image_to_video = family.takes_first_frame
-    prompts = [(Prompt.parse(pair.prompt), pair.chosen) for pair in decided]
-    names = (replace(prompt, image=chosen) if image_to_video and prompt.image is None else prompt for prompt, chosen in prompts)
-    return PairSamples(tuple(names), chosen, rejected)
+        raise ValueError(f"pairs: none of {len(paths)} samples moves, and the model makes videos of {family.size.frames} frames; give videos, not images")
+    return torch.stack(latents)
+
+
+def _prompts(labelled: Sequence[LabelledSample], family: EncodesMedia) -> tuple[Prompt, ...]:
+    """The prompts; of an image-to-video family with the chosen sample as the first frame, unless they name one."""
+    parsed = [(Prompt.parse(one.prompt), one.chosen) for one in labelled]
+    return tuple(replace(prompt, image=chosen) if family.takes_first_frame and prompt.image is None else prompt for prompt, chosen in parsed)
 
 
 def slow_motion(media: Tensor, factor: float = 2.0) -> Tensor:

@@ -1,13 +1,18 @@
-"""Preference pairs: people's preferences between two samples of a prompt, and their JSONL and Parquet files. This file does not import torch."""
+"""Preference pairs: people's preferences between two samples of a prompt, and their JSONL and Parquet files, which may hold preferred samples alone.
+
+This file does not import torch.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 FIELDS = ("prompt", "chosen", "rejected", "question", "tie", "votes_chosen", "votes_rejected", "votes_tie", "annotators", "seed")
 REQUIRED = FIELDS[:3]
@@ -80,15 +85,7 @@ class PreferencePair:
     @classmethod
     def of_row(cls, row: Mapping[str, Any], base: Path) -> PreferencePair:
         """The pair of a row; paths are relative to folder `base`. ValueError names the field, its value and what is allowed."""
-        if not isinstance(row, Mapping):
-            raise ValueError(f"row: {_short(row)} is not allowed; it is an object with {', '.join(REQUIRED)}")
-        for name in row:
-            _must(name in FIELDS, str(name), row[name], f"no field of that name; a row has {', '.join(FIELDS)}")
-        for name in REQUIRED:
-            if name not in row:
-                raise ValueError(f"{name}: missing; a row has {', '.join(REQUIRED)}, and may have {', '.join(FIELDS[3:])}")
-        for name in ("chosen", "rejected"):
-            _must(isinstance(row[name], str) and bool(row[name].strip()) and "\0" not in row[name], name, row[name], "the path of an image or a video")
+        _check_row(row, REQUIRED)
         tie = row.get("tie")
         _must(tie is None or isinstance(tie, bool), "tie", tie, "true or false")
         usual = {"votes_chosen": 0 if tie else 1, "votes_rejected": 0, "votes_tie": 1 if tie else 0}
@@ -111,19 +108,65 @@ class PreferencePair:
         return pair
 
 
+@dataclass(frozen=True)
+class PreferredSample:
+    """A medium that people prefer for its prompt: the chosen half of a pair, or one without a rejected half."""
+
+    prompt: str
+    chosen: Path
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any], base: Path) -> PreferredSample | None:
+        """The preferred sample of a row, which may have no `rejected` one; None for a tie. Otherwise as `PreferencePair.of_row`."""
+        if isinstance(row, Mapping) and row.get("rejected") is not None:
+            pair = PreferencePair.of_row(row, base)
+            return None if pair.tie else cls(pair.prompt, pair.chosen)
+        _check_row(row, REQUIRED[:2])
+        for name in ("tie", "votes_rejected", "votes_tie"):
+            _must(not row.get(name), name, row.get(name), "left out where there is no rejected sample")
+        return cls(row["prompt"], base / row["chosen"])
+
+
 def read_pairs(path: Path | str) -> list[PreferencePair]:
     """The pairs of a .jsonl or .parquet file, all of them sound and their media there; ValueError names file, row, field and what is allowed."""
-    path = Path(path)
-    pairs = []
+    return [pair for pair in _read(path, PreferencePair.of_row, REQUIRED[1:]) if pair is not None]
+
+
+def read_preferred(path: Path | str) -> list[PreferredSample]:
+    """The preferred samples of a .jsonl or .parquet file whose rows need no rejected one; without the ties. ValueError as `read_pairs`, and if none is left."""
+    found = [sample for sample in _read(path, PreferredSample.of_row, REQUIRED[1:2]) if sample is not None]
+    if not found:
+        raise ValueError(f"pairs: all rows of {path} are ties, which carry no preference; give at least one with a preferred sample")
+    return found
+
+
+def _read(path: Path | str, parse: Callable[[Mapping[str, Any], Path], T | None], media: Sequence[str]) -> list[T | None]:
+    """What `parse` makes of each row and the file's folder; the files named by its fields in `media` are there."""
+    path, found = Path(path), []
     for i, row in rows_of(path):
         try:
-            pair = PreferencePair.of_row(row, path.parent)
-            for name, file in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            one = parse(row, path.parent)
+            for name in media if one is not None else ():
+                file = getattr(one, name)
                 _must(file.is_file(), name, str(file), "a file that exists")
         except ValueError as error:
             raise ValueError(f"pairs: {path}, row {i}: {error}") from error
-        pairs.append(pair)
-    return pairs
+        found.append(one)
+    return found
+
+
+def _check_row(row: Any, required: Sequence[str]) -> None:
+    """Raises ValueError unless a row is an object with these fields and no unknown ones, whose prompt and media are texts."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"row: {_short(row)} is not allowed; it is an object with {', '.join(required)}")
+    for name in row:
+        _must(name in FIELDS, str(name), row[name], f"no field of that name; a row has {', '.join(FIELDS)}")
+    for name in required:
+        if name not in row:
+            raise ValueError(f"{name}: missing; a row has {', '.join(required)}, and may have {', '.join(name for name in FIELDS if name not in required)}")
+    _must(isinstance(row["prompt"], str) and bool(row["prompt"].strip()), "prompt", row["prompt"], "text that is not empty")
+    for name in required[1:]:
+        _must(isinstance(row[name], str) and bool(row[name].strip()) and "\0" not in row[name], name, row[name], "the path of an image or a video")
 
 
 def write_pairs(path: Path | str, pairs: Sequence[PreferencePair]) -> None:

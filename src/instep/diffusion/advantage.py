@@ -59,6 +59,13 @@ def _constant(rewards: Tensor, eps: float) -> Tensor:
     return rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) <= eps * size
 
 
+def best_and_worst(advantage: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch indices of each group's best and of its worst sample, [B / K] each, and whether they differ at all, [B / K] booleans."""
+    groups = _by_group(advantage, group)
+    first = torch.arange(len(groups), device=advantage.device) * group
+    return first + groups.argmax(1), first + groups.argmin(1), groups.amax(1) > groups.amin(1)
+
+
 def top_n(reward: Tensor, group: int, n: int) -> Tensor:
     """Batch indices [B / K, n] of each group's n best samples, best first."""
     if not 1 <= n <= group:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from instep.diffusion.noise import Rng, branch
+
 Band = tuple[float, float]  # the levels from low to high
 WHOLE: Band = (0.0, 1.0)
 TRIES = 32  # draws of a level sampler before what still lies outside a band is mapped into it
@@ -23,20 +25,22 @@ def in_band(t: Tensor, band: Band) -> Tensor:
     return (t >= low) & ((t < high) if high < 1 else (t <= high))
 
 
-def draw_in_band(draw: Callable[[], Tensor], band: Band) -> Tensor:
-    """Levels [n] of a sampler, given that they lie in the band: those outside are drawn again, all n at a time.
+def draw_in_band(draw: Callable[[Rng], Tensor], band: Band, rng: Rng) -> Tensor:
+    """Levels [n] of a sampler, given that they lie in the band: those outside are drawn again.
 
-    `draw` draws n levels. The band of all levels takes the first draw as it is. What lies outside after `TRIES` draws, because the sampler (almost) never falls
-    into the band, is mapped into it linearly.
+    `draw` draws n levels from what it is given. The band of all levels takes the first draw as it is. What lies outside after `TRIES` draws, because the
+    sampler (almost) never falls into the band, is mapped into it linearly.
     """
-    t = draw()
     if band == WHOLE:
-        return t
+        return draw(rng)
+    # how often is up to the slowest of the samples at hand
+    own = branch(rng)
+    t = draw(own)
     for _ in range(TRIES):
         inside = in_band(t, band)
         if bool(inside.all()):
             return t
-        t = torch.where(inside, t, draw().to(t))
+        t = torch.where(inside, t, draw(own).to(t))
     low, high = band
     # below 1 the upper end belongs to the other band
     return torch.where(in_band(t, band), t, low + (high - low) * t.clamp(1e-3, 1 - 1e-3))

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from instep.diffusion.noise import Rng, rand
 from instep.diffusion.transfer import to_device
 
 GuidanceScales = tuple[float, float]
@@ -43,10 +44,10 @@ class GuidanceRange:
         skip = f", skip-layer guidance {_span(self.skip)}" if self.skip != (0, 0) else ""
         return f"guidance {_span(self.guidance)}{skip}"
 
-    def draw(self, n: int, rng: torch.Generator) -> Tensor:
+    def draw(self, n: int, rng: Rng) -> Tensor:
         """n independent pairs, [n, 2]."""
         low, high = self._ends(torch.device("cpu"))
-        return low + (high - low) * torch.rand(n, 2, generator=rng)
+        return low + (high - low) * rand((n, 2), rng)
 
     def check(self, guidance_scales: GuidanceScales) -> None:
         """ValueError for guidance scales outside of the range."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from instep.diffusion.levels import LevelSampler, Uniform, shift_level
+from instep.diffusion.noise import Rng, rand, randint, randn
 
 # the steps that levels are rounded to, as Wan, SD3 and DDPMs are trained on; offsets are counted in them
 TRAINING_STEPS = 1000
@@ -66,9 +67,9 @@ class NearTrajectory(LevelSampler):
         """First and last training step in [low, high]."""
         return max(1, -int(-self.low * TRAINING_STEPS // 1)), int(self.high * TRAINING_STEPS)
 
-    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
-        which = torch.randint(len(self.shifts), (n,), generator=rng)
-        u, offset = torch.rand(n, generator=rng), torch.randn(n, generator=rng)
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: Rng) -> Tensor:
+        which = randint(len(self.shifts), n, rng)
+        u, offset = rand((n,), rng), randn((n,), rng, "cpu")
         anchors = self.anchors
         count = torch.tensor([len(each) for each in anchors])
         table = torch.zeros(len(anchors), int(count.max()))
@@ -103,9 +104,9 @@ class HighLow(LevelSampler):
         below = [NearTrajectory(self.steps, self.shifts, self.offset, 0.0, BOUNDARY - 1 / TRAINING_STEPS)] if self.low else []
         return tuple(self.high * above + self.low * below)
 
-    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: Rng) -> Tensor:
         drawn = torch.stack([part(n, progress=progress, t_exit=t_exit, rng=rng) for part in self.window])
-        return drawn.gather(0, torch.randint(len(drawn), (1, n), generator=rng))[0]
+        return drawn.gather(0, randint(len(drawn), n, rng)[None])[0]
 
 
 @dataclass(frozen=True)
@@ -123,5 +124,5 @@ class Repeated(LevelSampler):
     def window(self) -> tuple[LevelSampler, ...]:
         return (self.levels,) * self.times
 
-    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: Rng) -> Tensor:
         return self.levels(n, progress=progress, t_exit=t_exit, rng=rng)

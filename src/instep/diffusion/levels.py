@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from instep.diffusion.noise import Rng, beta, rand, randint
+
 
 def shift_level(t: Tensor, shift: float) -> Tensor:
     """Timestep shift s t / (1 + (s - 1) t), which moves levels in (0, 1) toward noise for s > 1 (SD3, Wan)."""
@@ -36,7 +38,7 @@ def check_levels(levels: Sequence[float]) -> None:
 class LevelSampler:
     """Base of the distributions of t: called with the batch size, returns levels [n] in (0, 1]."""
 
-    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: Rng) -> Tensor:
         """`progress` in [0, 1] is the fraction of the stage done; `t_exit` [n] the level each sample was predicted at."""
         raise NotImplementedError
 
@@ -63,8 +65,8 @@ class Uniform(LevelSampler):
         if self.shift <= 0:
             raise ValueError(f"shift: {self.shift} is not allowed; it is positive (1 leaves the levels uniform)")
 
-    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
-        u = torch.rand(n, generator=rng)
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: Rng) -> Tensor:
+        u = rand((n,), rng)
         if self.shift == 1:
             return self.low + (self.high - self.low) * u
         return shift_level(u, self.shift).clamp(self.low, self.high)
@@ -79,8 +81,8 @@ class OneOf(LevelSampler):
     def __post_init__(self) -> None:
         check_levels(self.levels)
 
-    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
-        return torch.tensor(self.levels)[torch.randint(len(self.levels), (n,), generator=rng)]
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: Rng) -> Tensor:
+        return torch.tensor(self.levels)[randint(len(self.levels), n, rng)]
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,10 @@ class AboveExit(LevelSampler):
     def __post_init__(self) -> None:
         Uniform(self.low, self.high, self.shift)
 
-    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: Rng) -> Tensor:
         assert t_exit is not None, "levels above the exit need to know the exit"
         low = torch.where(t_exit < self.high, t_exit.clamp(min=self.low), torch.full_like(t_exit, self.low))
-        t = shift_level(torch.rand(n, generator=rng), self.shift).to(low)
+        t = shift_level(rand((n,), rng), self.shift).to(low)
         return low + (self.high - low) * t
 
 
@@ -109,20 +111,20 @@ class AboveExit(LevelSampler):
 class AnnealedBeta(LevelSampler):
     """t ~ Beta(1 + 3 c, 1 + c / 2) with c a half-cosine from 1 to 0 over the stage: from high noise, Beta(4, 1.5), to uniform (DMDR, DynaRS).
 
-    Clamped to [low, high]. The parameters are those of DMDR's released code, annealed by the fraction of the stage.
+    Shifted and clamped to [low, high] as `Uniform` is, so that at its end it draws what `Uniform` of the same shift draws. The parameters are those of
+    DMDR's released code, which has no shift, annealed by the fraction of the stage.
     """
 
     low: float = 0.02
     """Lowest level."""
     high: float = 0.98
     """Highest level."""
+    shift: float = 1.0
+    """Timestep shift before the clamp."""
 
     def __post_init__(self) -> None:
-        Uniform(self.low, self.high)
+        Uniform(self.low, self.high, self.shift)
 
-    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: torch.Generator) -> Tensor:
+    def __call__(self, n: int, *, progress: float, t_exit: Tensor | None, rng: Rng) -> Tensor:
         c = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
-        # X / (X + Y) of two gammas; torch's gamma sampler takes a generator only here
-        shape = torch.tensor([[1 + 3 * c], [1 + 0.5 * c]]).expand(2, n)
-        x, y = torch._standard_gamma(shape, generator=rng)
-        return (x / (x + y)).clamp(self.low, self.high)
+        return shift_level(beta(1 + 3 * c, 1 + 0.5 * c, n, rng), self.shift).clamp(self.low, self.high)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from instep.diffusion.noise import randn
+from instep.diffusion.noise import Rng, copy_of, randn
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.sampling import Step, sample
@@ -101,13 +101,13 @@ def rollout_few_step(
     path: Path,
     shape: Sequence[int],
     exit_id: Tensor,
-    rng: torch.Generator,
+    rng: Rng,
     *,
     group: int = 1,
     exits: range | None = None,
     live: frozenset[Where] = frozenset(),
     to_the_end: bool = False,
-    through: Literal["last", "trajectory"] = "last",
+    through: int = 1,
     record: bool = False,
     transition: Transition = Renoise(),
     guidance: float = 1.0,
@@ -116,25 +116,24 @@ def rollout_few_step(
 ) -> Rollout:
     """Rolls out len(cond) samples of `shape`, each to its exit, or `to_the_end`.
 
-    Points named in `live` carry the graph: the exit through its own step alone; the final sample through its last step, or
-    with `through="trajectory"` through every step (memory times the number of steps). All exits are predicted in one call. `exits` are the indices
-    that `draw_exits` drew from (None: all levels). `record` stores the trajectory of a rollout to the end. `guidance` is only noted in it: a guided
-    `student` brings its own.
+    Points named in `live` carry the graph: the exit through its own step alone; the final sample through the last `through` of its steps (memory times
+    their number). All exits are predicted in one call. `exits` are the indices that `draw_exits` drew from (None: all levels). `record` stores the
+    trajectory of a rollout to the end. `guidance` is only noted in it: a guided `student` brings its own.
 
     A rollout to the exit of Q levels costs (Q + 1) / 2 evaluations a sample on average, one to the end Q. With `same_calls` the numbers of calls and of rows
     in each are the same for all exits that can be drawn: calls of a sharded network are collectives, and every rank makes the same ones. Where Q does not
     divide the number of groups, some samples are then evaluated further than they need to be: as far as another draw would need them.
     """
-    n, chained = len(cond), through == "trajectory" and "final" in live
+    n, chained = len(cond), through > 1 and "final" in live
     assert len(exit_id) == n and (to_the_end or not record)
     before, after = (
         rows_beside_exits(range(len(levels)) if exits is None else exits, n // group, group, len(levels)) if same_calls else _rows(exit_id, len(levels))
     )
-    noise, again = randn((n, *shape), rng, device), torch.Generator(rng.device)
-    again.set_state(rng.get_state())
+    noise = randn((n, *shape), rng, device)
+    again = copy_of(rng)
     way = _Way(student, cond, levels, path, transition, exit_id, torch.tensor(levels, dtype=noise.dtype)[exit_id], live)
     if to_the_end and (chained or record or "exit" not in live or sum(before) + sum(after) >= n * len(levels)):
-        exit_, final, steps = way.whole(noise, rng, chained=chained, record=record)
+        exit_, final, steps = way.whole(noise, rng, through=through if "final" in live else 0, record=record)
         return Rollout(cond, group, exit_, final, _stacked(steps, levels, transition, guidance) if record else None)
     x_t, predicted = way.to_the_exits(noise, rng, before)
     exit_ = way.exits(x_t)
@@ -162,7 +161,7 @@ class _Way:
         with _graph("exit" in self.live):
             return Point(self.student(x_t, self.level, self.cond).x0, x_t, self.level, self.exit_id)
 
-    def to_the_exits(self, noise: Tensor, rng: torch.Generator, counts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    def to_the_exits(self, noise: Tensor, rng: Rng, counts: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """The inputs of the exits [B, ...], and what was predicted at each level; rows that are past their exit hold nothing of use there."""
         at_exit, predicted = noise, []
 
@@ -175,7 +174,7 @@ class _Way:
         sample(predict, noise, self.levels, self.path, self.transition, rng)
         return at_exit, predicted
 
-    def onwards(self, noise: Tensor, rng: torch.Generator, exit_: Point, predicted: Sequence[Tensor], counts: Sequence[int]) -> Point:
+    def onwards(self, noise: Tensor, rng: Rng, exit_: Point, predicted: Sequence[Tensor], counts: Sequence[int]) -> Point:
         """The final samples. The way to the exits is gone again without a call, from what was `predicted`; `rng` draws the same noise again."""
         final: Point | None = None
 
@@ -191,18 +190,19 @@ class _Way:
         assert final is not None
         return final
 
-    def whole(self, noise: Tensor, rng: torch.Generator, *, chained: bool, record: bool) -> tuple[Point, Point, list[tuple[Tensor, Tensor, Tensor]]]:
-        """Exits, final samples and recorded steps, with all samples taken through all levels. Live exits are predicted once more, with their graph."""
+    def whole(self, noise: Tensor, rng: Rng, *, through: int, record: bool) -> tuple[Point, Point, list[tuple[Tensor, Tensor, Tensor]]]:
+        """Exits, final samples and recorded steps, with all samples taken through all levels, the last `through` of them with a graph. Live exits are
+        predicted once more, with their graph."""
         at_exit, supervised, final = noise, noise, None
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def predict(step: Step) -> Tensor:
             nonlocal at_exit, supervised, final
-            with _graph(chained or (step.index == len(self.levels) - 1 and "final" in self.live)):
+            with _graph(step.index >= len(self.levels) - through):
                 x0 = self.student(step.x_t, step.t, self.cond).x0
             here = self.exit_id == step.index
             at_exit, supervised, final = _chosen(here, step.x_t.detach(), at_exit), _chosen(here, x0.detach(), supervised), self._final(step, x0)
-            return x0 if chained else x0.detach()
+            return x0
 
         def record_step(step: Step, x0: Tensor, x_next: Tensor) -> None:
             if step.t_next is not None:

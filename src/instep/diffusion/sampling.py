@@ -12,7 +12,7 @@ from torch import Tensor
 from instep.diffusion.guidance import GuidanceByLevel, predict_guided
 from instep.diffusion.guidance_scales import GuidanceScales
 from instep.diffusion.levels import shift_level
-from instep.diffusion.noise import randn
+from instep.diffusion.noise import Rng, randn
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.transitions import Deterministic, Renoise, Transition
@@ -38,7 +38,7 @@ def sample(
     levels: Sequence[float] | Tensor,
     path: Path,
     transition: Transition,
-    rng: torch.Generator | None = None,
+    rng: Rng | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Runs the sampling loop, noise [B, ...] -> x0 [B, ...]: predicts x0 at each of `levels` and goes to the next one by `transition`.
@@ -71,7 +71,7 @@ def sample_few_step(
     noise: Tensor,
     levels: Sequence[float],
     path: Path,
-    rng: torch.Generator,
+    rng: Rng,
     callback: Callback | None = None,
 ) -> Tensor:
     """Samples a few-step student, noise [B, ...] -> x0 [B, ...]: predicts x0 and re-noises it to the next level; one evaluation a level."""
@@ -140,9 +140,7 @@ class Sampling:
         return cond if self.guidance_scales is None else cond.with_guidance(self.guidance_scales)
 
     @torch.no_grad()
-    def __call__(
-        self, student: Denoiser, cond: Condition, null: Condition, noise: Tensor, path: Path, rng: torch.Generator, callback: Callback | None = None
-    ) -> Tensor:
+    def __call__(self, student: Denoiser, cond: Condition, null: Condition, noise: Tensor, path: Path, rng: Rng, callback: Callback | None = None) -> Tensor:
         """Samples, noise [B, ...] -> x0 [B, ...]."""
         cond = self.conditioned(cond)
         if self.kind == "few-step":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class Measured:
     """Measurements of an export; differences are the largest absolute ones of final latents, in float32.
 
     comfyui_shift, comfyui_difference: None where no workflow is made for the family. usual: default steps and guidance of the pipeline's
-    call. passes_generator: whether the pipeline passes `generator=` to the scheduler. task: the pipeline's task. loras: the LoRA files that were written.
+    call. unguided: the arguments of its call that turn guidance off. passes_generator: whether the pipeline passes `generator=` to the scheduler. task: the
+    pipeline's task. loras: the LoRA files that were written.
     """
 
     sampler_difference: float
@@ -61,6 +62,7 @@ class Measured:
     pipeline: str = "WanPipeline"
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     usual: tuple[int, float] = (50, 5.0)
+    unguided: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
     passes_generator: bool = False
     task: Task = "text-to-video"
     loras: tuple[str, ...] = ()
@@ -85,8 +87,8 @@ def model_card(info: ExportInfo, levels: Sequence[float], measured: Measured) ->
     return "\n".join(sections)
 
 
-def many_step_card(info: ExportInfo, sampling: Sampling, task: Task = "text-to-video") -> str:
-    """README.md of a student that keeps its model's own many-step sampler."""
+def many_step_card(info: ExportInfo, sampling: Sampling, task: Task = "text-to-video", guided: Mapping[str, float] | None = None) -> str:
+    """README.md of a student that keeps its model's own many-step sampler. `guided`: the arguments of the pipeline's call that guide as `sampling` does."""
     name, size, steps, guidance = info.base_model.rpartition("/")[2], info.size, len(sampling.levels), sampling.guidance
     inside = ""
     if sampling.guidance_scales is not None:
@@ -95,10 +97,11 @@ def many_step_card(info: ExportInfo, sampling: Sampling, task: Task = "text-to-v
             f"Guidance {w:g}{f' and skip-layer guidance {skip:g}' if skip else ''} is in these weights, one scale of a range that the student was trained"
             " on: `instep export RUN --to FOLDER --guidance W` folds in another.\n\n"
         )
+    arguments = ", ".join(f"{key}={value:g}" for key, value in (guided or {"guidance_scale": guidance}).items())
     usage = (
         f"import torch\nfrom diffusers import DiffusionPipeline\n{_loads(info)}\n"
         'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", dtype=torch.float32)\n'
-        f"{_medium(task)} = pipe({_asked(info, guided=guidance != 1)}, num_inference_steps={steps}, guidance_scale={guidance:g}, {_size_arguments(size, task)})"
+        f"{_medium(task)} = pipe({_asked(info, guided=guidance != 1)}, num_inference_steps={steps}, {arguments}, {_size_arguments(size, task)})"
         f"{_result(task)}\n"
     )
     return (
@@ -178,6 +181,7 @@ def _front_matter(info: ExportInfo, measured: Measured) -> str:
 def _usage(info: ExportInfo, levels: Sequence[float], measured: Measured) -> str:
     n, size = len(levels), info.size
     steps, guidance = measured.usual
+    unguided = ", ".join(f"{name}={value:.1f}" for name, value in measured.unguided.items())
     if measured.passes_generator:
         seeding, argument = "", "generator=torch.Generator().manual_seed(0), "
         repeat = "- `generator=` makes a sample repeatable: the pipeline hands it on to `scheduler.step`, which draws the noise of every later step."
@@ -190,7 +194,7 @@ def _usage(info: ExportInfo, levels: Sequence[float], measured: Measured) -> str
     if measured.scheduler == "LCMScheduler":
         repeat += (
             f"\n- The scheduler is a stock `LCMScheduler` with this model's own table of noise levels. For {n} step{'s' if n > 1 else ''} it predicts the clean"
-            " video and noises\n  it anew; its boundary condition is scaled away."
+            f" {_medium(measured.task)} and noises\n  it anew; its boundary condition is scaled away."
         )
     return f"""## Use
 
@@ -204,12 +208,12 @@ pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.{measured.dtype}
 {seeding}{_medium(measured.task)} = pipe(
     {_asked(info)},
     {_size_arguments(size, measured.task)},
-    num_inference_steps={n}, guidance_scale=1.0, {argument}output_type="pil",
+    num_inference_steps={n}, {unguided}, {argument}output_type="pil",
 ){_result(measured.task)}
 {'image.save("image.png")' if measured.task == "text-to-image" else 'export_to_gif(video, "video.gif", fps=8)'}
 ```
 
-- `num_inference_steps={n}` and `guidance_scale=1.0` must be given: the pipeline's own defaults are {steps} and {guidance:g}. The
+- `num_inference_steps={n}` and `{unguided}` must be given: the pipeline's own defaults are {steps} and {guidance:g}. The
   scheduler in this folder yields the student's levels for {n} step{"s" if n > 1 else ""} and for no other number.
 {repeat}
 """

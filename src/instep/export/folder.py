@@ -113,6 +113,7 @@ def export_student(
             pipeline=type(pipe).__name__,
             scheduler=type(scheduler).__name__,
             usual=family.usual(),
+            unguided=family.guidance_arguments(1.0),
             passes_generator=family.passes_generator,
             task=family.task,
             loras=tuple(lora_files(family).values()) if adapter else (),
@@ -160,7 +161,7 @@ def export_many_step(
         (temporary / RECORD).write_text(json.dumps(record, indent=2))
         device = family.device
         _check_stock(temporary, family.at(small_size(family, info)), [info.example_prompt], FEW, sampling.guidance, device, dtype)
-        (temporary / "README.md").write_text(many_step_card(info, sampling, family.task))
+        (temporary / "README.md").write_text(many_step_card(info, sampling, family.task, family.guidance_arguments(sampling.guidance)))
         size_bytes = _sync(temporary)
     return ExportReport(out, sampling.levels, math.nan, math.nan, math.nan, len(keys), size_bytes)
 

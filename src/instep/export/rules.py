@@ -52,7 +52,7 @@ def check_sampler(family: Family, sampling: Sampling) -> Any:
     Raises ValueError if no stock scheduler samples at those levels, or if there is no stock pipeline for a many-step student.
     """
     if sampling.kind == "few-step":
-        return few_step_scheduler(family.path, sampling.levels, family.prediction_type)
+        return few_step_scheduler(family.path, sampling.levels, family.prediction_type, even_sigmas=family.even_sigmas)
     if family.pipe is None:
         raise ValueError(
             f"model: {family.name} has no stock pipeline, and this recipe leaves a many-step model, which is exported as one; choose a recipe that distils"

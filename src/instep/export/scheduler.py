@@ -20,14 +20,17 @@ TOLERANCE = 1e-6
 NUDGES = 40
 
 
-def few_step_scheduler(path: Path, levels: Sequence[float], prediction_type: PredictionType) -> FlowMatchEulerDiscreteScheduler | LCMScheduler:
+def few_step_scheduler(
+    path: Path, levels: Sequence[float], prediction_type: PredictionType, *, even_sigmas: bool = False
+) -> FlowMatchEulerDiscreteScheduler | LCMScheduler:
     """The stock scheduler that predicts x0 at `levels` of `path` and re-noises between them, for `set_timesteps(len(levels))`.
 
-    FlowMatchEulerDiscreteScheduler on the rectified flow, LCMScheduler on a variance-preserving path. Raises ValueError for levels that the
+    FlowMatchEulerDiscreteScheduler on the rectified flow, LCMScheduler on a variance-preserving path. even_sigmas: the pipeline gives a flow's scheduler the
+    levels 1, (n - 1) / n, ..., 1 / n instead of their number. Raises ValueError for levels that the
     class cannot produce, and for a prediction type that it does not support.
     """
     if isinstance(path, RectifiedFlow) and prediction_type == "velocity":
-        return flow_scheduler(levels)
+        return flow_scheduler(levels, even_sigmas=even_sigmas)
     if isinstance(path, VariancePreserving):
         from instep.export.scheduler_vp import vp_scheduler
 
@@ -38,8 +41,9 @@ def few_step_scheduler(path: Path, levels: Sequence[float], prediction_type: Pre
     )
 
 
-def flow_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler whose `set_timesteps(len(levels))` gives exactly `levels`, and which re-noises between them.
+def flow_scheduler(levels: Sequence[float], *, even_sigmas: bool = False) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler whose `set_timesteps(len(levels))` gives exactly `levels`, and which re-noises between them; with `even_sigmas` it is
+    `set_timesteps(sigmas=even(len(levels)))`.
 
     levels: 1 = t_1 > ... > t_n > 0. Uniform-then-shifted lists fit, and so do lists of up to 3 levels (unless the
     second is next to 1 or 0). Raises ValueError for a list that this class cannot produce, which is tried, not assumed
@@ -50,13 +54,13 @@ def flow_scheduler(levels: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
 
     check_levels(levels)
     n = len(levels)
-    shift, terminal = solve_shift(levels)
+    shift, terminal = solve_even_shift(levels) if even_sigmas else solve_shift(levels)
     wanted = torch.tensor(levels, dtype=torch.float32)
     best: tuple[float, FlowMatchEulerDiscreteScheduler] | None = None
     # one float32 unit of a level changes a sample by 1e-6, so of almost equal shifts the bit-exact one is chosen
     for nudge in sorted(range(-NUDGES, NUDGES + 1), key=abs):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift * (1 + nudge * 2e-8), shift_terminal=terminal, stochastic_sampling=True)
-        scheduler.set_timesteps(n)
+        scheduler.set_timesteps(n, sigmas=even(n) if even_sigmas else None)
         off = float((scheduler.sigmas[:-1] - wanted).abs().sum())
         if best is None or off < best[0]:
             best = off, scheduler
@@ -107,3 +111,30 @@ def solve_shift(levels: Sequence[float]) -> tuple[float, float | None]:
             break
         shift = 1 / denominator
     return shift, float(levels[-1])
+
+
+def even(n: int) -> list[float]:
+    """The levels 1, (n - 1) / n, ..., 1 / n."""
+    return [(n - j) / n for j in range(n)]
+
+
+def solve_even_shift(levels: Sequence[float]) -> tuple[float, float | None]:
+    """The class's (shift, shift_terminal) for which a middle level and the last one come out right of even sigmas.
+
+    Shifted by s, 1 - sigma is (1 - u) / (1 + (s - 1) u) of an even u. If the last level comes out right with every other, no terminal is needed. Else the
+    stretch keeps the ratio of two of them: with r = (1 - t_j) / (1 - T) and A = (1 - u_j) / (1 - u_n), s = 1 + (r - A) / (A u_n - r u_j).
+    """
+    n, last = len(levels), float(levels[-1])
+    if n == 1:
+        return 1.0, None
+    u = even(n)
+    shift = last * (1 - u[-1]) / (u[-1] * (1 - last))
+    if max(abs(shift * a / (1 + (shift - 1) * a) - t) for a, t in zip(u, levels, strict=True)) <= TOLERANCE:
+        return shift, None
+    if n == 2:
+        return 1.0, last
+    r, j = min((((1 - t) / (1 - last), j) for j, t in enumerate(levels[1:-1], 1)), key=lambda pair: abs(pair[0] - 0.5))
+    ratio = (1 - u[j]) / (1 - u[-1])
+    shift = 1 + (r - ratio) / (ratio * u[-1] - r * u[j])
+    # no positive shift exists: the caller's trial then reports the error of the nearest list
+    return (shift if shift > 0 else 1.0), last

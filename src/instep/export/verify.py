@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from instep.core.size import Size
 from instep.core.unusable import Unusable
 from instep.data.prompt import Prompt, as_prompts
-from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser, Prediction
 from instep.diffusion.sampling import sample_few_step
 from instep.export.load import load_pipeline
@@ -25,7 +24,7 @@ from instep.models.families import family_of
 from instep.models.family import Family
 from instep.models.role import Role
 
-# (prompts, generator) -> final latents in the pipeline's own order of axes; draws x at t_1 first, then one noise a step, in that order, all from generator
+# (prompts, generator) -> final latents in the pipeline's own layout; draws x at t_1 first, then one noise a step, in that order, all from generator
 Sampler = Callable[[Sequence[Prompt], torch.Generator], Tensor]
 
 
@@ -35,7 +34,7 @@ EARLIER = "export an earlier checkpoint, or train anew with a lower learning rat
 
 @dataclass(frozen=True)
 class Latents:
-    """Final latents of the same prompts and noise, each [B, ...] in the pipeline's order of axes: `stock` of stock diffusers on a folder, `folder` of our
+    """Final latents of the same prompts and noise, each [B, ...] in the pipeline's layout: `stock` of stock diffusers on a folder, `folder` of our
     sampler on the folder's network, `narrow` of that sampler and network in the student's own dtype (None where this is not less than float32)."""
 
     stock: Tensor
@@ -58,19 +57,15 @@ def examples(family: Family, folder: FilePath) -> list[Prompt]:
 
 
 @torch.no_grad()
-def sample_as_stock(
-    denoiser: Denoiser, cond: Condition, shape: Sequence[int], levels: Sequence[float], path: Path, rng: torch.Generator, axes: tuple[int, ...]
-) -> Tensor:
-    """`sample_few_step` of len(cond) samples of `shape` with noise and result in a pipeline's order of axes (`Family.axes`)."""
-    back = [axes.index(i) for i in range(len(axes))]
+def sample_as_stock(denoiser: Denoiser, family: Family, cond: Condition, levels: Sequence[float], rng: torch.Generator) -> Tensor:
+    """`sample_few_step` of len(cond) samples with the noise that the family's stock pipeline draws, and the result in the layout that it steps."""
 
     def turned(x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        answer = denoiser(x_t.permute(back), t, cond)
-        return Prediction(answer.x0.permute(axes), answer.v.permute(axes))
+        answer = denoiser(family.own_latents(x_t), t, cond)
+        return Prediction(family.stock_latents(answer.x0), family.stock_latents(answer.v))
 
-    whole = (len(cond), *shape)
-    noise = torch.randn([whole[i] for i in axes], generator=rng, device=rng.device)
-    return sample_few_step(turned, cond, noise, levels, path, rng)
+    noise = family.stock_latents(family.first_noise(len(cond), rng))
+    return sample_few_step(turned, cond, noise, levels, family.path, rng)
 
 
 def our_sampler(family: Family, network: nn.Module, levels: Sequence[float]) -> Sampler:
@@ -82,7 +77,7 @@ def role_sampler(family: Family, student: Denoiser, levels: Sequence[float]) -> 
     """The library's own few-step sampler of a student, at the family's size."""
 
     def sample(prompts: Sequence[Prompt], rng: torch.Generator) -> Tensor:
-        return sample_as_stock(student, family.encode(prompts).to(rng.device), family.latent_shape, levels, family.path, rng, family.axes)
+        return sample_as_stock(student, family, family.encode(prompts).to(rng.device), levels, rng)
 
     return sample
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from instep.diffusion.guidance import predict_guided
 from instep.diffusion.levels import shift_level
+from instep.diffusion.noise import randint
 from instep.diffusion.path import at_least_float32, broadcast
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.transitions import Deterministic
@@ -75,8 +76,7 @@ class Consistency(Objective):
     def __call__(self, view: View) -> Iterator[Tensor]:
         real, cond = view.batch.real, view.batch.cond
         assert real is not None, "consistency distillation needs real samples in the batch"
-        rng = view.rng
-        n = torch.randint(self.grid - self.steps + 1, (len(real),), generator=rng)
+        n = randint(self.grid - self.steps + 1, len(real), view.rng)
         levels = self.levels.to(at_least_float32(real).dtype)
         x = start = view.path.renoise(real, view.randn_like(real), levels[n + self.steps])
         with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +14,15 @@ from instep.diffusion.prediction import Condition, Denoiser, at_scale, eps_of_x0
 from instep.diffusion.rollout import Where
 from instep.methods.term import NOTHING, Critic, Need, View
 
+# what a fake's error is taken of
+ErrorOf = Literal["velocity", "eps", "x0"]
 
-def denoising_error(denoiser: Denoiser, view: View, x0: Tensor, t: Tensor, noise: Tensor, cond: Condition, target: Literal["velocity", "eps", "x0"]) -> Tensor:
-    """Per-sample mean squared error [B] of a denoiser on x0 [B, ...] noised to t with `noise`, in the prediction_type `target`."""
+
+def denoising_error(denoiser: Denoiser, view: View, x0: Tensor, t: Tensor, noise: Tensor, cond: Condition, target: ErrorOf) -> Tensor:
+    """Per-sample mean squared error [B] of a denoiser on x0 [B, ...] noised to t with `noise`, in the prediction_type `target`.
+
+    With x_t = a x0 + b eps it is the squared error of x0 times 1 (x0), (a / b)^2 (eps: DMD2's for a noise-predicting model) or ((a + b) / b)^2 (velocity).
+    """
     x_t = view.path.renoise(x0, noise, t)
     prediction = denoiser(x_t, t, cond)
     if target == "velocity":
@@ -30,7 +36,8 @@ def denoising_error(denoiser: Denoiser, view: View, x0: Tensor, t: Tensor, noise
 
 @dataclass(frozen=True, kw_only=True)
 class FakeScoreLoss(Critic):
-    """Trains `role` by denoising the student's samples at their exit; velocity error for flows (DOLLAR's on any path).
+    """Trains `role` by denoising the student's samples at their exit; `target`: the velocity's error for flows (DOLLAR's on any path), that of the noise (DMD2
+    on SDXL), or that of x0.
 
     With `condition_on_exit` the fake is conditioned on the exit of each sample: one unconditional fake for the mixture over all exits leaves
     the marginal of each exit unidentified.
@@ -44,7 +51,7 @@ class FakeScoreLoss(Critic):
     role: str = "fake"
     on: Where = "exit"
     levels: LevelSampler = field(default_factory=Uniform)
-    target: Literal["velocity", "eps", "x0"] = "velocity"
+    target: ErrorOf = "velocity"
     condition_on_exit: bool = False
     tilt: float = 0.0
     adapter_scale: float | None = None
@@ -52,6 +59,11 @@ class FakeScoreLoss(Critic):
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"reward"}) if self.tilt else NOTHING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target not in get_args(ErrorOf):
+            raise ValueError(f"fake_target: {self.target!r} is not known; allowed: {', '.join(get_args(ErrorOf))}")
 
     def losses(self, view: View) -> Iterator[Tensor]:
         samples = view.samples

@@ -43,12 +43,15 @@ class LatentFit(Critic):
         assert reward_fn is not None and latent_reward is not None, "a latent reward model imitates a reward; the run must have one"
         made, prompts, k = samples.point("exit").x.detach(), [prompt for prompt in batch.prompts for _ in range(samples.group)], samples.group
         x, cond, n = made, samples.cond, len(made)
-        if self.others and len(batch.prompts) > 1:
-            x, cond, prompts = torch.cat([x, made]), cond.stack(cond.rolled(k)), [*prompts, *prompts[k:], *prompts[:k]]
+        if self.others and (len(batch.prompts) > 1 or batch.following is not None):
+            rolled, last = cond.rolled(k), prompts[:k]
+            if batch.following is not None:
+                rolled, last = rolled[: n - k].stack(batch.following[1].repeat(k)), [batch.following[0]] * k
+            x, cond, prompts = torch.cat([x, made]), cond.stack(rolled), [*prompts, *prompts[k:], *last]
         if self.real and batch.real is not None:
             x, cond, prompts = torch.cat([x, to_match(batch.real, x)]), cond.stack(batch.cond), [*prompts, *batch.prompts]
         reward = to_match(reward_fn(x, prompts), x)
-        latent_reward.settle(reward)
+        latent_reward.settle(reward, view.ranks)
         target = latent_reward.standard(reward, view.weights)
         note("reward/train", (reward[:n] if reward.ndim == 1 else reward[:n] @ constants(view.weights, reward)).mean())
         for i in range(reward.shape[1] if reward.ndim > 1 else 0):

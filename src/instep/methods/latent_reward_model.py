@@ -12,6 +12,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from instep.core.ranks import ALONE, Ranks
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import constants, widest
 
@@ -70,13 +71,14 @@ class LatentReward(nn.Module):
         return (((each.to(self.total) - self.mean) / self.std) @ constants(weights, self.mean)).to(reward)
 
     @torch.no_grad()
-    def settle(self, reward: Tensor) -> None:
-        """Updates mean and deviation from rewards [B] or [B, R] until there are enough labels and they differ; later ones are ignored."""
+    def settle(self, reward: Tensor, ranks: Ranks = ALONE) -> None:
+        """Updates mean and deviation from rewards [B] or [B, R] of all ranks until there are enough labels and they differ; later ones are ignored."""
         counts = ((self.seen < SETTLE) | (self.variance <= 0).any()).to(self.total)
         each = (reward[:, None] if reward.ndim == 1 else reward).to(self.total)
-        self.total += counts * each.sum(0)
-        self.square += counts * each.square().sum(0)
-        self.seen += counts * len(each)
+        total, square = ranks.count * ranks.mean(torch.stack([each.sum(0), each.square().sum(0)]))
+        self.total += counts * total
+        self.square += counts * square
+        self.seen += counts * len(each) * ranks.count
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, mean and deviation."""

@@ -12,7 +12,7 @@ from instep.diffusion.levels import LevelSampler, Uniform
 from instep.diffusion.prediction import at_scale
 from instep.diffusion.rollout import Point, Where
 from instep.methods.adapted_teacher import Annealed
-from instep.methods.operators import Displacements, Operator, Standard
+from instep.methods.operators import Displacements, Operator, Standard, relative
 from instep.methods.term import NOTHING, Force, Need, View, as_force, scalar_per_sample
 
 # mean|x - x0_real| can vanish (a sample the teacher returns unchanged); below this the direction is not amplified further
@@ -97,7 +97,8 @@ class DistributionMatching(Force):
             real = cond - ca
         fake = view.roles["fake"](x_t, t, samples.cond.at_exit(point.exit_id)).x0
         d = Displacements(x - real, x - fake, fake - cond, ca)
-        return Matching(x, t, real, fake, self.operator(d, samples.advantage, samples.reward) / scale)
+        reward = relative(samples.reward, view.ranks) if self.operator.reads_reward and samples.reward is not None else None
+        return Matching(x, t, real, fake, self.operator(d, samples.advantage, reward) / scale)
 
     def _renoised(self, view: View, point: Point, levels: LevelSampler) -> tuple[Tensor, Tensor]:
         t = view.levels(levels, len(point.x), point.level).to(point.x.dtype)

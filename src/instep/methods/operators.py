@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from instep.core.ranks import ALONE, Ranks
 from instep.diffusion.path import broadcast
 
 
@@ -24,15 +25,24 @@ class Displacements:
     ca: Tensor
 
 
+def relative(reward: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """Rewards [B] over their root mean square on all ranks."""
+    return reward / ranks.mean(reward.square().mean()).sqrt().clamp(min=1e-12)
+
+
 @dataclass(frozen=True)
 class Operator:
     """Base: (displacements, advantage [B], reward [B]; None where not scored) -> direction [B, ...] that is descended.
 
-    `formula` is its cell in AMD's Table 1.
+    `formula` is its cell in AMD's Table 1. The reward is `relative`, and there for an operator that `reads_reward`.
     """
 
     formula: ClassVar[str]
     needs_advantage: ClassVar[bool] = False
+
+    @property
+    def reads_reward(self) -> bool:
+        return False
 
     def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
         raise NotImplementedError
@@ -130,7 +140,7 @@ class NaiveAdaptive(_Steered):
 class RewardTilted(Operator):
     """(d_real - d_fake) times a factor of the sample's reward (DMDR Eq. 4, RT-DM).
 
-    `zscore`: exp(advantage). `literal`: exp(r / rms(r)) over the rows at hand. The paper prints the norm in place of the root mean square, which grows with the
+    `zscore`: exp(advantage). `literal`: exp(r / rms(r)) over the batch. The paper prints the norm in place of the root mean square, which grows with the
     number of rows and would make the factor depend on the micro-batch; where rewards differ little beside their size the literal factor is nearly one for all
     samples, whatever the norm. A factor on the force does not move its zero: with exact teachers neither form tilts the fixed point (docs/errata.md); a
     critic's `tilt` does.
@@ -141,7 +151,11 @@ class RewardTilted(Operator):
 
     form: Literal["literal", "zscore"] = "zscore"
 
+    @property
+    def reads_reward(self) -> bool:
+        return self.form == "literal"
+
     def __call__(self, d: Displacements, advantage: Tensor | None, reward: Tensor | None = None) -> Tensor:
-        assert advantage is not None and reward is not None, "reward-tilted matching weighs by the reward; its stage must score"
-        exponent = advantage if self.form == "zscore" else reward / reward.square().mean().sqrt().clamp(min=1e-12)
+        exponent = reward if self.form == "literal" else advantage
+        assert exponent is not None, "reward-tilted matching weighs by the reward; its stage must score"
         return broadcast(exponent.exp(), d.real) * (d.real - d.fake)

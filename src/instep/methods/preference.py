@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from instep.diffusion.advantage import best_and_worst
 from instep.diffusion.levels import LevelSampler, Uniform
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device
@@ -91,10 +92,9 @@ class Preference(Objective):
         samples = view.samples
         x, advantage = samples.point("final").x.detach(), samples.advantage
         assert advantage is not None, "online preferences come from rewards; the stage must score them"
-        groups = advantage.reshape(-1, samples.group)
-        first = torch.arange(len(groups), device=x.device) * samples.group
-        rows = torch.cat([first + groups.argmax(1), first + groups.argmin(1)])
-        return Compared(x[rows], samples.cond[rows], groups.amax(1) > groups.amin(1))
+        best, worst, differ = best_and_worst(advantage, samples.group)
+        rows = torch.cat([best, worst])
+        return Compared(x[rows], samples.cond[rows], differ)
 
     def half_online(self, view: View) -> Compared:
         """A labelled sample of each prompt and the student's first one of it."""
@@ -104,7 +104,7 @@ class Preference(Objective):
             assert batch.real is not None, "half-online preferences need preferred samples in the batch"
             return Compared(torch.cat([batch.real, own]), batch.cond.stack(batch.cond))
         assert batch.pairs is not None, "half-online preferences need labelled samples in the batch"
-        good = torch.rand(len(own), generator=view.rng) < self.positive
+        good = view.rand(len(own)) < self.positive
         good = to_device(good.reshape(-1, *(1,) * (own.ndim - 1)), own.device)
         won, lost = torch.where(good, batch.pairs.chosen, own), torch.where(good, own, batch.pairs.rejected)
         return Compared(torch.cat([won, lost]), batch.cond.stack(batch.cond))

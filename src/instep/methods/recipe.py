@@ -97,33 +97,43 @@ class LatentRewardConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """The student's own rollout. `through`: how far the graph of the final sample reaches.
+    """The student's own rollout. `through`: the number of its last steps that the graph of a final sample reaches.
 
     A few-step student goes from level to level by `Renoise` and without guidance; a many-step one, whose sampler is made stochastic for a
     policy gradient, by another `transition`, and with the `guidance` it is used with.
     """
 
     levels: tuple[float, ...]
-    through: Literal["last", "trajectory"] = "last"
+    through: int = 1
     transition: Transition = Renoise()
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
+        if not 1 <= self.through <= len(self.levels):
+            raise ValueError(
+                f"through: {self.through} is not allowed; the last steps that the gradient reaches, between 1 and the {len(self.levels)} there are"
+            )
+
+
+# what the advantages of a group are divided by
+Spread = Literal["group", "run", "none"]
 
 
 @dataclass(frozen=True)
 class Advantage:
     """How rewards become advantages: centred in each group, divided by `spread`, and clipped to +-`clip` if there is one (AMD Eq. 12: 1).
 
-    `spread`: each group's own deviation of rewards, or a running one over the whole `run`, with which a group of similar samples
-    has small advantages instead of the usual size.
+    `spread`: each group's own deviation of rewards (GRPO); a running one over the whole `run`, with which a group of similar samples has small
+    advantages instead of the usual size; or `none`: advantages in the reward's own unit (Dr. GRPO, Liu et al. 2025, which divides by no deviation).
     """
 
-    spread: Literal["group", "run"] = "group"
+    spread: Spread = "group"
     clip: float | None = None
 
     def __post_init__(self) -> None:
+        if self.spread not in get_args(Spread):
+            raise ValueError(f"spread: {self.spread!r} is not known; allowed: {', '.join(get_args(Spread))}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip: {self.clip} is not allowed; a positive bound on the advantage, or None for no bound")
 
@@ -135,7 +145,7 @@ class Stage:
     `guided`: a many-step student is sampled with the recipe's guidance in this stage; False where the network itself has learned it. `fresh`: where the
     stage takes its reference, the student's optimiser state is reset: gradients of another kind and size would otherwise set its step size for long.
     `guidance_scales`: the scales that the student is conditioned on in this stage, in training and in sampling. `optim`: the student's optimiser settings in
-    this stage; None: its role's.
+    this stage; None: its role's. `reward_on`: which sample is scored: the final one, or the estimate at the exit, for which nothing past the exit is computed.
     """
 
     name: str
@@ -152,9 +162,11 @@ class Stage:
     fresh: bool = False
     guidance_scales: GuidanceScales | None = None
     optim: AdamWConfig | None = None
+    reward_on: Where = "final"
 
     def __post_init__(self) -> None:
         _check_parts(self)
+        _check_reward_on(self)
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"stage {self.name!r}: two terms share a name in {names}; give each its own name=, the log needs it")
@@ -231,7 +243,12 @@ class Stage:
     @property
     def to_the_end(self) -> bool:
         """Whether the rollout is completed past the exits, because a term acts on the final sample or a reward scores it."""
-        return bool(self.needs & {"reward", "trajectory", "final"}) or "final" in self.live
+        return bool(self.needs & {"trajectory", "final"}) or self.scores_the_end or "final" in self.live
+
+    @property
+    def scores_the_end(self) -> bool:
+        """Whether a reward scores its final samples."""
+        return "reward" in self.needs and self.reward_on == "final"
 
 
 Experts = Literal["both", "high", "low"]
@@ -329,6 +346,18 @@ def _check_parts(stage: Stage) -> None:
             if (on := getattr(part, "on", "exit")) not in get_args(Where):
                 name = getattr(part, "name", type(part).__name__)
                 raise ValueError(f"on: {on!r} of {name!r} in stage {stage.name!r} is not allowed; allowed: {', '.join(get_args(Where))}")
+
+
+def _check_reward_on(stage: Stage) -> None:
+    """Raises ValueError if rewards of the exits are asked for beside a term or a critic that compares other samples by them."""
+    if stage.reward_on not in get_args(Where):
+        raise ValueError(f"reward_on: {stage.reward_on!r} is not known; allowed: {', '.join(get_args(Where))}")
+    if stage.reward_on == "exit":
+        parts: tuple[Term | Critic, ...] = (*stage.terms, *stage.critics)
+        for part in parts:
+            if "reward" in part.needs and getattr(part, "on", "final") != "exit":
+                name = getattr(part, "name", type(part).__name__)
+                raise ValueError(f"reward_on: exit is not allowed in stage {stage.name!r}, where {name!r} compares final samples; use final")
 
 
 def describe(value: Any) -> Any:

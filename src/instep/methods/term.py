@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from instep.core.ranks import ALONE, Ranks
 from instep.data.prompt import Prompt
 from instep.diffusion.bands import WHOLE, Band, draw_in_band
 from instep.diffusion.guidance import GuidanceByLevel, by_level
 from instep.diffusion.levels import LevelSampler
-from instep.diffusion.noise import randn
+from instep.diffusion.noise import Rng, rand, randn
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.rollout import Rollout, Where
@@ -64,7 +64,8 @@ class Batch:
     """A micro-batch: B prompts, encoded, and real samples (latents [B, ...]), pairs or `stored` if a method needs them.
 
     `cond` and `null` are one row a prompt; `null` encodes the negative or the empty prompt, for guidance. `stored` has its own prompts.
-    `preferred` [B, n, ...] are several preferred samples of each prompt, of which `real` is the first.
+    `preferred` [B, n, ...] are several preferred samples of each prompt, of which `real` is the first. `following` is the prompt after the last one, with its
+    condition, in a batch that is the share of one process; None: the first one again.
     """
 
     prompts: tuple[Prompt, ...]
@@ -74,6 +75,7 @@ class Batch:
     pairs: Pairs | None = None
     stored: Stored | None = None
     preferred: Tensor | None = None
+    following: tuple[Prompt, Condition] | None = None
 
     def rows(self, rows: slice) -> Batch:
         pairs = self.pairs and Pairs(self.pairs.chosen[rows], self.pairs.rejected[rows])
@@ -90,7 +92,10 @@ def raise_unless(true: Tensor | bool, error: Callable[[], Exception]) -> None:
 
 @dataclass(frozen=True)
 class View:
-    """Everything that a term may use. `progress` in [0, 1) is the fraction of the stage done; `rng` the run's generator.
+    """Everything that a term may use. `progress` in [0, 1) is the fraction of the stage done; `rng` has the random
+    numbers of the batch's samples (`randn_like`, `rand`, level samplers). One row a sample, or one a group, is drawn at a time, and as often whatever values
+    are at hand: so a sample's numbers are the same on any number of processes. `ranks` are these processes, for a statistic of the global batch, whose share
+    the batch at hand is.
 
     `epoch` counts the inner epochs on one rollout. `reward_grad_fn` of latents [B, ...] and their prompts -> [B] can be differentiated, or [B, R] for
     several rewards with their `weights`; None where the run has no such reward. `latent_reward` is the latent reward model, `labels` are its training data.
@@ -102,7 +107,7 @@ class View:
     path: Path
     batch: Batch
     progress: float
-    rng: torch.Generator
+    rng: Rng
     rollout: Rollout | None = None
     reward_grad_fn: Callable[[Tensor, Sequence[Prompt]], Tensor] | None = None
     epoch: int = 0
@@ -112,6 +117,7 @@ class View:
     band: Band = WHOLE
     boundary: float | None = None
     require: Callable[[Tensor, Callable[[], Exception]], None] = raise_unless
+    ranks: Ranks = ALONE
 
     @property
     def samples(self) -> Rollout:
@@ -120,7 +126,7 @@ class View:
 
     def levels(self, sampler: LevelSampler, n: int, t_exit: Tensor | None = None) -> Tensor:
         """n levels of the sampler within the view's band, [n] on the host; `t_exit` [n] are the levels that the samples were predicted at."""
-        return draw_in_band(lambda: sampler(n, progress=self.progress, t_exit=t_exit, rng=self.rng), self.band)
+        return draw_in_band(lambda rng: sampler(n, progress=self.progress, t_exit=t_exit, rng=rng), self.band, self.rng)
 
     def guidance(self, guidance: float, guidance_2: float | None) -> float | GuidanceByLevel:
         """The guidance of this model; with two experts, each has its own scale."""
@@ -130,7 +136,12 @@ class View:
         return replace(self, rollout=rollout)
 
     def randn_like(self, x: Tensor) -> Tensor:
+        """Standard normal noise like samples x [B, ...]."""
         return randn(x.shape, self.rng, x.device, x.dtype)
+
+    def rand(self, n: int) -> Tensor:
+        """Uniform numbers in [0, 1), one a sample or one a group, [n] on the host."""
+        return rand((n,), self.rng)
 
 
 @dataclass(frozen=True, kw_only=True)

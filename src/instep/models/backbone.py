@@ -148,9 +148,9 @@ class Backbone:
         """Adds the running role's embeddings of the exit and of guidance scales to the time embedding."""
         call = self._call
         if call is not None and call.exits is not None and call.cond.exit_id is not None:
-            output = output + call.exits(call.cond.exit_id).to(output.dtype)
+            output = output + _beside(call.exits(call.cond.exit_id), output)
         if call is not None and call.guidance_embedding is not None and call.cond.guidance_scales is not None:
-            output = output + call.guidance_embedding(call.cond.guidance_scales).to(output.dtype)
+            output = output + _beside(call.guidance_embedding(call.cond.guidance_scales), output)
         return output
 
     def watch_features(self) -> None:
@@ -169,3 +169,8 @@ class Backbone:
         # they are part of, would never be freed
         recomputed = replace(self._call, features=None)
         return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.active_call(recomputed)))
+
+
+def _beside(embedding: Tensor, time: Tensor) -> Tensor:
+    """An embedding [B, width] shaped to be added to a time embedding, [B, width] or one a token, [B, N, width]."""
+    return embedding.to(time.dtype).reshape(len(embedding), *[1] * (time.ndim - 2), -1)

@@ -1,4 +1,4 @@
-"""CogVideoX text-to-video (2B and 5B, version 1.0) through diffusers' own modules: v-prediction on a variance-preserving path."""
+"""CogVideoX text-to-video (2B, 5B and 1.5-5B) through diffusers' own modules: v-prediction on a variance-preserving path."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AXES = (0, 2, 1, 3, 4)
 
 # DOLLAR writes guidance w as c + w (c - u): its 3.5 is 4.5 here. Its training steps 999, 749, 499, 249 are the levels
 COGVIDEOX = Preset(
-    source="model cards of THUDM/CogVideoX-2b and THUDM/CogVideoX-5b",
+    source="model cards of THUDM/CogVideoX-2b, THUDM/CogVideoX-5b and THUDM/CogVideoX1.5-5B",
     guidance=6.0,
     sampler_steps=50,
     micro_batch=1,
@@ -66,24 +66,9 @@ def noise_path(scheduler: Any) -> VariancePreserving:
     return VariancePreserving(alpha_bars=tuple(scheduler.alphas_cumprod.double().tolist()))
 
 
-def training_step(path: VariancePreserving, t: Tensor) -> Tensor:
-    """Levels [B] in [0, 1] as the timesteps the network knows, k / N as k - 1; between them fractions, below 1 / N still 0.
-
-    A level of the table in float32 misses k by up to 6e-5, which is rounded away.
-    """
-    position = t.double() * path.steps
-    whole = position.round()
-    position = torch.where((position - whole).abs() < 1e-3, whole, position)
-    return (position - 1).clamp(min=0).float()
-
-
 def check_pipeline(pipe: Any) -> None:
-    """ValueError for relatives of CogVideoX 1.0 text-to-video that this family cannot run."""
+    """ValueError for relatives of CogVideoX text-to-video that this family cannot run."""
     config = pipe.transformer.config
-    if config.patch_size_t is not None:
-        raise ValueError(
-            f"patch_size_t: {config.patch_size_t} (CogVideoX 1.5, patches over time) is not supported yet; allowed: None, as in CogVideoX-2b and CogVideoX-5b"
-        )
     if config.in_channels != config.out_channels or config.ofs_embed_dim:
         raise ValueError(
             f"in_channels: {config.in_channels} for {config.out_channels} output channels looks like an image-to-video or control model; allowed: text-to-video"
@@ -104,7 +89,7 @@ def call(pipe: Any, path: VariancePreserving, module: Any, x_t: Tensor, t: Tenso
         rotary = pipe._prepare_rotary_positional_embeddings(height * spatial, width * spatial, x_t.shape[2], x_t.device)
     seen = x_t.permute(AXES)
     # contiguous, as the tensors that the pipeline draws are
-    v = module(seen.contiguous(), text.to(x_t.dtype), to_device(training_step(path, t), x_t.device), image_rotary_emb=rotary, return_dict=False)[0]
+    v = module(seen.contiguous(), text.to(x_t.dtype), to_device(path.training_step(t), x_t.device), image_rotary_emb=rotary, return_dict=False)[0]
     return v.permute(AXES)
 
 
@@ -140,8 +125,10 @@ class CogVideoXFamily(PipelineFamily):
         check_pipeline(pipe)
 
     def native_size(self) -> Size:
-        """480 x 720 and 49 frames for the published models."""
+        """480 x 720 and 49 frames for the published models of version 1.0; 768 x 1360 and 81 for 1.5, whose configuration holds the largest grid instead."""
         config, spatial = self.pipe.transformer.config, self.pipe.vae_scale_factor_spatial
+        if config.patch_size_t is not None:
+            return Size(768, 1360, 81)
         return Size(config.sample_height * spatial, config.sample_width * spatial, config.sample_frames)
 
     def fit_size(self, size: Size) -> tuple[int, ...]:
@@ -155,7 +142,12 @@ class CogVideoXFamily(PipelineFamily):
             )
         if config.use_learned_positional_embeddings and size != self.native_size():
             raise ValueError(f"size: {size} is not allowed; this model's positions are learned for {self.native_size()} alone")
-        return (config.in_channels, (size.frames - 1) // temporal + 1, size.height // spatial, size.width // spatial)
+        frames = (size.frames - 1) // temporal + 1
+        return (config.in_channels, frames + self._padding(frames), size.height // spatial, size.width // spatial)
+
+    def _padding(self, frames: int) -> int:
+        """Latent frames that are put before a video's own, which version 1.5 fills its patches over time with; they are not decoded."""
+        return -frames % (self.pipe.transformer.config.patch_size_t or 1)
 
     def smallest(self) -> Size:
         if self.pipe.transformer.config.use_learned_positional_embeddings:
@@ -183,12 +175,15 @@ class CogVideoXFamily(PipelineFamily):
 
     def decode_rows(self, x: Tensor) -> Tensor:
         # AutoencoderKLCogVideoX does not clamp; the pipeline does so afterwards
-        z = x / self.pipe.vae.config.scaling_factor
+        z = x[:, :, self._padding((self.size.frames - 1) // self.pipe.vae_scale_factor_temporal + 1) :] / self.pipe.vae.config.scaling_factor
         return self.pipe.vae.decode(z.to(self.vae_dtype)).sample.to(x.dtype) / 2 + 0.5
 
     def encode_rows(self, media: Tensor) -> Tensor:
-        """Media [B, 3, F, H, W] in [0, 1] to latents [B, C, f, h, w]: the posterior's mean."""
+        """Media [B, 3, F, H, W] in [0, 1] to latents [B, C, f, h, w]: the posterior's mean. Padding repeats the first latent frame, as CogVideoX 1.5 was
+        trained.
+        """
         z = self.pipe.vae.encode((media * 2 - 1).to(self.vae_dtype)).latent_dist.mode()
+        z = torch.cat([z[:, :, :1].expand(-1, -1, self._padding(z.shape[2]), -1, -1), z], 2)
         return z.to(media.dtype) * self.pipe.vae.config.scaling_factor
 
     def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:

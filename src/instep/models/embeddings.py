@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,5 +35,19 @@ def fold_guidance(embedders: Sequence[nn.Module], embedding: GuidanceEmbedding, 
     """The time embedders (`Family.time_embedders`) say untold what they said when told `guidance_scales`, added to their last layers' biases, in place."""
     added = embedding(torch.tensor([guidance_scales], device=embedding.out.bias.device))[0]
     for embedder in embedders:
-        bias: Any = embedder.linear_2.bias  # type: ignore[union-attr]
+        bias = last_layer(embedder).bias
         bias.add_(added.to(bias))
+
+
+def last_layer(embedder: nn.Module) -> nn.Linear:
+    """The linear layer that makes a time embedder's output."""
+    return [layer for layer in embedder.modules() if isinstance(layer, nn.Linear)][-1]
+
+
+def check_foldable(embedders: Sequence[nn.Module], name: str) -> None:
+    """ValueError if guidance scales cannot be folded into the time embedders' biases, because they have none."""
+    if any(last_layer(embedder).bias is None for embedder in embedders):
+        raise ValueError(
+            f"guidance_range: a student of {name} cannot be conditioned on guidance scales, because its time embedding has no bias that an export could fold "
+            "them into; choose a recipe that distils a fixed guidance"
+        )

@@ -48,8 +48,9 @@ class Family(Protocol):
     denoisers: the pipeline's component names of the network's parts, one, or one an expert. boundary: None for one network; of two experts the level in (0, 1)
     at and above which the first one predicts. takes_first_frame: samples begin with a given image, which prompts carry.
 
-    axes: our axes in the order of the pipeline's latents, which is also the order it draws its noise in. passes_generator: whether the pipeline's call hands
-    `generator=` on to the scheduler, which re-noises with it. micro_batch: the most rows that go through the network or the VAE at once; None: all.
+    passes_generator: whether the pipeline's call hands `generator=` on to the scheduler, which re-noises with it. even_sigmas: whether it gives the scheduler
+    the levels 1, (n - 1) / n, ..., 1 / n to shift, instead of their number. micro_batch: the most rows that go through the network or the VAE at once; None:
+    all.
     """
 
     name: str
@@ -66,8 +67,8 @@ class Family(Protocol):
     denoisers: tuple[str, ...]
     boundary: float | None
     takes_first_frame: bool
-    axes: tuple[int, ...]
     passes_generator: bool
+    even_sigmas: bool
     comfyui: ComfyUI | None
     micro_batch: int | None
 
@@ -169,9 +170,10 @@ class Family(Protocol):
         ...
 
     def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
-        """The submodules whose outputs [B, width] are the time embedding (one, or one a block); a role adds its own embeddings to each output.
+        """The submodules whose outputs, [B, width] or one a token, [B, N, width], are the time embedding (one, or one a block); a role adds its own
+        embeddings to each output.
 
-        Each is diffusers' `TimestepEmbedding`, whose last layer is `linear_2`: an export folds guidance scales into its bias.
+        The last linear layer in each makes its output: an export folds guidance scales into that layer's bias.
         """
         ...
 
@@ -202,10 +204,26 @@ class Family(Protocol):
         """Steps and guidance that the pipeline's call takes unless they are given."""
         ...
 
+    def guidance_arguments(self, guidance: float) -> dict[str, float]:
+        """The arguments of the pipeline's call that guide by w of u + w (c - u), the scale itself first; 1: no guidance."""
+        ...
+
+    def stock_latents(self, x: Tensor) -> Tensor:
+        """Our latents x [B, C, (F,) H, W] in the layout that the pipeline steps, and draws the noise of later steps in."""
+        ...
+
+    def own_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `stock_latents`."""
+        ...
+
+    def first_noise(self, n: int, rng: torch.Generator) -> Tensor:
+        """Our noise [n, C, (F,) H, W] of the numbers that the pipeline draws for its first latents, on the device of `rng`."""
+        ...
+
     def stock_sample(
         self, pipe: Any, prompts: Sequence[Prompt], *, steps: int, guidance: float, output: Literal["media", "latent"], guidance_2: float | None = None
     ) -> Tensor:
-        """Samples of the stock pipeline at this family's size: media [B, 3, (F,) H, W] in [0, 1], or latents in the pipeline's order of axes."""
+        """Samples of the stock pipeline at this family's size: media [B, 3, (F,) H, W] in [0, 1], or latents as the pipeline steps them."""
         ...
 
     def calls(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:

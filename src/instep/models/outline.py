@@ -13,7 +13,7 @@ from torch import nn
 from instep.core.quiet import quiet
 from instep.core.size import Size
 from instep.models.borrow import cast as cast_network
-from instep.models.families import family_class
+from instep.models.families import family_class, parts_of
 from instep.models.folder import INDEX, family_in, is_model_folder, read_json
 from instep.models.preset import ModelSettings
 
@@ -82,7 +82,7 @@ def _family(kind: str, components: Mapping[str, Any], options: Mapping[str, Any]
     for part, module in components.items():
         if isinstance(module, nn.Module) and part != "vae":
             cast_network(module, dtype)
-    return cast("Family", family_class(kind, pipe.components)(pipe, size, name))
+    return cast("Family", family_class(kind, parts_of(pipe))(pipe, size, name))
 
 
 def _parts_only(folder: Path, size: Size | None, dtype: torch.dtype) -> Family:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path as FilePath
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,14 @@ from instep.core.progress import Progress
 from instep.core.quiet import quiet
 from instep.core.rows import joined
 from instep.core.size import Size, as_size
-from instep.data.prompt import Prompt, as_prompts, negatives_of, texts_of
+from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.path import Path, RectifiedFlow
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.borrow import borrowed, borrowed_pipeline, cast, compute_dtype, visiting
-from instep.models.family import ComfyUI, Task
+from instep.models.family import ComfyUI
 from instep.models.preset import Preset
 from instep.models.prompt_cache import Encoded, PromptCache, encoder_identity
+from instep.models.stock_calls import StockCalls
 
 
 def has_part(parts: Mapping[str, Any], name: str) -> bool:
@@ -31,7 +31,7 @@ def has_part(parts: Mapping[str, Any], name: str) -> bool:
     return part is not None and not (isinstance(part, list | tuple) and part[0] is None)
 
 
-class PipelineFamily:
+class PipelineFamily(StockCalls):
     """A diffusers pipeline with a VAE and text encoders, seen as a family (see `models/family.py`).
 
     A family sets the class attributes, and implements `fit_size`, `native_size`, `smallest`, `encode_text`, the conditions made of its tensors (`encode`,
@@ -41,17 +41,17 @@ class PipelineFamily:
     pipeline_class: ClassVar[str]
     path: Path = RectifiedFlow()
     prediction_type: PredictionType = "velocity"
-    task: Task = "text-to-video"
     denoisers: tuple[str, ...] = ("transformer",)
     boundary: float | None = None
-    takes_first_frame = False
-    axes: tuple[int, ...] = (0, 1, 2, 3, 4)
     passes_generator = False
+    even_sigmas = False
     comfyui: ComfyUI | None = None
     micro_batch: int | None = None
     _device: torch.device | None = None
     preset: Preset
     lora_targets: tuple[str, ...]
+    # parts that are loaded in float32 whatever the rest is
+    wide_parts: ClassVar[tuple[str, ...]] = ("vae",)
     shift: float = 1.0
     # tokens that a text is cut or padded to
     text_length: int = 0
@@ -74,12 +74,13 @@ class PipelineFamily:
 
     @classmethod
     def load(cls, folder: FilePath, size: Size | None = None, name: str = "", dtype: torch.dtype = torch.float32) -> Self:
-        """Loads a diffusers folder offline, from safetensors only: networks and text encoders in `dtype`, the VAE in float32."""
+        """Loads a diffusers folder offline, from safetensors only: networks and text encoders in `dtype`, the VAE (`wide_parts`) in float32."""
         with quiet():
             import diffusers
 
             kind: Any = getattr(diffusers, cls.pipeline_class)
-            pipe = kind.from_pretrained(folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, use_safetensors=True)
+            dtypes = {"default": dtype} | dict.fromkeys(cls.wide_parts, torch.float32)
+            pipe = kind.from_pretrained(folder, dtype=dtypes, local_files_only=True, use_safetensors=True)
         return cls(pipe, size, name, str(folder))
 
     @classmethod
@@ -172,6 +173,8 @@ class PipelineFamily:
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         if wrong := next((prompt for prompt in prompts if prompt.image is not None), None):
             raise ValueError(f"prompts: {str(wrong)!r} names a first frame, and {self.name} takes text alone; leave [image: ...] out, or choose another model")
+        if not self.takes_negative_prompt and (wrong := next((prompt for prompt in prompts if prompt.negative is not None), None)):
+            raise ValueError(f"prompts: {str(wrong)!r} has a negative prompt, and the pipeline of {self.name} takes none; leave [negative: ...] out")
 
     def encode_text(self, text: str) -> Encoded:
         """What the text encoders make of one text: tensors by name, without a batch axis, in the encoders' own dtype, on any device.
@@ -262,37 +265,3 @@ class PipelineFamily:
 
     def lora_key(self, part: str, layer: str) -> str:
         return f"{part}.{layer}"
-
-    def usual(self) -> tuple[int, float]:
-        defaults = inspect.signature(type(self.pipe).__call__).parameters
-        return defaults["num_inference_steps"].default, defaults["guidance_scale"].default
-
-    def calls(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-        return [[prompt] for prompt in prompts] if self.takes_first_frame else [list(prompts)]
-
-    @torch.no_grad()
-    def stock_sample(
-        self, pipe: Any, prompts: Sequence[Prompt], *, steps: int, guidance: float, output: Literal["media", "latent"], guidance_2: float | None = None
-    ) -> Tensor:
-        """With guidance (other than 1) the pipeline gets the negative prompts."""
-        found, size = as_prompts(prompts), self.size
-        call = partial(pipe, height=size.height, width=size.width, num_inference_steps=steps, guidance_scale=guidance)
-        call = partial(call, output_type="pt" if output == "media" else "latent")
-        if self.task != "text-to-image":
-            call = partial(call, num_frames=size.frames)
-        if guidance_2 is not None:
-            call = partial(call, guidance_scale_2=guidance_2)
-        guided = guidance != 1 and any(prompt.negative is not None for prompt in found)
-        drawn = []
-        for group in self.calls(found):
-            given: dict[str, Any] = {"prompt": [prompt.text for prompt in group], "negative_prompt": negatives_of(group) if guided else None}
-            drawn.append(self._output(call(**given, **self.call_inputs(group))))
-        samples = torch.cat(drawn)
-        return samples.transpose(1, 2) if output == "media" and samples.ndim == 5 else samples
-
-    def call_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """What a call of the pipeline takes of these prompts besides their texts."""
-        return {}
-
-    def _output(self, result: Any) -> Tensor:
-        return result.images if self.task == "text-to-image" else result.frames

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from instep.diffusion.levels import check_levels, few_step_levels
 
@@ -13,8 +14,8 @@ class Distillation:
 
     source: where the values stand, so that a reader can look them up. guidance, guidance_2: the teacher's, w of u + w (c - u); guidance_2 is that of the second
     expert. levels: the student's few-step list; shift: the timestep shift of these levels and of the re-noise levels. betas: of student and fake.
-    batch: samples of a student update over all devices. critic_updates: updates of the fake for each of the student. lora_rank: rank of the student's
-    adapter, where the learning rates are those of adapters.
+    fake_target: what the fake's error is measured in. batch: samples of a student update over all devices. critic_updates: updates of the fake for each of
+    the student. lora_rank: rank of the student's adapter, where the learning rates are those of adapters.
 
     Raises ValueError for levels that are no few-step list, or that the shift does not give: a recipe is told the number of steps and the shift.
     """
@@ -26,6 +27,7 @@ class Distillation:
     shift: float | None = None
     student_lr: float | None = None
     fake_lr: float | None = None
+    fake_target: Literal["velocity", "eps", "x0"] | None = None
     betas: tuple[float, float] | None = None
     student_weight_decay: float | None = None
     fake_weight_decay: float | None = None

@@ -21,7 +21,7 @@ from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.prediction import Condition, Prediction, PredictionType, to_prediction
 from instep.models.backbone import Backbone, CallContext
 from instep.models.discriminator import Head
-from instep.models.embeddings import GuidanceEmbedding
+from instep.models.embeddings import GuidanceEmbedding, check_foldable
 
 if TYPE_CHECKING:
     pass
@@ -62,6 +62,7 @@ class Role:
             backbone.watch_features()
             self.head = Head(backbone.family.feature_width(backbone.module)).to(device)
         if guidance_range is not None:
+            check_foldable(backbone.family.time_embedders(backbone.module), backbone.family.name)
             self.guidance_embedding = GuidanceEmbedding(guidance_range, backbone.family.time_width(backbone.module)).to(device)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:

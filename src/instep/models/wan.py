@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -32,13 +32,26 @@ STOCK_SIDE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class WanCondition(Condition):
-    """Text embeddings [B, L, D] and the additive attention bias of each token [B, L] that stands for the stock padding."""
+    """Text embeddings [B, L, D] and the additive attention bias of each token [B, L] that stands for the stock padding.
+
+    `bias` None means that of zeros, where nothing is padded: cross-attention then needs no mask, which costs time.
+    """
 
     text: Tensor
-    bias: Tensor
+    bias: Tensor | None = None
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        return self.text, self.bias > -math.inf
+        text, bias = self.text, self._explicit_bias()
+        return text, bias > -math.inf
+
+    def stack(self, other: Self) -> Self:
+        """Both batches, one after the other. The bias is made explicit unless neither has one and both texts are equally long."""
+        if self.bias is None and other.bias is None and self.text.shape[1] == other.text.shape[1]:
+            return super().stack(other)
+        return super(WanCondition, replace(self, bias=self._explicit_bias())).stack(replace(other, bias=other._explicit_bias()))
+
+    def _explicit_bias(self) -> Tensor:
+        return self.text.new_zeros(self.text.shape[:2]) if self.bias is None else self.bias
 
     def _join(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """Batches of unequal text length are padded to the longer one with tokens that weigh nothing."""
@@ -62,7 +75,7 @@ class PaddedTextProcessor(WanAttnProcessor):
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
         cond = self.current()
-        if isinstance(cond, WanCondition):
+        if isinstance(cond, WanCondition) and cond.bias is not None:
             attention_mask = cond.bias[:, None, None].to(hidden_states.dtype)
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
@@ -100,6 +113,8 @@ class WanFamily(PipelineFamily):
     comfyui: ComfyUI | None = WanComfyUI()
     preset = WAN21
     text_length = STOCK_TEXT_LENGTH
+    # whether the pipeline gives each token a level of its own (Wan 2.2 TI2V)
+    expand_timesteps = False
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
@@ -107,15 +122,21 @@ class WanFamily(PipelineFamily):
 
     @classmethod
     def accepts(cls, parts: Mapping[str, Any]) -> bool:
-        return not has_part(parts, "transformer_2")
+        experts = 2 if has_part(parts, "transformer_2") else 1
+        return experts == len(cls.denoisers) and bool(parts.get("expand_timesteps")) == cls.expand_timesteps
 
     @classmethod
     def shift_of(cls, scheduler: Mapping[str, Any]) -> float:
         return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
 
     def check_pipeline(self, pipe: Any) -> None:
-        if getattr(pipe, "transformer_2", None) is not None:
+        if len(self.denoisers) == 1 and getattr(pipe, "transformer_2", None) is not None:
             raise ValueError("pipeline: it has two transformers (Wan 2.2's experts); load it with instep.load, which chooses the family of two experts")
+        if bool(pipe.config.expand_timesteps) != self.expand_timesteps:
+            raise ValueError(
+                f"pipeline: expand_timesteps {pipe.config.expand_timesteps} (a level for every token: Wan 2.2 TI2V) does not fit {type(self).__name__}; load "
+                "it with instep.load, which chooses the family"
+            )
 
     def native_size(self) -> Size:
         return Size(480, 832, 81)
@@ -183,7 +204,11 @@ class WanFamily(PipelineFamily):
 
     def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, WanCondition)
-        return module(x_t, to_device(t.float() * 1000, x_t.device), cond.text.to(x_t.dtype), return_dict=False)[0]
+        return module(x_t, self.timesteps(t, x_t), cond.text.to(x_t.dtype), return_dict=False)[0]
+
+    def timesteps(self, t: Tensor, x_t: Tensor) -> Tensor:
+        """Levels t [B] as the transformer reads them: [B], or [B, N] with one for each token."""
+        return to_device(t.float() * 1000, x_t.device)
 
     def time_embedders(self, module: Any) -> Sequence[nn.Module]:
         return [module.condition_embedder.time_embedder]

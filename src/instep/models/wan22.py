@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from instep.core.size import Size
 from instep.diffusion.prediction import Condition
 from instep.models.family import ComfyUI
-from instep.models.pipeline_family import has_part
 from instep.models.preset import Preset
 from instep.models.wan import WAN21_DMD, WanFamily
 
@@ -100,19 +99,12 @@ class Wan22Family(WanFamily):
     comfyui: ComfyUI | None = None
     preset = WAN22
 
-    @classmethod
-    def accepts(cls, parts: Mapping[str, Any]) -> bool:
-        return has_part(parts, "transformer_2")
-
     def check_pipeline(self, pipe: Any) -> None:
-        """Raises ValueError without a boundary in (0, 1), or where a level is given for each token (TI2V)."""
-        if pipe.config.expand_timesteps:
-            raise ValueError(
-                "pipeline: expand_timesteps (Wan 2.2 TI2V: a level for every token) is not built; allowed: Wan 2.1, and the experts of Wan 2.2 A14B"
-            )
+        """Raises ValueError without a boundary in (0, 1)."""
+        super().check_pipeline(pipe)
         ratio = pipe.config.boundary_ratio
         if ratio is None or not 0 < ratio < 1:
-            raise ValueError(f"boundary_ratio: {ratio} is not allowed for two experts; it lies between 0 and 1, 0.875 for T2V-A14B")
+            raise ValueError(f"boundary_ratio: {ratio} is not allowed for two experts; it lies between 0 and 1: 0.875 for T2V-A14B, 0.9 for I2V-A14B")
         self.boundary = float(ratio)
 
     def native_size(self) -> Size:

@@ -1,4 +1,4 @@
-"""Wan image-to-video without an image encoder (as in Wan 2.2 A14B) through diffusers' own modules: the first frame is given.
+"""Wan image-to-video of one transformer without an image encoder, through diffusers' own modules: the first frame is given.
 
 The transformer sees the noisy latents, a mask of what is known and the latents of the known video (the first frame, then grey), joined along channels:
 [B, z + 4 + z, f, h, w]. All its outputs are velocities of the whole video, so levels, paths and terms are those of text-to-video.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device, to_match
 from instep.models.borrow import compute_dtype, visiting
 from instep.models.family import ComfyUI, Task
+from instep.models.pipeline_family import has_part
 from instep.models.preset import Preset
+from instep.models.prompt_cache import Encoded
 from instep.models.wan import WAN21_DMD, WanCondition, WanFamily
 from instep.models.wan_vae import normalise
 
@@ -68,11 +70,13 @@ class WanImageCondition(WanCondition):
     """
 
     first_frame: Tensor | None = None
+    # what the unconditional prompt takes from the rows it is stacked on
+    GIVEN: ClassVar[tuple[str, ...]] = ("first_frame",)
 
     def stack(self, other: Self) -> Self:
         """Both batches, one after the other; `other` without first frames gets those of as many last rows."""
-        if self.first_frame is not None and other.first_frame is None:
-            other = replace(other, first_frame=self.first_frame[len(self.first_frame) - len(other) :])
+        lacks = [name for name in self.GIVEN if getattr(self, name) is not None and getattr(other, name) is None]
+        other = replace(other, **{name: getattr(self, name)[len(self) - len(other) :] for name in lacks})
         return super().stack(other)
 
 
@@ -87,18 +91,36 @@ class WanImageFamily(WanFamily):
     takes_first_frame = True
     comfyui: ComfyUI | None = None
     preset = WAN_I2V
+    condition: ClassVar[type[WanImageCondition]] = WanImageCondition
+    # whether an image encoder reads the first frame too
+    has_image_encoder = False
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         super().__init__(pipe, size, name, source)
-        self._first_frames: dict[tuple[str, Size], Tensor] = {}
+        self._first_frames: dict[tuple[str, Size], Encoded] = {}
 
     @classmethod
     def accepts(cls, parts: Mapping[str, Any]) -> bool:
-        return True
+        return super().accepts(parts) and has_part(parts, "image_encoder") == cls.has_image_encoder
 
     def check_pipeline(self, pipe: Any) -> None:
-        """Raises ValueError for a variant that is conditioned otherwise: with an image encoder, timesteps a token or a second transformer."""
-        check_variant(pipe)
+        """Raises ValueError for a variant that is conditioned otherwise."""
+        super().check_pipeline(pipe)
+        config, z = pipe.transformer.config, pipe.vae.config.z_dim
+        if (config.image_dim is not None) != self.has_image_encoder:
+            raise ValueError(
+                f"pipeline: image_dim {config.image_dim} of its transformer does not fit {type(self).__name__}; a transformer with an image_dim (Wan 2.1 I2V) "
+                "needs the pipeline's image_encoder and image_processor: copy or download the whole folder again"
+            )
+        expected = z + self.known_channels(pipe)
+        if (config.in_channels, config.out_channels) != (expected, z):
+            raise ValueError(
+                f"pipeline: a transformer of {config.in_channels} channels in, {config.out_channels} out does not fit its VAE; {expected} and {z} do"
+            )
+
+    def known_channels(self, pipe: Any) -> int:
+        """How many channels of what is known join the noisy latents."""
+        return pipe.vae.config.z_dim + pipe.vae_scale_factor_temporal
 
     def first_frame(self, prompt: Prompt, size: Size) -> Tensor:
         """The prompt's first frame [3, H, W] in [0, 1] at `size`; ValueError for a prompt without one, or one that cannot be read."""
@@ -118,40 +140,47 @@ class WanImageFamily(WanFamily):
 
     def encode(self, prompts: Sequence[Prompt | str]) -> WanImageCondition:
         """Text and first frames; ValueError for a prompt that names none."""
-        plain = super().encode(prompts)
-        return WanImageCondition(text=plain.text, bias=plain.bias, first_frame=self._known(as_prompts(prompts)))
+        return self._joined(super().encode(prompts), self._known(as_prompts(prompts)))
 
     def unconditional(self, prompts: Sequence[Prompt | str]) -> WanImageCondition:
         """The negative prompts, without first frames: stacked on rows that have one they take theirs."""
-        plain = super().unconditional(prompts)
-        return WanImageCondition(text=plain.text, bias=plain.bias)
+        return self._joined(super().unconditional(prompts), {})
 
     def blank(self, n: int) -> tuple[WanImageCondition, WanImageCondition]:
-        """Texts, and what is known of the videos: mask and latents."""
+        """Texts, and what is known of the videos."""
         texts, _ = super().blank(n)
-        channels = self.pipe.transformer.config.in_channels - self.latent_shape[0]
-        null = WanImageCondition(text=texts.text, bias=texts.bias)
-        return replace(null, first_frame=torch.zeros(n, channels, *self.latent_shape[1:], device=self.device)), null
+        known = {name: torch.zeros(n, *shape, device=self.device) for name, shape in self.known_shapes().items()}
+        return self._joined(texts, known), self._joined(texts, {})
 
-    def _known(self, prompts: Sequence[Prompt]) -> Tensor:
+    def known_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of `encode_first_frame`."""
+        return {"first_frame": (self.known_channels(self.pipe), *self.latent_shape[1:])}
+
+    def _joined(self, texts: WanCondition, known: Encoded) -> WanImageCondition:
+        return self.condition(text=texts.text, bias=texts.bias, **known)
+
+    def _known(self, prompts: Sequence[Prompt]) -> Encoded:
         """One row a prompt; each first frame is encoded alone, so that what it is does not depend on its neighbours."""
-        found = {}
+        found: dict[tuple[str, Size], Encoded] = {}
         for key, prompt in {self._kept_as(prompt): prompt for prompt in prompts}.items():
             known = self._first_frames.pop(key, None)
-            found[key] = self._encode_first_frame(prompt).cpu() if known is None else known
+            found[key] = {name: value.cpu() for name, value in self.encode_first_frame(prompt).items()} if known is None else known
         kept = self._first_frames | found
-        room = KEPT_BYTES // next(iter(found.values())).nbytes
+        first = next(iter(found.values()))
+        room = KEPT_BYTES // sum(value.nbytes for value in first.values())
         self._first_frames = {key: kept[key] for key in list(kept)[max(0, len(kept) - room) :]}
-        return to_device(torch.stack([found[self._kept_as(prompt)] for prompt in prompts]), self.device)
+        return {name: to_device(torch.stack([found[self._kept_as(prompt)][name] for prompt in prompts]), self.device) for name in first}
 
     def _kept_as(self, prompt: Prompt) -> tuple[str, Size]:
         """What the latents of a first frame depend on; families at several sizes share those that are kept."""
         return self.first_frame_key(prompt), self.size
 
-    def _encode_first_frame(self, prompt: Prompt) -> Tensor:
+    @torch.no_grad()
+    def encode_first_frame(self, prompt: Prompt) -> Encoded:
+        """What the transformer is given of the prompt's first frame: tensors by the names of the condition's fields, without a batch axis."""
         first_frame = to_device(self.first_frame(prompt, self.size), self.device)
         with visiting(self.vaes, self.device):
-            return known_latents(self.pipe.vae, first_frame[None], self.size.frames)[0]
+            return {"first_frame": known_latents(self.pipe.vae, first_frame[None], self.size.frames)[0]}
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, WanImageCondition) and cond.first_frame is not None, "a first frame is needed; an unconditional prompt is stacked on one"
@@ -160,17 +189,3 @@ class WanImageFamily(WanFamily):
     def call_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         (prompt,) = prompts
         return {"image": self.first_frame(prompt, self.size)[None]}
-
-
-def check_variant(pipe: Any) -> None:
-    """ValueError for a `WanImageToVideoPipeline` whose conditioning is not the one here."""
-    config, z = pipe.transformer.config, pipe.vae.config.z_dim
-    if pipe.config.expand_timesteps:
-        raise ValueError("pipeline: expand_timesteps (Wan 2.2 TI2V: a level for every token) is not built; allowed: a first frame joined along channels")
-    if config.image_dim is not None:
-        raise ValueError("pipeline: an image encoder (Wan 2.1 I2V, image_dim) is not built; allowed: a first frame joined along channels alone, as in 2.2 A14B")
-    if pipe.transformer_2 is not None:
-        raise ValueError("pipeline: it has two transformers (Wan 2.2's experts), and one student cannot stand for both; give a pipeline of one")
-    expected = 2 * z + pipe.vae_scale_factor_temporal
-    if (config.in_channels, config.out_channels) != (expected, z):
-        raise ValueError(f"pipeline: a transformer of {config.in_channels} channels in, {config.out_channels} out does not fit its VAE; {expected} and {z} do")

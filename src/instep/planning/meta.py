@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -19,6 +20,7 @@ import instep.training.step as step_module
 from instep.core.rows import joined, slices
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples, TeacherSamples
+from instep.diffusion.streams import SampleStreams
 from instep.methods.recipe import Stage
 from instep.methods.term import Batch
 from instep.models.borrow import tensors_of
@@ -30,6 +32,7 @@ from instep.training.batches import BatchSource
 from instep.training.low_bit import MOMENTS, plain
 from instep.training.scalars import Scalars
 from instep.training.state import TrainedParams, TrainState
+from instep.training.term_gradients import TermGradients
 
 # rows that a reward scores, with a graph or without; what scoring costs is stated, not traced
 REWARD = "reward"
@@ -48,8 +51,11 @@ class Unread(Scalars):
 
 
 @contextmanager
-def tracing(tally: Tally, state: TrainState, stepped: Callable[[], None], shift: int = 0) -> Iterator[None]:
-    """While it lasts, an iteration on the meta device is counted by roles, and takes the short ways of this file."""
+def tracing(tally: Tally, state: TrainState, stepped: Callable[[], None], shift: int = 0, measured: float = 1.0) -> Iterator[None]:
+    """While it lasts, an iteration on the meta device is counted by roles, and takes the short ways of this file.
+
+    `measured`: the part of the iterations that measure the gradient of each term.
+    """
     forward = Role._forward
 
     def labelled(role: Role, *args: Any) -> Any:
@@ -66,16 +72,24 @@ def tracing(tally: Tally, state: TrainState, stepped: Callable[[], None], shift:
         finally:
             tally.every_slice = before
 
+    measure = TermGradients.add
+
+    def measured_term(gradients: TermGradients, name: str, backward: Callable[[], None], *, last: bool) -> None:
+        with tally.sometimes(measured):
+            measure(gradients, name, backward, last=last)
+
     rows = few_of_each_size(tally)
     with ExitStack() as stack:
         for owner, name, value in (
             (Role, "_forward", labelled),
             (Role, "__call__", called),
+            (TermGradients, "add", measured_term),
             (core_rows, "by_rows", rows),
             (role_module, "by_rows", rows),
             (step_module, "draw_exits", exits_from(shift)),
             (torch.nn.functional, "scaled_dot_product_attention", fused_attention),
             (torch, "randn", _noise),
+            (SampleStreams, "normal", _normal),
         ):
             stack.enter_context(_replaced(owner, name, value))
         for trained in state.trained.values():
@@ -119,12 +133,22 @@ def fused_attention(
 
 
 _randn = torch.randn
+# numbers that are drawn in a trace
+FEW = 10_000
 
 
 def _noise(*shape: Any, generator: torch.Generator | None = None, **kind: Any) -> Tensor:
     """Drawn numbers where they are few, such as levels; the values of noise mean nothing here, and there are billions of them."""
-    few = torch.empty(*shape, device="meta").numel() < 10_000
+    few = torch.empty(*shape, device="meta").numel() < FEW
     return _randn(*shape, generator=generator, **kind) if few else torch.empty(*shape, **kind)
+
+
+_drawn = SampleStreams.normal
+
+
+def _normal(streams: SampleStreams, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`_noise` of streams."""
+    return _drawn(streams, shape, dtype) if math.prod(shape) < FEW else torch.empty(tuple(shape), dtype=dtype)
 
 
 def _step(trained: TrainedParams, stepped: Callable[[], None]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from instep.models.family import Family
 from instep.planning.beside import Aside, asides
 from instep.planning.trace import OTHER_BATCHES, Model, Trace
 from instep.training.execution import Execution
+from instep.training.options import RunOptions
 
 # share of the memory that is kept free: a plan that fills a device meets fragmentation
 HEADROOM = 0.08
@@ -105,38 +106,40 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe, family: Family, execution: Execution, machine: Machine, reward: RewardCost = RewardCost(), adapted: Callable[[], Recipe] | None = None
+    recipe: Recipe,
+    family: Family,
+    execution: Execution,
+    machine: Machine,
+    reward: RewardCost = RewardCost(),
+    adapted: Callable[[], Recipe] | None = None,
+    terms_every: int = RunOptions.terms_every,
 ) -> Plan:
     """The plan of a recipe on a family whose networks are on the meta device (`models/outline.py`).
 
     `execution` is the run's, except that its device is `machine`, and that compilation and the attention backend are left out: a fused kernel is assumed.
-    `adapted` makes the same recipe with adapters of rank `RANK`, where it has the option lora_rank; advice may then name it.
+    `adapted` makes the same recipe with adapters of rank `RANK`, where it has the option lora_rank; advice may then name it. `terms_every`: see `RunOptions`.
     """
-    found = _plan(recipe, family, execution, machine, reward)
+    model = _model(recipe, family, execution, terms_every)
+    stages = _iterations(model, execution, machine, reward)
+    found = Plan(stages, tuple(asides(model, recipe, lambda trace: sum(_placed(trace, execution, machine, model)[0].values()))), machine, reward)
     if found.fits(found.bytes):
         return found
-    return replace(found, advice=tuple(_advice(recipe, family, execution, machine, reward, adapted, found)))
-
-
-def _plan(recipe: Recipe, family: Family, execution: Execution, machine: Machine, reward: RewardCost) -> Plan:
-    model = _model(recipe, family, execution)
-    stages = _iterations(model, execution, machine, reward)
-    return Plan(stages, tuple(asides(model, recipe, lambda trace: sum(_placed(trace, execution, machine, model)[0].values()))), machine, reward)
+    return replace(found, advice=tuple(_advice(recipe, family, execution, machine, reward, adapted, terms_every, found)))
 
 
 def iterations(recipe: Recipe, family: Family, execution: Execution, machine: Machine, reward: RewardCost = RewardCost()) -> tuple[StagePlan, ...]:
-    """An iteration of every stage that has steps; as `plan`, without what a run does beside its iterations and without advice."""
-    return _iterations(_model(recipe, family, execution), execution, machine, reward)
+    """An iteration of every stage that has steps; as `plan`, without what a run does beside its iterations, measurements of the log and advice."""
+    return _iterations(_model(recipe, family, execution, 0), execution, machine, reward)
 
 
 def _iterations(model: Model, execution: Execution, machine: Machine, reward: RewardCost) -> tuple[StagePlan, ...]:
     return tuple(_stage_plan(model, stage, execution, machine, reward) for stage in model.recipe.stages if stage.steps)
 
 
-def _model(recipe: Recipe, family: Family, execution: Execution) -> Model:
+def _model(recipe: Recipe, family: Family, execution: Execution, terms_every: int) -> Model:
     # the states are host memory by their kind; all that is traced is on the meta device
     on_meta = replace(execution, device="meta", attention=None)
-    return Model(recipe, replace(on_meta, offload=False).place(family), on_meta)
+    return Model(recipe, replace(on_meta, offload=False).place(family), on_meta, terms_every)
 
 
 def _stage_plan(model: Model, stage: Stage, execution: Execution, machine: Machine, reward: RewardCost) -> StagePlan:
@@ -165,7 +168,14 @@ def _placed(trace: Trace, execution: Execution, machine: Machine, model: Model) 
 
 
 def _advice(
-    recipe: Recipe, family: Family, execution: Execution, machine: Machine, reward: RewardCost, adapted: Callable[[], Recipe] | None, found: Plan
+    recipe: Recipe,
+    family: Family,
+    execution: Execution,
+    machine: Machine,
+    reward: RewardCost,
+    adapted: Callable[[], Recipe] | None,
+    terms_every: int,
+    found: Plan,
 ) -> list[str]:
     """Options of `instep train`, each tried alone by tracing again and, if none is enough, together, the gentlest first."""
     stages = sorted((one for one in found.stages), key=lambda one: -one.bytes)
@@ -176,7 +186,7 @@ def _advice(
         changed, how = recipe, execution
         for change in changes:
             changed, how = change.recipe(changed), change.execution(how)
-        model, most = _model(changed, family, how), 0.0
+        model, most = _model(changed, family, how, terms_every), 0.0
         by_name = {stage.name: stage for stage in changed.stages}
         for name in names:
             most = max(most, _stage_plan(model, by_name[name], how, machine, reward).bytes)

@@ -53,8 +53,10 @@ class Tally(TorchDispatchMode):
     def __init__(self, label: str = "rest") -> None:
         super().__init__()
         self.flops: dict[tuple[str, Phase], float] = defaultdict(float)
-        self.rows: Counter[str] = Counter()
+        self.rows: dict[str, float] = defaultdict(float)
         self.part = 0
+        # how often what is done now is done on average
+        self.often = 1.0
         # checkpointed slices since the last backward pass
         self.graphs = 0
         self.every_slice = False
@@ -87,6 +89,15 @@ class Tally(TorchDispatchMode):
             self._open.pop()
             span.end = torch._C._autograd._get_sequence_nr()
 
+    @contextmanager
+    def sometimes(self, often: float) -> Iterator[None]:
+        """What is done inside, in any pass, counts `often` times as much; bytes are what they are."""
+        before, self.often = self.often, self.often * often
+        try:
+            yield
+        finally:
+            self.often = before
+
     def _where(self) -> tuple[Span, int]:
         """The span of what is done now, and 0 in its forward pass, 1 and 2 in the two halves of its backward pass."""
         node = torch._C._current_autograd_node()
@@ -109,13 +120,13 @@ class Tally(TorchDispatchMode):
         """Adds FLOPs of what is done now; `again`: those of them that repeat earlier work."""
         span, back = self._where()
         phase: Phase = "forward" if not back else "recomputation" if torch.is_grad_enabled() else "backward"
-        self.flops[span.label, phase] += span.times * (flops - again)
+        self.flops[span.label, phase] += self.often * span.times * (flops - again)
         if again:
-            self.flops[span.label, "recomputation"] += span.times * again
+            self.flops[span.label, "recomputation"] += self.often * span.times * again
 
     def count_rows(self, name: str, rows: int) -> None:
         """Adds rows that something which is not traced is given; those of a recomputation too."""
-        self.rows[name] += self._where()[0].times * rows
+        self.rows[name] += self.often * self._where()[0].times * rows
 
     def assign(self, tensor: Tensor | None, kind: str) -> None:
         """Says what a tensor's storage is; one that is on no list yet is alive from now on."""

@@ -12,7 +12,8 @@ What is done several times alike is traced less often and counted in full:
   thirds of the depth, whose tokens a discriminator reads, moves along.
 
 Exits are drawn with equal frequency: a stage whose groups do not cover them evenly is traced once for every shift of its draws, and so is every expert's
-band. FLOPs are the mean, and memory is the most.
+band. FLOPs are the mean, and memory is the most. So it is with the iterations that measure the gradient of each term, one more backward pass a term: it is
+traced, and its FLOPs count as often as they are measured.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from instep.training.execution import Execution
 from instep.training.low_bit import MOMENTS, empty_moments
 from instep.training.state import TrainState
 from instep.training.step import iteration
+from instep.training.term_gradients import measured_share
 
 OTHER_BATCHES = "samples of other micro-batches"
 # equal blocks by which the two networks that are traced differ
@@ -90,10 +92,10 @@ class Depth:
 
 
 class Model:
-    """A recipe's networks on the meta device, ready to be traced; `family` is on it, placed by `execution`."""
+    """A recipe's networks on the meta device, ready to be traced; `family` is on it, placed by `execution`. `terms_every`: see `RunOptions`."""
 
-    def __init__(self, recipe: Recipe, family: Family, execution: Execution) -> None:
-        self.recipe, self.family = recipe, family
+    def __init__(self, recipe: Recipe, family: Family, execution: Execution, terms_every: int = 0) -> None:
+        self.recipe, self.family, self.terms_every = recipe, family, terms_every
         execution = replace(execution, checkpointing="on" if execution.checkpoints(family.pretrained) else "off", compile=False)
         runs = {len(_equal_blocks(part)[2]) for part in family.parts(family.pretrained).values()}
         self.blocks = runs.pop() if len(runs) == 1 else 0
@@ -106,7 +108,8 @@ class Model:
 
     def trace(self, stage: Stage) -> Trace:
         """One iteration of a stage: the mean of its cost, and all its moments."""
-        return self._over_depths(lambda depth: trace_stage(depth.state, stage, depth.family))
+        measured = measured_share(self.recipe, stage, self.terms_every)
+        return self._over_depths(lambda depth: trace_stage(depth.state, stage, depth.family, measured))
 
     def trace_call(self, call: Callable[[Depth], Any]) -> Trace:
         """One call, beside the state, without a graph."""
@@ -162,15 +165,15 @@ def meta_state(recipe: Recipe, family: Family, execution: Execution) -> TrainSta
     return state
 
 
-def trace_stage(state: TrainState, stage: Stage, family: Family) -> Trace:
-    """One iteration; `state` is `meta_state`'s, and stays as it is."""
+def trace_stage(state: TrainState, stage: Stage, family: Family, measured: float = 0.0) -> Trace:
+    """One iteration; `state` is `meta_state`'s, and stays as it is. In `measured` of the iterations, in [0, 1], the gradient of each term is measured."""
     short, traced = _shortened(stage), []
     for band in sorted(set(state.bands)):
         levels = [t for t in (stage.rollout.levels if stage.rollout else ()) if bool(in_band(torch.tensor(t), band))]
         often = len(levels) or (0 if stage.rollout else 1)
         shifts = 1 if stage.to_the_end or not levels else len(levels) // gcd(len(levels), stage.batch // stage.group)
         for shift in range(shifts if often else 0):
-            traced.append((often / shifts, _trace(state, stage, short, family, band, shift)))
+            traced.append((often / shifts, _trace(state, stage, short, family, band, shift, measured)))
     total = sum(weight for weight, _ in traced)
     flops: dict[tuple[str, Phase], float] = defaultdict(float)
     for weight, one in traced:
@@ -204,7 +207,7 @@ class _Steps:
             self.kept = sum(count for kind, count in tally.live.items() if kind.startswith(("activations", "samples")))
 
 
-def _trace(state: TrainState, stage: Stage, short: Stage, family: Family, band: Band, shift: int) -> Trace:
+def _trace(state: TrainState, stage: Stage, short: Stage, family: Family, band: Band, shift: int, measured: float) -> Trace:
     tally = Tally()
     steps, batches, before = _Steps(tally), batches_of(family, short), state.bands
     hooks = register(tally, state, family)
@@ -213,8 +216,8 @@ def _trace(state: TrainState, stage: Stage, short: Stage, family: Family, band: 
             tally.assign(tensor, "samples and conditions")
     state.bands, state.reward_fn, state.reward_grad_fn = (band,), reward_of(family, tally), reward_of(family, tally, graph=True)
     try:
-        with tracing(tally, state, steps, shift), tally:
-            iteration(state, short, batches, 0.0, Unread())
+        with tracing(tally, state, steps, shift, measured), tally:
+            iteration(state, short, batches, 0.0, Unread(), measure=measured > 0)
     finally:
         state.bands, state.reward_fn, state.reward_grad_fn = before, None, None
         for hook in hooks:

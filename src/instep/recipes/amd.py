@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from instep.diffusion.rollout import Where
 from instep.methods.operators import Adaptive, NaiveAdaptive, Operator
 from instep.methods.recipe import Advantage, Recipe
 from instep.recipes.common import Common
@@ -15,7 +18,16 @@ def _adaptive(name: str, common: Common, operator: Operator, distil: int, iterat
     return common.recipe(name, common.distil(distil), second)
 
 
-def amd(common: Common = Common(), *, distil: int = 0, iterations: int = 100, group: int = 8, sensitivity: float = 0.5, tilt: float = 1.0) -> Recipe:
+def amd(
+    common: Common = Common(),
+    *,
+    distil: int = 0,
+    iterations: int = 100,
+    group: int = 8,
+    sensitivity: float = 0.5,
+    tilt: float = 1.0,
+    reward_on: Where = "final",
+) -> Recipe:
     """Distil and align with a reward, without its gradient: adaptive matching and a fake that focuses on failures (AMD).
 
     Args:
@@ -25,8 +37,11 @@ def amd(common: Common = Common(), *, distil: int = 0, iterations: int = 100, gr
         group: samples a prompt (K), compared with each other.
         sensitivity: s of Eq. 13, how far an advantage shifts weight between matching and guidance; 0 leaves score adaptation out.
         tilt: the fake's loss is weighed by exp(-tilt advantage) (Eq. 14: 1); 0 leaves landscape sharpening out.
+        reward_on: the sample that is scored: final, at the end of the student's steps; or exit, the supervised step's own estimate (Algorithm 1), which costs
+            (Q + 1) / 2 passes of Q steps a sample in place of Q. At 1 step they are the same.
     """
-    return _adaptive("amd", common, Adaptive(sensitivity), distil, iterations, group, tilt)
+    recipe = _adaptive("amd", common, Adaptive(sensitivity), distil, iterations, group, tilt)
+    return replace(recipe, stages=(*recipe.stages[:-1], replace(recipe.stages[-1], reward_on=reward_on)))
 
 
 def naive_adaptive(common: Common = Common(), *, distil: int = 0, iterations: int = 100, group: int = 8, sensitivity: float = 0.5, tilt: float = 0.0) -> Recipe:

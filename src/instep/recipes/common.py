@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from instep.diffusion.levels import LevelSampler, Uniform, few_step_levels
 from instep.diffusion.prediction import PredictionType
 from instep.methods.adapted_teacher import Annealed
-from instep.methods.critics import FakeScoreGANLoss, FakeScoreLoss
+from instep.methods.critics import ErrorOf, FakeScoreGANLoss, FakeScoreLoss
 from instep.methods.matching import DistributionMatching
 from instep.methods.operators import Operator, Standard
 from instep.methods.recipe import AdamWConfig, Advantage, Experts, LatentRewardConfig, LoRA, Recipe, RoleConfig, RolloutConfig, Stage
@@ -22,7 +22,7 @@ class Common:
     steps: int = 4
     """Steps (network evaluations) of the student."""
     batch: int = 32
-    """Samples of a micro-batch; with groups, a multiple of their size."""
+    """Samples of a micro-batch; with groups, a multiple of their size. Several processes (torchrun) share them."""
     guidance: float = 3.0
     """Classifier-free guidance of the teacher; 1 is none."""
     shift: float = 3.0
@@ -33,6 +33,9 @@ class Common:
     """Train the fake on the samples of the student's own rollout instead of fresh ones."""
     condition_on_exit: bool = True
     """Condition the fake on the step of the rollout that a sample comes from."""
+    fake_target: ErrorOf = "velocity"
+    """What the fake's squared error is taken of: velocity (flows) weighs all levels alike, eps (the noise: DMD2 on SDXL) the clean ones more, x0 the noisy
+    ones."""
     student: AdamWConfig = AdamWConfig(2e-4)
     """AdamW of the student."""
     fake: AdamWConfig = AdamWConfig(4e-4)
@@ -93,11 +96,19 @@ class Common:
                 reuse=self.reuse,
                 condition_on_exit=self.condition_on_exit,
                 levels=levels,
+                target=self.fake_target,
                 tilt=tilt,
                 gan_weight=gan,
                 gan_levels=levels,
             )
-        return FakeScoreLoss(updates=self.critic_updates, reuse=self.reuse, condition_on_exit=self.condition_on_exit, levels=levels, tilt=tilt)
+        return FakeScoreLoss(
+            updates=self.critic_updates,
+            reuse=self.reuse,
+            condition_on_exit=self.condition_on_exit,
+            levels=levels,
+            target=self.fake_target,
+            tilt=tilt,
+        )
 
     def stage(
         self,

@@ -52,6 +52,7 @@ def few_step_options(settings: ModelSettings) -> dict[str, Any]:
         "student.betas": found.betas,
         "student.weight_decay": found.student_weight_decay,
         "fake.lr": found.fake_lr,
+        "fake_target": found.fake_target,
         "fake.betas": found.betas,
         "fake.weight_decay": found.fake_weight_decay,
         "ema": found.ema,

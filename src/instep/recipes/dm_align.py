@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from instep.diffusion.levels import Uniform
 from instep.diffusion.rollout import Where
 from instep.methods.align import Align, AlignGroup, AlignPair, Estimator, Normaliser, Sign, Toward, best_of
-from instep.methods.recipe import Advantage, Recipe, RolloutConfig
+from instep.methods.recipe import Advantage, Recipe, RolloutConfig, Spread
 from instep.recipes.common import Common
 
 # where the force acts, and how far its graph reaches back
@@ -20,12 +20,10 @@ def _point(reach: Reach) -> Where:
     return "exit" if reach == "exit" else "final"
 
 
-def _joint(
-    name: str, common: Common, align: Align, *, matching: float, group: int, distil: int, iterations: int, reach: Reach, spread: Literal["group", "run"]
-) -> Recipe:
+def _joint(name: str, common: Common, align: Align, *, matching: float, group: int, distil: int, iterations: int, reach: Reach, spread: Spread) -> Recipe:
     """A distillation-only stage, then matching and alignment together."""
     terms = (common.matching(matching), align)
-    rollout = RolloutConfig(common.levels, "trajectory" if reach == "trajectory" else "last")
+    rollout = RolloutConfig(common.levels, common.steps if reach == "trajectory" else 1)
     second = common.stage("align", iterations, terms, (common.critic(),), group=group, advantage=Advantage(spread), rollout=rollout)
     return common.recipe(name, common.distil(distil), second)
 
@@ -39,7 +37,7 @@ def dm_align_group(
     top_n: int | None = None,
     toward: Toward = "nearest",
     sign: Sign = "pull",
-    spread: Literal["group", "run"] = "run",
+    spread: Spread = "run",
     weight: float = 0.5,
     matching: float = 0.5,
     reach: Reach = "exit",
@@ -62,8 +60,8 @@ def dm_align_group(
             point, without a network.
         sign: pull (only samples below their group's mean move), signed (the paper's text: those above it move away as well), printed (Eq. 7 to the letter,
             which lowers the reward).
-        spread: divisor of the advantages: each group's own standard deviation of rewards (the usual one), or that of the whole run, so that groups of
-            equally good samples add little noise.
+        spread: divisor of the advantages: each group's own standard deviation of rewards (the usual one); that of the whole run, so that groups of
+            equally good samples add little noise; or none: advantages in the reward's own unit.
         weight: weight of the alignment force (Eq. 8's lambda_align; paper: 0.5).
         matching: weight of the matching force beside it (Eq. 8's lambda_DMD; paper: 0.5).
         reach: which steps of the student the alignment reaches. exit: the supervised step, a random one, with the final sample's reward; last: the step

@@ -12,9 +12,9 @@ from typing import Literal
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.levels import Uniform, few_step_levels
 from instep.diffusion.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Posterior, Transition
-from instep.methods.policy import GRPO
+from instep.methods.policy import GRPO, KLUnit
 from instep.methods.preference import Preference
-from instep.methods.recipe import AdamWConfig, Recipe, RoleConfig, RolloutConfig, Stage
+from instep.methods.recipe import AdamWConfig, Advantage, Recipe, RoleConfig, RolloutConfig, Spread, Stage
 from instep.methods.term import Term
 from instep.recipes.common import adapter, with_copies
 
@@ -28,7 +28,7 @@ class ManySteps:
     steps: int = 10
     """Sampling steps of a rollout; two evaluations each with guidance."""
     batch: int = 32
-    """Samples of a micro-batch, a multiple of the group's size."""
+    """Samples of a micro-batch, a multiple of the group's size. Several processes (torchrun) share them."""
     guidance: float = 3.0
     """Classifier-free guidance of the model, in rollouts and in use; 1 is none."""
     shift: float = 3.0
@@ -51,10 +51,21 @@ class ManySteps:
         """Levels of the sampler."""
         return few_step_levels(self.steps, self.shift)
 
-    def recipe(self, name: str, iterations: int, group: int, term: Term, transition: Transition, inner_epochs: int = 1) -> Recipe:
+    def recipe(
+        self, name: str, iterations: int, group: int, term: Term, transition: Transition, inner_epochs: int = 1, advantage: Advantage = Advantage()
+    ) -> Recipe:
         """One stage of one objective on the model's own rollouts."""
-        rollout = RolloutConfig(self.levels, transition=transition, guidance=self.guidance)
-        stage = Stage("reinforce", iterations, self.batch, (term,), (), rollout, group=group, accumulate=self.accumulate, inner_epochs=inner_epochs)
+        stage = Stage(
+            "reinforce",
+            iterations,
+            self.batch,
+            (term,),
+            rollout=RolloutConfig(self.levels, transition=transition, guidance=self.guidance),
+            group=group,
+            accumulate=self.accumulate,
+            inner_epochs=inner_epochs,
+            advantage=advantage,
+        )
         return self.stages(name, stage)
 
     def stages(self, name: str, *stages: Stage, sampler: Literal["few-step", "ode"] = "ode", guidance_range: GuidanceRange | None = None) -> Recipe:
@@ -78,7 +89,10 @@ def flow_grpo(
     sde: Kind = "flow",
     noise: float = 0.7,
     clip: float = 1e-4,
-    kl: float = 0.0,
+    kl: float = 0.04,
+    kl_unit: KLUnit = "mean",
+    spread: Spread = "group",
+    advantage_clip: float | None = 5.0,
     fraction: float = 1.0,
     inner_epochs: int = 1,
 ) -> Recipe:
@@ -91,12 +105,19 @@ def flow_grpo(
         sde: how the sampler is made stochastic: flow (Flow-GRPO), dance (DanceGRPO; both on rectified flows), cps or ddpm (as much noise as the path has;
             any path).
         noise: its strength (flow: 0.7; dance: 0.3; cps, ddpm: up to 1, and on any path).
-        clip: bound of the ratio.
-        kl: weight of the penalty for leaving the pretrained model.
+        clip: bound of the ratio (the released code: 1e-4 for images, 1e-3 for video).
+        kl: weight of the penalty for leaving the pretrained model (the paper: 0.04 for composition and rendered text, 0.01 for human preference); 0 leaves it
+            out, and its passes of the reference.
+        kl_unit: unit of that penalty, the divergence of two Gaussians: its mean over elements (the released code, to which its weights belong), or their sum
+            (the divergence as the paper writes it).
+        spread: what a group's rewards are divided by to become advantages: each group's own deviation (the paper), that of the whole run, or none:
+            advantages in the reward's own unit (Dr. GRPO).
+        advantage_clip: bound of an advantage (the released code: 5).
         fraction: part of the steps, drawn anew, that an update trains on.
         inner_epochs: updates on one rollout.
     """
-    return common.recipe("flow-grpo", iterations, group, GRPO(clip=clip, kl=kl, fraction=fraction), stochastic(sde, noise), inner_epochs)
+    term = GRPO(clip=clip, kl=kl, kl_unit=kl_unit, fraction=fraction)
+    return common.recipe("flow-grpo", iterations, group, term, stochastic(sde, noise), inner_epochs, Advantage(spread, advantage_clip))
 
 
 def dance_grpo(
@@ -106,6 +127,8 @@ def dance_grpo(
     group: int = 8,
     noise: float = 0.3,
     clip: float = 1e-4,
+    spread: Spread = "group",
+    advantage_clip: float | None = 5.0,
     fraction: float = 0.6,
     inner_epochs: int = 1,
 ) -> Recipe:
@@ -116,11 +139,15 @@ def dance_grpo(
         iterations: updates.
         group: samples a prompt, compared with each other.
         noise: strength of the sampler's noise.
-        clip: bound of the ratio.
+        clip: bound of the ratio (the released code: 1e-4).
+        spread: what a group's rewards are divided by to become advantages: each group's own deviation (the paper), that of the whole run, or none:
+            advantages in the reward's own unit (Dr. GRPO).
+        advantage_clip: bound of an advantage (the released code: 5).
         fraction: part of the steps, drawn anew, that an update trains on.
         inner_epochs: updates on one rollout.
     """
-    return common.recipe("dance-grpo", iterations, group, GRPO(clip=clip, fraction=fraction), DanceSDE(noise), inner_epochs)
+    term = GRPO(clip=clip, fraction=fraction)
+    return common.recipe("dance-grpo", iterations, group, term, DanceSDE(noise), inner_epochs, Advantage(spread, advantage_clip))
 
 
 def flow_dpo(common: ManySteps = ManySteps(), *, iterations: int = 60, group: int = 8, beta: float = 500.0) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape, unescape
 
@@ -21,6 +21,14 @@ CAPTIONS = {
     "real": ("real prediction", "The teacher is asked the same. It tends towards what real videos, and the prompt, want."),
     "force": ("force", "Where the two disagree, as a change of the image (target minus sample): grey leaves it, bright adds light, dark takes it away."),
     "target": ("implied target", "The sample after that change: where this iteration pulls the student."),
+}
+ALIGN_CAPTIONS = {
+    "generator": ("student's sample", "What the student makes now. Samples of a group stand in the order of their rewards, the best first."),
+    "preferred": ("preferred estimate", "What a preferred sample was, as the fake says after noise: of the better samples of the group, or of real ones."),
+    "align_force": ("alignment force", "From the sample's own estimate to the preferred one, as a change of the image; grey where a sample feels none."),
+    "align_target": ("alignment's target", "The sample after that change: where the reward, or the preference, pulls the student."),
+    "force": ("matching force", "From the fake's estimate to the teacher's, of the same sample at the same level."),
+    "target": ("matching's target", "The sample after that change: where the teacher pulls the student."),
 }
 
 
@@ -57,12 +65,14 @@ def grid(key: str, videos: Tensor, heads: Sequence[str], rows: Sequence[str], no
     for r, row in enumerate(rows):
         body.append(f"<div class='label'>{row}</div>")
         body += [tile(animation(key, c * n + r, columns * n, plain(f"{heads[c]}: {row}")), heads[c]) for c in range(columns)]
-    teach = f"<dl class='teach'>{''.join(notes)}</dl>" if notes else ""
+    wide = " wide" if columns > 5 else ""
+    teach = f"<dl class='teach{wide}'>{''.join(notes)}</dl>" if notes else ""
     half = -(-n // 2) if n >= 4 and columns <= 4 else n  # few columns leave room for two grids side by side
     cut = half * (columns + 1)
     parts = [part for part in (body[:cut], body[cut:]) if part]
     grids = "".join(f"<div class='grid' style='--columns:{columns}'><div class='corner'></div>{head}{''.join(part)}</div>" for part in parts)
-    return f"{style}{teach}<div class='grids{' two' if len(parts) > 1 else ''}'>{grids}</div>"
+    kind = " two" if len(parts) > 1 else wide
+    return f"{style}{teach}<div class='grids{kind}'>{grids}</div>"
 
 
 def model_name(name: str) -> str:
@@ -117,17 +127,40 @@ def samples(runs: Sequence[RunRecord]) -> str:
     return "".join(parts) or "<p class='none'>Samples are not recorded (samples.safetensors is missing).</p>"
 
 
-def view_grid(views: Views, key: str, *, teach: bool) -> str:
-    names = [name for name in CAPTIONS if name in views.videos]
+def view_grid(views: Views, key: str, *, teach: bool, captions: Mapping[str, tuple[str, str]] = CAPTIONS) -> str:
+    """What forces saw, a column a caption: samples of a group as they are stored, others from the highest level to the lowest (HTML)."""
+    names = [name for name in captions if name in views.videos]
     n = min(MOST_VIEWS, len(views.videos[names[0]]))
     videos = torch.stack([views.videos[name][:n] for name in names])
-    order = sorted(range(n), key=lambda i: -views.levels[i]) if len(views.levels) >= n else list(range(n))
-    prompts = [views.prompts[i] if i < len(views.prompts) else "" for i in order]
-    labels = [
-        escape(prompt) + (f" <small>t = {views.levels[i]:.2f}</small>" if i < len(views.levels) else "") for i, prompt in zip(order, prompts, strict=True)
-    ]
-    notes = [f"<div><dt>{CAPTIONS[name][0]}</dt><dd>{CAPTIONS[name][1]}</dd></div>" for name in names] if teach else []
-    return grid(key, videos[:, order], [CAPTIONS[name][0] for name in names], labels, notes)
+    order = sorted(range(n), key=lambda i: -views.levels[i]) if len(views.levels) >= n and not views.advantages else list(range(n))
+    labels = [escape(views.prompts[i] if i < len(views.prompts) else "") + _numbers(views, i) for i in order]
+    notes = [f"<div><dt>{captions[name][0]}</dt><dd>{captions[name][1]}</dd></div>" for name in names] if teach else []
+    return grid(key, videos[:, order], [captions[name][0] for name in names], labels, notes)
+
+
+def _numbers(views: Views, i: int) -> str:
+    """The level and the advantage of a row, as far as they were recorded (HTML)."""
+    level = f" <small>t = {views.levels[i]:.2f}</small>" if i < len(views.levels) else ""
+    return level + (f" <small>advantage {views.advantages[i]:+.2f}</small>" if i < len(views.advantages) else "")
+
+
+def align_views(runs: Sequence[RunRecord]) -> str:
+    """The alignment force of each run beside its matching force at the last recorded step, and folded at the first (HTML); empty without one."""
+    parts: list[str] = []
+    for i, run in enumerate(runs):
+        if not run.align_views:
+            continue
+        latest, early = run.align_views[-1], run.align_views[0]
+        name = f"{escape(run.label)}, step {latest.step}" if len(runs) > 1 else f"At step {latest.step}"
+        note = (
+            "<p class='note'>A run with DM-Align has two forces on a sample (its Fig. 6). Both are shown before their weights, on the same samples at the same "
+            "noise levels: alignment should move what is wrong, and matching should keep the image whole.</p>"
+        )
+        parts.append(("" if parts else note) + f"<h4>{name}</h4>{view_grid(latest, f'align{i}', teach=not parts, captions=ALIGN_CAPTIONS)}")
+        if early.step != latest.step:
+            body = view_grid(early, f"alignearly{i}", teach=False, captions=ALIGN_CAPTIONS)
+            parts.append(f"<details><summary>The same prompts and noise at step {early.step}</summary>{body}</details>")
+    return f"<h3>The alignment force beside the matching force</h3>{''.join(parts)}" if parts else ""
 
 
 def views(runs: Sequence[RunRecord]) -> str:

@@ -45,7 +45,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         "samples": figures.samples(runs),
         "metrics": tables.all_tables(runs),
         "curves": curves.curves(runs),
-        "force": figures.views(runs),
+        "force": figures.views(runs) + figures.align_views(runs),
         "recipe": recipes(runs),
     }
     links = "".join(f"<a href='#{key}'>{escape(short)}</a>" for key, short, _ in SECTIONS)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from instep.metrics.columns import Column
 from instep.metrics.compare import Row
 
 VIEW_NAMES = ("generator", "fake", "real", "force", "target")
+ALIGN_NAMES = ("generator", "preferred", "align_force", "align_target", "force", "target")
+# the files of views: of the matching force, and of the alignment force beside it
+KINDS = {"step": VIEW_NAMES, "align": ALIGN_NAMES}
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class Views:
-    """What the matching force saw at one step: videos by name, uint8 [N, F, H, W, 3], one a prompt; the levels it looked at."""
+    """What forces saw at one step: videos by name, uint8 [N, F, H, W, 3], with their prompts; the levels they looked at, and advantages within a group."""
 
     step: int
     prompts: tuple[str, ...]
     levels: tuple[float, ...]
     videos: dict[str, Tensor]
+    advantages: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class RunRecord:
     metrics: Metrics | None
     samples: Samples | None
     views: tuple[Views, ...]
+    align_views: tuple[Views, ...]
     problems: tuple[str, ...]
 
     @property
@@ -116,7 +122,10 @@ def read_run(folder: Path) -> RunRecord:
 
     recipe = attempt(folder / "recipe.json", _recipe)
     label = f"{recipe.get('recipe', folder.name)} · seed {recipe.get('seed', '?')}" if recipe else folder.name
-    views = [attempt(file, _views) for file in sorted((folder / "views").glob("step-*.safetensors"))]
+    views: dict[str, tuple[Views, ...]] = {}
+    for kind, names in KINDS.items():
+        found = [attempt(file, partial(_views, names=names)) for file in sorted((folder / "views").glob(f"{kind}-*.safetensors"))]
+        views[kind] = tuple(one for one in found if one is not None)
     return RunRecord(
         folder,
         label,
@@ -125,7 +134,8 @@ def read_run(folder: Path) -> RunRecord:
         attempt(folder / "health.jsonl", _lines),
         attempt(folder / "metrics.json", _metrics),
         attempt(folder / "samples.safetensors", _samples),
-        tuple(v for v in views if v is not None),
+        views["step"],
+        views["align"],
         tuple(problems),
     )
 
@@ -189,12 +199,12 @@ def _samples(path: Path) -> Samples:
     return Samples(models, prompts, int(about["seed"]), videos.reshape(len(models), len(prompts), *videos.shape[1:]))
 
 
-def _views(path: Path) -> Views:
+def _views(path: Path, names: Sequence[str]) -> Views:
     from safetensors.torch import load_file
 
     about, tensors = _mapping(path.with_suffix(".json")), load_file(path)
-    videos = {name: tensors[name] for name in VIEW_NAMES if name in tensors}
+    videos = {name: tensors[name] for name in names if name in tensors}
     if not videos:
-        raise ValueError("it holds none of " + ", ".join(VIEW_NAMES))
-    levels = tuple(tensors["levels"].tolist()) if "levels" in tensors else ()
-    return Views(int(about.get("step", path.stem.split("-")[-1])), tuple(map(str, about["prompts"])), levels, videos)
+        raise ValueError("it holds none of " + ", ".join(names))
+    levels, advantages = (tuple(tensors[name].tolist()) if name in tensors else () for name in ("levels", "advantages"))
+    return Views(int(about.get("step", path.stem.split("-")[-1])), tuple(map(str, about["prompts"])), levels, videos, advantages)

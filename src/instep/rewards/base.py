@@ -89,9 +89,13 @@ def check_prompts(reward: object, prompts: Sequence[Prompt | str]) -> None:
 
 
 def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
-    """Returns scores [B]. Raises ValueError, naming the reward and the first sample, if it fails or a score is not finite."""
+    """Returns scores [B]. Raises ValueError, naming the reward and the first sample, if it fails or a score is not finite.
+
+    The reward gets a copy of the media in float32 (float64 stays), with their graph: what it changes in place reaches nobody else.
+    """
+    own = media.to(torch.promote_types(media.dtype, torch.float32), copy=True)
     try:
-        scores = reward.score(media, prompts_for(reward, prompts))
+        scores = reward.score(own, prompts_for(reward, prompts))
     except RewardError:
         raise
     except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def make_reward_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, 
     def reward_fn(x: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
         parts = []
         for rows in chunks(prompts, size, whole=relative(reward)):
-            parts.append(_scores(reward, _media(family, reward, x[rows], clamp=True), prompts[rows]))
+            parts.append(_scores(reward, _media(family, reward, x[rows]), prompts[rows]))
         return torch.cat(parts)
 
     return reward_fn
@@ -63,9 +63,11 @@ def chunks(prompts: Sequence[Prompt | str], size: int, *, whole: bool) -> list[s
 
 
 def make_reward_grad_fn(family: Decodes, reward: Reward | None) -> Callable[[Tensor, Sequence[Prompt | str]], Tensor] | None:
-    """Reward of latents with a graph, through the unclamped decoder (a clamped one has no gradient where it saturates); None if it has none.
+    """Reward of latents with a graph; None if it has none.
 
-    Of a bounded number of rows at a time the graph of decoder and reward is alive (`core/rows.py`). A reward may draw from torch's global generators.
+    The reward sees media in [0, 1]. Where the decoder leaves the range, the gradient passes as if nothing were clamped (straight-through); a plain clamp
+    has none there. Of a bounded number of rows at a time the graph of decoder and reward is alive (`core/rows.py`). A reward may draw from torch's global
+    generators.
     """
     if reward is None or not reward.differentiable:
         return None
@@ -86,8 +88,22 @@ def weights_of(reward: Reward | None) -> tuple[float, ...]:
     return reward.weights if isinstance(reward, Several) else (1.0,)
 
 
-def _media(family: Decodes, reward: Reward, x: Tensor, *, clamp: bool = False) -> Tensor:
-    """The input of a reward: decoded media, or the latents themselves."""
-    if reward.space == "latent":
-        return x
-    return family.decode(x).clamp(0, 1) if clamp else family.decode(x)
+def _media(family: Decodes, reward: Reward, x: Tensor) -> Tensor:
+    """The input of a reward: decoded media in [0, 1], or the latents themselves."""
+    return x if reward.space == "latent" else in_range(family.decode(x))
+
+
+def in_range(media: Tensor) -> Tensor:
+    """Media clamped to [0, 1], with the gradient of the identity (straight-through, Bengio et al. 2013)."""
+    clamped: Tensor = _InRange.apply(media)
+    return clamped
+
+
+class _InRange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, media: Tensor) -> Tensor:
+        return media.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope

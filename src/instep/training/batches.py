@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from instep.core.ranks import ALONE, Ranks
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.transfer import to_device
@@ -39,7 +40,10 @@ class ShuffledIndices:
 
 
 class BatchSource:
-    """Batches for any stage: prompts alone, or real samples or labelled pairs with their prompts; and stored teacher outputs if a stage needs them."""
+    """Batches for any stage: prompts alone, or real samples or labelled pairs with their prompts; and stored teacher outputs if a stage needs them.
+
+    With several `ranks` each takes its own consecutive share of every batch, and all have the same cursors.
+    """
 
     def __init__(
         self,
@@ -49,11 +53,12 @@ class BatchSource:
         seed: int,
         stored: TeacherSamples | None = None,
         pairs: PairSamples | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if not prompts:
             raise ValueError("prompts: the list is empty; give at least one prompt")
         self.family, self.prompts, self.real, self.stored, self.pairs = family, as_prompts(prompts), real, stored, pairs
-        self.device = family.device
+        self.device, self.ranks = family.device, ranks
         self._same: dict[str, dict[Prompt, list[int]]] = {}
         self._orders = {"prompts": ShuffledIndices(len(self.prompts), seed)}
         if real is not None:
@@ -67,25 +72,37 @@ class BatchSource:
         """The micro-batches of one iteration."""
         return [self._one(stage) for _ in range(stage.accumulate)]
 
+    def first(self, stage: Stage) -> Batch:
+        """The first micro-batch of a run; no cursor moves."""
+        now = self.state()
+        self.load_state(dict.fromkeys(now, 0))
+        batch = self._one(stage)
+        self.load_state(now)
+        return batch
+
     def _one(self, stage: Stage) -> Batch:
         n, latents, pairs, preferred = stage.batch // stage.group, None, None, None
+        mine = self.ranks.share(n)
         if "pairs" in stage.needs:
             assert self.pairs is not None
             rows = self._orders["pairs"].next(n)
-            names = tuple(self.pairs.prompts[i] for i in rows)
+            names, rows = tuple(self.pairs.prompts[i] for i in rows), rows[mine]
             pairs = Pairs(*(to_device(x[rows], self.device) for x in (self.pairs.chosen, self.pairs.rejected)))
             latents = pairs.chosen if stage.needs & {"real", "preferred"} else None
             preferred = self._preferred("pairs", self.pairs.preferred, rows, stage.preferred_count)
         elif stage.needs & {"real", "preferred"}:
             assert self.real is not None
             rows = self._orders["real"].next(n)
-            names = tuple(self.real.prompts[i] for i in rows)
+            names, rows = tuple(self.real.prompts[i] for i in rows), rows[mine]
             latents = to_device(self.real.latents[rows], self.device)
             preferred = self._preferred("real", self.real, rows, stage.preferred_count)
         else:
             names = tuple(self.prompts[i] for i in self._orders["prompts"].next(n))
+        following = None if self.ranks.count == 1 else names[mine.stop % n]
+        names = names[mine]
         cond, null = self.family.encode(names), self.family.unconditional(names)
-        return Batch(names, cond, null, latents, pairs, self._stored(n) if "stored" in stage.needs else None, preferred)
+        stored = self._stored(n) if "stored" in stage.needs else None
+        return Batch(names, cond, null, latents, pairs, stored, preferred, following and (following, self.family.encode([following])))
 
     def _preferred(self, name: str, samples: RealSamples, rows: Sequence[int], count: int) -> Tensor | None:
         """For each row its sample and the next ones of the same prompt, [B, count, ...]; a prompt with fewer begins again. None for count 0."""
@@ -101,7 +118,7 @@ class BatchSource:
 
     def _stored(self, n: int) -> Stored:
         assert self.stored is not None
-        rows = self._orders["stored"].next(n)
+        rows = self._orders["stored"].next(n)[self.ranks.share(n)]
         noise, latents = (to_device(x[rows], self.device) for x in (self.stored.noise, self.stored.latents))
         return Stored(self.family.encode([self.stored.prompts[i] for i in rows]), noise, latents)
 

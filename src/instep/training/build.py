@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from instep.core.ranks import ALONE, Ranks
 from instep.data.prompt import Prompt
 from instep.diffusion.bands import Band, bands_of
 from instep.methods.recipe import Recipe
@@ -84,6 +85,7 @@ def make_state(
     *,
     execution: Execution = Execution(),
     weights: tuple[float, ...] = (1.0,),
+    ranks: Ranks = ALONE,
 ) -> TrainState:
     """Builds roles, optimisers and the run's generator, all determined by the seed; `family` is where the run is executed (`Execution.place`)."""
     with torch.random.fork_rng():
@@ -120,6 +122,7 @@ def make_state(
         boundary=family.boundary,
         bands=trained_bands(recipe, family),
         device=device,
+        ranks=ranks,
     )
 
 

@@ -21,6 +21,17 @@ from instep.rewards.several import Several
 from instep.training.build import trained_bands
 
 
+def check_ranks(recipe: Recipe, count: int) -> None:
+    """Raises ValueError unless the groups of every stage's batch are a multiple of the processes."""
+    for stage in recipe.stages:
+        groups = stage.batch // stage.group
+        if stage.steps and groups % count:
+            raise ValueError(
+                f"batch: {stage.batch} samples in groups of {stage.group} are {groups} groups in stage {stage.name!r}, which {count} processes cannot share "
+                f"evenly; give a multiple of {stage.group * count} samples, or start fewer processes"
+            )
+
+
 def check_inputs(
     recipe: Recipe,
     family: Family,
@@ -51,7 +62,10 @@ def check_inputs(
         if not stage.steps:
             continue
         if "preferred" in stage.needs and real is None:
-            raise ValueError(f"real: stage {stage.name!r} of {recipe.name} needs preferred samples; pass real=RealSamples(prompts, latents)")
+            raise ValueError(
+                f"real: stage {stage.name!r} of {recipe.name} needs preferred samples; pass real=RealSamples(prompts, latents), or --pairs FILE on the "
+                "command line"
+            )
         if "pairs" in stage.needs and pairs is None:
             raise ValueError(
                 f"pairs: stage {stage.name!r} of {recipe.name} needs labelled pairs; pass pairs=PairSamples(prompts, chosen, rejected), --pairs FILE on the "
@@ -65,7 +79,8 @@ def check_inputs(
             raise ValueError(
                 f"reward: stage {stage.name!r} of {recipe.name} climbs its gradient and "
                 + ("none was given" if reward is None else f"{_blunt(reward).name!r} is not differentiable")
-                + "; give one that is (a Reward with differentiable = True), or choose a recipe that needs scores alone, like amd or dm-align-group"
+                + "; give one that is (a Reward with differentiable = True, or --reward 'gradient=yes module:function'), or choose a recipe that needs scores "
+                "alone, like amd or dm-align-group"
             )
         if "labels" in stage.needs and reward is not None and relative(reward):
             raise ValueError(f"reward: {reward.name!r} compares samples with each other, and stage {stage.name!r} needs the score of each; give it a reward")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from instep.core.ranks import Ranks
 from instep.models.family import Family
 from instep.training.low_bit import check_installed
 
@@ -76,6 +77,20 @@ class Execution:
         if self.attention is not None and (missing := _missing_for(self.attention)):
             usable = [name for name in _attention_backends() if not _missing_for(name)]
             raise ValueError(f"attention: {self.attention} is not usable here: {missing}; usable: {', '.join(usable)}, or leave it out")
+
+    def check_shared(self, ranks: Ranks) -> None:
+        """Raises ValueError if processes of one machine would share an accelerator."""
+        if ranks.count == 1 or self.target.type == "cpu":
+            return
+        if self.target.index is not None:
+            raise ValueError(
+                f"device: {self.device} is not allowed for {ranks.count} processes, which would share it; give {self.target.type}, and each takes its own"
+            )
+        if (there := torch.accelerator.device_count()) < ranks.local:
+            raise ValueError(
+                f"device: this machine has {there} of {self.target.type} for {ranks.local} processes; start as many, --nproc-per-node {there}, or give "
+                "--device cpu"
+            )
 
     @property
     def low_bit(self) -> bool:

@@ -6,32 +6,32 @@ import json
 import math
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from instep.core.files import write_json
 from instep.core.json_lines import read_rows
 from instep.core.unusable import Unusable
 from instep.diffusion.guidance import by_level
-from instep.methods.recipe import Recipe
+from instep.methods.recipe import Recipe, Stage
 from instep.models.family import Family
 from instep.training import checkpoint, saved, stop
+from instep.training.align_views import align_stage, align_views
 from instep.training.batches import BatchSource
 from instep.training.build import averaged
 from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended
 from instep.training.health import Finding, HealthMonitor
-from instep.training.hold import Controller
+from instep.training.hold import Controller, Held
 from instep.training.log import RunLog, Tracker
 from instep.training.options import RunOptions
 from instep.training.probe import KnownTeacher, Probe, few_of
 from instep.training.saving import CheckpointWriter, in_background
 from instep.training.state import TrainState
 from instep.training.step import iteration
+from instep.training.term_gradients import at_interval
 from instep.training.views import matching_views, save_views
-
-if TYPE_CHECKING:
-    pass
 
 
 class Interrupted(Exception):
@@ -62,49 +62,85 @@ class Loop:
         self.controller = Controller(options.hold) if options.hold else None
         self.probed: list[stop.Probed] = []
         self.stopped: stop.Stopped | None = None
+        self.ranks = state.ranks
         self.writer = CheckpointWriter(out / "checkpoints", options.keep, background=in_background(state.device, options.execution))
 
     def run(self) -> None:
-        """Trains to the end or to a finding in `stop_on`; on SIGINT or SIGTERM finishes the iteration, saves and raises `Interrupted`."""
+        """Trains to the end or to a finding in `stop_on`; on SIGINT or SIGTERM finishes the iteration, saves and raises `Interrupted`.
+
+        Of several ranks the first one writes, probes and judges, and the others follow its decisions.
+        """
         state, total = self.state, self.recipe.steps
         if self._has_stopped() or state.step >= total:
             return
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
-        log = RunLog(self.out, resume_step=state.step, tracker=self.tracker)
-        health = HealthMonitor(self.out, resume_step=state.step, recipe=self.recipe)
-        self.skipped = SkippedSteps(read_rows(self.out / "log.jsonl") if state.step else ())
-        self.probed, self.found = stop.probed(self.out), stop.open_finding(self.out, self.options.stop_on)
         try:
+            if self.ranks.first:
+                self._lead(total)
+            else:
+                while self._goes_on(total):
+                    self._train()
+            if self.found is not None:
+                found = self.found
+                decided = self.ranks.of_first(lambda: asdict(stop.decide(self.out, found, self.probed, self.options.stop_on)))
+                self._go_back(stop.Stopped(**decided))
+            elif self.stop is not None:
+                self.ranks.of_first(self._save_now)
+                raise Interrupted(f"{self.stop}: saved at step {state.step} of {total} in {self.out}; the same command goes on from there")
+        finally:
+            self.writer.join()
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _save_now(self) -> None:
+        self.save()
+        self.writer.wait()
+
+    def _lead(self, total: int) -> None:
+        """The loop of the rank that writes."""
+        state = self.state
+        log = RunLog(self.out, resume_step=state.step, tracker=self.tracker)
+        try:
+            health = HealthMonitor(self.out, resume_step=state.step, recipe=self.recipe)
+            self.skipped = SkippedSteps(read_rows(self.out / "log.jsonl") if state.step else ())
+            self.probed, self.found = stop.probed(self.out), stop.open_finding(self.out, self.options.stop_on)
             with log.progress(total, initial=state.step):
                 if state.step == 0:
                     self._probe(log, health, {"stage": "start"})
                     self._save_if_due()
-                while state.step < total and self.stop is None and self.found is None:
+                while self._goes_on(total):
                     self.writer.check()
                     self._one(log, health)
                 self.writer.wait()
-            if self.found is not None:
-                self._go_back(stop.decide(self.out, self.found, self.probed, self.options.stop_on))
-            elif self.stop is not None:
-                self.save()
-                self.writer.wait()
-                raise Interrupted(f"{self.stop}: saved at step {state.step} of {total} in {self.out}; the same command goes on from there")
         finally:
             self.writer.join()
             log.close()
-            for s, handler in before.items():
-                signal.signal(s, handler)
 
-    def _one(self, log: RunLog, health: HealthMonitor) -> None:
+    def _goes_on(self, total: int) -> bool:
+        """Whether there is another iteration, which all ranks decide alike: a signal to one of them stops all, and what rank 0 found is found."""
+        if self.ranks.count > 1:
+            number = self.ranks.most(signal.Signals[self.stop] if self.stop else 0)
+            self.stop = signal.Signals(number).name if number else None
+            led: dict[str, Any] = self.ranks.of_first(lambda: {"found": asdict(self.found) if self.found else None, "hold": asdict(self.state.hold)})
+            if not self.ranks.first:
+                self.found = Finding(**led["found"]) if led["found"] else None
+                self.state.hold = Held.of_json(led["hold"])
+        return self.state.step < total and self.stop is None and self.found is None
+
+    def _train(self) -> dict[str, Any]:
+        """One iteration; its row of the log."""
         stage, progress = self.recipe.at(self.state.step)
         cpu, wall = time.process_time(), time.perf_counter()
         try:
-            every = self.options.terms_every
-            measure = every > 0 and (self.state.step + 1) % every == 0
+            measure = at_interval(self.state.step, self.options.terms_every)
             row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress, None, measure)}
         except Unusable as error:
             self._give_up(str(error))
-        row |= {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+        return row | {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+
+    def _one(self, log: RunLog, health: HealthMonitor) -> None:
+        stage, _ = self.recipe.at(self.state.step)
+        row = self._train()
         step = self.state.step
         if self.controller is not None:
             self.state.hold = self.controller.trained(self.state.hold, stage, row)
@@ -119,6 +155,8 @@ class Loop:
 
     def _give_up(self, what: str) -> NoReturn:
         """Raises Unusable; the newest good checkpoint is kept."""
+        if not self.ranks.first:
+            raise Unusable(f"run: {what} at step {self.state.step}, and the run ends; nothing was exported")
         self.writer.join()
         raise ended(what, self.out, self.state.step, self.skipped)
 
@@ -131,22 +169,28 @@ class Loop:
 
     def _has_stopped(self) -> bool:
         """Whether the run stopped itself before and stays stopped; it then goes back to the kept checkpoint. Without that flag in `stop_on` it resumes."""
-        stopped = stop.read(self.out)
+        stopped = self.ranks.of_first(self._stopped_before)
         if stopped is None:
             return False
-        if stop.kind(stopped.flag) not in self.options.stop_on:
-            (self.out / stop.NAME).unlink()
-            return False
-        self._go_back(stopped)
+        self._go_back(stop.Stopped(**stopped))
         return True
+
+    def _stopped_before(self) -> dict[str, Any] | None:
+        """The record of a run that stays stopped; of another one it is removed."""
+        stopped = stop.read(self.out)
+        if stopped is not None and stop.kind(stopped.flag) not in self.options.stop_on:
+            (self.out / stop.NAME).unlink()
+            return None
+        return asdict(stopped) if stopped else None
 
     def _go_back(self, stopped: stop.Stopped) -> None:
         """Loads the kept checkpoint and removes all later ones."""
-        path = checkpoint.at(self.out / "checkpoints", stopped.kept)
+        path = self.ranks.of_first(lambda: _text(checkpoint.at(self.out / "checkpoints", stopped.kept)))
         if path is None:
             raise ValueError(f"out: {self.out} stopped itself and the checkpoint of step {stopped.kept} that it kept is gone or damaged; train anew")
-        saved.load(self.state, self.source, checkpoint.load(path))
-        checkpoint.drop_after(self.out / "checkpoints", stopped.kept)
+        saved.load(self.state, self.source, checkpoint.load(Path(path)))
+        if self.ranks.first:
+            checkpoint.drop_after(self.out / "checkpoints", stopped.kept)
         self.stopped = stopped
         print(stopped)
 
@@ -163,9 +207,7 @@ class Loop:
                     raise
                 self._give_up(f"{BROKEN} ({error})")
             if self.state.step in (0, *self.recipe.stage_ends()):
-                prompts = few_of(self.probe.prompts, 6)
-                views = matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed)
-                save_views(self.out / "views", self.state.step, views, prompts)
+                self._show(stage)
         teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
         row |= {f"probe/{key}": value for key, value in metrics.items()} | teacher
         if self.controller is not None:
@@ -177,6 +219,15 @@ class Loop:
         self._note(log, health, row)
         if self.found is None and not (watched.finite and math.isfinite(metrics["mean_brightness"])):
             self._give_up(BROKEN)
+
+    def _show(self, stage: Stage) -> None:
+        """Writes views of the stage's matching force, and of an alignment force beside it."""
+        step, folder, prompts = self.state.step, self.out / "views", few_of(self.probe.prompts, 6)
+        save_views(folder, step, matching_views(self.state, stage, self.recipe, self.family, prompts, self.probe.seed), prompts)
+        aligned = align_stage(self.recipe, step)
+        shown = align_views(self.state, aligned, self.family, self.source, self.probe.seed) if aligned else None
+        if shown is not None:
+            save_views(folder, step, shown.tensors, shown.prompts, "align")
 
     def _note(self, log: RunLog, health: HealthMonitor, row: dict[str, Any]) -> None:
         """Logs a row and prints new health findings."""
@@ -208,17 +259,22 @@ class Loop:
 
     def restore(self, start_from: Path | str | None) -> None:
         """Loads this run's newest intact checkpoint or, without any checkpoint, the roles of `start_from`. Raises ValueError if all are damaged."""
-        own = checkpoint.latest(self.out / "checkpoints")
+        own = self.ranks.of_first(lambda: _text(checkpoint.latest(self.out / "checkpoints")))
         if own is not None:
-            saved.load(self.state, self.source, checkpoint.load(own))
+            saved.load(self.state, self.source, checkpoint.load(Path(own)))
         elif start_from is not None:
-            saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
+            with self.ranks.one_by_one():
+                saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
         check_state(saved.contents(self.state, self.source))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop is not None:
-            raise KeyboardInterrupt
+        if self.stop is not None and self.ranks.count == 1:
+            raise KeyboardInterrupt  # torchrun repeats what it is sent, and ends its processes 30 seconds later itself
         self.stop = signal.Signals(number).name
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _in_main_thread() -> bool:

@@ -16,6 +16,7 @@ from instep.core import lock
 from instep.core.files import write_json
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.version import __version__
+from instep.data import latent_cache
 from instep.data.first_frame import digest
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
@@ -25,6 +26,9 @@ from instep.rewards.base import Reward
 
 if TYPE_CHECKING:
     from instep.training.options import RunOptions
+
+# options of an execution that a run goes on with
+OPTIONS = ("dtype", "moments")
 
 
 def write_manifest(
@@ -48,6 +52,7 @@ def write_manifest(
         "model": family.name,
         "weights": weights_fingerprint(family.pretrained),
         "dtype": str(options.execution.dtype_of(family)).removeprefix("torch."),
+        "moments": options.execution.moments,
         "seed": options.seed,
         "levels": list(recipe.levels),
         "prompts": hashlib.sha256("\n".join(map(str, prompts)).encode()).hexdigest()[:16],
@@ -73,13 +78,14 @@ def write_manifest(
     file = out / "recipe.json"
     begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))
     there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # runs from before this was recorded computed in float32
-    different = [key for key in identity if there.get(key, "float32" if key == "dtype" else None) != identity[key]]
+    # older runs have no record of their dtype, which was float32, nor of their moments, which loading a checkpoint compares
+    before = {"dtype": "float32", "moments": identity["moments"], **there}
+    different = [key for key in identity if before.get(key) != identity[key]]
     if "instep" in there and (begun or not different):
         if different:
-            raise ValueError(f"out: {out} holds another run ({_difference(there, {**about, **identity}, different)}); {_fix(there, different)}")
+            raise ValueError(f"out: {out} holds another run ({_difference(before, {**about, **identity}, different)}); {_fix(before, different)}")
     # the record of a run that was refused before it began is replaced
-    elif "instep" not in there and out.exists() and any(path.name != lock.NAME for path in out.iterdir()):
+    elif "instep" not in there and out.exists() and any(path.name not in (lock.NAME, latent_cache.FOLDER) for path in out.iterdir()):
         raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
     else:
         free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
@@ -94,10 +100,11 @@ def write_manifest(
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any], different: Sequence[str]) -> str:
     """In which way a folder's run is another one. Weights that were rounded to another dtype differ for that reason alone."""
-    if "dtype" in different:
-        old, new = there.get("dtype", "float32"), here["dtype"]
-        others = [key for key in different if key not in ("dtype", "weights")]
-        return f"its dtype differs: {old} there, {new} now" + (f"; {', '.join(others)} too" if others else "")
+    if options := [key for key in OPTIONS if key in different]:
+        explained = {*options, "weights"} if "dtype" in options else {*options}
+        others = [key for key in different if key not in explained]
+        found = [f"its {key}: {there[key]} there, {here[key]} now" for key in options]
+        return "; ".join([*found, f"{', '.join(others)} too"] if others else found)
     was = f"it was {there['recipe']} with seed {there['seed']}"
     if "weights" in different:
         for key, did, preposition in (("loaded_in", "was loaded", "in"), ("model_path", "came", "from")):
@@ -107,15 +114,18 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any], different: Se
 
 
 def _fix(there: Mapping[str, Any], different: Sequence[str]) -> str:
-    if "dtype" in different:
-        old = there.get("dtype", "float32")
-        return f"to go on with it give dtype {old} (--dtype {old}), or choose another folder"
+    if options := [key for key in OPTIONS if key in different]:
+        values = " and ".join(f"{key} {there[key]}" for key in options)
+        return f"to go on with it give {values} ({' '.join(f'--{key} {there[key]}' for key in options)}), or choose another folder"
     return "choose another folder, or repeat that run's command to go on with it"
 
 
 def _digest(prompts: Sequence[Prompt], *latents: Tensor) -> str:
-    """Of samples and their prompts."""
-    return hashlib.sha256("\n".join(map(str, prompts)).encode() + b"".join(x.detach().float().cpu().numpy().tobytes() for x in latents)).hexdigest()[:16]
+    """Of samples and their prompts; latents that are mapped from a file are read a few at a time."""
+    digest = hashlib.sha256("\n".join(map(str, prompts)).encode())
+    for part in (part for x in latents for part in x.detach().split(64)):
+        digest.update(part.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def checkpoint_bytes(recipe: Recipe, family: Family) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from instep.core.lock import run_lock
+from instep.core.ranks import Ranks, joined
 from instep.data.prompt import Prompt, with_negative
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
@@ -23,7 +26,7 @@ from instep.rewards.ranker import relative
 from instep.training import hold, stop
 from instep.training.batches import BatchSource
 from instep.training.build import averaged, make_state
-from instep.training.checks import check_inputs
+from instep.training.checks import check_inputs, check_ranks
 from instep.training.finish import check_student, export_role, fits_stock
 from instep.training.finite import of_finite_samples
 from instep.training.inputs import as_family, as_prompt_list, every_prompt
@@ -92,85 +95,112 @@ def train(
     input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself
     (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it. Raises Unusable for a run whose weights or
     samples are no longer finite: it keeps its newest good checkpoint and exports nothing.
+
+    In several processes (torchrun) each calls this with the same arguments, has the whole state, and takes its share of every batch; the first one writes.
     """
     out, options = Path(out), options or RunOptions()
-    options.execution.check()
-    prompts = with_negative(as_prompt_list(prompts), negative_prompt)
-    lent = as_family(family, options.execution.loading_dtype())
-    recipe = as_recipe(recipe, settings=ModelSettings(lent.preset, lent.shift))
-    scored = as_reward(reward) if reward is not None else None
-    if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
-        real = pairs.preferred
-    real = real and replace(real, prompts=with_negative(real.prompts, negative_prompt))
-    pairs = pairs and replace(pairs, prompts=with_negative(pairs.prompts, negative_prompt))
-    device = options.execution.device_of(lent)
-    if device.type != lent.device.type:
-        print(f"{lent.name} is on the {lent.device.type} and trains on {device}; it stays as it is, and device={lent.device.type} trains it there")
-    with visiting(modules_in(scored, monitor), device):
-        placed = options.execution.place(lent)
-        check_inputs(recipe, placed, scored, real, prompts, pairs, start_from, export_to=out / "student")
-        if options.hold:
-            hold.check(options.hold, recipe, probe_of(placed, prompts, scored, monitor, negative_prompt).figures())
-    with run_lock(out), visiting(modules_in(scored, monitor), device):
-        write_manifest(out, recipe, lent, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt)
-        if not guides(recipe) and any(prompt.negative for prompt in prompts):
-            print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which ignores them")
-        # before the network comes to the device: the text encoders may be the larger part of a pipeline
-        texts = every_prompt(prompts, real, pairs, monitor, negative_prompt)
-        lent.encode_all(texts, Path(options.prompt_cache or out / PROMPTS), device)
-        family = options.execution.place(lent)
-        state = make_state(
-            recipe,
-            family,
-            options.seed,
-            of_finite_samples(make_reward_fn(family, scored)),
-            of_finite_samples(make_reward_grad_fn(family, scored)),
-            execution=options.execution,
-            weights=weights_of(scored),
-        )
-        check_student(cast("Role", state.roles["student"]))
-        stored = None
-        if "stored" in recipe.needs or ("real" in recipe.needs and real is None):
-            stored = teacher_samples(
-                out,
-                family,
-                state.roles["teacher"],
-                prompts,
-                n=options.teacher_samples,
-                steps=TEACHER_STEPS,
-                guidance=recipe.guidance,
-                guidance_2=recipe.guidance_2,
-                shift=family.shift,
-                seed=options.seed,
+    with joined() as ranks, _quiet(ranks):
+        options.execution.check()
+        options.execution.check_shared(ranks)
+        prompts = with_negative(as_prompt_list(prompts), negative_prompt)
+        lent = as_family(family, options.execution.loading_dtype())
+        recipe = as_recipe(recipe, settings=ModelSettings(lent.preset, lent.shift))
+        check_ranks(recipe, ranks.count)
+        scored = as_reward(reward) if reward is not None else None
+        if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
+            real = pairs.preferred
+        real = real and replace(real, prompts=with_negative(real.prompts, negative_prompt))
+        pairs = pairs and replace(pairs, prompts=with_negative(pairs.prompts, negative_prompt))
+        device = options.execution.device_of(lent)
+        if device.type != lent.device.type:
+            print(f"{lent.name} is on the {lent.device.type} and trains on {device}; it stays as it is, and device={lent.device.type} trains it there")
+        with visiting(modules_in(scored, monitor), device):
+            placed = options.execution.place(lent)
+            check_inputs(recipe, placed, scored, real, prompts, pairs, start_from, export_to=out / "student")
+            if options.hold:
+                hold.check(options.hold, recipe, probe_of(placed, prompts, scored, monitor, negative_prompt).figures())
+        with ExitStack() as held, visiting(modules_in(scored, monitor), device):
+            ranks.of_first(lambda: held.enter_context(run_lock(out)))
+            ranks.of_first(
+                lambda: write_manifest(
+                    out, recipe, lent, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt
+                )
             )
-            if real is None and "real" in recipe.needs:
-                real = RealSamples(stored.prompts, stored.latents)
-                print(f"no real samples were given: {len(stored.prompts)} samples of the teacher are used as real ones, so its errors count as real")
-        elif real is not None and recipe.needs & {"real", "preferred"}:
-            print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
-        source = BatchSource(family, prompts, real, options.seed, stored, pairs)
-        probe = probe_of(family, prompts, scored, monitor, negative_prompt)
-        loop = Loop(recipe, family, out, options, state, source, probe, tracker, known_teacher)
-        with options.execution.attending():
-            loop.restore(start_from)
-            loop.run()
-        student = cast("Role", state.roles["student"])  # a run on a family has no other kind
-        if not fits_stock(student):
-            print(f"not exported: the student predicts {student.prediction_type}, which no stock pipeline of {family.name} samples; it stays in {out}")
-            return Run(out, recipe, family, state, None, loop.stopped)
-        with averaged(state.trained["student"]):
-            export_role(
-                student,
+            if not guides(recipe) and any(prompt.negative for prompt in prompts):
+                print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which ignores them")
+            # before the network comes to the device: the text encoders may be the larger part of a pipeline
+            texts = every_prompt(prompts, real, pairs, monitor, negative_prompt)
+            with ranks.one_by_one():
+                lent.encode_all(texts, Path(options.prompt_cache or out / PROMPTS), device)
+            family = options.execution.place(lent)
+            state = make_state(
+                recipe,
                 family,
-                recipe.sampling_at(state.step),
-                out / "student",
-                recipe=recipe.name,
-                seed=options.seed,
-                prompts=len(set(prompts)),
-                example=prompts[0],
-                command=command,
+                options.seed,
+                of_finite_samples(make_reward_fn(family, scored)),
+                of_finite_samples(make_reward_grad_fn(family, scored)),
+                execution=options.execution,
+                weights=weights_of(scored),
+                ranks=ranks,
             )
-        return Run(out, recipe, family, state, out / "student", loop.stopped)
+            check_student(cast("Role", state.roles["student"]))
+            stored = None
+            if "stored" in recipe.needs or ("real" in recipe.needs and real is None):
+                with ranks.one_by_one():
+                    stored = teacher_samples(
+                        out,
+                        family,
+                        state.roles["teacher"],
+                        prompts,
+                        n=options.teacher_samples,
+                        steps=TEACHER_STEPS,
+                        guidance=recipe.guidance,
+                        guidance_2=recipe.guidance_2,
+                        shift=family.shift,
+                        seed=options.seed,
+                    )
+                if real is None and "real" in recipe.needs:
+                    real = RealSamples(stored.prompts, stored.latents)
+                    print(f"no real samples were given: {len(stored.prompts)} samples of the teacher are used as real ones, so its errors count as real")
+            elif real is not None and recipe.needs & {"real", "preferred"}:
+                print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
+            source = BatchSource(family, prompts, real, options.seed, stored, pairs, ranks)
+            probe = probe_of(family, prompts, scored, monitor, negative_prompt)
+            loop = Loop(recipe, family, out, options, state, source, probe, tracker, known_teacher)
+            with options.execution.attending():
+                loop.restore(start_from)
+                loop.run()
+            student = cast("Role", state.roles["student"])  # a run on a family has no other kind
+            if not fits_stock(student):
+                print(f"not exported: the student predicts {student.prediction_type}, which no stock pipeline of {family.name} samples; it stays in {out}")
+                return Run(out, recipe, family, state, None, loop.stopped)
+
+            def export() -> None:
+                with averaged(state.trained["student"]):
+                    export_role(
+                        student,
+                        family,
+                        recipe.sampling_at(state.step),
+                        out / "student",
+                        recipe=recipe.name,
+                        seed=options.seed,
+                        prompts=len(set(prompts)),
+                        example=prompts[0],
+                        command=command,
+                    )
+
+            ranks.of_first(export)
+            return Run(out, recipe, family, state, out / "student", loop.stopped)
+
+
+@contextmanager
+def _quiet(ranks: Ranks) -> Iterator[None]:
+    """Nothing on the standard output, but for the first rank."""
+    if ranks.first:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def probe_of(family: Family, prompts: Sequence[Prompt], reward: Reward | None, monitor: Monitor | None, negative: str | None) -> Probe:

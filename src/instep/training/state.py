@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from instep.core.ranks import ALONE, Ranks
 from instep.data.prompt import Prompt
 from instep.diffusion.bands import WHOLE, Band
 from instep.diffusion.path import Path
@@ -163,7 +164,7 @@ class TrainState:
     `device` is where samples and networks are; the generator `rng` is on the host.
 
     `ratios` are those of terms whose weight is a share of matching's gradient, by stage and term; `hold` is the state of the controller
-    that moves the weights of all reward terms, where figures are held.
+    that moves the weights of all reward terms, where figures are held. `ranks` are the processes that share the run: each has the same state.
 
     `boundary` is the level between two experts, and `bands` are the bands of the trained experts; a model of one network has one band of all levels.
     """
@@ -187,6 +188,7 @@ class TrainState:
     device: torch.device = torch.device("cpu")
     ratios: dict[str, NormRatio] = field(default_factory=dict)
     hold: Held = Held()
+    ranks: Ranks = ALONE
 
     @property
     def multiplier(self) -> float:

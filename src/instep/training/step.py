@@ -16,6 +16,7 @@ from instep.diffusion.advantage import constant_groups, group_variance, several_
 from instep.diffusion.bands import Band, in_band
 from instep.diffusion.guidance import GuidedDenoiser
 from instep.diffusion.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
+from instep.diffusion.streams import SampleStreams
 from instep.diffusion.transfer import constants, to_device, widest
 from instep.methods.recipe import AdamWConfig, Stage
 from instep.methods.term import Batch, Critic, Force, View
@@ -37,12 +38,14 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
     The student goes first and the critics follow on its detached samples, as in DM-Align's Algorithm 1: no graph is alive while
     critics train, and a re-used rollout costs nothing.
     """
-    log = Scalars() if log is None else log
+    log = Scalars(state.ranks) if log is None else log
     snapshot_reference(state, stage)
     sync_average(state, stage)
     views: list[View] = []
     weights = weights_now(state, stage)
-    gradients = TermGradients(state.trained["student"]) if measure or due(stage, progress) else None
+    # of everything that samples draw in this iteration
+    key = int(torch.randint(2**63 - 1, (), generator=state.rng))
+    gradients = TermGradients(state.trained["student"], state.ranks) if measure or due(stage, progress) else None
     for epoch in range(stage.inner_epochs):
         for i, batch in enumerate(batches):
             if epoch == 0:
@@ -52,13 +55,14 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                     state.path,
                     batch,
                     progress,
-                    state.rng,
+                    SampleStreams(key, i * state.ranks.count + state.ranks.rank, state.rng),
                     reward_grad_fn=state.reward_grad_fn,
                     weights=state.weights,
                     latent_reward=state.latent_reward,
                     band=draw_band(state, stage),
                     boundary=state.boundary,
                     require=log.require,
+                    ranks=state.ranks,
                 )
                 view = view.with_rollout(score_rollout(state, stage, view, roll_out(state, stage, view, with_graph=True), log))
                 views.append(view.with_rollout(view.rollout and view.rollout.detach()))
@@ -131,7 +135,7 @@ def sync_average(state: TrainState, stage: Stage) -> None:
 def fresh_rollout(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:
     """Returns the view with a fresh rollout for a critic that does not re-use the student's; it is scored if the critic needs rewards."""
     scored = "reward" in critic.needs
-    rollout = roll_out(state, stage, view, with_graph=False, to_the_end=scored)
+    rollout = roll_out(state, stage, view, with_graph=False, to_the_end=scored and stage.reward_on == "final")
     return view.with_rollout(score_rollout(state, stage, view, rollout, log) if scored else rollout)
 
 
@@ -145,7 +149,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
     if guidance != 1:
         student = GuidedDenoiser(student, view.batch.null.repeat(stage.group), guidance)
     here = in_band(torch.tensor(levels), view.band).nonzero().flatten()
-    exits = here[draw_exits(len(view.batch.prompts), stage.group, len(here), state.rng)]
+    exits = here[draw_exits(len(view.batch.prompts) * state.ranks.count, stage.group, len(here), state.rng)]
     with torch.set_grad_enabled(with_graph):
         return rollout_few_step(
             student,
@@ -153,8 +157,8 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
             levels,
             state.path,
             state.shape,
-            exits,
-            state.rng,
+            exits[state.ranks.share(len(exits))],
+            view.rng,
             group=stage.group,
             exits=range(int(here[0]), int(here[-1]) + 1),
             live=live_points(stage, view) if with_graph else frozenset(),
@@ -169,13 +173,13 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
 
 @torch.no_grad()
 def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, log: Scalars) -> Rollout | None:
-    """Adds the final samples' rewards and their advantages within groups; groups of equal rewards get advantage 0 and are counted."""
+    """Adds the rewards of the samples that the stage scores and their advantages within groups; groups of equal rewards get advantage 0 and are counted."""
     if rollout is None or "reward" not in stage.needs:
         return rollout
     if state.reward_fn is None:
         raise ValueError(f"reward: stage {stage.name!r} needs one and none was given; pass reward= to train(), or choose a recipe without")
     prompts = [prompt for prompt in view.batch.prompts for _ in range(stage.group)]
-    x = rollout.point("final").x.detach()
+    x = rollout.point(stage.reward_on).x.detach()
     each = torch.cat([state.reward_fn(x[rows], prompts[rows]) for rows in scoring_slices(prompts, stage.group)]).to(x)
     each = each[:, None] if each.ndim == 1 else each
     weights = constants(state.weights, each)
@@ -186,8 +190,10 @@ def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout 
     log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
     log.add("reward/constant_groups", constant_groups(reward, stage.group) * stage.group / len(reward))
     deviations: Sequence[Tensor | None] = [None] * len(weights)
-    if stage.advantage.spread == "run":
-        now = [group_variance(column, stage.group).to(widest(column.device)) for column in each.unbind(1)]
+    if stage.advantage.spread == "none":
+        deviations = [torch.ones(()) for _ in weights]
+    elif stage.advantage.spread == "run":
+        now = state.ranks.mean(torch.stack([group_variance(column, stage.group).to(widest(column.device)) for column in each.unbind(1)])).unbind()
         before = state.reward_variance or now
         state.reward_variance = [old + (new - old) / REWARD_HORIZON for old, new in zip(before, now, strict=True)]
         deviations = [variance.sqrt() for variance in state.reward_variance]
@@ -260,6 +266,7 @@ def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, 
     trained = state.trained[name]
     optim = optim or trained.optim
     lr = optim.lr_at(state.step, progress)
+    state.ranks.average([p.grad for p in trained.masters.values() if p.grad is not None])
     norm, finite = trained.step(lr, optim)
     log.add(f"grad/{name}", torch.where(finite, norm, 0.0))
     log.add(f"grad/{name}/skipped", (~finite).float())
@@ -290,5 +297,5 @@ def log_forces(forces: Sequence[tuple[Force, Tensor]], view: View, weights: Mapp
             same = to_device(view.samples.point("exit").exit_id == view.samples.point("final").exit_id, g.device)
         # rows with a zero force have no direction to compare
         same = same & (g.flatten(1).abs().sum(1) > 0) & (h.flatten(1).abs().sum(1) > 0)
-        cosine = nn.functional.cosine_similarity(g.flatten(1), h.flatten(1))
-        log.add(f"force/cosine/{f.name}~{other.name}", torch.where(same, cosine, 0.0).sum() / same.sum(), same.any())
+        cosine = nn.functional.cosine_similarity(len(g) * g.flatten(1), len(h) * h.flatten(1))
+        log.add(f"force/cosine/{f.name}~{other.name}", torch.where(same, cosine, 0.0).sum() / same.sum(), same.to(cosine).mean())

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from instep.methods.recipe import Stage
+from instep.core.ranks import ALONE, Ranks
+from instep.methods.recipe import Recipe, Stage
 from instep.methods.term import Term
 from instep.training.state import NormRatio, TrainedParams, TrainState
 
@@ -27,7 +28,8 @@ class TermGradients:
     more float32 copy of the trained parameters; of several micro-batches the sums of all terms are alive together.
     """
 
-    def __init__(self, trained: TrainedParams) -> None:
+    def __init__(self, trained: TrainedParams, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         self._masters = list(trained.masters.values())
         self._sums: dict[str, list[Tensor | None]] = {}
         self._norms: dict[str, Tensor] = {}
@@ -55,6 +57,7 @@ class TermGradients:
     def _close(self, name: str) -> None:
         found = [g for g in self._sums.pop(name) if g is not None]
         if found:
+            self._ranks.average(found)
             self._norms[name] = torch.nn.utils.get_total_norm(found)
 
 
@@ -80,6 +83,17 @@ def due(stage: Stage, progress: float) -> bool:
         return False
     n = round(progress * stage.steps)
     return n % SHARE_EVERY == 0 or (n < SHARE_EVERY and n & (n - 1) == 0)
+
+
+def measured_share(recipe: Recipe, stage: Stage, every: int) -> float:
+    """The part of a stage's iterations, in [0, 1], in which the gradients of its terms are measured; `every`: see `RunOptions.terms_every`."""
+    first = sum(one.steps for one in recipe.stages[: recipe.stages.index(stage)])
+    return sum(due(stage, n / stage.steps) or at_interval(first + n, every) for n in range(stage.steps)) / max(stage.steps, 1)
+
+
+def at_interval(step: int, every: int) -> bool:
+    """Whether iteration `step` (from 0) is the last of an interval of `every` (0: of none)."""
+    return every > 0 and (step + 1) % every == 0
 
 
 def observe(state: TrainState, stage: Stage, norms: Mapping[str, float]) -> None:

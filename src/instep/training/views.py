@@ -35,6 +35,11 @@ def decoded_uint8(family: Family, x: Tensor) -> Tensor:
     return torch.cat([to_uint8(family.decode(x[rows])) for rows in slices(len(x), family.micro_batch)])
 
 
+def change_uint8(family: Family, x: Tensor, target: Tensor) -> Tensor:
+    """A force as its change of the image, decoded target less decoded sample around grey, uint8 videos: grey where there is no force."""
+    return torch.cat([to_uint8(0.5 + (family.decode(target[rows]) - family.decode(x[rows]))) for rows in slices(len(x), family.micro_batch)])
+
+
 @torch.no_grad()
 def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Family, prompts: Sequence[Prompt], seed: int) -> dict[str, Tensor]:
     """Generator, fake and real prediction, force and implied target of the stage's matching force, one sample a prompt."""
@@ -52,16 +57,15 @@ def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Fami
     seen = force.explain(View(state.roles, state.path, batch, 1.0, rng, rollout))
     decoded = {"generator": seen.x, "fake": seen.fake, "real": seen.real, "target": seen.target}
     views = {name: decoded_uint8(family, x) for name, x in decoded.items()}
-    # a force is a difference: it is shown as its change of the image, grey where there is none
-    change = [to_uint8(0.5 + (family.decode(seen.target[rows]) - family.decode(seen.x[rows]))) for rows in slices(n, family.micro_batch)]
-    views["force"] = torch.cat(change)
+    views["force"] = change_uint8(family, seen.x, seen.target)
     return views | {"levels": seen.level.cpu().float(), "exits": exits.cpu()}
 
 
-def save_views(folder: Path, step: int, views: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> None:
+def save_views(folder: Path, step: int, views: Mapping[str, Tensor], prompts: Sequence[Prompt | str], kind: str = "step") -> None:
+    """Writes `KIND-STEP.safetensors` and the JSON file that describes it: kind `step` of the matching force, `align` of the alignment force beside it."""
     if views:
-        write_tensors(folder / f"step-{step:06d}.safetensors", dict(views))
-        write_json(folder / f"step-{step:06d}.json", {"step": step, "prompts": list(map(str, prompts))})
+        write_tensors(folder / f"{kind}-{step:06d}.safetensors", dict(views))
+        write_json(folder / f"{kind}-{step:06d}.json", {"step": step, "prompts": list(map(str, prompts))})
 
 
 @torch.no_grad()

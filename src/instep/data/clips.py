@@ -1,0 +1,108 @@
+"""Images and videos of any size and frame rate as a model takes them: cropped in the middle, resized and resampled in time while they are read.
+
+A frame is reduced to the model's size before the next one is read, so that memory holds one frame of the source whatever its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instep.core.size import Size
+from instep.data.media import ANIMATED, IMAGES, VIDEOS
+
+# pixels of one frame of a source; half a gigabyte while it is decoded
+MOST_PIXELS = 150_000_000
+
+
+def read_clip(path: Path, size: Size, fps: float) -> Tensor:
+    """The beginning of a file at `fps` frames a second: [3, F, H, W] in [0, 1] of the model's size.
+
+    Aspect is kept: the middle of the frame is cut out in the model's shape, then resized (Lanczos). An orientation in EXIF is applied. A frame
+    is what the source shows in the middle of its 1 / fps seconds, so that durations in whole milliseconds do no harm; where a file has no durations its frames
+    are taken one by one. Raises ValueError for a file that cannot be read, is too large,
+    too short, or an image where the model makes videos.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (*IMAGES, *VIDEOS):
+        raise ValueError(f"real: {path} ends in {path.suffix!r}; allowed: {', '.join((*IMAGES, *VIDEOS))}")
+    kept: list[Any] = []
+    end = 0.0
+    try:
+        for frame, duration in _video(path, size) if suffix in VIDEOS else _images(path, size):
+            # what a file without durations lacks is the model's own
+            end += duration if duration > 0 else 1 / fps
+            while len(kept) < size.frames and (len(kept) + 0.5) / fps < end:
+                kept.append(frame)
+            if len(kept) == size.frames:
+                break
+    except (OSError, SyntaxError, EOFError, RuntimeError) as error:
+        raise ValueError(f"real: {path} cannot be read ({type(error).__name__}: {error}); make it again, or take it out") from error
+    if len(kept) < size.frames:
+        raise ValueError(
+            f"real: {path} gives {len(kept)} frames at {fps:g} a second and the model takes {size.frames}; take it out, or give another rate or --size"
+        )
+    return torch.stack(kept).permute(3, 0, 1, 2).float() / 255
+
+
+def _images(path: Path, size: Size) -> Iterator[tuple[Tensor, float]]:
+    """Frames of an image or animation at the model's size, uint8 [H, W, 3], with their durations in seconds (0: unknown)."""
+    import warnings
+
+    from PIL import Image, ImageOps, ImageSequence
+
+    with warnings.catch_warnings():
+        # Pillow warns of large images; the bound here is our own
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            source = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"real: {path} is too large ({error}); reduce it") from error
+    with source as image:
+        _check_size(path, *image.size)
+        if size.frames > 1 and not (path.suffix.lower() in ANIMATED and getattr(image, "is_animated", False)):
+            raise ValueError(f"real: {path} is an image and the model makes videos of {size.frames} frames; take it out, or train at --size HEIGHT WIDTH 1")
+        for frame in ImageSequence.Iterator(image):
+            frame.load()  # a WebP's duration is known once its frame is decoded
+            # one frame is an image whatever its duration says
+            seconds = float(frame.info.get("duration") or 0) / 1000 if size.frames > 1 else 0.0
+            yield _fitted(ImageOps.exif_transpose(frame).convert("RGB"), size), seconds
+
+
+def _video(path: Path, size: Size) -> Iterator[tuple[Tensor, float]]:
+    try:
+        import imageio.v3 as iio
+        from PIL import Image
+
+        rate = float(iio.immeta(path).get("fps") or 0)
+        frames = iio.imiter(path)
+    except Exception as error:
+        raise ValueError(
+            f"real: {path} cannot be read as a video ({type(error).__name__}); install a codec (pip install 'imageio[pyav]'), or save it as an animated "
+            ".webp, which needs none"
+        ) from error
+    for frame in frames:
+        _check_size(path, frame.shape[1], frame.shape[0])
+        yield _fitted(Image.fromarray(frame[..., :3]), size), 1 / rate if rate > 0 else 0.0
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"real: {path} is {height} x {width}, more than {MOST_PIXELS:,} pixels; reduce it")
+
+
+def _fitted(image: Any, size: Size) -> Tensor:
+    """The middle of a frame in the model's shape, resized: uint8 [H, W, 3]."""
+    import numpy as np
+    from PIL import Image
+
+    width, height = image.size
+    scale = min(width / size.width, height / size.height)
+    across, down = max(1, round(size.width * scale)), max(1, round(size.height * scale))
+    left, top = (width - across) // 2, (height - down) // 2
+    small = image.crop((left, top, left + across, top + down)).resize((size.width, size.height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(small))

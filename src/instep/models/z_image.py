@@ -1,0 +1,176 @@
+"""Z-Image text-to-image: one stream of image and text tokens on the rectified flow, whose time runs backwards and whose output is the negative velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instep.core.size import Size
+from instep.data.prompt import Prompt, negatives_of, texts_of
+from instep.diffusion.prediction import Condition
+from instep.diffusion.transfer import to_device
+from instep.models.family import Task, skipped
+from instep.models.pipeline_family import PipelineFamily
+from instep.models.preset import Preset
+from instep.models.prompt_cache import Encoded
+
+TEXT_LENGTH, PATCH = 512, 2
+
+# the pipeline writes guidance w as c + w (c - u): its 4 is 5 here
+Z_IMAGE = Preset(source="model card of Tongyi-MAI/Z-Image: 50 steps, guidance 4", guidance=5.0, sampler_steps=50, micro_batch=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZImageCondition(Condition):
+    """Text embeddings [B, L, D], of which the first `length` [B] are there."""
+
+    text: Tensor
+    length: Tensor
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        return self.text, torch.arange(self.text.shape[1], device=self.text.device) < self.length[:, None]
+
+    def _join(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """Batches of unequal text length are padded to the longer one."""
+        if name == "text":
+            longest = max(a.shape[1], b.shape[1])
+            a, b = (nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in (a, b))
+        return torch.cat([a, b])
+
+
+def _show_tokens(block: Any, args: tuple, output: Tensor) -> None:
+    block.tokens(output[:, : block.image_tokens])
+
+
+class ZImageFamily(PipelineFamily):
+    """A `ZImagePipeline` seen as a family; latents [B, C, H, W] are shifted and scaled as the transformer sees them.
+
+    The transformer takes a list of texts of unequal length, so each call reads their lengths from the device. Z-Image-Turbo, which is distilled already, is
+    read too: its card samples it without guidance (1), which the preset of the base model does not.
+    """
+
+    pipeline_class = "ZImagePipeline"
+    task: Task = "text-to-image"
+    axes: tuple[int, ...] = (0, 1, 2, 3)
+    even_sigmas = True
+    preset = Z_IMAGE
+    text_length = TEXT_LENGTH
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
+    def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
+        super().__init__(pipe, size, name, source)
+        self.shift = self.shift_of(pipe.scheduler.config)
+
+    @classmethod
+    def shift_of(cls, scheduler: Mapping[str, Any]) -> float:
+        return float(scheduler.get("shift", 1.0))
+
+    def check_pipeline(self, pipe: Any) -> None:
+        """Raises ValueError for a scheduler whose shift depends on the size, and for a transformer that is given images too (Omni)."""
+        if pipe.scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError("scheduler: use_dynamic_shifting is not allowed; Z-Image's own scheduler has one fixed shift: copy the model's scheduler folder")
+        config = pipe.transformer.config
+        if config.siglip_feat_dim is not None or PATCH not in config.all_patch_size or 1 not in config.all_f_patch_size:
+            raise ValueError(
+                f"transformer: siglip_feat_dim {config.siglip_feat_dim}, all_patch_size {tuple(config.all_patch_size)} is not allowed; Z-Image's are None "
+                f"and ({PATCH},)"
+            )
+
+    def guidance_arguments(self, guidance: float) -> dict[str, float]:
+        """The pipeline writes it as c + w (c - u)."""
+        return {"guidance_scale": guidance - 1}
+
+    def native_size(self) -> Size:
+        return Size(1024, 1024, 1)
+
+    @property
+    def unit(self) -> int:
+        return self.pipe.vae_scale_factor * PATCH
+
+    def fit_size(self, size: Size) -> tuple[int, ...]:
+        largest = self.unit * min(self.pipe.transformer.config.axes_lens[1:])
+        if size.frames != 1 or size.height % self.unit or size.width % self.unit or max(size.height, size.width) > largest:
+            raise ValueError(
+                f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; it draws one image, height and width multiples of "
+                f"{self.unit} up to {largest}"
+            )
+        return (self.pipe.transformer.config.in_channels, size.height // self.pipe.vae_scale_factor, size.width // self.pipe.vae_scale_factor)
+
+    def smallest(self) -> Size:
+        return Size(2 * self.unit, 2 * self.unit, 1)
+
+    def encode_text(self, text: str) -> Encoded:
+        """`text` [L, D], without padding."""
+        (embeddings,), _ = self.pipe.encode_prompt([text], device=self.text_device, do_classifier_free_guidance=False, max_sequence_length=self.text_length)
+        return {"text": embeddings}
+
+    def encode(self, prompts: Sequence[Prompt | str]) -> ZImageCondition:
+        return self._padded(self.encoded(texts_of(prompts)))
+
+    def unconditional(self, prompts: Sequence[Prompt | str]) -> ZImageCondition:
+        return self._padded(self.encoded(negatives_of(prompts)))
+
+    def blank(self, n: int) -> tuple[ZImageCondition, ZImageCondition]:
+        texts = ZImageCondition(
+            text=torch.zeros(n, TEXT_LENGTH, self.pipe.transformer.config.cap_feat_dim, device=self.device),
+            length=torch.full((n,), TEXT_LENGTH, device=self.device),
+        )
+        return texts, texts
+
+    def _padded(self, encoded: Sequence[Encoded]) -> ZImageCondition:
+        texts = [one["text"].float() for one in encoded]
+        text = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        return ZImageCondition(text=to_device(text, self.device), length=to_device(torch.tensor([len(one) for one in texts]), self.device))
+
+    def decode_rows(self, x: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        z = x / config.scaling_factor + config.shift_factor
+        return self.pipe.vae.decode(z.to(self.vae_dtype)).sample.to(x.dtype) / 2 + 0.5
+
+    def encode_rows(self, media: Tensor) -> Tensor:
+        """Media [B, 3, H, W] in [0, 1] to latents [B, C, h, w]: the posterior's mean."""
+        config = self.pipe.vae.config
+        z = self.pipe.vae.encode((media * 2 - 1).to(self.vae_dtype)).latent_dist.mode()
+        return (z.to(media.dtype) - config.shift_factor) * config.scaling_factor
+
+    def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        assert isinstance(cond, ZImageCondition)
+        # planning has shapes and no values; its texts are of full length
+        lengths = [cond.text.shape[1]] * len(x_t) if cond.length.is_meta else cond.length.tolist()
+        texts = [text[:length] for text, length in zip(cond.text.to(x_t.dtype), lengths, strict=True)]
+        block: Any = self._last_shown(module)
+        block.image_tokens = (x_t.shape[-2] // PATCH) * (x_t.shape[-1] // PATCH)
+        images = module([x[:, None] for x in x_t], to_device(1 - t.float(), x_t.device), texts, return_dict=False)[0]
+        return -torch.stack(images).squeeze(2)
+
+    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
+        return [module.t_embedder]  # type: ignore[list-item]
+
+    def time_width(self, module: nn.Module) -> int:
+        embedder: Any = module.t_embedder
+        return embedder.mlp[-1].out_features
+
+    def _last_shown(self, module: nn.Module) -> nn.Module:
+        layers: Any = module.layers
+        return layers[(2 * len(layers) - 1) // 3]
+
+    def feature_block(self, module: nn.Module) -> nn.Module:
+        """At two thirds of the depth, as for Wan. A layer returns image tokens, then text tokens; an identity beside it is shown the image's."""
+        block: Any = self._last_shown(module)
+        # a copy of a module brings its hook along, and one is enough
+        if not hasattr(block, "tokens"):
+            block.tokens = nn.Identity()
+            block.register_forward_hook(_show_tokens)
+        return block.tokens
+
+    def feature_width(self, module: nn.Module) -> int:
+        config: Any = module.config
+        return config.dim
+
+    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        return skipped(module.layers, blocks)  # type: ignore[arg-type]

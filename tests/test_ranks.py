@@ -1,0 +1,150 @@
+"""Several processes compute what one does: samples, gradients, statistics and weights are those of the same global batch in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import every_recipe
+import many_ranks
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from instep.core.ranks import ALONE
+from instep.training import checkpoint
+from instep.training.checks import check_ranks
+
+# what CI has time for: one recipe of each kind of statistic
+QUICK = ("lab/dmd2", "lab/dm-align-group", "lab/amd", "lab/dmdr", "lab/dollar", "lab/flow-grpo", "lab/apo", "wan/dm-align-group", "wan22/dm-align-group/lora")
+
+
+def spawned(folder: Path, count: int, cases: Sequence[str]) -> list[dict[str, Tensor]]:
+    """The results of `count` processes, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    file = folder / f"of-{count}"
+    started = []
+    for rank in range(count):
+        there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{key: str(value) for key, value in there.items()}, "PYTHONPATH": os.pathsep.join(sys.path)}
+        started.append(subprocess.Popen([sys.executable, many_ranks.__file__, str(file), *cases], env=environment))
+    try:
+        assert [process.wait(timeout=900) for process in started] == [0] * count
+    finally:
+        for process in started:
+            process.kill()
+    return [load_file(f"{file}-{rank}.safetensors") for rank in range(count)]
+
+
+def check(case: str, found: Sequence[Mapping[str, Tensor]]) -> None:
+    alone = many_ranks.results(case, ALONE)
+    exact = (1e-10, 1e-12) if case.startswith("lab/") else (2e-4, 2e-6)
+    for rank, results in enumerate(found):
+        mine = {key.partition("|")[2]: x for key, x in results.items() if key.startswith(f"{case}|")}
+        sent = mine.pop(many_ranks.COLLECTIVES)
+        assert len(sent) and torch.equal(sent, found[0][f"{case}|{many_ranks.COLLECTIVES}"]), "all ranks send the same"
+        assert mine.keys() == alone.keys()
+        for key, x in alone.items():
+            # where a force almost vanishes, its direction is rounding
+            rtol, atol = (1e-4, 1e-6) if "cosine" in key else exact
+            torch.testing.assert_close(mine[key], x, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, key=key, rank=rank: f"{key} of rank {rank}: {text}")
+    assert any(key.startswith("student/") for key in alone)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> list[dict[str, Tensor]]:
+    return spawned(folder, 2, (*QUICK, many_ranks.RUN))
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_two_processes_compute_what_one_does(case, two):
+    check(case, two)
+
+
+def test_a_signal_to_one_process_saves_the_run_which_goes_on_in_one(folder, two, tmp_path):
+    """One log, one checkpoint and one message; and the weights that one process reaches alone."""
+    out, newest = folder / "of-2-run", many_ranks.STOPS_AT
+    assert f"SIGTERM: saved at step {newest} of" in (folder / "of-2-1.stopped").read_text(encoding="utf-8")
+    assert (folder / "of-2-0.stopped").is_file() and not (out / ".lock").exists()
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()] == [*range(newest + 1)]
+    together, alone = many_ranks.run(out), many_ranks.run(tmp_path / "alone")
+    assert together.state.step == alone.state.step == many_ranks.STEPS and together.student is not None and together.student.is_dir()
+    for name, trained in alone.state.trained.items():
+        for key, x in trained.state().items():
+            torch.testing.assert_close(together.state.trained[name].state()[key], x, rtol=2e-4, atol=2e-6)
+    source = checkpoint.load(checkpoint.latest(out / "checkpoints"))["source"]
+    assert source == checkpoint.load(checkpoint.latest(tmp_path / "alone" / "checkpoints"))["source"]
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    recipe = every_recipe.small("dm-align-group")
+    check_ranks(recipe, 2)
+    with pytest.raises(ValueError, match="4 samples in groups of 2 are 2 groups .* 4 processes .* a multiple of 8 samples"):
+        check_ranks(recipe, 4)
+
+
+@pytest.mark.slow
+def test_every_recipe_on_several_processes(tmp_path):
+    """The number and the sizes of collectives do not depend on the number of processes."""
+    two = spawned(tmp_path, 2, tuple(many_ranks.CASES))
+    laboratory = [case for case in many_ranks.CASES if case.startswith("lab/")]
+    four = spawned(tmp_path, 4, laboratory)
+    for case in many_ranks.CASES:
+        check(case, two)
+    for case in laboratory:
+        check(case, four)
+        assert torch.equal(two[0][f"{case}|{many_ranks.COLLECTIVES}"], four[0][f"{case}|{many_ranks.COLLECTIVES}"])
+
+
+REWARD = """
+import os, signal
+
+scored = []
+
+
+def brightness(media, prompts):
+    scored.append(len(media))
+    if len(scored) == 4 and os.environ.get("DIES") and os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return media.flatten(1).mean(1)
+"""
+
+
+def launched(folder: Path, out: Path, count: int, **environment: str) -> subprocess.CompletedProcess:
+    """`instep train` by torchrun in `count` processes; in one without torchrun."""
+    options = "--model digits --steps 2 --batch 4 --group 2 --top-n 1 --distil 0 --iterations 4 --critic-updates 1 --save-every 1 --probe-every 9"
+    run = ["-m", "instep", "train", "dm-align-group", *options.split(), "--no-evaluate", "--reward", "brightness_of:brightness", "--out", str(out)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    there = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *launcher, *run], cwd=folder, env=there, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_killed_process_ends_all_and_the_same_command_goes_on_in_any_number(count, tmp_path):
+    (tmp_path / "brightness_of.py").write_text(REWARD, encoding="utf-8")
+    out = tmp_path / "run"
+    killed = launched(tmp_path, out, 2, DIES="1")
+    assert killed.returncode != 0 and killed.stderr.count("error: ") <= 1, killed.stderr
+    left = checkpoint.latest(out / "checkpoints")
+    assert left is not None and checkpoint.step_of(left) < 4 and not (out / "student").exists()
+    resumed, alone = launched(tmp_path, out, count), launched(tmp_path, tmp_path / "alone", 1)
+    assert resumed.returncode == alone.returncode == 0, resumed.stderr + alone.stderr
+    one, other = (checkpoint.load(checkpoint.latest(folder / "checkpoints")) for folder in (out, tmp_path / "alone"))
+    assert one["step"] == other["step"] == 4 and (out / "student" / "model_index.json").is_file()
+    for name, weights in other["roles"].items():
+        for key, x in weights.items():
+            torch.testing.assert_close(one["roles"][name][key], x, rtol=1e-3, atol=1e-5)

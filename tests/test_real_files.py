@@ -1,0 +1,221 @@
+"""A user's own images and videos: which files, how they are read, and the cache of their latents."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import types
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import instep.data.clips as clips
+from instep.cli.main import main
+from instep.core.size import Size
+from instep.data.clips import read_clip
+from instep.data.latent_cache import real_samples
+from instep.data.real_files import RealFile, real_files
+
+IMAGE, VIDEO = Size(8, 12, 1), Size(8, 12, 3)
+
+
+@dataclass
+class Encoder:
+    """Latents are block means of the pixels. `fails_at`: the call that is interrupted."""
+
+    size: Size = VIDEO
+    takes_first_frame: bool = False
+    device: torch.device = torch.device("cpu")
+    scale: float = 1.0
+    fails_at: int | None = None
+    calls: list[int] = field(default_factory=list)
+
+    def encode_media(self, media: Tensor) -> Tensor:
+        self.calls.append(len(media))
+        if len(self.calls) == self.fails_at:
+            raise KeyboardInterrupt
+        frames = media if media.ndim == 4 else media.transpose(1, 2).flatten(0, 1)
+        small = torch.nn.functional.avg_pool2d(frames, 4) * self.scale
+        return small if media.ndim == 4 else small.unflatten(0, (len(media), -1)).transpose(1, 2)
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def animation(path, greys: list[int], milliseconds: list[int], size=(12, 8)) -> None:
+    first, *others = [Image.new("RGB", size, (grey, grey, grey)) for grey in greys]
+    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0, **({"lossless": True} if path.suffix == ".webp" else {}))
+
+
+def greys_of(clip: Tensor) -> list[int]:
+    assert clip.shape[0] == 3 and bool((clip == clip[:, :, :1, :1]).all())
+    return (clip[0, :, 0, 0] * 255).round().int().tolist()
+
+
+def test_aspect_is_kept_and_the_middle_is_cut_out(tmp_path):
+    """24 x 48 for 8 x 12: the middle 36 columns, then a third."""
+    pixels = noise(24, 48)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    want = Image.fromarray(pixels[:, 6:42]).resize((12, 8), Image.Resampling.LANCZOS)
+    got = read_clip(tmp_path / "a.png", IMAGE, 16)
+    assert got.shape == (3, 1, 8, 12)
+    assert torch.equal((got[:, 0] * 255).round().to(torch.uint8).permute(1, 2, 0), torch.from_numpy(np.array(want)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: a viewer rotates by 270 degrees
+    Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(read_clip(tmp_path / "turned.png", IMAGE, 16), got)
+    Image.new("L", (12, 8), 100).save(tmp_path / "grey.png")
+    assert greys_of(read_clip(tmp_path / "grey.png", IMAGE, 16)) == [100]
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".png", ".gif"])
+def test_frames_stand_until_the_next_one(tmp_path, suffix):
+    """Shown from 0, 100, 400 and 500 ms on."""
+    animation(path := tmp_path / f"a{suffix}", [10, 60, 120, 200], [100, 300, 100, 100])
+    read = lambda fps, frames: greys_of(read_clip(path, Size(8, 12, frames), fps))  # noqa: E731
+    assert read(10, 6) == [10, 60, 60, 60, 120, 200]
+    assert read(8, 5) == [10, 60, 60, 120, 200] and read(20, 4) == [10, 10, 60, 60]
+    with pytest.raises(ValueError, match=r"real: .* gives 6 frames at 10 a second and the model takes 7; take it out"):
+        read(10, 7)
+
+
+def test_a_video_is_read_frame_by_frame(tmp_path, monkeypatch):
+    """A codec that gives 30 frames a second, and never more than are needed."""
+    given = []
+
+    def frames(path):
+        for grey in range(0, 250, 10):
+            given.append(grey)
+            yield np.full((8, 12, 3), grey, np.uint8)
+
+    module = types.SimpleNamespace(immeta=lambda path: {"fps": 30.0}, imiter=frames)
+    monkeypatch.setitem(sys.modules, "imageio", types.SimpleNamespace(v3=module))
+    monkeypatch.setitem(sys.modules, "imageio.v3", module)
+    assert greys_of(read_clip(tmp_path / "a.mp4", VIDEO, 10)) == [10, 40, 70] and given == [0, 10, 20, 30, 40, 50, 60, 70]
+    monkeypatch.setattr(clips, "MOST_PIXELS", 95)
+    with pytest.raises(ValueError, match="real: .*a.mp4 is 8 x 12, more than 95 pixels; reduce it"):
+        read_clip(tmp_path / "a.mp4", VIDEO, 10)
+
+
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+    Image.new("RGB", (12, 8)).save(tmp_path / "still.png")
+    with pytest.raises(ValueError, match="is an image and the model makes videos of 3 frames"):
+        read_clip(tmp_path / "still.png", VIDEO, 16)
+    (tmp_path / "torn.png").write_bytes((tmp_path / "still.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match="real: .*torn.png cannot be read"):
+        read_clip(tmp_path / "torn.png", IMAGE, 16)
+    with pytest.raises(ValueError, match="real: .*a.mp4 cannot be read as a video .* install a codec"):
+        read_clip(tmp_path / "a.mp4", VIDEO, 16)
+    # a header that claims a picture of 100000 x 100000
+    data = bytearray((tmp_path / "still.png").read_bytes())
+    data[16:24] = (100000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(data)
+    with pytest.raises(ValueError, match="real: .*bomb.png is too large"):
+        read_clip(tmp_path / "bomb.png", IMAGE, 16)
+
+
+def test_folders_and_indices(tmp_path):
+    (tmp_path / "data" / "b").mkdir(parents=True)
+    for name in ("z.png", "b/a.png"):
+        Image.new("RGB", (12, 8)).save(tmp_path / "data" / name)
+        (tmp_path / "data" / name).with_suffix(".txt").write_text(f"a  picture\n of {name}\n")
+    want = [RealFile(tmp_path / "data" / name, f"a picture of {name}") for name in ("b/a.png", "z.png")]
+    assert real_files(tmp_path / "data") == want
+    rows = [{"file_name": f"data/{name}", "caption": f"a picture of {name}"} for name in ("b/a.png", "z.png")]
+    (tmp_path / "index.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert real_files(tmp_path / "index.jsonl") == want
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "index.parquet")
+    assert real_files(tmp_path / "index.parquet") == want
+    for text, message in (
+        ('{"caption": "a"}', r"real: .*bad.jsonl, row 1: file or file_name or path or video or image is None"),
+        ('{"file": "no.png", "prompt": "a"}', r"real: .*row 1: .*no.png does not exist"),
+        ('{"file": "data/z.png", "prompt": " "}', r"real: .*row 1: its caption is empty"),
+        ("{", r"real: .*bad.jsonl"),
+        ("", "real: .*bad.jsonl is empty"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            real_files(tmp_path / "bad.jsonl")
+    (tmp_path / "data" / "z.txt").unlink()
+    with pytest.raises(ValueError, match="real: .*z.png has no caption; write it into z.txt beside it"):
+        real_files(tmp_path / "data")
+    (tmp_path / "empty").mkdir()
+    for path, message in ((tmp_path / "empty", "holds no image or video"), (tmp_path / "a.csv", "is not allowed; give a folder")):
+        with pytest.raises(ValueError, match=f"real: .* {message}"):
+            real_files(path)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """20 videos of three frames."""
+    for i in range(20):
+        animation(tmp_path / f"{i:02d}.webp", [10 * i, 10 * i + 3, 10 * i + 6], [63, 63, 63])
+    return [RealFile(tmp_path / f"{i:02d}.webp", f"grey {i}") for i in range(20)]
+
+
+def test_an_interrupted_cache_goes_on_and_is_mapped(videos, tmp_path):
+    whole = real_samples(videos, Encoder(), tmp_path / "whole")
+    assert [prompt.text for prompt in whole.prompts] == [f"grey {i}" for i in range(20)] and whole.latents.shape == (20, 3, 3, 2, 3)
+    torch.testing.assert_close(whole.latents[:, 0, :, 0, 0], torch.tensor([[10.0 * i, 10 * i + 3, 10 * i + 6] for i in range(20)]) / 255)
+    # a kill in the third batch
+    with pytest.raises(KeyboardInterrupt):
+        real_samples(videos, Encoder(fails_at=4), tmp_path / "cut")
+    again, third = Encoder(), Encoder()
+    resumed = real_samples(videos, again, tmp_path / "cut")
+    assert again.calls == [1, 4] and torch.equal(resumed.latents, whole.latents), "the probe, and the last four"
+    real_samples(videos, third, tmp_path / "cut")
+    assert third.calls == [1]
+    # any reader of safetensors opens it; the tensor of a run is the file
+    from safetensors.torch import load_file
+
+    assert torch.equal(load_file(tmp_path / "cut" / "latents.safetensors")["latents"], whole.latents)
+    with open("/proc/self/maps") as maps:
+        assert any("cut/latents.safetensors" in line for line in maps)
+    resumed.latents[0] = 7.0
+    assert float(real_samples(videos, Encoder(), tmp_path / "cut").latents[0].max()) < 1, "a run cannot change the cache"
+
+
+def test_a_cache_of_something_else_is_refused(videos, tmp_path):
+    real_samples(videos[:2], Encoder(), tmp_path / "cache")
+    for files, encoder, fps, what in (
+        (videos[:3], Encoder(), 16.0, "files, count"),
+        ([videos[0], RealFile(videos[1].path, "another")], Encoder(), 16.0, "files"),
+        (videos[:2], Encoder(), 8.0, "fps"),
+        (videos[:2], Encoder(scale=2.0), 16.0, "encoder"),
+        (videos[:2], Encoder(Size(8, 12, 2)), 16.0, "size, shape"),
+    ):
+        with pytest.raises(ValueError, match=rf"real: .*cache holds the latents of others \(their {what}.* differ\)"):
+            real_samples(files, encoder, tmp_path / "cache", fps)
+    with pytest.raises(ValueError, match="real_fps: 0 is not allowed"):
+        real_samples(videos, Encoder(), tmp_path / "other", 0)
+
+
+def test_first_frames_are_the_files_own(videos, tmp_path):
+    found = real_samples([videos[0], RealFile(videos[1].path, "b [image: x.png]")], Encoder(takes_first_frame=True), tmp_path / "cache")
+    assert [str(prompt.image) for prompt in found.prompts] == [str(videos[0].path), "x.png"]
+
+
+def test_a_run_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        Image.fromarray(noise(20, 16, i)).save(tmp_path / "data" / f"{i}.png")
+        (tmp_path / "data" / f"{i}.txt").write_text(str(i))
+    line = shlex.split("train dm-align-pair --model digits --steps 2 --batch 2 --distil 0 --iterations 1 --no-evaluate --out run --threads 1 --real data")
+    assert main(line) == 0
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["real"] and (tmp_path / "run" / "real" / "latents.safetensors").is_file()
+    assert main(line) == 0, "the same command finds its cache"
+    assert main(["train", "dm-align-group", "--model", "digits", "--real", "data"]) == 2
+    assert "real: dm-align-group uses no real samples" in capsys.readouterr().err
