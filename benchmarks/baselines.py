@@ -25,14 +25,10 @@ from instep.bundled.baselines import FILE, Baselines, measured
 from instep.cli.evaluate import evaluation_of, measure_run, measured_worlds
 from instep.cli.export import read_run
 from instep.core.files import write_json
-from instep.recipes.common import Common
 from instep.training.probe import PROBE_PROMPTS, Probe, few_of
 
 # what runs of 4, 2 and 1 steps are compared with, and what `instep eval` shows without a run
 STEPS = (50, 4, 2, 1)
-
-# of every recipe by default
-GUIDANCE = Common().guidance
 
 
 def write_baselines(name: str) -> None:
@@ -45,7 +41,7 @@ def write_baselines(name: str) -> None:
     print(f"wrote {find(name).folder / FILE}: {len(rows['rows'])} rows")
     own: Any = find(name).ready()
     probe = Probe(own.family, few_of(own.prompts, PROBE_PROMPTS), reward=own.reward, monitor=own.monitor)
-    write_json(find(name).folder / teacher_probe.FILE, teacher_probe.measure(probe, GUIDANCE, *own.classifiers))
+    write_json(find(name).folder / teacher_probe.FILE, teacher_probe.measure(probe, family.preset.guidance, *own.classifiers))
     print(f"wrote {find(name).folder / teacher_probe.FILE}")
 
 

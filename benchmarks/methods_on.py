@@ -1,7 +1,7 @@
 """The methods side by side on a bundled world whose teacher leaves room: a common start, then each method for as many iterations.
 
     python benchmarks/methods_on.py moving-words --seeds 0 1 2              # hours of CPU time; resumes
-    python benchmarks/methods_on.py moving-words --steps 2 --arms control dm-align-group amd --seeds 3 4 5
+    python benchmarks/methods_on.py moving-words --steps 1 --arms control dm-align-group amd --seeds 3 4 5
     python benchmarks/methods_on.py moving-digits --seeds 0 1 2             # the teacher unguided
     make results                                                            # docs/results.md from what was measured
 
@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from measured import store
 
-from instep.bundled import find, load
+from instep.bundled import find, load, settings_of
 from instep.bundled.baselines import Baselines
 from instep.bundled.world import EvalSize
 from instep.cli.evaluate import evaluation_of, measured_worlds
@@ -31,6 +31,7 @@ from instep.methods.recipe import Recipe
 from instep.recipes.after import rl_after
 from instep.recipes.amd import amd
 from instep.recipes.common import Common
+from instep.recipes.defaults import with_settings
 from instep.recipes.dm_align import dm_align_group, dm_align_pair
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
@@ -40,7 +41,7 @@ from instep.training.options import RunOptions
 from instep.training.run import train
 
 RESULTS = Path(__file__).parent / "results" / "methods"
-GUIDANCE = {"moving-digits": 1.0}  # where the guided teacher leaves no room; elsewhere the recipes' own
+GUIDANCE = {"moving-digits": 1.0}  # where the guided teacher leaves no room; elsewhere the world's own
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("world", choices=[name for name in measured_worlds() if "exact" in find(name).rewards])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=4, help="steps of the student")
-    parser.add_argument("--guidance", type=float, help="of the teacher; default: 1 on moving-digits, else that of the recipes")
+    parser.add_argument("--steps", type=int, help="steps of the student; default: that of recipes on the world")
+    parser.add_argument("--guidance", type=float, help="of the teacher; default: 1 on moving-digits, else that of recipes on the world")
     parser.add_argument("--base", type=int, default=120, help="iterations of the start")
     parser.add_argument("--more", type=int, default=60, help="iterations of each arm after it")
     parser.add_argument("--batch", type=int, default=32)
@@ -187,8 +188,9 @@ def main(given: Sequence[str] | None = None) -> None:
     notice = evaluation_of(args.world).notice
     if notice and not args.monitor_alone:
         parser.error(f"{notice}; install it, or give --monitor-alone")
-    guidance = GUIDANCE.get(args.world, Common().guidance) if args.guidance is None else args.guidance
-    plan, place = Plan(args.world, args.steps, guidance, args.base, args.more, args.batch, args.protocol), Place(args.runs, args.results)
+    usual = with_settings(Common(), settings_of(args.world))
+    guidance = GUIDANCE.get(args.world, usual.guidance) if args.guidance is None else args.guidance
+    plan, place = Plan(args.world, args.steps or usual.steps, guidance, args.base, args.more, args.batch, args.protocol), Place(args.runs, args.results)
     place.results.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for name in args.arms:

@@ -222,7 +222,13 @@ def test_the_defaults_that_a_recipe_sets_apart_stay(folders, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------------- bundled models
 
 
-@pytest.mark.parametrize("name", WORLDS)
+def test_words_are_distilled_into_the_steps_that_leave_room(monkeypatch):
+    words = Common(steps=2, guidance=4.0)
+    assert commanded(monkeypatch, "train", "dmd2", "--model", "moving-words") == trained(monkeypatch, dmd2, find("moving-words").load(None)) == dmd2(words)
+    assert commanded(monkeypatch, "train", "dmd2", "--model", "moving-words", "--steps", "4").levels == dmd2(Common(steps=4)).levels
+
+
+@pytest.mark.parametrize("name", [name for name in WORLDS if not find(name).preset.for_recipes])
 def test_a_bundled_model_keeps_the_defaults_of_the_library(name, monkeypatch):
     for common in (Common(), ManySteps()):
         assert with_settings(common, settings_of(name)) == common
@@ -269,12 +275,18 @@ def test_the_table_of_a_model(folders, capsys, monkeypatch):
     assert "not published: 1 for a model above a billion parameters" in table(capsys, monkeypatch, folders["sd35-medium"])[0]
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", [name for name in WORLDS if not find(name).preset.for_recipes])
 def test_the_table_of_a_bundled_model(name, capsys, monkeypatch):
     out, rows = table(capsys, monkeypatch, name)
     assert "the bundled models of instep" in out and "distillation:" not in out
     assert {origin for cells in rows.values() for _, origin in cells} == {"library"}
     assert rows["student.lr"] == [("0.0002", "library"), ("0.0001", "library")]
+
+
+def test_the_table_of_words_names_what_is_its_own(capsys, monkeypatch):
+    out, rows = table(capsys, monkeypatch, "moving-words")
+    assert "docs/moving_words.md" in out and "distillation: guidance" in out
+    assert rows["steps"] == [("2", "model"), ("10", "library")] and rows["guidance"] == [("4.0", "model")] * 2
 
 
 def test_every_value_has_a_source(folders):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from words_world import register, write_pipeline
 
-from instep.bundled import MOVING_WORDS, WORLDS, find, folder_of, load
+from instep.bundled import MOVING_WORDS, WORLDS, find, folder_of, load, with_weights
 from instep.bundled.baselines import Baselines
 from instep.bundled.controls import FILE, NAME, control_file, setup_of, shipped_control
 from instep.bundled.digits import full_prompts, parse, render
@@ -62,8 +62,11 @@ def run(folder, module_patch, tmp_path_factory):
     return out
 
 
-def test_a_world_without_weights_is_not_listed():
-    assert (MOVING_WORDS in WORLDS) == (folder_of(MOVING_WORDS) / "transformer").is_dir()
+def test_a_world_without_weights_is_not_listed(tmp_path):
+    (tmp_path / "digits" / "transformer").mkdir(parents=True)
+    (tmp_path / MOVING_WORDS / "readers").mkdir(parents=True)
+    assert list(with_weights(lambda name: tmp_path / name)) == ["digits"]
+    assert with_weights(folder_of).keys() <= {*WORLDS, MOVING_WORDS}
 
 
 def test_train_measures_and_reports_the_world(run, capsys):

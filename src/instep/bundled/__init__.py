@@ -5,7 +5,7 @@ command line except the laboratory and human evaluation; no other room names a b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,8 +39,14 @@ _ENTRIES = {
     MOVING_DIGITS_I2V: Entry("videos from their first frame", "instep.bundled.worlds:MOVING_DIGITS_I2V_WORLD"),
     MOVING_WORDS: Entry("videos of a word", "instep.bundled.moving_words:MOVING_WORDS_WORLD"),
 }
-# a world without its weights is not there
-WORLDS = {name: entry for name, entry in _ENTRIES.items() if (folder_of(name) / "transformer").is_dir()}
+
+
+def with_weights(folder_of: Callable[[str], Path]) -> dict[str, Entry]:
+    """The worlds whose networks are in their folders; one without is not there for any command."""
+    return {name: entry for name, entry in _ENTRIES.items() if (folder_of(name) / "transformer").is_dir()}
+
+
+WORLDS = with_weights(folder_of)
 NAMES = tuple(WORLDS)
 DEFAULT = MOVING_DIGITS
 LISTED = ", ".join(NAMES)
@@ -83,11 +89,11 @@ def settings_of(model: str | Path) -> ModelSettings | None:
     from instep.models.outline import PUBLISHED, settings_of_size
 
     folder = Path(model)
-    if model in WORLDS or base_model(folder) in WORLDS:
-        from instep.bundled.world import MINIATURE
+    world = model if model in WORLDS else base_model(folder)
+    if world in WORLDS:
         from instep.models.preset import ModelSettings
 
-        return ModelSettings(MINIATURE, None)
+        return ModelSettings(find(str(world)).preset, None)
     if model in PUBLISHED:
         return settings_of_size(str(model))
     return settings_in(folder) if is_model_folder(folder) else None

@@ -107,9 +107,9 @@ class Evaluation(Protocol):
 MINIATURE = Preset(source="the bundled models of instep", guidance=3.0, sampler_steps=50, for_recipes=False)
 
 
-def as_miniature(family: Family) -> Family:
-    """Gives a family the bundled models' preset in place of that of the full-size model."""
-    family.preset = MINIATURE
+def as_miniature(family: Family, preset: Preset = MINIATURE) -> Family:
+    """Gives a family a bundled model's preset in place of that of the full-size model."""
+    family.preset = preset
     return family
 
 
@@ -120,7 +120,8 @@ class World:
     ready: the model with prompts, reward, monitor, real samples and pairs. load: the family alone, at a size (None: its own). pipeline: the stock pipeline,
     None where no stock pipeline samples the model. shown: the prompts that `instep sample` draws. features: what a learned reward reads, of the training or
     the monitor classifier. evaluation: None for a world that `instep eval` does not measure. adopt: the family of an export of a run on this
-    world, which reads prompts as the world does. rewards: by their names on the command line, those beside the reward of `ready`.
+    world, which reads prompts as the world does. rewards: by their names on the command line, those beside the reward of `ready`. preset: what the model is
+    sampled with, and where it is for recipes, what they begin from.
     """
 
     name: str
@@ -134,6 +135,7 @@ class World:
     evaluation: Evaluation | None
     adopt: Callable[[Family], Family] = as_miniature
     rewards: Mapping[str, Callable[[], Reward]] = field(default_factory=dict)
+    preset: Preset = MINIATURE
 
 
 @torch.no_grad()

@@ -56,18 +56,17 @@ def rephrased(box: str) -> str:
 def recipe_args(name: str, args: Sequence[str], command: str, options: type) -> tuple[Any, Any]:
     """Returns the recipe with its overrides, and the command's own options; the recipe function's parameters are options too.
 
-    With --model among `args`, what is published for that model stands in place of the defaults of the options that recipes share. Raises ValueError for a
-    pipeline that no family knows.
+    What is published for the model, --model among `args` or the default one, stands in place of the defaults of the options that recipes share. Raises
+    ValueError for a pipeline that no family knows.
     """
     import tyro
 
-    from instep.bundled import settings_of
+    from instep.bundled import DEFAULT, settings_of
     from instep.recipes import as_recipe, find
 
     function = find(name)
     _check_names(name, function, command, options)
-    model = last_value(args, "model")
-    settings = None if model is None else settings_of(model)
+    settings = settings_of(last_value(args, "model") or DEFAULT)
     fields = [
         ("recipe", Annotated[Any, tyro.conf.arg(name="", constructor=_flat(function, settings))]),
         ("options", Annotated[options, tyro.conf.arg(name="")]),  # type: ignore[valid-type]

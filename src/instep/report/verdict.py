@@ -159,7 +159,7 @@ def terms(control: bool) -> str:
         ("Teacher", "the many-step model that the student was made from."),
     ]
     if control:
-        found.insert(2, ("Control", "another run, or an earlier stage of this one, that the student is compared with."))
+        found.insert(2, ("Control", "distillation alone for as many updates, another run, or an earlier stage of this one, that the student is compared with."))
     return "<dl class='terms'>" + "".join(f"<div><dt>{term}</dt><dd>{escape(meaning)}</dd></div>" for term, meaning in found) + "</dl>"
 
 
