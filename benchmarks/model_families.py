@@ -1,4 +1,4 @@
-"""Writes docs/models.md: the model families, their published settings, and which tests of tests/test_families.py passed for each.
+"""Writes docs/models.md: the model families, their published settings, and, given results, which tests of tests/test_families.py passed for each.
 
 pytest tests/test_families.py --junitxml=results.xml
 PYTHONPATH=tests python benchmarks/model_families.py results.xml
@@ -32,19 +32,19 @@ TESTS = {
 
 TEXT = """# Model families
 
-Each family is one file in `src/instep/models/` behind one protocol ([adding one](how_to/own_family.md)). The tables are written by
-`python benchmarks/model_families.py` from the families themselves and from the results of `tests/test_families.py`. All of it is tested on tiny random
-pipelines of diffusers' own classes, in float32 on a CPU unless stated; full-size weights of these models were never run here.
+Each family is one file in `src/instep/models/` behind one protocol ([adding one](how_to/own_family.md)). This page is written by
+`python benchmarks/model_families.py` from the families themselves and from results of `tests/test_families.py`. All of it is tested on tiny random pipelines of
+diffusers' own classes, in float32 on a CPU unless stated; full-size weights of these models were never run here.
 
 ## Published settings
 
 Where recipes begin on a model. Guidance is w of u + w (c − u); a pair is that of two experts.
 
 {settings}
-## What was tested
+## What is tested for each
 
-{results}
-- **teacher**: the guided prediction equals the stock pipeline's own step at three levels, with and without a negative prompt, to 1e-5 of the largest latent.
+{results}- **teacher**: the guided prediction equals the stock pipeline's own step at three levels, with and without a negative prompt, to 1e-5 of the largest
+  latent.
 - **decoding**: media are the stock pipeline's; a discriminator reads tokens, blocks can be skipped, planning's conditions have the shapes of prompts'.
 - **LoRA**: a LoRA student is trained and exported; stock diffusers draws from the folder what the library draws, to 1e-6 of the largest latent, and from the
   LoRA file on the base model what it draws from the folder, to 1e-5.
@@ -52,7 +52,7 @@ Where recipes begin on a model. Guidance is w of u + w (c − u); a pair is that
 - **bfloat16 group**: groups of two under a reward, computed in bfloat16, one row at a time with activation checkpointing, and exported.
 - **commands**: `instep sample` and `instep plan` on a saved folder.
 
-Not in the table: ComfyUI has names and a workflow for Wan text-to-video alone; sharding over several processes is not built.
+Not tested: ComfyUI has names and a workflow for Wan text-to-video alone; sharding over several processes is not built.
 """
 
 
@@ -90,7 +90,8 @@ def results_table(found: dict[tuple[str, str], bool]) -> str:
 
 
 def main() -> None:
-    results = results_table(outcomes([Path(file) for file in sys.argv[1:]]))
+    files = [Path(file) for file in sys.argv[1:]]
+    results = results_table(outcomes(files)) + "\n" if files else ""
     write_bytes(DOC, TEXT.format(settings=settings_table(), results=results).encode())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from instep.core.version import __version__
 from instep.data.prompt import Prompt
 from instep.diffusion.guidance_scales import GuidanceScales
 from instep.diffusion.sampling import Sampling
-from instep.models.embeddings import fold_guidance
+from instep.models.embeddings import fold_guidance, last_layer
 from instep.models.family import Family
 from instep.models.role import Role
 
@@ -111,7 +111,7 @@ def with_folded_guidance(student: Role, guidance_scales: GuidanceScales) -> nn.M
     network = family.join({name: plain_network(part, adapter) for name, part in family.parts(module).items()})
     embedders = family.time_embedders(network)
     for embedder in embedders:
-        layer: Any = embedder.linear_2
+        layer = last_layer(embedder)
         layer.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
     fold_guidance(embedders, student.guidance_embedding, guidance_scales)
     return network
