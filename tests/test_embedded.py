@@ -121,5 +121,5 @@ def test_a_student_of_a_tuned_teacher_is_measured_beside_that_teacher(tmp_path, 
     said = {row["name"] for row in json.loads((run.out / "metrics.json").read_text())["rows"]}
     assert "teacher, 50 steps, guided" in said and all(file.name.startswith(fingerprint(small, teacher)) for file in (tmp_path / "cache").iterdir())
     (first.student / "instep_export.json").unlink()
-    with pytest.raises(ValueError, match="was trained on 'student'; only moving-digits and moving-digits-i2v and exports of runs"):
+    with pytest.raises(ValueError, match="was trained on 'student'; only moving-digits and moving-digits-i2v and moving-words and exports of runs"):
         evaluate.measure_run(run.out)

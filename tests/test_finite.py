@@ -324,7 +324,7 @@ def test_a_reward_that_is_not_finite_ends_a_run(tmp_path):
 
     def reward(media, prompts):
         calls.append(1)
-        return torch.full((len(media),), torch.inf) if len(calls) > 4 else media.mean((1, 2, 3, 4))
+        return torch.full((len(media),), torch.inf) if len(calls) > 7 else media.mean((1, 2, 3, 4))
 
     out = tmp_path / "run"
     with pytest.raises(ValueError, match="reward 'reward' returned inf"):

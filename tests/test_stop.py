@@ -26,7 +26,7 @@ from instep.training.options import RunOptions
 from instep.training.run import train
 from instep.training.stop import Probed
 
-RECIPE = rl_after(Common(batch=4, steps=2, student=AdamWConfig(6e-3)), distil=0, iterations=8)
+RECIPE = rl_after(Common(batch=4, steps=2, student=AdamWConfig(3e-3)), distil=0, iterations=8)
 
 
 class Brightness:

@@ -139,7 +139,7 @@ def test_the_black_box_reward_is_chosen_by_name(run):
     assert scores.tolist()[:6] == [1.0] * 6 and not scores[6:].any(), "right, and asked for something else"
     both = prepare(dmdr(rl="grpo"), TrainArgs(model=MOVING_WORDS, reward="exact,0.5*compressible")).reward
     assert both.weights == (1.0, 0.5)
-    with pytest.raises(ValueError, match="exact, compressible"):
+    with pytest.raises(ValueError, match="none of exact, clipscore"):
         prepare(dmdr(rl="grpo"), TrainArgs(model=MOVING_WORDS, reward="exactly"))
 
 

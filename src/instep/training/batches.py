@@ -70,19 +70,19 @@ class BatchSource:
 
     def next(self, stage: Stage) -> list[Batch]:
         """The micro-batches of one iteration."""
-        return [self._one(stage) for _ in range(stage.accumulate)]
+        return [self._one(stage, self.ranks) for _ in range(stage.accumulate)]
 
     def first(self, stage: Stage) -> Batch:
-        """The first micro-batch of a run; no cursor moves."""
+        """The first micro-batch of a run, whole, for one process alone; no cursor moves."""
         now = self.state()
         self.load_state(dict.fromkeys(now, 0))
-        batch = self._one(stage)
+        batch = self._one(stage, ALONE)
         self.load_state(now)
         return batch
 
-    def _one(self, stage: Stage) -> Batch:
+    def _one(self, stage: Stage, ranks: Ranks) -> Batch:
         n, latents, pairs, preferred = stage.batch // stage.group, None, None, None
-        mine = self.ranks.share(n)
+        mine = ranks.share(n)
         if "pairs" in stage.needs:
             assert self.pairs is not None
             rows = self._orders["pairs"].next(n)
@@ -98,10 +98,10 @@ class BatchSource:
             preferred = self._preferred("real", self.real, rows, stage.preferred_count)
         else:
             names = tuple(self.prompts[i] for i in self._orders["prompts"].next(n))
-        following = None if self.ranks.count == 1 else names[mine.stop % n]
+        following = None if ranks.count == 1 else names[mine.stop % n]
         names = names[mine]
         cond, null = self.family.encode(names), self.family.unconditional(names)
-        stored = self._stored(n) if "stored" in stage.needs else None
+        stored = self._stored(n, ranks) if "stored" in stage.needs else None
         return Batch(names, cond, null, latents, pairs, stored, preferred, following and (following, self.family.encode([following])))
 
     def _preferred(self, name: str, samples: RealSamples, rows: Sequence[int], count: int) -> Tensor | None:
@@ -116,9 +116,9 @@ class BatchSource:
         chosen = [[others[(others.index(row) + i) % len(others)] for i in range(count)] for row, others in zip(rows, same, strict=True)]
         return to_device(samples.latents[torch.tensor(chosen)], self.device)
 
-    def _stored(self, n: int) -> Stored:
+    def _stored(self, n: int, ranks: Ranks) -> Stored:
         assert self.stored is not None
-        rows = self._orders["stored"].next(n)[self.ranks.share(n)]
+        rows = self._orders["stored"].next(n)[ranks.share(n)]
         noise, latents = (to_device(x[rows], self.device) for x in (self.stored.noise, self.stored.latents))
         return Stored(self.family.encode([self.stored.prompts[i] for i in rows]), noise, latents)
 
