@@ -100,6 +100,9 @@ ARMS = {
     "dm-align-group-signed": Arm(
         "DM-Align (Group), signed, nearest of the best two", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, sign="signed", top_n=2)
     ),
+    "dm-align-group-gentle": Arm(
+        "DM-Align (Group), weights .3 and .7", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, weight=0.3, matching=0.7)
+    ),
     "dm-align-group-letter": Arm("DM-Align (Group), the paper's letter", _letter),
 }
 
