@@ -167,6 +167,12 @@ def test_help_needs_no_torch():
     assert got.stdout.splitlines()[-1] == "False"
 
 
+def test_the_help_of_training_loads_no_model_library():
+    """Its defaults are those of the default bundled model, whose networks are not needed to say them."""
+    help_of_training = "import sys; from instep.cli.main import main; main(['train', 'dmd2', '--help'])"
+    assert child("-c", help_of_training + "; print(sorted({'diffusers', 'transformers', 'peft'} & set(sys.modules)))").stdout.splitlines()[-1] == "[]"
+
+
 def test_it_runs_as_a_program():
     got = child("-m", "instep", "train", "nonsense")
     assert got.returncode == 2 and got.stderr.startswith("error: recipe: 'nonsense'") and "Traceback" not in got.stderr

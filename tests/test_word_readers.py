@@ -18,6 +18,7 @@ from instep.bundled.glyphs import FONTS, LETTERS
 from instep.bundled.word_networks import ARCHITECTURES
 from instep.bundled.word_readers import FOLDER, correct_of, exact_match, features, monitor, reader, reward, whole_frames
 from instep.bundled.words import Spec
+from instep.core.size import Size
 from instep.training.probe import ModeMonitor
 
 torch.set_num_threads(1)
@@ -202,6 +203,7 @@ def test_features_hold_what_prompts_ask_for(name, videos):
     assert open_parts[0, 64:].abs().max() < 1e-6 and open_parts[0, :64].abs().max() > 0.01
     both = features(name)
     assert both.width == 384 and both(media, prompts).shape == (6, 384) and both.frames == 9 and both.given == f"moving-words:{name}"
+    assert both.size == Size(height=32, width=64, frames=9)
 
 
 def test_readers_are_small_and_share_neither_architecture_nor_seed():

@@ -91,9 +91,10 @@ def settings_of(model: str | Path) -> ModelSettings | None:
     folder = Path(model)
     world = model if model in WORLDS else base_model(folder)
     if world in WORLDS:
+        from instep.bundled.presets import preset_of
         from instep.models.preset import ModelSettings
 
-        return ModelSettings(find(str(world)).preset, None)
+        return ModelSettings(preset_of(str(world)), None)
     if model in PUBLISHED:
         return settings_of_size(str(model))
     return settings_in(folder) if is_model_folder(folder) else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from instep import models
-from instep.bundled import MOVING_WORDS, folder_of, word_readers, words
+from instep.bundled import MOVING_WORDS, folder_of, presets, word_readers, words
 from instep.bundled.glyphs import LETTERS
 from instep.bundled.teacher_probe import known_metrics
 from instep.bundled.word_readers import WordReader
@@ -21,21 +21,11 @@ from instep.data.media import slow_motion
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.guidance import GuidanceByLevel
-from instep.diffusion.levels import few_step_levels
 from instep.models.family import Family
-from instep.models.preset import Distillation, Preset
 from instep.models.wan import WanFamily
 from instep.rewards.base import Reward
 from instep.training.probe import Monitor, Probe
 
-VIDEO = Size(words.HEIGHT, words.WIDTH, words.FRAMES)
-STEPS = 2  # four naive steps are nearly as good as fifty, so they leave a student little to gain
-PRESET = Preset(
-    source="docs/moving_words.md",
-    guidance=4.0,
-    sampler_steps=50,
-    distillation=Distillation("docs/moving_words.md", guidance=4.0, levels=few_step_levels(STEPS, 3.0), shift=3.0),
-)
 # what `instep sample` draws; the words are held out of training
 SHOWN = ("the word CQSL moving left slowly", "the word RMAF in large serif letters standing still", "the word OJAL in spartan letters")
 
@@ -108,7 +98,7 @@ def words_world(folder: Path) -> World:
     """The world of a moving-words pipeline in `folder`."""
 
     def load(size: Size | None = None) -> Family:
-        return as_miniature(models.load(folder, size or VIDEO, name=MOVING_WORDS), PRESET)
+        return as_miniature(models.load(folder, size or words.VIDEO, name=MOVING_WORDS), presets.WORDS)
 
     def ready() -> MovingWords:
         family = load()
@@ -118,16 +108,15 @@ def words_world(folder: Path) -> World:
     return World(
         name=MOVING_WORDS,
         folder=folder,
-        size=VIDEO,
+        size=words.VIDEO,
         ready=ready,
         load=load,
         pipeline=lambda: text_to_video_pipeline(folder),
         shown=as_prompts(SHOWN),
         features=word_readers.features,
         evaluation=WordsEvaluation(),
-        adopt=lambda family: as_miniature(family, PRESET),
+        adopt=lambda family: as_miniature(family, presets.WORDS),
         rewards={"exact": word_readers.exact_match},
-        preset=PRESET,
     )
 
 

@@ -21,14 +21,12 @@ from instep.bundled.ctc import best_path, ctc_log_probability
 from instep.bundled.features import ClassifierFeatures
 from instep.bundled.glyphs import FONTS, LETTERS
 from instep.bundled.word_networks import ARCHITECTURES, LOOK, MOTION, WORD, ReaderName, Seen, Trunk
-from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.rewards.base import Reward
 from instep.rewards.features import Features
 from instep.training.probe import Monitor
 
 FOLDER = folder_of(MOVING_WORDS) / "readers"
-VIDEO = Size(words.WIDTH, words.HEIGHT, words.FRAMES)
 INK = 0.5  # a pixel darker than this is ink
 MIDDLE = slice(3, 6)  # the frames in which every real word lies wholly on the canvas
 SCORED = slice(0, words.FRAMES, 2)  # the frames whose log-probability is taken: their neighbours look alike
@@ -275,4 +273,4 @@ def monitor() -> Monitor:
 
 def features(which: ReaderName) -> Features:
     """What a reward learned from preferences reads of moving words."""
-    return ClassifierFeatures(MOVING_WORDS, reader(which), VIDEO, 3 * (WORD + LOOK + MOTION))
+    return ClassifierFeatures(MOVING_WORDS, reader(which), words.VIDEO, 3 * (WORD + LOOK + MOTION))

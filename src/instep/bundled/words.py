@@ -18,9 +18,11 @@ from torch import Tensor
 
 from instep.bundled.glyphs import CAP_HEIGHT, FONTS, LETTERS, spread
 from instep.bundled.motions import DIRECTIONS, MOTIONS, SPEEDS, UNIT, direction_and_speed, motions_that_fit, said
+from instep.core.size import Size
 from instep.data.prompt import Prompt, texts_of
 
 FRAMES, HEIGHT, WIDTH, LENGTH = 9, 32, 64, 4
+VIDEO = Size(HEIGHT, WIDTH, FRAMES)
 CAPITALS = {"small": (10.0, 11.0), "large": (13.0, 14.0)}  # height of a capital in pixels, from and to
 WIDEST = WIDTH - 4  # a wider word is drawn smaller
 OFF_CENTRE = 3.0  # pixels, at most, from the centre of the canvas to that of the word in the middle of a video

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from instep.bundled.presets import MINIATURE, preset_of
 from instep.core.quiet import quiet
 from instep.core.size import Size
 from instep.data.prompt import Prompt
@@ -103,10 +104,6 @@ class Evaluation(Protocol):
         ...
 
 
-# what all bundled models are sampled with; the options' own defaults are the settings that distil them
-MINIATURE = Preset(source="the bundled models of instep", guidance=3.0, sampler_steps=50, for_recipes=False)
-
-
 def as_miniature(family: Family, preset: Preset = MINIATURE) -> Family:
     """Gives a family a bundled model's preset in place of that of the full-size model."""
     family.preset = preset
@@ -120,8 +117,7 @@ class World:
     ready: the model with prompts, reward, monitor, real samples and pairs. load: the family alone, at a size (None: its own). pipeline: the stock pipeline,
     None where no stock pipeline samples the model. shown: the prompts that `instep sample` draws. features: what a learned reward reads, of the training or
     the monitor classifier. evaluation: None for a world that `instep eval` does not measure. adopt: the family of an export of a run on this
-    world, which reads prompts as the world does. rewards: by their names on the command line, those beside the reward of `ready`. preset: what the model is
-    sampled with, and where it is for recipes, what they begin from.
+    world, which reads prompts as the world does. rewards: by their names on the command line, those beside the reward of `ready`.
     """
 
     name: str
@@ -135,7 +131,11 @@ class World:
     evaluation: Evaluation | None
     adopt: Callable[[Family], Family] = as_miniature
     rewards: Mapping[str, Callable[[], Reward]] = field(default_factory=dict)
-    preset: Preset = MINIATURE
+
+    @property
+    def preset(self) -> Preset:
+        """What the model is sampled with and, where it is for recipes, what they begin from."""
+        return preset_of(self.name)
 
 
 @torch.no_grad()
