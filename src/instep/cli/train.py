@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -184,25 +184,27 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     files = real_files(args.real) if args.real else None
     if files is not None and not recipe.needs & {"real", "preferred"}:
         raise ValueError(f"real: {recipe.name} uses no real samples; leave the option out, or choose a recipe that does, like dm-align-pair")
-    cache = args.real_cache or folder_of(recipe, args) / FOLDER
     if args.model in WORLDS:
         own = find(args.model).ready()
         # a user's own pairs bring their chosen samples with them
-        if labelled is not None:
-            real, pairs = labelled.encoded(own.family)
-        else:
-            real = own.real() if recipe.needs & {"real", "preferred"} and files is None else None
-            pairs = own.pairs() if "pairs" in recipe.needs else None
-        real = real_samples(files, own.family, cache, args.real_fps) if files is not None else real
+        needs = recipe.needs if labelled is None else frozenset()
+        real = own.real() if needs & {"real", "preferred"} and files is None else None
+        pairs = own.pairs() if "pairs" in needs else None
         asked = with_negative(prompts or own.prompts, args.negative_prompt)
-        return Setting(own.family, asked, reward or own.reward, own.monitor, real, pairs, own.known_teacher)
-    if prompts is None:
-        raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
-    args.execution.check()
-    family = load(args.model, Size(*args.size) if args.size else None, args.execution.loading_dtype())
-    real, pairs = labelled.encoded(family) if labelled is not None else (None, None)
-    real = real_samples(files, family, cache, args.real_fps) if files is not None else real
-    return Setting(family, with_negative(prompts, args.negative_prompt), reward, None, real, pairs)
+        found = Setting(own.family, asked, reward or own.reward, own.monitor, real, pairs, own.known_teacher)
+    else:
+        if prompts is None:
+            raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
+        args.execution.check()
+        family = load(args.model, Size(*args.size) if args.size else None, args.execution.loading_dtype())
+        found = Setting(family, with_negative(prompts, args.negative_prompt), reward, None, None, None)
+    if labelled is not None:
+        real, pairs = labelled.encoded(found.family)
+        found = replace(found, real=real, pairs=pairs)
+    if files is not None:
+        cache = args.real_cache or folder_of(recipe, args) / FOLDER
+        found = replace(found, real=real_samples(files, found.family, cache, args.real_fps))
+    return found
 
 
 @dataclass(frozen=True)
