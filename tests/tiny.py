@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import CogVideoXPipeline, StableDiffusion3Pipeline, WanImageToVideoPipeline, WanPipeline
+    from diffusers import AutoencoderKL, CogVideoXPipeline, StableDiffusion3Pipeline, WanImageToVideoPipeline, WanPipeline
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 # 9 frames of 48 x 48 are latents [B, 16, 3, 6, 6], 27 tokens
@@ -170,6 +170,14 @@ def tiny_cogvideox_pipeline(seed: int = 0, *, rotary: bool = False, layers: int 
     return CogVideoXPipeline(tokenizer=tokenizer, text_encoder=text_encoder.eval(), vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler)
 
 
+def tiny_image_vae(**own: Any) -> AutoencoderKL:
+    """A VAE of factor 2 and 4 channels with random weights; `own` are the other values of its configuration."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(block_out_channels=(8, 16), **blocks, latent_channels=4, norm_num_groups=4, **own)
+
+
 def clip_tokenizer(folder: str) -> CLIPTokenizer:
     """CLIP's tokenizer without merges, made in `folder`: any prompt tokenizes, byte by byte."""
     import json
@@ -192,7 +200,7 @@ def tiny_sd3_pipeline(seed: int = 0, layers: int = 2, dual: bool = False) -> Sta
     """
     import tempfile
 
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -214,17 +222,7 @@ def tiny_sd3_pipeline(seed: int = 0, layers: int = 2, dual: bool = False) -> Sta
             dual_attention_layers=(0,) if dual else (),
             qk_norm="rms_norm" if dual else None,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=1.5,
-            shift_factor=0.06,
-        )
+        vae = tiny_image_vae(use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5, shift_factor=0.06)
         clips = [
             CLIPTextModelWithProjection(
                 CLIPTextConfig(

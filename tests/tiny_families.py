@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from tiny import byte_tokenizer, clip_tokenizer, tiny_cogvideox_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from tiny import byte_tokenizer, clip_tokenizer, tiny_cogvideox_pipeline, tiny_image_vae, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -69,7 +69,7 @@ def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
     """UNet of widths 8 and 16, two CLIPs of width 16, VAE of factor 2, the scheduler of SDXL base; images of 16 x 16 are latents [B, 4, 8, 8]."""
     import tempfile
 
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with tempfile.TemporaryDirectory() as folder:
@@ -102,14 +102,7 @@ def tiny_sdxl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
             cross_attention_dim=32,
             norm_num_groups=4,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=0.13025,
-        )
+        vae = tiny_image_vae(scaling_factor=0.13025)
         parts = {"unet": unet, "vae": vae, "text_encoder": CLIPTextModel(text), "text_encoder_2": CLIPTextModelWithProjection(text)}
     for part in parts.values():
         part.eval()
@@ -128,7 +121,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_z_image_pipeline(seed: int = 0) -> ZImagePipeline:
     """Three layers of width 32, a Qwen3 of width 16, VAE of factor 2; images of 16 x 16 are latents [B, 4, 8, 8]."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
     tokenizer = chat_tokenizer()
@@ -145,15 +138,7 @@ def tiny_z_image_pipeline(seed: int = 0) -> ZImagePipeline:
             axes_dims=[4, 6, 6],
             axes_lens=[1024, 512, 512],
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=0.36,
-            shift_factor=0.12,
-        )
+        vae = tiny_image_vae(scaling_factor=0.36, shift_factor=0.12)
         encoder = Qwen3Model(
             Qwen3Config(
                 vocab_size=len(tokenizer),
@@ -246,7 +231,7 @@ def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
     """One block of two streams and two of one, width 32, told guidance; CLIP and T5 of width 16; images of 16 x 16 are latents [B, 4, 8, 8]."""
     import tempfile
 
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -265,15 +250,7 @@ def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
             guidance_embeds=True,
             axes_dims_rope=(4, 4, 8),
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=0.36,
-            shift_factor=0.12,
-        )
+        vae = tiny_image_vae(scaling_factor=0.36, shift_factor=0.12)
         text = CLIPTextConfig(
             vocab_size=len(clip),
             hidden_size=16,

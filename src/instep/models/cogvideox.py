@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.path import VariancePreserving
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.diffusion.transfer import to_device
-from instep.models.family import skipped
+from instep.models.family import shown_tokens, skipped
 from instep.models.pipeline_family import PipelineFamily
 from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
@@ -160,17 +159,11 @@ class CogVideoXFamily(PipelineFamily):
         rows, _ = self.pipe.encode_prompt([text], do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.text_device)
         return {"text": rows[0]}
 
-    def encode(self, prompts: Sequence[Prompt | str]) -> CogVideoXCondition:
-        return self._stacked(self.encoded(texts_of(prompts)))
-
-    def unconditional(self, prompts: Sequence[Prompt | str]) -> CogVideoXCondition:
-        return self._stacked(self.encoded(negatives_of(prompts)))
-
     def blank(self, n: int) -> tuple[CogVideoXCondition, CogVideoXCondition]:
         texts = CogVideoXCondition(text=torch.zeros(n, STOCK_TEXT_LENGTH, self.pipe.transformer.config.text_embed_dim, device=self.device))
         return texts, texts
 
-    def _stacked(self, encoded: Sequence[Encoded]) -> CogVideoXCondition:
+    def condition_of(self, encoded: Sequence[Encoded]) -> CogVideoXCondition:
         return CogVideoXCondition(text=to_device(torch.stack([one["text"] for one in encoded]).float(), self.device))
 
     def decode_rows(self, x: Tensor) -> Tensor:
@@ -200,11 +193,7 @@ class CogVideoXFamily(PipelineFamily):
         """At two thirds of the depth, as for Wan. A block returns video and text tokens; an identity beside it is shown the video's."""
         blocks = module.transformer_blocks
         block = blocks[(2 * len(blocks) - 1) // 3]
-        # a copy of a module brings its hook along, and one is enough
-        if not hasattr(block, "tokens"):
-            block.tokens = nn.Identity()
-            block.register_forward_hook(_show_tokens)
-        return block.tokens
+        return shown_tokens(block, _show_tokens)
 
     def feature_width(self, module: Any) -> int:
         return module.config.num_attention_heads * module.config.attention_head_dim

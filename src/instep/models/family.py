@@ -235,6 +235,18 @@ def _identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
 
 
+def shown_tokens(block: nn.Module, show: Callable[[Any, tuple, Any], None]) -> nn.Module:
+    """An identity beside a block that returns more than image tokens: `show`, a forward hook of the block, calls `block.tokens` with those alone.
+
+    A copy of a module brings its hook along, and one is enough.
+    """
+    found: Any = block
+    if not hasattr(found, "tokens"):
+        found.tokens = nn.Identity()
+        found.register_forward_hook(show)
+    return found.tokens
+
+
 @contextmanager
 def skipped(blocks: Sequence[nn.Module], numbers: Sequence[int], pass_on: Callable[..., Any] = _identity) -> Iterator[None]:
     """A context in which `blocks[i].forward` is `pass_on` (by default, its first argument) for every i in `numbers`; ValueError for a number out of range."""

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device
-from instep.models.family import Task, skipped
-from instep.models.pipeline_family import PipelineFamily
+from instep.models.family import shown_tokens, skipped
+from instep.models.image_family import ImageFamily
 from instep.models.preset import Preset
 from instep.models.prompt_cache import Encoded
 
@@ -63,7 +62,7 @@ def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None
     block.tokens(output[1])
 
 
-class FluxFamily(PipelineFamily):
+class FluxFamily(ImageFamily):
     """A `FluxPipeline` seen as a family; latents [B, C, H, W] are shifted and scaled as the transformer sees them.
 
     Where the transformer is told guidance (dev), student, teacher and fake are all told 3.5. Guidance beyond that, w of u + w (c - u), is the pipeline's
@@ -71,7 +70,6 @@ class FluxFamily(PipelineFamily):
     """
 
     pipeline_class = "FluxPipeline"
-    task: Task = "text-to-image"
     even_sigmas = True
     guides_by_negative_prompt = True
     text_length = TEXT_LENGTH
@@ -110,36 +108,18 @@ class FluxFamily(PipelineFamily):
         """The pipeline's `guidance_scale` is what the transformer is told."""
         return {"true_cfg_scale": guidance} | ({"guidance_scale": EMBEDDED} if self.told else {})
 
-    def native_size(self) -> Size:
-        """1024 x 1024 for the published models."""
-        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return Size(side, side, 1)
-
     @property
     def unit(self) -> int:
         return 2 * self.pipe.vae_scale_factor
 
-    def fit_size(self, size: Size) -> tuple[int, ...]:
-        if size.frames != 1 or size.height % self.unit or size.width % self.unit:
-            raise ValueError(
-                f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; it draws one image, height and width multiples of "
-                f"{self.unit}"
-            )
-        return (self.pipe.transformer.config.in_channels // 4, size.height // self.pipe.vae_scale_factor, size.width // self.pipe.vae_scale_factor)
-
-    def smallest(self) -> Size:
-        return Size(2 * self.unit, 2 * self.unit, 1)
+    @property
+    def channels(self) -> int:
+        return self.pipe.transformer.config.in_channels // 4
 
     def encode_text(self, text: str) -> Encoded:
         """`text` [512, D], with the padding, and `pooled` [P]."""
         embeddings, pooled, _ = self.pipe.encode_prompt([text], None, device=self.text_device, max_sequence_length=self.text_length)
         return {"text": embeddings[0], "pooled": pooled[0]}
-
-    def encode(self, prompts: Sequence[Prompt | str]) -> FluxCondition:
-        return self._stacked(self.encoded(texts_of(prompts)))
-
-    def unconditional(self, prompts: Sequence[Prompt | str]) -> FluxCondition:
-        return self._stacked(self.encoded(negatives_of(prompts)))
 
     def blank(self, n: int) -> tuple[FluxCondition, FluxCondition]:
         config = self.pipe.transformer.config
@@ -149,7 +129,7 @@ class FluxFamily(PipelineFamily):
         )
         return texts, texts
 
-    def _stacked(self, encoded: Sequence[Encoded]) -> FluxCondition:
+    def condition_of(self, encoded: Sequence[Encoded]) -> FluxCondition:
         text, pooled = (to_device(torch.stack([one[name] for one in encoded]).float(), self.device) for name in ("text", "pooled"))
         return FluxCondition(text=text, pooled=pooled)
 
@@ -161,17 +141,6 @@ class FluxFamily(PipelineFamily):
 
     def first_noise(self, n: int, rng: torch.Generator) -> Tensor:
         return torch.randn(n, *self.latent_shape, generator=rng, device=rng.device)
-
-    def decode_rows(self, x: Tensor) -> Tensor:
-        config = self.pipe.vae.config
-        z = x / config.scaling_factor + config.shift_factor
-        return self.pipe.vae.decode(z.to(self.vae_dtype)).sample.to(x.dtype) / 2 + 0.5
-
-    def encode_rows(self, media: Tensor) -> Tensor:
-        """Media [B, 3, H, W] in [0, 1] to latents [B, C, h, w]: the posterior's mean."""
-        config = self.pipe.vae.config
-        z = self.pipe.vae.encode((media * 2 - 1).to(self.vae_dtype)).latent_dist.mode()
-        return (z.to(media.dtype) - config.shift_factor) * config.scaling_factor
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, FluxCondition)
@@ -200,11 +169,7 @@ class FluxFamily(PipelineFamily):
         """At two thirds of the depth, as for Wan. A block returns text and image tokens; an identity beside it is shown the image's."""
         blocks: Any = [*module.transformer_blocks, *module.single_transformer_blocks]  # type: ignore[misc]
         block = blocks[(2 * len(blocks) - 1) // 3]
-        # a copy of a module brings its hook along, and one is enough
-        if not hasattr(block, "tokens"):
-            block.tokens = nn.Identity()
-            block.register_forward_hook(_show_tokens)
-        return block.tokens
+        return shown_tokens(block, _show_tokens)
 
     def feature_width(self, module: nn.Module) -> int:
         return self.time_width(module)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device, to_match
-from instep.models.family import Task, skipped
-from instep.models.pipeline_family import PipelineFamily
+from instep.models.family import shown_tokens, skipped
+from instep.models.image_family import ImageFamily
 from instep.models.preset import Preset
 from instep.models.prompt_cache import Encoded
 
@@ -52,14 +51,13 @@ def _show_tokens(block: Any, args: tuple, output: Tensor) -> None:
     block.tokens(output[:, -block.image_tokens :])
 
 
-class Flux2KleinBaseFamily(PipelineFamily):
+class Flux2KleinBaseFamily(ImageFamily):
     """A `Flux2KleinPipeline` of a base model seen as a family; latents [B, 4 C, h, w] are patches of 2 x 2, normalised as the transformer sees them.
 
     The pipeline takes no negative prompts: its guidance leads away from the empty text.
     """
 
     pipeline_class = "Flux2KleinPipeline"
-    task: Task = "text-to-image"
     even_sigmas = True
     takes_negative_prompt = False
     distilled = False
@@ -88,42 +86,25 @@ class Flux2KleinBaseFamily(PipelineFamily):
         if pipe.transformer.config.guidance_embeds:
             raise ValueError("transformer: guidance_embeds (FLUX.2-dev) is not built; allowed: FLUX.2-klein, whose transformer is not told guidance")
 
-    def native_size(self) -> Size:
-        """1024 x 1024 for the published models."""
-        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return Size(side, side, 1)
-
     @property
     def unit(self) -> int:
         return 2 * self.pipe.vae_scale_factor
 
-    def fit_size(self, size: Size) -> tuple[int, ...]:
-        if size.frames != 1 or size.height % self.unit or size.width % self.unit:
-            raise ValueError(
-                f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; it draws one image, height and width multiples of "
-                f"{self.unit}"
-            )
-        return (self.pipe.transformer.config.in_channels, size.height // self.unit, size.width // self.unit)
-
-    def smallest(self) -> Size:
-        return Size(2 * self.unit, 2 * self.unit, 1)
+    @property
+    def stride(self) -> int:
+        """A latent is a patch of 2 x 2 of the VAE's."""
+        return self.unit
 
     def encode_text(self, text: str) -> Encoded:
         """`text` [512, D], with the padding."""
         embeddings, _ = self.pipe.encode_prompt([text], device=self.text_device, max_sequence_length=self.text_length)
         return {"text": embeddings[0]}
 
-    def encode(self, prompts: Sequence[Prompt | str]) -> Flux2Condition:
-        return self._stacked(self.encoded(texts_of(prompts)))
-
-    def unconditional(self, prompts: Sequence[Prompt | str]) -> Flux2Condition:
-        return self._stacked(self.encoded(negatives_of(prompts)))
-
     def blank(self, n: int) -> tuple[Flux2Condition, Flux2Condition]:
         texts = Flux2Condition(text=torch.zeros(n, TEXT_LENGTH, self.pipe.transformer.config.joint_attention_dim, device=self.device))
         return texts, texts
 
-    def _stacked(self, encoded: Sequence[Encoded]) -> Flux2Condition:
+    def condition_of(self, encoded: Sequence[Encoded]) -> Flux2Condition:
         return Flux2Condition(text=to_device(torch.stack([one["text"] for one in encoded]).float(), self.device))
 
     def stock_latents(self, x: Tensor) -> Tensor:
@@ -193,11 +174,7 @@ class Flux2KleinBaseFamily(PipelineFamily):
     def feature_block(self, module: nn.Module) -> nn.Module:
         """At two thirds of the one-stream blocks, which return text tokens, then image tokens; an identity beside it is shown the image's."""
         block: Any = self._last_shown(module)
-        # a copy of a module brings its hook along, and one is enough
-        if not hasattr(block, "tokens"):
-            block.tokens = nn.Identity()
-            block.register_forward_hook(_show_tokens)
-        return block.tokens
+        return shown_tokens(block, _show_tokens)
 
     def feature_width(self, module: nn.Module) -> int:
         return self.time_width(module)

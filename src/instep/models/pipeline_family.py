@@ -34,8 +34,8 @@ def has_part(parts: Mapping[str, Any], name: str) -> bool:
 class PipelineFamily(StockCalls):
     """A diffusers pipeline with a VAE and text encoders, seen as a family (see `models/family.py`).
 
-    A family sets the class attributes, and implements `fit_size`, `native_size`, `smallest`, `encode_text`, the conditions made of its tensors (`encode`,
-    `unconditional`), the media conversions and the network's members.
+    A family sets the class attributes, and implements `fit_size`, `native_size`, `smallest`, `encode_text`, `condition_of` its tensors,
+    the media conversions and the network's members.
     """
 
     pipeline_class: ClassVar[str]
@@ -183,6 +183,16 @@ class PipelineFamily(StockCalls):
         one text is enough work for an accelerator.
         """
         raise NotImplementedError
+
+    def condition_of(self, encoded: Sequence[Encoded]) -> Condition:
+        """What the denoiser is conditioned on, of texts as `encode_text` makes them."""
+        raise NotImplementedError
+
+    def encode(self, prompts: Sequence[Prompt | str]) -> Condition:
+        return self.condition_of(self.encoded(texts_of(prompts)))
+
+    def unconditional(self, prompts: Sequence[Prompt | str]) -> Condition:
+        return self.condition_of(self.encoded(negatives_of(prompts)))
 
     def blank(self, n: int) -> tuple[Condition, Condition]:
         raise NotImplementedError

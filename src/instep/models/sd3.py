@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device
-from instep.models.family import Task, skipped
-from instep.models.pipeline_family import PipelineFamily
+from instep.models.family import shown_tokens, skipped
+from instep.models.image_family import ImageFamily
 from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
 
@@ -88,12 +87,10 @@ def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None
     block.tokens(output[1])
 
 
-class SD3Family(PipelineFamily):
+class SD3Family(ImageFamily):
     """A `StableDiffusion3Pipeline` seen as a family; latents [B, C, H, W] are shifted and scaled as the transformer sees them."""
 
     pipeline_class = "StableDiffusion3Pipeline"
-    task: Task = "text-to-image"
-    axes: tuple[int, ...] = (0, 1, 2, 3)
     text_length = T5_TOKENS
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -116,24 +113,13 @@ class SD3Family(PipelineFamily):
         if pipe.scheduler.config.get("use_dynamic_shifting"):
             raise ValueError("scheduler: use_dynamic_shifting is not allowed; SD3's own scheduler has one fixed shift (3.0): copy the model's scheduler folder")
 
-    def native_size(self) -> Size:
-        """1024 x 1024 for the published models."""
-        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return Size(side, side, 1)
+    @property
+    def unit(self) -> int:
+        return self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
 
-    def fit_size(self, size: Size) -> tuple[int, ...]:
-        unit = self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
-        largest = unit * self.pipe.transformer.config.pos_embed_max_size
-        if size.frames != 1 or size.height % unit or size.width % unit or max(size.height, size.width) > largest:
-            raise ValueError(
-                f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; it draws one image, height and width multiples of {unit} "
-                f"up to {largest}"
-            )
-        return (self.pipe.transformer.config.in_channels, size.height // self.pipe.vae_scale_factor, size.width // self.pipe.vae_scale_factor)
-
-    def smallest(self) -> Size:
-        side = 2 * self.pipe.vae_scale_factor * self.pipe.transformer.config.patch_size
-        return Size(side, side, 1)
+    @property
+    def largest(self) -> int:
+        return self.unit * self.pipe.transformer.config.pos_embed_max_size
 
     def encode_text(self, text: str) -> Encoded:
         """`text` [77 + 256, D] and `pooled` [P]."""
@@ -141,12 +127,6 @@ class SD3Family(PipelineFamily):
             [text], None, None, do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.text_device
         )
         return {"text": embeddings[0], "pooled": pooled[0]}
-
-    def encode(self, prompts: Sequence[Prompt | str]) -> SD3Condition:
-        return self._stacked(self.encoded(texts_of(prompts)))
-
-    def unconditional(self, prompts: Sequence[Prompt | str]) -> SD3Condition:
-        return self._stacked(self.encoded(negatives_of(prompts)))
 
     def blank(self, n: int) -> tuple[SD3Condition, SD3Condition]:
         config = self.pipe.transformer.config
@@ -156,20 +136,9 @@ class SD3Family(PipelineFamily):
         )
         return texts, texts
 
-    def _stacked(self, encoded: Sequence[Encoded]) -> SD3Condition:
+    def condition_of(self, encoded: Sequence[Encoded]) -> SD3Condition:
         text, pooled = (to_device(torch.stack([one[name] for one in encoded]).float(), self.device) for name in ("text", "pooled"))
         return SD3Condition(text=text, pooled=pooled)
-
-    def decode_rows(self, x: Tensor) -> Tensor:
-        config = self.pipe.vae.config
-        z = x / config.scaling_factor + config.shift_factor
-        return self.pipe.vae.decode(z.to(self.vae_dtype)).sample.to(x.dtype) / 2 + 0.5
-
-    def encode_rows(self, media: Tensor) -> Tensor:
-        """Media [B, 3, H, W] in [0, 1] to latents [B, C, h, w]: the posterior's mean."""
-        config = self.pipe.vae.config
-        z = self.pipe.vae.encode((media * 2 - 1).to(self.vae_dtype)).latent_dist.mode()
-        return (z.to(media.dtype) - config.shift_factor) * config.scaling_factor
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, SD3Condition)
@@ -187,11 +156,7 @@ class SD3Family(PipelineFamily):
         """At two thirds of the depth, as for Wan. A block returns text and image tokens; an identity beside it is shown the image's."""
         blocks: Any = module.transformer_blocks
         block = blocks[(2 * len(blocks) - 1) // 3]
-        # a copy of a module brings its hook along, and one is enough
-        if not hasattr(block, "tokens"):
-            block.tokens = nn.Identity()
-            block.register_forward_hook(_show_tokens)
-        return block.tokens
+        return shown_tokens(block, _show_tokens)
 
     def feature_width(self, module: nn.Module) -> int:
         return self.time_width(module)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.data.prompt import Prompt, as_prompts, negatives_of, texts_of
+from instep.data.prompt import Prompt, as_prompts, negatives_of
 from instep.diffusion.path import VariancePreserving
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.diffusion.transfer import constants, to_device
-from instep.models.family import Task, skipped
-from instep.models.pipeline_family import PipelineFamily
+from instep.models.family import shown_tokens, skipped
+from instep.models.image_family import ImageFamily
 from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
 
@@ -65,15 +65,13 @@ def _show_tokens(block: Any, args: tuple, output: Tensor) -> None:
     block.tokens(output.flatten(2).transpose(1, 2))
 
 
-class SDXLFamily(PipelineFamily):
+class SDXLFamily(ImageFamily):
     """A `StableDiffusionXLPipeline` seen as a family; latents [B, C, H, W] are scaled as the UNet sees them.
 
     Its levels are the training steps of the pipeline's own scheduler, t = k / N for step k - 1: 1, 0.75, 0.5, 0.25 are the steps 999, 749, 499, 249.
     """
 
     pipeline_class = "StableDiffusionXLPipeline"
-    task: Task = "text-to-image"
-    axes: tuple[int, ...] = (0, 1, 2, 3)
     denoisers: tuple[str, ...] = ("unet",)
     passes_generator = True
     preset = SDXL
@@ -106,34 +104,19 @@ class SDXLFamily(PipelineFamily):
         if pipe.vae.config.get("latents_mean") is not None:
             raise ValueError("vae: latents_mean is not allowed; SDXL's VAE has a scaling_factor alone: copy the vae folder of stable-diffusion-xl-base-1.0")
 
-    def native_size(self) -> Size:
-        """1024 x 1024 for the published model."""
-        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return Size(side, side, 1)
-
     @property
     def unit(self) -> int:
         """Pixels that the VAE and the UNet's halvings make one."""
         return self.pipe.vae_scale_factor * 2 ** (len(self.pipe.unet.config.block_out_channels) - 1)
 
-    def fit_size(self, size: Size) -> tuple[int, ...]:
-        if size.frames != 1 or size.height % self.unit or size.width % self.unit:
-            raise ValueError(
-                f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; it draws one image, height and width multiples of "
-                f"{self.unit}"
-            )
-        return (self.pipe.unet.config.in_channels, size.height // self.pipe.vae_scale_factor, size.width // self.pipe.vae_scale_factor)
-
-    def smallest(self) -> Size:
-        return Size(2 * self.unit, 2 * self.unit, 1)
+    @property
+    def channels(self) -> int:
+        return self.pipe.unet.config.in_channels
 
     def encode_text(self, text: str) -> Encoded:
         """`text` [77, D] and `pooled` [P]."""
         embeddings, _, pooled, _ = self.pipe.encode_prompt(text, device=self.text_device, do_classifier_free_guidance=False)
         return {"text": embeddings[0], "pooled": pooled[0]}
-
-    def encode(self, prompts: Sequence[Prompt | str]) -> SDXLCondition:
-        return self._stacked(self.encoded(texts_of(prompts)))
 
     def unconditional(self, prompts: Sequence[Prompt | str]) -> SDXLCondition:
         """The negative prompts; without one zeros, as the pipeline has them (`force_zeros_for_empty_prompt`)."""
@@ -144,7 +127,7 @@ class SDXLFamily(PipelineFamily):
                 one if prompt.negative is not None else {name: torch.zeros_like(value) for name, value in one.items()}
                 for prompt, one in zip(found, encoded, strict=True)
             ]
-        return self._stacked(encoded)
+        return self.condition_of(encoded)
 
     def blank(self, n: int) -> tuple[SDXLCondition, SDXLCondition]:
         config = self.pipe.unet.config
@@ -154,18 +137,9 @@ class SDXLFamily(PipelineFamily):
         )
         return texts, texts
 
-    def _stacked(self, encoded: Sequence[Encoded]) -> SDXLCondition:
+    def condition_of(self, encoded: Sequence[Encoded]) -> SDXLCondition:
         text, pooled = (to_device(torch.stack([one[name] for one in encoded]).float(), self.device) for name in ("text", "pooled"))
         return SDXLCondition(text=text, pooled=pooled)
-
-    def decode_rows(self, x: Tensor) -> Tensor:
-        z = x / self.pipe.vae.config.scaling_factor
-        return self.pipe.vae.decode(z.to(self.vae_dtype)).sample.to(x.dtype) / 2 + 0.5
-
-    def encode_rows(self, media: Tensor) -> Tensor:
-        """Media [B, 3, H, W] in [0, 1] to latents [B, C, h, w]: the posterior's mean."""
-        z = self.pipe.vae.encode((media * 2 - 1).to(self.vae_dtype)).latent_dist.mode()
-        return z.to(media.dtype) * self.pipe.vae.config.scaling_factor
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Micro-conditioning is the pipeline's default: the original and the target size are that of the image, which is not cropped."""
@@ -190,11 +164,7 @@ class SDXLFamily(PipelineFamily):
     def feature_block(self, module: nn.Module) -> nn.Module:
         """The UNet's middle, where DMD2's discriminator reads it too; an identity beside it is shown its pixels as tokens."""
         block: Any = module.mid_block
-        # a copy of a module brings its hook along, and one is enough
-        if not hasattr(block, "tokens"):
-            block.tokens = nn.Identity()
-            block.register_forward_hook(_show_tokens)
-        return block.tokens
+        return shown_tokens(block, _show_tokens)
 
     def feature_width(self, module: nn.Module) -> int:
         config: Any = module.config

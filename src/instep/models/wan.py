@@ -14,7 +14,6 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device
 from instep.models.family import ComfyUI, skipped
@@ -162,14 +161,6 @@ class WanFamily(PipelineFamily):
         used = padded[0].abs().sum(-1).nonzero()
         return {"text": padded[0, : int(used.max()) + 1 if len(used) else 0]}
 
-    def encode(self, prompts: Sequence[Prompt | str]) -> WanCondition:
-        """Embeddings up to the longest prompt and one padding token, which carries the weight of all padding."""
-        return self._pad(self.encoded(texts_of(prompts)))
-
-    def unconditional(self, prompts: Sequence[Prompt | str]) -> WanCondition:
-        """The negative prompts, padded likewise."""
-        return self._pad(self.encoded(negatives_of(prompts)))
-
     def blank(self, n: int) -> tuple[WanCondition, WanCondition]:
         """Texts of the stock length."""
         texts = WanCondition(
@@ -178,7 +169,8 @@ class WanFamily(PipelineFamily):
         )
         return texts, texts
 
-    def _pad(self, encoded: Sequence[Encoded]) -> WanCondition:
+    def condition_of(self, encoded: Sequence[Encoded]) -> WanCondition:
+        """Embeddings up to the longest prompt and one padding token, which carries the weight of all padding."""
         texts = [one["text"] for one in encoded]
         length = max(len(text) for text in texts) + 1
         width = self.pipe.transformer.config.text_dim

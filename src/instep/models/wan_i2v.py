@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from instep.core.size import Size
 from instep.data.first_frame import read_first_frame
-from instep.data.prompt import Prompt, as_prompts
+from instep.data.prompt import Prompt, as_prompts, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device, to_match
 from instep.models.borrow import compute_dtype, visiting
@@ -140,11 +140,11 @@ class WanImageFamily(WanFamily):
 
     def encode(self, prompts: Sequence[Prompt | str]) -> WanImageCondition:
         """Text and first frames; ValueError for a prompt that names none."""
-        return self._joined(super().encode(prompts), self._known(as_prompts(prompts)))
+        return self._joined(self.condition_of(self.encoded(texts_of(prompts))), self._known(as_prompts(prompts)))
 
     def unconditional(self, prompts: Sequence[Prompt | str]) -> WanImageCondition:
         """The negative prompts, without first frames: stacked on rows that have one they take theirs."""
-        return self._joined(super().unconditional(prompts), {})
+        return self._joined(self.condition_of(self.encoded(negatives_of(prompts))), {})
 
     def blank(self, n: int) -> tuple[WanImageCondition, WanImageCondition]:
         """Texts, and what is known of the videos."""

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.data.prompt import Prompt, negatives_of, texts_of
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device
-from instep.models.family import Task, skipped
-from instep.models.pipeline_family import PipelineFamily
+from instep.models.family import shown_tokens, skipped
+from instep.models.image_family import ImageFamily
 from instep.models.preset import Preset
 from instep.models.prompt_cache import Encoded
 
@@ -47,7 +46,7 @@ def _show_tokens(block: Any, args: tuple, output: Tensor) -> None:
     block.tokens(output[:, : block.image_tokens])
 
 
-class ZImageFamily(PipelineFamily):
+class ZImageFamily(ImageFamily):
     """A `ZImagePipeline` seen as a family; latents [B, C, H, W] are shifted and scaled as the transformer sees them.
 
     The transformer takes a list of texts of unequal length, so each call reads their lengths from the device. Z-Image-Turbo, which is distilled already, is
@@ -55,8 +54,6 @@ class ZImageFamily(PipelineFamily):
     """
 
     pipeline_class = "ZImagePipeline"
-    task: Task = "text-to-image"
-    axes: tuple[int, ...] = (0, 1, 2, 3)
     even_sigmas = True
     preset = Z_IMAGE
     text_length = TEXT_LENGTH
@@ -92,28 +89,14 @@ class ZImageFamily(PipelineFamily):
     def unit(self) -> int:
         return self.pipe.vae_scale_factor * PATCH
 
-    def fit_size(self, size: Size) -> tuple[int, ...]:
-        largest = self.unit * min(self.pipe.transformer.config.axes_lens[1:])
-        if size.frames != 1 or size.height % self.unit or size.width % self.unit or max(size.height, size.width) > largest:
-            raise ValueError(
-                f"size: {size.height} x {size.width}, {size.frames} frames does not fit this model; it draws one image, height and width multiples of "
-                f"{self.unit} up to {largest}"
-            )
-        return (self.pipe.transformer.config.in_channels, size.height // self.pipe.vae_scale_factor, size.width // self.pipe.vae_scale_factor)
-
-    def smallest(self) -> Size:
-        return Size(2 * self.unit, 2 * self.unit, 1)
+    @property
+    def largest(self) -> int:
+        return self.unit * min(self.pipe.transformer.config.axes_lens[1:])
 
     def encode_text(self, text: str) -> Encoded:
         """`text` [L, D], without padding."""
         (embeddings,), _ = self.pipe.encode_prompt([text], device=self.text_device, do_classifier_free_guidance=False, max_sequence_length=self.text_length)
         return {"text": embeddings}
-
-    def encode(self, prompts: Sequence[Prompt | str]) -> ZImageCondition:
-        return self._padded(self.encoded(texts_of(prompts)))
-
-    def unconditional(self, prompts: Sequence[Prompt | str]) -> ZImageCondition:
-        return self._padded(self.encoded(negatives_of(prompts)))
 
     def blank(self, n: int) -> tuple[ZImageCondition, ZImageCondition]:
         texts = ZImageCondition(
@@ -122,21 +105,10 @@ class ZImageFamily(PipelineFamily):
         )
         return texts, texts
 
-    def _padded(self, encoded: Sequence[Encoded]) -> ZImageCondition:
+    def condition_of(self, encoded: Sequence[Encoded]) -> ZImageCondition:
         texts = [one["text"].float() for one in encoded]
         text = nn.utils.rnn.pad_sequence(texts, batch_first=True)
         return ZImageCondition(text=to_device(text, self.device), length=to_device(torch.tensor([len(one) for one in texts]), self.device))
-
-    def decode_rows(self, x: Tensor) -> Tensor:
-        config = self.pipe.vae.config
-        z = x / config.scaling_factor + config.shift_factor
-        return self.pipe.vae.decode(z.to(self.vae_dtype)).sample.to(x.dtype) / 2 + 0.5
-
-    def encode_rows(self, media: Tensor) -> Tensor:
-        """Media [B, 3, H, W] in [0, 1] to latents [B, C, h, w]: the posterior's mean."""
-        config = self.pipe.vae.config
-        z = self.pipe.vae.encode((media * 2 - 1).to(self.vae_dtype)).latent_dist.mode()
-        return (z.to(media.dtype) - config.shift_factor) * config.scaling_factor
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, ZImageCondition)
@@ -162,11 +134,7 @@ class ZImageFamily(PipelineFamily):
     def feature_block(self, module: nn.Module) -> nn.Module:
         """At two thirds of the depth, as for Wan. A layer returns image tokens, then text tokens; an identity beside it is shown the image's."""
         block: Any = self._last_shown(module)
-        # a copy of a module brings its hook along, and one is enough
-        if not hasattr(block, "tokens"):
-            block.tokens = nn.Identity()
-            block.register_forward_hook(_show_tokens)
-        return block.tokens
+        return shown_tokens(block, _show_tokens)
 
     def feature_width(self, module: nn.Module) -> int:
         config: Any = module.config
