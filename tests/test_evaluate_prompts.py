@@ -12,6 +12,7 @@ from test_named_rewards import by_hand, resized, tiny_dinov2
 from test_preferences import tiny_clip
 from tiny import tiny_sd3_pipeline, tiny_wan_pipeline
 
+from instep.cli import evaluate_prompts
 from instep.cli.main import main
 from instep.data.prompt import as_prompts
 from instep.metrics.any_model import Seen, gathered, measures, observe, temporal_consistency
@@ -96,7 +97,10 @@ def test_two_families_on_the_command_line(clip, tmp_path, monkeypatch, capsys):
     assert [column["head"] for column in found["columns"]][:2] == ["compressible", "dynamic-degree"] and found["protocol"]["prompts"] == ["a hen", "a cat"]
     assert "wrote evaluation.json" in capsys.readouterr().out
     image = ["eval", "sd3", *line[:2], "--copies", "4", *line[4:], "--size", "16", "16", "1", "--features", str(clip[0]), "--real", "data"]
-    assert main([*image, "--out", "sd3.json"]) == 0
+    read, real_reader = [], evaluate_prompts.read_clip
+    monkeypatch.setattr(evaluate_prompts, "read_clip", lambda path, *more: read.append(path) or real_reader(path, *more))
+    assert main([*image[:2], "sd3", *image[2:], "--out", "sd3.json"]) == 0
+    assert len(read) == len(set(read)) > 0, "the given data are read once for all models of a size"
     values = json.loads((tmp_path / "sd3.json").read_text())["rows"][0]["values"]
     assert {"fd", "precision", "recall", "vendi"} <= set(values) and "flicker" not in values and values["fd"]["value"] > 0
     capsys.readouterr()

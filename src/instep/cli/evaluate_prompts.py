@@ -47,7 +47,8 @@ def eval_prompts_command(args: EvalArgs) -> int:
     """Measures each of `args.dirs`, prints a table, and writes rows and protocol to `args.out`."""
     torch.set_num_threads(default_threads())
     protocol = protocol_of(args)
-    rows = [measured(str(folder), args, protocol) for folder in args.dirs]
+    given: dict[Size, Tensor] = {}
+    rows = [measured(str(folder), args, protocol, given) for folder in args.dirs]
     shown = tuple(column for column in columns(protocol.reward, protocol.network) if any(column.key in row.values for row in rows))
     about = {
         "prompts": [str(prompt) for prompt in protocol.prompts],
@@ -83,8 +84,8 @@ def protocol_of(args: EvalArgs) -> Protocol:
 
 
 @torch.no_grad()
-def measured(name: str, args: EvalArgs, protocol: Protocol) -> Row:
-    """One model's row; its samples are drawn and measured prompt by prompt."""
+def measured(name: str, args: EvalArgs, protocol: Protocol, given: dict[Size, Tensor]) -> Row:
+    """One model's row; its samples are drawn and measured prompt by prompt. `given`: features of the given data at the sizes that were read already."""
     folder, record = find_pipeline(name)
     family = family_in(name, folder, record, Size(*args.size) if args.size else None)
     family.check_prompts(protocol.prompts)
@@ -103,8 +104,9 @@ def measured(name: str, args: EvalArgs, protocol: Protocol) -> Row:
             parts.append(observe(media.float().to(protocol.device), names, protocol.reward, protocol.network))
             progress.step()
     seen = gathered(parts)
-    real = given_features(protocol, family.size) if protocol.files else None
-    values = measures(seen, protocol.copies, real) | {"seconds": Value(seconds / len(protocol.prompts) / protocol.copies, 0.0)}
+    if protocol.files and family.size not in given:
+        given[family.size] = given_features(protocol, family.size)
+    values = measures(seen, protocol.copies, given.get(family.size)) | {"seconds": Value(seconds / len(protocol.prompts) / protocol.copies, 0.0)}
     nfe = settings.steps * (2 if settings.guidance != 1 else 1)
     return Row(Path(name).name, "student" if record else "teacher", values, nfe, settings.steps, settings.guidance, _count(seen))
 
