@@ -43,11 +43,13 @@ class SampleStreams:
     def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Standard normal numbers of `shape` [n, ...], on the host, by Box and Muller's method from 32 bits each."""
         n, size = shape[0], math.prod(shape[1:])
+        half, exact = -(-size // 2), dtype if dtype == torch.float64 else torch.float32
         out = torch.empty(n, size, dtype=dtype)
-        for rows, bits in self._bits(n, -(-size // 2)):
-            radius = (((bits >> 32) & _LOW).double() + 0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
-            angle = (bits & _LOW).double().mul_(2 * math.pi * 2.0**-32)
-            out[rows] = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :size].to(dtype)
+        for rows, bits in self._bits(n, half):
+            u, v = bits.view(torch.int32).to(exact).mul_(2.0**-32).split(half, 1)  # in [-1/2, 1/2]
+            radius = (u + 0.5).clamp_(min=2.0**-33).log_().mul_(-2).sqrt_()
+            angle = v * (2 * math.pi)
+            out[rows] = torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], 1)[:, :size]
         return out.reshape(tuple(shape))
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
