@@ -46,7 +46,7 @@ GUIDANCE = {"moving-digits": 1.0}  # where the guided teacher leaves no room; el
 
 @dataclass(frozen=True)
 class Plan:
-    """What all cells share: world, student's steps, teacher's guidance, iterations of the start and of what follows, batch, evaluation."""
+    """What all cells share: world, student's steps, teacher's guidance, iterations of the start and of what follows, batch, updates of the fake, evaluation."""
 
     world: str
     steps: int = 4
@@ -54,11 +54,12 @@ class Plan:
     base: int = 120
     more: int = 60
     batch: int = 32
+    critic_updates: int = 5
     protocol: EvalSize = "full"
 
     @property
     def common(self) -> Common:
-        return Common(steps=self.steps, guidance=self.guidance, batch=self.batch)
+        return Common(steps=self.steps, guidance=self.guidance, batch=self.batch, critic_updates=self.critic_updates)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ ARMS = {
     ),
     "dm-align-group-gentle": Arm(
         "DM-Align (Group), weights .3 and .7", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, weight=0.3, matching=0.7)
+    ),
+    "dm-align-group-light": Arm(
+        "DM-Align (Group), weights .2 and .8", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, weight=0.2, matching=0.8)
     ),
     "dm-align-group-letter": Arm("DM-Align (Group), the paper's letter", _letter),
 }
@@ -181,7 +185,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, help="of the teacher; default: 1 on moving-digits, else that of recipes on the world")
     parser.add_argument("--base", type=int, default=120, help="iterations of the start")
     parser.add_argument("--more", type=int, default=60, help="iterations of each arm after it")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, help="default: that of recipes on the world")
+    parser.add_argument("--critic-updates", type=int, help="default: that of recipes on the world")
     parser.add_argument("--protocol", choices=("quick", "full"), default="full", help="videos a row: about 240, or 612")
     parser.add_argument("--monitor-alone", action="store_true", help="measure without the held-out judge where it is not installed")
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
@@ -193,7 +198,8 @@ def main(given: Sequence[str] | None = None) -> None:
         parser.error(f"{notice}; install it, or give --monitor-alone")
     usual = with_settings(Common(), settings_of(args.world))
     guidance = GUIDANCE.get(args.world, usual.guidance) if args.guidance is None else args.guidance
-    plan, place = Plan(args.world, args.steps or usual.steps, guidance, args.base, args.more, args.batch, args.protocol), Place(args.runs, args.results)
+    batch, updates = args.batch or usual.batch, args.critic_updates or usual.critic_updates
+    plan, place = Plan(args.world, args.steps or usual.steps, guidance, args.base, args.more, batch, updates, args.protocol), Place(args.runs, args.results)
     place.results.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for name in args.arms:

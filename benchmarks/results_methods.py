@@ -152,7 +152,8 @@ def lines() -> list[str]:
         text += [
             f"### {plan['world']}, {plan['steps']} step{'s' * (plan['steps'] > 1)}",
             "",
-            f"Teacher's guidance {plan['guidance']:g}; {plan['base']} iterations, then {plan['more']}, batch {plan['batch']}.",
+            f"Teacher's guidance {plan['guidance']:g}; {plan['base']} iterations, then {plan['more']}, batch {plan['batch']}, "
+            f"{plan['critic_updates']} updates of the fake for each of the student.",
             "",
             *table(cells, evaluation.columns),
             "",

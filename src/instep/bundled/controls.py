@@ -16,7 +16,8 @@ NAME = "DMD2 for as many updates"
 
 
 def setup_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run and its control have in common, from a run's recipe.json: model, prompts, levels, guidance, optimisers, batch, and updates in all.
+    """What a run and its control have in common, from a run's recipe.json: model, prompts, levels, guidance, optimisers, batch, updates in all, and the fake's
+    updates for each of them.
 
     The methods differ; so may the number of stages and the size of a group.
     """
@@ -28,6 +29,7 @@ def setup_of(record: Mapping[str, Any]) -> dict[str, Any]:
         **{key: config[key] for key in ("guidance", "guidance_2", "sampler", "experts")},
         "optimisers": optimisers,
         "batches": sorted({stage["batch"] * stage["accumulate"] for stage in stages}),
+        "fake_updates": sorted({critic["updates"] for stage in stages for critic in stage["critics"] if critic["role"] == "fake"}),
         "updates": sum(stage["steps"] for stage in stages),
     }
 
