@@ -4,7 +4,6 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
-DEMO   ?= moving-digits
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test lint types results clean
@@ -18,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## distil and align the bundled model; before/after table and report.html
-	$(BIN)/instep train dm-align-group --model $(DEMO) --out runs/demo
+	$(BIN)/instep train refl --distil 40 --iterations 80 --model moving-words --out runs/demo
 
 test: $(STAMP) lint types  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 
-from instep.bundled import controls, find, load, teacher_probe
+from instep.bundled import controls, find, load, settings_of, teacher_probe
 from instep.bundled.baselines import FILE, Baselines, measured
 from instep.cli.evaluate import evaluation_of, measure_run, measured_worlds
 from instep.cli.export import read_run
 from instep.core.files import write_json
+from instep.recipes.common import Common
+from instep.recipes.defaults import with_settings
 from instep.training.probe import PROBE_PROMPTS, Probe, few_of
 
 # what runs of 4, 2 and 1 steps are compared with, and what `instep eval` shows without a run
@@ -35,13 +37,14 @@ def write_baselines(name: str) -> None:
     """Measures a model's baselines and its teacher's probe anew."""
     evaluation, family = evaluation_of(name), load(name)
     require(evaluation.notice)
-    teachers = [(steps, guidance) for steps in STEPS for guidance in (family.preset.guidance, 1.0)]
+    taught = with_settings(Common(), settings_of(name)).guidance
+    teachers = [(steps, guidance) for steps in STEPS for guidance in dict.fromkeys((family.preset.guidance, taught, 1.0))]
     rows = measured(Baselines(family, evaluation, evaluation.prompts("quick", 0)), teachers)
     write_json(find(name).folder / FILE, rows)
     print(f"wrote {find(name).folder / FILE}: {len(rows['rows'])} rows")
     own: Any = find(name).ready()
     probe = Probe(own.family, few_of(own.prompts, PROBE_PROMPTS), reward=own.reward, monitor=own.monitor)
-    write_json(find(name).folder / teacher_probe.FILE, teacher_probe.measure(probe, family.preset.guidance, *own.classifiers))
+    write_json(find(name).folder / teacher_probe.FILE, teacher_probe.measure(probe, taught, *own.classifiers))
     print(f"wrote {find(name).folder / teacher_probe.FILE}")
 
 

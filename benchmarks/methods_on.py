@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from measured import store
@@ -78,7 +78,13 @@ class Arm:
 
 
 def _letter(plan: Plan) -> Recipe:
-    return dm_align_group(plan.common, distil=0, iterations=plan.more, reach="last", toward="mean", normaliser="own", sign="signed", spread="group", top_n=2)
+    weights = {"weight": 0.5, "matching": 0.5}
+    signs: dict[str, Any] = {"reach": "last", "toward": "mean", "normaliser": "own", "sign": "signed", "spread": "group"}
+    return dm_align_group(plan.common, distil=0, iterations=plan.more, group=8, top_n=2, **signs, **weights)
+
+
+def _eight(plan: Plan, weight: float) -> Recipe:
+    return dm_align_group(plan.common, distil=0, iterations=plan.more, group=8, weight=weight, matching=1 - weight)
 
 
 ARMS = {
@@ -101,12 +107,12 @@ ARMS = {
     "dm-align-group-signed": Arm(
         "DM-Align (Group), signed, nearest of the best two", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, sign="signed", top_n=2)
     ),
-    "dm-align-group-gentle": Arm(
-        "DM-Align (Group), weights .3 and .7", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, weight=0.3, matching=0.7)
+    "dm-align-group-half": Arm(
+        "DM-Align (Group), weights .5 and .5", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, weight=0.5, matching=0.5)
     ),
-    "dm-align-group-light": Arm(
-        "DM-Align (Group), weights .2 and .8", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, weight=0.2, matching=0.8)
-    ),
+    "dm-align-group-eight": Arm("DM-Align (Group), groups of 8", lambda p: _eight(p, 0.3)),
+    "dm-align-group-eight-half": Arm("DM-Align (Group), groups of 8, weights .5 and .5", lambda p: _eight(p, 0.5)),
+    "matching-in-groups": Arm("matching alone in groups of 8 (alignment's weight .001)", lambda p: _eight(p, 0.001)),
     "dm-align-group-letter": Arm("DM-Align (Group), the paper's letter", _letter),
 }
 

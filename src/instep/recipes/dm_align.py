@@ -33,13 +33,13 @@ def dm_align_group(
     *,
     distil: int = 80,
     iterations: int = 40,
-    group: int = 8,
+    group: int = 4,
     top_n: int | None = None,
     toward: Toward = "nearest",
     sign: Sign = "pull",
     spread: Spread = "run",
-    weight: float = 0.5,
-    matching: float = 0.5,
+    weight: float = 0.3,
+    matching: float = 0.7,
     reach: Reach = "exit",
     normaliser: Normaliser = "target",
     estimate_by: Estimator = "fake",
@@ -47,13 +47,13 @@ def dm_align_group(
 ) -> Recipe:
     """Distil and align with a reward: DM-Align (Group), from prompts alone.
 
-    The paper's letter: --distil 0 --reach last --toward mean --normaliser own --sign signed --spread group.
+    The paper's letter: --distil 0 --reach last --toward mean --normaliser own --sign signed --spread group --weight 0.5 --matching 0.5.
 
     Args:
         common: options of every recipe.
         distil: student updates of distribution matching alone, before the reward joins; 0 joins it at once (the paper).
         iterations: student updates of matching and alignment together.
-        group: samples a prompt, compared with each other.
+        group: samples a prompt, compared with each other. Keep many prompts in a batch: with few of them, matching alone loses modes.
         top_n: number of a group's best samples that are preferred; default: half of the group.
         toward: which preferred sample a sample is moved to. nearest: the one most like it, which keeps what it shows apart from what is wrong;
             mean: the average of them (the paper), paler than any; kernel: their mean weighted by how likely each is to be the sample's own noised
