@@ -15,10 +15,11 @@ from typing import Any
 import every_recipe
 import torch
 from safetensors.torch import save_file
-from tiny import tiny_wan22_pipeline
+from tiny import tiny_sd3_pipeline, tiny_wan22_pipeline
 from torch import Tensor
 
 from instep.core.ranks import Ranks, joined
+from instep.core.size import Size
 from instep.lab.networks import VelocityMLP
 from instep.lab.run import common, ensemble_state
 from instep.lab.spec import build
@@ -26,6 +27,7 @@ from instep.lab.world import World
 from instep.methods.recipe import Recipe
 from instep.methods.term import Batch, Stored
 from instep.models.family import Family
+from instep.models.sd3 import SD3Family
 from instep.models.wan22 import Wan22Family
 from instep.recipes import find
 from instep.recipes.common import Common
@@ -53,12 +55,14 @@ NETWORKS = ("dmd2", "dm-align-group", "amd", "dmdr", "dollar", "apo")
 
 @contextmanager
 def double() -> Iterator[None]:
-    """New tensors are in double precision."""
-    before = torch.get_default_dtype()
+    """New tensors are in double precision, and so is what networks cast to float32, whatever the rest is in."""
+    before, single = torch.get_default_dtype(), Tensor.float
     torch.set_default_dtype(torch.float64)
+    Tensor.float = Tensor.double  # type: ignore[method-assign]
     try:
         yield
     finally:
+        Tensor.float = single  # type: ignore[method-assign]
         torch.set_default_dtype(before)
 
 
@@ -85,11 +89,21 @@ def _share(batch: Batch, ranks: Ranks) -> Batch:
     return replace(batch.rows(mine), stored=stored, following=following if ranks.count > 1 else None)
 
 
+def wide(family: Family) -> Family:
+    """The family in double precision."""
+    for part in (*family.parts(family.pretrained).values(), *family.vaes):
+        part.to(torch.float64)
+    return family
+
+
 def network(recipe: Recipe, family: Family, ranks: Ranks, checkpointing: str = "off") -> dict[str, Tensor]:
     """One iteration of every stage of a recipe on a miniature model."""
     execution = Execution(device="cpu", checkpointing=checkpointing)
-    placed = execution.place(family)
+    placed = execution.place(wide(family))
     state = every_recipe.state_of(recipe, placed, execution, ranks=ranks)
+    for trained in state.trained.values():
+        for p in trained.parameters.values():  # heads are made in float32
+            p.data = p.data.double()
     source, rows = every_recipe.batches_of(placed, ranks=ranks), {}
     for i, stage in enumerate(stage for stage in recipe.stages if stage.steps):
         for n in range(2):
@@ -116,22 +130,28 @@ def _tiny(name: str, ranks: Ranks, **options: object) -> dict[str, Tensor]:
     return network(every_recipe.small(name, **options), every_recipe.family(), ranks, checkpointing)
 
 
-def _experts(ranks: Ranks) -> dict[str, Tensor]:
+def _experts(ranks: Ranks, **options: object) -> dict[str, Tensor]:
+    """Two experts of equal shape: one that is called in place of the other raises no error."""
     family = Wan22Family(tiny_wan22_pipeline(), every_recipe.SIZE, name="tiny")
-    return network(every_recipe.small("dm-align-group", lora_rank=2), family, ranks)
+    return network(every_recipe.small("dm-align-group", **options), family, ranks)
+
+
+def _images(ranks: Ranks, **options: object) -> dict[str, Tensor]:
+    return network(every_recipe.small("dm-align-group", **options), SD3Family(tiny_sd3_pipeline(), Size(16, 16, 1), name="tiny"), ranks)
 
 
 CASES: dict[str, Callable[[Ranks], dict[str, Tensor]]] = {
     **{f"lab/{name}": partial(laboratory, name) for name in LAB},
     **{f"wan/{name}": partial(_tiny, name) for name in NETWORKS},
     **{f"wan/{name}/lora": partial(_tiny, name, lora_rank=2, checkpointing="on") for name in NETWORKS},
-    "wan22/dm-align-group/lora": _experts,
+    "wan22/dm-align-group": _experts,
+    "wan22/dm-align-group/lora": partial(_experts, lora_rank=2),
+    "sd3/dm-align-group": _images,
+    "sd3/dm-align-group/lora": partial(_images, lora_rank=2),
 }
 
 
 def results(case: str, ranks: Ranks) -> dict[str, Tensor]:
-    if not case.startswith("lab/"):
-        return CASES[case](ranks)
     with double():
         return CASES[case](ranks)
 

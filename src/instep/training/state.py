@@ -65,7 +65,7 @@ class TrainedParams:
             group |= {"lr": torch.tensor(lr) if self.low_bit else lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
         if not self.low_bit:
             # the fused kernel looks at it on the device and then leaves weights and moments alone
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
             self.optimizer.step()
         elif bool(finite):  # waits for the device: torchao's step has no such flag
             self.optimizer.step()
