@@ -19,6 +19,7 @@ from tiny import tiny_sd3_pipeline, tiny_wan22_pipeline
 from torch import Tensor
 
 from instep.core.ranks import Ranks, joined
+from instep.core.shards import whole
 from instep.core.size import Size
 from instep.lab.networks import VelocityMLP
 from instep.lab.run import common, ensemble_state
@@ -96,14 +97,15 @@ def wide(family: Family) -> Family:
     return family
 
 
-def network(recipe: Recipe, family: Family, ranks: Ranks, checkpointing: str = "off") -> dict[str, Tensor]:
-    """One iteration of every stage of a recipe on a miniature model."""
-    execution = Execution(device="cpu", checkpointing=checkpointing)
+def network(recipe: Recipe, family: Family, ranks: Ranks, checkpointing: str = "off", shard: str = "off", micro: int | None = None) -> dict[str, Tensor]:
+    """Two iterations of every stage of a recipe on a miniature model."""
+    execution = Execution(device="cpu", checkpointing=checkpointing, shard=shard, micro_batch=micro)
     placed = execution.place(wide(family))
     state = every_recipe.state_of(recipe, placed, execution, ranks=ranks)
     for trained in state.trained.values():
         for p in trained.parameters.values():  # heads are made in float32
-            p.data = p.data.double()
+            if p.dtype == torch.float32:
+                p.data = p.data.double()
     source, rows = every_recipe.batches_of(placed, ranks=ranks), {}
     for i, stage in enumerate(stage for stage in recipe.stages if stage.steps):
         for n in range(2):
@@ -118,6 +120,8 @@ def _everything(state: TrainState, rows: Mapping[str, float]) -> dict[str, Tenso
         found |= {f"{name}/{key}": value for key, value in trained.state().items()}
         found |= {f"{name}/moments/{i}/{key}": x for i, kept in enumerate(trained.optimizer.state.values()) for key, x in kept.items()}
         found |= {f"{name}/average/{key}": x for key, x in (trained.ema or {}).items()}
+    if state.sharded:
+        found = {key: whole(x) for key, x in found.items()}
     if state.latent_reward is not None:
         found |= {f"latent_reward/{key}": x for key, x in state.latent_reward.state().items()}
     # correlations within a share have a mean over ranks, which is another number
@@ -125,19 +129,19 @@ def _everything(state: TrainState, rows: Mapping[str, float]) -> dict[str, Tenso
     return {key: x.detach().double().contiguous().clone() for key, x in found.items()}
 
 
-def _tiny(name: str, ranks: Ranks, **options: object) -> dict[str, Tensor]:
-    checkpointing = options.pop("checkpointing", "off")
-    return network(every_recipe.small(name, **options), every_recipe.family(), ranks, checkpointing)
+def _tiny(name: str, ranks: Ranks, lora_rank: int | None = None, **execution: Any) -> dict[str, Tensor]:
+    return network(every_recipe.small(name, lora_rank=lora_rank), every_recipe.family(), ranks, **execution)
 
 
-def _experts(ranks: Ranks, **options: object) -> dict[str, Tensor]:
+def _experts(ranks: Ranks, lora_rank: int | None = None, **execution: Any) -> dict[str, Tensor]:
     """Two experts of equal shape: one that is called in place of the other raises no error."""
     family = Wan22Family(tiny_wan22_pipeline(), every_recipe.SIZE, name="tiny")
-    return network(every_recipe.small("dm-align-group", **options), family, ranks)
+    return network(every_recipe.small("dm-align-group", lora_rank=lora_rank), family, ranks, **execution)
 
 
-def _images(ranks: Ranks, **options: object) -> dict[str, Tensor]:
-    return network(every_recipe.small("dm-align-group", **options), SD3Family(tiny_sd3_pipeline(), Size(16, 16, 1), name="tiny"), ranks)
+def _images(ranks: Ranks, lora_rank: int | None = None, **execution: Any) -> dict[str, Tensor]:
+    family = SD3Family(tiny_sd3_pipeline(), Size(16, 16, 1), name="tiny")
+    return network(every_recipe.small("dm-align-group", lora_rank=lora_rank), family, ranks, **execution)
 
 
 CASES: dict[str, Callable[[Ranks], dict[str, Tensor]]] = {
@@ -148,6 +152,13 @@ CASES: dict[str, Callable[[Ranks], dict[str, Tensor]]] = {
     "wan22/dm-align-group/lora": partial(_experts, lora_rank=2),
     "sd3/dm-align-group": _images,
     "sd3/dm-align-group/lora": partial(_images, lora_rank=2),
+    **{f"wan/{name}/shard": partial(_tiny, name, shard="on") for name in NETWORKS},
+    **{f"wan/{name}/shard/lora": partial(_tiny, name, lora_rank=2, shard="on") for name in NETWORKS},
+    **{f"wan/{name}/shard/checkpointed": partial(_tiny, name, shard="on", checkpointing="on", micro=1) for name in NETWORKS},
+    **{f"wan/{name}/shard/lora/checkpointed": partial(_tiny, name, lora_rank=2, shard="on", checkpointing="on", micro=1) for name in NETWORKS},
+    "wan22/dm-align-group/shard": partial(_experts, shard="on"),
+    "wan22/dm-align-group/shard/lora": partial(_experts, lora_rank=2, shard="on"),
+    "sd3/dm-align-group/shard": partial(_images, shard="on", checkpointing="on"),
 }
 
 
