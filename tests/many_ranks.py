@@ -167,11 +167,11 @@ def results(case: str, ranks: Ranks) -> dict[str, Tensor]:
         return CASES[case](ranks)
 
 
-RUN, COLLECTIVES = "run", "collectives"
+RUN, SHARDED_RUN, COLLECTIVES = "run", "run/shard", "collectives"
 STEPS, STOPS_AT = 4, 2
 
 
-def run(out: Path, stops: bool = False) -> Run:
+def run(out: Path, stops: bool = False, shard: str = "off") -> Run:
     """A short run, which ends in a student; with `stops` the last rank gets SIGTERM in its iteration to the step `STOPS_AT`."""
     recipe = find("dm-align-group")(Common(steps=2, batch=4, critic_updates=1, ema=0.9), distil=0, iterations=STEPS, group=2, top_n=1)
     seen: list[int] = []
@@ -183,7 +183,7 @@ def run(out: Path, stops: bool = False) -> Run:
             os.kill(os.getpid(), signal.SIGTERM)
         return media.mean((1, 2, 3, 4))
 
-    options = RunOptions(save_every=1, keep=9, probe_every=STEPS, terms_every=0, execution=Execution(device="cpu"))
+    options = RunOptions(save_every=1, keep=9, probe_every=STEPS, terms_every=0, execution=Execution(device="cpu", shard=shard))
     return train(recipe, every_recipe.family(), out=out, prompts=every_recipe.PROMPTS, reward=FunctionReward(brightness, "brightness"), options=options)
 
 
@@ -208,11 +208,14 @@ def main(file: str, *cases: str) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
         found = {}
-        for case in (case for case in cases if case != RUN):
+        for case in (case for case in cases if case not in (RUN, SHARDED_RUN)):
             with counted() as sizes:
                 found |= {f"{case}|{key}": x for key, x in results(case, ranks).items()}
             found[f"{case}|{COLLECTIVES}"] = torch.tensor(sizes)
         save_file(found, Path(f"{file}-{ranks.rank}.safetensors"))
+        if SHARDED_RUN in cases:
+            for _ in range(2):  # the second one resumes what is finished
+                run(Path(f"{file}-shard"), shard="on")
         if RUN in cases:
             try:
                 run(Path(f"{file}-run"), stops=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from instep.core.ranks import Ranks
@@ -34,8 +34,8 @@ def mesh_of(ranks: Ranks, device: torch.device) -> DeviceMesh:
 class Sharded:
     """The network of a backbone, `name`, on `ranks`. With `guarded` each call is compared across ranks before it is made.
 
-    A call of a sharded network is a collective, which all ranks make alike. Ranks that call two networks of equal shapes, each another one, get wrong numbers and
-    no error, so debug runs (TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL) and the tests are guarded.
+    A call of a sharded network is a collective, which all ranks make alike. Ranks that call two networks of equal shapes, each another one, get wrong numbers
+    and no error, so debug runs (TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL) and the tests are guarded.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Sharded:
 def shard(parts: Mapping[str, nn.Module], trained: Mapping[str, bool], dtype: torch.dtype, mesh: DeviceMesh, ranks: Ranks, device: torch.device) -> None:
     """Divides the parts of a network in place, a block at a time, and leaves each process's share on `device`.
 
-    The precision is that of one device: networks compute in `dtype`, gradients are averaged in float32 or better, and what diffusers keeps in float32 stays so
-    and is whole on every process. Trained weights are divided in float32 and rounded where they are gathered, so that the optimiser needs no other copy of them.
-    The tensors of the parts are not changed: others may hold them.
+    The precision is that of one device: networks compute in `dtype`, gradients are averaged in float32 or better, and what diffusers keeps in float32 stays
+    so and is whole on every process. Trained weights are divided in float32 and rounded where they are gathered, so that the optimiser needs no other copy of
+    them. The tensors of the parts are not changed: others may hold them.
     """
     for name, part in parts.items():
         _shard_part(part, trained[name], dtype, mesh, device)
@@ -102,7 +102,7 @@ def _announce(ranks: Ranks, number: int, module: nn.Module, args: Any) -> None:
     ranks.led.announce(number)
 
 
-def _pass(unit: FSDPModule) -> None:
+def _pass(unit: Any) -> None:
     """A unit's part in a forward pass of rank 0."""
     unit.unshard()
     unit.reshard()

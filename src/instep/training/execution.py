@@ -53,9 +53,10 @@ class Execution:
     compile: bool = False
     """torch.compile of the network's repeated blocks: minutes at the start, faster steps."""
     shard: Literal["auto", "on", "off"] = "auto"
-    """In several processes (torchrun): each keeps its part of every network, of the moments and of the averages, and gathers a block's weights when it is computed
-    (FSDP2). Memory falls with the number of processes, and weights travel in every pass. auto: on where networks of more than 500 million parameters are
-    trained as full copies; smaller ones and adapters (--lora-rank) fit on one card, which then sends less. Not together with offload, compile and 8bit moments."""
+    """In several processes (torchrun): each keeps its part of every network, of the moments and of the averages, and gathers the weights of a block when it
+    is computed (FSDP2). Memory falls with the number of processes, and weights travel in every pass. auto: on where full copies of a network of more than
+    500 million parameters are trained; smaller networks and adapters (--lora-rank) fit on one card, and send less. Not together with offload, compile and
+    moments 8bit."""
     attention: str | None = None
     """Attention backend by diffusers' name, for example _native_cudnn, flash, _flash_3, sage; default: PyTorch's own choice."""
 

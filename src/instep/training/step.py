@@ -169,7 +169,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
             transition=stage.rollout.transition,
             guidance=guidance,
             device=state.device,
-            same_calls=state.sharded,
+            same_calls=state.ranks.count if state.sharded else 0,
         )
 
 
