@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from instep.methods.recipe import Recipe
 from instep.methods.term import Batch, Stored
 from instep.models.family import Family
 from instep.models.sd3 import SD3Family
+from instep.models.sharded import Mismatch
 from instep.models.wan22 import Wan22Family
 from instep.recipes import find
 from instep.recipes.common import Common
@@ -97,14 +98,13 @@ def wide(family: Family) -> Family:
     return family
 
 
-def network(recipe: Recipe, family: Family, ranks: Ranks, checkpointing: str = "off", shard: str = "off", micro: int | None = None) -> dict[str, Tensor]:
-    """Two iterations of every stage of a recipe on a miniature model."""
-    execution = Execution(device="cpu", checkpointing=checkpointing, shard=shard, micro_batch=micro)
-    placed = execution.place(wide(family))
+def network(recipe: Recipe, family: Family, ranks: Ranks, execution: Execution = Execution(device="cpu")) -> dict[str, Tensor]:
+    """Two iterations of every stage of a recipe on a miniature model, in double precision unless its execution names another."""
+    placed = execution.place(family if execution.dtype else wide(family))
     state = every_recipe.state_of(recipe, placed, execution, ranks=ranks)
     for trained in state.trained.values():
         for p in trained.parameters.values():  # heads are made in float32
-            if p.dtype == torch.float32:
+            if execution.dtype is None and p.dtype == torch.float32:
                 p.data = p.data.double()
     source, rows = every_recipe.batches_of(placed, ranks=ranks), {}
     for i, stage in enumerate(stage for stage in recipe.stages if stage.steps):
@@ -129,45 +129,64 @@ def _everything(state: TrainState, rows: Mapping[str, float]) -> dict[str, Tenso
     return {key: x.detach().double().contiguous().clone() for key, x in found.items()}
 
 
-def _tiny(name: str, ranks: Ranks, lora_rank: int | None = None, **execution: Any) -> dict[str, Tensor]:
-    return network(every_recipe.small(name, lora_rank=lora_rank), every_recipe.family(), ranks, **execution)
+def _tiny(name: str, ranks: Ranks, lora_rank: int | None = None, execution: Execution = Execution(device="cpu")) -> dict[str, Tensor]:
+    return network(every_recipe.small(name, lora_rank=lora_rank), every_recipe.family(), ranks, execution)
 
 
-def _experts(ranks: Ranks, lora_rank: int | None = None, **execution: Any) -> dict[str, Tensor]:
+def _experts(ranks: Ranks, lora_rank: int | None = None, execution: Execution = Execution(device="cpu")) -> dict[str, Tensor]:
     """Two experts of equal shape: one that is called in place of the other raises no error."""
     family = Wan22Family(tiny_wan22_pipeline(), every_recipe.SIZE, name="tiny")
-    return network(every_recipe.small("dm-align-group", lora_rank=lora_rank), family, ranks, **execution)
+    return network(every_recipe.small("dm-align-group", lora_rank=lora_rank), family, ranks, execution)
 
 
-def _images(ranks: Ranks, lora_rank: int | None = None, **execution: Any) -> dict[str, Tensor]:
+def _images(ranks: Ranks, lora_rank: int | None = None, execution: Execution = Execution(device="cpu")) -> dict[str, Tensor]:
     family = SD3Family(tiny_sd3_pipeline(), Size(16, 16, 1), name="tiny")
-    return network(every_recipe.small("dm-align-group", lora_rank=lora_rank), family, ranks, **execution)
+    return network(every_recipe.small("dm-align-group", lora_rank=lora_rank), family, ranks, execution)
 
 
+# in each process one block's weights whole at a time
+SHARDED = Execution(device="cpu", shard="on")
+# blocks and rows are computed again in the backward pass
+SHARDED_ROWS = Execution(device="cpu", shard="on", checkpointing="on", micro_batch=1)
+SHARDED_BFLOAT16 = "wan/dm-align-group/shard/bfloat16"
 CASES: dict[str, Callable[[Ranks], dict[str, Tensor]]] = {
     **{f"lab/{name}": partial(laboratory, name) for name in LAB},
     **{f"wan/{name}": partial(_tiny, name) for name in NETWORKS},
-    **{f"wan/{name}/lora": partial(_tiny, name, lora_rank=2, checkpointing="on") for name in NETWORKS},
+    **{f"wan/{name}/lora": partial(_tiny, name, lora_rank=2, execution=Execution(device="cpu", checkpointing="on")) for name in NETWORKS},
     "wan22/dm-align-group": _experts,
     "wan22/dm-align-group/lora": partial(_experts, lora_rank=2),
     "sd3/dm-align-group": _images,
     "sd3/dm-align-group/lora": partial(_images, lora_rank=2),
-    **{f"wan/{name}/shard": partial(_tiny, name, shard="on") for name in NETWORKS},
-    **{f"wan/{name}/shard/lora": partial(_tiny, name, lora_rank=2, shard="on") for name in NETWORKS},
-    **{f"wan/{name}/shard/checkpointed": partial(_tiny, name, shard="on", checkpointing="on", micro=1) for name in NETWORKS},
-    **{f"wan/{name}/shard/lora/checkpointed": partial(_tiny, name, lora_rank=2, shard="on", checkpointing="on", micro=1) for name in NETWORKS},
-    "wan22/dm-align-group/shard": partial(_experts, shard="on"),
-    "wan22/dm-align-group/shard/lora": partial(_experts, lora_rank=2, shard="on"),
-    "sd3/dm-align-group/shard": partial(_images, shard="on", checkpointing="on"),
+    **{f"wan/{name}/shard": partial(_tiny, name, execution=SHARDED) for name in NETWORKS},
+    **{f"wan/{name}/shard/lora": partial(_tiny, name, lora_rank=2, execution=SHARDED) for name in NETWORKS},
+    **{f"wan/{name}/shard/rows": partial(_tiny, name, execution=SHARDED_ROWS) for name in NETWORKS},
+    **{f"wan/{name}/shard/lora/rows": partial(_tiny, name, lora_rank=2, execution=SHARDED_ROWS) for name in NETWORKS},
+    "wan22/dm-align-group/shard": partial(_experts, execution=SHARDED),
+    "wan22/dm-align-group/shard/lora": partial(_experts, lora_rank=2, execution=SHARDED),
+    "sd3/dm-align-group/shard": partial(_images, execution=SHARDED_ROWS),
+    SHARDED_BFLOAT16: partial(_tiny, "dm-align-group", execution=replace(SHARDED_ROWS, dtype="bfloat16")),
 }
 
 
+def guarded(ranks: Ranks) -> str:
+    """What comes of two processes that call two experts of equal shape, each another one."""
+    family = Wan22Family(tiny_wan22_pipeline(), every_recipe.SIZE, name="tiny")
+    state = every_recipe.state_of(every_recipe.small("dm-align-group"), family, SHARDED, ranks=ranks)
+    x, level = torch.zeros(2, *family.latent_shape), 0.95 if ranks.first else 0.5
+    try:
+        with torch.no_grad():
+            state.roles["teacher"](x, torch.full((2,), level), family.encode(every_recipe.PROMPTS[:2]))
+    except Mismatch as error:
+        return str(error)
+    return "no error"
+
+
 def results(case: str, ranks: Ranks) -> dict[str, Tensor]:
-    with double():
+    with nullcontext() if case == SHARDED_BFLOAT16 else double():
         return CASES[case](ranks)
 
 
-RUN, SHARDED_RUN, COLLECTIVES = "run", "run/shard", "collectives"
+RUN, SHARDED_RUN, GUARD, COLLECTIVES = "run", "run/shard", "guard", "collectives"
 STEPS, STOPS_AT = 4, 2
 
 
@@ -189,30 +208,36 @@ def run(out: Path, stops: bool = False, shard: str = "off") -> Run:
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """The numbers that each collective inside sends."""
+    """The numbers that each collective inside sends or, of a sharded network's, brings together."""
     sizes: list[int] = []
-    real = torch.distributed.all_reduce
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+    before = {name: getattr(torch.distributed, name) for name in names}
 
-    def counting(x: Tensor, *args: Any) -> Any:
-        sizes.append(x.numel())
-        return real(x, *args)
+    def counting(name: str, *args: Any, **kwargs: Any) -> Any:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        sizes.append(max(x.numel() for x in tensors))
+        return before[name](*args, **kwargs)
 
-    torch.distributed.all_reduce = counting
+    for name in names:
+        setattr(torch.distributed, name, partial(counting, name))
     try:
         yield sizes
     finally:
-        torch.distributed.all_reduce = real
+        for name in names:
+            setattr(torch.distributed, name, before[name])
 
 
 def main(file: str, *cases: str) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
         found = {}
-        for case in (case for case in cases if case not in (RUN, SHARDED_RUN)):
+        for case in (case for case in cases if case in CASES):
             with counted() as sizes:
                 found |= {f"{case}|{key}": x for key, x in results(case, ranks).items()}
             found[f"{case}|{COLLECTIVES}"] = torch.tensor(sizes)
         save_file(found, Path(f"{file}-{ranks.rank}.safetensors"))
+        if GUARD in cases:
+            Path(f"{file}-{ranks.rank}.guard").write_text(guarded(ranks), encoding="utf-8")
         if SHARDED_RUN in cases:
             for _ in range(2):  # the second one resumes what is finished
                 run(Path(f"{file}-shard"), shard="on")
