@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from instep.core.ranks import Ranks
 from instep.methods.recipe import Recipe, Stage
 from instep.models.family import Family
-from instep.core.ranks import Ranks
 from instep.planning.beside import Aside, asides
 from instep.planning.shares import divided, sent_bytes, share_of
 from instep.planning.trace import OTHER_BATCHES, Model, Trace
@@ -64,7 +64,7 @@ class RewardCost:
 @dataclass(frozen=True)
 class StagePlan:
     """What an iteration of a stage costs on one device: bytes by kind on the device and in host memory, its trace, and the bytes that the device sends to the
-    others at least: the gradients of what each has whole, once an optimiser step (see `planning/shares.py`)."""
+    others (`planning/shares.py`). Sending is counted in `seconds` as if nothing were computed meanwhile."""
 
     stage: Stage
     memory: Mapping[str, float]
@@ -154,7 +154,7 @@ def _stage_plan(model: Model, stage: Stage, execution: Execution, machine: Machi
     memory, host = _placed(trace, execution, machine, model)
     if trace.scored and reward.bytes:
         memory["reward model (assumed)"] = reward.bytes
-    sent = sent_bytes(model, stage, sharded=_shards(execution, machine, model), gpus=machine.gpus)
+    sent = sent_bytes(model, stage, trace, sharded=_shards(execution, machine, model), gpus=machine.gpus)
     seconds = trace.total_flops / machine.throughput + trace.scored * reward.seconds + sent / machine.link
     return StagePlan(stage, memory, host, trace, seconds, sent)
 

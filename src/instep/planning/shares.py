@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from instep.core.shards import is_divided
+import torch
+from torch import Tensor
+
 from instep.methods.recipe import Recipe, Stage
 from instep.training.checks import check_ranks
 
 if TYPE_CHECKING:
-    from instep.planning.trace import Model
+    from instep.planning.trace import Depth, Model, Trace
 
 
 def share_of(recipe: Recipe, gpus: int) -> Recipe:
@@ -34,25 +36,37 @@ def divided(memory: Mapping[str, float], recipe: Recipe, gpus: int, whole: tuple
     return found
 
 
-def sent_bytes(model: Model, stage: Stage, *, sharded: bool, gpus: int) -> float:
-    """Bytes that each of `gpus` devices sends in an iteration at least, by the best algorithms: 2 (n - 1) / n of what is averaged, half of it for the weights
-    of a sharded network in a pass, and half for their gradients.
+def sent_bytes(model: Model, stage: Stage, trace: Trace, *, sharded: bool, gpus: int) -> float:
+    """Bytes that each of `gpus` devices sends in an iteration, by the best algorithms: (n - 1) / n of what is gathered or divided, twice that of what is
+    averaged whole.
 
-    Gradients are averaged once in an optimiser step, in float32 or better. A sharded network is gathered in its compute dtype for a forward pass of every
-    role that the stage calls, and once more for a backward pass: rollouts of several steps and micro-batches, which call it more often, send more.
+    What is whole on each device is averaged once in an optimiser step, in float32. A sharded network is gathered in its compute dtype for every call: forward,
+    backward, and again where rows are computed again; its gradients are divided after every backward pass. The number of calls is that of the trace's FLOPs in
+    those of one call of as many rows.
     """
     if gpus == 1:
         return 0.0
-    part, depth = (gpus - 1) / gpus, model.depths[-1]
+    part, sent, depth = (gpus - 1) / gpus, 0.0, model.depths[-1]
     scale = model.blocks / depth.blocks if depth.blocks else 1.0
-    sent = 0.0
     updates = {"student": stage.inner_epochs if stage.terms else 0} | {critic.role: critic.updates for critic in stage.critics}
-    for name, times in updates.items():
-        trained, copied = depth.state.trained[name], sharded and model.recipe.roles.get(name) is not None and model.recipe.roles[name].lora is None
-        gradients = sum(master.nbytes for master in trained.masters.values() if not is_divided(master))
-        sent += scale * times * part * gradients * (1 if copied else 2)
-    if sharded:
-        weights = sum(p.nbytes for p in model.family.pretrained.parameters())
-        passes = 2 * sum(updates.values()) + 1  # forward and backward of what is trained, and the teacher
-        sent += stage.accumulate * passes * part * weights
+    sizes = {name: scale * sum(p.nbytes for p in depth.state.trained[name].masters.values()) for name in updates}
+    copies = {name for name in updates if sharded and name in model.recipe.roles and model.recipe.roles[name].lora is None}
+    sent += sum(2 * part * times * sizes[name] for name, times in updates.items() if name not in copies)
+    if not sharded:
+        return sent
+    weights = sum(p.nbytes for p in model.family.pretrained.parameters())
+    rows = model.family.micro_batch
+    n = min(stage.batch, rows or stage.batch)
+    one = model.trace_call(lambda depth: _call(depth, n)).total_flops
+    again = 2 if rows is not None and rows < stage.batch else 1
+    for name in model.recipe.roles:
+        backward = trace.flops.get((name, "backward"), 0.0) / (one * (2 if name in copies else 1))
+        sent += part * weights * (trace.flops.get((name, "forward"), 0.0) / one + again * backward)
+        sent += part * backward * sizes[name] if name in copies else 0.0
     return sent
+
+
+def _call(depth: Depth, n: int) -> Tensor:
+    cond, _ = depth.family.blank(n)
+    x = torch.zeros(n, *depth.family.latent_shape, device=depth.family.device)
+    return depth.state.roles["student"](x, torch.ones(n), cond).x0
