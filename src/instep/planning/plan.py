@@ -63,8 +63,8 @@ class RewardCost:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What an iteration of a stage costs on one device: bytes by kind on the device and in host memory, its trace, and the bytes that the device sends to the
-    others (`planning/shares.py`). Sending is counted in `seconds` as if nothing were computed meanwhile."""
+    """What an iteration of a stage costs on one device: bytes by kind on the device and in host memory, its trace, and the bytes that the device sends to
+    the others (`planning/shares.py`). Sending is counted in `seconds` as if nothing were computed meanwhile."""
 
     stage: Stage
     memory: Mapping[str, float]
