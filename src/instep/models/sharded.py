@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from instep.core.ranks import Ranks
 
 
-class Mismatch(RuntimeError):
+class Mismatch(ValueError):
     """The processes of a run called different networks, or the same one with other rows."""
 
 

@@ -123,7 +123,8 @@ def plan(
     """The plan of a recipe on a family whose networks are on the meta device (`models/outline.py`).
 
     `execution` is the run's, except that its device is `machine`, and that compilation and the attention backend are left out: a fused kernel is assumed.
-    Of several devices each has its share of every batch. `adapted` makes the same recipe with adapters of rank `RANK`, where it has the option lora_rank; advice may then name it. `terms_every`: see `RunOptions`.
+    Of several devices each has its share of every batch. `adapted` makes the same recipe with adapters of rank `RANK`, where it has the option lora_rank;
+    advice may then name it. `terms_every`: see `RunOptions`.
     """
     recipe = share_of(recipe, machine.gpus)
     model = _model(recipe, family, execution, terms_every)
