@@ -27,6 +27,8 @@ from instep.training.execution import Execution
 # one and two experts
 LABORATORY = ("lab/dmd2", "lab/dm-align-group", "lab/amd", "lab/dmdr", "lab/dollar", "lab/flow-grpo", "lab/apo")
 SHARDED = ("wan/dm-align-group/shard/rows", "wan/dmd2/shard/lora/rows", "wan/amd/shard/lora", "wan22/dm-align-group/shard")
+# a sharded network that four processes share
+FOUR = "wan/dmd2/shard/rows"
 QUICK = (*LABORATORY, "wan/dm-align-group", *SHARDED)
 
 
@@ -140,10 +142,12 @@ def test_every_recipe_on_several_processes(tmp_path):
     """The number and the sizes of collectives do not depend on the number of processes."""
     two = spawned(tmp_path, 2, tuple(many_ranks.CASES))
     laboratory = [case for case in many_ranks.CASES if case.startswith("lab/")]
-    four = spawned(tmp_path, 4, laboratory)
+    four = spawned(tmp_path, 4, [*laboratory, FOUR])
     for case in many_ranks.CASES:
         if case != many_ranks.SHARDED_BFLOAT16:
             check(case, two)
+    check(FOUR, four)
+    assert len(four[0][f"{FOUR}|{many_ranks.COLLECTIVES}"]) == len(two[0][f"{FOUR}|{many_ranks.COLLECTIVES}"]), "their sizes have padding"
     for case in laboratory:
         check(case, four)
         assert torch.equal(two[0][f"{case}|{many_ranks.COLLECTIVES}"], four[0][f"{case}|{many_ranks.COLLECTIVES}"])

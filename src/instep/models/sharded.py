@@ -7,6 +7,7 @@ each pass would send more than one average a step does.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +66,8 @@ def shard(parts: Mapping[str, nn.Module], trained: Mapping[str, bool], dtype: to
     so and is whole on every process. Trained weights are divided in float32 and rounded where they are gathered, so that the optimiser needs no other copy of
     them. The tensors of the parts are not changed: others may hold them.
     """
+    # of a root whose output is a view, which a family reads and does not write into
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     for name, part in parts.items():
         _shard_part(part, trained[name], dtype, mesh, device)
         for unit in [*units(part), part]:

@@ -48,6 +48,17 @@ def divided(contents: dict[str, Any], state: TrainState) -> dict[str, Any]:
     return found
 
 
+def lay_out(state: TrainState) -> None:
+    """Takes this rank's part of moments and averages that were loaded whole."""
+    if not state.sharded:
+        return
+    for trained in state.trained.values():
+        for p, kept in trained.optimizer.state.items():
+            kept |= {key: part_of(x, p) for key, x in kept.items() if isinstance(x, Tensor) and x.ndim and not isinstance(x, DTensor)}
+        if trained.ema is not None:
+            trained.ema = {key: x if isinstance(x, DTensor) else part_of(x, trained.masters[key]) for key, x in trained.ema.items()}
+
+
 def whole_student(state: TrainState, recipe: Recipe, lent: Family, execution: Execution) -> Callable[[], Role]:
     """What returns the student on rank 0, which takes it while it leads: of a sharded run a network of its own, in host memory where networks take turns
     on a device, filled a tensor at a time."""

@@ -22,7 +22,7 @@ from instep.training.align_views import align_stage, align_views
 from instep.training.batches import BatchSource
 from instep.training.build import averaged
 from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended
-from instep.training.gathered import divided, gathered, mine
+from instep.training.gathered import divided, gathered, lay_out, mine
 from instep.training.health import Finding, HealthMonitor
 from instep.training.hold import Controller, Held
 from instep.training.log import RunLog, Tracker
@@ -282,6 +282,7 @@ class Loop:
         elif start_from is not None:
             with self.ranks.one_by_one():
                 saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
+            lay_out(self.state)
         check_state(mine(saved.contents(self.state, self.source)))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:

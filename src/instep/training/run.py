@@ -116,7 +116,7 @@ def train(
         if device.type != lent.device.type:
             print(f"{lent.name} is on the {lent.device.type} and trains on {device}; it stays as it is, and device={lent.device.type} trains it there")
         with visiting(modules_in(scored, monitor), device):
-            placed = options.execution.place(lent)
+            placed = options.execution.place(lent, options.execution.shards(recipe, lent, ranks))
             check_inputs(recipe, placed, scored, real, prompts, pairs, start_from, export_to=out / "student")
             if options.hold:
                 hold.check(options.hold, recipe, probe_of(placed, prompts, scored, monitor, negative_prompt).figures())
