@@ -43,7 +43,7 @@ FILE = RESULTS / "many_ranks.json"
 COUNTS, BATCH, ITERATIONS = (1, 2, 4), 16, 2
 RECIPES = {"dmd2": {}, "dm-align-group": {"group": 4, "top_n": 1, "distil": 0}, "amd": {"group": 4}, "dmdr": {"group": 4, "warm": 0}}
 # of what each collective is given or gives, the part that a rank sends by a ring
-SENT = {"all_reduce": 2.0, "all_gather_into_tensor": 1.0, "reduce_scatter_tensor": 1.0}
+SENT = {"all_reduce": 2.0, "all_gather_single": 1.0, "reduce_scatter_single": 1.0}
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def run(out: Path, stops: bool = False, shard: str = "off") -> Run:
 def counted() -> Iterator[list[int]]:
     """The numbers that each collective inside sends or, of a sharded network's, brings together."""
     sizes: list[int] = []
-    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+    names = ("all_reduce", "all_gather_single", "reduce_scatter_single")
     before = {name: getattr(torch.distributed, name) for name in names}
 
     def counting(name: str, *args: Any, **kwargs: Any) -> Any:
