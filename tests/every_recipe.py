@@ -26,7 +26,7 @@ from instep.training.step import iteration
 
 SIZE = Size(48, 48, 9)
 PROMPTS = as_prompts(["a seven moving left fast", "a digit", "an eight", "a two standing still"])
-REWARD = FunctionReward(lambda media, prompts: media.mean((1, 2, 3, 4)), "brightness", differentiable=True)
+REWARD = FunctionReward(lambda media, prompts: media.flatten(1).mean(1), "brightness", differentiable=True)
 # the stages that a recipe has in small, where its defaults would leave some out
 STAGES = {
     "dmd2": {"gan": 0.01},

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from instep.bundled import NAMES
 from instep.cli.main import main
 from instep.cli.parse import recipe_args
+from instep.cli.plan import numbers
 from instep.cli.train import TrainArgs
 from instep.core.size import Size
 from instep.methods.recipe import Recipe, Stage
@@ -27,7 +28,7 @@ from instep.models.family import Family
 from instep.models.outline import PUBLISHED, outline
 from instep.planning import meta
 from instep.planning import trace as tracing
-from instep.planning.plan import HEADROOM, RANK, Machine, Plan, RewardCost, plan
+from instep.planning.plan import HEADROOM, RANK, Machine, Plan, RewardCost, iterations, plan
 from instep.planning.tally import Tally
 from instep.planning.throughput import measure_throughput, stated
 from instep.planning.trace import Model, Trace, meta_state, trace_stage
@@ -347,10 +348,35 @@ def test_a_reward_is_assumed_and_decoding_is_counted():
 
 
 def test_states_are_sharded_and_two_blocks_are_whole():
-    recipe = dmd2(Common(steps=1, batch=2, critic_updates=1), iterations=1)
-    one, four = (plan(recipe, family().placed("meta"), Execution(), replace(H100, gpus=n)).stages[0].memory for n in (1, 4))
-    assert four["moments of student"] == one["moments of student"] / 4 and "two whole blocks of weights" in four
-    assert four["activations of student"] == one["activations of student"]
+    """Of 4 devices with 2 of 8 samples each: what one device has of 2 samples, with a quarter of every network's state."""
+    few, many = (dmd2(Common(steps=1, batch=n, critic_updates=1), iterations=1) for n in (2, 8))
+    (one,), (four,), (whole,) = (
+        iterations(recipe, family().placed("meta"), Execution(shard=shard), replace(H100, gpus=n))
+        for recipe, shard, n in ((few, "off", 1), (many, "on", 4), (many, "off", 4))
+    )
+    assert four.memory["moments of student"] == one.memory["moments of student"] / 4 and "two whole blocks of weights" in four.memory
+    assert four.memory["activations of student"] == one.memory["activations of student"]
+    assert whole.memory == one.memory and one.sent == 0
+    # a step of each of the two networks, averaged whole: three quarters twice
+    gradients = sum(p.nbytes for p in family().pretrained.parameters())
+    assert whole.sent == pytest.approx(2 * 0.75 * 2 * gradients, rel=0.02)
+    assert four.sent > 0.75 * 4 * gradients, "the weights of each pass, and the gradients once"
+    lora = [dmd2(Common(steps=1, batch=n, critic_updates=1, lora_rank=2), iterations=1) for n in (2, 8)]
+    (alone,) = iterations(lora[0], family().placed("meta"), Execution(), H100)
+    (adapters,) = iterations(lora[1], family().placed("meta"), Execution(shard="on"), replace(H100, gpus=4))
+    for kind, part in (("moments of student", 1), ("frozen weights", 4)):
+        assert adapters.memory[kind] == alone.memory[kind] / part
+
+
+def test_several_numbers_of_devices_are_planned(capsys, monkeypatch):
+    monkeypatch.setattr("instep.planning.plan.asides", lambda *_: ())
+    assert main(["plan", "dmd2", "--model", NAMES[0], "--batch", "8", "--on", "A100", "--gpus", "2,8", "--shard", "on", "--terms-every", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "on each of 2 devices" in printed and "on each of 8 devices" in printed and "sent in an iteration" in printed and "states sharded over 8" in printed
+    with pytest.raises(ValueError, match="gpus: '8,x' is not allowed"):
+        numbers("8,x")
+    with pytest.raises(ValueError, match="8 samples in groups of 1 are 8 groups .* 3 processes"):
+        plan(dmd2(Common(steps=1, batch=8), iterations=1), family().placed("meta"), Execution(), replace(H100, gpus=3))
 
 
 @pytest.mark.parametrize("model", NAMES)

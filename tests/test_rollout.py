@@ -113,16 +113,27 @@ def test_calls_and_their_rows_are_the_same_whatever_exits_are_drawn(n_groups, li
     draws = {tuple(draw_exits(n_groups, 2, len(LEVELS), rng(seed)).tolist()) for seed in range(40)}
     assert len(draws) > 3
     live = live if to_the_end else live - {"final"}
-    seen = {tuple(calls(torch.tensor(exits), group=2, live=live, to_the_end=to_the_end, through=through, same_calls=True)) for exits in draws}
+    seen = {tuple(calls(torch.tensor(exits), group=2, live=live, to_the_end=to_the_end, through=through, same_calls=1)) for exits in draws}
     assert len(seen) == 1
     ((*made_,),) = seen
     if live == {"exit"}:
         assert [rows for rows, graph in made_ if graph] == [2 * n_groups]
 
 
+@pytest.mark.parametrize("to_the_end", [False, True])
+@pytest.mark.parametrize(("shares", "n_groups"), [(2, 1), (2, 2), (2, 3), (4, 1), (8, 1), (8, 4)])
+def test_every_share_of_a_batch_makes_the_same_calls(shares, n_groups, to_the_end):
+    """Exits are stratified over the whole batch, so that one share of it may have the same exit in all of its groups."""
+    seen = set()
+    for seed in range(20):
+        for exits in draw_exits(n_groups * shares, 2, len(LEVELS), rng(seed)).chunk(shares):
+            seen.add(tuple(calls(exits, group=2, live=frozenset({"exit"}), to_the_end=to_the_end, same_calls=shares)))
+    assert len(seen) == 1
+
+
 def test_the_number_of_calls_is_the_same_even_for_exits_that_no_draw_gives():
     """Exits of two groups that are not stratified."""
-    seen = {len(calls(torch.tensor(exits), live=frozenset({"exit"}), same_calls=True)) for exits in product(range(len(LEVELS)), repeat=2)}
+    seen = {len(calls(torch.tensor(exits), live=frozenset({"exit"}), same_calls=1)) for exits in product(range(len(LEVELS)), repeat=2)}
     assert seen == {len(LEVELS)}
 
 
@@ -144,6 +155,6 @@ def test_no_level_beyond_the_last_possible_exit_is_reached():
     """A micro-batch of the upper expert: its exits are among the first two levels, and nothing below them is evaluated."""
     for seed in range(4):
         exit_id = draw_exits(1, 2, 2, rng(seed))
-        assert calls(exit_id, group=2, exits=range(2), live=frozenset({"exit"}), same_calls=True) == [(2, False), (2, True)]
-        low = calls(exit_id + 2, group=2, exits=range(2, 4), live=frozenset({"exit"}), same_calls=True)
+        assert calls(exit_id, group=2, exits=range(2), live=frozenset({"exit"}), same_calls=1) == [(2, False), (2, True)]
+        low = calls(exit_id + 2, group=2, exits=range(2, 4), live=frozenset({"exit"}), same_calls=1)
         assert low == [(2, False)] * 3 + [(2, True)]

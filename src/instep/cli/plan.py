@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -22,6 +22,7 @@ from instep.training.execution import DTYPES, Execution
 from instep.training.options import RunOptions
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 KNOWN = f"a bundled model ({LISTED}), a published size ({', '.join(PUBLISHED)}), and pipeline folders of {', '.join(FAMILIES)}"
@@ -38,8 +39,12 @@ class PlanArgs:
     """What to plan for: this machine's device (--device), which is measured for two seconds, or one at 40 percent of the vendor's bf16 peak, an assumption."""
     memory: float | None = None
     """Memory of one device in GB; default: this machine's, or that of the given device."""
-    gpus: int = 1
-    """Number of devices over which weights, gradients and optimiser states are sharded. instep itself trains on one."""
+    gpus: str = "1"
+    """Devices that share the run, as processes of torchrun do; several numbers, 8,64, are planned one after the other. Each has its share of every batch; with
+    --shard on, or by default for full copies of a large network, also its part of weights, gradients, moments and averages."""
+    link: float = 50.0
+    """GB a second that a device sends to the others, an assumption: 50 is a network of 400 Gbit/s a device, which also bounds several machines; 300 and more
+    is NVLink within one machine."""
     size: tuple[int, int, int] | None = None
     """Height, width and frames; default: the model's own, 480 832 81 for Wan 2.1."""
     reward_gb: float | None = None
@@ -59,28 +64,43 @@ class PlanArgs:
 
 
 def plan_command(recipe: Recipe, args: PlanArgs, adapted: Callable[[], Recipe] | None) -> int:
-    """Prints a table for each stage, the lines beside them, and the time of the whole run. `adapted`: see `plan`."""
+    """Prints a table for each stage, the lines beside them, and the time of the whole run, for every number of devices. `adapted`: see `plan`."""
     from rich.console import Console
 
     console, family = Console(), model_of(args)
-    machine = machine_of(args, family, max(stage.batch for stage in recipe.stages))
+    first = machine_of(args, family, max(stage.batch for stage in recipe.stages))
+    for gpus in numbers(args.gpus):
+        _print_plan(console, recipe, args, adapted, family, replace(first, gpus=gpus))
+    return 0
+
+
+def numbers(given: str) -> tuple[int, ...]:
+    """Numbers of devices, "8,64"."""
+    try:
+        found = tuple(int(one) for one in given.split(","))
+    except ValueError as error:
+        raise ValueError(f"gpus: {given!r} is not allowed; whole numbers from 1, such as 8 or 8,64") from error
+    if min(found) < 1:
+        raise ValueError(f"gpus: {given} is not possible; whole numbers from 1, such as 8 or 8,64")
+    return found
+
+
+def _print_plan(console: Console, recipe: Recipe, args: PlanArgs, adapted: Callable[[], Recipe] | None, family: Family, machine: Machine) -> None:
     small = args.model in WORLDS
     reward = RewardCost(_given(args.reward_gb, 0.0 if small else 2.0) * 1e9, _given(args.reward_seconds, 0.0 if small else 0.05))
     options = RunOptions(execution=_planned(args), terms_every=args.terms_every)
     found = plan(recipe, family, options.execution, machine, reward, adapted, options.terms_every)
-    console.print(f"[bold]{recipe.name}[/] on {args.model}, {family.size}: {found.verdict()}", highlight=False, soft_wrap=True)
+    several = f" on each of {machine.gpus} devices" if machine.gpus > 1 else ""
+    console.print(f"[bold]{recipe.name}[/] on {args.model}, {family.size}{several}: {found.verdict()}", highlight=False, soft_wrap=True)
     for one in found.stages:
         console.print(f"\n[bold]{recipe.name}, stage {one.stage.name}[/]: {one.stage.steps} iterations of {samples(one)}", highlight=False)
         console.print(stage_table(one, machine))
     console.print(beside_table(found))
     console.print(f"\nthe whole run: about {duration(found.seconds)} {_left_out(found)}", highlight=False, soft_wrap=True)
-    return 0
 
 
 def _planned(args: PlanArgs) -> Execution:
     """The run's execution; on a CPU there is no other memory to offload to."""
-    from dataclasses import replace
-
     return replace(args.execution, device="cpu", offload=False) if args.kind == "cpu" else args.execution
 
 
@@ -103,12 +123,14 @@ def model_of(args: PlanArgs) -> Family:
 def machine_of(args: PlanArgs, family: Family, batch: int) -> Machine:
     """The device that is planned for."""
     if args.on != "here":
-        return Machine(_given(args.memory, CAPACITY[args.on]) * 1e9, stated(args.on), f"40 % of the {args.on}'s stated peak: an assumption", args.gpus)
+        return Machine(
+            _given(args.memory, CAPACITY[args.on]) * 1e9, stated(args.on), f"40 % of the {args.on}'s stated peak: an assumption", link=1e9 * args.link
+        )
     rows = min(batch, args.execution.micro_batch or batch)
     tokens = max(1, torch.Size(family.latent_shape[1:]).numel() // 4)
     speed = measure_throughput(family.feature_width(family.pretrained), tokens, rows, args.execution.dtype_of(family), str(args.execution.target))
     source = f"measured on this {args.kind}; a lower bound of the time for small networks"
-    return Machine(_given(args.memory, _memory_of(args.kind)) * 1e9, speed, source, args.gpus)
+    return Machine(_given(args.memory, _memory_of(args.kind)) * 1e9, speed, source, link=1e9 * args.link)
 
 
 def _memory_of(kind: str) -> float:
@@ -138,13 +160,22 @@ def stage_table(one: StagePlan, machine: Machine) -> Table:
         table.add_column(name, justify="right" if name == "amount" else "left")
     for kind, count in sorted(one.memory.items(), key=lambda item: -item[1]):
         table.add_row(kind, gb(count), "")
-    table.add_row("memory of one device", gb(one.bytes), "" if machine.gpus == 1 else f"states sharded over {machine.gpus}", end_section=True, style="bold")
+    table.add_row("memory of one device", gb(one.bytes), _shared(one, machine), end_section=True, style="bold")
+    if one.sent:
+        pace = f"{duration(one.sent / machine.link)} at {machine.link / 1e9:.3g} GB/s: an assumption"
+        table.add_row("sent in an iteration", gb(one.sent), pace, end_section=True)
     if one.host:
         table.add_row("in host memory", gb(sum(one.host.values())), "offloaded", end_section=True)
     for label in dict.fromkeys(label for label, _ in one.trace.flops):
         phases = {phase: one.trace.flops.get((label, phase), 0.0) for phase in ("forward", "backward", "recomputation")}
         table.add_row(label, f"{sum(phases.values()):.3g}", ", ".join(f"{phase} {count:.3g}" for phase, count in phases.items() if count))
     return table
+
+
+def _shared(one: StagePlan, machine: Machine) -> str:
+    if machine.gpus == 1:
+        return ""
+    return f"states sharded over {machine.gpus}" if "two whole blocks of weights" in one.memory else f"states whole on each of {machine.gpus}"
 
 
 def beside_table(found: Plan) -> Table:

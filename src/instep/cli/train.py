@@ -166,7 +166,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
             if ranks.first:
                 print(f"stopped by {stopped}:\n  {command}", file=sys.stderr)
             return 130
-        ranks.of_first(lambda: finish(run, setting, args.evaluate))
+        run.state.ranks.of_first(lambda: finish(run, setting, args.evaluate))
     return 0
 
 

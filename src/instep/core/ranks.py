@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from instep.core.elsewhere import Elsewhere, Lost
+from instep.core.led import END, Led
 
 T = TypeVar("T")
 # bytes of gradients that are sent in one collective
@@ -27,12 +28,14 @@ PATIENCE = timedelta(minutes=60)
 class Ranks:
     """This process's `rank` among the `count` that share a run, `local` of them on this machine.
 
-    Every rank calls every method that has a collective, in the same order.
+    Every rank calls every method that has a collective, in the same order. `led` are the steps that rank 0 cannot take alone (sharded networks), while it does
+    something alone.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 1
+    led: Led = field(default_factory=Led, compare=False)
 
     @property
     def first(self) -> bool:
@@ -83,9 +86,12 @@ class Ranks:
         error: Exception | None = None
         if self.first:
             try:
-                answer = {"value": make()}
+                with self.leading():
+                    answer = {"value": make()}
             except Exception as raised:
                 error, answer = raised, {"error": f"{raised}"}
+        else:
+            self.follow()
         answer = json.loads(self._sent(json.dumps(answer).encode()))
         if error is not None:
             raise error
@@ -98,7 +104,8 @@ class Ranks:
         """Rank 0 does what is inside first, and the others follow: they find what it has left on the disk."""
         if self.first:
             try:
-                yield
+                with self.leading():
+                    yield
             except Exception as error:
                 self._tell(error)
                 raise
@@ -106,6 +113,46 @@ class Ranks:
         else:
             self.of_first(lambda: None)
             yield
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Rank 0 does what is inside alone, and the others `follow` meanwhile; without steps that need them nothing is sent."""
+        led = self.led
+        if self.count == 1 or not led.steps or led.active:
+            yield
+            return
+        led.active, led.send = True, self._announce
+        try:
+            yield
+        finally:
+            led.active = False
+            self._announce(END)
+
+    def follow(self) -> None:
+        """Takes part in what rank 0 announces, until it is done with what it does alone."""
+        if self.count == 1 or not self.led.steps:
+            return
+        while (number := self._announced(0)) != END:
+            self.led.steps[number]()
+
+    def _announce(self, number: int) -> None:
+        self._announced(number)
+
+    def _announced(self, number: int) -> int:
+        told = torch.tensor(number)
+        with _together():
+            dist.broadcast(told, 0)
+        return int(told)
+
+    def of_each(self, what: str) -> list[str]:
+        """What each rank gives, in up to 200 characters."""
+        data = torch.zeros(800, dtype=torch.uint8)
+        text = what[:200].encode()
+        data[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        found = [torch.empty_like(data) for _ in range(self.count)]
+        with _together():
+            dist.all_gather(found, data)
+        return [bytes(x.numpy()).rstrip(b"\0").decode() for x in found]
 
     def _tell(self, error: Exception | None) -> None:
         if self.count > 1:

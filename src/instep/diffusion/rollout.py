@@ -112,7 +112,7 @@ def rollout_few_step(
     transition: Transition = Renoise(),
     guidance: float = 1.0,
     device: torch.device | str = "cpu",
-    same_calls: bool = False,
+    same_calls: int = 0,
 ) -> Rollout:
     """Rolls out len(cond) samples of `shape`, each to its exit, or `to_the_end`.
 
@@ -120,14 +120,17 @@ def rollout_few_step(
     their number). All exits are predicted in one call. `exits` are the indices that `draw_exits` drew from (None: all levels). `record` stores the
     trajectory of a rollout to the end. `guidance` is only noted in it: a guided `student` brings its own.
 
-    A rollout to the exit of Q levels costs (Q + 1) / 2 evaluations a sample on average, one to the end Q. With `same_calls` the numbers of calls and of rows
-    in each are the same for all exits that can be drawn: calls of a sharded network are collectives, and every rank makes the same ones. Where Q does not
-    divide the number of groups, some samples are then evaluated further than they need to be: as far as another draw would need them.
+    A rollout to the exit of Q levels costs (Q + 1) / 2 evaluations a sample on average, one to the end Q. With `same_calls`, the number of processes that
+    share the batch (1: this one alone), the numbers of calls and of rows in each are the same for all exits that can be drawn: calls of a sharded network
+    are collectives, and every process makes the same ones. Some samples are then evaluated further than they need to be, as far as another draw would need
+    them: the fewer groups a process has, the more.
     """
     n, chained = len(cond), through > 1 and "final" in live
     assert len(exit_id) == n and (to_the_end or not record)
     before, after = (
-        rows_beside_exits(range(len(levels)) if exits is None else exits, n // group, group, len(levels)) if same_calls else _rows(exit_id, len(levels))
+        rows_beside_exits(range(len(levels)) if exits is None else exits, n // group, group, len(levels), same_calls)
+        if same_calls
+        else _rows(exit_id, len(levels))
     )
     noise = randn((n, *shape), rng, device)
     again = copy_of(rng)
@@ -234,13 +237,14 @@ def _graph(wanted: bool) -> torch.set_grad_enabled:
     return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
 
 
-def rows_beside_exits(exits: range, n_groups: int, group: int, n_levels: int) -> tuple[list[int], list[int]]:
-    """The most samples whose exit comes after each level, and before it, of a draw of `draw_exits` among `exits`."""
-    each, more = divmod(n_groups, len(exits))
+def rows_beside_exits(exits: range, n_groups: int, group: int, n_levels: int, shares: int = 1) -> tuple[list[int], list[int]]:
+    """The most of n_groups * group samples whose exit comes after each level, and before it, of a draw of `draw_exits` among `exits` for `shares` times as
+    many, of which these are any share."""
+    each, more = divmod(n_groups * shares, len(exits))
 
     def most(n_exits: int) -> int:
         wanted = min(max(n_exits, 0), len(exits))
-        return group * (each * wanted + min(more, wanted))
+        return group * min(n_groups, each * wanted + min(more, wanted))
 
     return [most(exits.stop - 1 - j) for j in range(n_levels)], [most(j - exits.start) for j in range(n_levels)]
 

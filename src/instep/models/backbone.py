@@ -17,6 +17,7 @@ from instep.methods.recipe import LoRA
 from instep.models.borrow import compute_dtype
 from instep.models.embeddings import GuidanceEmbedding
 from instep.models.residency import Residency
+from instep.models.sharded import Sharded
 
 if TYPE_CHECKING:
     from instep.models.family import Family
@@ -66,6 +67,7 @@ class Backbone:
         self.family, self.module, self.residency = family, module, residency
         self.dtype, self.device = compute_dtype(module), family.device
         self.trained = None if trained is None or set(trained) == set(family.denoisers) else tuple(trained)
+        self.sharded: Sharded | None = None
         self._call: CallContext | None = None
         self._adapters: dict[str, LoRA] = {}
         self._layers: list[Any] = []

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.rows import by_rows
+from instep.core.shards import assign
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.prediction import Condition, Prediction, PredictionType, to_prediction
 from instep.models.backbone import Backbone, CallContext
@@ -79,6 +80,8 @@ class Role:
         features: list[Tensor] | None = None if self.head is None else []
         if self.backbone.residency is not None:
             self.backbone.residency.use(module)
+        if self.backbone.sharded is not None:
+            self.backbone.sharded.check(self.name, len(x_t), t)
         with self.backbone.active_call(CallContext(self.adapter, self.scale, cond, self.exits, features, self.skips, self.guidance_embedding)):
             raw = family.forward(module, x_t.to(self.backbone.dtype), t, cond)
         if self.head is None or features is None:
@@ -129,4 +132,4 @@ class Role:
                 )
         self.backbone.go_home()
         for key, p in own.items():
-            p.copy_(state[key])
+            assign(p, state[key])

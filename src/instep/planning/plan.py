@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from instep.core.ranks import Ranks
 from instep.methods.recipe import Recipe, Stage
 from instep.models.family import Family
 from instep.planning.beside import Aside, asides
+from instep.planning.shares import divided, sent_bytes, share_of
 from instep.planning.trace import OTHER_BATCHES, Model, Trace
 from instep.training.execution import Execution
 from instep.training.options import RunOptions
@@ -29,7 +31,8 @@ WORKING = ("activations", "samples", "network in use", "decoder", OTHER_BATCHES)
 
 @dataclass(frozen=True)
 class Machine:
-    """One device: memory in bytes, speed in FLOP/s, where that comes from, and over how many such devices the states are sharded.
+    """One device: memory in bytes, speed in FLOP/s, where that comes from, and how many such devices share a run. `link` is what one of them sends and gets in
+    a collective, in bytes a second.
 
     Raises ValueError for numbers that are not positive.
     """
@@ -38,9 +41,10 @@ class Machine:
     throughput: float
     source: str = "stated"
     gpus: int = 1
+    link: float = 50e9
 
     def __post_init__(self) -> None:
-        for name in ("capacity", "throughput", "gpus"):
+        for name in ("capacity", "throughput", "gpus", "link"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is not possible; allowed: positive numbers")
 
@@ -59,13 +63,15 @@ class RewardCost:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What an iteration of a stage costs on one device: bytes by kind on the device and in host memory, and its trace."""
+    """What an iteration of a stage costs on one device: bytes by kind on the device and in host memory, its trace, and the bytes that the device sends to
+    the others (`planning/shares.py`). Sending is counted in `seconds` as if nothing were computed meanwhile."""
 
     stage: Stage
     memory: Mapping[str, float]
     host: Mapping[str, float]
     trace: Trace
     seconds: float
+    sent: float = 0.0
 
     @property
     def bytes(self) -> float:
@@ -117,8 +123,10 @@ def plan(
     """The plan of a recipe on a family whose networks are on the meta device (`models/outline.py`).
 
     `execution` is the run's, except that its device is `machine`, and that compilation and the attention backend are left out: a fused kernel is assumed.
-    `adapted` makes the same recipe with adapters of rank `RANK`, where it has the option lora_rank; advice may then name it. `terms_every`: see `RunOptions`.
+    Of several devices each has its share of every batch. `adapted` makes the same recipe with adapters of rank `RANK`, where it has the option lora_rank;
+    advice may then name it. `terms_every`: see `RunOptions`.
     """
+    recipe = share_of(recipe, machine.gpus)
     model = _model(recipe, family, execution, terms_every)
     stages = _iterations(model, execution, machine, reward)
     found = Plan(stages, tuple(asides(model, recipe, lambda trace: sum(_placed(trace, execution, machine, model)[0].values()))), machine, reward)
@@ -129,7 +137,7 @@ def plan(
 
 def iterations(recipe: Recipe, family: Family, execution: Execution, machine: Machine, reward: RewardCost = RewardCost()) -> tuple[StagePlan, ...]:
     """An iteration of every stage that has steps; as `plan`, without what a run does beside its iterations, measurements of the log and advice."""
-    return _iterations(_model(recipe, family, execution, 0), execution, machine, reward)
+    return _iterations(_model(share_of(recipe, machine.gpus), family, execution, 0), execution, machine, reward)
 
 
 def _iterations(model: Model, execution: Execution, machine: Machine, reward: RewardCost) -> tuple[StagePlan, ...]:
@@ -147,7 +155,13 @@ def _stage_plan(model: Model, stage: Stage, execution: Execution, machine: Machi
     memory, host = _placed(trace, execution, machine, model)
     if trace.scored and reward.bytes:
         memory["reward model (assumed)"] = reward.bytes
-    return StagePlan(stage, memory, host, trace, trace.total_flops / machine.throughput + trace.scored * reward.seconds)
+    sent = sent_bytes(model, stage, trace, sharded=_shards(execution, machine, model), gpus=machine.gpus)
+    seconds = trace.total_flops / machine.throughput + trace.scored * reward.seconds + sent / machine.link
+    return StagePlan(stage, memory, host, trace, seconds, sent)
+
+
+def _shards(execution: Execution, machine: Machine, model: Model) -> bool:
+    return execution.shards(model.recipe, model.family, Ranks(0, machine.gpus, machine.gpus))
 
 
 def _placed(trace: Trace, execution: Execution, machine: Machine, model: Model) -> tuple[dict[str, float], dict[str, float]]:
@@ -158,8 +172,8 @@ def _placed(trace: Trace, execution: Execution, machine: Machine, model: Model) 
 
     memory, whole = trace.memory(at_home), trace.memory()
     host = {kind: count for kind, count in whole.items() if at_home(kind)}
-    if machine.gpus > 1:
-        memory = {kind: count if kind.startswith(WORKING) else count / machine.gpus for kind, count in memory.items()}
+    if _shards(execution, machine, model):
+        memory = divided(memory, model.recipe, machine.gpus, WORKING)
         memory["two whole blocks of weights"] = 2 * model.block_bytes
     return memory, host
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from instep.core.ranks import ALONE, Ranks
+from instep.core.shards import is_divided, local
 from instep.data.prompt import Prompt
 from instep.diffusion.bands import Band, bands_of
 from instep.methods.recipe import Recipe
@@ -17,18 +19,23 @@ from instep.models.borrow import borrowed
 from instep.models.family import Family
 from instep.models.residency import Residency
 from instep.models.role import Role
+from instep.models.sharded import Sharded, mesh_of, shard
 from instep.training.execution import Execution
 from instep.training.state import RewardFn, TrainedParams, TrainState
 
 
-def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution()) -> dict[str, Role]:
-    """Builds every role of the recipe. Adapters and the frozen teacher share the family's weights; other roles get a copy. The family stays as it is."""
+def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution(), ranks: Ranks = ALONE) -> dict[str, Role]:
+    """Builds every role of the recipe. Adapters and the frozen teacher share the family's weights; other roles get a copy. The family stays as it is.
+
+    Where the run is sharded, a copy is a network of its own around the family's weights until these are divided among `ranks`: no weight is copied whole.
+    """
+    sharded = execution.shards(recipe, family, ranks)
     trained, checkpointing = trained_parts(recipe, family), execution.checkpoints(family.pretrained)
     residency = Residency(family.device) if execution.offload else None
     shared = Backbone(family, borrowed(family.pretrained), checkpointing=checkpointing, trained=trained, residency=residency)
     # copies come first: an adapter in the shared network would be copied too
     copies = {
-        name: Backbone(family, _copy(family, trained, config.optim is not None), checkpointing=checkpointing, trained=trained, residency=residency)
+        name: Backbone(family, _copy(family, trained, config.optim is not None, sharded), checkpointing=checkpointing, trained=trained, residency=residency)
         for name, config in recipe.roles.items()
         if config.lora is None and (config.optim is not None or config.copy)
     }
@@ -53,7 +60,19 @@ def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution(
             )
     for backbone in (shared, *copies.values()):
         execution.compile_blocks(family, backbone.module)
+    if sharded:
+        optimised = {name for name in copies if recipe.roles[name].optim is not None}
+        _shard({"pretrained": shared, **copies}, optimised, family, ranks)
     return made
+
+
+def _shard(backbones: Mapping[str, Backbone], optimised: Collection[str], family: Family, ranks: Ranks) -> None:
+    """Divides the networks of a run among its processes."""
+    mesh = mesh_of(ranks, family.device)
+    for name, backbone in backbones.items():
+        parts = family.parts(backbone.module)
+        shard(parts, {part: name in optimised and part in (backbone.trained or parts) for part in parts}, backbone.dtype, mesh, ranks, family.device)
+        backbone.sharded = Sharded(name, ranks, family.boundary, guarded=dist.get_debug_level() != dist.DebugLevel.OFF)
 
 
 def trained_parts(recipe: Recipe, family: Family) -> tuple[str, ...]:
@@ -67,9 +86,9 @@ def trained_bands(recipe: Recipe, family: Family) -> tuple[Band, ...]:
     return {"both": bands, "high": bands[:1], "low": bands[1:]}[recipe.experts]
 
 
-def _copy(family: Family, trained: Sequence[str], requires_grad: bool) -> nn.Module:
-    """Returns a copy of the trained parts; a frozen expert is shared with the pretrained model."""
-    network = family.new_backbone(trained)
+def _copy(family: Family, trained: Sequence[str], requires_grad: bool, sharded: bool) -> nn.Module:
+    """Returns a copy of the trained parts; a frozen expert is shared with the pretrained model, and all are until they are sharded."""
+    network = family.new_backbone(() if sharded else trained)
     for name, part in family.parts(network).items():
         if name in trained:
             part.requires_grad_(requires_grad)
@@ -90,18 +109,20 @@ def make_state(
     """Builds roles, optimisers and the run's generator, all determined by the seed; `family` is where the run is executed (`Execution.place`)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
-        roles = make_roles(recipe, family, execution)
+        roles = make_roles(recipe, family, execution, ranks)
         latent_reward = None
         if recipe.latent_reward is not None:
             latent_reward = recipe.latent_reward.shape.build(family.latent_shape, family.unconditional([Prompt("")]), len(weights))
     trained = {
-        name: TrainedParams(roles[name].named_parameters(), config.optim, config.ema, host=execution.offload, low_bit=execution.low_bit)
+        name: TrainedParams(roles[name].named_parameters(), config.optim, config.ema, host=execution.offload, low_bit=execution.low_bit, ranks=ranks)
         for name, config in recipe.roles.items()
         if config.optim is not None
     }
     for name, role in roles.items():
         if name in trained:
             trained[name].at_home = role.backbone.go_home
+            if role.backbone.sharded is not None:
+                trained[name].exchange = ranks.led.register(trained[name].exchange_shards)
     device = family.device
     if latent_reward is not None and recipe.latent_reward is not None:
         trained["latent_reward"] = TrainedParams(dict(latent_reward.on(device).named_parameters()), recipe.latent_reward.optim)
@@ -123,6 +144,7 @@ def make_state(
         bands=trained_bands(recipe, family),
         device=device,
         ranks=ranks,
+        sharded=execution.shards(recipe, family, ranks),
     )
 
 
@@ -133,12 +155,15 @@ def averaged(trained: TrainedParams) -> Iterator[None]:
         yield
         return
     trained.at_home()
-    live = {key: p.data for key, p in trained.parameters.items()}
-    for key, p in trained.parameters.items():
-        p.data = trained.ema[key].to(p)
+    kept = {key: p for key, p in trained.parameters.items() if not is_divided(p)}
+    live = {key: p.data for key, p in kept.items()}
+    for key, p in kept.items():
+        p.data = local(trained.ema[key]).to(p)
+    trained.exchange()
     try:
         yield
     finally:
         trained.at_home()
-        for key, p in trained.parameters.items():
+        trained.exchange()
+        for key, p in kept.items():
             p.data = live[key]

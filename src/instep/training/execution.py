@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from instep.core.ranks import Ranks
+from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.training.low_bit import check_installed
 
@@ -51,6 +52,11 @@ class Execution:
     it began with."""
     compile: bool = False
     """torch.compile of the network's repeated blocks: minutes at the start, faster steps."""
+    shard: Literal["auto", "on", "off"] = "auto"
+    """In several processes (torchrun): each keeps its part of every network, of the moments and of the averages, and gathers the weights of a block when it
+    is computed (FSDP2). Memory falls with the number of processes, and weights travel in every pass. auto: on where full copies of a network of more than
+    500 million parameters are trained; smaller networks and adapters (--lora-rank) fit on one card, and send less. Not together with offload, compile and
+    moments 8bit."""
     attention: str | None = None
     """Attention backend by diffusers' name, for example _native_cudnn, flash, _flash_3, sage; default: PyTorch's own choice."""
 
@@ -59,6 +65,10 @@ class Execution:
             raise ValueError(f"micro_batch: {self.micro_batch} is not allowed; 1 or more rows, or None for whole batches")
         if self.checkpointing not in ("auto", "on", "off"):
             raise ValueError(f"checkpointing: {self.checkpointing!r} is not allowed; allowed: auto, on, off")
+        if self.shard not in ("auto", "on", "off"):
+            raise ValueError(f"shard: {self.shard!r} is not allowed; allowed: auto, on, off")
+        if self.shard == "on" and (other := self._alone):
+            raise ValueError(f"shard: on is not allowed together with {other}; leave one of the two out")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype: {self.dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
         if self.moments not in ("float32", "8bit"):
@@ -91,6 +101,18 @@ class Execution:
                 f"device: this machine has {there} of {self.target.type} for {ranks.local} processes; start as many, --nproc-per-node {there}, or give "
                 "--device cpu"
             )
+
+    @property
+    def _alone(self) -> str:
+        """The option that a sharded run cannot have; empty: none."""
+        return "offload" if self.offload else "compile" if self.compile else "moments 8bit" if self.low_bit else ""
+
+    def shards(self, recipe: Recipe, family: Family, ranks: Ranks) -> bool:
+        """Whether the networks of a run are divided among its processes."""
+        if ranks.count == 1 or self.shard != "auto":
+            return ranks.count > 1 and self.shard == "on"
+        copies = any(role.lora is None and role.optim is not None for role in recipe.roles.values())
+        return copies and not self._alone and is_large(family.pretrained)
 
     @property
     def low_bit(self) -> bool:
@@ -146,8 +168,9 @@ class Execution:
                 raise ValueError(f"compile: the {name} of {family.name}, a {type(part).__name__}, has no repeated blocks to compile; leave the option out")
             part.compile_repeated_blocks(**COMPILE)  # type: ignore[operator]
 
-    def place(self, family: Family) -> Family:
-        """The family on the run's device and in its precision; the one that is given stays as it is.
+    def place(self, family: Family, sharded: bool = False) -> Family:
+        """The family on the run's device and in its precision; the one that is given stays as it is. Networks that are offloaded, or will be `sharded`, stay in
+        host memory.
 
         Raises ValueError for a network in float16, whose range the gradients of training leave.
         """
@@ -160,7 +183,7 @@ class Execution:
             )
         if device.type == "cuda" and dtype == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        return family.placed(device, dtype, self.rows_of(family), offload=self.offload)
+        return family.placed(device, dtype, self.rows_of(family), offload=self.offload or sharded)
 
 
 def _attention_backends() -> list[str]:

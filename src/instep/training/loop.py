@@ -22,6 +22,7 @@ from instep.training.align_views import align_stage, align_views
 from instep.training.batches import BatchSource
 from instep.training.build import averaged
 from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended
+from instep.training.gathered import divided, gathered, lay_out, mine
 from instep.training.health import Finding, HealthMonitor
 from instep.training.hold import Controller, Held
 from instep.training.log import RunLog, Tracker
@@ -63,6 +64,8 @@ class Loop:
         self.probed: list[stop.Probed] = []
         self.stopped: stop.Stopped | None = None
         self.ranks = state.ranks
+        # of sharded networks, whole on rank 0
+        self._contents = self.ranks.led.register(self._collect) if state.sharded else self._collect
         self.writer = CheckpointWriter(out / "checkpoints", options.keep, background=in_background(state.device, options.execution))
 
     def run(self) -> None:
@@ -78,8 +81,10 @@ class Loop:
             if self.ranks.first:
                 self._lead(total)
             else:
+                self.ranks.follow()
                 while self._goes_on(total):
                     self._train()
+                    self.ranks.follow()
             if self.found is not None:
                 found = self.found
                 decided = self.ranks.of_first(lambda: asdict(stop.decide(self.out, found, self.probed, self.options.stop_on)))
@@ -105,9 +110,10 @@ class Loop:
             self.skipped = SkippedSteps(read_rows(self.out / "log.jsonl") if state.step else ())
             self.probed, self.found = stop.probed(self.out), stop.open_finding(self.out, self.options.stop_on)
             with log.progress(total, initial=state.step):
-                if state.step == 0:
-                    self._probe(log, health, {"stage": "start"})
-                    self._save_if_due()
+                with self.ranks.leading():
+                    if state.step == 0:
+                        self._probe(log, health, {"stage": "start"})
+                        self._save_if_due()
                 while self._goes_on(total):
                     self.writer.check()
                     self._one(log, health)
@@ -141,6 +147,11 @@ class Loop:
     def _one(self, log: RunLog, health: HealthMonitor) -> None:
         stage, _ = self.recipe.at(self.state.step)
         row = self._train()
+        with self.ranks.leading():
+            self._after(stage, row, log, health)
+
+    def _after(self, stage: Stage, row: dict[str, Any], log: RunLog, health: HealthMonitor) -> None:
+        """What rank 0 does alone after each iteration."""
         step = self.state.step
         if self.controller is not None:
             self.state.hold = self.controller.trained(self.state.hold, stage, row)
@@ -188,7 +199,7 @@ class Loop:
         path = self.ranks.of_first(lambda: _text(checkpoint.at(self.out / "checkpoints", stopped.kept)))
         if path is None:
             raise ValueError(f"out: {self.out} stopped itself and the checkpoint of step {stopped.kept} that it kept is gone or damaged; train anew")
-        saved.load(self.state, self.source, checkpoint.load(Path(path)))
+        self._load(path)
         if self.ranks.first:
             checkpoint.drop_after(self.out / "checkpoints", stopped.kept)
         self.stopped = stopped
@@ -250,22 +261,29 @@ class Loop:
         """Saves a checkpoint of the present step. In the background (`CheckpointWriter`) its file is there once `writer.wait` returns."""
         self.writer.wait()  # `good` looks at what is there
         kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()), *self.skipped.good(self.out))
-        contents = saved.contents(self.state, self.source)
+        contents = self._contents()
         try:
             check_state(contents)
         except Unusable as error:
             self._give_up(str(error))
         self.writer.save(self.state.step, contents, kept)
 
+    def _collect(self) -> dict[str, Any]:
+        return gathered(saved.contents(self.state, self.source), self.ranks)
+
+    def _load(self, path: str | Path) -> None:
+        saved.load(self.state, self.source, divided(checkpoint.load(Path(path)), self.state))
+
     def restore(self, start_from: Path | str | None) -> None:
         """Loads this run's newest intact checkpoint or, without any checkpoint, the roles of `start_from`. Raises ValueError if all are damaged."""
         own = self.ranks.of_first(lambda: _text(checkpoint.latest(self.out / "checkpoints")))
         if own is not None:
-            saved.load(self.state, self.source, checkpoint.load(Path(own)))
+            self._load(own)
         elif start_from is not None:
             with self.ranks.one_by_one():
                 saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
-        check_state(saved.contents(self.state, self.source))
+            lay_out(self.state)
+        check_state(mine(saved.contents(self.state, self.source)))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop is not None and self.ranks.count == 1:

@@ -29,6 +29,7 @@ from instep.training.build import averaged, make_state
 from instep.training.checks import check_inputs, check_ranks
 from instep.training.finish import check_student, export_role, fits_stock
 from instep.training.finite import of_finite_samples
+from instep.training.gathered import whole_student
 from instep.training.inputs import as_family, as_prompt_list, every_prompt
 from instep.training.log import Tracker
 from instep.training.loop import Loop
@@ -54,7 +55,7 @@ PROMPTS = "prompts"
 @dataclass(frozen=True)
 class Run:
     """A finished run: its folder, roles and recipe; `student` is the exported pipeline's folder, or None if no stock pipeline can sample the student.
-    `stopped` records where and why the run stopped itself, or is None."""
+    `stopped` records where and why the run stopped itself, or is None. The roles of a sharded run are divided: each of them is called by all processes."""
 
     out: Path
     recipe: Recipe
@@ -115,7 +116,7 @@ def train(
         if device.type != lent.device.type:
             print(f"{lent.name} is on the {lent.device.type} and trains on {device}; it stays as it is, and device={lent.device.type} trains it there")
         with visiting(modules_in(scored, monitor), device):
-            placed = options.execution.place(lent)
+            placed = options.execution.place(lent, options.execution.shards(recipe, lent, ranks))
             check_inputs(recipe, placed, scored, real, prompts, pairs, start_from, export_to=out / "student")
             if options.hold:
                 hold.check(options.hold, recipe, probe_of(placed, prompts, scored, monitor, negative_prompt).figures())
@@ -132,7 +133,7 @@ def train(
             texts = every_prompt(prompts, real, pairs, monitor, negative_prompt)
             with ranks.one_by_one():
                 lent.encode_all(texts, Path(options.prompt_cache or out / PROMPTS), device)
-            family = options.execution.place(lent)
+            family = options.execution.place(lent, options.execution.shards(recipe, lent, ranks))
             state = make_state(
                 recipe,
                 family,
@@ -175,11 +176,14 @@ def train(
                 print(f"not exported: the student predicts {student.prediction_type}, which no stock pipeline of {family.name} samples; it stays in {out}")
                 return Run(out, recipe, family, state, None, loop.stopped)
 
+            fill = whole_student(state, recipe, lent, options.execution)
+
             def export() -> None:
                 with averaged(state.trained["student"]):
+                    exported = fill()
                     export_role(
-                        student,
-                        family,
+                        exported,
+                        exported.backbone.family,
                         recipe.sampling_at(state.step),
                         out / "student",
                         recipe=recipe.name,

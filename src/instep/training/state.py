@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from instep.core.ranks import ALONE, Ranks
+from instep.core.shards import assign, is_divided, local, total_norm
 from instep.data.prompt import Prompt
 from instep.diffusion.bands import WHOLE, Band
 from instep.diffusion.path import Path
@@ -30,13 +32,24 @@ class TrainedParams:
     A parameter in less than float32 has a *master* copy in float32, which the optimiser steps and the average follows; the network gets it rounded. At small
     learning rates a step is less than the spacing of bfloat16 numbers, and would be lost. Gradients are added up in float32 too. `host`: masters, moments
     and average are kept and stepped in host memory, and only the network is on the device. `low_bit`: the moments are kept in 8 bit (`low_bit.py`).
+
+    Of a sharded network parameters, masters, moments and averages are DTensors, divided among `ranks`; those that each rank has whole (norms in float32, heads)
+    have replicated masters around the same memory.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], optim: AdamWConfig, ema: float | None = None, *, host: bool = False, low_bit: bool = False
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optim: AdamWConfig,
+        ema: float | None = None,
+        *,
+        host: bool = False,
+        low_bit: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.parameters, self.optim, self.decay = dict(parameters), optim, ema
-        self.masters = {key: _master(p, host) for key, p in self.parameters.items()}
+        self.parameters, self.optim, self.decay, self.ranks = dict(parameters), optim, ema, ranks
+        mesh = next((p.device_mesh for p in self.parameters.values() if isinstance(p, DTensor)), None)
+        self.masters = {key: _replicated(_master(p, host), mesh) for key, p in self.parameters.items()}
         self._rounded = [(p, self.masters[key]) for key, p in self.parameters.items() if self.masters[key] is not p]
         for p, master in self._rounded:
             p.register_post_accumulate_grad_hook(partial(_hand_over, master=master))
@@ -50,6 +63,8 @@ class TrainedParams:
         self.steps = 0
         # where networks take turns on a device: takes the one that is there home, before weights are exchanged
         self.at_home: Callable[[], None] = lambda: None
+        # swaps weights and averages of divided parameters, on all ranks
+        self.exchange: Callable[[], None] = self.exchange_shards
 
     def step(self, lr: float, optim: AdamWConfig | None = None) -> tuple[Tensor, Tensor]:
         """Clips the gradient, steps (with the settings `optim`; None: its own) and clears the gradient.
@@ -58,14 +73,16 @@ class TrainedParams:
         passes the second one to `settle`, where there is an average before the next step.
         """
         optim = optim or self.optim
-        values = list(self.masters.values())
-        norm = nn.utils.clip_grad_norm_(values, optim.clip)
+        gradients = [p.grad for p in self.masters.values() if p.grad is not None]
+        norm = total_norm(gradients, self.ranks)
+        if gradients:
+            torch._foreach_mul_([local(g) for g in gradients], (optim.clip / (norm + 1e-6)).clamp(max=1))
         finite = norm.isfinite()
         for group in self.optimizer.param_groups:
             group |= {"lr": torch.tensor(lr) if self.low_bit else lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
         if not self.low_bit:
             # the fused kernel looks at it on the device and then leaves weights and moments alone
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
             self.optimizer.step()
         elif bool(finite):  # waits for the device: torchao's step has no such flag
             self.optimizer.step()
@@ -82,8 +99,23 @@ class TrainedParams:
     @torch.no_grad()
     def round(self) -> None:
         """Gives the network its masters, rounded."""
-        if self._rounded:
-            torch._foreach_copy_([p for p, _ in self._rounded], [master for _, master in self._rounded])
+        apart = [(p, local(master)) for p, master in self._rounded if local(master).data_ptr() != p.data_ptr()]
+        if apart:
+            torch._foreach_copy_([p for p, _ in apart], [master for _, master in apart])
+
+    @torch.no_grad()
+    def exchange_shards(self) -> None:
+        """Swaps weights and average of the parameters that are divided, a tensor at a time."""
+        for key, p in self.parameters.items():
+            if self.ema is not None and is_divided(p):
+                mine, mean = local(p), local(self.ema[key])
+                kept = mine.clone()
+                mine.copy_(mean)
+                mean.copy_(kept)
+
+    def to_average(self) -> list[Tensor]:
+        """The gradients of which each rank has the mean over its own samples; those of divided parameters are means over all already."""
+        return [local(p.grad) for p in self.masters.values() if p.grad is not None and not is_divided(p)]
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -91,7 +123,7 @@ class TrainedParams:
             return
         # a young average forgets its start sooner: after n steps its horizon is at most n / 10 steps
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.masters.values()], 1 - decay)
+        torch._foreach_lerp_([local(x) for x in self.ema.values()], [local(p.detach()) for p in self.masters.values()], 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
         """The masters."""
@@ -101,7 +133,7 @@ class TrainedParams:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes masters whose names and shapes are right, and rounds the network's weights from them."""
         for key, p in self.masters.items():
-            p.copy_(state[key])
+            assign(p, state[key])
         self.round()
 
 
@@ -114,10 +146,19 @@ def _master(p: nn.Parameter, host: bool) -> nn.Parameter:
     return nn.Parameter(copied)
 
 
+def _replicated(master: nn.Parameter, mesh: Any) -> nn.Parameter:
+    """A parameter that each rank has whole as a DTensor around the same memory: an optimiser's fused step takes DTensors or plain tensors, not both."""
+    if mesh is None or isinstance(master, DTensor):
+        return master
+    return nn.Parameter(DTensor.from_local(master.detach(), mesh, [Replicate()], run_check=False))
+
+
 def _hand_over(p: nn.Parameter, master: nn.Parameter) -> None:
     """Adds a parameter's gradient to its master's as soon as it is there, so that the network's own gradients never exist all at once."""
     assert p.grad is not None
-    gradient = p.grad.to(master)
+    gradient = p.grad.to(local(master))
+    if isinstance(master, DTensor):
+        gradient = DTensor.from_local(gradient, master.device_mesh, master.placements, run_check=False)
     if master.grad is None:
         master.grad = gradient
     else:
@@ -164,7 +205,8 @@ class TrainState:
     `device` is where samples and networks are; the generator `rng` is on the host.
 
     `ratios` are those of terms whose weight is a share of matching's gradient, by stage and term; `hold` is the state of the controller
-    that moves the weights of all reward terms, where figures are held. `ranks` are the processes that share the run: each has the same state.
+    that moves the weights of all reward terms, where figures are held. `ranks` are the processes that share the run: each has the same state, or with `sharded`
+    its part of each network and the same rest.
 
     `boundary` is the level between two experts, and `bands` are the bands of the trained experts; a model of one network has one band of all levels.
     """
@@ -189,6 +231,7 @@ class TrainState:
     ratios: dict[str, NormRatio] = field(default_factory=dict)
     hold: Held = Held()
     ranks: Ranks = ALONE
+    sharded: bool = False
 
     @property
     def multiplier(self) -> float:

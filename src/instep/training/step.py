@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instep.core.shards import assign, local
 from instep.data.prompt import Prompt
 from instep.diffusion.advantage import constant_groups, group_variance, several_advantages
 from instep.diffusion.bands import Band, in_band
@@ -117,7 +118,7 @@ def snapshot_reference(state: TrainState, stage: Stage) -> None:
     if "reference" in stage.needs and state.reference_stage != stage.name:
         state.trained["student"].at_home()
         for mine, theirs in zip(state.reference, state.trained["student"].parameters.values(), strict=True):
-            mine.copy_(theirs)
+            assign(mine, theirs)
         state.reference_stage = stage.name
         if stage.fresh:
             state.trained["student"].optimizer.state.clear()
@@ -129,7 +130,7 @@ def sync_average(state: TrainState, stage: Stage) -> None:
     mean = state.trained["student"].ema
     if "average" in stage.needs and mean is not None:
         state.trained["student"].at_home()
-        torch._foreach_copy_(list(state.average), list(mean.values()))
+        torch._foreach_copy_([local(p) for p in state.average], [local(p) for p in mean.values()])
 
 
 def fresh_rollout(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:
@@ -168,6 +169,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
             transition=stage.rollout.transition,
             guidance=guidance,
             device=state.device,
+            same_calls=state.ranks.count if state.sharded else 0,
         )
 
 
@@ -266,7 +268,7 @@ def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, 
     trained = state.trained[name]
     optim = optim or trained.optim
     lr = optim.lr_at(state.step, progress)
-    state.ranks.average([p.grad for p in trained.masters.values() if p.grad is not None])
+    state.ranks.average(trained.to_average())
     norm, finite = trained.step(lr, optim)
     log.add(f"grad/{name}", torch.where(finite, norm, 0.0))
     log.add(f"grad/{name}/skipped", (~finite).float())

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from instep.core.ranks import ALONE, Ranks
+from instep.core.shards import is_divided, local, total_norm
 from instep.methods.recipe import Recipe, Stage
 from instep.methods.term import Term
 from instep.training.state import NormRatio, TrainedParams, TrainState
@@ -57,8 +57,8 @@ class TermGradients:
     def _close(self, name: str) -> None:
         found = [g for g in self._sums.pop(name) if g is not None]
         if found:
-            self._ranks.average(found)
-            self._norms[name] = torch.nn.utils.get_total_norm(found)
+            self._ranks.average([local(g) for g in found if not is_divided(g)])
+            self._norms[name] = total_norm(found, self._ranks)
 
 
 def weights_now(state: TrainState, stage: Stage) -> dict[str, float]:

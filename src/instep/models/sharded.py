@@ -1,0 +1,127 @@
+"""A network whose weights are divided among the processes of a run, by PyTorch's FSDP2 (`torch.distributed.fsdp.fully_shard`).
+
+Each block, and the rest of the network, is a unit: its weights are gathered for its forward and for its backward pass, and freed after each. Gradients are
+averaged over the processes as they are divided. Adapters, heads and embeddings of exits stay whole on every process: they are small, and gathering them for
+each pass would send more than one average a step does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from instep.core.ranks import Ranks
+
+
+class Mismatch(ValueError):
+    """The processes of a run called different networks, or the same one with other rows."""
+
+
+def mesh_of(ranks: Ranks, device: torch.device) -> DeviceMesh:
+    """All processes of the run, on their devices."""
+    return init_device_mesh(device.type, (ranks.count,))
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """The network of a backbone, `name`, on `ranks`. With `guarded` each call is compared across ranks before it is made.
+
+    A call of a sharded network is a collective, which all ranks make alike. Ranks that call two networks of equal shapes, each another one, get wrong numbers
+    and no error, so debug runs (TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL) and the tests are guarded.
+    """
+
+    name: str
+    ranks: Ranks
+    boundary: float | None = None
+    guarded: bool = False
+
+    def check(self, role: str, rows: int, t: Tensor) -> None:
+        """Raises Mismatch unless all ranks call the same role of the same network, expert and number of rows."""
+        if not self.guarded or self.ranks.led.active:
+            return
+        expert = "" if self.boundary is None else f", expert of {', '.join(sorted({'high' if x else 'low' for x in (t >= self.boundary).tolist()}))} noise"
+        graph = "with" if torch.is_grad_enabled() else "without"
+        calls = self.ranks.of_each(f"{role} (network {self.name}{expert}), {rows} rows, {graph} a graph")
+        if len(set(calls)) > 1:
+            told = "; ".join(f"rank {i}: {call}" for i, call in enumerate(calls))
+            raise Mismatch(
+                f"the processes called different networks at once, which gives wrong numbers: {told}; a force, objective or reward of your own must "
+                "call the same roles with as many rows on every rank"
+            )
+
+
+def shard(parts: Mapping[str, nn.Module], trained: Mapping[str, bool], dtype: torch.dtype, mesh: DeviceMesh, ranks: Ranks, device: torch.device) -> None:
+    """Divides the parts of a network in place, a block at a time, and leaves each process's share on `device`.
+
+    The precision is that of one device: networks compute in `dtype`, gradients are averaged in float32 or better, and what diffusers keeps in float32 stays
+    so and is whole on every process. Trained weights are divided in float32 and rounded where they are gathered, so that the optimiser needs no other copy of
+    them. The tensors of the parts are not changed: others may hold them.
+    """
+    # of a root whose output is a view, which a family reads and does not write into
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    for name, part in parts.items():
+        _shard_part(part, trained[name], dtype, mesh, device)
+        for unit in [*units(part), part]:
+            number = len(ranks.led.steps)
+            ranks.led.register(partial(_pass, unit))
+            unit.register_forward_pre_hook(partial(_announce, ranks, number), prepend=True)
+            unit.register_forward_hook(_free)
+        part._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+
+
+def _shard_part(part: nn.Module, trained: bool, dtype: torch.dtype, mesh: DeviceMesh, device: torch.device) -> None:
+    rounded = dtype in (torch.bfloat16, torch.float16)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if rounded and trained else None, reduce_dtype=torch.float32 if rounded else None, cast_forward_inputs=False
+    )
+    apart = {p for key, p in part.named_parameters() if p.dtype != dtype or ".lora_" in key}
+    for p in apart:
+        p.data = p.data.to(device, copy=True)
+    for unit in [*units(part), part]:
+        if rounded and trained:
+            for p in unit.parameters():
+                if p not in apart and not isinstance(p, DTensor):
+                    p.data = p.data.float()
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=apart)
+
+
+def units(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a network: those that diffusers names as repeated, else the members of its lists."""
+    names = getattr(network, "_repeated_blocks", None) or ()
+    named = [module for module in network.modules() if type(module).__name__.removeprefix("FSDP") in names]
+    return named or [block for blocks in network.children() if isinstance(blocks, nn.ModuleList) for block in blocks]
+
+
+def _announce(ranks: Ranks, number: int, module: nn.Module, args: Any) -> None:
+    ranks.led.announce(number)
+
+
+def _pass(unit: Any) -> None:
+    """A unit's part in a forward pass of rank 0."""
+    unit.unshard()
+    unit.reshard()
+
+
+def _free(unit: Any, args: Any, output: Any) -> None:
+    """Frees a unit's weights after a forward pass that is computed again within a backward pass: FSDP2 keeps those, so that of a micro-batched network all
+    blocks would be whole at once. Those of a block that is in its own backward pass stay. Also drops the order of passes without a graph, which
+    FSDP2 would keep for a backward pass that never comes."""
+    state = unit._get_fsdp_state()
+    groups = state._fsdp_param_groups
+    if torch._C._current_graph_task_id() != -1:
+        if all(group._training_state.name != "PRE_BACKWARD" for group in groups):
+            unit.reshard()
+    elif not torch.is_grad_enabled():
+        for group in groups:
+            if group._post_forward_indices:
+                group._post_forward_indices.pop()
+                group.comm_ctx.post_forward_order.pop()
