@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.rows import by_rows
+from instep.core.shards import fill
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.prediction import Condition, Prediction, PredictionType, to_prediction
 from instep.models.backbone import Backbone, CallContext
@@ -129,4 +130,4 @@ class Role:
                 )
         self.backbone.go_home()
         for key, p in own.items():
-            p.copy_(state[key])
+            fill(p, state[key])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.ranks import ALONE, Ranks
+from instep.core.shards import fill
 from instep.data.prompt import Prompt
 from instep.diffusion.bands import WHOLE, Band
 from instep.diffusion.path import Path
@@ -101,7 +102,7 @@ class TrainedParams:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes masters whose names and shapes are right, and rounds the network's weights from them."""
         for key, p in self.masters.items():
-            p.copy_(state[key])
+            fill(p, state[key])
         self.round()
 
 
