@@ -1,20 +1,30 @@
-"""A short run whose process kills itself, for `test_ranks_faults.py`; by hand: FAULT=rollout RANK=0 WORLD_SIZE=1 python tests/faulty_ranks.py OUT."""
+"""Runs of several processes that end in faults, for `test_ranks_faults.py`; one after another, as a JSON file lists them: python tests/faulty_ranks.py JOBS.
+
+The processes of a job are forked, so that torch and diffusers are imported once.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import every_recipe
+import sharded_state
 import torch
 from torch import Tensor
 
 from instep.cli import main as command_line
 from instep.core import elsewhere
+from instep.core.ranks import joined
 from instep.export import weights
 from instep.recipes import find
 from instep.recipes.common import Common
@@ -29,16 +39,16 @@ from instep.training.run import Run, train
 STEPS, DIES_AT = 4, 3
 
 
-def run(out: Path, stops_at: int | None = None) -> Run:
-    """A run that ends in a student; this process gets SIGTERM in its iteration to the step `stops_at`."""
+def run(out: Path, stops_at: int | None = None, patience: float = 10) -> Run:
+    """A run that ends in a student; this process gets SIGUSR1 in its iteration to the step `stops_at`."""
     recipe = find("dm-align-group")(Common(steps=2, batch=4, critic_updates=1, ema=0.9), distil=0, iterations=STEPS, group=2, top_n=1)
-    options = RunOptions(save_every=1, keep=9, probe_every=STEPS, terms_every=0, execution=Execution(device="cpu"))
+    options = RunOptions(save_every=1, keep=9, probe_every=STEPS, terms_every=0, patience=patience, execution=Execution(device="cpu"))
     if stops_at is not None:
         real = loop.iteration
 
         def stopping(state: Any, *args: Any) -> Any:
             if state.step + 1 == stops_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGUSR1)
             return real(state, *args)
 
         loop.iteration = stopping
@@ -65,6 +75,17 @@ def _in_rollout() -> None:
         return _die() if state.step + 1 == DIES_AT else real(state, *args, **options)
 
     step.roll_out = dying
+
+
+def _hangs() -> None:
+    real = step.roll_out
+
+    def hanging(state: Any, *args: Any, **options: Any) -> Any:
+        if state.step + 1 == DIES_AT:
+            time.sleep(3600)
+        return real(state, *args, **options)
+
+    step.roll_out = hanging
 
 
 def _in_critic() -> None:
@@ -106,19 +127,31 @@ FAULTS: dict[str, tuple[int, Callable[[], None]]] = {
     "critic": (1, _in_critic),
     "checkpoint": (0, _in_checkpoint),
     "export": (0, _in_export),
+    "hangs": (1, _hangs),
 }
+# seconds in which the others end by themselves, once one has ended
+ENDS = 60
 
 
-def main(out: str) -> int:
-    torch.set_num_threads(1)
-    elsewhere.LATER, elsewhere.LAST = 0.1, 0.2
-    who, break_it = FAULTS.get(os.environ.get("FAULT", ""), (None, None))
-    if break_it is not None and who == int(os.environ["RANK"]):
-        break_it()
+def _one(job: Mapping[str, Any], rank: int, port: int) -> int:
+    """A process of a job: its exit status. What it writes goes to OUT.RANK.txt."""
+    count, out = job["count"], Path(job["out"])
+    if count > 1:
+        there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {key: str(value) for key, value in there.items()}
+    written = os.open(out.with_name(f"{out.name}.{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    if "steps" in job:
+        with joined() as ranks:
+            sharded_state.steps(out, ranks, job["steps"])
+        return 0
+    if "fault" in job and FAULTS[job["fault"]][0] == rank:
+        FAULTS[job["fault"]][1]()
 
     def command(args: object) -> int:
         try:
-            run(Path(out), int(os.environ["STOPS_AT"]) if "STOPS_AT" in os.environ else None)
+            run(out, job.get("stops_at"), job.get("patience", 10))
         except Interrupted:
             return 130
         return 0
@@ -127,5 +160,50 @@ def main(out: str) -> int:
     return command_line.main(["train"])
 
 
+def _forked(job: Mapping[str, Any], rank: int, port: int) -> int:
+    """The id of a new process of a job."""
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        torch.set_num_threads(1)
+        status = _one(job, rank, port)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def launched(job: Mapping[str, Any]) -> list[int]:
+    """The exit status of each process of a job, negative for a signal. Those that do not end soon after the first are killed."""
+    if "copy_of" in job:
+        shutil.copytree(job["copy_of"], job["out"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = {_forked(job, rank, port): rank for rank in range(job["count"])}
+    ended: dict[int, int] = {}
+    first = 0.0
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            ended[running.pop(child)] = os.waitstatus_to_exitcode(status)
+            first = first or time.monotonic()
+        elif first and time.monotonic() > first + job.get("ends", ENDS):
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+        time.sleep(0.05)
+    return [ended[rank] for rank in range(job["count"])]
+
+
+def main(file: str) -> None:
+    elsewhere.LATER, elsewhere.LAST = 0.1, 0.2
+    jobs = json.loads(Path(file).read_text(encoding="utf-8"))
+    Path(f"{file}.ended").write_text(json.dumps([launched(job) for job in jobs]), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])
