@@ -144,7 +144,7 @@ def _one(job: Mapping[str, Any], rank: int, port: int) -> int:
     os.dup2(written, 2)
     if "steps" in job:
         with joined() as ranks:
-            sharded_state.steps(out, ranks, job["steps"])
+            sharded_state.steps(out, ranks, job["steps"], Path(job["to"]) if "to" in job else None)
         return 0
     if "fault" in job and FAULTS[job["fault"]][0] == rank:
         FAULTS[job["fault"]][1]()

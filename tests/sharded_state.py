@@ -59,8 +59,8 @@ class Source:
         self.order.position = state["prompts"]
 
 
-def steps(folder: Path, ranks: Ranks, count: int) -> None:
-    """Goes on from the newest checkpoint in `folder`, if there is one, for `count` steps, and saves the last; for 0 the state is saved again as it was read."""
+def steps(folder: Path, ranks: Ranks, count: int, to: Path | None = None) -> None:
+    """Goes on from the newest checkpoint in `folder`, if there is one, for `count` steps, and saves the last in the folder `to` (None: the same)."""
     roles = {name: Network(seed, ranks) for seed, name in enumerate(("student", "fake"))}
     trained = {name: TrainedParams(roles[name].parameters, AdamWConfig(lr=0.1), ema=0.9) for name in roles}
     reference = tuple(Network(2, ranks).parameters.values())
@@ -70,11 +70,11 @@ def steps(folder: Path, ranks: Ranks, count: int) -> None:
         saved.load(state, source, checkpoint.load(newest))
     for _ in range(count):
         _step(state, source)
-    CheckpointWriter(folder, 9, background=False, ranks=ranks).save(state.step, saved.contents(state, source))
+    CheckpointWriter(to or folder, 9, background=False, ranks=ranks).save(state.step, saved.contents(state, source))
 
 
 def _step(state: TrainState, source: Source) -> None:
-    """The weights follow the generators, the cursor and the controller; element by element, so that shards change no digit."""
+    """The weights follow the generators, the cursor and the controller; element by element, so that shards change nothing but rounding."""
     factor = float(torch.rand(())) + random.random() + float(np.random.rand()) + source.order.next(1)[0] + state.hold.count
     for trained in state.trained.values():
         for p in trained.masters.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from faulty_ranks import DIES_AT, FAULTS, STEPS
 from test_run import same
 
 from instep.core.json_lines import read_rows
+from instep.core.ranks import ALONE
 from instep.report import write_report
 from instep.training import checkpoint
 from instep.training.loop import Interrupted
+from instep.training.state_files import split
 
 # the fault of each job of the fast suite, and the step of the newest checkpoint that it leaves
 LEFT = {"rollout": DIES_AT - 1, "critic": DIES_AT - 1, "checkpoint": DIES_AT - 1, "export": STEPS, "hangs": DIES_AT - 1}
@@ -107,14 +110,13 @@ def alone(folder) -> Path:
 @pytest.fixture(scope="module")
 def quick(folder) -> list[list[int]]:
     """What the fast suite has time for: a kill in the middle of a checkpoint, and a state that two processes take from one."""
-    sharded_state.alone(folder / "state", 1)
-    return done(folder, [{"count": 2, "out": folder / "killed", "fault": "checkpoint"}, {"count": 2, "out": folder / "state", "steps": 1}])
+    return done(folder, [{"count": 2, "out": folder / "killed", "fault": "checkpoint"}, *goes_on(folder / "state", (2,))])
 
 
 def test_killed_in_the_middle_of_a_checkpoint_and_resumed_by_one_process(folder, alone, quick, monkeypatch):
     """The torn file is there and passed over; SIGUSR1 saves; neither resuming nor the report unpickles anything."""
     out = folder / "killed"
-    torn = [path for path in (out / "checkpoints").glob(f".step-{DIES_AT:06d}.*.tmp")]
+    torn = list((out / "checkpoints").glob(f".step-{DIES_AT:06d}.*.tmp"))
     assert len(torn) == 1 and (torn[0] / "tensors.safetensors").is_file() and not (torn[0] / "state.json").exists()
     check_left("checkpoint", out, quick[0])
     with nothing_unpickled(monkeypatch):
@@ -126,29 +128,38 @@ def test_killed_in_the_middle_of_a_checkpoint_and_resumed_by_one_process(folder,
     assert not list((out / "checkpoints").glob(".*"))
 
 
-def test_processes_take_their_shards_of_a_state_and_leave_a_whole_one(folder, quick, tmp_path):
-    """Weights, moments, averages, the reference, generators, cursor and controller go on from one process in two and in one again, bit for bit."""
-    assert quick[1] == [0, 0], said(folder / "state", 0) + said(folder / "state", 1)
-    check_states(folder / "state", tmp_path, 3)
+def goes_on(out: Path, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """A state after one step here, and jobs that take it on: each number of processes saves again what it has read, into OUT-COUNT, and takes one more step."""
+    sharded_state.alone(out, 1)
+    both = [({"steps": 0, "to": out.with_name(f"{out.name}-{count}")}, {"steps": 1}) for count in counts]
+    return [{"count": count, "out": out, **job} for count, jobs in zip(counts, both, strict=True) for job in jobs]
 
 
-def check_states(folder: Path, other: Path, count: int) -> None:
-    """After one more step here the checkpoints are those of one process, byte for byte."""
-    sharded_state.alone(folder, 1)
-    (other / "step-000001").symlink_to(folder / "step-000001")
-    sharded_state.alone(other, count - 1)
-    for step in range(1, count + 1):
+def check_states(out: Path, counts: Sequence[int], other: Path) -> None:
+    """Each number of processes has read the very state that the one before wrote, and the last is that of one process."""
+    sharded_state.steps(out, ALONE, 0, out.with_name(f"{out.name}-1"))
+    for step, count in enumerate((*counts, 1), 1):
+        again = out.with_name(f"{out.name}-{count}") / f"step-{step:06d}"
         for name in ("tensors.safetensors", "state.json"):
-            assert (folder / f"step-{step:06d}" / name).read_bytes() == (other / f"step-{step:06d}" / name).read_bytes(), (step, name)
+            assert (again / name).read_bytes() == (out / again.name / name).read_bytes(), (count, name)
+    shutil.copytree(out / "step-000001", other / "step-000001")
+    sharded_state.alone(other, len(counts))
+    mine, theirs = (split(checkpoint.load(folder / f"step-{len(counts) + 1:06d}")) for folder in (out, other))
+    assert mine[0] == theirs[0], "cursor, controller, ratios and generators"
+    for name, x in theirs[1].items():
+        torch.testing.assert_close(mine[1][name], x, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_take_their_shards_of_a_state_and_leave_a_whole_one(folder, quick, tmp_path):
+    """Weights, moments, averages, the reference, generators, cursor and controller go from one process to two and to one again, bit for bit."""
+    assert quick[1:] == [[0, 0], [0, 0]], said(folder / "state", 0) + said(folder / "state", 1)
+    check_states(folder / "state", (2,), tmp_path)
 
 
 @pytest.mark.slow
 def test_a_state_goes_from_one_process_to_two_to_four_to_one(tmp_path):
-    out, other = tmp_path / "state", tmp_path / "alone"
-    other.mkdir()
-    sharded_state.alone(out, 1)
-    assert done(tmp_path, [{"count": count, "out": out, "steps": 1} for count in (2, 4)]) == [[0] * 2, [0] * 4]
-    check_states(out, other, 4)
+    assert all(status == 0 for ended in done(tmp_path, goes_on(tmp_path / "state", (2, 4))) for status in ended)
+    check_states(tmp_path / "state", (2, 4), tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -184,3 +195,39 @@ def test_a_process_that_hangs_is_waited_for_as_long_as_patience_allows(tmp_path)
     """The other one ends after half a minute, with the reason, and leaves the newest checkpoint."""
     (ended,) = done(tmp_path, [{"count": 2, "out": tmp_path / "run", "fault": "hangs", "patience": 0.5, "ends": 3}])
     check_left("hangs", tmp_path / "run", ended)
+
+
+REWARD = """
+import os, pathlib, signal
+
+died, scored = pathlib.Path("died"), []
+
+
+def brightness(media, prompts):
+    scored.append(len(media))
+    if len(scored) == 3 and os.environ.get("RANK") == "1":
+        if not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        # what SLURM sends to every process before it ends an allocation
+        os.kill(os.getppid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return media.flatten(1).mean(1)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_which_goes_on_and_saves_at_a_signal_of_slurm(tmp_path):
+    """A process is killed in iteration 2; both start again from the checkpoint of step 1, and save at SIGUSR1 in iteration 3."""
+    (tmp_path / "brightness_of.py").write_text(REWARD, encoding="utf-8")
+    options = "--model digits --steps 2 --batch 4 --group 2 --top-n 1 --distil 0 --iterations 4 --critic-updates 1 --save-every 1 --probe-every 9"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "instep", "train"]
+    command += ["dm-align-group", *options.split(), "--no-evaluate", "--reward", "brightness_of:brightness", "--out", "run"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "OMP_NUM_THREADS": "1"}
+    ignoring = ["bash", "-c", 'trap "" USR1; exec "$@"', "bash", *command]
+    ended = subprocess.run(ignoring, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1500)
+    assert (tmp_path / "died").exists() and ended.returncode != 0
+    assert ended.stderr.count("stopped by SIGUSR1: saved at step 3 of 4") == 1, ended.stderr
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None and checkpoint.step_of(newest) == 3
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "log.jsonl")] == [0, 1, 2, 3]

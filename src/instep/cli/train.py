@@ -102,8 +102,8 @@ class TrainArgs:
     """Folder of encoded prompts, which runs of one model or of several may share; default: prompts in the folder of the run. A resumed run finds its own."""
     patience: float = RunOptions.patience
     """With several processes (torchrun): minutes that one waits for another one within an iteration; then it ends the run, and the same command goes on from
-    the newest checkpoint. Raise it if a reward's server may be silent for longer. Where the first process works alone (it probes, saves and exports), the others
-    wait up to 60 minutes."""
+    the newest checkpoint. Raise it if a reward's server may be silent for longer. Where the first process works alone (it probes, saves and exports), the
+    others wait up to 60 minutes."""
     evaluate: bool = True
     """Measure the student against teacher and naive sampling at the end (bundled video models), and write the report."""
 

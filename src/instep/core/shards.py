@@ -17,12 +17,12 @@ def is_sharded(x: Tensor) -> bool:
 
 def whole(x: Tensor) -> Tensor:
     """The whole tensor, of any shape, on the device of its shards. Of a sharded tensor every process calls this, and each gets it."""
-    return x.full_tensor() if is_sharded(x) else x  # type: ignore[operator]
+    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def local(x: Tensor) -> Tensor:
     """What this process holds of a tensor; a shard may be empty."""
-    return x.to_local() if is_sharded(x) else x  # type: ignore[operator]
+    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def like(target: Tensor, value: Tensor) -> Tensor:

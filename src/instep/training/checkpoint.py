@@ -1,7 +1,7 @@
 """Checkpoints: tensors in one safetensors file, everything else in JSON, in a folder that appears whole or not at all.
 
 A checkpoint is written beside its final name, flushed to disk, and renamed, so a run killed at any moment still has the previous one.
-Nothing is ever unpickled. The file does not depend on the processes that wrote it: tensors in shards are whole in it, and each process takes its shards from it.
+Nothing is ever unpickled. The file does not depend on the number of processes: tensors in shards are whole in it, and each process takes its shards from it.
 """
 
 from __future__ import annotations

@@ -33,7 +33,6 @@ from instep.training.step import iteration
 from instep.training.term_gradients import at_interval
 from instep.training.views import matching_views, save_views
 
-
 # of a user (Ctrl-C), of torchrun and schedulers, and of SLURM's --signal=USR1; Windows has no such one
 SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
