@@ -21,6 +21,7 @@ import torch
 from faulty_ranks import DIES_AT, FAULTS, STEPS
 from test_run import same
 
+from instep.core.files import recover_dir
 from instep.core.json_lines import read_rows
 from instep.core.ranks import ALONE
 from instep.report import write_report
@@ -81,7 +82,7 @@ def check_equal(out: Path, other: Path, exact: bool = False) -> None:
             for key, x in tensors.items():
                 torch.testing.assert_close(mine[part][name][key], x, rtol=limits[0], atol=limits[1])
     assert (out / "student" / "instep_export.json").is_file()
-    assert [path.name for path in out.iterdir() if path.name.startswith(".") and "writing" not in path.name] == [], "locks and torn files are gone"
+    assert not list(out.glob(".*")) and not list((out / "checkpoints").glob(".*")), "locks and torn files are gone"
 
 
 @contextmanager
@@ -125,7 +126,17 @@ def test_killed_in_the_middle_of_a_checkpoint_and_resumed_by_one_process(folder,
         faulty_ranks.run(out)
         write_report([out], folder / "report.html")
     check_equal(out, alone)
-    assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_what_a_killed_export_left_is_removed_or_put_back(tmp_path):
+    out, old, torn = (tmp_path / name for name in ("student", ".student.old-1", ".student.writing-1"))
+    for there in ((out, old, torn), (old, torn)):
+        for folder in there:
+            folder.mkdir()
+            (folder / "name").write_text(folder.name, encoding="utf-8")
+        recover_dir(out)
+        assert [path.name for path in tmp_path.iterdir()] == ["student"] and (out / "name").read_text(encoding="utf-8") == there[0].name
+        shutil.rmtree(out)
 
 
 def goes_on(out: Path, counts: Sequence[int]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from instep.core.files import recover_dir
 from instep.core.lock import run_lock
 from instep.core.ranks import Ranks, joined
 from instep.data.prompt import Prompt, with_negative
@@ -176,6 +177,7 @@ def train(
                 return Run(out, recipe, family, state, None, loop.stopped)
 
             def export() -> None:
+                recover_dir(out / "student")
                 with averaged(state.trained["student"]):
                     export_role(
                         student,
