@@ -27,6 +27,7 @@ from instep.core.ranks import ALONE
 from instep.report import write_report
 from instep.training import checkpoint
 from instep.training.loop import Interrupted
+from instep.training.options import RunOptions
 from instep.training.state_files import split
 
 # the fault of each job of the fast suite, and the step of the newest checkpoint that it leaves
@@ -242,3 +243,9 @@ def test_torchrun_starts_a_run_again_which_goes_on_and_saves_at_a_signal_of_slur
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert newest is not None and checkpoint.step_of(newest) == 3
     assert [row["step"] for row in read_rows(tmp_path / "run" / "log.jsonl")] == [0, 1, 2, 3]
+
+
+def test_a_patience_of_no_length_is_refused():
+    for minutes in (0, -1, float("nan"), 1e9):
+        with pytest.raises(ValueError, match="patience: .* is not allowed; minutes that a process waits for another one, above 0"):
+            RunOptions(patience=minutes)
