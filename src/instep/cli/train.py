@@ -100,6 +100,10 @@ class TrainArgs:
     """Number of teacher samples to make and keep for recipes that need real samples or stored pairs, if none are given."""
     prompt_cache: Path | None = None
     """Folder of encoded prompts, which runs of one model or of several may share; default: prompts in the folder of the run. A resumed run finds its own."""
+    patience: float = RunOptions.patience
+    """With several processes (torchrun): minutes that one waits for another one within an iteration; then it ends the run, and the same command goes on from
+    the newest checkpoint. Raise it if a reward's server may be silent for longer. Where the first process works alone (it probes, saves and exports), the
+    others wait up to 60 minutes."""
     evaluate: bool = True
     """Measure the student against teacher and naive sampling at the end (bundled video models), and write the report."""
 
@@ -139,9 +143,10 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
         prompt_cache=args.prompt_cache,
         hold=parse_hold(args.hold) if args.hold is not None else (),
         terms_every=args.terms_every,
+        patience=args.patience,
     )
     tracker = load_function(args.tracker, "tracker") if args.tracker else None
-    with joined() as ranks:
+    with joined(options.waits) as ranks:
         with ranks.one_by_one():  # what the first one caches is there for the others
             setting = prepare(recipe, args)
         try:

@@ -99,6 +99,17 @@ def atomic_dir(out: Path, what: str) -> Iterator[Path]:
         raise
 
 
+def recover_dir(out: Path) -> None:
+    """Removes what writers of `out` (`atomic_dir`) left that were killed, and puts the folder back that one had moved aside. No other writer may be at work."""
+    for aside in out.parent.glob(f".{out.name}.old-*"):
+        if out.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, out)
+    for torn in out.parent.glob(f".{out.name}.writing-*"):
+        shutil.rmtree(torn, ignore_errors=True)
+
+
 def _swap(temporary: Path, out: Path) -> None:
     """`temporary` in place of `out`; an earlier folder is moved aside first and comes back if the rename fails."""
     aside = out.parent / f".{out.name}.old-{os.getpid()}"

@@ -20,21 +20,23 @@ from instep.core.led import END, Led
 T = TypeVar("T")
 # bytes of gradients that are sent in one collective
 BUCKET = 2**26
-# how long a process waits for the others: rank 0 alone probes and exports
-PATIENCE = timedelta(minutes=60)
+# how long a process waits for another one within an iteration, and for rank 0 where that works alone: it probes, saves and exports
+PATIENCE, WORK = timedelta(minutes=10), timedelta(minutes=60)
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process's `rank` among the `count` that share a run, `local` of them on this machine.
 
-    Every rank calls every method that has a collective, in the same order. `led` are the steps that rank 0 cannot take alone (sharded networks), while it does
-    something alone.
+    Every rank calls every method that has a collective, in the same order. `work` is the process group in which they wait for what rank 0 does alone, up to
+    `WORK`; None: that of all other collectives, whose time-out is the run's patience. `led` are the steps that rank 0 cannot take alone (sharded networks),
+    while it does something alone.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 1
+    work: dist.ProcessGroup | None = None
     led: Led = field(default_factory=Led, compare=False)
 
     @property
@@ -58,12 +60,12 @@ class Ranks:
         return total / self.count
 
     def most(self, x: int) -> int:
-        """The largest of the ranks' numbers."""
+        """The largest of the ranks' numbers, once rank 0 has done what it does alone."""
         if self.count == 1:
             return x
         found = torch.tensor(x)
         with _together():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.work)
         return int(found)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -141,7 +143,7 @@ class Ranks:
     def _announced(self, number: int) -> int:
         told = torch.tensor(number)
         with _together():
-            dist.broadcast(told, 0)
+            dist.broadcast(told, 0, group=self.work)
         return int(told)
 
     def of_each(self, what: str) -> list[str]:
@@ -162,11 +164,11 @@ class Ranks:
         """Rank 0's bytes."""
         with _together():
             size = torch.tensor(len(data))
-            dist.broadcast(size, 0)
+            dist.broadcast(size, 0, group=self.work)
             sent = torch.empty(int(size), dtype=torch.uint8)
             if self.first:
                 sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            dist.broadcast(sent, 0)
+            dist.broadcast(sent, 0, group=self.work)
         return sent.numpy().tobytes()
 
 
@@ -174,15 +176,17 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
     """The ranks of this process, as torchrun starts them (its environment), and their process group for as long as the block runs; `ALONE` without torchrun.
 
-    Each process is on the accelerator of its local rank, if there are enough; tensors there are sent by NCCL, those in host memory by gloo. A group that the
-    caller made is used as it is.
+    Each process is on the accelerator of its local rank, if there are enough; tensors there are sent by NCCL, those in host memory by gloo. `patience` is the
+    time after which a process that waits for another one raises Lost; where rank 0 works alone it is `WORK`, if that is longer. A group that the caller
+    made is used as it is, with its own time-out.
     """
     local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size(), here)
+        with _waiting(patience) as work:
+            yield Ranks(dist.get_rank(), dist.get_world_size(), here, work)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield ALONE
@@ -191,11 +195,23 @@ def joined() -> Iterator[Ranks]:
     if fits:
         torch.accelerator.set_device_index(local)
     with _together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if fits and torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if fits and torch.cuda.is_available() else "gloo", timeout=patience)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), here)
+        with _waiting(patience) as work:
+            yield Ranks(dist.get_rank(), dist.get_world_size(), here, work)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _waiting(patience: timedelta) -> Iterator[dist.ProcessGroup]:
+    """The process group of the waits for rank 0."""
+    with _together():
+        group = dist.new_group(backend="gloo", timeout=max(WORK, patience))
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
 
 
 @contextmanager

@@ -16,6 +16,11 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+def is_shared(x: Tensor) -> bool:
+    """Whether a tensor is one of all processes, divided among them or the same on each: `whole` is called by all of them together."""
+    return isinstance(x, DTensor)
+
+
 def is_divided(x: Tensor) -> bool:
     """Whether each process holds a part of its own."""
     return isinstance(x, DTensor) and not all(isinstance(placement, Replicate) for placement in x.placements)

@@ -61,8 +61,7 @@ def file_parts(entries: Mapping[str, Entry], metadata: Mapping[str, str] | None 
 
     Raises ValueError where `make` returns another dtype or shape than its entry has.
     """
-    # wide types first: every tensor then starts at a multiple of its element's size
-    names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+    names = in_order({name: entry.dtype for name, entry in entries.items()})
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
@@ -77,6 +76,11 @@ def file_parts(entries: Mapping[str, Entry], metadata: Mapping[str, str] | None 
             raise ValueError(f"tensors: {name} is {x.dtype} {tuple(x.shape)}, and its entry has {entries[name].dtype} {entries[name].shape}")
         if x.numel():
             yield x.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+def in_order(dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """The names of a file's tensors in their order in it: wide types first, so that each starts at a multiple of its element's size."""
+    return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
 
 
 def write_parts(path: Path, parts: Iterable[Any]) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: tensors in one safetensors file, everything else in JSON, in a folder that appears whole or not at all.
 
 A checkpoint is written beside its final name, flushed to disk, and renamed, so a run killed at any moment still has the previous one.
-Nothing is ever unpickled.
+Nothing is ever unpickled. The file does not depend on the number of processes: tensors in shards are whole in it, and each process takes its shards from it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from instep.core.files import write_error
+from instep.core.shards import is_shared, part_of
 from instep.training.low_bit import in_8_bit, is_low_bit, moment_of, plain
 from instep.training.state_files import State, join, sha256, split, write, write_tensors
 
@@ -233,6 +234,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: State) -> None
     for i, entry in state.items():
         if i >= len(parameters) or any(v.ndim and v.shape != parameters[i].shape for v in entry.values() if isinstance(v, Tensor)):
             raise ValueError(f"optimizer: the checkpoint's state of parameter {i} does not fit this optimiser; resume with the recipe that wrote it")
+        if is_shared(parameters[i]):
+            state[i] = {name: part_of(v, parameters[i]) if isinstance(v, Tensor) and v.ndim else v for name, v in entry.items()}
     groups = [{**old, **_tuples(old, new)} for old, new in zip(whole["param_groups"], saved["groups"], strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from instep.core.shards import local
 from instep.core.unusable import Unusable, is_finite, named
 from instep.diffusion.prediction import Condition, Denoiser, Prediction
 from instep.training import checkpoint
@@ -94,7 +95,8 @@ def ended(what: str, out: Path, step: int, skipped: SkippedSteps) -> Unusable:
 
 
 def check_state(contents: Mapping[str, Any]) -> None:
-    """Raises Unusable that names what is not finite in the contents of a checkpoint: weights, averages, the optimiser's moments, the reward's variance."""
+    """Raises Unusable that names what is not finite in the contents of a checkpoint: weights, averages, the optimiser's moments, the reward's variance; of
+    tensors in shards what this process holds."""
     bad = [name for name, value in _leaves(contents) if not _finite(value)]
     if bad:
         raise Unusable(f"{named(bad)} hold values that are not finite")
@@ -113,5 +115,5 @@ def _leaves(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 def _finite(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return is_finite(value)
+        return is_finite(local(value))
     return not isinstance(value, float) or math.isfinite(value)

@@ -22,7 +22,7 @@ from instep.training.align_views import align_stage, align_views
 from instep.training.batches import BatchSource
 from instep.training.build import averaged
 from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended
-from instep.training.gathered import divided, gathered, lay_out, mine
+from instep.training.gathered import mine
 from instep.training.health import Finding, HealthMonitor
 from instep.training.hold import Controller, Held
 from instep.training.log import RunLog, Tracker
@@ -33,6 +33,9 @@ from instep.training.state import TrainState
 from instep.training.step import iteration
 from instep.training.term_gradients import at_interval
 from instep.training.views import matching_views, save_views
+
+# of a user (Ctrl-C), of torchrun and schedulers, and of SLURM's --signal=USR1; Windows has no such one
+SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Interrupted(Exception):
@@ -56,7 +59,9 @@ class Loop:
     ) -> None:
         self.recipe, self.family, self.out, self.options = recipe, family, out, options
         self.state, self.source, self.probe, self.tracker, self.known_teacher = state, source, probe, tracker, known_teacher
+        self.asked = 0  # the signal that this process got
         self.stop: str | None = None
+        self.fresh = False  # whether the present step is new: neither loaded nor saved
         self.reference: dict[str, float] = {}
         self.found: Finding | None = None  # the finding that stops the run
         self.skipped = SkippedSteps()
@@ -64,19 +69,17 @@ class Loop:
         self.probed: list[stop.Probed] = []
         self.stopped: stop.Stopped | None = None
         self.ranks = state.ranks
-        # of sharded networks, whole on rank 0
-        self._contents = self.ranks.led.register(self._collect) if state.sharded else self._collect
-        self.writer = CheckpointWriter(out / "checkpoints", options.keep, background=in_background(state.device, options.execution))
+        self.writer = CheckpointWriter(out / "checkpoints", options.keep, background=in_background(state.device, options.execution), ranks=state.ranks)
 
     def run(self) -> None:
-        """Trains to the end or to a finding in `stop_on`; on SIGINT or SIGTERM finishes the iteration, saves and raises `Interrupted`.
+        """Trains to the end or to a finding in `stop_on`; on one of `SIGNALS` finishes the iteration, saves and raises `Interrupted`.
 
         Of several ranks the first one writes, probes and judges, and the others follow its decisions.
         """
         state, total = self.state, self.recipe.steps
         if self._has_stopped() or state.step >= total:
             return
-        before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
+        before = {s: signal.signal(s, self._ask_to_stop) for s in SIGNALS} if _in_main_thread() else {}
         try:
             if self.ranks.first:
                 self._lead(total)
@@ -90,16 +93,13 @@ class Loop:
                 decided = self.ranks.of_first(lambda: asdict(stop.decide(self.out, found, self.probed, self.options.stop_on)))
                 self._go_back(stop.Stopped(**decided))
             elif self.stop is not None:
-                self.ranks.of_first(self._save_now)
+                self.save()
+                self.ranks.of_first(self.writer.wait)
                 raise Interrupted(f"{self.stop}: saved at step {state.step} of {total} in {self.out}; the same command goes on from there")
         finally:
             self.writer.join()
             for s, handler in before.items():
                 signal.signal(s, handler)
-
-    def _save_now(self) -> None:
-        self.save()
-        self.writer.wait()
 
     def _lead(self, total: int) -> None:
         """The loop of the rank that writes."""
@@ -113,7 +113,7 @@ class Loop:
                 with self.ranks.leading():
                     if state.step == 0:
                         self._probe(log, health, {"stage": "start"})
-                        self._save_if_due()
+                        self.fresh = True
                 while self._goes_on(total):
                     self.writer.check()
                     self._one(log, health)
@@ -123,14 +123,18 @@ class Loop:
             log.close()
 
     def _goes_on(self, total: int) -> bool:
-        """Whether there is another iteration, which all ranks decide alike: a signal to one of them stops all, and what rank 0 found is found."""
-        if self.ranks.count > 1:
-            number = self.ranks.most(signal.Signals[self.stop] if self.stop else 0)
-            self.stop = signal.Signals(number).name if number else None
-            led: dict[str, Any] = self.ranks.of_first(lambda: {"found": asdict(self.found) if self.found else None, "hold": asdict(self.state.hold)})
-            if not self.ranks.first:
-                self.found = Finding(**led["found"]) if led["found"] else None
-                self.state.hold = Held.of_json(led["hold"])
+        """Whether there is another iteration, after a checkpoint that is due. All ranks decide alike: a signal to one of them stops all, and what rank 0
+        found is found."""
+        number = self.ranks.most(self.asked)
+        self.stop = signal.Signals(number).name if number else None
+        led: dict[str, Any] = self.ranks.of_first(
+            lambda: {"found": asdict(self.found) if self.found else None, "hold": asdict(self.state.hold), "saves": self._is_due()}
+        )
+        if not self.ranks.first:
+            self.found = Finding(**led["found"]) if led["found"] else None
+            self.state.hold = Held.of_json(led["hold"])
+        if led["saves"]:
+            self.save()
         return self.state.step < total and self.stop is None and self.found is None
 
     def _train(self) -> dict[str, Any]:
@@ -162,7 +166,7 @@ class Loop:
             self._note(log, health, row)
         if self.found is None and (what := self.skipped.too_many()):
             self._give_up(what)
-        self._save_if_due()
+        self.fresh = True
 
     def _give_up(self, what: str) -> NoReturn:
         """Raises Unusable; the newest good checkpoint is kept."""
@@ -171,12 +175,12 @@ class Loop:
         self.writer.join()
         raise ended(what, self.out, self.state.step, self.skipped)
 
-    def _save_if_due(self) -> None:
-        """Saves a checkpoint at intervals and, with `stop_on`, at every probe that is the best so far; never at the finding that stops the run."""
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is: at intervals and, with `stop_on`, at every probe that is the best so far; never at the finding that stops the run."""
         step = self.state.step
         best = bool(self.options.stop_on) and stop.best(self.probed) == step
-        if self.found is None and (best or (step > 0 and (step % self.options.save_every == 0 or step in self.recipe.stage_ends()))):
-            self.save()
+        regular = step > 0 and (step % self.options.save_every == 0 or step in self.recipe.stage_ends())
+        return self.fresh and self.found is None and (best or regular)
 
     def _has_stopped(self) -> bool:
         """Whether the run stopped itself before and stays stopped; it then goes back to the kept checkpoint. Without that flag in `stop_on` it resumes."""
@@ -225,7 +229,7 @@ class Loop:
             following, _ = self.recipe.at(min(self.state.step, self.recipe.steps - 1))
             self.state.hold, scalars = self.controller.probed(self.state.hold, following, metrics)
             row |= scalars
-        # counted as saved: `_save_if_due` saves it unless it stops the run
+        # counted as saved: `_is_due` has it saved unless it stops the run
         self.probed.append(stop.Probed(self.state.step, metrics.get("monitor_both"), True, metrics["diversity"]))
         self._note(log, health, row)
         if self.found is None and not (watched.finite and math.isfinite(metrics["mean_brightness"])):
@@ -258,21 +262,22 @@ class Loop:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def save(self) -> None:
-        """Saves a checkpoint of the present step. In the background (`CheckpointWriter`) its file is there once `writer.wait` returns."""
+        """Saves a checkpoint of the present step, which all ranks do together. In the background (`CheckpointWriter`) its file is there once `writer.wait`
+        returns."""
         self.writer.wait()  # `good` looks at what is there
+        self.fresh = False
         kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()), *self.skipped.good(self.out))
-        contents = self._contents()
+        contents, what = saved.contents(self.state, self.source), ""
         try:
-            check_state(contents)
+            check_state(mine(contents))
         except Unusable as error:
-            self._give_up(str(error))
+            what = str(error)
+        if self.ranks.most(len(what)):
+            self._give_up(what or "weights that another process holds are not finite")
         self.writer.save(self.state.step, contents, kept)
 
-    def _collect(self) -> dict[str, Any]:
-        return gathered(saved.contents(self.state, self.source), self.ranks)
-
     def _load(self, path: str | Path) -> None:
-        saved.load(self.state, self.source, divided(checkpoint.load(Path(path)), self.state))
+        saved.load(self.state, self.source, checkpoint.load(Path(path)))
 
     def restore(self, start_from: Path | str | None) -> None:
         """Loads this run's newest intact checkpoint or, without any checkpoint, the roles of `start_from`. Raises ValueError if all are damaged."""
@@ -282,13 +287,12 @@ class Loop:
         elif start_from is not None:
             with self.ranks.one_by_one():
                 saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
-            lay_out(self.state)
         check_state(mine(saved.contents(self.state, self.source)))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop is not None and self.ranks.count == 1:
-            raise KeyboardInterrupt  # torchrun repeats what it is sent, and ends its processes 30 seconds later itself
-        self.stop = signal.Signals(number).name
+        if self.asked and number == signal.SIGINT and self.ranks.count == 1:
+            raise KeyboardInterrupt  # of an impatient user; torchrun repeats what it is sent, and schedulers send one signal after another
+        self.asked = number
 
 
 def _text(path: Path | None) -> str | None:

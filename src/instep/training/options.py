@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+from instep.core.ranks import PATIENCE
 from instep.training import stop
 from instep.training.execution import Execution
 from instep.training.hold import HOLD_EVERY, Bound
 
 # steps between probes
 PROBE_EVERY = 20
+# minutes of patience at most: a week
+LONGEST = 7 * 24 * 60
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class RunOptions:
     to its best checkpoint by the monitor and exports that; probes that are the best so far are then saved too. `prompt_cache`: the folder of encoded prompts,
     which several runs may share; None: `prompts` in the run's own. `execution`: device, precision and memory. `hold`: figures of the probe that the weights of
     reward terms are steered by (`hold.py`). `probe_every` None: 20, and 5 with `hold`. `terms_every`: steps between two measurements of each term's gradient,
-    one more backward pass a term; 0: none. ValueError for what is no flag.
+    one more backward pass a term; 0: none. `patience`: minutes that one of several processes waits for another one within an iteration. ValueError for what
+    is no flag.
     """
 
     seed: int = 0
@@ -34,11 +39,19 @@ class RunOptions:
     prompt_cache: Path | None = None
     hold: tuple[Bound, ...] = ()
     terms_every: int = 20
+    patience: float = PATIENCE.total_seconds() / 60
 
     def __post_init__(self) -> None:
         stop.check_flags(self.stop_on)
         if self.terms_every < 0:
             raise ValueError(f"terms_every: {self.terms_every} is not allowed; steps between two measurements of each term's gradient, or 0 for none")
+        if not 0 < self.patience <= LONGEST:
+            raise ValueError(f"patience: {self.patience:g} is not allowed; minutes that a process waits for another one, above 0 and at most {LONGEST:,}")
+
+    @property
+    def waits(self) -> timedelta:
+        """The patience."""
+        return timedelta(minutes=self.patience)
 
     @property
     def probe_interval(self) -> int:

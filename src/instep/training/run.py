@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from instep.core.files import recover_dir
 from instep.core.lock import run_lock
 from instep.core.ranks import Ranks, joined
 from instep.data.prompt import Prompt, with_negative
@@ -93,14 +94,14 @@ def train(
     Every text is encoded once, before the first step, into `prompts` in the run's folder (or `options.prompt_cache`), and read from there.
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
     log.jsonl and TensorBoard; `known_teacher` gives the teacher's probe metrics if they were measured before. Raises ValueError before training if an
-    input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C or SIGTERM, with everything saved. A run that stopped itself
+    input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C, SIGTERM or SIGUSR1, with everything saved. A run that stopped itself
     (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it. Raises Unusable for a run whose weights or
     samples are no longer finite: it keeps its newest good checkpoint and exports nothing.
 
     In several processes (torchrun) each calls this with the same arguments, has the whole state, and takes its share of every batch; the first one writes.
     """
     out, options = Path(out), options or RunOptions()
-    with joined() as ranks, _quiet(ranks):
+    with joined(options.waits) as ranks, _quiet(ranks):
         options.execution.check()
         options.execution.check_shared(ranks)
         prompts = with_negative(as_prompt_list(prompts), negative_prompt)
@@ -179,6 +180,7 @@ def train(
             fill = whole_student(state, recipe, lent, options.execution)
 
             def export() -> None:
+                recover_dir(out / "student")
                 with averaged(state.trained["student"]):
                     exported = fill()
                     export_role(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from instep.core.shards import assign
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.transfer import widest
 from instep.methods.recipe import Recipe
@@ -48,9 +49,8 @@ def load(state: TrainState, source: BatchSource, saved: dict[str, Any]) -> None:
     state.reference_stage = saved["reference_stage"]
     state.ratios = {name: NormRatio(**ratio) for name, ratio in saved.get("ratios", {}).items()}
     state.hold = Held.of_json(saved["hold"]) if "hold" in saved else state.hold
-    with torch.no_grad():
-        for i, p in enumerate(state.reference):
-            p.copy_(saved["reference"][str(i)])
+    for i, p in enumerate(state.reference):
+        assign(p, saved["reference"][str(i)])
 
 
 def begin_from(state: TrainState, recipe: Recipe, folder: Path, reward: str | None) -> None:
@@ -138,4 +138,5 @@ def _load_roles(state: TrainState, saved: dict[str, Any]) -> None:
         if trained.ema is not None:
             # that run has no average, so the average begins at the weights
             averages = saved["ema"].get(name, saved["roles"][name])
-            trained.ema = {key: averages[key].to(trained.masters[key], copy=True) for key in trained.ema}
+            for key, average in trained.ema.items():
+                assign(average, averages[key])

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from instep.core.ranks import ALONE, Ranks
+from instep.core.shards import whole
 from instep.training import checkpoint
 from instep.training.execution import Execution
-from instep.training.state_files import State, split
+from instep.training.state_files import State, sharded, split
 
 
 def in_background(device: torch.device, execution: Execution) -> bool:
@@ -22,24 +24,32 @@ def in_background(device: torch.device, execution: Execution) -> bool:
 
 
 class CheckpointWriter:
-    """Writes checkpoints into `folder`, the newest `keep` of which stay; in the background at most one at a time.
+    """Writes checkpoints into `folder`, the newest `keep` of which stay; in the background at most one at a time. Of several `ranks` the first one writes.
 
     The files are the same either way. A checkpoint in flight appears whole or not at all, whatever ends the process; a normal exit waits for it, because
     the thread is no daemon. What went wrong in the thread is raised by the next `check`, `wait` or `save`.
     """
 
-    def __init__(self, folder: Path, keep: int, *, background: bool) -> None:
-        self.folder, self.keep, self.background = folder, keep, background
+    def __init__(self, folder: Path, keep: int, *, background: bool, ranks: Ranks = ALONE) -> None:
+        self.folder, self.keep, self.background, self.ranks = folder, keep, background, ranks
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, step: int, state: State, protect: Collection[int] = ()) -> None:
-        """Saves the state of `step` as it is now (`checkpoint.save`); in the background it returns once the state is copied."""
+        """Saves the state of `step` as it is now (`checkpoint.save`); in the background it returns once the state is copied.
+
+        Every rank calls it. A state in shards becomes whole one tensor at a time, which rank 0 writes at once: a copy would need host memory for all of it.
+        """
         self.wait()
-        if not self.background:
-            checkpoint.save(self.folder, step, state, keep=self.keep, protect=protect)
-            return
         values, tensors = split(state)
+        shared = self.ranks.of_first(lambda: sharded(tensors))
+        if not self.ranks.first:
+            for name in shared:
+                whole(tensors[name])
+            return
+        if shared or not self.background:
+            checkpoint.write_state(self.folder, step, values, tensors, keep=self.keep, protect=protect)
+            return
         copied = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
 
         def write() -> None:

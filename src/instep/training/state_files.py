@@ -1,17 +1,19 @@
-"""A nested state as one JSON skeleton and one safetensors file, written a tensor at a time."""
+"""A nested state as one JSON skeleton and one safetensors file, written a tensor at a time. Tensors in shards are whole in the file."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from instep.core.tensor_file import DTYPES, Entry, file_parts
+from instep.core.shards import is_shared, local, whole
+from instep.core.tensor_file import DTYPES, Entry, file_parts, in_order
 
 State = dict[str, Any]  # nested dicts (string keys), lists and tuples of tensors and JSON values
 
@@ -63,8 +65,9 @@ def join(value: Any, tensors: Mapping[str, Tensor], at: tuple[str, ...] = ()) ->
 def _add(x: Tensor, name: str, tensors: dict[str, Tensor], met: dict[tuple[Any, ...], str]) -> str:
     if x.dtype not in DTYPES or x.layout != torch.strided:
         raise ValueError(f"state: {_place(tuple(name.split(_SEPARATOR)))} is a {x.layout} tensor of {x.dtype}; store it as dense numbers")
-    # an empty tensor has no address to be known by
-    same = (x.device, x.data_ptr(), x.dtype, x.shape, x.stride()) if x.numel() else (name,)
+    mine = local(x)
+    # an empty tensor, or an empty shard, has no address to be known by
+    same = (x.device, mine.data_ptr(), x.dtype, x.shape, x.stride()) if mine.numel() else (name,)
     if same not in met:
         met[same], tensors[name] = name, x
     return met[same]
@@ -75,8 +78,13 @@ def _place(at: tuple[str, ...]) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Writes a safetensors file and flushes it to disk; returns its SHA-256. At most one tensor is copied at a time."""
-    return write(path, file_parts({name: Entry.of(x) for name, x in tensors.items()}))
+    """Writes a safetensors file and flushes it to disk; returns its SHA-256. At most one tensor is copied or whole at a time."""
+    return write(path, file_parts({name: Entry(x.dtype, tuple(x.shape), partial(whole, x)) for name, x in tensors.items()}))
+
+
+def sharded(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors in shards, in the order in which `write_tensors` makes them whole."""
+    return in_order({name: x.dtype for name, x in tensors.items() if is_shared(x)})
 
 
 def write(path: Path, parts: Iterable[Any]) -> str:
