@@ -146,8 +146,8 @@ class Execution:
                 raise ValueError(f"compile: the {name} of {family.name}, a {type(part).__name__}, has no repeated blocks to compile; leave the option out")
             part.compile_repeated_blocks(**COMPILE)  # type: ignore[operator]
 
-    def place(self, family: Family) -> Family:
-        """The family on the run's device and in its precision; the one that is given stays as it is.
+    def place(self, family: Family, *, decodes: bool = True) -> Family:
+        """The family on the run's device and in its precision; the one that is given stays as it is. `decodes`: whether its VAE comes along.
 
         Raises ValueError for a network in float16, whose range the gradients of training leave.
         """
@@ -160,7 +160,7 @@ class Execution:
             )
         if device.type == "cuda" and dtype == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        return family.placed(device, dtype, self.rows_of(family), offload=self.offload)
+        return family.placed(device, dtype, self.rows_of(family), offload=self.offload, decodes=decodes)
 
 
 def _attention_backends() -> list[str]:
