@@ -27,11 +27,11 @@ def follow(page: str, models: Mapping[str, Callable[[Path], None]] | None = None
     seen = []
     for language, file, text in BLOCK.findall((DOCS / page).read_text(encoding="utf-8")):
         seen.append(f"{language}{' file' if file else ''}")
+        for before, after in (written or {}).items() if language == "python" else ():
+            text = text.replace(before, after)
         if file:
             Path(file).write_text(text, encoding="utf-8")
         elif language == "python":
-            for before, after in (written or {}).items():
-                text = text.replace(before, after)
             exec(compile(text, page, "exec"), {})
         elif language == "sh":
             for line in text.splitlines():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,8 +25,11 @@ def saved(make: Callable[[], Any]) -> Callable[[Path], None]:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
+    """A folder of one's own, from which modules are imported and then forgotten."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield tmp_path
+    sys.modules.pop("my_family", None)
 
 
 @pytest.mark.slow
@@ -72,3 +77,11 @@ def test_style_loras(folder):
     assert follow("style_lora.md", models, VIDEO, written) == ["sh", "python", "python"]
     keys = set(load_file(folder / "runs/ink/student/lora.safetensors"))
     assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in keys, "as the page has it"
+
+
+def test_a_family_of_one_s_own(folder):
+    tiny_sd3_pipeline().save_pretrained("my-model")
+    assert follow("own_family.md", written={"Size(512, 512, 1)": "Size(16, 16, 1)", "iterations=1000": "iterations=1"}) == ["diff", "python file", "python"]
+    record = json.loads((folder / "runs/sprites/recipe.json").read_text())
+    assert record["model"] == "sprites" and record["size"] == {"height": 16, "width": 16, "frames": 1}
+    assert not any("add_q_proj" in key for key in load_file(folder / "runs/sprites/student/lora.safetensors"))
