@@ -104,10 +104,9 @@ def _around(student: Family, parts: Mapping[str, nn.Module], scheduler: Any, nam
 
 def _check_part(teacher: str, name: str, theirs: Mapping[str, Any], own: nn.Module, values: Values) -> None:
     """Raises ValueError if a part is configured otherwise than the student's own, or if it is a text encoder of other weights."""
-    ours = _config(own)
-    for key in theirs.keys() & ours.keys():
-        if not key.startswith("_") and key not in ASIDE and (a := _plain(theirs[key])) != (b := _plain(ours[key])):
-            raise _refused(teacher, f"the {key} of its {name} is {_short(a)}, and that of the student's {_short(b)}", "give a model that shares it")
+    if conflict := _conflict(theirs, _config(own)):
+        key, a, b = conflict
+        raise _refused(teacher, f"the {key} of its {name} is {_short(a)}, and that of the student's {_short(b)}", "give a model that shares it")
     if name.startswith("text_encoder") and (other := _differing(own, values)):
         raise _refused(
             teacher, f"the weights of its {name} differ from the student's ({other})", "both read one encoding of a prompt; give a model that shares it"
@@ -159,9 +158,14 @@ def _config(part: Any) -> dict[str, Any]:
     return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: tuples are lists, keys are texts."""
-    return json.loads(json.dumps(value, default=str))
+def _conflict(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key at which two configurations differ, with both values; keys that one of them lacks (other versions of a library) do not count."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        common = [k for k in theirs if k in ours and k not in ASIDE and not str(k).startswith("_")]
+        return next((found for k in common if (found := _conflict(theirs[k], ours[k], str(k)))), None)
+    # as JSON has them: tuples are lists
+    a, b = (json.loads(json.dumps(value, default=str)) for value in (theirs, ours))
+    return None if a == b else (key, a, b)
 
 
 def _short(value: Any) -> str:
