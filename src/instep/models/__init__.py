@@ -44,7 +44,7 @@ def load(
     family = family_in(folder)
     if not (folder / INDEX).is_file():
         check_folder(folder, variant)
-        images = cast("Family", family.load(folder, name=name, dtype=dtype))
+        images = cast("Family", family.load(folder, name=name, dtype=dtype, variant=variant))
         if size not in (None, images.size):
             raise ValueError(f"size: {size} is not allowed; {images.name} draws {images.size.height} x {images.size.width} images; leave the size out")
         return images

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -47,7 +47,7 @@ def teacher_in(folder: Path, student: Family, dtype: torch.dtype = torch.float32
     kind = family_in(folder)
     check_folder(folder, variant)
     if student.pipe is None or not (folder / INDEX).is_file():
-        return check_agrees(kind.load(folder, name=folder.name, dtype=dtype), student)
+        return check_agrees(cast("Family", kind.load(folder, name=folder.name, dtype=dtype, variant=variant)), student)
     if not issubclass(type(student), kind):
         raise _refused(folder.name, f"it is read by {kind.__name__}, and the student by {type(student).__name__}", "give one of the student's family")
     for name, part in _encoders(student).items():
@@ -84,7 +84,7 @@ def check_agrees(teacher: Family, student: Family) -> Family:
         ("prediction_type", teacher.prediction_type, student.prediction_type),
         ("noise levels", teacher.path, student.path),
         ("boundary of two experts", teacher.boundary, student.boundary),
-        ("width of the text", _widths(teacher), _widths(student)),
+        ("shape of a text", *_widths(teacher, student)),
     ):
         if theirs != ours:
             shown = "they differ" if what == "noise levels" else f"{theirs}, and the student's {ours}"
@@ -173,11 +173,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _widths(family: Family) -> dict[str, list[int]]:
-    """The shapes of the tensors of a condition for one text, without the batch."""
-    condition, _ = family.blank(1)
-    values = {field.name: getattr(condition, field.name) for field in dataclasses.fields(condition)}
-    return {name: list(value.shape[1:]) for name, value in values.items() if isinstance(value, Tensor)}
+def _widths(teacher: Family, student: Family) -> tuple[str, str]:
+    """Name and shape, without the batch, of the first tensor in which the conditions of the two differ; empty where none does."""
+    theirs, ours = ({field.name: getattr(one, field.name) for field in dataclasses.fields(one)} for one in (teacher.blank(1)[0], student.blank(1)[0]))
+    for name, value in ours.items():
+        a, b = (list(x.shape[1:]) if isinstance(x, Tensor) else None for x in (theirs.get(name), value))
+        if a != b:
+            return f"{name} {a}", f"{name} {b}"
+    return "", ""
 
 
 def _refused(teacher: str, why: str, fix: str) -> ValueError:

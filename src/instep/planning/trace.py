@@ -77,11 +77,8 @@ class Trace:
             return first + sum(share * (b.get(key, 0.0) - first) for b, (_, share) in zip(rest, others, strict=True))
 
         flops, theirs = self.flops, [other.flops for other, _ in others]
-        keys = self.moments.keys()
-        for other, _ in others:
-            keys &= other.moments.keys()
         moments = {}
-        for key in keys:
+        for key in set(self.moments).intersection(*(other.moments for other, _ in others)):
             here, there = self.moments[key], [other.moments[key] for other, _ in others]
             moments[key] = {kind: at(here, there, kind) for kind in {**here, **{k: v for one in there for k, v in one.items()}}}
         return Trace({key: at(flops, theirs, key) for key in {**flops, **{k: v for one in theirs for k, v in one.items()}}}, moments, self.scored)

@@ -202,7 +202,7 @@ def train(
                         prompts=len(set(prompts)),
                         example=prompts[0],
                         command=command,
-                        teacher=taught and taught.name,
+                        teacher=None if taught is None else taught.name,
                     )
 
             ranks.of_first(export)
