@@ -186,6 +186,7 @@ def by_peft(pipe) -> None:
     object.__setattr__(pipe, "transformer", get_peft_model(pipe.transformer, LoraConfig(target_modules=["to_q"])))
 
 
+SLOW = (compiled, compiled_in_place)  # torch's compiler takes seconds to import
 WRAPPED = {
     compiled: r"torch.compile; give it as it was, pipe.transformer = pipe.transformer._orig_mod.*compile=True",
     compiled_in_place: r"torch.compile, in place; load the pipeline again",
@@ -194,7 +195,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("wrapped", [pytest.param(each, marks=pytest.mark.slow) if each in SLOW else each for each in WRAPPED])
 def test_a_wrapped_network_is_refused(wrapped):
     from instep.models.borrow import borrowed_pipeline
 

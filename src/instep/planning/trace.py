@@ -78,7 +78,7 @@ class Trace:
 
         flops, theirs = self.flops, [other.flops for other, _ in others]
         moments = {}
-        for key in set(self.moments).intersection(*(other.moments for other, _ in others)):
+        for key in (key for key in self.moments if all(key in other.moments for other, _ in others)):
             here, there = self.moments[key], [other.moments[key] for other, _ in others]
             moments[key] = {kind: at(here, there, kind) for kind in {**here, **{k: v for one in there for k, v in one.items()}}}
         return Trace({key: at(flops, theirs, key) for key in {**flops, **{k: v for one in theirs for k, v in one.items()}}}, moments, self.scored)
