@@ -147,6 +147,11 @@ def test_a_teacher_that_does_not_fit_is_refused(other, message, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_folder_that_is_none_is_named_as_the_teacher(tmp_path):
+    with pytest.raises(ValueError, match="^teacher: 'Wan-AI/Big' is not a model folder; if it is a name on the hub: hf download"):
+        train(recipe(), family(), out=tmp_path / "run", prompts=["a digit"], teacher="Wan-AI/Big")
+
+
 def test_levels_and_prediction_have_to_agree():
     from diffusers import EulerDiscreteScheduler
 

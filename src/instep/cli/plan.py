@@ -16,7 +16,7 @@ from instep.methods.recipe import Recipe
 from instep.models.families import FAMILIES
 from instep.models.family import Family
 from instep.models.outline import PUBLISHED, outline
-from instep.models.teacher import as_teacher
+from instep.models.teacher import as_teacher, as_teachers
 from instep.planning.plan import Machine, Plan, RewardCost, StagePlan, duration, gb, plan
 from instep.planning.throughput import measure_throughput, stated
 from instep.training.execution import DTYPES, Execution
@@ -66,7 +66,10 @@ def plan_command(recipe: Recipe, args: PlanArgs, adapted: Callable[[], Recipe] |
     from rich.console import Console
 
     console, family = Console(), model_of(args, args.model)
-    teacher = as_teacher(model_of(args, args.teacher), family) if args.teacher else None
+    teacher = None
+    if args.teacher is not None:
+        with as_teachers():
+            teacher = as_teacher(model_of(args, args.teacher), family)
     machine = machine_of(args, family, max(stage.batch for stage in recipe.stages))
     small = args.model in WORLDS
     reward = RewardCost(_given(args.reward_gb, 0.0 if small else 2.0) * 1e9, _given(args.reward_seconds, 0.0 if small else 0.05))

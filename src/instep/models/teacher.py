@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -43,9 +44,10 @@ def teacher_in(folder: Path, student: Family, dtype: torch.dtype = torch.float32
 
     Raises ValueError, before weights are loaded, where `check_agrees` would.
     """
-    check_kind(folder)
-    kind = family_in(folder)
-    check_folder(folder, variant)
+    with as_teachers():
+        check_kind(folder)
+        kind = family_in(folder)
+        check_folder(folder, variant)
     if student.pipe is None or not (folder / INDEX).is_file():
         return check_agrees(cast("Family", kind.load(folder, name=folder.name, dtype=dtype, variant=variant)), student)
     if not issubclass(type(student), kind):
@@ -53,10 +55,20 @@ def teacher_in(folder: Path, student: Family, dtype: torch.dtype = torch.float32
     for name, part in _encoders(student).items():
         if name in parts_in(folder):
             _check_part(folder.name, name, read_json(folder / name / "config.json"), part, _in_folder(folder / name))
-    with quiet():
+    with quiet(), as_teachers():
         parts = {name: load_network(folder, name, dtype, variant) for name in kind.denoisers}
         scheduler = getattr(import_module("diffusers"), parts_in(folder)["scheduler"][1]).from_pretrained(folder / "scheduler", local_files_only=True)
     return _around(student, parts, scheduler, folder.name, str(folder))
+
+
+@contextmanager
+def as_teachers() -> Iterator[None]:
+    """Errors about a model name the option teacher."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("teacher:") else f"teacher: {text.removeprefix('model: ')}") from error
 
 
 def as_teacher(given: Family, student: Family) -> Family:
@@ -94,10 +106,8 @@ def check_agrees(teacher: Family, student: Family) -> Family:
 
 def _around(student: Family, parts: Mapping[str, nn.Module], scheduler: Any, name: str, source: str) -> Family:
     """A family of the student's kind around these networks, in which all other parts are the student's."""
-    try:
+    with as_teachers():
         made = student.with_pipe(student.pipeline(parts, scheduler=scheduler), student.size)
-    except ValueError as error:
-        raise ValueError(f"teacher: {name}: {error}") from error
     made.name, made.source = name, source
     return check_agrees(made, student)
 

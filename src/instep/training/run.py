@@ -156,7 +156,7 @@ def train(
                 execution=options.execution,
                 weights=weights_of(scored),
                 ranks=ranks,
-                teacher=taught and options.execution.place(taught, decodes=False),
+                teacher=taught and replace(options.execution, device=str(device)).place(taught, decodes=False),
             )
             check_student(cast("Role", state.roles["student"]))
             stored = None
