@@ -61,9 +61,9 @@ def find(name: str) -> World:
     return getattr(import_module(module), attribute)
 
 
-def load(model: str | Path, size: Size | Sequence[int] | None = None, dtype: torch.dtype = torch.float32) -> Family:
+def load(model: str | Path, size: Size | Sequence[int] | None = None, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Family:
     """The family of a bundled model by its name, or of a folder, as `instep.models.load` reads it. A folder may not pass for a bundled model: if it has the
-    name of one, the family is called by its whole path. `dtype`: of a folder's networks; a bundled model is loaded in float32.
+    name of one, the family is called by its whole path. `dtype` and `variant`: of a folder's networks; a bundled model is loaded in float32.
     """
     size = None if size is None else as_size(size)
     if model in WORLDS:
@@ -71,11 +71,11 @@ def load(model: str | Path, size: Size | Sequence[int] | None = None, dtype: tor
     from instep import models
 
     folder = Path(model)
-    if not folder.is_dir():
+    if not folder.exists() and len(folder.parts) == 1:
         raise ValueError(
             f"model: {str(model)!r} is not a model folder; allowed: {LISTED}, or the path of a diffusers pipeline folder as save_pretrained writes it"
         )
-    family = models.load(folder, size, name=str(folder) if folder.name in WORLDS else None, dtype=dtype)
+    family = models.load(folder, size, name=str(folder) if folder.name in WORLDS else None, dtype=dtype, variant=variant)
     base = base_model(folder)
     return find(base).adopt(family) if base in WORLDS else family
 
@@ -85,7 +85,8 @@ def settings_of(model: str | Path) -> ModelSettings | None:
 
     None for what is neither, which loading the model refuses. Raises ValueError for a pipeline that no family knows.
     """
-    from instep.models.folder import is_model_folder, settings_in
+    from instep.models.folder import settings_in
+    from instep.models.index import is_model_folder
     from instep.models.outline import PUBLISHED, settings_of_size
 
     folder = Path(model)

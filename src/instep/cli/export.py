@@ -19,6 +19,7 @@ from instep.methods.recipe import LoRA
 from instep.models.backbone import Backbone
 from instep.models.family import Family
 from instep.models.role import Role
+from instep.models.styles import Style
 from instep.training import checkpoint
 from instep.training.finish import export_role
 from instep.training.saved import stage_at
@@ -49,7 +50,13 @@ def export_command(args: ExportArgs) -> int:
     record = read_run(args.dir)
     # invalid options are rejected before anything is loaded
     sampling = at_guidance_scales(sampling_of(record, newest_step(args.dir)), record, args.guidance, args.skip)
-    family = load(args.model or (record["model"] if record["model"] in WORLDS else record["model_path"]), Size(**record["size"]))
+    styles = [Style.of_json(style) for style in record.get("styles", ())]
+    if styles and args.model is None:
+        raise ValueError(
+            f"model: the pipeline of this run carried {', '.join(map(str, styles))}, which {record['model_path'] or 'its folder'} does not; load it with its "
+            "LoRA in diffusers, call fuse_lora() and save_pretrained(FOLDER), and give --model FOLDER"
+        )
+    family = load(args.model or (record["model"] if record["model"] in WORLDS else record["model_path"]), Size(**record["size"]), variant=record.get("variant"))
     student = student_of(args.dir, record, family, raw=args.raw)
     report = export_role(
         student,
@@ -61,6 +68,8 @@ def export_command(args: ExportArgs) -> int:
         prompts=record["prompt_count"],
         example=Prompt.parse(record["example_prompt"]),
         command=record["command"],
+        styles=styles or None,
+        teacher=(record.get("teacher") or {}).get("model"),
         dtype=getattr(torch, args.dtype),
     )
     off = f"; stock diffusers differs from our sampler by {report.sampler_difference:.1e}" if sampling.kind == "few-step" else ""

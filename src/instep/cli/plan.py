@@ -16,6 +16,7 @@ from instep.methods.recipe import Recipe
 from instep.models.families import FAMILIES
 from instep.models.family import Family
 from instep.models.outline import PUBLISHED, outline
+from instep.models.teacher import as_teacher, as_teachers
 from instep.planning.plan import Machine, Plan, RewardCost, StagePlan, duration, gb, plan
 from instep.planning.throughput import measure_throughput, stated
 from instep.training.execution import DTYPES, Execution
@@ -47,6 +48,8 @@ class PlanArgs:
     is NVLink within one machine."""
     size: tuple[int, int, int] | None = None
     """Height, width and frames; default: the model's own, 480 832 81 for Wan 2.1."""
+    teacher: str | None = None
+    """Another model as the teacher, as in `instep train`: a folder, or a published size."""
     reward_gb: float | None = None
     """Memory of the reward model in GB, an assumption; default: 2, and 0 for a bundled model."""
     reward_seconds: float | None = None
@@ -67,10 +70,14 @@ def plan_command(recipe: Recipe, args: PlanArgs, adapted: Callable[[], Recipe] |
     """Prints a table for each stage, the lines beside them, and the time of the whole run, for every number of devices. `adapted`: see `plan`."""
     from rich.console import Console
 
-    console, family = Console(), model_of(args)
+    console, family = Console(), model_of(args, args.model)
+    teacher = None
+    if args.teacher is not None:
+        with as_teachers():
+            teacher = as_teacher(model_of(args, args.teacher), family)
     first = machine_of(args, family, max(stage.batch for stage in recipe.stages))
     for gpus in numbers(args.gpus):
-        _print_plan(console, recipe, args, adapted, family, replace(first, gpus=gpus))
+        _print_plan(console, recipe, args, adapted, family, replace(first, gpus=gpus), teacher)
     return 0
 
 
@@ -85,11 +92,13 @@ def numbers(given: str) -> tuple[int, ...]:
     return found
 
 
-def _print_plan(console: Console, recipe: Recipe, args: PlanArgs, adapted: Callable[[], Recipe] | None, family: Family, machine: Machine) -> None:
+def _print_plan(
+    console: Console, recipe: Recipe, args: PlanArgs, adapted: Callable[[], Recipe] | None, family: Family, machine: Machine, teacher: Family | None
+) -> None:
     small = args.model in WORLDS
     reward = RewardCost(_given(args.reward_gb, 0.0 if small else 2.0) * 1e9, _given(args.reward_seconds, 0.0 if small else 0.05))
     options = RunOptions(execution=_planned(args), terms_every=args.terms_every)
-    found = plan(recipe, family, options.execution, machine, reward, adapted, options.terms_every)
+    found = plan(recipe, family, options.execution, machine, reward, adapted, options.terms_every, teacher)
     several = f" on each of {machine.gpus} devices" if machine.gpus > 1 else ""
     console.print(f"[bold]{recipe.name}[/] on {args.model}, {family.size}{several}: {found.verdict()}", highlight=False, soft_wrap=True)
     for one in found.stages:
@@ -108,14 +117,14 @@ def _given(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def model_of(args: PlanArgs) -> Family:
-    """The family as a run loads it, as shapes."""
+def model_of(args: PlanArgs, model: str) -> Family:
+    """The family of a model as a run loads it, as shapes."""
     size = Size(*args.size) if args.size else None
-    if args.model in WORLDS:
-        return find(args.model).load(size).placed("meta")
+    if model in WORLDS:
+        return find(model).load(size).placed("meta")
     dtype = DTYPES[args.execution.dtype or ("bfloat16" if args.kind == "cuda" else "float32")]
     try:
-        return outline(args.model, size, dtype)
+        return outline(model, size, dtype)
     except ValueError as error:
         raise ValueError(f"{error}; planned are {KNOWN}" if str(error).startswith("model:") else str(error)) from error
 

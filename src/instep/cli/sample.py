@@ -20,6 +20,7 @@ from instep.data.animation import save_animation, tile
 from instep.data.prompt import Prompt, with_negative
 from instep.models.families import family_class
 from instep.models.family import Family
+from instep.models.loading import check_folder
 
 DIR_HELP = f"Folder of a run, of an exported student or of a diffusers pipeline; or the name of a bundled model ({LISTED})."
 
@@ -152,6 +153,7 @@ def family_in(name: str, folder: Path, record: dict | None, size: Size | None) -
     if size is None and record is not None:
         size = Size(**record["info"]["size"])
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    check_folder(folder)
     family = cast(Family, family_class(index.get("_class_name", ""), index).load(folder, size, name))
     base = record["info"]["base_model"] if record is not None else None
     return find(base).adopt(family) if base in WORLDS else family

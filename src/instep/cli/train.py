@@ -107,6 +107,12 @@ class TrainArgs:
     evaluate: bool = True
     """Measure the student against teacher and naive sampling at the end (bundled video models), and write the report."""
 
+    teacher: Path | None = None
+    """Folder of another model as the teacher, which may be of another size: Wan 14B teaches 1.3B. VAE, texts and noise levels have to be the same (one line
+    says where they differ). Student and fake start from --model, the teacher's adapters act on the teacher; default: --model teaches itself."""
+    variant: str | None = None
+    """Word in the names of the model's files, as diffusers has it: fp16 reads model.fp16.safetensors. Default: the files without one."""
+
     execution: Annotated[Execution, tyro.conf.arg(name="")] = Execution()
 
     def __post_init__(self) -> None:
@@ -165,6 +171,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
                 tracker=tracker,
                 known_teacher=setting.known_teacher,
                 command=command,
+                teacher=args.teacher,
             )
         except Interrupted as stopped:
             wait_to_speak(stopped)
@@ -201,7 +208,7 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
         if prompts is None:
             raise ValueError(f"prompts: none for model {args.model!r}; give a text file with one prompt a line, --prompts FILE")
         args.execution.check()
-        family = load(args.model, Size(*args.size) if args.size else None, args.execution.loading_dtype())
+        family = load(args.model, Size(*args.size) if args.size else None, args.execution.loading_dtype(), args.variant)
         found = Setting(family, with_negative(prompts, args.negative_prompt), reward, None, None, None)
     if labelled is not None:
         real, pairs = labelled.encoded(found.family)

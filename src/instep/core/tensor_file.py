@@ -98,6 +98,24 @@ def dtypes_in(path: Path) -> set[torch.dtype]:
         return {TYPES[entry["dtype"]] for entry in _header(file).values()}
 
 
+def check_whole(path: Path) -> None:
+    """Raises ValueError unless a file is a safetensors file as long as its header says."""
+    with open(path, "rb") as file:
+        begin = file.read(8)
+        length, there = int.from_bytes(begin, "little"), os.path.getsize(path)
+        if begin.startswith(b"version"):
+            raise ValueError(f"weights: {path} is a pointer of Git LFS, not the file itself; run git lfs pull in its folder")
+        if len(begin) == 8 and length <= there - 8:
+            try:
+                header = json.loads(file.read(length))
+            except ValueError:
+                raise ValueError(f"weights: {path} is no safetensors file; copy or download it again") from None
+            header.pop("__metadata__", None)
+            if there >= 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0):
+                return
+    raise ValueError(f"weights: {path} ends too early, after {there} bytes; copy or download it again")
+
+
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file by name, in their order in it, each in memory of its own on the CPU. Raises ValueError for a file that ends too early."""
     with open(path, "rb") as file:

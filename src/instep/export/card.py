@@ -12,6 +12,7 @@ from instep.core.size import Size
 from instep.data.prompt import Prompt, as_prompts, is_file_name
 from instep.diffusion.sampling import Sampling
 from instep.models.family import Task
+from instep.models.styles import Style
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class ExportInfo:
 
     base_model: hub id (owner/name) or the name of a bundled model. metrics: a row of metrics.json ({"name", "nfe", "n",
     "values": {key: {"value", "se"}}}) or None. training_prompts: their number. size: the training size of
-    the videos. command: the command that reproduces the student.
+    the videos. command: the command that reproduces the student. styles: the adapters inside the model that it was trained on.
+    teacher: the model that taught it, if that is another one than base_model.
     """
 
     recipe: str
@@ -32,6 +34,8 @@ class ExportInfo:
     size: Size
     example_prompt: Prompt
     metrics: Mapping[str, Any] | None = None
+    styles: tuple[Style, ...] = ()
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "example_prompt", *as_prompts([self.example_prompt]))
@@ -40,7 +44,7 @@ class ExportInfo:
         """The fields for the export's record; a first frame is recorded by its file name alone, as on the card."""
         image = self.example_prompt.image
         shown = replace(self.example_prompt, image=Path(image).name) if image is not None and is_file_name(image) else self.example_prompt
-        return asdict(self) | {"example_prompt": str(shown)}
+        return asdict(self) | {"example_prompt": str(shown), "styles": [style.json() for style in self.styles]}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def model_card(info: ExportInfo, levels: Sequence[float], measured: Measured) ->
         _front_matter(info, measured),
         _head(info, n, measured),
         _usage(info, levels, measured),
+        *([_styles(info, measured)] if info.styles else []),
         _measured(info, measured),
         _comfyui(levels, measured),
         _limits(info, levels),
@@ -106,8 +111,8 @@ def many_step_card(info: ExportInfo, sampling: Sampling, task: Task = "text-to-v
     )
     return (
         f"---\nlibrary_name: diffusers\n---\n\n# {name}, aligned ({info.recipe})\n\n`{info.base_model}` after the recipe `{info.recipe}` of instep"
-        f" {info.instep_version}: still a many-step model with its own scheduler, trained with {steps} steps and guidance {guidance:g}.\n\n"
-        f"{inside}## Use\n\n```python\n{usage}```\n\nThe pipeline's scheduler takes other levels"
+        f" {info.instep_version}{_taught(info)}: still a many-step model with its own scheduler, trained with {steps} steps and guidance {guidance:g}.\n\n"
+        f"{inside}{_inside(info) if info.styles else ''}## Use\n\n```python\n{usage}```\n\nThe pipeline's scheduler takes other levels"
         " than training did for the same number of steps: at few steps take some more.\n\nTo make a few-step student of it: `instep train dmd2 --model"
         f" THIS_FOLDER --prompts PROMPTS --size {size.height} {size.width} {size.frames}`.\n\n"
         f"## Training\n\n- recipe: `{info.recipe}`\n- prompts: {info.training_prompts}\n- seed: {info.seed}\n\n```\n{info.command}\n```\n"
@@ -144,7 +149,7 @@ def _size_arguments(size: Size, task: Task) -> str:
 def _head(info: ExportInfo, n: int, measured: Measured) -> str:
     text = (
         f"# {info.base_model.rpartition('/')[2]}, {n} step{'s' if n > 1 else ''} ({info.recipe})\n\nA {n}-step student"
-        f" of `{info.base_model}`, distilled with the recipe `{info.recipe}` of instep {info.instep_version}: {n}"
+        f" of `{info.base_model}`, distilled with the recipe `{info.recipe}` of instep {info.instep_version}{_taught(info)}: {n}"
         f" network evaluation{'s' if n > 1 else ''} a {_medium(measured.task)}, no guidance.\n"
     )
     if measured.lora:
@@ -154,6 +159,10 @@ def _head(info: ExportInfo, n: int, measured: Measured) -> str:
             f"{' and ComfyUI read' if measured.comfyui_difference is not None else ' reads'} it).\n"
         )
     return text
+
+
+def _taught(info: ExportInfo) -> str:
+    return f", taught by `{info.teacher}`" if info.teacher else ""
 
 
 def _training(info: ExportInfo, levels: Sequence[float]) -> str:
@@ -217,6 +226,36 @@ pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.{measured.dtype}
   scheduler in this folder yields the student's levels for {n} step{"s" if n > 1 else ""} and for no other number.
 {repeat}
 """
+
+
+def _inside(info: ExportInfo) -> str:
+    """What adapters the networks hold."""
+    names, them = " and ".join(f"`{style.name}`" for style in info.styles), "it" if len(info.styles) == 1 else "them"
+    return (
+        f"The pipeline that this student was trained on carried {'; '.join(map(str, info.styles))}. Its teacher was the model with {them}, so the networks in "
+        f"this folder hold {names}: do not load {them} again.\n\n"
+    )
+
+
+def _styles(info: ExportInfo, measured: Measured) -> str:
+    """The section on adapters inside, and how the student's own file is loaded beside them."""
+    text = f"## Inside\n\n{_inside(info)}"
+    if not measured.lora:
+        return text
+    loads = "\n".join(f'pipe.load_lora_weights("{style.name}.safetensors", adapter_name="{style.name}")' for style in info.styles)
+    files = {name: "few_step" + (f"_{i + 1}" if i else "") for i, name in enumerate(measured.loras or ("lora.safetensors",))}
+    steps = "\n".join(
+        f'pipe.load_lora_weights(".", weight_name="{file}", adapter_name="{name}"{", load_into_transformer_2=True" if i else ""})'
+        for i, (file, name) in enumerate(files.items())
+    )
+    names = [*(style.name for style in info.styles), *files.values()]
+    scales = ", ".join(f"{scale:g}" for scale in [*(style.scale[1] for style in info.styles), *[1.0] * len(files)])
+    return (
+        f"{text}The LoRA holds the steps alone. On the plain base model, with this folder's scheduler, it needs "
+        f"{'the style' if len(info.styles) == 1 else 'the styles'} beside it, and both together draw what this folder draws:\n\n"
+        f"```python\n{loads}\n{steps}\npipe.set_adapters({json.dumps(names)}, [{scales}])\n```\n\nOther styles and strengths can take the place of these; the "
+        "student was not trained with them.\n"
+    )
 
 
 def _measured(info: ExportInfo, measured: Measured) -> str:

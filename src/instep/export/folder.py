@@ -233,7 +233,10 @@ def _write_comfyui(
     if measured.comfyui_difference is None or measured.comfyui_difference > LEVELS_EQUAL:
         return
     model = f"{info.base_model.rpartition('/')[2]}.safetensors" if measured.lora else COMFYUI_MODEL
-    graph = comfyui.workflow(levels, info.size, info.example_prompt.text, model, "lora.safetensors" if measured.lora else None, info.seed)
+    # of the plain base model, beside which the files of the styles lie
+    styles = [(f"{style.name}.safetensors", style.scale[1]) for style in info.styles if name in style.parts]
+    loras = [*styles, ("lora.safetensors", 1.0)] if measured.lora else []
+    graph = comfyui.workflow(levels, info.size, info.example_prompt.text, model, loras, info.seed)
     (folder / "comfyui_workflow.json").write_text(json.dumps(graph, indent=2))
 
 

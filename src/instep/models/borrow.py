@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from instep.models.styles import merge_adapters
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -27,20 +29,41 @@ def borrowed(module: M) -> M:
 def borrowed_pipeline(pipe: Any) -> Any:
     """A diffusers pipeline around borrowed networks and a copy of the scheduler; tokenizers and processors are shared.
 
-    Raises ValueError for a pipeline with hooks, whose networks move or cast themselves.
+    Adapters that the pipeline samples with are merged into networks of its own (`models/styles.py`), which costs the memory of the weights that they change.
+    Raises ValueError for a pipeline with hooks, whose networks move or cast themselves, and for networks that are wrapped.
     """
     other = copy.copy(pipe)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
+            if wrapped := _wrapped(part, name):
+                raise ValueError(f"pipeline: its {name} is wrapped by {wrapped}")
             if what := _hooked(part):
                 raise ValueError(
                     f"pipeline: its {name} is moved or cast by hooks ({what}), under which no training is possible; load the pipeline without them, and let "
                     "the run place it (device, offload, dtype)"
                 )
-            object.__setattr__(other, name, borrowed(part))
+            own = borrowed(part)
+            merge_adapters(own)
+            object.__setattr__(other, name, own)
     if getattr(pipe, "scheduler", None) is not None:
         object.__setattr__(other, "scheduler", copy.deepcopy(pipe.scheduler))
     return other
+
+
+def _wrapped(network: Any, name: str) -> str:
+    """What wraps a network, and how it is taken off; empty: nothing."""
+    if hasattr(network, "_orig_mod"):
+        return f"torch.compile; give it as it was, pipe.{name} = pipe.{name}._orig_mod, and let the run compile it (compile=True)"
+    if any(getattr(part, "_compiled_call_impl", None) is not None for part in network.modules()):
+        return "torch.compile, in place; load the pipeline again and let the run compile it (compile=True)"
+    kind = type(network)
+    if kind.__module__.startswith("torch.nn.parallel"):
+        return f"{kind.__name__}; give it as it was, pipe.{name} = pipe.{name}.module: processes that torchrun starts share a batch without it"
+    if kind.__module__.startswith("torch.distributed") or any(type(p).__name__ == "DTensor" for p in network.parameters()):
+        return f"{kind.__name__}, which shards it; load the pipeline again, whole"
+    if kind.__module__.startswith("peft."):
+        return f"PEFT's {kind.__name__}; merge it, pipe.{name} = pipe.{name}.merge_and_unload(), or load the adapter with pipe.load_lora_weights"
+    return ""
 
 
 def _hooked(network: nn.Module) -> str:

@@ -59,6 +59,11 @@ def noise_path(scheduler: Any) -> VariancePreserving:
 
     ValueError if the scheduler reads its model's output as something else than v_prediction.
     """
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise ValueError(
+            f"scheduler: a {type(scheduler).__name__} is not allowed, since CogVideoX's has a table of noise levels (CogVideoXDDIMScheduler); copy the model's "
+            "own scheduler folder"
+        )
     kind = scheduler.config.get("prediction_type")
     if kind != "v_prediction":
         raise ValueError(f"prediction_type: the scheduler's is {kind!r}; CogVideoX predicts v, allowed: 'v_prediction'; copy the model's own scheduler folder")
@@ -113,6 +118,7 @@ class CogVideoXFamily(PipelineFamily):
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     axes: tuple[int, ...] = AXES
     passes_generator = True
+    flow_scheduler = False
     text_length = STOCK_TEXT_LENGTH
     preset = COGVIDEOX
 

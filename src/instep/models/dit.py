@@ -92,7 +92,7 @@ class DiTFamily(PipelineFamily):
         self._rows = {str(i): i for i in range(self.classes)} | {word.lower(): i for i, word in enumerate(self.names)}
 
     @classmethod
-    def load(cls, folder: Path, size: Size | None = None, name: str = "dit", dtype: torch.dtype = torch.float32) -> Self:
+    def load(cls, folder: Path, size: Size | None = None, name: str = "dit", dtype: torch.dtype = torch.float32, variant: str | None = None) -> Self:
         """From a folder with `transformer/` and `scheduler/` as save_pretrained writes them (and classes.json with names, if it is there), in
         `dtype`, offline. ValueError if the scheduler is not a flow's.
         """
@@ -106,7 +106,9 @@ class DiTFamily(PipelineFamily):
                 f"{file} (the original DiT weights are a DDPM's)"
             )
         names = json.loads((folder / CLASSES).read_text()) if (folder / CLASSES).is_file() else ()
-        transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        transformer = DiTTransformer2DModel.from_pretrained(
+            folder / "transformer", torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True
+        )
         return cls(transformer, names, cls.shift_of(scheduler), name, str(folder))
 
     @classmethod

@@ -15,6 +15,7 @@ from instep.data.prompt import Prompt
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.preset import Preset
+from instep.models.styles import Style
 
 Task = Literal["text-to-image", "text-to-video", "image-to-video", "class-to-image"]
 
@@ -34,8 +35,8 @@ class ComfyUI(Protocol):
         """The timestep shift at which ComfyUI's second level is ours, and the largest difference of all levels at that shift."""
         ...
 
-    def workflow(self, levels: Sequence[float], size: Size, prompt: str, model: str, lora: str | None, seed: int) -> dict[str, Any]:
-        """A graph of stock nodes in ComfyUI's API format; `model` and `lora` are file names."""
+    def workflow(self, levels: Sequence[float], size: Size, prompt: str, model: str, loras: Sequence[tuple[str, float]], seed: int) -> dict[str, Any]:
+        """A graph of stock nodes in ComfyUI's API format; `model` and `loras` are file names, these with their strengths."""
         ...
 
 
@@ -50,7 +51,8 @@ class Family(Protocol):
 
     passes_generator: whether the pipeline's call hands `generator=` on to the scheduler, which re-noises with it. even_sigmas: whether it gives the scheduler
     the levels 1, (n - 1) / n, ..., 1 / n to shift, instead of their number. micro_batch: the most rows that go through the network or the VAE at once; None:
-    all.
+    all. styles: the adapters that the pipeline carried, which are merged into the networks. variant: that of the files it was loaded from, if they had a word
+    in their names.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Family(Protocol):
     even_sigmas: bool
     comfyui: ComfyUI | None
     micro_batch: int | None
+    styles: tuple[Style, ...]
+    variant: str | None
 
     @property
     def device(self) -> torch.device:
@@ -82,11 +86,13 @@ class Family(Protocol):
         """What the network computes in."""
         ...
 
-    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False) -> Self:
+    def placed(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False, decodes: bool = True
+    ) -> Self:
         """The same family with its network and VAE on `device`, the network in `dtype` (None: as it is); this one, and what was lent to it, stay as they are.
 
         micro_batch: the most rows that go through the network or the VAE at once. offload: network and VAE stay in host memory and come to `device`, which is
-        the family's all the same, when they are used.
+        the family's all the same, when they are used. decodes: whether the VAE comes along; a teacher beside a student decodes nothing.
         """
         ...
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from instep.models.families import family_class
+from instep.models.index import INDEX, is_model_folder, read_json
 from instep.models.pipeline_family import PipelineFamily
 from instep.models.preset import ModelSettings
-
-INDEX = "model_index.json"
 
 
 def family_in(folder: Path) -> type[PipelineFamily]:
@@ -28,11 +25,6 @@ def family_in(folder: Path) -> type[PipelineFamily]:
     return DiTFamily
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Whether it holds a pipeline, or the parts of a class-conditional DiT (transformer/ and scheduler/), which has no pipeline."""
-    return (folder / INDEX).is_file() or read_json(folder / "transformer" / "config.json").get("_class_name") == "DiTTransformer2DModel"
-
-
 def settings_in(folder: Path) -> ModelSettings:
     """The settings that are published for the model in a folder. A configuration that is not there counts as empty, which loading the model refuses.
 
@@ -41,8 +33,3 @@ def settings_in(folder: Path) -> ModelSettings:
     family = family_in(folder)
     denoiser, scheduler = folder / family.denoisers[0] / "config.json", folder / "scheduler" / "scheduler_config.json"
     return ModelSettings(family.preset_of(read_json(denoiser)), family.shift_of(read_json(scheduler)) if scheduler.is_file() else None)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -14,7 +14,8 @@ from instep.core.quiet import quiet
 from instep.core.size import Size
 from instep.models.borrow import cast as cast_network
 from instep.models.families import family_class, parts_of
-from instep.models.folder import INDEX, family_in, is_model_folder, read_json
+from instep.models.folder import family_in
+from instep.models.index import INDEX, is_model_folder, read_json
 from instep.models.preset import ModelSettings
 
 if TYPE_CHECKING:

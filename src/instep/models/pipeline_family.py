@@ -20,15 +20,28 @@ from instep.diffusion.path import Path, RectifiedFlow
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.borrow import borrowed, borrowed_pipeline, cast, compute_dtype, visiting
 from instep.models.family import ComfyUI
+from instep.models.loading import load_network, networks_in
 from instep.models.preset import Preset
 from instep.models.prompt_cache import Encoded, PromptCache, encoder_identity
 from instep.models.stock_calls import StockCalls
+from instep.models.styles import Style, styles_of
 
 
 def has_part(parts: Mapping[str, Any], name: str) -> bool:
     """Whether a model_index.json, or a pipeline's components, have the part: diffusers writes an absent one as [None, None]."""
     part = parts.get(name)
     return part is not None and not (isinstance(part, list | tuple) and part[0] is None)
+
+
+def check_flow(scheduler: Any) -> None:
+    """Raises ValueError for a scheduler that is none of the rectified flow: at its levels, the network's output is another thing."""
+    config = getattr(scheduler, "config", {})
+    flow = type(scheduler).__name__.startswith("FlowMatch") or (config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction")
+    if not flow:
+        raise ValueError(
+            f"scheduler: a {type(scheduler).__name__} is not allowed, since this model predicts the velocity of a rectified flow; take the published model's "
+            "own scheduler folder (a FlowMatchEulerDiscreteScheduler, or a UniPCMultistepScheduler with use_flow_sigmas)"
+        )
 
 
 class PipelineFamily(StockCalls):
@@ -47,6 +60,8 @@ class PipelineFamily(StockCalls):
     even_sigmas = False
     comfyui: ComfyUI | None = None
     micro_batch: int | None = None
+    styles: tuple[Style, ...] = ()
+    variant: str | None = None
     _device: torch.device | None = None
     preset: Preset
     lora_targets: tuple[str, ...]
@@ -56,12 +71,18 @@ class PipelineFamily(StockCalls):
     # tokens that a text is cut or padded to
     text_length: int = 0
 
+    # whether a scheduler of the rectified flow is the model's own
+    flow_scheduler: ClassVar[bool] = True
+
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
         """`size` None: the model's own. `source`: where the pipeline was loaded from, for the run's record. Raises ValueError for a variant of the model or a
         size that does not fit, naming it. The pipeline is borrowed: it stays as it is (`models/borrow.py`).
         """
+        if self.flow_scheduler:
+            check_flow(pipe.scheduler)
         self.check_pipeline(pipe)
         self.pipe, self.name, self.source = borrowed_pipeline(pipe), name or type(self).__name__.removesuffix("Family").lower(), source
+        self.styles = styles_of(pipe)
         self.prompt_cache = PromptCache()
         self.size = self.native_size() if size is None else as_size(size)
         self.latent_shape = self.fit_size(self.size)
@@ -73,15 +94,20 @@ class PipelineFamily(StockCalls):
         return True
 
     @classmethod
-    def load(cls, folder: FilePath, size: Size | None = None, name: str = "", dtype: torch.dtype = torch.float32) -> Self:
-        """Loads a diffusers folder offline, from safetensors only: networks and text encoders in `dtype`, the VAE (`wide_parts`) in float32."""
+    def load(cls, folder: FilePath, size: Size | None = None, name: str = "", dtype: torch.dtype = torch.float32, variant: str | None = None) -> Self:
+        """Loads a diffusers folder offline, from safetensors only: networks and text encoders in `dtype`, the VAE (`wide_parts`) in float32.
+
+        Raises ValueError for a tensor that the folder lacks (`load_network`).
+        """
         with quiet():
             import diffusers
 
             kind: Any = getattr(diffusers, cls.pipeline_class)
-            dtypes = {"default": dtype} | dict.fromkeys(cls.wide_parts, torch.float32)
-            pipe = kind.from_pretrained(folder, dtype=dtypes, local_files_only=True, use_safetensors=True)
-        return cls(pipe, size, name, str(folder))
+            parts = {part: load_network(folder, part, torch.float32 if part in cls.wide_parts else dtype, variant) for part in networks_in(folder)}
+            pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **parts)
+        family = cls(pipe, size, name, str(folder))
+        family.variant = variant
+        return family
 
     @classmethod
     def preset_of(cls, denoiser: Mapping[str, Any]) -> Preset:
@@ -125,7 +151,9 @@ class PipelineFamily(StockCalls):
     def dtype(self) -> torch.dtype:
         return compute_dtype(self._network)
 
-    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False) -> Self:
+    def placed(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False, decodes: bool = True
+    ) -> Self:
         other = copy.copy(self)
         other.micro_batch, other._device = micro_batch, torch.device(device)
         if self.pipe is not None:
@@ -134,7 +162,7 @@ class PipelineFamily(StockCalls):
         for part in parts.values():
             if dtype is not None and dtype != self.dtype:
                 cast(part, dtype)
-        for moving in (*parts.values(), *other.vaes):
+        for moving in (*parts.values(), *(other.vaes if decodes else ())):
             moving.to("cpu" if offload else device)
         other._network = other.join(parts)
         return other

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from instep.core.rows import by_rows
 from instep.core.shards import assign
 from instep.diffusion.guidance_scales import GuidanceRange
-from instep.diffusion.prediction import Condition, Prediction, PredictionType, to_prediction
+from instep.diffusion.prediction import Condition, Denoiser, Prediction, PredictionType, to_prediction
 from instep.models.backbone import Backbone, CallContext
 from instep.models.discriminator import Head
 from instep.models.embeddings import GuidanceEmbedding, check_foldable
 
 if TYPE_CHECKING:
-    pass
+    from instep.models.family import Family
 
 
 class Role:
@@ -133,3 +133,8 @@ class Role:
         self.backbone.go_home()
         for key, p in own.items():
             assign(p, state[key])
+
+
+def shift_of(denoiser: Denoiser, family: Family) -> float:
+    """The timestep shift of the sampler of the model that a role runs on; `family`'s for a denoiser that is no role."""
+    return denoiser.backbone.family.shift if isinstance(denoiser, Role) else family.shift

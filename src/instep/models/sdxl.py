@@ -74,6 +74,7 @@ class SDXLFamily(ImageFamily):
     pipeline_class = "StableDiffusionXLPipeline"
     denoisers: tuple[str, ...] = ("unet",)
     passes_generator = True
+    flow_scheduler = False
     preset = SDXL
     text_length = CLIP_TOKENS
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")

@@ -81,15 +81,16 @@ def comfyui_shift(levels: Sequence[float]) -> tuple[float, float]:
     return shift, max(abs(a - b) for a, b in zip(comfyui_levels(n, shift), levels, strict=True))
 
 
-def comfyui_workflow(levels: Sequence[float], size: Size, prompt: str, model: str, lora: str | None, seed: int) -> dict[str, Any]:
+def comfyui_workflow(levels: Sequence[float], size: Size, prompt: str, model: str, loras: Sequence[tuple[str, float]], seed: int) -> dict[str, Any]:
     """A text-to-video graph of stock nodes in ComfyUI's API format: opens by dropping it on the window, or POST to
     /prompt.
 
-    model, lora: file names under ComfyUI's models/diffusion_models and models/loras. Text encoder and VAE carry the
+    model, loras: file names under ComfyUI's models/diffusion_models and models/loras, these with their strengths. Text encoder and VAE carry the
     names of ComfyUI's own Wan 2.1 files. Sampler `lcm` predicts x0 and re-noises, which is how the student was trained.
     """
     shift, _ = comfyui_shift(levels)
-    source = ["lora", 0] if lora else ["model", 0]
+    chain = {f"lora{i or ''}": (name, strength) for i, (name, strength) in enumerate(loras)}
+    source = [list(chain)[-1], 0] if chain else ["model", 0]
     graph: dict[str, tuple[str, dict[str, Any]]] = {
         "model": ("UNETLoader", {"unet_name": model, "weight_dtype": "default"}),
         "clip": (
@@ -133,8 +134,8 @@ def comfyui_workflow(levels: Sequence[float], size: Size, prompt: str, model: st
             },
         ),
     }
-    if lora:
-        graph["lora"] = ("LoraLoaderModelOnly", {"lora_name": lora, "strength_model": 1.0, "model": ["model", 0]})
+    for before, (node, (name, strength)) in zip(["model", *chain], chain.items(), strict=False):
+        graph[node] = ("LoraLoaderModelOnly", {"lora_name": name, "strength_model": strength, "model": [before, 0]})
     ids = {name: str(i + 1) for i, name in enumerate(graph)}
 
     def link(value: Any) -> Any:

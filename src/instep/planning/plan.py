@@ -119,20 +119,21 @@ def plan(
     reward: RewardCost = RewardCost(),
     adapted: Callable[[], Recipe] | None = None,
     terms_every: int = RunOptions.terms_every,
+    teacher: Family | None = None,
 ) -> Plan:
     """The plan of a recipe on a family whose networks are on the meta device (`models/outline.py`).
 
     `execution` is the run's, except that its device is `machine`, and that compilation and the attention backend are left out: a fused kernel is assumed.
     Of several devices each has its share of every batch. `adapted` makes the same recipe with adapters of rank `RANK`, where it has the option lora_rank;
-    advice may then name it. `terms_every`: see `RunOptions`.
+    advice may then name it. `terms_every`: see `RunOptions`. `teacher` is another model that teaches, on the meta device too (`models/teacher.py`).
     """
     recipe = share_of(recipe, machine.gpus)
-    model = _model(recipe, family, execution, terms_every)
+    model = _model(recipe, family, execution, terms_every, teacher)
     stages = _iterations(model, execution, machine, reward)
     found = Plan(stages, tuple(asides(model, recipe, lambda trace: sum(_placed(trace, execution, machine, model)[0].values()))), machine, reward)
     if found.fits(found.bytes):
         return found
-    return replace(found, advice=tuple(_advice(recipe, family, execution, machine, reward, adapted, terms_every, found)))
+    return replace(found, advice=tuple(_advice(recipe, family, execution, machine, reward, adapted, terms_every, teacher, found)))
 
 
 def iterations(recipe: Recipe, family: Family, execution: Execution, machine: Machine, reward: RewardCost = RewardCost()) -> tuple[StagePlan, ...]:
@@ -144,10 +145,11 @@ def _iterations(model: Model, execution: Execution, machine: Machine, reward: Re
     return tuple(_stage_plan(model, stage, execution, machine, reward) for stage in model.recipe.stages if stage.steps)
 
 
-def _model(recipe: Recipe, family: Family, execution: Execution, terms_every: int) -> Model:
+def _model(recipe: Recipe, family: Family, execution: Execution, terms_every: int, teacher: Family | None = None) -> Model:
     # the states are host memory by their kind; all that is traced is on the meta device
     on_meta = replace(execution, device="meta", attention=None)
-    return Model(recipe, replace(on_meta, offload=False).place(family), on_meta, terms_every)
+    here = replace(on_meta, offload=False)
+    return Model(recipe, here.place(family), on_meta, terms_every, teacher and here.place(teacher, decodes=False))
 
 
 def _stage_plan(model: Model, stage: Stage, execution: Execution, machine: Machine, reward: RewardCost) -> StagePlan:
@@ -189,6 +191,7 @@ def _advice(
     reward: RewardCost,
     adapted: Callable[[], Recipe] | None,
     terms_every: int,
+    teacher: Family | None,
     found: Plan,
 ) -> list[str]:
     """Options of `instep train`, each tried alone by tracing again and, if none is enough, together, the gentlest first."""
@@ -200,7 +203,7 @@ def _advice(
         changed, how = recipe, execution
         for change in changes:
             changed, how = change.recipe(changed), change.execution(how)
-        model, most = _model(changed, family, how, terms_every), 0.0
+        model, most = _model(changed, family, how, terms_every, teacher), 0.0
         by_name = {stage.name: stage for stage in changed.stages}
         for name in names:
             most = max(most, _stage_plan(model, by_name[name], how, machine, reward).bytes)

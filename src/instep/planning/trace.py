@@ -67,44 +67,47 @@ class Trace:
         device = ({kind: count for kind, count in live.items() if count > 0 and not host(kind)} for live in self.moments.values())
         return max(device, key=lambda live: sum(live.values()), default={})
 
-    def extended(self, more: Trace, few: int, many: int, to: int) -> Trace:
-        """The trace of a network of `to` equal blocks, of those of `few` blocks (this one) and `many` blocks."""
-        share = (to - few) / (many - few)
+    def extended(self, *others: tuple[Trace, float]) -> Trace:
+        """The trace of deeper networks than those of this one: with each other trace, in which one network has more equal blocks, how many times the difference
+        that these blocks make is added.
+        """
 
-        def at(a: float, b: float) -> float:
-            return a + share * (b - a)
+        def at(a: Mapping[Any, float], rest: list[Mapping[Any, float]], key: Any) -> float:
+            first = a.get(key, 0.0)
+            return first + sum(share * (b.get(key, 0.0) - first) for b, (_, share) in zip(rest, others, strict=True))
 
-        flops = {key: at(self.flops.get(key, 0.0), more.flops.get(key, 0.0)) for key in {**self.flops, **more.flops}}
+        flops, theirs = self.flops, [other.flops for other, _ in others]
         moments = {}
-        for key in self.moments.keys() & more.moments.keys():
-            a, b = self.moments[key], more.moments[key]
-            moments[key] = {kind: at(a.get(kind, 0.0), b.get(kind, 0.0)) for kind in {**a, **b}}
-        return Trace(flops, moments, self.scored)
+        for key in (key for key in self.moments if all(key in other.moments for other, _ in others)):
+            here, there = self.moments[key], [other.moments[key] for other, _ in others]
+            moments[key] = {kind: at(here, there, kind) for kind in {**here, **{k: v for one in there for k, v in one.items()}}}
+        return Trace({key: at(flops, theirs, key) for key in {**flops, **{k: v for one in theirs for k, v in one.items()}}}, moments, self.scored)
 
 
 @dataclass
 class Depth:
-    """A placed family's state, whole or with fewer of its equal blocks."""
+    """A placed family's state, whole or with fewer of its equal blocks or those of its teacher. `share`: by how many times what it has more than the first
+    one the whole networks exceed that one."""
 
     family: Family
     state: TrainState
-    blocks: int
+    share: float = 0.0
 
 
 class Model:
-    """A recipe's networks on the meta device, ready to be traced; `family` is on it, placed by `execution`. `terms_every`: see `RunOptions`."""
+    """A recipe's networks on the meta device, ready to be traced; `family` and another `teacher` are on it, placed by `execution`. `terms_every`: see
+    `RunOptions`."""
 
-    def __init__(self, recipe: Recipe, family: Family, execution: Execution, terms_every: int = 0) -> None:
+    def __init__(self, recipe: Recipe, family: Family, execution: Execution, terms_every: int = 0, teacher: Family | None = None) -> None:
         self.recipe, self.family, self.terms_every = recipe, family, terms_every
         execution = replace(execution, checkpointing="on" if execution.checkpoints(family.pretrained) else "off", compile=False)
-        runs = {len(_equal_blocks(part)[2]) for part in family.parts(family.pretrained).values()}
-        self.blocks = runs.pop() if len(runs) == 1 else 0
-        self.block_bytes = max((_block_bytes(part) for part in family.parts(family.pretrained).values()), default=0)
+        parts = [part for each in (family, teacher) if each is not None for part in each.parts(each.pretrained).values()]
+        self.block_bytes = max(map(_block_bytes, parts), default=0)
         least = 2 + max((len(term.skips) for stage in recipe.stages for term in stage.terms), default=0)
-        few = least + (self.blocks - least) % STEP
-        numbers = (self.blocks,) if self.blocks <= few + STEP + 1 else (few, few + STEP)
-        families = [family if n == self.blocks else _with_blocks(family, n) for n in numbers]
-        self.depths = [Depth(each, meta_state(recipe, each, execution), n) for each, n in zip(families, numbers, strict=True)]
+        mine, share = _shallow(family, least)
+        theirs, their_share = ([None], 0.0) if teacher is None else _shallow(teacher, least)
+        pairs = [(mine[0], theirs[0], 0.0), *((each, theirs[0], share) for each in mine[1:]), *((mine[0], each, their_share) for each in theirs[1:])]
+        self.depths = [Depth(each, meta_state(recipe, each, execution, other), times) for each, other, times in pairs]
 
     def trace(self, stage: Stage) -> Trace:
         """One iteration of a stage: the mean of its cost, and all its moments."""
@@ -117,7 +120,7 @@ class Model:
 
     def _over_depths(self, trace: Callable[[Depth], Trace]) -> Trace:
         found = [trace(depth) for depth in self.depths]
-        return found[0] if len(found) == 1 else found[0].extended(found[1], self.depths[0].blocks, self.depths[1].blocks, self.blocks)
+        return found[0].extended(*((one, depth.share) for one, depth in zip(found[1:], self.depths[1:], strict=True)))
 
 
 def _equal_blocks(network: nn.Module) -> tuple[str, int, nn.ModuleList]:
@@ -134,6 +137,16 @@ def _equal_blocks(network: nn.Module) -> tuple[str, int, nn.ModuleList]:
                     best = (name, start, blocks[start:end])
                 start = end
     return best
+
+
+def _shallow(family: Family, least: int) -> tuple[list[Family], float]:
+    """A family with few equal blocks and with `STEP` more, and how many times that difference the whole one has more than the first; itself if it has few."""
+    runs = {len(_equal_blocks(part)[2]) for part in family.parts(family.pretrained).values()}
+    blocks = runs.pop() if len(runs) == 1 else 0
+    few = least + (blocks - least) % STEP
+    if blocks <= few + STEP + 1:
+        return [family], 0.0
+    return [_with_blocks(family, few), _with_blocks(family, few + STEP)], (blocks - few) / STEP
 
 
 def _block_bytes(network: nn.Module) -> int:
@@ -155,10 +168,10 @@ def _with_blocks(family: Family, n: int) -> Family:
     return other
 
 
-def meta_state(recipe: Recipe, family: Family, execution: Execution) -> TrainState:
-    """The state of a run on the meta device, with the moments of AdamW; `family` is on it."""
+def meta_state(recipe: Recipe, family: Family, execution: Execution, teacher: Family | None = None) -> TrainState:
+    """The state of a run on the meta device, with the moments of AdamW; `family` and `teacher` are on it."""
     with torch.device("meta"):
-        state = make_state(recipe, blank(family), 0, None, execution=execution)
+        state = make_state(recipe, blank(family), 0, None, execution=execution, teacher=teacher)
     for trained in state.trained.values():
         for master in trained.masters.values():
             trained.optimizer.state[master] = empty_moments(master) if trained.low_bit else {name: torch.zeros_like(master) for name in MOMENTS}

@@ -24,15 +24,17 @@ from instep.training.execution import Execution
 from instep.training.state import RewardFn, TrainedParams, TrainState
 
 
-def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution(), ranks: Ranks = ALONE) -> dict[str, Role]:
+def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution(), ranks: Ranks = ALONE, teacher: Family | None = None) -> dict[str, Role]:
     """Builds every role of the recipe. Adapters and the frozen teacher share the family's weights; other roles get a copy. The family stays as it is.
 
     Where the run is sharded, a copy is a network of its own around the family's weights until these are divided among `ranks`: no weight is copied whole.
+    `teacher`: the network of the role teacher, and of an adapter that moves it; None: the family's own. All other roles begin with the family's.
     """
     sharded = execution.shards(recipe, family, ranks)
     trained, checkpointing = trained_parts(recipe, family), execution.checkpoints(family.pretrained)
     residency = Residency(family.device) if execution.offload else None
     shared = Backbone(family, borrowed(family.pretrained), checkpointing=checkpointing, trained=trained, residency=residency)
+    taught = shared if teacher is None else _teacher_backbone(recipe, teacher, execution, residency)
     # copies come first: an adapter in the shared network would be copied too
     copies = {
         name: Backbone(family, _copy(family, trained, config.optim is not None, sharded), checkpointing=checkpointing, trained=trained, residency=residency)
@@ -42,11 +44,12 @@ def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution(
     made: dict[str, Role] = {}
     for name, config in recipe.roles.items():
         exits = len(recipe.levels) if config.exits else None
+        base = taught if name == "teacher" else shared
         if config.lora is not None:
-            shared.add_adapter(name, config.lora)
+            base.add_adapter(name, config.lora)
             made[name] = Role(
                 name,
-                shared,
+                base,
                 adapter=name,
                 scale=config.scale,
                 exits=exits,
@@ -56,23 +59,31 @@ def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution(
             )
         else:
             made[name] = Role(
-                name, copies.get(name, shared), exits=exits, head=config.head, prediction_type=config.prediction_type, guidance_range=config.guidance_range
+                name, copies.get(name, base), exits=exits, head=config.head, prediction_type=config.prediction_type, guidance_range=config.guidance_range
             )
-    for backbone in (shared, *copies.values()):
-        execution.compile_blocks(family, backbone.module)
+    for backbone in dict.fromkeys((shared, taught, *copies.values())):
+        execution.compile_blocks(backbone.family, backbone.module)
     if sharded:
         optimised = {name for name in copies if recipe.roles[name].optim is not None}
-        _shard({"pretrained": shared, **copies}, optimised, family, ranks)
+        others = {} if taught is shared else {"teacher": taught}
+        _shard({"pretrained": shared, **others, **copies}, optimised, ranks)
     return made
 
 
-def _shard(backbones: Mapping[str, Backbone], optimised: Collection[str], family: Family, ranks: Ranks) -> None:
+def _shard(backbones: Mapping[str, Backbone], optimised: Collection[str], ranks: Ranks) -> None:
     """Divides the networks of a run among its processes."""
-    mesh = mesh_of(ranks, family.device)
     for name, backbone in backbones.items():
+        family = backbone.family
+        mesh = mesh_of(ranks, family.device)
         parts = family.parts(backbone.module)
         shard(parts, {part: name in optimised and part in (backbone.trained or parts) for part in parts}, backbone.dtype, mesh, ranks, family.device)
         backbone.sharded = Sharded(name, ranks, family.boundary, guarded=dist.get_debug_level() != dist.DebugLevel.OFF)
+
+
+def _teacher_backbone(recipe: Recipe, teacher: Family, execution: Execution, residency: Residency | None) -> Backbone:
+    """The network of a teacher that is not the student's."""
+    checkpointing = execution.checkpoints(teacher.pretrained)
+    return Backbone(teacher, borrowed(teacher.pretrained), checkpointing=checkpointing, trained=trained_parts(recipe, teacher), residency=residency)
 
 
 def trained_parts(recipe: Recipe, family: Family) -> tuple[str, ...]:
@@ -105,11 +116,14 @@ def make_state(
     execution: Execution = Execution(),
     weights: tuple[float, ...] = (1.0,),
     ranks: Ranks = ALONE,
+    teacher: Family | None = None,
 ) -> TrainState:
-    """Builds roles, optimisers and the run's generator, all determined by the seed; `family` is where the run is executed (`Execution.place`)."""
+    """Builds roles, optimisers and the run's generator, all determined by the seed; `family` is where the run is executed (`Execution.place`), and so is
+    `teacher`, the one whose network is the role teacher's (None: the family's own).
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # adapters and heads start from random numbers; the caller's own stream is left alone
-        roles = make_roles(recipe, family, execution, ranks)
+        roles = make_roles(recipe, family, execution, ranks, teacher)
         latent_reward = None
         if recipe.latent_reward is not None:
             latent_reward = recipe.latent_reward.shape.build(family.latent_shape, family.unconditional([Prompt("")]), len(weights))

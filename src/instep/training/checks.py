@@ -12,6 +12,7 @@ from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.bands import in_band
 from instep.diffusion.sampling import Sampling
+from instep.methods.matching import DistributionMatching
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.rewards.base import Reward, check_prompts
@@ -42,6 +43,7 @@ def check_inputs(
     start_from: Path | str | None = None,
     *,
     export_to: Path,
+    teacher: Family | None = None,
 ) -> None:
     """Raises ValueError for everything that would otherwise fail after minutes: missing inputs, a reward that fails on one small batch, and an export of the
     student, to the folder `export_to`, that would be refused.
@@ -51,6 +53,8 @@ def check_inputs(
     for names in (prompts, real.prompts if real else (), pairs.prompts if pairs else ()):
         family.check_prompts(names)
     _check_experts(recipe, family)
+    if teacher is not None:
+        _check_teacher(recipe, teacher)
     _check_export(recipe, family, export_to)
     first = next((stage for stage in recipe.stages if stage.steps), None)
     if first and recipe.sampler == "ode" and not first.uses_guidance and (first.guidance_scales or recipe.guidance != 1) and start_from is None:
@@ -73,7 +77,8 @@ def check_inputs(
             )
         for term in stage.terms:
             if term.skips:
-                with family.skip(family.pretrained, term.skips):  # raises ValueError for an index that is no block
+                skipped = teacher or family  # guidance skips blocks of the teacher
+                with skipped.skip(skipped.pretrained, term.skips):  # raises ValueError for an index that is no block
                     pass
         if "gradient" in stage.needs and (reward is None or not reward.differentiable):
             raise ValueError(
@@ -113,6 +118,22 @@ def _check_export(recipe: Recipe, family: Family, to: Path) -> None:
     from instep.export.rules import check_run  # diffusers' exporters are slow to import
 
     check_run(family, Sampling(recipe.levels, recipe.sampler), to, adapter=recipe.roles["student"].lora is not None)
+
+
+def _check_teacher(recipe: Recipe, teacher: Family) -> None:
+    """Raises ValueError for another teacher in a recipe that has none, or that moves it by the fake's adapter, which is made for the student's network."""
+    if "teacher" not in recipe.roles:
+        raise ValueError(f"teacher: {recipe.name} has no teacher; leave it out")
+    for stage in recipe.stages:
+        for term in stage.terms:
+            if isinstance(term, DistributionMatching) and term.adapter is not None and term.adapter_of != "teacher" and stage.steps:
+                raise ValueError(
+                    f"teacher: stage {stage.name!r} of {recipe.name} moves the teacher by the fake's adapter, which fits the student's network alone; leave "
+                    "that out (dyna_dg 0), train full copies (no lora_rank), or leave teacher out"
+                )
+    from instep.export.rules import check_finite  # diffusers' exporters are slow to import
+
+    check_finite(teacher.parts(teacher.pretrained))
 
 
 def _check_experts(recipe: Recipe, family: Family) -> None:

@@ -168,9 +168,9 @@ class Execution:
                 raise ValueError(f"compile: the {name} of {family.name}, a {type(part).__name__}, has no repeated blocks to compile; leave the option out")
             part.compile_repeated_blocks(**COMPILE)  # type: ignore[operator]
 
-    def place(self, family: Family, sharded: bool = False) -> Family:
+    def place(self, family: Family, sharded: bool = False, *, decodes: bool = True) -> Family:
         """The family on the run's device and in its precision; the one that is given stays as it is. Networks that are offloaded, or will be `sharded`, stay in
-        host memory.
+        host memory. `decodes`: whether its VAE comes along.
 
         Raises ValueError for a network in float16, whose range the gradients of training leave.
         """
@@ -183,7 +183,7 @@ class Execution:
             )
         if device.type == "cuda" and dtype == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        return family.placed(device, dtype, self.rows_of(family), offload=self.offload or sharded)
+        return family.placed(device, dtype, self.rows_of(family), offload=self.offload or sharded, decodes=decodes)
 
 
 def _attention_backends() -> list[str]:

@@ -16,6 +16,7 @@ from instep.diffusion.sampling import Sampling
 from instep.models.embeddings import fold_guidance, last_layer
 from instep.models.family import Family
 from instep.models.role import Role
+from instep.models.styles import Style
 
 if TYPE_CHECKING:
     from instep.export import ExportReport
@@ -46,11 +47,14 @@ def export_role(
     prompts: int,
     example: Prompt,
     command: str,
+    styles: Sequence[Style] | None = None,
+    teacher: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ExportReport:
     """Exports a student role as a stock pipeline folder, or as its parts where no stock pipeline exists, and compares it with the sampler that trained it.
 
-    A many-step student keeps its model's scheduler. Raises ValueError if the student's prediction type is not the stock pipeline's.
+    A many-step student keeps its model's scheduler. `styles` are the adapters inside the model that it was trained on, by default
+    the family's; `teacher` is the model that taught it, if that is another one. Raises ValueError if the student's prediction type is not the stock pipeline's.
     """
     if not fits_stock(student):
         raise ValueError(
@@ -69,6 +73,8 @@ def export_role(
         training_prompts=prompts,
         size=family.size,
         example_prompt=example,
+        styles=tuple(family.styles if styles is None else styles),
+        teacher=teacher,
     )
     student.backbone.go_home()
     network, adapter = student.backbone.module, student.adapter

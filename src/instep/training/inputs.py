@@ -11,6 +11,7 @@ import torch
 from instep import models
 from instep.data.prompt import Prompt, as_prompts, load_prompts, with_negative
 from instep.data.samples import PairSamples, RealSamples
+from instep.models import teacher
 from instep.models.family import Family
 from instep.training.probe import ModeMonitor, Monitor
 
@@ -30,6 +31,18 @@ def as_family(given: Any, dtype: torch.dtype = torch.float32) -> Family:
         fix = f"call it, {given.__name__}(pipe, ...)" if isinstance(given, type) else "give a diffusers pipeline, a family, or the path of a model"
         raise ValueError(f"family: {given!r} is not allowed; {fix}")
     return given
+
+
+def as_taught(given: Any, student: Family, dtype: torch.dtype) -> Family | None:
+    """Return the teacher of a student that is named by its folder (loaded in `dtype`), or given as a pipeline or a family; None if none is given.
+
+    Raises ValueError for one whose latents, texts or levels are not the student's (`models/teacher.py`).
+    """
+    if given is None:
+        return None
+    if isinstance(given, str | Path):
+        return teacher.teacher_in(Path(given), student, dtype)
+    return teacher.as_teacher(models.family_of(given, student.size) if _is_pipeline(given) else given, student)
 
 
 def _is_pipeline(given: Any) -> bool:

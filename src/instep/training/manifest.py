@@ -44,6 +44,7 @@ def write_manifest(
     real: RealSamples | None = None,
     pairs: PairSamples | None = None,
     negative_prompt: str | None = None,
+    teacher: Family | None = None,
 ) -> None:
     """Writes recipe.json, or makes sure that the folder holds this very run."""
     named = [*prompts, *(real.prompts if real else ()), *(pairs.prompts if pairs else ())]
@@ -51,8 +52,10 @@ def write_manifest(
         "recipe": recipe.name,
         "model": family.name,
         "weights": weights_fingerprint(family.pretrained),
+        "teacher": teacher and {"model": teacher.name, "weights": weights_fingerprint(teacher.pretrained)},
         "dtype": str(options.execution.dtype_of(family)).removeprefix("torch."),
         "moments": options.execution.moments,
+        "styles": [style.json() for style in family.styles],
         "seed": options.seed,
         "levels": list(recipe.levels),
         "prompts": hashlib.sha256("\n".join(map(str, prompts)).encode()).hexdigest()[:16],
@@ -70,6 +73,8 @@ def write_manifest(
         "instep": __version__,
         "command": command,
         "model_path": family.source,
+        "variant": family.variant,
+        "teacher_path": teacher and teacher.source,
         "loaded_in": str(family.dtype).removeprefix("torch."),
         "size": dataclasses.asdict(family.size),
         "prompt_count": len(set(prompts)),
@@ -78,8 +83,9 @@ def write_manifest(
     file = out / "recipe.json"
     begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))
     there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # older runs have no record of their dtype, which was float32, nor of their moments, which loading a checkpoint compares
-    before = {"dtype": "float32", "moments": identity["moments"], **there}
+    # older runs have no record of their dtype, which was float32, of their moments, which loading a checkpoint compares, nor of styles and
+    # another teacher, which they could not have
+    before = {"dtype": "float32", "moments": identity["moments"], "styles": [], "teacher": None, **there}
     different = [key for key in identity if before.get(key) != identity[key]]
     if "instep" in there and (begun or not different):
         if different:

@@ -20,6 +20,7 @@ from instep.diffusion.noise import randn
 from instep.diffusion.prediction import Condition, Denoiser
 from instep.diffusion.sampling import Sampling, sample_ode
 from instep.models.family import Family
+from instep.models.role import shift_of
 from instep.rewards.base import Reward, checked_scores, prompts_for
 
 # steps of the teacher's sampler in a probe
@@ -93,7 +94,7 @@ class Probe:
         """The same metrics of the many-step teacher, as the reference for brightness, saturation, motion and diversity; modes are left out for their cost."""
 
         def generate(cond: Condition, null: Condition, noise: Tensor, rng: torch.Generator) -> Tensor:
-            return sample_ode(denoiser, cond, null, noise, steps=steps, path=self.family.path, shift=self.family.shift, guidance=guidance)
+            return sample_ode(denoiser, cond, null, noise, steps=steps, path=self.family.path, shift=shift_of(denoiser, self.family), guidance=guidance)
 
         return self._measure(generate)
 

@@ -31,7 +31,7 @@ from instep.training.checks import check_inputs, check_ranks
 from instep.training.finish import check_student, export_role, fits_stock
 from instep.training.finite import of_finite_samples
 from instep.training.gathered import whole_student
-from instep.training.inputs import as_family, as_prompt_list, every_prompt
+from instep.training.inputs import as_family, as_prompt_list, as_taught, every_prompt
 from instep.training.log import Tracker
 from instep.training.loop import Loop
 from instep.training.manifest import write_manifest
@@ -82,6 +82,7 @@ def train(
     tracker: Tracker | None = None,
     known_teacher: KnownTeacher | None = None,
     command: str = "",
+    teacher: Family | DiffusionPipeline | Path | str | None = None,
 ) -> Run:
     """Trains `recipe` on `family` and exports the student; the same call resumes an interrupted run.
 
@@ -93,10 +94,11 @@ def train(
     `pairs` are labelled pairs, whose chosen samples are also used as real and preferred ones if there are no others;
     Every text is encoded once, before the first step, into `prompts` in the run's folder (or `options.prompt_cache`), and read from there.
     `start_from` is another run whose roles this one begins with; `tracker` is called with (step, scalars) for every row of the log, beside
-    log.jsonl and TensorBoard; `known_teacher` gives the teacher's probe metrics if they were measured before. Raises ValueError before training if an
-    input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C, SIGTERM or SIGUSR1, with everything saved. A run that stopped itself
-    (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it. Raises Unusable for a run whose weights or
-    samples are no longer finite: it keeps its newest good checkpoint and exports nothing.
+    log.jsonl and TensorBoard; `teacher` is another model, which may be of another size, whose network is the teacher's (student and fake begin with the
+    family's; latents, texts and noise levels have to be the same); `known_teacher` gives the teacher's probe metrics if they were measured before. Raises
+    ValueError before training if an input does not fit or another process uses `out`, and `Interrupted` after Ctrl-C, SIGTERM or SIGUSR1, with everything
+    saved. A run that stopped itself (`stop_on`) ends normally with the student of the checkpoint it went back to; the same call does not resume it. Raises
+    Unusable for a run whose weights or samples are no longer finite: it keeps its newest good checkpoint and exports nothing.
 
     In several processes (torchrun) each calls this with the same arguments, has the whole state, and takes its share of every batch; the first one writes.
     """
@@ -106,6 +108,7 @@ def train(
         options.execution.check_shared(ranks)
         prompts = with_negative(as_prompt_list(prompts), negative_prompt)
         lent = as_family(family, options.execution.loading_dtype())
+        taught = as_taught(teacher, lent, options.execution.loading_dtype())
         recipe = as_recipe(recipe, settings=ModelSettings(lent.preset, lent.shift))
         check_ranks(recipe, ranks.count)
         scored = as_reward(reward) if reward is not None else None
@@ -117,15 +120,27 @@ def train(
         if device.type != lent.device.type:
             print(f"{lent.name} is on the {lent.device.type} and trains on {device}; it stays as it is, and device={lent.device.type} trains it there")
         with visiting(modules_in(scored, monitor), device):
-            placed = options.execution.place(lent, options.execution.shards(recipe, lent, ranks))
-            check_inputs(recipe, placed, scored, real, prompts, pairs, start_from, export_to=out / "student")
+            sharded = options.execution.shards(recipe, lent, ranks)
+            placed = options.execution.place(lent, sharded)
+            check_inputs(recipe, placed, scored, real, prompts, pairs, start_from, export_to=out / "student", teacher=taught)
             if options.hold:
                 hold.check(options.hold, recipe, probe_of(placed, prompts, scored, monitor, negative_prompt).figures())
         with ExitStack() as held, visiting(modules_in(scored, monitor), device):
             ranks.of_first(lambda: held.enter_context(run_lock(out)))
             ranks.of_first(
                 lambda: write_manifest(
-                    out, recipe, lent, options, prompts, start_from, command, reward=scored, real=real, pairs=pairs, negative_prompt=negative_prompt
+                    out,
+                    recipe,
+                    lent,
+                    options,
+                    prompts,
+                    start_from,
+                    command,
+                    reward=scored,
+                    real=real,
+                    pairs=pairs,
+                    negative_prompt=negative_prompt,
+                    teacher=taught,
                 )
             )
             if not guides(recipe) and any(prompt.negative for prompt in prompts):
@@ -134,7 +149,7 @@ def train(
             texts = every_prompt(prompts, real, pairs, monitor, negative_prompt)
             with ranks.one_by_one():
                 lent.encode_all(texts, Path(options.prompt_cache or out / PROMPTS), device)
-            family = options.execution.place(lent, options.execution.shards(recipe, lent, ranks))
+            family = options.execution.place(lent, sharded)
             state = make_state(
                 recipe,
                 family,
@@ -144,6 +159,7 @@ def train(
                 execution=options.execution,
                 weights=weights_of(scored),
                 ranks=ranks,
+                teacher=taught and replace(options.execution, device=str(device)).place(taught, sharded, decodes=False),
             )
             check_student(cast("Role", state.roles["student"]))
             stored = None
@@ -158,7 +174,7 @@ def train(
                         steps=TEACHER_STEPS,
                         guidance=recipe.guidance,
                         guidance_2=recipe.guidance_2,
-                        shift=family.shift,
+                        shift=(taught or family).shift,
                         seed=options.seed,
                     )
                 if real is None and "real" in recipe.needs:
@@ -168,7 +184,7 @@ def train(
                 print(f"stages with real samples take the prompts of these ({len(real.prompts)}); the other stages and the probe those given ({len(prompts)})")
             source = BatchSource(family, prompts, real, options.seed, stored, pairs, ranks)
             probe = probe_of(family, prompts, scored, monitor, negative_prompt)
-            loop = Loop(recipe, family, out, options, state, source, probe, tracker, known_teacher)
+            loop = Loop(recipe, family, out, options, state, source, probe, tracker, known_teacher if taught is None else None)
             with options.execution.attending():
                 loop.restore(start_from)
                 loop.run()
@@ -193,6 +209,7 @@ def train(
                         prompts=len(set(prompts)),
                         example=prompts[0],
                         command=command,
+                        teacher=None if taught is None else taught.name,
                     )
 
             ranks.of_first(export)

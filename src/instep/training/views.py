@@ -21,6 +21,7 @@ from instep.methods.matching import DistributionMatching
 from instep.methods.recipe import Recipe, Stage
 from instep.methods.term import Batch, View
 from instep.models.family import Family
+from instep.models.role import shift_of
 from instep.training.state import TrainState
 
 
@@ -76,7 +77,8 @@ def samples(state: TrainState, recipe: Recipe, family: Family, prompts: Sequence
     noise = randn((n, *state.shape), torch.Generator().manual_seed(seed), state.device)
 
     def teacher(steps: int, guidance: float | GuidanceByLevel) -> Tensor:
-        ode = sample_ode(state.roles["teacher"], cond, null, noise, steps=steps, path=family.path, shift=family.shift, guidance=guidance)
+        role = state.roles["teacher"]
+        ode = sample_ode(role, cond, null, noise, steps=steps, path=family.path, shift=shift_of(role, family), guidance=guidance)
         return decoded_uint8(family, ode)
 
     rng = torch.Generator().manual_seed(seed + 1)
