@@ -206,11 +206,14 @@ def run(out: Path, stops: bool = False, shard: str = "off") -> Run:
     return train(recipe, every_recipe.family(), out=out, prompts=every_recipe.PROMPTS, reward=FunctionReward(brightness, "brightness"), options=options)
 
 
+OLDER = ("all_gather_into_tensor", "reduce_scatter_tensor")  # of torch before 2.13
+
+
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """The numbers that each collective inside sends or, of a sharded network's, brings together."""
     sizes: list[int] = []
-    names = ("all_reduce", "all_gather_single", "reduce_scatter_single")
+    names = ("all_reduce", *(("all_gather_single", "reduce_scatter_single") if hasattr(torch.distributed, "all_gather_single") else OLDER))
     before = {name: getattr(torch.distributed, name) for name in names}
 
     def counting(name: str, *args: Any, **kwargs: Any) -> Any:
