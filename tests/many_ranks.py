@@ -27,6 +27,7 @@ from instep.lab.spec import build
 from instep.lab.world import World
 from instep.methods.recipe import Recipe
 from instep.methods.term import Batch, Stored
+from instep.models import role
 from instep.models.family import Family
 from instep.models.sd3 import SD3Family
 from instep.models.sharded import Mismatch
@@ -58,13 +59,14 @@ NETWORKS = ("dmd2", "dm-align-group", "amd", "dmdr", "dollar", "apo")
 @contextmanager
 def double() -> Iterator[None]:
     """New tensors are in double precision, and so is what networks cast to float32, whatever the rest is in."""
-    before, single = torch.get_default_dtype(), Tensor.float
+    before, single, head = torch.get_default_dtype(), Tensor.float, role.Head
     torch.set_default_dtype(torch.float64)
     Tensor.float = Tensor.double  # type: ignore[method-assign]
+    role.Head = lambda width: head(width).double()  # type: ignore[assignment]
     try:
         yield
     finally:
-        Tensor.float = single  # type: ignore[method-assign]
+        Tensor.float, role.Head = single, head  # type: ignore[method-assign]
         torch.set_default_dtype(before)
 
 
@@ -102,10 +104,6 @@ def network(recipe: Recipe, family: Family, ranks: Ranks, execution: Execution =
     """Two iterations of every stage of a recipe on a miniature model, in double precision unless its execution names another."""
     placed = execution.place(family if execution.dtype else wide(family))
     state = every_recipe.state_of(recipe, placed, execution, ranks=ranks)
-    for trained in state.trained.values():
-        for p in trained.parameters.values():  # heads are made in float32
-            if execution.dtype is None and p.dtype == torch.float32:
-                p.data = p.data.double()
     source, rows = every_recipe.batches_of(placed, ranks=ranks), {}
     for i, stage in enumerate(stage for stage in recipe.stages if stage.steps):
         for n in range(2):
@@ -206,11 +204,14 @@ def run(out: Path, stops: bool = False, shard: str = "off") -> Run:
     return train(recipe, every_recipe.family(), out=out, prompts=every_recipe.PROMPTS, reward=FunctionReward(brightness, "brightness"), options=options)
 
 
+OLDER = ("all_gather_into_tensor", "reduce_scatter_tensor")  # of torch before 2.13
+
+
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """The numbers that each collective inside sends or, of a sharded network's, brings together."""
     sizes: list[int] = []
-    names = ("all_reduce", "all_gather_single", "reduce_scatter_single")
+    names = ("all_reduce", *(("all_gather_single", "reduce_scatter_single") if hasattr(torch.distributed, "all_gather_single") else OLDER))
     before = {name: getattr(torch.distributed, name) for name in names}
 
     def counting(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from instep.core.ranks import ALONE
+from instep.core.ranks import ALONE, Ranks
 from instep.training import checkpoint
 from instep.training.checks import check_ranks
 from instep.training.execution import Execution
@@ -128,6 +128,20 @@ def test_a_sharded_run_leaves_what_one_process_leaves(folder, two, tmp_path):
     # the export has the averages, and the run goes on with the weights
     average = ours["ema"]["student"]["proj_out.weight"]
     assert (first["proj_out.weight"] - average).abs().max() < 1e-5 < (average - ours["roles"]["student"]["proj_out.weight"]).abs().max()
+
+
+def test_full_copies_of_large_networks_are_sharded_by_default(monkeypatch):
+    family, two = every_recipe.family(), Ranks(0, 2, 2)
+    copies, adapters = every_recipe.small("dmd2"), every_recipe.small("dmd2", lora_rank=2)
+    assert not Execution().shards(copies, family, two) and Execution(shard="on").shards(adapters, family, two)
+    monkeypatch.setattr("instep.training.execution.LARGE", 0)
+    assert Execution().shards(copies, family, two) and not Execution().shards(adapters, family, two)
+    assert not Execution().shards(copies, family, ALONE) and not Execution(shard="off").shards(copies, family, two)
+    assert not Execution(offload=True).shards(copies, family, two)
+    with pytest.raises(ValueError, match="shard: on is not allowed together with offload"):
+        Execution(shard="on", offload=True)
+    with pytest.raises(ValueError, match="shard: 'yes' is not allowed; allowed: auto, on, off"):
+        Execution(shard="yes")
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():

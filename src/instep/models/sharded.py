@@ -8,7 +8,7 @@ each pass would send more than one average a step does.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from instep.core.ranks import Ranks
 
@@ -74,7 +75,7 @@ def shard(parts: Mapping[str, nn.Module], trained: Mapping[str, bool], dtype: to
             number = len(ranks.led.steps)
             ranks.led.register(partial(_pass, unit))
             unit.register_forward_pre_hook(partial(_announce, ranks, number), prepend=True)
-            unit.register_forward_hook(_free)
+            unit.register_forward_hook(partial(_after, unit is part))
         part._get_fsdp_state()._lazy_init()  # type: ignore[operator]
 
 
@@ -91,7 +92,7 @@ def _shard_part(part: nn.Module, trained: bool, dtype: torch.dtype, mesh: Device
             for p in unit.parameters():
                 if p not in apart and not isinstance(p, DTensor):
                     p.data = p.data.float()
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=apart)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not part, mp_policy=policy, ignored_params=apart)
 
 
 def units(network: nn.Module) -> list[nn.Module]:
@@ -111,16 +112,29 @@ def _pass(unit: Any) -> None:
     unit.reshard()
 
 
-def _free(unit: Any, args: Any, output: Any) -> None:
-    """Frees a unit's weights after a forward pass that is computed again within a backward pass: FSDP2 keeps those, so that of a micro-batched network all
-    blocks would be whole at once. Those of a block that is in its own backward pass stay. Also drops the order of passes without a graph, which
-    FSDP2 would keep for a backward pass that never comes."""
+def free(parts: Iterable[Any]) -> None:
+    """Frees what is still whole of networks whose weights are about to change: the next call gathers the new ones."""
+    for part in parts:
+        part.reshard()
+
+
+def _after(outermost: bool, unit: Any, args: Any, output: Any) -> None:
+    """Frees a unit's weights after a pass where FSDP2 keeps them.
+
+    - In a forward pass that is computed again within a backward pass, of a micro-batched network: all blocks would be whole at once. Those of a block that is
+      in its own backward pass stay.
+    - The outermost unit's, after a pass without a graph: the weights would stay whole while their parts are stepped. With a graph they stay for the backward
+      pass, which may begin inside (a discriminator's features) where no hook of FSDP2 gathers them again.
+
+    Also drops the order of passes without a graph, which FSDP2 would keep for a backward pass that never comes.
+    """
     state = unit._get_fsdp_state()
-    groups = state._fsdp_param_groups
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch before 2.13
     if torch._C._current_graph_task_id() != -1:
-        if all(group._training_state.name != "PRE_BACKWARD" for group in groups):
+        if not outermost and all(group._training_state.name != "PRE_BACKWARD" for group in groups):
             unit.reshard()
-    elif not torch.is_grad_enabled():
+    elif not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(output)):
+        unit.reshard()
         for group in groups:
             if group._post_forward_indices:
                 group._post_forward_indices.pop()

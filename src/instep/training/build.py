@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from instep.models.borrow import borrowed
 from instep.models.family import Family
 from instep.models.residency import Residency
 from instep.models.role import Role
-from instep.models.sharded import Sharded, mesh_of, shard
+from instep.models.sharded import Sharded, free, mesh_of, shard
 from instep.training.execution import Execution
 from instep.training.state import RewardFn, TrainedParams, TrainState
 
@@ -136,6 +137,7 @@ def make_state(
         if name in trained:
             trained[name].at_home = role.backbone.go_home
             if role.backbone.sharded is not None:
+                trained[name].free = partial(free, family.parts(role.backbone.module).values())
                 trained[name].exchange = ranks.led.register(trained[name].exchange_shards)
     device = family.device
     if latent_reward is not None and recipe.latent_reward is not None:

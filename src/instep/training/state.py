@@ -63,6 +63,8 @@ class TrainedParams:
         self.steps = 0
         # where networks take turns on a device: takes the one that is there home, before weights are exchanged
         self.at_home: Callable[[], None] = lambda: None
+        # frees what is still whole of a sharded network, before its weights change
+        self.free: Callable[[], None] = lambda: None
         # swaps weights and averages of divided parameters, on all ranks
         self.exchange: Callable[[], None] = self.exchange_shards
 
@@ -73,6 +75,7 @@ class TrainedParams:
         passes the second one to `settle`, where there is an average before the next step.
         """
         optim = optim or self.optim
+        self.free()
         gradients = [p.grad for p in self.masters.values() if p.grad is not None]
         norm = total_norm(gradients, self.ranks)
         if gradients:
@@ -106,6 +109,7 @@ class TrainedParams:
     @torch.no_grad()
     def exchange_shards(self) -> None:
         """Swaps weights and average of the parameters that are divided, a tensor at a time."""
+        self.free()
         for key, p in self.parameters.items():
             if self.ema is not None and is_divided(p):
                 mine, mean = local(p), local(self.ema[key])
@@ -132,6 +136,7 @@ class TrainedParams:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes masters whose names and shapes are right, and rounds the network's weights from them."""
+        self.free()
         for key, p in self.masters.items():
             assign(p, state[key])
         self.round()
