@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -104,7 +105,17 @@ def test_two_families_on_the_command_line(clip, tmp_path, monkeypatch, capsys):
     values = json.loads((tmp_path / "sd3.json").read_text())["rows"][0]["values"]
     assert {"fd", "precision", "recall", "vendi"} <= set(values) and "flicker" not in values and values["fd"]["value"] > 0
     capsys.readouterr()
+    shutil.copytree("sd3", "bare")
+    (tmp_path / "bare" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "first.txt").write_text("a hen [image: hen.png]\n" * 4)
+    (tmp_path / "flat").write_text("")
+    monkeypatch.setattr(evaluate_prompts, "measured", lambda *_: pytest.fail("nothing is measured before all is checked"))
     for wrong, message in (
+        (["eval", "sd3", "nothing", *line, "--out", "a.json"], "dir: 'nothing' is neither a finished run"),
+        (["eval", "sd3", "bare", *line, "--out", "a.json"], "model: bare/vae has no weights"),
+        (["eval", "sd3", "wan", *line, "--size", "16", "16", "4", "--out", "a.json"], "size: "),
+        (["eval", "sd3", "--prompts", "first.txt", "--out", "a.json"], "names a first frame, and sd3 takes text alone"),
+        (["eval", "sd3", *line, "--out", "flat/a.json"], "out: flat/a.json cannot be written (File exists); choose another place with --out"),
         (["eval", "sd3", *line, "--out", "sd3.json"], "out: sd3.json exists"),
         (["eval", "sd3", "--reward", "compressible"], "reward: it measures samples of your own prompts; give them with --prompts FILE"),
         (["eval", *line, "--out", "a.json"], "dirs: none was given"),

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from instep.bundled import WORLDS
 from instep.cli import checked_device, default_threads
 from instep.cli.evaluate import EvalArgs, Measured, print_rows
 from instep.cli.rewards import load_reward
 from instep.cli.sample import family_in, find_pipeline, settings_of
-from instep.core.files import write_json
+from instep.core.files import check_writable, write_json
 from instep.core.progress import Progress
 from instep.core.size import Size
 from instep.data.clips import read_clip
@@ -24,6 +25,8 @@ from instep.metrics.any_model import NEIGHBOURS, Seen, columns, gathered, measur
 from instep.metrics.compare import Row
 from instep.metrics.figures import Value
 from instep.metrics.image_features import FrameFeatures, frame_features
+from instep.models.folder import check_weights
+from instep.models.outline import outline
 from instep.rewards.base import Reward, as_reward
 
 BATCH = 8  # files of given data that are read at once
@@ -71,6 +74,7 @@ def protocol_of(args: EvalArgs) -> Protocol:
         raise ValueError("dirs: none was given; give the folder of a run, a student or a pipeline, or the name of a bundled model")
     if args.out.exists():
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
+    check_writable(args.out, "out")
     prompts = tuple(load_prompts(args.prompts))
     if len(prompts) * args.copies < 4:
         raise ValueError(f"copies: {len(prompts)} prompts x {args.copies} are too few for a standard error; draw 4 samples or more")
@@ -78,9 +82,24 @@ def protocol_of(args: EvalArgs) -> Protocol:
     if files and (args.features is None or min(len(files), len(prompts) * args.copies // 2) <= NEIGHBOURS):
         what = "features: none were given" if args.features is None else f"real: {len(files)} files and {len(prompts) * args.copies} samples are too few"
         raise ValueError(f"{what}; distances to given data need --features clip, dinov2 or a folder, and more than {2 * NEIGHBOURS + 1} of each")
+    for name in args.dirs:
+        check_model(str(name), args, prompts)
     reward = as_reward(load_reward(args.reward)) if args.reward else None
     network = frame_features(args.features) if args.features else None
     return Protocol(prompts, args.copies, args.seed, reward, network, files, args.real_fps, checked_device(args.device))
+
+
+def check_model(name: str, args: EvalArgs, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError for a model that could not be measured, from its configurations alone: nothing is sampled, and no weights of a folder are read."""
+    folder, record = find_pipeline(name)
+    size = Size(*args.size) if args.size else Size(**record["info"]["size"]) if record else None
+    small = name in WORLDS or (record is not None and record["info"]["base_model"] in WORLDS)
+    if not small:
+        check_weights(folder)
+    # bundled models, and students of one, have first frames of their own and are small
+    family = family_in(name, folder, record, size) if small else outline(folder, size)
+    family.check_prompts(prompts)
+    settings_of(folder, record, family, args.steps, args.guidance)
 
 
 @torch.no_grad()
@@ -88,9 +107,10 @@ def measured(name: str, args: EvalArgs, protocol: Protocol, given: dict[Size, Te
     """One model's row; its samples are drawn and measured prompt by prompt. `given`: features of the given data at the sizes that were read already."""
     folder, record = find_pipeline(name)
     family = family_in(name, folder, record, Size(*args.size) if args.size else None)
-    family.check_prompts(protocol.prompts)
     settings = settings_of(folder, record, family, args.steps, args.guidance)
     family.pipe.to(protocol.device)
+    if protocol.files and family.size not in given:
+        given[family.size] = given_features(protocol, family.size)
     parts, seconds = [], 0.0
     with Progress(name, len(protocol.prompts)) as progress:
         for i, prompt in enumerate(protocol.prompts):
@@ -104,8 +124,6 @@ def measured(name: str, args: EvalArgs, protocol: Protocol, given: dict[Size, Te
             parts.append(observe(media.float().to(protocol.device), names, protocol.reward, protocol.network))
             progress.step()
     seen = gathered(parts)
-    if protocol.files and family.size not in given:
-        given[family.size] = given_features(protocol, family.size)
     values = measures(seen, protocol.copies, given.get(family.size)) | {"seconds": Value(seconds / len(protocol.prompts) / protocol.copies, 0.0)}
     nfe = settings.steps * (2 if settings.guidance != 1 else 1)
     return Row(Path(name).name, "student" if record else "teacher", values, nfe, settings.steps, settings.guidance, _count(seen))

@@ -46,3 +46,11 @@ def settings_in(folder: Path) -> ModelSettings:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def check_weights(folder: Path) -> None:
+    """Raises ValueError for the first network of a pipeline folder without a file of weights; none is opened."""
+    for name, entry in read_json(folder / INDEX).items():
+        network = isinstance(entry, list) and entry[1] is not None and not any(word in entry[1] for word in ("Tokenizer", "Processor", "Extractor", "Scheduler"))
+        if network and not any((folder / name).glob("*.safetensors")):
+            raise ValueError(f"model: {folder / name} has no weights (*.safetensors); copy or download the folder again")
