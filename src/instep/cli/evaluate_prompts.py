@@ -135,7 +135,7 @@ def given_features(protocol: Protocol, size: Size) -> Tensor:
     found = []
     with Progress("given data", len(protocol.files)) as progress:
         for part in _split(protocol.files):
-            media = torch.stack([read_clip(file.path, size, protocol.fps) for file in part])
+            media = torch.stack([read_clip(file, size, protocol.fps) for file in part])
             found.append(protocol.network(media.to(protocol.device)).mean(1))
             for _ in part:
                 progress.step()

@@ -51,6 +51,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def check_weights(folder: Path) -> None:
     """Raises ValueError for the first network of a pipeline folder without a file of weights; none is opened."""
     for name, entry in read_json(folder / INDEX).items():
-        network = isinstance(entry, list) and entry[1] is not None and not any(word in entry[1] for word in ("Tokenizer", "Processor", "Extractor", "Scheduler"))
+        network = (
+            isinstance(entry, list) and entry[1] is not None and not any(word in entry[1] for word in ("Tokenizer", "Processor", "Extractor", "Scheduler"))
+        )
         if network and not any((folder / name).glob("*.safetensors")):
             raise ValueError(f"model: {folder / name} has no weights (*.safetensors); copy or download the folder again")
