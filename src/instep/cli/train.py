@@ -61,8 +61,8 @@ class TrainArgs:
     classifier. Protocols: docs/rewards.md."""
     real: Path | None = None
     """Your own images or videos, for recipes with real or preferred samples: a folder (the caption of a.mp4 is in a.txt beside it), or an index, .jsonl or
-    .parquet, with the columns file and prompt; or a WebDataset shard, .tar, or a folder of them. They are cropped in the middle to the model's shape, resized, resampled to real_fps, and encoded once into a
-    cache; an interrupted run goes on there. Default: the bundled model's own, else samples of the teacher."""
+    .parquet, with the columns file and prompt; or a WebDataset shard, .tar, or a folder of them. They are cropped in the middle to the model's shape, resized,
+    resampled to real_fps, and encoded once into a cache; an interrupted run goes on there. Default: the bundled model's own, else samples of the teacher."""
     real_fps: float = 16.0
     """Frames a second of the model's videos, at which real ones are read; Wan's are 16, CogVideoX's 8."""
     real_cache: Path | None = None

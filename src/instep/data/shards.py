@@ -89,7 +89,7 @@ def _entries(shard: Path, media: tuple[str, ...]) -> Iterator[tuple[str, Member,
     try:
         with tarfile.open(shard, "r:") as archive:
             while (entry := archive.next()) is not None:
-                archive.members.clear()  # tarfile keeps all headers otherwise
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all headers otherwise
                 suffix = PurePosixPath(entry.name).suffix.lower()
                 if entry.isdir() or suffix not in (*media, *CAPTIONS):
                     continue
