@@ -111,7 +111,12 @@ def _rewards(args: Sequence[str]) -> int:
 def _sample(args: Sequence[str]) -> int:
     from instep.cli.sample import SampleArgs, sample_command
 
-    return sample_command(parse(SampleArgs, args, "sample"))
+    options = parse(SampleArgs, args, "sample")
+    if options.layout is None:
+        return sample_command(options)
+    from instep.cli.sample_layout import sample_layout_command
+
+    return sample_layout_command(options)
 
 
 def _eval(args: Sequence[str]) -> int:
