@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from tiny import tiny_sd3_pipeline, tiny_wan_pipeline
 
 from instep.cli import evaluate_prompts
 from instep.cli.main import main
+from instep.core.statistics import wilson
 from instep.data.prompt import as_prompts
-from instep.metrics.any_model import Seen, gathered, measures, observe, temporal_consistency
-from instep.metrics.figures import frechet_distance
+from instep.metrics import image_features
+from instep.metrics.any_model import Given, Networks, Seen, gathered, key_frames, measures, observe, temporal_consistency
+from instep.metrics.figures import frechet_distance, vendi
 from instep.metrics.image_features import frame_features
+from instep.metrics.win_rate import win_rate
 from instep.rewards.base import FunctionReward
 
 
@@ -38,10 +42,10 @@ def test_consistency_is_the_mean_of_two_cosines():
 def test_measures_of_known_samples(clip):
     network = frame_features(str(clip[0]))
     bright = FunctionReward(lambda media, prompts: media.flatten(1).mean(1), name="bright")
-    grey = torch.linspace(0, 0.8, 8).reshape(8, 1, 1, 1, 1).expand(8, 3, 4, 32, 32).clone()
+    grey = torch.linspace(0.05, 0.75, 8).reshape(8, 1, 1, 1, 1).expand(8, 3, 4, 32, 32).clone()
     grey[:, :, 1::2] += 0.1  # flickers by 0.1 at each of three changes
     prompts = as_prompts(["a"] * 4 + ["b"] * 4)
-    seen = gathered([observe(grey[rows], prompts[rows], bright, network) for rows in (slice(0, 4), slice(4, 8))])
+    seen = gathered([observe(grey[rows], prompts[rows], bright, Networks(network)) for rows in (slice(0, 4), slice(4, 8))])
     found = measures(seen, 4)
     assert found["reward_0"].value == pytest.approx(0.45, abs=1e-6) == found["mean_brightness"].value
     assert found["flicker"].value == pytest.approx(0.9, abs=1e-6) and 1 <= found["vendi"].value <= 4
@@ -50,21 +54,28 @@ def test_measures_of_known_samples(clip):
     assert found["consistency"].value == pytest.approx(float(temporal_consistency(want).mean()))
     # the error is that between samples of a prompt, not between prompts
     assert found["reward_0"].se < 0.06 < float(seen.values["reward_0"].std()) / math.sqrt(8)
-    image = observe(grey[:, :, 0], prompts, None, None)
-    assert set(measures(image, 4)) == {"mean_brightness"}
+    image = observe(grey[:, :, 0], prompts, None)
+    assert set(measures(image, 4)) == {"mean_brightness", "vendi_pixels"}
+    # first and last frame of four; each prompt by itself, against the authors' Vendi score
+    frames = torch.stack([want[:4, 0], want[4:, 0], want[:4, 3], want[4:, 3]])
+    assert found["vendi_frames"].value == pytest.approx(sum(vendi(each) for each in frames) / 4, abs=1e-5)
+    assert found["vendi_pixels"].value == pytest.approx(1, abs=1e-6), "grey frames differ in length alone"
+    dark = observe(torch.cat([torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)]), prompts[:4], None)
+    assert measures(dark, 4)["vendi_pixels"].value == pytest.approx(2, abs=1e-6), "black frames are alike"
 
 
 def test_distances_to_given_data():
     rng = torch.Generator().manual_seed(0)
     features, real = torch.randn(40, 3, generator=rng), torch.randn(30, 3, generator=rng)
-    found = measures(Seen({"mean_brightness": torch.zeros(40)}, features), 4, real)
+    found = measures(Seen({"mean_brightness": torch.zeros(40)}, features, features[:, :2]), 4, Given(real, real[:, :2]))
     assert found["fd"].value == pytest.approx(frechet_distance(features, real)) and found["fd"].se > 0
-    far = measures(Seen({"mean_brightness": torch.zeros(40)}, features + 100), 4, real)
+    assert found["sfd"].value == pytest.approx(frechet_distance(features[:, :2], real[:, :2])) and found["sfd"].se > 0
+    far = measures(Seen({"mean_brightness": torch.zeros(40)}, features + 100), 4, Given(real))
     assert far["precision"].value == far["recall"].value == 0 and found["precision"].value > 0.8
     assert far["fd"].value == pytest.approx(3e4, rel=0.02)
 
 
-def test_features_are_the_networks_own(clip, tmp_path):
+def test_features_are_the_networks_own(clip, tmp_path, monkeypatch):
     media = torch.rand(2, 3, 3, 40, 56)
     frames = media.transpose(1, 2).flatten(0, 1)
     with torch.no_grad():
@@ -75,8 +86,57 @@ def test_features_are_the_networks_own(clip, tmp_path):
     with torch.no_grad():
         want = classifier.dinov2(pixel_values=by_hand(resized(frames, 32, 44)[..., 2:30, 8:36], *normal)).last_hidden_state[:, 0]
     torch.testing.assert_close(frame_features(str(tmp_path))(media), want.unflatten(0, (2, 3)), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        places = classifier.dinov2(pixel_values=by_hand(resized(frames, 32, 44)[..., 2:30, 8:36], *normal)).last_hidden_state[:, 1:]
+    assert places.shape[1:] == (4, 16)
+    torch.testing.assert_close(frame_features(str(tmp_path)).spatial(frames), places.flatten(1), atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(image_features, "SPATIAL", 15)
+    assert frame_features(str(tmp_path)).spatial(frames).shape == (6, 12), "three channels at four places"
     with pytest.raises(ValueError, match="features: .* is no folder"):
         frame_features(str(tmp_path / "nothing"))
+
+
+def test_key_frames_are_twenty_apart():
+    assert key_frames(81) == [0, 20, 40, 60, 80] and key_frames(21) == [0, 20] and key_frames(20) == [0, 19] and key_frames(1) == [0]
+
+
+def test_win_rates_are_paired_and_their_intervals_know_prompts():
+    prompt = torch.arange(40) // 4
+    alternating = torch.tensor([1.0, 0.0] * 20)
+    mixed = win_rate(alternating, torch.full((40,), 0.5), prompt)
+    assert (mixed.value, mixed.n) == (0.5, 40), "every prompt has half: pairs are worth at least what independent ones are"
+    assert mixed == wilson(20, 40)
+    whole = win_rate((prompt % 2).double(), torch.full((40,), 0.5), prompt)
+    assert whole.value == 0.5 and whole.n == 10 and whole.high - whole.low > 1.5 * (mixed.high - mixed.low), "four samples of a prompt that agree are one"
+    assert win_rate(torch.zeros(8), torch.zeros(8), prompt[:8]).value == 0.5 and win_rate(torch.ones(8), torch.zeros(8), prompt[:8]) == wilson(2, 2)
+    with pytest.raises(ValueError, match="scores: 3 and 2 of 3 prompts cannot be paired"):
+        win_rate(torch.zeros(3), torch.zeros(2), prompt[:3])
+
+
+def test_a_class_conditional_model_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """The bundled digits have no stock pipeline; prompts are classes."""
+    monkeypatch.chdir(tmp_path)
+    tiny_dinov2(tmp_path / "dino")
+    (tmp_path / "prompts.txt").write_text("3\n7\n")
+    (tmp_path / "data").mkdir()
+    for i in range(5):
+        Image.new("RGB", (8, 8), (50 * i, 0, 90)).save(tmp_path / "data" / f"{i}.png")
+        (tmp_path / "data" / f"{i}.txt").write_text("a colour")
+    shutil.copytree(tmp_path / "dino", tmp_path / "features")
+    line = ["eval", "digits", "digits", "--prompts", "prompts.txt", "--copies", "4", "--steps", "2", "--guidance", "1", "--real", "data"]
+    assert main([*line, "--features", "dino", "--classifier", "dino", "--reward", "compressible"]) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    values = found["rows"][0]["values"]
+    assert {"inception_score", "sfd", "fd", "vendi_pixels"} <= set(values) and 1 <= values["inception_score"]["value"] <= 4
+    # the same model against itself, with the same noise
+    (win,) = found["wins"]
+    assert (win["value"], win["model"], win["reward"]) == (0.5, "digits", "compressible") and values == found["rows"][1]["values"] | {
+        "seconds": values["seconds"]
+    }
+    assert "digits has more compressible than digits in 50 % of pairs" in capsys.readouterr().out
+    (tmp_path / "prompts.txt").write_text("3\nhorse\n")
+    assert main([*line[:2], *line[3:9], "--out", "a.json"]) == 2 and "prompts: 'horse' is no class of digits" in capsys.readouterr().err
+    assert main([*line[:2], "--prompts", "prompts.txt", "--out", "a.json", "--classifier", "none"]) == 2
 
 
 def test_two_families_on_the_command_line(clip, tmp_path, monkeypatch, capsys):
@@ -92,7 +152,18 @@ def test_two_families_on_the_command_line(clip, tmp_path, monkeypatch, capsys):
     assert main(["eval", "wan", *line, "--size", "16", "16", "5", "--reward", "compressible, dynamic-degree", "--features", str(clip[0])]) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())
     row = found["rows"][0]
-    assert set(row["values"]) == {"mean_brightness", "flicker", "dynamic_degree", "reward_0", "reward_1", "vendi", "consistency", "seconds"}
+    assert set(row["values"]) == {
+        "mean_brightness",
+        "flicker",
+        "dynamic_degree",
+        "reward_0",
+        "reward_1",
+        "vendi",
+        "vendi_frames",
+        "vendi_pixels",
+        "consistency",
+        "seconds",
+    }
     assert (row["n"], row["nfe"], row["kind"]) == (4, 1, "teacher") and row["values"]["reward_1"] == row["values"]["dynamic_degree"]
     assert [column["head"] for column in found["columns"]][:2] == ["compressible", "dynamic-degree"] and found["protocol"]["prompts"] == ["a hen", "a cat"]
     assert "wrote evaluation.json" in capsys.readouterr().out
@@ -104,7 +175,17 @@ def test_two_families_on_the_command_line(clip, tmp_path, monkeypatch, capsys):
     values = json.loads((tmp_path / "sd3.json").read_text())["rows"][0]["values"]
     assert {"fd", "precision", "recall", "vendi"} <= set(values) and "flicker" not in values and values["fd"]["value"] > 0
     capsys.readouterr()
+    shutil.copytree("sd3", "bare")
+    (tmp_path / "bare" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "first.txt").write_text("a hen [image: hen.png]\n" * 4)
+    (tmp_path / "flat").write_text("")
+    monkeypatch.setattr(evaluate_prompts, "measured", lambda *_: pytest.fail("nothing is measured before all is checked"))
     for wrong, message in (
+        (["eval", "sd3", "nothing", *line, "--out", "a.json"], "dir: 'nothing' is neither a finished run"),
+        (["eval", "sd3", "bare", *line, "--out", "a.json"], "model: bare/vae has no weights"),
+        (["eval", "sd3", "wan", *line, "--size", "16", "16", "4", "--out", "a.json"], "size: "),
+        (["eval", "sd3", "--prompts", "first.txt", "--out", "a.json"], "names a first frame, and sd3 takes text alone"),
+        (["eval", "sd3", *line, "--out", "flat/a.json"], "out: flat/a.json cannot be written (File exists); choose another place with --out"),
         (["eval", "sd3", *line, "--out", "sd3.json"], "out: sd3.json exists"),
         (["eval", "sd3", "--reward", "compressible"], "reward: it measures samples of your own prompts; give them with --prompts FILE"),
         (["eval", *line, "--out", "a.json"], "dirs: none was given"),

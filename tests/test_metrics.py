@@ -171,3 +171,32 @@ def test_order_puts_like_prompts_together():
         x, y = digits.parse(chosen.prompts[a]), digits.parse(chosen.prompts[b])
         same = digits.motions_allowed(x) == digits.motions_allowed(y) and (a < 90) == (b < 90)
         assert same, "neighbours share their motion and their part"
+
+
+def test_figures_equal_a_third_party_implementation():
+    """torch-fidelity 0.4.0 on the same numbers, run once in an environment of its own: Inception score in one split, FID, improved precision and recall."""
+    i, j = torch.arange(24, dtype=torch.float64)[:, None], torch.arange(6, dtype=torch.float64)[None]
+    logits = 3 * torch.sin(1.7 * i + 2.3 * j * j)
+    assert m.inception_score(logits.softmax(1)) == pytest.approx(2.121258440078404, rel=1e-12)
+    a, b = torch.sin(1.1 * i * (j + 1)), 0.8 * torch.cos(0.9 * i * (j + 2)) + 0.2
+    assert m.frechet_distance(a, b) == pytest.approx(2.258136488900381, rel=1e-9)
+    few = j[:, :3]
+    a, b = torch.sin(1.1 * i * (few + 1)), 1.2 * torch.sin(0.9 * i * (few + 1) + 0.3) + 0.2
+    assert m.precision(a, b) == pytest.approx(0.9583333134651184, rel=1e-6) and m.recall(a, b) == 1
+
+
+def test_inception_score_counts_sure_and_different_classes():
+    sure = torch.eye(5).repeat(4, 1)
+    assert m.inception_score(sure) == pytest.approx(5) and m.inception_score(torch.full((9, 5), 0.2)) == pytest.approx(1)
+    assert m.inception_score(sure[:1].repeat(7, 1)) == pytest.approx(1), "sure of one class alone"
+
+
+def test_vendi_of_kernels_is_the_authors_score():
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 5, 4, generator=rng, dtype=torch.float64)
+    unit = features / features.norm(dim=2, keepdim=True)
+    kernels = unit @ unit.mT
+    want = sum(m.vendi(each) for each in features) / 3
+    assert m.vendi_of_kernels(kernels) == pytest.approx(want, rel=1e-9)
+    found = m.vendi_by_kernels([kernels, torch.ones(2, 4, 4)])
+    assert found.value == pytest.approx((want + 1) / 2, rel=1e-9) and found.se > 0

@@ -161,3 +161,14 @@ def test_json_lines_of_another_form(tmp_path, wrong):
 def test_json_prompts_that_are_not_text(tmp_path, wrong):
     with pytest.raises(ValueError, match=r"line 1 holds .*; a prompt is text that is not empty"):
         load_prompts(written(tmp_path, b'{"prompt": ' + wrong + b"}", "prompts.jsonl"))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    file = written(tmp_path, b"a hen")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ValueError, match=r"prompts: .*prompts.txt cannot be read \(Permission denied\); see to its permissions"):
+        load_prompts(file)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import shlex
 import sys
+import tarfile
 import types
 from dataclasses import dataclass, field
 
@@ -17,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import instep.data.clips as clips
+import instep.data.shards as shards
 from instep.cli.main import main
+from instep.core.ranks import Ranks
 from instep.core.size import Size
 from instep.data.clips import read_clip
 from instep.data.latent_cache import real_samples
@@ -181,6 +186,7 @@ def test_an_interrupted_cache_goes_on_and_is_mapped(videos, tmp_path):
     # a kill in the third batch
     with pytest.raises(KeyboardInterrupt):
         real_samples(videos, Encoder(fails_at=4), tmp_path / "cut")
+    assert (tmp_path / "cut" / "latents.done").read_bytes() == b"\1\1\0"
     again, third = Encoder(), Encoder()
     resumed = real_samples(videos, again, tmp_path / "cut")
     assert again.calls == [1, 4] and torch.equal(resumed.latents, whole.latents), "the probe, and the last four"
@@ -194,6 +200,94 @@ def test_an_interrupted_cache_goes_on_and_is_mapped(videos, tmp_path):
         assert any("cut/latents.safetensors" in line for line in maps)
     resumed.latents[0] = 7.0
     assert float(real_samples(videos, Encoder(), tmp_path / "cut").latents[0].max()) < 1, "a run cannot change the cache"
+
+
+class Of(Ranks):
+    """A rank whose peers run before or after it in the same process."""
+
+    def of_first(self, make):
+        return make()
+
+    def agree(self, error):
+        if error is not None:
+            raise error
+
+
+def test_ranks_encode_their_share(videos, tmp_path):
+    whole = real_samples(videos, Encoder(), tmp_path / "whole")
+    for rank, (calls, done) in enumerate((([1, 8, 4], b"\1\0\1"), ([1, 8], b"\1\1\1"))):
+        encoder = Encoder()
+        # the file itself says what is left: another rank, or another number of them, takes its share of that
+        shares = Of(rank, 2) if rank == 0 else Of(0, 1)
+        found = real_samples(videos, encoder, tmp_path / "shared", ranks=shares)
+        assert encoder.calls == calls and (tmp_path / "shared" / "latents.done").read_bytes() == done
+    assert torch.equal(found.latents, whole.latents)
+
+
+def tar(path, entries) -> None:
+    """A tar of (name, bytes, or the target of a link)."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in entries:
+            entry = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                entry.type, entry.linkname = tarfile.SYMTYPE, data
+                archive.addfile(entry)
+            else:
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+
+
+def test_shards_give_what_their_files_give(videos, tmp_path):
+    """As WebDataset packs them: the files of a sample follow each other and share their name up to its first dot."""
+    (tmp_path / "shards").mkdir()
+    for shard, rows in enumerate((range(8), range(8, 20))):
+        entries = []
+        for i in rows:
+            caption = (f"{i:06d}.txt", f" grey  {i}\n".encode()) if i % 2 else (f"{i:06d}.json", json.dumps({"caption": f"grey {i}", "width": 12}).encode())
+            entries += [(f"{i:06d}.webp", videos[i].path.read_bytes()), caption, (f"{i:06d}.cls", b"7")]
+        tar(tmp_path / "shards" / f"{shard:05d}.tar", entries)
+    found = real_files(tmp_path / "shards")
+    assert [file.prompt for file in found] == [file.prompt for file in videos] and len(real_files(tmp_path / "shards" / "00001.tar")) == 12
+    whole = real_samples(videos, Encoder(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        real_samples(found, Encoder(fails_at=3), tmp_path / "cut")
+    again = Encoder()
+    assert torch.equal(real_samples(found, again, tmp_path / "cut").latents, whole.latents) and again.calls == [1, 8, 4]
+    assert not list((tmp_path / "shards").glob("*.webp")), "nothing is unpacked"
+    with pytest.raises(ValueError, match="real: .*cache|real: .*cut holds the latents of others"):
+        real_samples(list(reversed(found)), Encoder(), tmp_path / "cut")
+    with pytest.raises(ValueError, match=r"real: .*00000.tar: 000000.webp lies in a shard, and an image-to-video model reads its first frame from a file"):
+        real_samples(found, Encoder(takes_first_frame=True), tmp_path / "first")
+
+
+def test_shards_that_are_refused(videos, tmp_path, monkeypatch):
+    data = videos[0].path.read_bytes()
+    monkeypatch.setattr(shards, "MOST_BYTES", len(data))
+    monkeypatch.setattr(shards, "MOST_CAPTION", 100)
+    for entries, message in (
+        ([("a.webp", "/etc/passwd"), ("a.txt", b"a")], "a.webp is a link or a special file, and none is followed"),
+        ([("a.webp", data + b"x")], rf"a.webp has {len(data) + 1:,} bytes, more than {len(data):,}; reduce it"),
+        ([("a.webp", data), ("a.txt", b"a" * 101)], "a.txt has 101 bytes, more than 100"),
+        ([("a.webp", data), ("a.png", data), ("a.txt", b"a")], "a.webp and a.png are two media of one sample"),
+        ([("a.webp", data), ("b.txt", b"a")], "a.webp has no caption; write it into a .txt of the same name"),
+        ([("a.webp", data), ("a.txt", b" ")], "a.webp: its caption is empty"),
+        ([("a.webp", data), ("a.txt", b"\xff")], "a.webp: its caption is not UTF-8"),
+        ([("a.webp", data), ("a.json", b"{")], "a.webp: its .json cannot be read"),
+        ([("a.cls", b"7")], "holds no image or video"),
+    ):
+        tar(tmp_path / "bad.tar", entries)
+        with pytest.raises(ValueError, match=f"real: .*bad.tar:? {message}"):
+            real_files(tmp_path / "bad.tar")
+    tar(tmp_path / "good.tar", [("a.txt", b"a"), ("d/a.webp", data), ("d/a.txt", b"b")])
+    assert [file.prompt for file in real_files(tmp_path / "good.tar")] == ["b"], "a folder belongs to the name"
+    (tmp_path / "bad.tar").write_bytes((tmp_path / "good.tar").read_bytes()[: 512 * 3 + 40])
+    with pytest.raises(ValueError, match="real: .*bad.tar(: d/a.webp is cut off| cannot be read as an uncompressed tar)"):
+        real_files(tmp_path / "bad.tar")
+    (tmp_path / "bad.tar").write_bytes(gzip.compress((tmp_path / "good.tar").read_bytes()))
+    with pytest.raises(ValueError, match="real: .*bad.tar cannot be read as an uncompressed tar"):
+        real_files(tmp_path / "bad.tar")
+    with pytest.raises(ValueError, match=r"real: .* holds both shards \(bad.tar\) and media"):
+        real_files(tmp_path)
 
 
 def test_a_cache_of_something_else_is_refused(videos, tmp_path):

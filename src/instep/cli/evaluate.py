@@ -43,13 +43,16 @@ class EvalArgs:
     prompts: Path | None = None
     """Text file with one prompt a line, or JSON lines, to measure any model on."""
     reward: str | None = None
-    """With --prompts: rewards as in `instep train`, for example "hpsv2, clipscore, videoalign:mq"; each is reported by itself."""
+    """With --prompts: rewards as in `instep train`, for example "hpsv2, clipscore, videoalign:mq"; each is reported by itself, and
+    for each model after the first how often it wins against the first, on the same prompts and seeds."""
     real: Path | None = None
     """With --prompts and --features: images or videos to compare with, as in `instep train`: Frechet distance, precision, recall."""
     real_fps: float = 16.0
     """Frames a second at which they are read."""
     features: str | None = None
     """With --prompts: clip, dinov2, or the folder of such a network, in whose features distances, diversity and consistency in time are measured."""
+    classifier: str | None = None
+    """With --prompts: dinov2 (of ImageNet), or the folder of an image classifier of transformers, for the Inception score."""
     copies: int = 4
     """With --prompts: samples a prompt."""
     steps: int | None = None
@@ -73,7 +76,7 @@ class EvalArgs:
     def __post_init__(self) -> None:
         if self.copies < 1:
             raise ValueError(f"copies: {self.copies} is not allowed; 1 or more samples a prompt")
-        if self.prompts is None and (given := next((name for name in ("reward", "real", "features") if getattr(self, name) is not None), None)):
+        if self.prompts is None and (given := next((name for name in ("reward", "real", "features", "classifier") if getattr(self, name) is not None), None)):
             raise ValueError(f"{given}: it measures samples of your own prompts; give them with --prompts FILE")
 
 

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from instep.cli import checked_device, default_threads
 from instep.cli.evaluate import EvalArgs, Measured, print_rows
+from instep.cli.measured_model import check_model, open_model
 from instep.cli.rewards import load_reward
-from instep.cli.sample import family_in, find_pipeline, settings_of
-from instep.core.files import write_json
+from instep.core.files import check_writable, write_json
 from instep.core.progress import Progress
 from instep.core.size import Size
 from instep.data.clips import read_clip
 from instep.data.prompt import Prompt, load_prompts
 from instep.data.real_files import RealFile, real_files
-from instep.metrics.any_model import NEIGHBOURS, Seen, columns, gathered, measures, observe
+from instep.metrics.any_model import NEIGHBOURS, Given, Networks, Seen, columns, gathered, measures, observe
 from instep.metrics.compare import Row
 from instep.metrics.figures import Value
-from instep.metrics.image_features import FrameFeatures, frame_features
+from instep.metrics.image_features import frame_features
+from instep.metrics.win_rate import win_rate
 from instep.rewards.base import Reward, as_reward
+from instep.rewards.dinov2 import dinov2
+from instep.rewards.several import parts_of
 
 BATCH = 8  # files of given data that are read at once
 
@@ -37,7 +40,7 @@ class Protocol:
     copies: int
     seed: int
     reward: Reward | None
-    network: FrameFeatures | None
+    networks: Networks
     files: tuple[RealFile, ...]
     fps: float
     device: str
@@ -47,19 +50,25 @@ def eval_prompts_command(args: EvalArgs) -> int:
     """Measures each of `args.dirs`, prints a table, and writes rows and protocol to `args.out`."""
     torch.set_num_threads(default_threads())
     protocol = protocol_of(args)
-    given: dict[Size, Tensor] = {}
-    rows = [measured(str(folder), args, protocol, given) for folder in args.dirs]
-    shown = tuple(column for column in columns(protocol.reward, protocol.network) if any(column.key in row.values for row in rows))
+    given: dict[Size, Given] = {}
+    found = [measured(str(folder), args, protocol, given) for folder in args.dirs]
+    rows = [row for row, _ in found]
+    compared = wins(rows, [seen for _, seen in found], protocol)
+    shown = tuple(column for column in columns(protocol.reward, protocol.networks) if any(column.key in row.values for row in rows))
     about = {
         "prompts": [str(prompt) for prompt in protocol.prompts],
         "copies": protocol.copies,
         "seed": protocol.seed,
         "reward": protocol.reward and protocol.reward.name,
-        "features": protocol.network and protocol.network.name,
+        "features": protocol.networks.features and protocol.networks.features.name,
+        "classifier": protocol.networks.classifier and protocol.networks.classifier.name,
         "given": len(protocol.files),
     }
-    write_json(args.out, {"protocol": about, "columns": [column.json() for column in shown], "rows": [row.json() for row in rows]})
+    write_json(args.out, {"protocol": about, "columns": [column.json() for column in shown], "rows": [row.json() for row in rows], "wins": compared})
     print_rows(Measured(rows, shown))
+    for win in compared:
+        share, low, high = (100 * win[key] for key in ("value", "low", "high"))
+        print(f"{win['model']} has more {win['reward']} than {win['against']} in {share:.0f} % of pairs (95 % interval {low:.0f} to {high:.0f} %)")
     print(f"wrote {args.out}")
     return 0
 
@@ -71,6 +80,7 @@ def protocol_of(args: EvalArgs) -> Protocol:
         raise ValueError("dirs: none was given; give the folder of a run, a student or a pipeline, or the name of a bundled model")
     if args.out.exists():
         raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
+    check_writable(args.out, "out")
     prompts = tuple(load_prompts(args.prompts))
     if len(prompts) * args.copies < 4:
         raise ValueError(f"copies: {len(prompts)} prompts x {args.copies} are too few for a standard error; draw 4 samples or more")
@@ -78,50 +88,69 @@ def protocol_of(args: EvalArgs) -> Protocol:
     if files and (args.features is None or min(len(files), len(prompts) * args.copies // 2) <= NEIGHBOURS):
         what = "features: none were given" if args.features is None else f"real: {len(files)} files and {len(prompts) * args.copies} samples are too few"
         raise ValueError(f"{what}; distances to given data need --features clip, dinov2 or a folder, and more than {2 * NEIGHBOURS + 1} of each")
+    for name in args.dirs:
+        check_model(str(name), prompts, _size(args), args.steps, args.guidance)
     reward = as_reward(load_reward(args.reward)) if args.reward else None
-    network = frame_features(args.features) if args.features else None
-    return Protocol(prompts, args.copies, args.seed, reward, network, files, args.real_fps, checked_device(args.device))
+    networks = Networks(
+        frame_features(args.features) if args.features else None,
+        dinov2(None if args.classifier == "dinov2" else Path(args.classifier), "classifier") if args.classifier else None,
+        bool(files),
+    )
+    return Protocol(prompts, args.copies, args.seed, reward, networks, files, args.real_fps, checked_device(args.device))
 
 
 @torch.no_grad()
-def measured(name: str, args: EvalArgs, protocol: Protocol, given: dict[Size, Tensor]) -> Row:
-    """One model's row; its samples are drawn and measured prompt by prompt. `given`: features of the given data at the sizes that were read already."""
-    folder, record = find_pipeline(name)
-    family = family_in(name, folder, record, Size(*args.size) if args.size else None)
-    family.check_prompts(protocol.prompts)
-    settings = settings_of(folder, record, family, args.steps, args.guidance)
-    family.pipe.to(protocol.device)
+def measured(name: str, args: EvalArgs, protocol: Protocol, given: dict[Size, Given]) -> tuple[Row, Seen]:
+    """One model's row, and what was seen of each sample; its samples are drawn and measured prompt by prompt. `given`: features of the given data at the
+    sizes that were read already."""
+    model = open_model(name, _size(args), args.steps, args.guidance, protocol.device)
+    size, settings = model.family.size, model.settings
+    if protocol.files and size not in given:
+        given[size] = given_features(protocol, size)
     parts, seconds = [], 0.0
     with Progress(name, len(protocol.prompts)) as progress:
         for i, prompt in enumerate(protocol.prompts):
-            torch.manual_seed(protocol.seed + i)
             start = time.perf_counter()
             names = [prompt] * protocol.copies
-            media = family.stock_sample(
-                family.pipe, names, steps=settings.steps, guidance=settings.guidance, guidance_2=settings.guidance_2, output="media"
-            ).clamp(0, 1)
+            media = model(names, protocol.seed + i)
             seconds += time.perf_counter() - start
-            parts.append(observe(media.float().to(protocol.device), names, protocol.reward, protocol.network))
+            parts.append(observe(media.float().to(protocol.device), names, protocol.reward, protocol.networks))
             progress.step()
     seen = gathered(parts)
-    if protocol.files and family.size not in given:
-        given[family.size] = given_features(protocol, family.size)
-    values = measures(seen, protocol.copies, given.get(family.size)) | {"seconds": Value(seconds / len(protocol.prompts) / protocol.copies, 0.0)}
+    values = measures(seen, protocol.copies, given.get(size)) | {"seconds": Value(seconds / len(protocol.prompts) / protocol.copies, 0.0)}
     nfe = settings.steps * (2 if settings.guidance != 1 else 1)
-    return Row(Path(name).name, "student" if record else "teacher", values, nfe, settings.steps, settings.guidance, _count(seen))
+    return Row(Path(name).name, "student" if model.record else "teacher", values, nfe, settings.steps, settings.guidance, _count(seen)), seen
 
 
-def given_features(protocol: Protocol, size: Size) -> Tensor:
-    """Features [M, D] of the given data, read at the model's size and rate, a few files at a time."""
-    assert protocol.network is not None
-    found = []
+def wins(rows: Sequence[Row], seen: Sequence[Seen], protocol: Protocol) -> list[dict[str, Any]]:
+    """How often each model after the first has a higher reward than the first, on the same prompts and seeds."""
+    prompt, found = torch.arange(len(protocol.prompts) * protocol.copies) // protocol.copies, []
+    for i, part in enumerate(parts_of(protocol.reward) if protocol.reward is not None else ()):
+        key = f"reward_{i}"
+        for row, one in zip(rows[1:], seen[1:], strict=True):
+            rate = win_rate(one.values[key], seen[0].values[key], prompt)
+            found.append({"reward": part.name, "model": row.name, "against": rows[0].name, **asdict(rate)})
+    return found
+
+
+def given_features(protocol: Protocol, size: Size) -> Given:
+    """Features of the given data, read at the model's size and rate, a few files at a time."""
+    network = protocol.networks.features
+    assert network is not None
+    found, spatial = [], []
     with Progress("given data", len(protocol.files)) as progress:
         for part in _split(protocol.files):
-            media = torch.stack([read_clip(file.path, size, protocol.fps) for file in part])
-            found.append(protocol.network(media.to(protocol.device)).mean(1))
+            media = torch.stack([read_clip(file, size, protocol.fps) for file in part])
+            found.append(network(media.to(protocol.device)).mean(1))
+            if protocol.networks.spatial and size.frames == 1:
+                spatial.append(network.spatial(media[:, :, 0].to(protocol.device)))
             for _ in part:
                 progress.step()
-    return torch.cat(found)
+    return Given(torch.cat(found), torch.cat(spatial) if spatial else None)
+
+
+def _size(args: EvalArgs) -> Size | None:
+    return Size(*args.size) if args.size else None
 
 
 def _split(files: Sequence[RealFile]) -> list[Sequence[RealFile]]:

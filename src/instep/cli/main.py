@@ -22,7 +22,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep rewards             the rewards that go by a name, and what each needs; convert: published pickles as safetensors
   instep plan RECIPE         memory and time, before anything runs
   instep human-eval A B      a local page on which people compare or score samples of two models, blind
-  instep pairs export|import|fit  preferences as training pairs, public sets in the same form, a reward learned from them
+  instep pairs export|import|slow|fit  preferences as training pairs, public sets in the same form, slow copies, a reward learned from them
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, animation
 
 RECIPE is one that `instep recipes` lists, or module:function for one of your own.
@@ -111,7 +111,12 @@ def _rewards(args: Sequence[str]) -> int:
 def _sample(args: Sequence[str]) -> int:
     from instep.cli.sample import SampleArgs, sample_command
 
-    return sample_command(parse(SampleArgs, args, "sample"))
+    options = parse(SampleArgs, args, "sample")
+    if options.layout is None:
+        return sample_command(options)
+    from instep.cli.sample_layout import sample_layout_command
+
+    return sample_layout_command(options)
 
 
 def _eval(args: Sequence[str]) -> int:
@@ -161,9 +166,11 @@ def _pairs(args: Sequence[str]) -> int:
         return pairs.export_pairs_command(parse(pairs.ExportPairsArgs, args[1:], "pairs export"))
     if args and args[0] == "import":
         return pairs.import_pairs_command(parse(pairs.ImportPairsArgs, args[1:], "pairs import"))
+    if args and args[0] == "slow":
+        return pairs.slow_pairs_command(parse(pairs.SlowPairsArgs, args[1:], "pairs slow"))
     if args and args[0] == "fit":
         return pairs.fit_pairs_command(parse(pairs.FitPairsArgs, args[1:], "pairs fit"))
-    raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import, fit (see instep pairs --help)")
+    raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import, slow, fit (see instep pairs --help)")
 
 
 def _plan(args: Sequence[str]) -> int:

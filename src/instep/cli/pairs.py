@@ -1,4 +1,4 @@
-"""`instep pairs`: people's preferences as rows for training, public preference sets in the same form, and a reward learned from either."""
+"""`instep pairs`: people's preferences as rows for training, public preference sets in the same form, slow copies, and a reward learned from all of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ USAGE = """instep pairs: preference pairs, one row a pair, as JSONL or Parquet
 
   instep pairs export STORE OUT   preferences collected by `instep human-eval`
   instep pairs import IN OUT      a preference set with columns of other names
+  instep pairs slow IN OUT        negatives in slow motion, of your own videos or the preferred ones of pairs
   instep pairs fit PAIRS OUT      a reward that orders samples as people did, for --reward preferences:OUT
 
 Rows have prompt, chosen, rejected (paths of media), question, tie, votes_chosen, votes_rejected, votes_tie, annotators, seed.
@@ -83,6 +84,33 @@ class ImportPairsArgs:
     """The question that the pairs answer."""
     media: Path | None = None
     """Folder that relative paths begin at; default: that of FILE."""
+
+
+@dataclass(frozen=True)
+class SlowPairsArgs:
+    """Makes pairs in which a video is preferred to its own slow motion, so that a learned reward, or DPO, does not prefer videos that hardly move.
+
+    Of your videos: instep pairs slow my-videos slow.jsonl; of pairs, which stay in the file: instep pairs slow pairs.jsonl more.jsonl --share 0.15
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Pairs or preferred samples, .jsonl or .parquet; or a folder or an index of videos as for `instep train --real`."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """A .jsonl or .parquet file; nothing is overwritten. The slow copies are written beside it, into OUT-media."""
+    factor: float = 2.0
+    """How many times slower, above 1: the first half of the video is spread over all frames, by blending neighbours."""
+    share: float = 1.0
+    """Share of the videos that get a slow copy, above 0 to 1. Diffusion-APO added about 1 slow pair for 7 labelled ones."""
+    frames: int | None = None
+    """Frames that the model takes, for animations that keep equal frames once; default: frames as they are stored."""
+    seed: int = 0
+    """Seed of the choice of videos."""
+
+    def __post_init__(self) -> None:
+        if not self.factor > 1:
+            raise ValueError(f"factor: {self.factor} is not allowed; it slows by more than 1")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share: {self.share} is not allowed; it is above 0, and 1 at most")
 
 
 @dataclass(frozen=True)
@@ -159,6 +187,24 @@ def import_pairs_command(args: ImportPairsArgs) -> int:
     found = import_pairs(args.file, columns, args.media or args.file.parent, args.out.parent / f"{args.out.stem}-media", args.question)
     write_pairs(args.out, found)
     print(f"wrote {args.out}: {len(found)} pairs, {sum(pair.tie for pair in found)} of them ties")
+    return 0
+
+
+def slow_pairs_command(args: SlowPairsArgs) -> int:
+    import random
+
+    from instep.data.pairs import check_format, write_pairs
+    from instep.data.slow_copies import slow_copies, videos_of
+
+    _free(args.out)
+    check_format(args.out)
+    pairs, videos = videos_of(args.source)
+    chosen = sorted(random.Random(args.seed).sample(range(len(videos)), max(1, round(args.share * len(videos)))))
+    found = slow_copies(_watched([videos[i] for i in chosen]), args.out.parent / f"{args.out.stem}-media", args.factor, args.frames)
+    if not found.pairs:
+        raise ValueError(f"source: none of {len(chosen)} videos of {args.source} moves, so none can be slowed; give videos, not images")
+    write_pairs(args.out, [*pairs, *found.pairs])
+    print(f"wrote {args.out}: {len(pairs)} pairs as they were, {len(found.pairs)} of a video and its slow copy; {found.still} videos hardly move")
     return 0
 
 

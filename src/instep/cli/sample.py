@@ -17,6 +17,7 @@ from instep.cli import default_threads
 from instep.core.files import atomic_dir, write_json
 from instep.core.size import Size
 from instep.data.animation import save_animation, tile
+from instep.data.benchmarks import Layout
 from instep.data.prompt import Prompt, with_negative
 from instep.models.families import family_class
 from instep.models.family import Family
@@ -41,11 +42,21 @@ class SampleArgs:
     """Classifier-free guidance; default 1 (none) for a student, and for a pipeline that of its model card."""
     seed: int = 0
     """Seed of torch's global generator, from which pipelines draw their noise."""
-    copies: int = 4
-    """Samples a prompt."""
+    copies: int | None = None
+    """Samples a prompt; default 4, and with a layout what its benchmark asks for."""
     each: Path | None = None
     """A new folder for one file a sample and a samples.json, for `instep human-eval`: samples of two models with the same prompts, copies and seed
-    are matched."""
+    are matched. With a layout: the folder that the benchmark's own tool reads."""
+    layout: Layout | None = None
+    """Samples for a benchmark, named as its own tool expects: vbench and vbench-i2v (mp4), geneval and dpg-bench (png). The same command goes on with the
+    samples that are missing."""
+    source: Path | None = None
+    """With a layout: the benchmark's prompts. vbench: a file with one a line, such as all_dimension.txt; vbench-i2v: vbench2_i2v_full_info.json; geneval:
+    evaluation_metadata.jsonl; dpg-bench: the folder with one .txt a prompt."""
+    images: Path | None = None
+    """With the layout vbench-i2v: the folder of first frames, cropped to the model's shape."""
+    fps: float = 8.0
+    """With a layout of videos: frames a second of the files."""
     out: Path = Path("samples.webp")
     """File of the animation: one row a prompt, one column a sample."""
     size: tuple[int, int, int] | None = None
@@ -54,6 +65,7 @@ class SampleArgs:
 
 def sample_command(args: SampleArgs) -> int:
     """Samples with stock diffusers and writes one animation."""
+    copies = 4 if args.copies is None else args.copies
     folder, record = find_pipeline(args.dir)
     family = family_in(args.dir, folder, record, Size(*args.size) if args.size else None)
     settings = settings_of(folder, record, family, args.steps, args.guidance)
@@ -67,15 +79,15 @@ def sample_command(args: SampleArgs) -> int:
     torch.manual_seed(args.seed)
     if guidance == 1 and any(prompt.negative for prompt in prompts):
         print("negative prompts have no effect: guidance is 1, which ignores them")
-    names = [prompt for prompt in prompts for _ in range(args.copies)]
+    names = [prompt for prompt in prompts for _ in range(copies)]
     videos = family.stock_sample(family.pipe, names, steps=steps, guidance=guidance, guidance_2=guidance_2, output="media")
     if videos.ndim == 4:
         videos = videos[:, :, None]
     videos = videos.transpose(1, 2)
     shown = (videos.permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8)
-    save_animation(args.out, tile(shown, columns=args.copies))
+    save_animation(args.out, tile(shown, columns=copies))
     if args.each is not None:
-        save_each(args.each, shown, names, args.copies, args.seed)
+        save_each(args.each, shown, names, copies, args.seed)
         print(f"wrote {len(shown)} samples and samples.json to {args.each}")
     for i, prompt in enumerate(prompts):
         print(f"row {i + 1}: {prompt}")

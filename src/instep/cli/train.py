@@ -20,7 +20,7 @@ from instep.core.size import Size
 from instep.core.user_code import load_function
 from instep.data.latent_cache import FOLDER, real_samples
 from instep.data.prompt import Prompt, load_prompts, with_negative
-from instep.data.real_files import real_files
+from instep.data.real_files import RealFile, real_files
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
@@ -61,8 +61,8 @@ class TrainArgs:
     classifier. Protocols: docs/rewards.md."""
     real: Path | None = None
     """Your own images or videos, for recipes with real or preferred samples: a folder (the caption of a.mp4 is in a.txt beside it), or an index, .jsonl or
-    .parquet, with the columns file and prompt. They are cropped in the middle to the model's shape, resized, resampled to real_fps, and encoded once into a
-    cache; an interrupted run goes on there. Default: the bundled model's own, else samples of the teacher."""
+    .parquet, with the columns file and prompt; or a WebDataset shard, .tar, or a folder of them. They are cropped in the middle to the model's shape, resized,
+    resampled to real_fps, and encoded once into a cache; an interrupted run goes on there. Default: the bundled model's own, else samples of the teacher."""
     real_fps: float = 16.0
     """Frames a second of the model's videos, at which real ones are read; Wan's are 16, CogVideoX's 8."""
     real_cache: Path | None = None
@@ -133,6 +133,8 @@ class Setting:
     real: RealSamples | None
     pairs: PairSamples | None = None
     known_teacher: KnownTeacher | None = None
+    files: tuple[RealFile, ...] = ()
+    """Real samples that all processes encode together."""
 
 
 def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
@@ -155,6 +157,9 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     with joined(options.waits) as ranks:
         with ranks.one_by_one():  # what the first one caches is there for the others
             setting = prepare(recipe, args)
+        if setting.files:
+            cache = args.real_cache or out / FOLDER
+            setting = replace(setting, real=real_samples(setting.files, setting.family, cache, args.real_fps, ranks))
         try:
             run = train(
                 recipe,
@@ -213,10 +218,7 @@ def prepare(recipe: Recipe, args: TrainArgs) -> Setting:
     if labelled is not None:
         real, pairs = labelled.encoded(found.family)
         found = replace(found, real=real, pairs=pairs)
-    if files is not None:
-        cache = args.real_cache or folder_of(recipe, args) / FOLDER
-        found = replace(found, real=real_samples(files, found.family, cache, args.real_fps))
-    return found
+    return replace(found, files=tuple(files or ()))
 
 
 @dataclass(frozen=True)

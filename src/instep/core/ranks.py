@@ -101,6 +101,20 @@ class Ranks:
             raise Elsewhere(answer["error"])
         return answer["value"]
 
+    def agree(self, error: Exception | None) -> None:
+        """Called on every rank with the error of what each did alone, None where it went well. If one failed all raise: rank 0 the first error, the others
+        `Elsewhere`."""
+        if self.count == 1:
+            if error is not None:
+                raise error
+            return
+        found: list[str | None] = [None] * self.count
+        with _together():
+            dist.all_gather_object(found, None if error is None else str(error))
+        text = next((text for text in found if text is not None), None)
+        if text is not None:
+            raise (error or ValueError(text)) if self.first else Elsewhere(text)
+
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
         """Rank 0 does what is inside first, and the others follow: they find what it has left on the disk."""

@@ -5,6 +5,7 @@ A frame is reduced to the model's size before the next one is read, so that memo
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from instep.core.size import Size
 from instep.data.media import ANIMATED, IMAGES, VIDEOS
+from instep.data.real_files import RealFile
 
 # pixels of one frame of a source; half a gigabyte while it is decoded
 MOST_PIXELS = 150_000_000
 
 
-def read_clip(path: Path, size: Size, fps: float) -> Tensor:
+def read_clip(path: Path | RealFile, size: Size, fps: float) -> Tensor:
     """The beginning of a file at `fps` frames a second: [3, F, H, W] in [0, 1] of the model's size.
 
     Aspect is kept: the middle of the frame is cut out in the model's shape, then resized (Lanczos). An orientation in EXIF is applied. A frame
@@ -27,13 +29,13 @@ def read_clip(path: Path, size: Size, fps: float) -> Tensor:
     are taken one by one. Raises ValueError for a file that cannot be read, is too large,
     too short, or an image where the model makes videos.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (*IMAGES, *VIDEOS):
-        raise ValueError(f"real: {path} ends in {path.suffix!r}; allowed: {', '.join((*IMAGES, *VIDEOS))}")
+    file = path if isinstance(path, RealFile) else RealFile(path, "")
+    if file.suffix not in (*IMAGES, *VIDEOS):
+        raise ValueError(f"real: {file.name} ends in {file.suffix!r}; allowed: {', '.join((*IMAGES, *VIDEOS))}")
     kept: list[Any] = []
     end = 0.0
     try:
-        for frame, duration in _video(path, size) if suffix in VIDEOS else _images(path, size):
+        for frame, duration in _video(file, size) if file.suffix in VIDEOS else _images(file, size):
             # what a file without durations lacks is the model's own
             end += duration if duration > 0 else 1 / fps
             while len(kept) < size.frames and (len(kept) + 0.5) / fps < end:
@@ -41,15 +43,15 @@ def read_clip(path: Path, size: Size, fps: float) -> Tensor:
             if len(kept) == size.frames:
                 break
     except (OSError, SyntaxError, EOFError, RuntimeError) as error:
-        raise ValueError(f"real: {path} cannot be read ({type(error).__name__}: {error}); make it again, or take it out") from error
+        raise ValueError(f"real: {file.name} cannot be read ({type(error).__name__}: {error}); make it again, or take it out") from error
     if len(kept) < size.frames:
         raise ValueError(
-            f"real: {path} gives {len(kept)} frames at {fps:g} a second and the model takes {size.frames}; take it out, or give another rate or --size"
+            f"real: {file.name} gives {len(kept)} frames at {fps:g} a second and the model takes {size.frames}; take it out, or give another rate or --size"
         )
     return torch.stack(kept).permute(3, 0, 1, 2).float() / 255
 
 
-def _images(path: Path, size: Size) -> Iterator[tuple[Tensor, float]]:
+def _images(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
     """Frames of an image or animation at the model's size, uint8 [H, W, 3], with their durations in seconds (0: unknown)."""
     import warnings
 
@@ -59,13 +61,15 @@ def _images(path: Path, size: Size) -> Iterator[tuple[Tensor, float]]:
         # Pillow warns of large images; the bound here is our own
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            source = Image.open(path)
+            source = Image.open(file.path if file.member is None else io.BytesIO(file.member.read(file.path)))
         except Image.DecompressionBombError as error:
-            raise ValueError(f"real: {path} is too large ({error}); reduce it") from error
+            raise ValueError(f"real: {file.name} is too large ({error}); reduce it") from error
     with source as image:
-        _check_size(path, *image.size)
-        if size.frames > 1 and not (path.suffix.lower() in ANIMATED and getattr(image, "is_animated", False)):
-            raise ValueError(f"real: {path} is an image and the model makes videos of {size.frames} frames; take it out, or train at --size HEIGHT WIDTH 1")
+        _check_size(file.name, *image.size)
+        if size.frames > 1 and not (file.suffix in ANIMATED and getattr(image, "is_animated", False)):
+            raise ValueError(
+                f"real: {file.name} is an image and the model makes videos of {size.frames} frames; take it out, or train at --size HEIGHT WIDTH 1"
+            )
         for frame in ImageSequence.Iterator(image):
             frame.load()  # a WebP's duration is known once its frame is decoded
             # one frame is an image whatever its duration says
@@ -73,31 +77,33 @@ def _images(path: Path, size: Size) -> Iterator[tuple[Tensor, float]]:
             yield _fitted(ImageOps.exif_transpose(frame).convert("RGB"), size), seconds
 
 
-def _video(path: Path, size: Size) -> Iterator[tuple[Tensor, float]]:
+def _video(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
     try:
         import imageio.v3 as iio
         from PIL import Image
 
-        about = iio.immeta(path)
+        source: Any = file.path if file.member is None else file.member.read(file.path)
+        ending = {} if file.member is None else {"extension": file.suffix}
+        about = iio.immeta(source, **ending)
         rate = float(about.get("fps") or 0)
-        frames = iio.imiter(path)
+        frames = iio.imiter(source, **ending)
     except Exception as error:
         raise ValueError(
-            f"real: {path} cannot be read as a video ({type(error).__name__}); install a codec (pip install 'imageio[pyav]'), or save it as an animated "
+            f"real: {file.name} cannot be read as a video ({type(error).__name__}); install a codec (pip install 'imageio[pyav]'), or save it as an animated "
             ".webp, which needs none"
         ) from error
     # where the header tells the size, before a frame is decoded
     claimed = about.get("size") or about.get("source_size")
     if claimed:
-        _check_size(path, int(claimed[0]), int(claimed[1]))
+        _check_size(file.name, int(claimed[0]), int(claimed[1]))
     for frame in frames:
-        _check_size(path, frame.shape[1], frame.shape[0])
+        _check_size(file.name, frame.shape[1], frame.shape[0])
         yield _fitted(Image.fromarray(frame[..., :3]), size), 1 / rate if rate > 0 else 0.0
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(name: str, width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
-        raise ValueError(f"real: {path} is {height} x {width}, more than {MOST_PIXELS:,} pixels; reduce it")
+        raise ValueError(f"real: {name} is {height} x {width}, more than {MOST_PIXELS:,} pixels; reduce it")
 
 
 def _fitted(image: Any, size: Size) -> Tensor:

@@ -140,6 +140,16 @@ def read_preferred(path: Path | str) -> list[PreferredSample]:
     return found
 
 
+def read_labelled(path: Path | str) -> tuple[list[PreferencePair], list[PreferredSample]]:
+    """The pairs of a file whose rows need no rejected sample, and the preferred samples of all its rows. ValueError as `read_preferred`."""
+    preferred = read_preferred(path)
+
+    def pair(row: Mapping[str, Any], base: Path) -> PreferencePair | None:
+        return PreferencePair.of_row(row, base) if row.get("rejected") is not None else None
+
+    return [one for one in _read(path, pair, REQUIRED[1:]) if one is not None], preferred
+
+
 def _read(path: Path | str, parse: Callable[[Mapping[str, Any], Path], T | None], media: Sequence[str]) -> list[T | None]:
     """What `parse` makes of each row and the file's folder; the files named by its fields in `media` are there."""
     path, found = Path(path), []

@@ -108,7 +108,10 @@ def load_prompts(path: Path | str) -> list[Prompt]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"prompts: {path} is not a file that exists; give a text file with one prompt a line")
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ValueError(f"prompts: {path} cannot be read ({error.strerror}); see to its permissions, or give another file") from error
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -19,8 +19,8 @@ Kind = Literal["student", "control", "teacher", "naive", "real"]
 BATCH = 45
 
 # by how a metric's key begins; what begins with a classifier's name is a share of right samples or a log-probability
-HIGHER = ("heldout", "monitor", "train", "precision", "recall", "vendi", "modes", "flicker", "diversity", "motion", "reward", "consistency")
-LOWER = ("fd", "matching", "first_frame", "wobble", "saturation", "seconds")
+HIGHER = ("heldout", "monitor", "train", "precision", "recall", "vendi", "modes", "flicker", "diversity", "motion", "reward", "consistency", "inception")
+LOWER = ("fd", "sfd", "matching", "first_frame", "wobble", "saturation", "seconds")
 
 
 def direction(key: str) -> int:

@@ -22,6 +22,7 @@ DINOV2 = Needed(
     ("config.json", "*.safetensors", "*processor_config.json"),
     "hf download facebook/dinov2-base --include '*.json' model.safetensors",
 )
+SPATIAL = 2048
 NAMES = {"clip": CLIP, "dinov2": DINOV2}
 
 
@@ -42,6 +43,18 @@ class FrameFeatures:
         frames = videos.transpose(1, 2).flatten(0, 1)
         found = torch.cat([self._of(self.prepare(part)).float().cpu() for part in frames.split(self.chunk)])
         return found.unflatten(0, (len(videos), -1))
+
+    @torch.no_grad()
+    def spatial(self, media: Tensor) -> Tensor:
+        """Spatial features [N, D] on the CPU of images [N, 3, H, W] in [0, 1], for sFID (Nash et al. 2021): the first channels of what the last layer has at
+        every place, as many as make no more than `SPATIAL` numbers. Theirs are the first 7 channels of Inception's mixed_6, at 17 x 17 places.
+        """
+        self.network.to(media.device)
+        vision = getattr(self.network, "vision_model", self.network)
+        extra = 0 if type(self.network).__name__.startswith("Siglip") else 1 + getattr(self.network.config, "num_register_tokens", 0)
+        parts = [vision(pixel_values=self.prepare(part.float())).last_hidden_state[:, extra:].float().cpu() for part in media.split(self.chunk)]
+        places = torch.cat(parts)
+        return places[..., : max(1, SPATIAL // places.shape[1])].flatten(1)
 
     def _of(self, prepared: Tensor) -> Tensor:
         seen = self.network.get_image_features(pixel_values=prepared) if hasattr(self.network, "get_image_features") else self.network(pixel_values=prepared)

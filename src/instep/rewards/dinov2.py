@@ -44,12 +44,16 @@ class ClassifierReward:
 
     def score(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B] of images [B, 3, H, W] or videos [B, 3, F, H, W] in [0, 1]; a prompt is the name of a class, one of its synonyms, or its number."""
+        log_prob = self.log_probabilities(media).mean(1)
+        wanted = to_device(torch.tensor([[self._class(prompt)] for prompt in prompts]), media.device)
+        return log_prob.gather(1, wanted)[:, 0]
+
+    def log_probabilities(self, media: Tensor) -> Tensor:
+        """log p(class | frame), [B, F, C], of images [B, 3, H, W] or videos [B, 3, F, H, W] in [0, 1]."""
         videos = as_videos(media)
         self.network.to(media.device)
         logits = self.network(pixel_values=self.prepare(frames_of(videos))).logits
-        log_prob = F.log_softmax(logits, 1).unflatten(0, (len(videos), -1)).mean(1)
-        wanted = to_device(torch.tensor([[self._class(prompt)] for prompt in prompts]), media.device)
-        return log_prob.gather(1, wanted)[:, 0]
+        return F.log_softmax(logits, 1).unflatten(0, (len(videos), -1))
 
     def _class(self, prompt: str) -> int:
         found = self.classes.get(prompt.strip().lower())
@@ -59,12 +63,12 @@ class ClassifierReward:
         return found
 
 
-def dinov2(folder: Path | None = None) -> ClassifierReward:
-    """Any image classifier of transformers; its names of classes may hold several, divided by commas."""
+def dinov2(folder: Path | None = None, setting: str = "folder") -> ClassifierReward:
+    """Any image classifier of transformers; its names of classes may hold several, divided by commas. `setting`: what gives the folder."""
     from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    place = locate(DINOV2, folder)
+    place = locate(DINOV2, folder, setting)
     try:
         with quiet():
             network = AutoModelForImageClassification.from_pretrained(place, local_files_only=True, use_safetensors=True, trust_remote_code=False)
