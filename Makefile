@@ -7,7 +7,7 @@ JOBS   ?= 2
 DEMO   ?= moving-digits
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint types results clean
+.PHONY: demo test lint types docs results clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "instep: installing into $(VENV) (a few minutes the first time)"
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## distil and align the bundled model; before/after table and report.html
 	$(BIN)/instep train dm-align-group --model $(DEMO) --out runs/demo
 
-test: $(STAMP) lint types  ## everything CI runs
+test: $(STAMP) lint types docs  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)  ## style, format, and the layers: imports go downward only
@@ -31,8 +31,11 @@ lint: $(STAMP)  ## style, format, and the layers: imports go downward only
 types: $(STAMP)
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## the documentation as a site in build/site; a broken link or anchor fails
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+
 results: $(STAMP)  ## regenerates docs/results.md and the table of docs/gpu.md from what the benchmarks wrote
 	PYTHONPATH=tools $(BIN)/python benchmarks/results.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build

@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import sys
-from pathlib import Path
 
 import pytest
+from followed import follow
 
-from instep.cli.main import main
 from instep.lab.run import common
 from instep.lab.spec import build
-
-DOCS = Path(__file__).parents[1] / "docs" / "how_to"
-BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def follow(page: str) -> list[str]:
-    """Do what a page says, in the working folder; the kinds of block that it had."""
-    seen = []
-    for language, file, text in BLOCK.findall((DOCS / page).read_text(encoding="utf-8")):
-        seen.append(f"{language}{' file' if file else ''}")
-        if file:
-            Path(file).write_text(text, encoding="utf-8")
-        elif language == "python":
-            exec(compile(text, page, "exec"), {})
-        else:
-            for line in text.splitlines():
-                program, *args = shlex.split(line)
-                assert program == "instep"
-                try:
-                    status = main(args)
-                except SystemExit as stop:  # --help
-                    status = stop.code
-                assert status == 0, line
-    return seen
 
 
 @pytest.fixture(autouse=True)
