@@ -5,9 +5,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 DEMO   ?= moving-digits
+AUDIT  := build/audit
+OSV    := api.osv.dev
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint types docs results clean
+.PHONY: demo test lint types docs sbom audit results clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "instep: installing into $(VENV) (a few minutes the first time)"
@@ -33,6 +35,21 @@ types: $(STAMP)
 
 docs: $(STAMP)  ## the documentation as a site in build/site; a broken link or anchor fails
 	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+
+# an environment of their own, so that the tools are not in what they list
+$(AUDIT)/.installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet cyclonedx-bom pip-audit
+	@touch $@
+
+sbom: $(STAMP) $(AUDIT)/.installed  ## what is installed, as a CycloneDX bill of materials in build/sbom.json
+	$(AUDIT)/bin/cyclonedx-py environment $(BIN)/python --output-reproducible --of JSON -o build/sbom.json
+
+audit: $(STAMP)  ## known weaknesses of what is installed; skipped where their database cannot be reached
+	@if $(PYTHON) -c "import socket; socket.create_connection(('$(OSV)', 443), 5)" 2>/dev/null; \
+	then $(MAKE) --no-print-directory $(AUDIT)/.installed && \
+	  $(AUDIT)/bin/pip-audit --vulnerability-service osv --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+	else echo "audit: skipped, $(OSV) cannot be reached"; fi
 
 results: $(STAMP)  ## regenerates docs/results.md and the table of docs/gpu.md from what the benchmarks wrote
 	PYTHONPATH=tools $(BIN)/python benchmarks/results.py

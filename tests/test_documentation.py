@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from instep.cli.parse import recipe_args
+from instep.cli.parse import parse, recipe_args
+from instep.cli.plan import PlanArgs
 from instep.cli.train import TrainArgs
 from instep.rewards.named import NAMED
 
@@ -68,3 +69,81 @@ def test_settings_of_papers_are_accepted(line):
 def test_settings_of_papers_in_python():
     (block,) = re.findall(r"^```python\n(.*?)^```", SETTINGS, re.MULTILINE | re.DOTALL)
     exec(compile(block, "paper_settings.md", "exec"), {})
+
+
+def printed(page: Path) -> list[str]:
+    """The `instep` commands in the code blocks of a page, fenced or indented, with continued lines joined and without comments."""
+    lines = page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    found = [re.sub(r"^\s*(?:srun |torchrun .*-m )?(?=instep )", "", line) for line in lines]
+    return [re.sub(r" +# .*$", "", line).strip() for line in found if re.match(r"instep [a-z-]+ ", line) and "..." not in line]
+
+
+PRINTED = sorted({line for page in PAGES for line in printed(page)})
+# names that stand for a user's own module: the how-tos that write one run them
+OWN = re.compile(r" (my_\w+|module):")
+
+
+@cache
+def kinds() -> dict[str, object]:
+    from instep.cli import evaluate, export, human_eval, lab, named_rewards, pairs, recipes, sample
+
+    return {
+        "sample": sample.SampleArgs,
+        "eval": evaluate.EvalArgs,
+        "report": evaluate.ReportArgs,
+        "export": export.ExportArgs,
+        "recipes": recipes.RecipesArgs,
+        "rewards": named_rewards.ListRewardsArgs,
+        "rewards convert": named_rewards.ConvertRewardArgs,
+        "human-eval": human_eval.HumanEvalArgs,
+        "pairs export": pairs.ExportPairsArgs,
+        "pairs import": pairs.ImportPairsArgs,
+        "pairs fit": pairs.FitPairsArgs,
+        "lab": lab.LabArgs,
+    }
+
+
+def accepted(line: str) -> None:
+    """Parses a command without running it; ValueError for an option that there is not, or a value that is not allowed."""
+    args = shlex.split(line)[1:]
+    if "--help" in args or OWN.search(line):
+        return
+    if args[0] in ("train", "plan"):
+        recipe_args(args[1], args[2:], args[0], TrainArgs if args[0] == "train" else PlanArgs)
+        return
+    if args[0] == "lab":
+        args = ["lab", *args[next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args)) :]]
+    name, rest = (" ".join(args[:2]), args[2:]) if " ".join(args[:2]) in kinds() else (args[0], args[1:])
+    parse(kinds()[name], rest, name)
+
+
+def test_commands_of_every_page_are_accepted():
+    assert len(PRINTED) > 60
+    refused = {}
+    for line in PRINTED:
+        try:
+            accepted(line)
+        except ValueError as error:
+            refused[line] = str(error)
+    assert refused == {}
+    with pytest.raises(ValueError, match="no such option"):
+        accepted("instep train dmd2 --no-such-option 3")
+
+
+def named_tests(page: Path) -> set[tuple[str, str]]:
+    """File and name of the tests that a page names: `test_x.py::test_y`, and `::test_z` for another one of the file named before it in the line."""
+    found = set()
+    for line in page.read_text(encoding="utf-8").splitlines():
+        file = ""
+        for name, test in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::(test_\w+))?`", line):
+            file = name or file
+            if file:
+                found.add((file, test))
+    return found
+
+
+def test_the_tests_that_pages_name_exist():
+    named = {each for page in PAGES for each in named_tests(page)}
+    assert len(named) > 100
+    text = {file: (ROOT / "tests" / file).read_text(encoding="utf-8") if (ROOT / "tests" / file).is_file() else None for file, _ in named}
+    assert sorted(f"{file}::{test}" for file, test in named if text[file] is None or (test and f"def {test}(" not in text[file])) == []
