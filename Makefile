@@ -4,9 +4,11 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
+AUDIT  := build/audit
+OSV    := api.osv.dev
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint types results clean
+.PHONY: demo test lint types docs sbom audit results clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "instep: installing into $(VENV) (a few minutes the first time)"
@@ -19,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## distil and align the bundled model; before/after table and report.html
 	$(BIN)/instep train refl --distil 40 --iterations 80 --model moving-words --out runs/demo
 
-test: $(STAMP) lint types  ## everything CI runs
+test: $(STAMP) lint types docs  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 lint: $(STAMP)  ## style, format, and the layers: imports go downward only
@@ -30,8 +32,26 @@ lint: $(STAMP)  ## style, format, and the layers: imports go downward only
 types: $(STAMP)
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## the documentation as a site in build/site; a broken link or anchor fails
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+
+# an environment of their own, so that the tools are not in what they list
+$(AUDIT)/.installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet cyclonedx-bom pip-audit
+	@touch $@
+
+sbom: $(STAMP) $(AUDIT)/.installed  ## what is installed, as a CycloneDX bill of materials in build/sbom.json
+	$(AUDIT)/bin/cyclonedx-py environment $(BIN)/python --output-reproducible --of JSON -o build/sbom.json
+
+audit: $(STAMP)  ## known weaknesses of what is installed; skipped where their database cannot be reached
+	@if $(PYTHON) -c "import socket; socket.create_connection(('$(OSV)', 443), 5)" 2>/dev/null; \
+	then $(MAKE) --no-print-directory $(AUDIT)/.installed && \
+	  $(AUDIT)/bin/pip-audit --vulnerability-service osv --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+	else echo "audit: skipped, $(OSV) cannot be reached"; fi
+
 results: $(STAMP)  ## regenerates docs/results.md and the table of docs/gpu.md from what the benchmarks wrote
 	PYTHONPATH=tools $(BIN)/python benchmarks/results.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build

@@ -301,6 +301,20 @@ def test_merged_module_is_plain_and_leaves_the_fake_out():
     assert (reference(pipe, module, [1.0, 0.7], PROMPTS, seed=5) - expected).abs().max() == 0
 
 
+def test_a_merge_is_pefts():
+    """W + (alpha / r) B A against what PEFT adds in place, in float64: equal up to the order of operations."""
+    _, module = with_adapters()
+    module.double()
+    ours = merge_lora(module).state_dict()
+    layers = {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A") and "student" in layer.lora_A}
+    assert layers
+    for name, layer in layers.items():
+        layer.set_scale("student", 1.0)
+        before = layer.base_layer.weight.clone()
+        layer.merge(adapter_names=["student"])
+        assert (layer.base_layer.weight - ours[f"{name}.weight"]).abs().max() <= 1e-14 and not torch.equal(before, layer.base_layer.weight)
+
+
 def test_export_with_lora_writes_both_and_wires_the_workflow(tmp_path):
     from diffusers import DiffusionPipeline
 

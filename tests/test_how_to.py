@@ -24,8 +24,6 @@ SMALL = {
     "--batch 8": "--batch 4 --steps 1 --critic-updates 1 --no-evaluate",
     "--group 8": "--group 2",
     "--iterations 200": "--iterations 1",
-}
-SMALL |= {
     "--iterations 300": "--iterations 1",
     "--distil 600": "--distil 0",
     "--copies 4": "--copies 4 --guidance 1 --steps 1",
