@@ -1,12 +1,12 @@
 """The hacking flag on fresh runs in the exact laboratory: how often it is raised without cause, and how often it stays silent.
 
     python benchmarks/hacking.py                       # 20 hacked and 20 clean runs; skips what is stored
-    python benchmarks/hacking.py --pilot               # the runs that thresholds may be chosen on: other seeds, stored apart
+    python benchmarks/hacking.py --pilot               # runs that thresholds may be chosen on: another seed, stored apart
     make results
 
 A run goes on from a distilled student of two steps, as `--start-from` does. Log, probe of 48 samples, teacher's figures and health monitor are those of
-`instep train`; the points of the plane stand for images of one pixel. The figures of 4,000 samples against the mixture, which the flag never sees, are stored
-beside what it raised. Runs of one seed share the distilled student.
+`instep train`; the points of the plane stand for images of one pixel. Whether a run was hacked follows from 4,000 samples against the mixture at its start and
+its end, which the flag never sees (`was_hacked`). Runs of one seed share the distilled student.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ WORLD = World.named("ring8", members=1)
 STEPS, DISTIL, ALIGN = 2, 300, 120
 PROBE_EVERY = 20  # as `instep train` does
 SEEDS, PILOT_SEEDS = (0, 1), (100,)
+LOST = 0.1  # share of samples that leave the modes, or of mass that is misplaced, in a hacked run
 SPAN = 8.0  # width of the plane that the colours of a pixel show
 
 
@@ -129,15 +130,15 @@ def on_mode(x: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of one recipe with one reward, and what is true of them."""
+    """Runs of one recipe with one reward, and what they are meant to be."""
 
-    truth: Literal["hacked", "clean"]
+    meant: Literal["hacked", "clean"]
     recipe: Callable[[Common], Recipe]
     reward: Callable[[Tensor, Sequence[str]], Tensor]
 
 
-# all rewards of hacked runs can be climbed off the data, or by giving up modes; the clean ones are distillation with such a reward watched, and honest rewards
-# with the default weight of each recipe
+# rewards of hacked runs can be climbed off the data, or by giving up modes; the clean ones are distillation with such a reward watched, and honest rewards with
+# the default weight of each recipe
 ARMS = {
     "refl-half": Arm("hacked", lambda c: refl(c, iterations=ALIGN, weight=1.0), half),
     "refl-right": Arm("hacked", lambda c: refl(c, iterations=ALIGN, weight=1.0), right),
@@ -160,6 +161,11 @@ ARMS = {
     "amd-on-mode": Arm("clean", lambda c: amd(c, iterations=ALIGN), on_mode),
     "amd-density": Arm("clean", lambda c: amd(c, iterations=ALIGN), density),
 }
+
+
+def was_hacked(before: dict[str, float], after: dict[str, float]) -> bool:
+    """Whether samples left the modes, or their mass moved between modes, by `LOST` or more."""
+    return before["quality"] - after["quality"] >= LOST or after["tv"] - before["tv"] >= LOST
 
 
 def options() -> Common:
@@ -211,7 +217,7 @@ def run(arm: Arm, base: TrainState, start: VelocityMLP, seed: int) -> dict[str, 
                 rows.append({"step": state.step, **row})
             raised += health.row(state.step, row)
     found = [{"step": one.step, "level": one.level, "flag": one.flag, "text": one.text} for one in raised]
-    return {"truth": arm.truth, "seed": seed, "before": before, "after": _exact(state, recipe), "findings": found, "probes": [_kept(row) for row in rows]}
+    return {"meant": arm.meant, "seed": seed, "before": before, "after": _exact(state, recipe), "findings": found, "probes": [_kept(row) for row in rows]}
 
 
 def _exact(state: TrainState, recipe: Recipe) -> dict[str, float]:
@@ -262,7 +268,7 @@ def main() -> None:
             write_json(file, found)
             flagged = next((one["step"] for one in found["findings"] if one["flag"] == "hacking" and one["level"] == "alarm"), None)
             figures = ", ".join(f"{key} {found['before'][key]:.2f} to {found['after'][key]:.2f}" for key in ("quality", "tv", "reached"))
-            print(f"{file.stem}: {found['truth']}, {figures}, flag {'silent' if flagged is None else f'at {flagged}'}", flush=True)
+            print(f"{file.stem}: meant {found['meant']}, {figures}, flag {'silent' if flagged is None else f'at {flagged}'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hacking import ALIGN, ARMS, DISTIL, PROBE_EVERY, RESULTS, STEPS
+from hacking import ALIGN, ARMS, DISTIL, LOST, PROBE_EVERY, RESULTS, STEPS, was_hacked
 
 from instep.core.statistics import wilson
 
@@ -16,10 +16,10 @@ ALLOWED = 0.1  # share of misses, and of false alarms
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run: the step at which it was flagged, or None, and the exact figures of its samples before and after the reward joined."""
+    """A run: what it was meant to be, the step at which it was flagged, or None, and the exact figures of its samples at its start and its end."""
 
     arm: str
-    truth: str
+    meant: str
     flagged: int | None
     before: dict[str, float]
     after: dict[str, float]
@@ -28,7 +28,11 @@ class Outcome:
     def of(cls, file: Path) -> Outcome:
         found = json.loads(file.read_text())
         steps = [one["step"] for one in found["findings"] if one["flag"] == "hacking" and one["level"] == "alarm"]
-        return cls(file.stem.rpartition("-")[0], found["truth"], min(steps, default=None), found["before"], found["after"])
+        return cls(file.stem.rpartition("-")[0], found["meant"], min(steps, default=None), found["before"], found["after"])
+
+    @property
+    def truth(self) -> str:
+        return "hacked" if was_hacked(self.before, self.after) else "clean"
 
 
 def rate(outcomes: Sequence[Outcome], truth: str) -> tuple[int, int]:
@@ -44,12 +48,13 @@ def lines(folder: Path = RESULTS) -> list[str]:
         return []
     about = (
         f"`python benchmarks/hacking.py`: runs of {ALIGN} iterations in the laboratory (ring8), from a student of {STEPS} steps that was distilled for "
-        f"{DISTIL} (runs of a seed share it), with a probe of 48 samples every {PROBE_EVERY} and the checks of `instep train`. Rewards of hacked runs can be "
-        "climbed off the data (`right`, `outward`, `corner`) or by giving up modes (`half`); clean runs are distillation with such a reward watched, and honest "
-        "rewards (`density`, `on-mode`) with each recipe's default weight. The flag sees the probe alone. Quality, the share of samples on a mode, modes of 8, "
-        "and TV, the misplaced mass, are those of 4,000 samples at the start and at the end."
+        f"{DISTIL} (runs of a seed share it), with a probe of 48 samples every {PROBE_EVERY} and the checks of `instep train`. Rewards of runs that are meant "
+        "to be hacked can be climbed off the data (`right`, `outward`, `corner`) or by giving up modes (`half`); the others are distillation with such a "
+        "reward watched, and honest rewards (`density`, `on-mode`) with each recipe's default weight. The flag sees the probe alone. What is true follows "
+        f"from 4,000 samples at the start and at the end: a run was hacked if {LOST:g} of them or more left the modes (quality), or {LOST:g} of the mass or "
+        "more moved between modes (TV)."
     )
-    table = ["| run | truth | flagged | at step | quality | modes | TV |", "|---" * 7 + "|"]
+    table = ["| run | meant | hacked | flagged | at step | quality | modes of 8 | TV |", "|---" * 8 + "|"]
     return [
         "## The hacking flag",
         "",
@@ -82,7 +87,8 @@ def _rows(found: Sequence[Outcome]) -> list[str]:
         figures = [
             f"{_mean(mine, key, 'before'):.{digits}f} to {_mean(mine, key, 'after'):.{digits}f}" for key, digits in (("quality", 2), ("reached", 1), ("tv", 2))
         ]
-        rows.append(f"| {name} | {arm.truth} | {sum(one.flagged is not None for one in mine)} of {len(mine)} | {steps} | {' | '.join(figures)} |")
+        hacked, flagged = sum(one.truth == "hacked" for one in mine), sum(one.flagged is not None for one in mine)
+        rows.append(f"| {name} | {arm.meant} | {hacked} of {len(mine)} | {flagged} of {len(mine)} | {steps} | {' | '.join(figures)} |")
     return rows
 
 
