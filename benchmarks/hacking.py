@@ -15,6 +15,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ from instep.recipes.dm_align import dm_align_group
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.refl import refl
-from instep.rewards.base import FunctionReward
+from instep.rewards.base import FunctionReward, checked_scores
 from instep.training.build import averaged
 from instep.training.health import HealthMonitor
 from instep.training.probe import Probe
@@ -200,8 +201,8 @@ def run(arm: Arm, base: TrainState, start: VelocityMLP, seed: int) -> dict[str, 
     """One run: its health findings, what the flag read, and the exact figures of 4,000 samples at its start and its end."""
     recipe = arm.recipe(options())
     state = begun(recipe, base, start, seed)
-    state.reward_fn = state.reward_grad_fn = arm.reward
     reward = FunctionReward(arm.reward, name=arm.reward.__name__, space="latent")
+    state.reward_fn = state.reward_grad_fn = partial(checked_scores, reward)
     probe = Probe(Points(), ("0", "1") * 6, seed=1234 + seed, reward=reward, monitor=ModesMonitor())  # type: ignore[arg-type]
     teacher = {f"probe/{key}_teacher": value for key, value in probe.teacher(WORLD.teacher, 1.0).items()}
     rows: list[dict[str, Any]] = [{"step": 0, "stage": "start", **_probed(probe, state, recipe), **teacher}]
