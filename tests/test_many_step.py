@@ -100,7 +100,7 @@ def start():
         "dance-grpo:steps=10,clip=0.2",
         "flow-grpo:steps=10,clip=0.2,sde=cps",
         "flow-dpo:steps=10,beta=5,iterations=150",
-        "draft:steps=10",
+        "draft:steps=10,through=10",
     ],
 )
 def test_the_many_step_model_learns_what_is_rewarded(spec, start):

@@ -172,7 +172,7 @@ def draft(common: ManySteps = ManySteps(), *, iterations: int = 60, through: int
         common: options of recipes that train the many-step model.
         iterations: updates.
         through: the number K of last steps, guidance included, that the gradient of the final sample's reward reaches (the paper: 1, and up to all 50; memory
-            times K).
+            times K). The last step draws detail; what is drawn is decided in the first ones, which only a K near the number of steps reaches.
         weight: factor on the gradient.
     """
     rollout = RolloutConfig(common.levels, through, Deterministic(), common.guidance)
