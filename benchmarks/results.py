@@ -14,6 +14,7 @@ import results_align
 import results_apo
 import results_dollar
 import results_gpu
+import results_hacking
 import results_hold
 import results_methods
 import results_precision
@@ -260,6 +261,7 @@ def main() -> None:
         "",
         *lab_lines(),
         *results_hold.lines(),
+        *results_hacking.lines(),
         *results_align.lines(),
         *results_precision.lines(),
         *results_ranks.lines(),

@@ -38,6 +38,7 @@ STAGES = {
     "dollar": {"fit": 1, "iterations": 1, "cd_steps": 2},
     "rl-after": {"distil": 1, "iterations": 1, "group": 2},
     "sft-after": {"distil": 1, "iterations": 1},
+    "pso-offline": {"distil": 1, "iterations": 1},
     "flow-grpo": {"group": 2, "kl": 0.1},
     "dance-grpo": {"group": 2},
     "flow-dpo": {"group": 2},
@@ -52,7 +53,7 @@ def family(seed: int = 0) -> WanFamily:
 
 def small(name: str, *, batch: int = 4, **common: object) -> Recipe:
     """The recipe with two steps (three of a many-step model), one critic update and one iteration a stage."""
-    many = name in ("flow-grpo", "dance-grpo", "flow-dpo", "apo")
+    many = name in ("flow-grpo", "dance-grpo", "flow-dpo", "draft", "apo")
     shared = ManySteps(**{"steps": 3, "batch": batch, **common}) if many else Common(**{"steps": 2, "batch": batch, "critic_updates": 1, **common})
     own = STAGES.get(name, {})
     return find(name)(shared, **(own if name in STAGES and ("iterations" in own or name == "apo") else {"iterations": 1, **own}))

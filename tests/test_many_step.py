@@ -9,7 +9,11 @@ import pytest
 import torch
 from test_run import PROMPTS, brightness, family, rows
 
+from instep.data.prompt import as_prompts
+from instep.diffusion import rollout
+from instep.diffusion.guidance import GuidedDenoiser
 from instep.diffusion.path import RectifiedFlow
+from instep.diffusion.prediction import to_prediction
 from instep.diffusion.sampling import Sampling, sample_ode
 from instep.diffusion.transitions import Deterministic, FlowSDE
 from instep.lab.mixture import ExactTeacher, Mixture, labels
@@ -18,17 +22,19 @@ from instep.lab.run import train as train_lab
 from instep.lab.spec import build
 from instep.lab.world import World, flow_start
 from instep.methods.recipe import RolloutConfig, Stage
-from instep.methods.term import Objective
+from instep.methods.term import Batch, Objective, View
 from instep.models import load
 from instep.recipes import find
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
-from instep.recipes.many_step import ManySteps, dance_grpo, flow_dpo, flow_grpo
+from instep.recipes.many_step import ManySteps, dance_grpo, draft, flow_dpo, flow_grpo
+from instep.rewards.base import FunctionReward
 from instep.training.options import RunOptions
 from instep.training.run import train
 
 TINY = ManySteps(steps=3, batch=4)
-NAMES = ("flow-grpo", "dance-grpo", "flow-dpo")
+NAMES = ("flow-grpo", "dance-grpo", "flow-dpo", "draft")
+REWARD = FunctionReward(brightness, "brightness", differentiable=True)
 
 
 def test_the_student_is_sampled_as_its_teacher_is():
@@ -47,8 +53,8 @@ def test_every_recipe_runs_and_leaves_a_pipeline_with_its_own_scheduler(tmp_path
     from diffusers import DiffusionPipeline
 
     fam = family()
-    recipe = find(name)(replace(TINY, lora_rank=lora), iterations=2, group=2)
-    run = train(recipe, fam, out=tmp_path / "run", prompts=PROMPTS, reward=brightness, options=RunOptions(save_every=1, probe_every=50))
+    recipe = find(name)(replace(TINY, lora_rank=lora), iterations=2, **({} if name == "draft" else {"group": 2}))
+    run = train(recipe, fam, out=tmp_path / "run", prompts=PROMPTS, reward=REWARD, options=RunOptions(save_every=1, probe_every=50))
     last = rows(run.out)[-1]
     assert last["step"] == 2 and all(value == value for value in last.values() if isinstance(value, float))
     assert "fake" not in run.state.roles
@@ -88,7 +94,14 @@ def start():
 
 
 @pytest.mark.parametrize(
-    "spec", ["flow-grpo:steps=10,clip=0.2", "dance-grpo:steps=10,clip=0.2", "flow-grpo:steps=10,clip=0.2,sde=cps", "flow-dpo:steps=10,beta=5,iterations=150"]
+    "spec",
+    [
+        "flow-grpo:steps=10,clip=0.2",
+        "dance-grpo:steps=10,clip=0.2",
+        "flow-grpo:steps=10,clip=0.2,sde=cps",
+        "flow-dpo:steps=10,beta=5,iterations=150",
+        "draft:steps=10,through=10",
+    ],
 )
 def test_the_many_step_model_learns_what_is_rewarded(spec, start):
     """In the laboratory: half of the modes are rewarded, the learned many-step model has a share of .5."""
@@ -120,3 +133,42 @@ def test_what_does_not_go_together_is_refused():
         build("flow-grpo", common(), 9)
     assert flow_dpo().stages[0].needs == {"reward", "reference"} and isinstance(flow_grpo().stages[0].rollout.transition, FlowSDE)
     assert Sampling((1.0,)).kind == "few-step"
+
+
+@pytest.mark.parametrize("through", [1, 2])
+def test_a_rewards_gradient_reaches_the_last_guided_steps(through, monkeypatch):
+    """Students x0 = k x_t (k / 2 without the class) in three guided Euler steps: the gradient of k is that of the last `through` steps, written out."""
+    levels, w, n, path = (1.0, 0.6, 0.3), 1.5, 4, RectifiedFlow()
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(rollout, "randn", lambda *shape_and_rng: x)
+    k = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+    def student(x_t, t, cond):
+        return to_prediction("x0", torch.where(cond.label[:, None] < 0, k / 2, k) * x_t, path, x_t, t)
+
+    (stage,) = draft(ManySteps(steps=3, batch=n, guidance=w), through=through).stages
+    cond, null, rng = labels(["0"] * n), labels([""] * n), torch.Generator().manual_seed(0)
+    found = rollout.rollout_few_step(
+        GuidedDenoiser(student, null, w),
+        cond,
+        levels,
+        path,
+        (2,),
+        torch.zeros(n, dtype=torch.long),
+        rng,
+        live=stage.live,
+        to_the_end=stage.to_the_end,
+        through=stage.rollout.through,
+        transition=stage.rollout.transition,
+        guidance=w,
+    )
+    seen = View({}, path, Batch(as_prompts(["0"] * n), cond, null), 0.0, rng, found, lambda x, prompts: x.square().sum(1))
+    found.final.x.backward(stage.forces[0](seen))
+    for j, (t, s) in enumerate(zip(levels, (*levels[1:], 0.0), strict=True)):
+        now = k if j >= 3 - through else k.detach()
+        x0 = (now / 2 + w * (now - now / 2)) * x
+        x = x0 + s * (x - x0) / t
+    (by_hand,) = torch.autograd.grad(-x.square().sum(1).mean(), k)
+    torch.testing.assert_close(k.grad, by_hand)
+    with pytest.raises(ValueError, match="guidance: 1.5 is not allowed for the rollout of stage 'climb'; of a guided student forces act on the final sample"):
+        replace(stage, inner_epochs=2)

@@ -15,9 +15,11 @@ from instep.diffusion.levels import OneOf, Uniform, few_step_levels
 from instep.diffusion.prediction import Prediction
 from instep.diffusion.rollout import Point, Rollout
 from instep.lab.mixture import labels
+from instep.lab.run import common
 from instep.methods.preference import Preference
 from instep.methods.recipe import RolloutConfig, Stage
 from instep.methods.term import Pairs
+from instep.recipes.after import pso_offline
 
 
 def draw(sampler, n=20000, seed=0):
@@ -236,3 +238,29 @@ def test_a_window_is_backwarded_one_level_at_a_time_and_summed():
     one = gradient(Always((1.0, 0.5)))
     assert one.norm() > 0
     torch.testing.assert_close(gradient(Repeated(Always((1.0, 0.5)), 3)), 3 * one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["velocity", "eps"])
+@pytest.mark.parametrize("rejected", ["own", "labelled"])
+def test_offline_pso_by_a_second_derivation(rejected, target):
+    """-log sigmoid(beta ((e_lost - e_won) - (e_lost_ref - e_won_ref))), e the error of x0 times the weight of its target, at the student's own levels."""
+    (stage,) = pso_offline(common(2), distil=0, rejected=rejected, beta=1.5, target=target).stages
+    (term,) = stage.terms
+    own, real = (torch.randn(N, 2, generator=torch.Generator().manual_seed(s), dtype=F64) for s in (5, 6))
+    scale = torch.tensor(0.4, dtype=F64, requires_grad=True)
+    one = seen(scale, 0.2, own=own, real=real)
+    (found,) = term(one)
+    rng = torch.Generator().manual_seed(3)
+    t = OneOf((1.0, 0.5))(N, progress=0.0, t_exit=None, rng=rng).double()[:, None]
+    eps = torch.randn(N, 2, generator=rng, dtype=F64)
+    weight = {"velocity": 1 / t**2, "eps": ((1 - t) / t) ** 2}[target]
+    won, lost = (real, own) if rejected == "own" else (one.batch.pairs.chosen, one.batch.pairs.rejected)
+    error = lambda k, x0: (weight * (k * ((1 - t) * x0 + t * eps) - x0) ** 2).mean(1)  # noqa: E731
+    by_hand = torch.log1p((-1.5 * ((error(scale, lost) - error(scale, won)) - (error(0.2, lost) - error(0.2, won)))).exp()).mean()
+    torch.testing.assert_close(found, by_hand)
+    torch.testing.assert_close(torch.autograd.grad(found, scale), torch.autograd.grad(by_hand, scale))
+    assert term.needs == {"reference", *(("final", "preferred") if rejected == "own" else ("pairs",))} and stage.fresh
+    with pytest.raises(ValueError, match="rejected: 'mine' is not known; allowed: own, labelled"):
+        pso_offline(rejected="mine")
+    with pytest.raises(ValueError, match="target: 'score' is not known"):
+        Preference(target="score")

@@ -108,7 +108,7 @@ def gradients(name: str, micro_batch: int | None, make: Callable[[], WanFamily],
 
 
 # all but DOLLAR, whose latent reward model is in float32
-CHUNKED = ("dm-align-group", "flow-grpo", "dance-grpo", "amd", "refl", "flow-dpo", "dmdr", "dmd2", "apo")
+CHUNKED = ("dm-align-group", "flow-grpo", "dance-grpo", "amd", "refl", "flow-dpo", "draft", "dmdr", "dmd2", "apo")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from instep.training.run import train
 SHORT = Common(steps=2, batch=4, critic_updates=1)
 FEW = RunOptions(save_every=1, probe_every=50, teacher_samples=4)
 REWARD = FunctionReward(brightness, differentiable=True)
-MATCHING = sorted(set(NAMES) - {"dm-align-pair", "dm-align-group", "flow-grpo", "dance-grpo", "flow-dpo", "apo"})
+MATCHING = sorted(set(NAMES) - {"dm-align-pair", "dm-align-group", "pso-offline", "flow-grpo", "dance-grpo", "flow-dpo", "draft", "apo"})
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from instep.models.sd3 import SD3Family as SD3Family
 from instep.models.wan import WanFamily as WanFamily
 from instep.models.wan22 import Wan22Family as Wan22Family
 from instep.models.wan_i2v import WanImageFamily as WanImageFamily
+from instep.recipes.after import pso_offline as pso_offline
 from instep.recipes.after import rl_after as rl_after
 from instep.recipes.after import sft_after as sft_after
 from instep.recipes.amd import amd as amd
@@ -43,6 +44,7 @@ from instep.recipes.dollar import dollar as dollar
 from instep.recipes.magic import magic as magic
 from instep.recipes.many_step import ManySteps as ManySteps
 from instep.recipes.many_step import dance_grpo as dance_grpo
+from instep.recipes.many_step import draft as draft
 from instep.recipes.many_step import flow_dpo as flow_dpo
 from instep.recipes.many_step import flow_grpo as flow_grpo
 from instep.recipes.refl import refl as refl

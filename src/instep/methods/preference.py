@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from instep.diffusion.advantage import best_and_worst
 from instep.diffusion.levels import LevelSampler, Uniform
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device
-from instep.methods.critics import denoising_error
+from instep.methods.critics import ErrorOf, denoising_error
 from instep.methods.term import Need, Objective, View
 
 PairSource = Literal["online", "half-online", "offline"]
@@ -42,7 +42,8 @@ class Compared:
 class Preference(Objective):
     """Lowers the denoising error of the preferred sample of each pair, relative to the student at the beginning of the stage, and raises the other's.
 
-    Errors are those of the velocity, means over elements; both samples are noised to the same level with the same noise. `pairs`:
+    Errors are those of the velocity (`target`: or of the noise, or of x0), means over elements; both samples are noised to the same level with the same
+    noise. `pairs`:
 
     - online: the best and the worst sample of each group, by the run's reward (DMDR Table 5b; Flow-DPO; APO's online stage, whose ranker is the
       reward of a group of two: `rewards.ranker.Ranked`). Groups of equal rewards make no pair.
@@ -58,12 +59,15 @@ class Preference(Objective):
     levels: LevelSampler = field(default_factory=Uniform)
     pairs: PairSource = "online"
     positive: float = 0.6
+    target: ErrorOf = "velocity"
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"beta: {self.beta} is not allowed; it is positive, 100 to 5000 on mean squared velocity errors")
         if not 0 <= self.positive <= 1:
             raise ValueError(f"positive: {self.positive} is not allowed; the share of labelled samples that are chosen ones, between 0 and 1")
+        if self.target not in get_args(ErrorOf):
+            raise ValueError(f"target: {self.target!r} is not known; allowed: {', '.join(get_args(ErrorOf))}")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -83,8 +87,8 @@ class Preference(Objective):
             t = view.levels(levels, n).to(pairs.x.dtype).repeat(2)
             noise = view.randn_like(pairs.x[:n]).repeat(2, *(1,) * (pairs.x.ndim - 1))
             with torch.no_grad():
-                before = denoising_error(view.roles["reference"], view, pairs.x, t, noise, pairs.cond, "velocity").chunk(2)
-            now = denoising_error(view.roles["student"], view, pairs.x, t, noise, pairs.cond, "velocity").chunk(2)
+                before = denoising_error(view.roles["reference"], view, pairs.x, t, noise, pairs.cond, self.target).chunk(2)
+            now = denoising_error(view.roles["student"], view, pairs.x, t, noise, pairs.cond, self.target).chunk(2)
             yield (preference_loss(now[0], now[1], before[0], before[1], self.beta) * pairs.has_preference).mean()
 
     def online(self, view: View) -> Compared:

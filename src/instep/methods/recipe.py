@@ -179,8 +179,11 @@ class Stage:
             raise ValueError(f"stage {self.name!r}: group {self.group} gives no advantage; compare at least 2 samples a prompt")
         if "trajectory" in self.needs and self.rollout is not None and isinstance(self.rollout.transition, Deterministic):
             raise ValueError(f"transition: deterministic steps are no policy, and stage {self.name!r} has a policy gradient; choose FlowSDE, DanceSDE or CPS")
-        if self.live and self.rollout is not None and self.rollout.guidance != 1:
-            raise ValueError(f"guidance: {self.rollout.guidance} is not allowed for the rollout of stage {self.name!r}; forces act on an unguided student")
+        if self.rollout is not None and self.rollout.guidance != 1 and ("exit" in self.live or (self.live and self.inner_epochs > 1)):
+            raise ValueError(
+                f"guidance: {self.rollout.guidance} is not allowed for the rollout of stage {self.name!r}; of a guided student forces act on the final sample "
+                "alone, in one inner epoch"
+            )
         if self.guidance_scales is not None and (self.guided or (self.rollout is not None and self.rollout.guidance != 1)):
             raise ValueError(
                 f"guidance_scales: {self.guidance_scales} in stage {self.name!r}: a student conditioned on them is sampled without guidance; set guided=False"

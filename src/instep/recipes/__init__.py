@@ -30,9 +30,11 @@ NAMES: dict[str, tuple[str, str]] = {
     "dollar": ("instep.recipes.dollar", "dollar"),
     "rl-after": ("instep.recipes.after", "rl_after"),
     "sft-after": ("instep.recipes.after", "sft_after"),
+    "pso-offline": ("instep.recipes.after", "pso_offline"),
     "flow-grpo": ("instep.recipes.many_step", "flow_grpo"),
     "dance-grpo": ("instep.recipes.many_step", "dance_grpo"),
     "flow-dpo": ("instep.recipes.many_step", "flow_dpo"),
+    "draft": ("instep.recipes.many_step", "draft"),
     "apo": ("instep.recipes.apo", "apo"),
     "naive-adaptive": ("instep.recipes.amd", "naive_adaptive"),
 }

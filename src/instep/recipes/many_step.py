@@ -1,4 +1,4 @@
-"""Reinforcement learning on the many-step model itself: Flow-GRPO, DanceGRPO and Flow-DPO, the baselines for joint training.
+"""Reinforcement learning on the many-step model itself: Flow-GRPO, DanceGRPO, Flow-DPO and DRaFT, the baselines for joint training.
 
 The student stays a many-step model with guidance and is exported with its own scheduler; `instep train dmd2 --model FOLDER/student` distils
 it into a few-step student afterwards, which is the two-stage pipeline of DMDR's Table 1 (reinforcement learning, then distillation).
@@ -15,6 +15,7 @@ from instep.diffusion.transitions import CPS, DanceSDE, Deterministic, FlowSDE, 
 from instep.methods.policy import GRPO, KLUnit
 from instep.methods.preference import Preference
 from instep.methods.recipe import AdamWConfig, Advantage, Recipe, RoleConfig, RolloutConfig, Spread, Stage
+from instep.methods.reward_gradient import RewardGradient
 from instep.methods.term import Term
 from instep.recipes.common import adapter, with_copies
 
@@ -160,3 +161,20 @@ def flow_dpo(common: ManySteps = ManySteps(), *, iterations: int = 60, group: in
         beta: temperature.
     """
     return common.recipe("flow-dpo", iterations, group, Preference(beta=beta, levels=Uniform(shift=common.shift)), Deterministic())
+
+
+def draft(common: ManySteps = ManySteps(), *, iterations: int = 60, through: int = 1, weight: float = 1.0) -> Recipe:
+    """Align the many-step model itself by the gradient of a differentiable reward through its last steps (DRaFT-K, multi-step ReFL); no distillation.
+
+    Nothing holds the model near where it was, so it hacks the reward in time: stop early, or train an adapter of a low rank.
+
+    Args:
+        common: options of recipes that train the many-step model.
+        iterations: updates.
+        through: the number K of last steps, guidance included, that the gradient of the final sample's reward reaches (the paper: 1, and up to all 50; memory
+            times K). The last step draws detail; what is drawn is decided in the first ones, which only a K near the number of steps reaches.
+        weight: factor on the gradient.
+    """
+    rollout = RolloutConfig(common.levels, through, Deterministic(), common.guidance)
+    stage = Stage("climb", iterations, common.batch, (RewardGradient(weight=weight, on="final"),), rollout=rollout, accumulate=common.accumulate)
+    return common.stages("draft", stage)

@@ -17,6 +17,10 @@ wholly at a slack of -OUTSIDE.
 **Tolerance.** For a first-order figure x <- x + r (1 - a m - x) with r from 0.05 to 1 a probe and a up to 10 times the width of the band, the overshoot is
 below a tenth of the band (`TOLERANCE`), and x comes to rest MARGIN inside it (`test_hold.py`). A figure that never recovers (r without a restoring force) can
 be slowed down, but not held.
+
+**Noise.** The look-ahead takes a chance fall for the beginning of a real one and nothing takes back a chance rise, so the noisier a figure is, the farther
+inside its band it rests: on these plants at a slack of 0.1, 0.35 and 0.56 for a standard deviation of 0, 0.05 and 0.1 of the band a probe, and what the
+probes show stays within the tolerance in 98 of 100 runs (`test_hold.py`). More samples a probe give the reward more room.
 """
 
 from __future__ import annotations
