@@ -15,6 +15,7 @@ from tiny_families import (
     tiny_cogvideox15_pipeline,
     tiny_flux2_klein_pipeline,
     tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
     tiny_sdxl_pipeline,
     tiny_ti2v_image_pipeline,
     tiny_ti2v_pipeline,
@@ -80,6 +81,7 @@ CASES = {
         Case("CogVideoX 1.5", tiny_cogvideox15_pipeline, "CogVideoXFamily", Size(32, 32, 9), shift=1.0),
         Case("FLUX.2-klein", tiny_flux2_klein_pipeline, "Flux2KleinBaseFamily", IMAGE, negative=None),
         Case("FLUX.1-dev", tiny_flux_pipeline, "FluxFamily", IMAGE),
+        Case("Qwen-Image", tiny_qwen_image_pipeline, "QwenImageFamily", Size(32, 32, 1), shift=3.0),
     )
 }
 

@@ -68,7 +68,7 @@ def test_shapes_features_and_skipped_blocks(case: Case, tmp_path):
     pipe, drawn_as = rebuilt(pipeline_of(case.name)), {}
     for output in ("latent", "media"):
         torch.manual_seed(0)
-        drawn_as[output] = fam.stock_sample(pipe, prompts[:1], steps=1, guidance=1.0, output=output)
+        drawn_as[output] = fam.stock_sample(pipe, prompts[:1], steps=2, guidance=1.0, output=output)
     with torch.no_grad():
         decoded = fam.decode(fam.own_latents(drawn_as["latent"]))
     assert (decoded.clamp(0, 1) - drawn_as["media"]).abs().max() <= 1e-5, "latents are decoded as the pipeline decodes them"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.rows import by_rows
+from instep.diffusion.guidance import GuidanceRule
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.prediction import Condition, Prediction, PredictionType, to_prediction
 from instep.models.backbone import Backbone, CallContext
@@ -85,6 +86,11 @@ class Role:
             return raw, None
         (tokens,) = features
         return raw, self.head(tokens)
+
+    @property
+    def guidance_rule(self) -> GuidanceRule | None:
+        """The family's."""
+        return self.backbone.family.guidance_rule
 
     def scaled(self, scale: float) -> Role:
         """The same role with its adapter at `scale`."""
