@@ -10,6 +10,7 @@ from tiny import byte_tokenizer, clip_tokenizer, tiny_cogvideox_pipeline, tiny_i
 if TYPE_CHECKING:
     from diffusers import (
         CogVideoXPipeline,
+        DiTPipeline,
         Flux2KleinPipeline,
         FluxPipeline,
         QwenImagePipeline,
@@ -313,3 +314,18 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
         tokenizer=tokenizer,
         transformer=transformer.eval(),
     )
+
+
+def tiny_dit_pipeline(seed: int = 0) -> DiTPipeline:
+    """Two layers of width 16 with learned variances, a thousand classes, one of two names, VAE of factor 2; images of 16 x 16 are latents [B, 4, 8, 8]."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8)
+        vae = tiny_image_vae(scaling_factor=0.18215)
+    with torch.no_grad():  # two classes of random weights differ little
+        for block in transformer.transformer_blocks:
+            block.norm1.emb.class_embedder.embedding_table.weight.mul_(4)
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    return DiTPipeline(transformer.eval(), vae.eval(), scheduler, id2label={"1": "goldfish, Carassius auratus"})

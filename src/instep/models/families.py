@@ -28,6 +28,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "FluxPipeline": ("instep.models.flux:FluxFamily",),
     "Flux2KleinPipeline": ("instep.models.flux2_klein:Flux2KleinBaseFamily", "instep.models.flux2_klein:Flux2KleinFamily"),
     "QwenImagePipeline": ("instep.models.qwen_image:QwenImageFamily",),
+    "DiTPipeline": ("instep.models.latent_dit:LatentDiTFamily",),
     "CogVideoXPipeline": ("instep.models.cogvideox:CogVideoXFamily",),
 }
 

@@ -34,7 +34,8 @@ QWEN_IMAGE = Preset(
     sampler_steps=50,
     micro_batch=1,
     distillation=Distillation(
-        source="Qwen-Image-Lightning (github.com/ModelTC/Qwen-Image-Lightning), generate_with_diffusers.py: 4 steps at shift 3; it publishes no settings of training",
+        source="Qwen-Image-Lightning (github.com/ModelTC/Qwen-Image-Lightning), generate_with_diffusers.py: 4 steps at shift 3, the settings of training are "
+        "not published",
         levels=few_step_levels(4, 3.0),
         shift=3.0,
     ),
