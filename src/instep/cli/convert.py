@@ -20,7 +20,7 @@ class ConvertArgs:
     file: Annotated[Path, tyro.conf.Positional]
     """The file as it was published: SiT-XL-2-256x256.pt."""
     to: Path
-    """The folder to write, for example models/sit-xl: instep train dmdr --model models/sit-xl."""
+    """The folder to write, for example models/sit-xl: instep train dmd2 --model models/sit-xl."""
     vae: Path
     """Folder of the VAE in whose latents the model works, which is copied: that of stabilityai/sd-vae-ft-ema."""
     heads: int | None = None
