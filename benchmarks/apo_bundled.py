@@ -33,7 +33,7 @@ from instep.cli.export import read_run, sampling_of, student_of
 from instep.core.files import write_json
 from instep.core.json_lines import read_rows
 from instep.data.prompt import Prompt, texts_of
-from instep.diffusion.guidance import guide_and_skip
+from instep.diffusion.guidance import guide, skip_layers
 from instep.diffusion.prediction import Denoiser, skipping
 from instep.diffusion.sampling import Sampling
 from instep.models.backbone import Backbone
@@ -214,7 +214,7 @@ def speed(pairs: int = 15) -> None:
 
     def by_both() -> Tensor:
         c, u = by_text()
-        return guide_and_skip(c, u, skipping(role, (1,))(noise, t, cond).v, COMMON.guidance, 0.5)
+        return skip_layers(guide(c, u, COMMON.guidance), c, skipping(role, (1,))(noise, t, cond).v, 0.5)
 
     ways: dict[str, Callable[[], object]] = {"distilled": lambda: role(noise, t, cond).v, "text": by_text, "text and skip-layer": by_both}
     seconds: dict[str, list[float]] = {name: [] for name in ways}

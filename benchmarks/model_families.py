@@ -44,10 +44,10 @@ Where recipes begin on a model. Guidance is w of u + w (c − u); a pair is that
 ## What is tested for each
 
 {results}- **teacher**: the guided prediction equals the stock pipeline's own step at three levels, with and without a negative prompt, to 1e-5 of the largest
-  latent.
+  latent; DiT's pipeline takes no negative class, so two classes stand for it.
 - **decoding**: media are the stock pipeline's; a discriminator reads tokens, blocks can be skipped, planning's conditions have the shapes of prompts'.
 - **LoRA**: a LoRA student is trained and exported; stock diffusers draws from the folder what the library draws, to 1e-6 of the largest latent, and from the
-  LoRA file on the base model what it draws from the folder, to 1e-5.
+  LoRA file on the base model what it draws from the folder, to 1e-5 (not DiT's, whose pipeline loads no LoRA).
 - **resume**: a run that is killed and resumed ends with the same weights and log, with full copies and with LoRA; the exports are held to the same limits.
 - **bfloat16 group**: groups of two under a reward, computed in bfloat16, one row at a time with activation checkpointing, and exported.
 - **commands**: `instep sample` and `instep plan` on a saved folder.

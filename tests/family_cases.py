@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_cogvideox_pipeline, tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_pipeline
 from tiny_families import (
     tiny_cogvideox15_pipeline,
+    tiny_dit_pipeline,
     tiny_flux2_klein_pipeline,
     tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
     tiny_sdxl_pipeline,
     tiny_ti2v_image_pipeline,
     tiny_ti2v_pipeline,
@@ -43,7 +47,7 @@ VIDEO, IMAGE = Size(HEIGHT, WIDTH, FRAMES), Size(16, 16, 1)
 class Case:
     """A family on its tiny pipeline. `shift` gives the student's four levels, `levels` are those of teacher parity, `given` latent frames are known,
     `negative` is a negative prompt, None where the pipeline takes none. `slow`: a test file of its own covers the family in
-    every run of the tests.
+    every run of the tests. `texts`: its prompts. `loras`: the files that its stock pipeline loads, none for one that loads no LoRA.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Case:
     negative: str | None = "blurry"
     slow: bool = False
     loras: tuple[str, ...] = ("lora.safetensors",)
+    texts: tuple[str, ...] = TEXTS
 
     def common(self, rank: int | None) -> Common:
         return Common(steps=4, shift=self.shift, batch=2, critic_updates=1, guidance=self.guidance, guidance_2=self.guidance_2, lora_rank=rank)
@@ -79,7 +84,9 @@ CASES = {
         Case("Z-Image", tiny_z_image_pipeline, "ZImageFamily", IMAGE, shift=3.0),
         Case("CogVideoX 1.5", tiny_cogvideox15_pipeline, "CogVideoXFamily", Size(32, 32, 9), shift=1.0),
         Case("FLUX.2-klein", tiny_flux2_klein_pipeline, "Flux2KleinBaseFamily", IMAGE, negative=None),
+        Case("DiT", tiny_dit_pipeline, "LatentDiTFamily", IMAGE, shift=1.0, negative=None, loras=(), texts=("7", "goldfish", "207", "0")),
         Case("FLUX.1-dev", tiny_flux_pipeline, "FluxFamily", IMAGE),
+        Case("Qwen-Image", tiny_qwen_image_pipeline, "QwenImageFamily", Size(32, 32, 1), shift=3.0),
     )
 }
 
@@ -98,16 +105,16 @@ def family(case: Case) -> Family:
 
 def prompts_of(case: Case, folder: Path) -> list[Prompt]:
     """Four prompts, one with a negative prompt; where the family begins with a first frame, each with its own, written to `folder`."""
-    images: list[Path | None] = [None] * len(TEXTS)
+    images: list[Path | None] = [None] * len(case.texts)
     if family(case).takes_first_frame:
         from PIL import Image
 
         rng = torch.Generator().manual_seed(0)
-        images = [folder / f"{i}.png" for i in range(len(TEXTS))]
+        images = [folder / f"{i}.png" for i in range(len(case.texts))]
         for image in images:
             pixels = torch.randint(256, (case.size.height, case.size.width, 3), generator=rng, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(image)
-    return [Prompt(text, image=image, negative=case.negative if i == 1 else None) for i, (text, image) in enumerate(zip(TEXTS, images, strict=True))]
+    return [Prompt(text, image=image, negative=case.negative if i == 1 else None) for i, (text, image) in enumerate(zip(case.texts, images, strict=True))]
 
 
 def rebuilt(pipe: Any, **parts: Any) -> Any:
@@ -116,6 +123,10 @@ def rebuilt(pipe: Any, **parts: Any) -> Any:
     other = type(pipe)(**{**pipe.components, **parts}, **options)
     other.set_progress_bar_config(disable=True)
     return other
+
+
+class Stepped(NamedTuple):
+    prev_sample: Tensor
 
 
 class Recorder:
@@ -136,9 +147,9 @@ class Recorder:
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
 
-    def step(self, output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, generator: Any = None, eta: float = 0.0) -> tuple[Tensor]:
+    def step(self, output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, generator: Any = None, eta: float = 0.0) -> Stepped:
         self.seen.append(output.clone())
-        return (sample,)
+        return Stepped(sample)
 
 
 def stock_x0(case: Case, prompt: Prompt, x: Tensor, level: float) -> Tensor:
@@ -147,10 +158,22 @@ def stock_x0(case: Case, prompt: Prompt, x: Tensor, level: float) -> Tensor:
     recorder = Recorder(timestep_of(fam, level), copy.deepcopy(pipe.scheduler.config))
     other = rebuilt(pipe)
     object.__setattr__(other, "scheduler", recorder)
-    other.prepare_latents = given_latents(other.prepare_latents, fam.stock_latents(x))
-    fam.stock_sample(other, [prompt], steps=1, guidance=case.guidance, guidance_2=case.guidance_2, output="latent")
+    with starting_from(other, fam.stock_latents(x)):
+        fam.stock_sample(other, [prompt], steps=1, guidance=case.guidance, guidance_2=case.guidance_2, output="latent")
     (raw,) = recorder.seen
-    return to_prediction(fam.prediction_type, fam.own_latents(raw), fam.path, x, torch.tensor([level])).x0
+    # DiT's pipeline steps the conditional and the unconditional half alike
+    return to_prediction(fam.prediction_type, fam.own_latents(raw[:1]), fam.path, x, torch.tensor([level])).x0
+
+
+@contextmanager
+def starting_from(pipe: Any, latents: Tensor) -> Iterator[None]:
+    """The pipeline's first latents are these; DiT's pipeline draws them in its call."""
+    if hasattr(pipe, "prepare_latents"):
+        pipe.prepare_latents = given_latents(pipe.prepare_latents, latents)
+        yield
+    else:
+        with patch("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *args, **kwargs: latents):
+            yield
 
 
 def given_latents(prepare: Callable[..., Any], latents: Tensor) -> Callable[..., Any]:

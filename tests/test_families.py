@@ -63,12 +63,12 @@ def test_shapes_features_and_skipped_blocks(case: Case, tmp_path):
     with torch.no_grad():
         media = fam.decode(x)
         assert fam.encode_media(media.clamp(0, 1)).shape == x.shape
-    frames = () if fam.task == "text-to-image" else (case.size.frames,)
+    frames = () if fam.task.endswith("image") else (case.size.frames,)
     assert media.shape == (2, 3, *frames, case.size.height, case.size.width)
     pipe, drawn_as = rebuilt(pipeline_of(case.name)), {}
     for output in ("latent", "media"):
         torch.manual_seed(0)
-        drawn_as[output] = fam.stock_sample(pipe, prompts[:1], steps=1, guidance=1.0, output=output)
+        drawn_as[output] = fam.stock_sample(pipe, prompts[:1], steps=2, guidance=1.0, output=output)
     with torch.no_grad():
         decoded = fam.decode(fam.own_latents(drawn_as["latent"]))
     assert (decoded.clamp(0, 1) - drawn_as["media"]).abs().max() <= 1e-5, "latents are decoded as the pipeline decodes them"
@@ -144,7 +144,7 @@ def check_export(case: Case, run, prompts, rank: int | None) -> None:
     assert verify_export(run.student, levels, prompts=prompts[:2], size=case.size) <= 1e-6 * scale
     base = rebuilt(case.make() if rank else pipeline_of(case.name), scheduler=pipe.scheduler)
     assert (drawn(case, base, prompts) - merged).abs().max() > 1e-5 * scale, "it was trained"
-    if rank is not None:
+    if rank is not None and case.loras:
         for i, name in enumerate(case.loras):
             options = {"load_into_transformer_2": True} if i else {}
             base.load_lora_weights(str(run.student), weight_name=name, adapter_name=f"part{i}", **options)

@@ -10,8 +10,10 @@ from tiny import byte_tokenizer, clip_tokenizer, tiny_cogvideox_pipeline, tiny_i
 if TYPE_CHECKING:
     from diffusers import (
         CogVideoXPipeline,
+        DiTPipeline,
         Flux2KleinPipeline,
         FluxPipeline,
+        QwenImagePipeline,
         StableDiffusionXLPipeline,
         WanImageToVideoPipeline,
         WanPipeline,
@@ -272,3 +274,58 @@ def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
         part.eval()
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
     return FluxPipeline(**parts, tokenizer=clip, tokenizer_2=tokenizer, scheduler=scheduler)
+
+
+def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
+    """Two blocks of width 32, a Qwen2.5-VL of width 16, VAE of factor 4 and 4 channels; images of 32 x 32 are latents [B, 4, 8, 8]."""
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = byte_tokenizer()
+    size = {"hidden_size": 16, "intermediate_size": 32}
+    language = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    vision = {"depth": 1, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [0]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 6, 6)
+        )
+        vae = AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.1, -0.1, 0.2, 0.0],
+            latents_std=[1.5, 0.7, 1.2, 1.0],
+        )
+        encoder = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config={**size, **language, "rope_parameters": rope}, vision_config={**size, **vision}, image_token_id=0, video_token_id=0)
+        )
+    # a few tokens after those of the instruction say little to random weights: louder values let two prompts differ visibly
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:
+            block.attn.add_v_proj.weight.mul_(16)
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+        vae=vae.eval(),
+        text_encoder=encoder.eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+
+
+def tiny_dit_pipeline(seed: int = 0) -> DiTPipeline:
+    """Two layers of width 16 with learned variances, a thousand classes, one of two names, VAE of factor 2; images of 16 x 16 are latents [B, 4, 8, 8]."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8)
+        vae = tiny_image_vae(scaling_factor=0.18215)
+    with torch.no_grad():  # two classes of random weights differ little
+        for block in transformer.transformer_blocks:
+            block.norm1.emb.class_embedder.embedding_table.weight.mul_(4)
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    return DiTPipeline(transformer.eval(), vae.eval(), scheduler, id2label={"1": "goldfish, Carassius auratus"})

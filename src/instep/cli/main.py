@@ -20,6 +20,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep export DIR --to D   the student as a stock diffusers folder
   instep recipes             what can be trained; with --model, what is published for a model and the defaults that follow
   instep rewards             the rewards that go by a name, and what each needs; convert: published pickles as safetensors
+  instep convert FILE        SiT's published weights as a model folder
   instep plan RECIPE         memory and time, before anything runs
   instep human-eval A B      a local page on which people compare or score samples of two models, blind
   instep pairs export|import|slow|fit  preferences as training pairs, public sets in the same form, slow copies, a reward learned from them
@@ -54,6 +55,7 @@ def _main(args: list[str]) -> int:
         "export": _export,
         "recipes": _recipes,
         "rewards": _rewards,
+        "convert": _convert,
         "plan": _plan,
         "lab": _lab,
         "human-eval": _human_eval,
@@ -106,6 +108,12 @@ def _rewards(args: Sequence[str]) -> int:
     if args and args[0] == "convert":
         return named_rewards.convert_reward_command(parse(named_rewards.ConvertRewardArgs, args[1:], "rewards convert"))
     return named_rewards.list_rewards_command(parse(named_rewards.ListRewardsArgs, args, "rewards"))
+
+
+def _convert(args: Sequence[str]) -> int:
+    from instep.cli.convert import ConvertArgs, convert_command
+
+    return convert_command(parse(ConvertArgs, args, "convert"))
 
 
 def _sample(args: Sequence[str]) -> int:

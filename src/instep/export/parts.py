@@ -1,4 +1,4 @@
-"""Writes a student without a stock pipeline (a class-conditional flow in pixel space): its transformer and its scheduler."""
+"""Writes a student without a stock pipeline (a class-conditional flow): its transformer, its scheduler and its VAE, if it has one."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ from instep.export.limits import check_differences
 from instep.export.rules import RECORD, check_adapter, check_dtype, check_sampler, check_target
 from instep.export.verify import EARLIER, Sampler, check_samples, difference, our_sampler
 from instep.export.weights import Finite, stored_dtype, write_network
+from instep.models.adapters import plain_weights
 
 if TYPE_CHECKING:
     from instep.models.family import Family
 
+DECODE = """from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("{name}", subfolder="vae")
+x = vae.decode(x / vae.config.scaling_factor).sample
+"""
 CARD = """# {name}: {steps}-step student ({recipe})
 
 Trained by instep {version} from {base}: `{command}`
 
-There is no stock diffusers pipeline for a class-conditional flow in pixel space, so this folder holds its two parts. They are stock classes:
+There is no stock diffusers pipeline for a class-conditional flow, so this folder holds its parts. They are stock classes:
 
 ```python
 import torch
@@ -39,9 +45,9 @@ scheduler.set_timesteps({steps})
 labels = torch.arange(10)
 x = torch.randn(10, *{shape})
 for t in scheduler.timesteps:
-    v = transformer(x, timestep=t.expand(10), class_labels=labels, return_dict=False)[0]
+    v = transformer(x, timestep=t.expand(10), class_labels=labels, return_dict=False)[0]{half}
     x = scheduler.step(v, t, x, return_dict=False)[0]
-images = (x.clamp(-1, 1) + 1) / 2
+{decode}images = (x.clamp(-1, 1) + 1) / 2
 ```
 
 Largest difference of final samples between this loop and the sampler that trained it: {sampler:.1e}; between it and the student in memory: {student:.1e}.
@@ -60,7 +66,8 @@ def export_parts(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Writes `out` with transformer/, scheduler/ and README.md, and checks that the scheduler's plain loop draws the same samples as `ours`.
+    """Writes `out` with transformer/, scheduler/, vae/ (of a model in latents) and README.md, and checks the scheduler's plain loop: it draws the same samples
+    as `ours`.
 
     network: the student's; `adapter` is merged in the folder. dtype: float16, bfloat16, float32 or None to keep. The folder appears at once, complete, or not
     at all. Memory and errors are those of `export_student`.
@@ -77,6 +84,10 @@ def export_parts(
         write_network(temporary / name, exported, weights, dtype, finite)
         finite.check(dtype)
         scheduler.save_pretrained(temporary / "scheduler")
+        vae = getattr(family, "vae", None)
+        if vae is not None:
+            write_network(temporary / "vae", vae, plain_weights(vae), None, finite)
+            finite.check(None)
         (temporary / RECORD).write_text(json.dumps({"instep": info.instep_version, "levels": levels, "info": info.json()}, indent=2))
         stock, same = stock_loop(family, temporary, [info.example_prompt] * 2)
         for what, drawn in (("the scheduler's loop", stock), ("our sampler", same)):
@@ -95,6 +106,8 @@ def export_parts(
                 command=info.command,
                 transformer=type(exported).__name__,
                 shape=shape,
+                half="" if exported.config.out_channels in (None, shape[0]) else f"[:, :{shape[0]}]",
+                decode="" if vae is None else DECODE.format(name=out.name),
                 sampler=sampler_difference,
                 student=student_difference,
             )

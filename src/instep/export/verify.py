@@ -44,6 +44,8 @@ class Latents:
 
 def examples(family: Family, folder: FilePath) -> list[Prompt]:
     """Two prompts that any text model takes; for image-to-video models with first frames of noise, which are written into `folder`."""
+    if family.task == "class-to-image":
+        return [Prompt("0"), Prompt("1")]
     if not family.takes_first_frame:
         return [Prompt(text) for text in EXAMPLES]
     from PIL import Image

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from instep.diffusion.guidance import guide_and_skip
+from instep.diffusion.guidance import guided_by, halves, skip_layers
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.levels import LevelSampler, Uniform
 from instep.diffusion.path import broadcast
@@ -79,8 +79,9 @@ class GuidanceDistillation(Objective):
         cond, null = view.batch.cond.with_guidance(None), view.batch.null
         w, skip_scale = (self.guidance, self.skip_scale) if guidance_scales is None else (broadcast(column, x_t) for column in guidance_scales.unbind(1))
         if self._guides:
-            c, u = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(null)).v.chunk(2)
+            c, u = halves(teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), cond.stack(null)))
+            v = guided_by(teacher, t, c, u, w).v
         else:
-            c = u = teacher(x_t, t, cond).v
-        without = skipping(teacher, self.blocks)(x_t, t, cond).v if self._skip else c
-        return guide_and_skip(c, u, without, w, skip_scale)
+            c = teacher(x_t, t, cond)
+            v = c.v
+        return skip_layers(v, c.v, skipping(teacher, self.blocks)(x_t, t, cond).v, skip_scale) if self._skip else v

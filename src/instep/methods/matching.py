@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from instep.diffusion.guidance import guide, predict_guided, scale_at
+from instep.diffusion.guidance import guided_by, halves, predict_guided, scale_at
 from instep.diffusion.levels import LevelSampler, Uniform
-from instep.diffusion.prediction import at_scale
+from instep.diffusion.prediction import Prediction, at_scale
 from instep.diffusion.rollout import Point, Where
 from instep.methods.adapted_teacher import Annealed
 from instep.methods.operators import Displacements, Operator, Standard, relative
@@ -83,17 +83,19 @@ class DistributionMatching(Force):
         if self.ca_levels is None or self.guidance == self.second == 1:
             w = view.guidance(self.guidance, self.guidance_2)
             here = predict_guided(teacher, x_t, t, samples.cond, null, w)
-            real, cond, ca = here.x0, here.cond, (scale_at(w, t, x) - 1) * (here.uncond - here.cond)
+            real, cond, ca = here.x0, here.cond, here.cond - here.x0
             scale = distance(x, real)
         else:
             t_ca, x_ca = self._renoised(view, point, self.ca_levels)
             # one call of 3 B samples: conditional at the one level, both at the other
-            stacked = teacher(torch.cat([x_t, x_ca, x_ca]), torch.cat([t, t_ca, t_ca]), samples.cond.stack(samples.cond).stack(null)).x0
-            cond, cond_ca, uncond_ca = stacked.chunk(3)
+            stacked = teacher(torch.cat([x_t, x_ca, x_ca]), torch.cat([t, t_ca, t_ca]), samples.cond.stack(samples.cond).stack(null))
+            cond = stacked.x0[: len(x)]
+            cond_ca, uncond_ca = halves(Prediction(stacked.x0[len(x) :], stacked.v[len(x) :]))
             scale = distance(x, cond)
             # each term in the units of its own level: divided by `scale` below, this is its own normalisation
             w_ca = scale_at(view.guidance(self.guidance, self.guidance_2), t_ca, x)
-            ca = (w_ca - 1) * (uncond_ca - cond_ca) * scale / distance(x, guide(cond_ca, uncond_ca, w_ca))
+            guided = guided_by(teacher, t_ca, cond_ca, uncond_ca, w_ca).x0
+            ca = (cond_ca.x0 - guided) * scale / distance(x, guided)
             real = cond - ca
         fake = view.roles["fake"](x_t, t, samples.cond.at_exit(point.exit_id)).x0
         d = Displacements(x - real, x - fake, fake - cond, ca)

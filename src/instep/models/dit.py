@@ -1,11 +1,10 @@
-"""Class-conditional image transformers (SiT: flow matching on the DiT architecture) through diffusers' `DiTTransformer2DModel`, in pixel space."""
+"""Class-conditional image transformers (SiT: flow matching on the DiT architecture) through diffusers' `DiTTransformer2DModel`, in pixels or latents."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,12 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.data.prompt import Prompt, negatives_of, texts_of
-from instep.diffusion.prediction import Condition
-from instep.diffusion.transfer import to_device
-from instep.models.borrow import borrowed
-from instep.models.family import Task, skipped
-from instep.models.pipeline_family import PipelineFamily
+from instep.models.borrow import borrowed, compute_dtype
+from instep.models.class_conditional import ClassConditional, without_dropout
 from instep.models.preset import Distillation, Preset
 
 CLASSES = "classes.json"
@@ -44,36 +39,28 @@ SIT = Preset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassCondition(Condition):
-    """Class labels [B]; the number of classes itself is the unconditional one, the extra row of DiT's embedding table."""
-
-    label: Tensor
-
-
-class DiTFamily(PipelineFamily):
+class DiTFamily(ClassConditional):
     """A `DiTTransformer2DModel` that predicts the rectified flow's velocity, seen as a family (see `models/family.py`).
 
-    Latents are pixels: x [B, C, H, W] in [-1, 1] with C = 1 (shown grey) or 3; media [B, 3, H, W] in [0, 1]. Prompts are class names: the
-    number ("7"), or the name if `names` has them. There is no stock pipeline (`pipe` is None): diffusers' `DiTPipeline` decodes through a VAE
-    and expects a DDPM's noise prediction, so it cannot sample this model; exports hold transformer and scheduler.
+    With a VAE latents are its, scaled; without one they are pixels: x [B, C, H, W] in [-1, 1] with C = 1 (shown grey) or 3. Media are [B, 3, H, W] in [0, 1].
+    Prompts are class names: the number ("7"), or the name if `names` has them. There is no stock pipeline (`pipe` is None): diffusers' `DiTPipeline` expects a
+    DDPM's noise prediction, and no scheduler of a flow that re-noises fits it; exports hold the parts.
     """
 
     pipeline_class = ""
-    task: Task = "class-to-image"
-    axes: tuple[int, ...] = (0, 1, 2, 3)
     preset = SIT
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     pipe: Any = None
 
-    def __init__(self, transformer: Any, names: Sequence[str] = (), shift: float = 1.0, name: str = "dit", source: str = "") -> None:
-        """`names`: one a class, or none; `shift` is that of the model's own sampler; `source` is where it was loaded from. ValueError for a network
-        of another kind: latents of a VAE, or learned variances beside the prediction.
+    def __init__(self, transformer: Any, names: Sequence[str] = (), shift: float = 1.0, name: str = "dit", source: str = "", vae: Any = None) -> None:
+        """`names`: one a class, or none; `shift` is that of the model's own sampler; `source` is where it was loaded from; `vae`: None for a model of pixels.
+        Of learned variances beside the prediction in latents (SiT's) nothing is read. ValueError for a network of another kind.
         """
         config = transformer.config
-        if config.in_channels not in (1, 3):
-            raise ValueError(f"in_channels: {config.in_channels} is not allowed; this family works on pixels, 1 or 3 channels, and decodes no VAE's latents")
-        if config.out_channels not in (None, config.in_channels):
+        if vae is not None and config.in_channels != vae.config.latent_channels:
+            raise ValueError(f"in_channels: {config.in_channels} does not fit the VAE's latents, {vae.config.latent_channels}; give the model's own VAE")
+        if vae is None and config.in_channels not in (1, 3):
+            raise ValueError(f"in_channels: {config.in_channels} is not allowed without a VAE; a model of pixels has 1 or 3: put the model's VAE into vae/")
+        if config.out_channels not in (None, config.in_channels, *(() if vae is None else (2 * config.in_channels,))):
             raise ValueError(
                 f"out_channels: {config.out_channels} for {config.in_channels} input channels looks like learned variances; a flow predicts the velocity "
                 "alone, out_channels equal to in_channels"
@@ -83,20 +70,20 @@ class DiTFamily(PipelineFamily):
             raise ValueError(f"names: {len(set(names))} different ones for {self.classes} classes; give one a class, or none")
         self.name, self.source, self.shift, self.names = name, source, shift, tuple(names)
         side = config.sample_size
-        self.size, self.latent_shape = Size(side, side, 1), (config.in_channels, side, side)
+        self.vae = None if vae is None else borrowed(vae)
+        pixels = side if vae is None else side * 2 ** (len(vae.config.block_out_channels) - 1)
+        self.size, self.latent_shape = Size(pixels, pixels, 1), (config.in_channels, side, side)
         self._network = borrowed(transformer)
         network: Any = self._network
-        for block in network.transformer_blocks:
-            # labels are dropped in the teacher's own training and nowhere else, whatever mode a module is put in
-            block.norm1.emb.class_embedder.dropout_prob = 0.0
+        without_dropout(network)
         self._rows = {str(i): i for i in range(self.classes)} | {word.lower(): i for i, word in enumerate(self.names)}
 
     @classmethod
     def load(cls, folder: Path, size: Size | None = None, name: str = "dit", dtype: torch.dtype = torch.float32, variant: str | None = None) -> Self:
-        """From a folder with `transformer/` and `scheduler/` as save_pretrained writes them (and classes.json with names, if it is there), in
-        `dtype`, offline. ValueError if the scheduler is not a flow's.
+        """From a folder with `transformer/` and `scheduler/` as save_pretrained writes them (and `vae/` and classes.json with names, if they are there), in
+        `dtype` and the VAE in float32, offline. ValueError if the scheduler is not a flow's.
         """
-        from diffusers import DiTTransformer2DModel
+        from diffusers import AutoencoderKL, DiTTransformer2DModel
 
         file = folder / "scheduler" / "scheduler_config.json"
         scheduler = json.loads(file.read_text()) if file.is_file() else {}
@@ -109,72 +96,35 @@ class DiTFamily(PipelineFamily):
         transformer = DiTTransformer2DModel.from_pretrained(
             folder / "transformer", torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True
         )
-        return cls(transformer, names, cls.shift_of(scheduler), name, str(folder))
+        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True) if (folder / "vae").is_dir() else None
+        return cls(transformer, names, cls.shift_of(scheduler), name, str(folder), vae)
 
     @classmethod
     def shift_of(cls, scheduler: Mapping[str, Any]) -> float:
         return float(scheduler.get("shift", 1.0))
 
-    def fit_size(self, size: Size) -> tuple[int, ...]:
-        if size != self.size:
-            raise ValueError(f"size: {size} is not allowed; {self.name} draws {self.size.height} x {self.size.width} images; leave the size out")
-        return self.latent_shape
+    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False) -> Self:
+        lender = copy.copy(self)
+        lender.vae = None if self.vae is None else borrowed(self.vae)
+        return super(DiTFamily, lender).placed(device, dtype, micro_batch, offload=offload)
 
-    def smallest(self) -> Size:
-        return self.size
-
-    def labels(self, prompts: Sequence[str]) -> Tensor:
-        """Class of each prompt, [B] on the host; ValueError for one that is no class."""
-        unknown = [p for p in prompts if p.strip().lower() not in self._rows]
-        if unknown:
-            raise ValueError(f"prompts: {unknown[0]!r} is no class of {self.name}; allowed: {', '.join(self._rows)}")
-        return torch.tensor([self._rows[p.strip().lower()] for p in prompts])
-
-    def encode(self, prompts: Sequence[Prompt | str]) -> ClassCondition:
-        return ClassCondition(label=to_device(self.labels(texts_of(prompts)), self.device))
-
-    def unconditional(self, prompts: Sequence[Prompt | str]) -> ClassCondition:
-        """The class that a negative prompt names; the class that stands for none where there is no negative prompt."""
-        negatives = negatives_of(prompts)
-        label = torch.full((len(negatives),), self.classes)
-        given = [i for i, negative in enumerate(negatives) if negative.strip()]
-        if given:
-            label[given] = self.labels([negatives[i] for i in given])
-        return ClassCondition(label=to_device(label, self.device))
-
-    def blank(self, n: int) -> tuple[ClassCondition, ClassCondition]:
-        labels = ClassCondition(label=torch.zeros(n, dtype=torch.long, device=self.device))
-        return labels, labels
+    @property
+    def vaes(self) -> list[nn.Module]:
+        return [] if self.vae is None else [self.vae]
 
     def decode_rows(self, x: Tensor) -> Tensor:
+        if self.vae is not None:
+            return self.vae.decode((x / self.vae.config.scaling_factor).to(compute_dtype(self.vae))).sample.to(x.dtype) / 2 + 0.5
         media = (x + 1) / 2
         return media.expand(-1, 3, -1, -1) if media.shape[1] == 1 else media
 
     def encode_rows(self, media: Tensor) -> Tensor:
-        """Media [B, 3, H, W] in [0, 1] to x [B, C, H, W]; of grey models the mean of the channels."""
+        """Media [B, 3, H, W] in [0, 1] to x [B, C, H, W]; of grey models the mean of the channels; in latents the posterior's mean."""
+        if self.vae is not None:
+            z = self.vae.encode((media * 2 - 1).to(compute_dtype(self.vae))).latent_dist.mode()
+            return z.to(media.dtype) * self.vae.config.scaling_factor
         x = media * 2 - 1
         return x.mean(1, keepdim=True) if self.latent_shape[0] == 1 else x
-
-    def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        assert isinstance(cond, ClassCondition)
-        return module(x_t, timestep=to_device(t.float() * 1000, x_t.device), class_labels=cond.label, return_dict=False)[0]
-
-    def time_embedders(self, module: Any) -> Sequence[nn.Module]:
-        """One a block: DiT embeds the time anew in each of them (and once more by the first block's for the output layer)."""
-        return [block.norm1.emb.timestep_embedder for block in module.transformer_blocks]
-
-    def time_width(self, module: Any) -> int:
-        return module.config.num_attention_heads * module.config.attention_head_dim
-
-    def feature_block(self, module: Any) -> nn.Module:
-        """At two thirds of the depth, as for Wan."""
-        return module.transformer_blocks[(2 * len(module.transformer_blocks) - 1) // 3]
-
-    def feature_width(self, module: Any) -> int:
-        return self.time_width(module)
-
-    def skip(self, module: Any, blocks: Sequence[int]) -> AbstractContextManager[None]:
-        return skipped(module.transformer_blocks, blocks)
 
     def pipeline(self, parts: Mapping[str, nn.Module], **others: Any) -> Any:
         """Raises ValueError: there is no stock pipeline that samples this model; see the class."""

@@ -27,6 +27,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "ZImagePipeline": ("instep.models.z_image:ZImageFamily",),
     "FluxPipeline": ("instep.models.flux:FluxFamily",),
     "Flux2KleinPipeline": ("instep.models.flux2_klein:Flux2KleinBaseFamily", "instep.models.flux2_klein:Flux2KleinFamily"),
+    "QwenImagePipeline": ("instep.models.qwen_image:QwenImageFamily",),
+    "DiTPipeline": ("instep.models.latent_dit:LatentDiTFamily",),
     "CogVideoXPipeline": ("instep.models.cogvideox:CogVideoXFamily",),
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from instep.core.size import Size
 from instep.data.prompt import Prompt
+from instep.diffusion.guidance import GuidanceRule
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.preset import Preset
@@ -49,6 +50,8 @@ class Family(Protocol):
     denoisers: the pipeline's component names of the network's parts, one, or one an expert. boundary: None for one network; of two experts the level in (0, 1)
     at and above which the first one predicts. takes_first_frame: samples begin with a given image, which prompts carry.
 
+    guidance_rule: how the pipeline guides; None: w of u + w (c - u).
+
     passes_generator: whether the pipeline's call hands `generator=` on to the scheduler, which re-noises with it. even_sigmas: whether it gives the scheduler
     the levels 1, (n - 1) / n, ..., 1 / n to shift, instead of their number. micro_batch: the most rows that go through the network or the VAE at once; None:
     all. styles: the adapters that the pipeline carried, which are merged into the networks. variant: that of the files it was loaded from, if they had a word
@@ -69,6 +72,7 @@ class Family(Protocol):
     denoisers: tuple[str, ...]
     boundary: float | None
     takes_first_frame: bool
+    guidance_rule: GuidanceRule | None
     passes_generator: bool
     even_sigmas: bool
     comfyui: ComfyUI | None
@@ -211,7 +215,7 @@ class Family(Protocol):
         ...
 
     def guidance_arguments(self, guidance: float) -> dict[str, float]:
-        """The arguments of the pipeline's call that guide by w of u + w (c - u), the scale itself first; 1: no guidance."""
+        """The arguments of the pipeline's call that guide by w of u + w (c - u), the scale itself first (by the `guidance_rule`); 1: no guidance."""
         ...
 
     def stock_latents(self, x: Tensor) -> Tensor:

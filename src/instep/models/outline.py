@@ -92,7 +92,8 @@ def _parts_only(folder: Path, size: Size | None, dtype: torch.dtype) -> Family:
     config = _read(folder / "transformer" / "config.json")
     network = meta_part(str(config.get("_class_name")), config)
     cast_network(network, dtype)
-    found = kind(network, name=folder.name)
+    vae = _folder_part(folder / "vae", "AutoencoderKL") if (folder / "vae").is_dir() else None
+    found = kind(network, name=folder.name, vae=vae)
     return found if size is None else found.at(size)
 
 

@@ -16,6 +16,7 @@ from instep.core.quiet import quiet
 from instep.core.rows import joined
 from instep.core.size import Size, as_size
 from instep.data.prompt import Prompt, negatives_of, texts_of
+from instep.diffusion.guidance import GuidanceRule
 from instep.diffusion.path import Path, RectifiedFlow
 from instep.diffusion.prediction import Condition, PredictionType
 from instep.models.borrow import borrowed, borrowed_pipeline, cast, compute_dtype, visiting
@@ -56,6 +57,7 @@ class PipelineFamily(StockCalls):
     prediction_type: PredictionType = "velocity"
     denoisers: tuple[str, ...] = ("transformer",)
     boundary: float | None = None
+    guidance_rule: GuidanceRule | None = None
     passes_generator = False
     even_sigmas = False
     comfyui: ComfyUI | None = None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from instep.core.rows import by_rows
 from instep.core.shards import assign
+from instep.diffusion.guidance import GuidanceRule
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.prediction import Condition, Denoiser, Prediction, PredictionType, to_prediction
 from instep.models.backbone import Backbone, CallContext
@@ -88,6 +89,11 @@ class Role:
             return raw, None
         (tokens,) = features
         return raw, self.head(tokens)
+
+    @property
+    def guidance_rule(self) -> GuidanceRule | None:
+        """The family's."""
+        return self.backbone.family.guidance_rule
 
     def scaled(self, scale: float) -> Role:
         """The same role with its adapter at `scale`."""

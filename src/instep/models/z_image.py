@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,29 +16,12 @@ from instep.models.family import shown_tokens, skipped
 from instep.models.image_family import ImageFamily
 from instep.models.preset import Preset
 from instep.models.prompt_cache import Encoded
+from instep.models.ragged_text import RaggedText
 
 TEXT_LENGTH, PATCH = 512, 2
 
 # the pipeline writes guidance w as c + w (c - u): its 4 is 5 here
 Z_IMAGE = Preset(source="model card of Tongyi-MAI/Z-Image: 50 steps, guidance 4", guidance=5.0, sampler_steps=50, micro_batch=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZImageCondition(Condition):
-    """Text embeddings [B, L, D], of which the first `length` [B] are there."""
-
-    text: Tensor
-    length: Tensor
-
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        return self.text, torch.arange(self.text.shape[1], device=self.text.device) < self.length[:, None]
-
-    def _join(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """Batches of unequal text length are padded to the longer one."""
-        if name == "text":
-            longest = max(a.shape[1], b.shape[1])
-            a, b = (nn.functional.pad(v, (0, 0, 0, longest - v.shape[1])) for v in (a, b))
-        return torch.cat([a, b])
 
 
 def _show_tokens(block: Any, args: tuple, output: Tensor) -> None:
@@ -98,20 +80,15 @@ class ZImageFamily(ImageFamily):
         (embeddings,), _ = self.pipe.encode_prompt([text], device=self.text_device, do_classifier_free_guidance=False, max_sequence_length=self.text_length)
         return {"text": embeddings}
 
-    def blank(self, n: int) -> tuple[ZImageCondition, ZImageCondition]:
-        texts = ZImageCondition(
-            text=torch.zeros(n, TEXT_LENGTH, self.pipe.transformer.config.cap_feat_dim, device=self.device),
-            length=torch.full((n,), TEXT_LENGTH, device=self.device),
-        )
+    def blank(self, n: int) -> tuple[RaggedText, RaggedText]:
+        texts = RaggedText.blank(n, TEXT_LENGTH, self.pipe.transformer.config.cap_feat_dim, self.device)
         return texts, texts
 
-    def condition_of(self, encoded: Sequence[Encoded]) -> ZImageCondition:
-        texts = [one["text"].float() for one in encoded]
-        text = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        return ZImageCondition(text=to_device(text, self.device), length=to_device(torch.tensor([len(one) for one in texts]), self.device))
+    def condition_of(self, encoded: Sequence[Encoded]) -> RaggedText:
+        return RaggedText.of([one["text"] for one in encoded], self.device)
 
     def forward(self, module: nn.Module, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        assert isinstance(cond, ZImageCondition)
+        assert isinstance(cond, RaggedText)
         # planning has shapes and no values; its texts are of full length
         lengths = [cond.text.shape[1]] * len(x_t) if cond.length.is_meta else cond.length.tolist()
         texts = [text[:length] for text, length in zip(cond.text.to(x_t.dtype), lengths, strict=True)]

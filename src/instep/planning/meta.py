@@ -251,7 +251,7 @@ def register(tally: Tally, state: TrainState, family: Family) -> list[Any]:
         for tensor in tensors_of(module).values():
             if id(tensor) not in trained_ids:
                 tally.assign(tensor, "frozen weights")
-    vae = None if family.pipe is None else getattr(family.pipe, "vae", None)
+    vae = getattr(family if family.pipe is None else family.pipe, "vae", None)
     for tensor in () if vae is None else tensors_of(vae).values():
         tally.assign(tensor, "decoder")
     return hooks
