@@ -106,7 +106,7 @@ def export_parts(
                 command=info.command,
                 transformer=type(exported).__name__,
                 shape=shape,
-                half="" if exported.config.out_channels in (None, shape[0]) else f"[:, :{shape[0]}]",
+                half="" if getattr(exported.config, "out_channels", None) in (None, shape[0]) else f"[:, :{shape[0]}]",
                 decode="" if vae is None else DECODE.format(name=out.name),
                 sampler=sampler_difference,
                 student=student_difference,

@@ -103,10 +103,12 @@ class DiTFamily(ClassConditional):
     def shift_of(cls, scheduler: Mapping[str, Any]) -> float:
         return float(scheduler.get("shift", 1.0))
 
-    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False) -> Self:
+    def placed(
+        self, device: torch.device | str, dtype: torch.dtype | None = None, micro_batch: int | None = None, *, offload: bool = False, decodes: bool = True
+    ) -> Self:
         lender = copy.copy(self)
         lender.vae = None if self.vae is None else borrowed(self.vae)
-        return super(DiTFamily, lender).placed(device, dtype, micro_batch, offload=offload)
+        return super(DiTFamily, lender).placed(device, dtype, micro_batch, offload=offload, decodes=decodes)
 
     @property
     def vaes(self) -> list[nn.Module]:

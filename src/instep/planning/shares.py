@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,10 +47,9 @@ def sent_bytes(model: Model, stage: Stage, trace: Trace, *, sharded: bool, gpus:
     """
     if gpus == 1:
         return 0.0
-    part, sent, depth = (gpus - 1) / gpus, 0.0, model.depths[-1]
-    scale = model.blocks / depth.blocks if depth.blocks else 1.0
+    part, sent = (gpus - 1) / gpus, 0.0
     updates = {"student": stage.inner_epochs if stage.terms else 0} | {critic.role: critic.updates for critic in stage.critics}
-    sizes = {name: scale * sum(p.nbytes for p in depth.state.trained[name].masters.values()) for name in updates}
+    sizes = {name: model.over_depths(partial(_trained_bytes, name)) for name in updates}
     copies = {name for name in updates if sharded and name in model.recipe.roles and model.recipe.roles[name].lora is None}
     sent += sum(2 * part * times * sizes[name] for name, times in updates.items() if name not in copies)
     if not sharded:
@@ -70,3 +70,7 @@ def _call(depth: Depth, n: int) -> Tensor:
     cond, _ = depth.family.blank(n)
     x = torch.zeros(n, *depth.family.latent_shape, device=depth.family.device)
     return depth.state.roles["student"](x, torch.ones(n), cond).x0
+
+
+def _trained_bytes(role: str, depth: Depth) -> float:
+    return sum(p.nbytes for p in depth.state.trained[role].masters.values())

@@ -118,6 +118,11 @@ class Model:
         """One call, beside the state, without a graph."""
         return self._over_depths(lambda depth: _trace_call(depth, call))
 
+    def over_depths(self, count: Callable[[Depth], float]) -> float:
+        """A number of the whole networks, from that of each depth."""
+        first, *others = (count(depth) for depth in self.depths)
+        return first + sum(depth.share * (other - first) for other, depth in zip(others, self.depths[1:], strict=True))
+
     def _over_depths(self, trace: Callable[[Depth], Trace]) -> Trace:
         found = [trace(depth) for depth in self.depths]
         return found[0].extended(*((one, depth.share) for one, depth in zip(found[1:], self.depths[1:], strict=True)))
