@@ -34,10 +34,10 @@ SIDE, FRAMES, FPS, SHARD = 64, 9, 16.0, 1000
 
 def video(i: int) -> bytes:
     """A bright square that moves over a dark ground, its place, colour and direction made from `i`."""
-    x, y, dx, dy = i % 41, i // 41 % 41, i % 3 - 1, i // 3 % 3 - 1
+    x, y, dx, dy = 8 + i % 33, 8 + i // 33 % 33, 2 * (i % 2) - 1, i // 2 % 3 - 1
     frames = np.full((FRAMES, SIDE, SIDE, 3), 20, np.uint8)
     for f, frame in enumerate(frames):
-        top, left = max(0, y + dy * f), max(0, x + dx * f)
+        top, left = y + dy * f, x + dx * f
         frame[top : top + 16, left : left + 16] = (80 + i % 170, 80 + i // 170 % 170, 200)
     first, *others = [Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()

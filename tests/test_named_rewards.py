@@ -298,6 +298,23 @@ def test_hpsv2_from_the_published_file(clip, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_hpsv2_gives_the_values_of_open_clip(clip, tmp_path):
+    """open_clip 3.3.0's own CLIP with the same weights on the same pixels, run once in an environment of its own; HPSv2's package holds a copy of it."""
+    weights = OpenClip(len(clip[2].tokenizer)).state_dict()
+    for name, value in weights.items():
+        wave = torch.sin(0.7 * torch.arange(value.numel(), dtype=torch.float64) + len(name)).reshape(value.shape)
+        weights[name] = (0.4 * wave + (1.0 if "ln_" in name and name.endswith("weight") else 0.0)).float()
+    torch.save({"state_dict": weights}, tmp_path / "HPS_v2.1_compressed.pt")
+    convert(tmp_path / "HPS_v2.1_compressed.pt", tmp_path / "to", clip[0])
+    p = torch.arange(2 * 3 * 32 * 32, dtype=torch.float64)
+    images = (0.5 + 0.5 * torch.sin(0.013 * p * (1 + p / 4000))).reshape(2, 3, 32, 32).float()
+    scores = [
+        named("hpsv2", Choice(folder=tmp_path / "to")).score(images, prompts) for prompts in (["a hen", "two cats on a mat"], ["two cats on a mat", "a hen"])
+    ]
+    want = torch.tensor([[-0.20561090111732483, -0.41256558895111084], [-0.4016343951225281, -0.19388428330421448]])
+    torch.testing.assert_close(torch.stack(scores), want, atol=2e-5, rtol=0)
+
+
 def test_a_pickle_of_transformers_becomes_safetensors_in_place(clip, tmp_path, capsys):
     folder, network, processor = clip
     network.config.save_pretrained(tmp_path)
