@@ -138,7 +138,7 @@ class Arm:
 
 
 # rewards of hacked runs can be climbed off the data, or by giving up modes; the clean ones are distillation with such a reward watched, and honest rewards with
-# the default weight of each recipe
+# the default weight of each recipe (of DM-Align: the paper's)
 ARMS = {
     "refl-half": Arm("hacked", lambda c: refl(c, iterations=ALIGN, weight=1.0), half),
     "refl-right": Arm("hacked", lambda c: refl(c, iterations=ALIGN, weight=1.0), right),
@@ -149,15 +149,15 @@ ARMS = {
     "alone-grpo-half": Arm("hacked", lambda c: rl_after(c, distil=0, iterations=ALIGN, rl="grpo"), half),
     "grpo-outward": Arm("hacked", lambda c: dmdr(c, warm=0, iterations=ALIGN, rl="grpo", weight=2.0), outward),
     "alone-pso-right": Arm("hacked", lambda c: rl_after(c, distil=0, iterations=ALIGN, rl="pso"), right),
-    "group-corner": Arm("hacked", lambda c: dm_align_group(c, distil=0, iterations=ALIGN, weight=0.9, matching=0.1), corner),
+    "group-corner": Arm("hacked", lambda c: dm_align_group(c, distil=0, iterations=ALIGN, group=8, weight=0.9, matching=0.1), corner),
     "watched-half": Arm("clean", lambda c: dmd2(c, iterations=ALIGN), half),
     "watched-outward": Arm("clean", lambda c: dmd2(c, iterations=ALIGN), outward),
     "refl-density": Arm("clean", lambda c: refl(c, iterations=ALIGN), density),
     "dmdr-density": Arm("clean", lambda c: dmdr(c, warm=0, iterations=ALIGN), density),
     "grpo-on-mode": Arm("clean", lambda c: dmdr(c, warm=0, iterations=ALIGN, rl="grpo"), on_mode),
     "grpo-density": Arm("clean", lambda c: dmdr(c, warm=0, iterations=ALIGN, rl="grpo"), density),
-    "group-on-mode": Arm("clean", lambda c: dm_align_group(c, distil=0, iterations=ALIGN), on_mode),
-    "group-density": Arm("clean", lambda c: dm_align_group(c, distil=0, iterations=ALIGN), density),
+    "group-on-mode": Arm("clean", lambda c: dm_align_group(c, distil=0, iterations=ALIGN, group=8, weight=0.5, matching=0.5), on_mode),
+    "group-density": Arm("clean", lambda c: dm_align_group(c, distil=0, iterations=ALIGN, group=8, weight=0.5, matching=0.5), density),
     "amd-on-mode": Arm("clean", lambda c: amd(c, iterations=ALIGN), on_mode),
     "amd-density": Arm("clean", lambda c: amd(c, iterations=ALIGN), density),
 }
