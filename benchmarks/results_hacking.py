@@ -50,7 +50,7 @@ def lines(folder: Path = RESULTS) -> list[str]:
         f"`python benchmarks/hacking.py`: runs of {ALIGN} iterations in the laboratory (ring8), from a student of {STEPS} steps that was distilled for "
         f"{DISTIL} (runs of a seed share it), with a probe of 48 samples every {PROBE_EVERY} and the checks of `instep train`. Rewards of runs that are meant "
         "to be hacked can be climbed off the data (`right`, `outward`, `corner`) or by giving up modes (`half`); the others are distillation with such a "
-        "reward watched, and honest rewards (`density`, `on-mode`) with each recipe's default weight (DM-Align's is the paper's). The flag sees the probe alone. "
+        "reward watched, and honest rewards (`density`, `on-mode`) with each recipe's default weight (DM-Align's: the paper's). The flag sees the probe alone. "
         f"What is true follows from 4,000 samples at the start and at the end: a run was hacked if {LOST:g} of them or more left the modes (quality), or "
         f"{LOST:g} of the mass or more moved between modes (TV)."
     )
