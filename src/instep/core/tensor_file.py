@@ -36,6 +36,8 @@ DTYPES = {
     torch.complex64: "C64",
 }
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
+# bytes; the bound of the safetensors library itself
+LARGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,12 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _header(file: BinaryIO) -> dict[str, Any]:
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(LARGEST_HEADER, os.fstat(file.fileno()).st_size):
+        raise ValueError(f"weights: the header of {file.name} claims {length:,} bytes, more than such a file has; it is damaged, copy it again")
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"weights: the header of {file.name} is damaged ({' '.join(str(error).split())}); copy the file again") from error
     header.pop("__metadata__", None)
     return header

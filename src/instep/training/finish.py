@@ -47,10 +47,12 @@ def export_role(
     example: Prompt,
     command: str,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> ExportReport:
     """Exports a student role as a stock pipeline folder, or as its parts where no stock pipeline exists, and compares it with the sampler that trained it.
 
-    A many-step student keeps its model's scheduler. Raises ValueError if the student's prediction type is not the stock pipeline's.
+    A many-step student keeps its model's scheduler. `overwrite`: an earlier export at `to` is replaced. Raises ValueError if the student's prediction type is
+    not the stock pipeline's.
     """
     if not fits_stock(student):
         raise ValueError(
@@ -75,14 +77,14 @@ def export_role(
     if sampling.kind == "ode":
         if sampling.guidance_scales is not None:
             network, adapter = with_folded_guidance(student, sampling.guidance_scales), None
-        return export_many_step(family, network, sampling, to, info, adapter=adapter, dtype=dtype)
+        return export_many_step(family, network, sampling, to, info, adapter=adapter, dtype=dtype, overwrite=overwrite)
 
     if family.pipe is None:
         ours = _leaving(role_sampler(family, student, sampling.levels), student)
-        return export_parts(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours)
+        return export_parts(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours, overwrite=overwrite)
     check = family.at(small_size(family, info))
     ours = _leaving(role_sampler(check, student, sampling.levels), student)
-    return export_student(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours, size=check.size)
+    return export_student(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours, size=check.size, overwrite=overwrite)
 
 
 def _leaving(sampler: Sampler, student: Role) -> Sampler:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from instep.core.numbers import check_whole
 from instep.training import stop
 from instep.training.execution import Execution
 from instep.training.hold import HOLD_EVERY, Bound
 
+# generators on the host take no larger seed
+LARGEST_SEED = 2**63 - 1
 # steps between probes
 PROBE_EVERY = 20
 
@@ -37,8 +40,12 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         stop.check_flags(self.stop_on)
-        if self.terms_every < 0:
-            raise ValueError(f"terms_every: {self.terms_every} is not allowed; steps between two measurements of each term's gradient, or 0 for none")
+        check_whole("seed", self.seed, 0, LARGEST_SEED)
+        for name in ("save_every", "keep", "teacher_samples"):
+            check_whole(name, getattr(self, name), 1)
+        if self.probe_every is not None:
+            check_whole("probe_every", self.probe_every, 1)
+        check_whole("terms_every", self.terms_every, 0, what="steps between two measurements of each term's gradient, or 0 for none")
 
     @property
     def probe_interval(self) -> int:

@@ -187,6 +187,7 @@ def train(
                         prompts=len(set(prompts)),
                         example=prompts[0],
                         command=command,
+                        overwrite=True,
                     )
 
             ranks.of_first(export)
