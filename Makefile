@@ -7,7 +7,7 @@ JOBS   ?= 2
 DEMO   ?= moving-digits
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint types results clean
+.PHONY: demo test lint types results faults clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "instep: installing into $(VENV) (a few minutes the first time)"
@@ -36,3 +36,6 @@ results: $(STAMP)  ## regenerates docs/results.md and the table of docs/gpu.md f
 
 clean:
 	rm -rf $(VENV)
+
+faults: $(STAMP)  ## tries every fault in a sandbox and writes docs/faults.md; some ten minutes
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:src $(BIN)/python -m faults

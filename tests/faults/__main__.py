@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import torch
+
 from faults.all import FAULTS
 from faults.sandbox import KINDS, Fault, Outcome, tried
-
 from instep.core.files import write_text
 
 HEAD = """# Faults

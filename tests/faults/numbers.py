@@ -6,10 +6,9 @@ import math
 from functools import partial
 
 from faults.sandbox import Fault, call, command
-
 from instep.methods.recipe import AdamWConfig, LoRA, RoleConfig
+from instep.recipes.amd import amd
 from instep.recipes.common import Common
-from instep.recipes.dm_align import dm_align_group
 from instep.recipes.dmd import dmd2
 from instep.recipes.many_step import ManySteps
 from instep.training.options import RunOptions
@@ -50,7 +49,7 @@ LIBRARY = (
     ("AdamWConfig(clip=inf)", lambda: AdamWConfig(1e-3, clip=math.inf), "clip: inf is not allowed"),
     ("AdamWConfig(weight_decay=nan)", lambda: AdamWConfig(1e-3, weight_decay=math.nan), "weight_decay: nan is not allowed"),
     ("Common(guidance=inf)", lambda: Common(guidance=math.inf), "guidance: inf is not allowed"),
-    ("dm_align_group(sensitivity=nan)", lambda: dm_align_group(Common(), sensitivity=math.nan), "nan is not allowed"),
+    ("amd(sensitivity=nan)", lambda: amd(Common(), sensitivity=math.nan), "nan is not allowed"),
     ("RoleConfig(ema=nan)", lambda: RoleConfig(ema=math.nan), "ema: nan is not allowed"),
     ("dmd2(Common(shift=nan))", lambda: dmd2(Common(shift=math.nan)), "shift: nan is not allowed"),
 )

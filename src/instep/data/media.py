@@ -58,6 +58,7 @@ class LabelledPair(LabelledSample, Protocol):
     @property
     def tie(self) -> bool: ...
 
+
 # pixels of all frames of one image file, 3 bytes each: 81 frames of 1280 x 720 have 75 million
 MOST_PIXELS = 250_000_000
 
