@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 
 
 def check_whole(field: str, value: object, least: int, most: int | None = None, *, what: str = "") -> None:
     """Raises ValueError unless `value` is a whole number from `least` to `most` (None: no bound). `what` it is, for the message, instead of its range."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{field}: {value!r} is not allowed; it is a whole number")
     if value < least or (most is not None and value > most):
         raise ValueError(f"{field}: {value} is not allowed; {what or (f'it is {least} or more' if most is None else f'it is between {least} and {most}')}")

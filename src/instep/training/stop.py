@@ -121,4 +121,11 @@ def decide(out: Path, finding: Finding, known: Sequence[Probed], stop_on: Sequen
 def read(out: Path) -> Stopped | None:
     """Returns the record of a run that stopped itself, or None."""
     file = out / NAME
-    return Stopped(**read_object(file, "out", "delete it to train on, or restore it from a copy of the run")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    fix = "delete it to train on, or restore it from a copy of the run"
+    found = read_object(file, "out", fix)
+    kinds = {"step": int, "flag": str, "text": str, "kept": int, "why": str}
+    if found.keys() != kinds.keys() or not all(isinstance(found[name], kind) for name, kind in kinds.items()):
+        raise ValueError(f"out: {file} is no record of a run that stopped itself; {fix}")
+    return Stopped(**found)
