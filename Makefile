@@ -8,7 +8,7 @@ AUDIT  := build/audit
 OSV    := api.osv.dev
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint types docs sbom audit results clean
+.PHONY: demo test lint types docs sbom audit results faults clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "instep: installing into $(VENV) (a few minutes the first time)"
@@ -55,3 +55,6 @@ results: $(STAMP)  ## regenerates docs/results.md and the table of docs/gpu.md f
 
 clean:
 	rm -rf $(VENV) build
+
+faults: $(STAMP)  ## tries every fault in a sandbox and writes docs/faults.md; some ten minutes
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:src $(BIN)/python -m faults

@@ -230,14 +230,19 @@ def test_an_existing_folder_is_replaced_only_if_it_is_an_export(tmp_path):
     out, pipe, levels = folder_of(tmp_path), tiny_wan_pipeline(), few_step_levels(1)
     out.mkdir()
     (out / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(ValueError, match="overwrite=True"):
-        exported(pipe, levels, out, INFO)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="is not an earlier export"):
+            exported(pipe, levels, out, INFO, overwrite=overwrite)
     assert [p.name for p in tmp_path.rglob("*")] == ["student", "thesis.txt"]
-    exported(pipe, levels, out, INFO, overwrite=True)
-    assert not (out / "thesis.txt").exists()
-    (out / "stale").write_text("")
-    exported(pipe, few_step_levels(2), out, INFO)
-    assert not (out / "stale").exists() and [p.name for p in tmp_path.iterdir()] == ["student"]
+    (out / "thesis.txt").unlink()
+    exported(pipe, levels, out, INFO)
+    (out / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(ValueError, match="holds an earlier export; .*overwrite=True"):
+        exported(pipe, few_step_levels(2), out, INFO)
+    exported(pipe, few_step_levels(2), out, INFO, overwrite=True)
+    assert (out / "thesis.txt").read_text() == "irreplaceable" and [p.name for p in tmp_path.iterdir()] == ["student"]
+    record = json.loads((out / "instep_export.json").read_text())
+    assert len(record["levels"]) == 2 and "thesis.txt" not in record["files"] and {"model_index.json", "README.md"} <= set(record["files"])
 
 
 def test_a_failed_export_leaves_the_earlier_one(tmp_path):

@@ -129,7 +129,7 @@ def test_what_does_not_go_together_is_refused():
         dance_grpo(fraction=0)
     with pytest.raises(ValueError, match="noise: 0 is not allowed"):
         flow_grpo(noise=0)
-    with pytest.raises(ValueError, match="steps: 1 is not allowed for a many-step model"):
+    with pytest.raises(ValueError, match="steps: 1 is not allowed; a many-step model has 2 to 1000"):
         build("flow-grpo", common(), 9)
     assert flow_dpo().stages[0].needs == {"reward", "reference"} and isinstance(flow_grpo().stages[0].rollout.transition, FlowSDE)
     assert Sampling((1.0,)).kind == "few-step"

@@ -146,8 +146,9 @@ def test_json_lines(tmp_path):
     lines = [{"prompt": " a seven "}, {"id": 3, "prompt": "ein Löwe"}, {"prompt": "two\u2028paragraphs"}]
     text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     assert load_prompts(written(tmp_path, text.encode(), "prompts.jsonl")) == texts("a seven", "ein Löwe", "two\u2028paragraphs")
-    # without the name it is text, and a brace is a brace
-    assert load_prompts(written(tmp_path, b'{"prompt": "x"}')) == texts('{"prompt": "x"}')
+    # without the name too, if all lines are such objects; otherwise it is text, and a brace is a brace
+    assert load_prompts(written(tmp_path, b'{"prompt": "x"}\n{"prompt": "y"}')) == texts("x", "y")
+    assert load_prompts(written(tmp_path, b'{"prompt": "x"}\na seven')) == texts('{"prompt": "x"}', "a seven")
 
 
 @pytest.mark.parametrize("wrong", [b'{"prompt": "x"', b"a seven", b'{"text": "x"}', b'["x"]', b'"x"', b"3", b"null"])

@@ -247,5 +247,5 @@ def test_torchrun_starts_a_run_again_which_goes_on_and_saves_at_a_signal_of_slur
 
 def test_a_patience_of_no_length_is_refused():
     for minutes in (0, -1, float("nan"), 1e9):
-        with pytest.raises(ValueError, match="patience: .* is not allowed; minutes that a process waits for another one, above 0"):
+        with pytest.raises(ValueError, match="patience: .* is not allowed; .*minutes"):
             RunOptions(patience=minutes)

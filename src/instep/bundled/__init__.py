@@ -4,7 +4,6 @@ command line except the laboratory and human evaluation; no other room names a b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from instep.core.json_files import read_object
 from instep.core.size import Size, as_size
 
 if TYPE_CHECKING:
@@ -104,4 +104,5 @@ def settings_of(model: str | Path) -> ModelSettings | None:
 def base_model(folder: Path) -> str | None:
     """The model that a folder was tuned from, if it is an export of a run; else None."""
     file = folder / "instep_export.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("info", {}).get("base_model") if file.is_file() else None
+    info = read_object(file, "model", "export the student again").get("info") if file.is_file() else None
+    return info.get("base_model") if isinstance(info, dict) else None

@@ -19,6 +19,8 @@ from instep.bundled.world import Evaluation
 from instep.cli import default_threads
 from instep.cli.export import newest_step, read_run, sampling_of, student_of
 from instep.core.files import write_json
+from instep.core.numbers import check_number, check_whole
+from instep.core.outputs import check_output
 from instep.data.prompt import Prompt
 from instep.diffusion.prediction import Denoiser
 from instep.diffusion.sampling import Sampling
@@ -74,8 +76,13 @@ class EvalArgs:
     teacher: Annotated[str, tyro.conf.arg(help=TEACHER_HELP)] = DEFAULT
 
     def __post_init__(self) -> None:
-        if self.copies < 1:
-            raise ValueError(f"copies: {self.copies} is not allowed; 1 or more samples a prompt")
+        check_whole("copies", self.copies, 1)
+        check_whole("seed", self.seed, 0)
+        check_number("real_fps", self.real_fps, 0, open_below=True)
+        for steps in (*self.teacher_steps, *(() if self.steps is None else (self.steps,))):
+            check_whole("steps", steps, 1)
+        if self.guidance is not None:
+            check_number("guidance", self.guidance, 0, what="it is a finite scale, 0 or more; 1 is none")
         if self.prompts is None and (given := next((name for name in ("reward", "real", "features", "classifier") if getattr(self, name) is not None), None)):
             raise ValueError(f"{given}: it measures samples of your own prompts; give them with --prompts FILE")
 
@@ -87,7 +94,9 @@ class ReportArgs:
     dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of runs: first the run of interest, then its controls; runs that differ from it only in the seed are averaged with it."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """The page; an earlier report is replaced."""
+    """The page."""
+    overwrite: bool = False
+    """Replace an earlier report. Any other file stays, and is named."""
 
 
 def eval_command(args: EvalArgs) -> int:
@@ -118,8 +127,9 @@ def evaluation_of(name: str) -> Evaluation:
 
 
 def report_command(args: ReportArgs) -> int:
-    from instep.report import write_report
+    from instep.report import is_report, write_report
 
+    check_output("out", args.out, overwrite=args.overwrite, ours=is_report)
     for folder in args.dirs:
         read_run(folder)
     write_report(list(args.dirs), args.out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,10 +10,12 @@ import torch
 import tyro
 
 from instep.bundled import WORLDS, load
+from instep.core.json_files import read_object
 from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.sampling import Sampling
+from instep.export.rules import check_target
 from instep.methods.recipe import LoRA
 from instep.models.backbone import Backbone
 from instep.models.family import Family
@@ -41,6 +42,8 @@ class ExportArgs:
     """The same for skip-layer guidance (`apo --draw-skip LOW HIGH`)."""
     raw: bool = False
     """Export the student itself instead of its moving average."""
+    overwrite: bool = False
+    """Replace an earlier export in that folder. Files that instep did not write stay there."""
     model: str | None = None
     """The base model's folder, if it has moved since the run."""
 
@@ -49,6 +52,7 @@ def export_command(args: ExportArgs) -> int:
     """Exports the student and prints the difference between stock diffusers and our own sampler."""
     record = read_run(args.dir)
     # invalid options are rejected before anything is loaded
+    check_target(args.to, args.overwrite)
     sampling = at_guidance_scales(sampling_of(record, newest_step(args.dir)), record, args.guidance, args.skip)
     styles = [Style.of_json(style) for style in record.get("styles", ())]
     if styles and args.model is None:
@@ -71,6 +75,7 @@ def export_command(args: ExportArgs) -> int:
         styles=styles or None,
         teacher=(record.get("teacher") or {}).get("model"),
         dtype=getattr(torch, args.dtype),
+        overwrite=args.overwrite,
     )
     off = f"; stock diffusers differs from our sampler by {report.sampler_difference:.1e}" if sampling.kind == "few-step" else ""
     print(f"wrote {report.folder} ({report.size_bytes / 1e6:.1f} MB){off}")
@@ -82,7 +87,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     file = folder / "recipe.json"
     if not file.is_file():
         raise ValueError(f"dir: {folder} holds no run (recipe.json is missing); give the folder that `instep train --out` wrote")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_object(file, "dir", "restore it from a copy of the run, or train anew in another folder")
 
 
 def sampling_of(record: dict[str, Any], step: int | None = None) -> Sampling:

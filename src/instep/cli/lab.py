@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from instep.core.files import write_json, write_text
+from instep.core.numbers import check_number, check_whole
 
 # flow matching of the network that students and fakes start from
 START_STEPS = 5000
@@ -49,8 +50,9 @@ class LabArgs:
 
     def __post_init__(self) -> None:
         for name in ("steps", "iterations", "members"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; 1 or more")
+            check_whole(name, getattr(self, name), 1)
+        check_whole("seed", self.seed, 0)
+        check_number("guidance", self.guidance, 0, what="it is a finite scale, 0 or more; 1 is none")
         if self.student == "particles" and self.steps != 1:
             raise ValueError(f"steps: {self.steps} is not allowed with particles; they stand for the samples of one step")
 

@@ -31,16 +31,23 @@ Begin with:  instep train dm-align-group --out runs/first
 Help on one: instep train RECIPE --help
 """
 
+# the status of an exception that no command foresees (EX_SOFTWARE of sysexits.h)
+UNEXPECTED = 70
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 2 for a user's error, 1 for a result that cannot be used. Both are one line on stderr, not a traceback; a
-    closed pipe (`| head`) is not reported.
+    closed pipe (`| head`) is not reported. Ctrl-C is 130, in one line too. Any other exception is an error of instep (status 70): its traceback is
+    saved, and its path is printed.
     """
     try:
         try:
             return _main(list(sys.argv[1:] if argv is None else argv))
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted: what was being written is whole or not there; the same command begins again, or goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is left to flush at exit
         return 141  # a shell's status for SIGPIPE
@@ -81,8 +88,28 @@ def _main(args: list[str]) -> int:
         if isinstance(error, BrokenPipeError) or os.environ.get("INSTEP_TRACEBACK"):
             raise
         wait_to_speak(error)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1 if isinstance(error, Unusable) else 2
+    except Exception as error:
+        if os.environ.get("INSTEP_TRACEBACK"):
+            raise
+        wait_to_speak(error)
+        print(f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}; this is unexpected: {_saved_traceback(args, error)}", file=sys.stderr)
+        return UNEXPECTED
+
+
+def _saved_traceback(args: Sequence[str], error: Exception) -> str:
+    """Writes the traceback of an error to a file of its own, and returns where it is and what to do with it."""
+    import tempfile
+    import traceback
+
+    text = f"instep {shlex.join(args)}\n\n{''.join(traceback.format_exception(error))}"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="instep-traceback-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as full:
+        return f"its traceback could not be saved ({full.strerror}); INSTEP_TRACEBACK=1 prints it"
+    return f"its traceback is in {file.name}; please report it with that file"
 
 
 def _train(args: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from instep.bundled import DEFAULT, LISTED
+from instep.core.outputs import check_output
 
 FEATURES_HELP = (
     f"Its features: from the training classifier of a bundled model ({LISTED}; of the monitor with :monitor after it), or the folder of a CLIP or SigLIP of "
@@ -160,7 +161,7 @@ def export_pairs_command(args: ExportPairsArgs) -> int:
     from instep.human_eval.pairs import pairs_of
     from instep.human_eval.store import Store
 
-    _free(args.out)
+    check_output("out", args.out)
     check_format(args.out)
     store = Store(args.store)
     found = pairs_of(store, args.questions, each=args.each, ties=args.ties)
@@ -173,7 +174,7 @@ def import_pairs_command(args: ImportPairsArgs) -> int:
     from instep.data.foreign_pairs import Columns, import_pairs
     from instep.data.pairs import check_format, write_pairs
 
-    _free(args.out)
+    check_output("out", args.out)
     check_format(args.out)
     columns = Columns(
         args.prompt_column,
@@ -196,7 +197,7 @@ def slow_pairs_command(args: SlowPairsArgs) -> int:
     from instep.data.pairs import check_format, write_pairs
     from instep.data.slow_copies import slow_copies, videos_of
 
-    _free(args.out)
+    check_output("out", args.out)
     check_format(args.out)
     pairs, videos = videos_of(args.source)
     chosen = sorted(random.Random(args.seed).sample(range(len(videos)), max(1, round(args.share * len(videos)))))
@@ -216,7 +217,7 @@ def fit_pairs_command(args: FitPairsArgs) -> int:
     from instep.data.pairs import read_pairs
     from instep.rewards.preferences import learn, save
 
-    _free(args.out)
+    check_output("out", args.out)
     torch.set_num_threads(default_threads())
     device = checked_device(args.device)
     pairs = read_pairs(args.pairs)
@@ -267,8 +268,3 @@ def _watched(todo: list[Any]) -> Iterator[Any]:
                 reported = now
                 left = (now - begun) / (done + 1) * (len(todo) - done - 1)
                 print(f"media: {done + 1}/{len(todo)}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
-
-
-def _free(out: Path) -> None:
-    if out.exists():
-        raise ValueError(f"out: {out} exists; choose another name, nothing is overwritten unasked")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,11 @@ from torch import Tensor
 from instep.bundled import LISTED, WORLDS, find, folder_of
 from instep.cli import default_threads
 from instep.core.files import atomic_dir, write_json
+from instep.core.json_files import read_object
+from instep.core.numbers import check_number, check_whole
+from instep.core.outputs import check_output
 from instep.core.size import Size
-from instep.data.animation import save_animation, tile
+from instep.data.animation import FORMATS, save_animation, tile
 from instep.data.benchmarks import Layout
 from instep.data.prompt import Prompt, with_negative
 from instep.models.families import family_class
@@ -62,18 +64,25 @@ class SampleArgs:
     size: tuple[int, int, int] | None = None
     """Height, width, frames; default: the size that the student was trained at."""
 
+    def __post_init__(self) -> None:
+        check_whole("copies", self.copies, 1)
+        check_whole("seed", self.seed, 0)
+        if self.steps is not None:
+            check_whole("steps", self.steps, 1)
+        if self.guidance is not None:
+            check_number("guidance", self.guidance, 0, what="it is a finite scale, 0 or more; 1 is none")
+
 
 def sample_command(args: SampleArgs) -> int:
     """Samples with stock diffusers and writes one animation."""
     copies = 4 if args.copies is None else args.copies
+    if args.each is not None:
+        check_output("each", args.each)
+    check_output("out", args.out, suffixes=tuple(FORMATS))
     folder, record = find_pipeline(args.dir)
     family = family_in(args.dir, folder, record, Size(*args.size) if args.size else None)
     settings = settings_of(folder, record, family, args.steps, args.guidance)
     steps, guidance, guidance_2 = settings.steps, settings.guidance, settings.guidance_2
-    if args.each is not None and args.each.exists():
-        raise ValueError(f"each: {args.each} exists; choose another folder, nothing is overwritten unasked")
-    if args.out.exists():
-        raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
     torch.set_num_threads(default_threads())
     prompts = with_negative([Prompt.parse(prompt) for prompt in args.prompts] or shown_by(args.dir, record), args.negative_prompt)
     torch.manual_seed(args.seed)
@@ -106,7 +115,7 @@ class Settings:
 
 def settings_of(folder: Path, record: dict | None, family: Family, steps: int | None, guidance: float | None) -> Settings:
     """The given settings, else a student's own, else those of the model's card. Raises ValueError for those that a student cannot be sampled with."""
-    count = steps or (len(record["levels"]) if record else family.preset.sampler_steps)
+    count = steps if steps is not None else (len(record["levels"]) if record else family.preset.sampler_steps)
     usual = record.get("guidance", 1.0) if record else family.preset.guidance
     scale = usual if guidance is None else guidance
     scale_2 = family.preset.guidance_2 if record is None and guidance is None else None
@@ -142,7 +151,7 @@ def find_pipeline(name: str) -> tuple[Path, dict | None]:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"dir: {name!r} is neither a finished run, an exported student nor a diffusers pipeline folder; `instep train` makes a run")
     record = folder / "instep_export.json"
-    return folder, json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    return folder, read_object(record, "dir", "export the student again") if record.is_file() else None
 
 
 def shown_by(name: str, record: dict | None) -> Sequence[Prompt]:
@@ -164,7 +173,7 @@ def family_in(name: str, folder: Path, record: dict | None, size: Size | None) -
         return find(name).load(size)
     if size is None and record is not None:
         size = Size(**record["info"]["size"])
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_object(folder / "model_index.json", "dir", "download or export the model again")
     check_folder(folder)
     family = cast(Family, family_class(index.get("_class_name", ""), index).load(folder, size, name))
     base = record["info"]["base_model"] if record is not None else None

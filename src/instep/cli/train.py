@@ -15,6 +15,7 @@ from instep.bundled import DEFAULT, DESCRIBED, WORLDS, find, load
 from instep.cli import default_threads
 from instep.cli.rewards import load_reward
 from instep.core.elsewhere import wait_to_speak
+from instep.core.numbers import check_number, check_whole
 from instep.core.ranks import joined
 from instep.core.size import Size
 from instep.core.user_code import load_function
@@ -28,7 +29,7 @@ from instep.rewards.base import Reward
 from instep.training.execution import Execution
 from instep.training.hold import parse as parse_hold
 from instep.training.loop import Interrupted
-from instep.training.options import RunOptions
+from instep.training.options import LARGEST_SEED, RunOptions
 from instep.training.probe import KnownTeacher, Monitor, few_of
 from instep.training.run import Run, final_samples, train
 
@@ -118,8 +119,10 @@ class TrainArgs:
     def __post_init__(self) -> None:
         whole = {"save_every": self.save_every, "probe_every": self.probe_every, "threads": self.threads, "teacher_samples": self.teacher_samples}
         for name, value in whole.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} is not allowed; it is 1 or more")
+            if value is not None:
+                check_whole(name, value, 1)
+        check_whole("seed", self.seed, 0, LARGEST_SEED)
+        check_number("real_fps", self.real_fps, 0, open_below=True)
 
 
 @dataclass(frozen=True)

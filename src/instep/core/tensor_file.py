@@ -36,6 +36,8 @@ DTYPES = {
     torch.complex64: "C64",
 }
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
+# bytes; the bound of the safetensors library itself
+LARGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,28 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _header(file: BinaryIO) -> dict[str, Any]:
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(LARGEST_HEADER, os.fstat(file.fileno()).st_size):
+        raise ValueError(f"weights: the header of {file.name} claims {length:,} bytes, more than such a file has; it is damaged, copy it again")
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"weights: the header of {file.name} is damaged ({' '.join(str(error).split())}); copy the file again") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"weights: the header of {file.name} is no object; the file is damaged, copy it again")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise ValueError(f"weights: {file.name} describes {name!r} by values that do not fit each other; the file is damaged, copy it again")
     return header
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a header's value describes a tensor: a known dtype, a shape, and as many bytes as both take."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in TYPES:
+        return False
+    shape, offsets = entry.get("shape", ()), entry.get("data_offsets", ())
+    for value in (shape, offsets):
+        if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value):
+            return False
+    return len(offsets) == 2 and offsets[1] - offsets[0] == prod(shape) * TYPES[entry["dtype"]].itemsize

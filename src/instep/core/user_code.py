@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +39,44 @@ def source_identity(function: Callable[..., Any]) -> str:
     Of a function without a file (typed into an interpreter) the name alone is returned.
     """
     name = f"{function.__module__}:{function.__qualname__}"
-    file = inspect.getsourcefile(inspect.unwrap(function))
-    if file is None or not Path(file).is_file():
-        return name
-    return f"{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
+    file = _file_of(function)
+    return name if file is None else f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+
+
+def sources_in(value: Any) -> list[str]:
+    """Return the `source_identity` of a user's own functions and classes in an object: itself, and what the fields of a dataclass of this package hold."""
+    if isinstance(value, tuple | list):
+        return [found for part in value for found in sources_in(part)]
+    if isinstance(value, functools.partial):
+        return sources_in(value.func)
+    if inspect.ismethod(value):
+        value = value.__func__
+    code = value if inspect.isfunction(value) else type(value)
+    file = _file_of(code)
+    if file is not None and is_users(file):
+        return [source_identity(code)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [found for field in dataclasses.fields(value) for found in sources_in(getattr(value, field.name))]
+    return []
+
+
+def is_users(file: Path) -> bool:
+    """Whether a file is the user's own: of neither this package, nor an installed one, nor Python itself."""
+    place = file.resolve()
+    ours = [Path(__file__).parents[1], Path(sysconfig.get_path("stdlib"))]
+    return "site-packages" not in place.parts and not any(place.is_relative_to(folder.resolve()) for folder in ours)
+
+
+def line_of(error: BaseException) -> str:
+    """Return ", at file.py, line 7" of the innermost line of the user's own code that an error passed through; empty where there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(Path(frame.filename))]
+    return f", at {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+
+
+def _file_of(code: Callable[..., Any]) -> Path | None:
+    """The file that a function or class stands in; None if there is none."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(code))
+    except TypeError:  # built in, or made in an interpreter
+        return None
+    return Path(file) if file is not None and Path(file).is_file() else None

@@ -59,6 +59,10 @@ class LabelledPair(LabelledSample, Protocol):
     def tie(self) -> bool: ...
 
 
+# pixels of all frames of one image file, 3 bytes each: 81 frames of 1280 x 720 have 75 million
+MOST_PIXELS = 250_000_000
+
+
 def read_media(path: Path, frames: int | None = None, shape: Size | None = None) -> Tensor:
     """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1]. Raises ValueError, with the fix, for a file that cannot be read.
 
@@ -110,6 +114,9 @@ def _images(path: Path) -> tuple[Tensor, list[float]]:
     frames, durations = [], []
     try:
         with Image.open(path) as image:
+            # the header alone is read so far
+            if (pixels := image.width * image.height * getattr(image, "n_frames", 1)) > MOST_PIXELS:
+                raise ValueError(f"it holds {pixels:,} pixels in all its frames, more than {MOST_PIXELS:,}; reduce or shorten it")
             for frame in ImageSequence.Iterator(image):
                 frames.append(torch.from_numpy(np.array(frame.convert("RGB"))))
                 durations.append(float(frame.info.get("duration") or 0))  # a WebP's is known once its frame is decoded

@@ -7,6 +7,8 @@ prompts (text files, the command line) and where prompts were stored as text (re
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+# bytes of a file of prompts, and characters of one prompt: text encoders read 77 to 512 tokens
+LARGEST, LONGEST = 256_000_000, 20_000
+COLUMNS = ("prompt", "image", "negative", "negative_prompt")
 _FORM = re.compile(r"(.*?)\s*(?:\[image: ([^\[\]]+)\]\s*)?(?:\[negative: (.*)\]\s*)?", re.DOTALL)
 _NAME = re.compile(r"[^\[\]]+")
 
@@ -100,14 +105,18 @@ def is_file_name(image: Path | str) -> bool:
 
 
 def load_prompts(path: Path | str) -> list[Prompt]:
-    """The prompts of a .txt (one a line in their written form, blank lines skipped) or .jsonl file.
+    """The prompts of a .txt (one a line in their written form, blank lines skipped), .jsonl, .json or .csv file.
 
-    A line of the latter is an object with "prompt" and, if it has them, "image" (a file, from where the prompt file lies) and "negative" (or
-    "negative_prompt"). ValueError names the file and the line that is wrong.
+    A line of .jsonl is an object with "prompt" and, if it has them, "image" (a file, from where the prompt file lies) and "negative" (or
+    "negative_prompt"). A .json file is a list of texts or of such objects, and the first line of a .csv file names such columns. A .txt file whose lines
+    are all such objects is read as .jsonl. ValueError names the file and the line that is wrong, and a file or a prompt that is too long (`LARGEST`,
+    `LONGEST`).
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"prompts: {path} is not a file that exists; give a text file with one prompt a line")
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"prompts: {path} has {size / 1e6:.0f} MB, and at most {LARGEST / 1e6:.0f} MB are read; split the file")
     try:
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
@@ -121,7 +130,55 @@ def load_prompts(path: Path | str) -> list[Prompt]:
     lines = [(i, line.strip()) for i, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"prompts: {path} is empty; write at least one prompt, one a line")
-    return [_from_json(path, i, line) if path.suffix.lower() == ".jsonl" else Prompt.parse(line) for i, line in lines]
+    kind = path.suffix.lower()
+    if kind in (".json", ".csv"):
+        lines = _json_list(path, text) if kind == ".json" else _csv_rows(path, text)
+    in_json = kind in (".json", ".jsonl", ".csv") or all(_is_row(line) for _, line in lines)
+    found = [_from_json(path, i, line) if in_json else _written(path, i, line) for i, line in lines]
+    for (i, _), prompt in zip(lines, found, strict=True):
+        if len(prompt.text) > LONGEST or len(prompt.negative or "") > LONGEST:
+            raise ValueError(f"prompts: {path}, line {i} holds a prompt of more than {LONGEST} characters, far beyond what a text encoder reads; shorten it")
+    return found
+
+
+def _json_list(path: Path, text: str) -> list[tuple[int, str]]:
+    """The items of a JSON list, numbered from 1, each as an object in JSON."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"prompts: {path} is no JSON ({error}); write a list of texts, or one prompt a line in a .txt file") from error
+    if not isinstance(found, list) or not found:
+        raise ValueError(f'prompts: {path} holds no list with items; write a list of texts, or of objects with a "prompt"')
+    return [(i, json.dumps({"prompt": item} if isinstance(item, str) else item)) for i, item in enumerate(found, 1)]
+
+
+def _csv_rows(path: Path, text: str) -> list[tuple[int, str]]:
+    """The rows of a table with a header, each as an object in JSON, with the number of its last line."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        if "prompt" not in (reader.fieldnames or ()):
+            raise ValueError(f'prompts: {path} has the columns {", ".join(reader.fieldnames or ())}; its first line names a column "prompt"')
+        rows = [(reader.line_num, json.dumps({key: value for key, value in row.items() if key in COLUMNS and value})) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"prompts: {path}, line {reader.line_num} is no row of a CSV file ({error}); fix or remove it") from error
+    if not rows:
+        raise ValueError(f"prompts: {path} has no row below its header; write at least one prompt")
+    return rows
+
+
+def _is_row(line: str) -> bool:
+    """Whether a line of a text file is an object in JSON that has a prompt."""
+    try:
+        return line.startswith("{") and "prompt" in json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _written(path: Path, i: int, line: str) -> Prompt:
+    try:
+        return Prompt.parse(line)
+    except ValueError as error:
+        raise ValueError(f"prompts: {path}, line {i}: {error}") from error
 
 
 def _from_json(path: Path, i: int, line: str) -> Prompt:
@@ -129,7 +186,7 @@ def _from_json(path: Path, i: int, line: str) -> Prompt:
         row: dict[str, Any] = json.loads(line)
         text, image = row["prompt"], row.get("image")
         negatives = [row[name] for name in ("negative", "negative_prompt") if row.get(name) is not None]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         form = '{"prompt": "..."}'
         raise ValueError(f"prompts: {path}, line {i} is not of the form {form} ({type(error).__name__}); fix or remove it") from error
     if not isinstance(text, str) or not text.strip():

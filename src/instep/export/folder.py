@@ -21,7 +21,7 @@ from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, many_step_car
 from instep.export.limits import check_differences
 from instep.export.load import load_pipeline
 from instep.export.lora import lora_files, save_loras
-from instep.export.rules import RECORD, check_adapter, check_dtype, check_sampler, check_target
+from instep.export.rules import RECORD, check_adapter, check_dtype, check_sampler, check_target, keep_others
 from instep.export.verify import (
     EARLIER,
     Sampler,
@@ -121,7 +121,7 @@ def export_student(
         if family.comfyui:
             _write_comfyui(temporary, family, network, weights, dtype, levels, info, measured)
         (temporary / "README.md").write_text(model_card(info, levels, measured))
-        size_bytes = _sync(temporary)
+        size_bytes = _sync(out, temporary)
     return ExportReport(out, levels, measured.sampler_difference, measured.student_difference, off, len(keys), size_bytes)
 
 
@@ -162,7 +162,7 @@ def export_many_step(
         device = family.device
         _check_stock(temporary, family.at(small_size(family, info)), [info.example_prompt], FEW, sampling.guidance, device, dtype)
         (temporary / "README.md").write_text(many_step_card(info, sampling, family.task, family.guidance_arguments(sampling.guidance)))
-        size_bytes = _sync(temporary)
+        size_bytes = _sync(out, temporary)
     return ExportReport(out, sampling.levels, math.nan, math.nan, math.nan, len(keys), size_bytes)
 
 
@@ -240,8 +240,9 @@ def _write_comfyui(
     (folder / "comfyui_workflow.json").write_text(json.dumps(graph, indent=2))
 
 
-def _sync(folder: Path) -> int:
-    """Flushes everything in `folder` to disk; returns its size in bytes."""
+def _sync(out: Path, folder: Path) -> int:
+    """Completes the new export in `folder`, which takes the place of `out`, and flushes it to disk; returns its size in bytes."""
+    keep_others(out, folder)
     size = 0
     for path in folder.rglob("*"):
         if path.is_file():

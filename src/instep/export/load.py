@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from instep.core.json_files import read_object
 from instep.core.quiet import quiet
 from instep.core.tensor_file import dtypes_in, read_tensors
 
@@ -50,7 +50,7 @@ def narrow_networks(folder: Path) -> dict[str, Any]:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return read_object(folder / "model_index.json", "dir", "export the student again")
 
 
 def widened(folder: Path, kind: Any, device: torch.device | str = "cpu") -> Any:

@@ -5,7 +5,9 @@ What ComfyUI cannot run is no reason to refuse: the card states it.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from instep.core.json_files import read_object
 from instep.core.unusable import Unusable, is_finite, named
 from instep.export.scheduler import few_step_scheduler
 from instep.models.adapters import Weight, has_adapter, lora_layers, plain_weights
@@ -34,16 +37,36 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 
 
 def check_target(out: Path, overwrite: bool = False) -> None:
-    """Raises ValueError for a folder that holds something else than an export (unless `overwrite`), that cannot be made, or whose name does not fit."""
+    """Raises ValueError for a folder that holds something else than an export, or an export without `overwrite`; and for one that cannot be made.
+
+    Of an earlier export only the files that instep wrote are replaced (`keep_others`).
+    """
     if not out.name or len(os.fsencode(out.name)) > LONGEST - TEMPORARY:
         raise ValueError(f"out: the name {out.name!r} is not allowed for a new folder; it has 1 to {LONGEST - TEMPORARY} bytes; choose another")
-    empty = out.is_dir() and not any(out.iterdir())
-    if out.exists() and not empty and not overwrite and not (out / RECORD).is_file():
-        raise ValueError(f"out: {out} exists and is not an earlier export; allowed: a new path, an earlier export; choose another or pass overwrite=True")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / RECORD).is_file():
+            raise ValueError(f"out: {out} exists and is not an earlier export; allowed: a new or empty folder, or an earlier export; choose another")
+        if not overwrite:
+            raise ValueError(f"out: {out} exists and holds an earlier export; choose another folder, or replace that export with --overwrite (overwrite=True)")
     there = next(folder for folder in out.absolute().parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "is not a folder" if not there.is_dir() else "cannot be written to"
         raise ValueError(f"out: {out} cannot be made, because {there} {what}; choose another path")
+
+
+def keep_others(out: Path, new: Path) -> None:
+    """Lists the files of the export in `new` in its record, and copies the files of `out`, an earlier export, that instep did not write into it."""
+    record: dict[str, Any] = json.loads((new / RECORD).read_text(encoding="utf-8"))
+    names = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
+    (new / RECORD).write_text(json.dumps({**record, "files": names}, indent=2), encoding="utf-8")
+    if not (out / RECORD).is_file():
+        return
+    written = {*read_object(out / RECORD, "out", "choose another folder").get("files", ()), *names}
+    for path in out.rglob("*"):
+        name = path.relative_to(out)
+        if path.is_file() and name.as_posix() not in written:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, new / name)
 
 
 def check_sampler(family: Family, sampling: Sampling) -> Any:
@@ -95,5 +118,5 @@ def check_run(family: Family, sampling: Sampling, out: Path, adapter: bool) -> N
     check_sampler(family, sampling)
     if not adapter:
         check_adapter(family, family.pretrained, None)
-    check_target(out)
+    check_target(out, overwrite=True)
     check_finite(networks(family))

@@ -10,6 +10,9 @@ from typing import Any
 
 from instep.human_eval.clip import FRAME_MS, SHEET_PIXELS, VIDEOS, Clip
 
+# pixels of all frames of one file, 3 bytes each
+MOST_PIXELS = 250_000_000
+
 
 def inspect(path: Path) -> Clip:
     """Returns the content type of `path`; decodes every frame of an image or animation once. Raises ValueError if the file cannot be read."""
@@ -30,6 +33,9 @@ def read(path: Path) -> tuple[list[Any], list[int]]:
 
     try:
         with Image.open(path, formats=("WEBP", "GIF", "PNG")) as image:
+            # the header alone is read so far
+            if (pixels := image.width * image.height * getattr(image, "n_frames", 1)) > MOST_PIXELS:
+                raise ValueError(f"it holds {pixels:,} pixels in all its frames, more than {MOST_PIXELS:,}; reduce or shorten it")
             frames, durations = [], []
             for frame in ImageSequence.Iterator(image):
                 frames.append(frame.convert("RGB"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from instep.core.numbers import check_number, check_whole
 from instep.diffusion.guidance_scales import GuidanceRange, GuidanceScales
 from instep.diffusion.levels import check_levels
 from instep.diffusion.prediction import PredictionType
@@ -18,6 +20,9 @@ from instep.methods.latent_reward_model import LatentRewardShape
 from instep.methods.matching import DistributionMatching
 from instep.methods.term import Critic, Force, Need, Objective, Term
 
+# the ranks of matrices of the widest networks here end at a few thousand: a larger adapter adds parameters and nothing else
+LARGEST_RANK = 2048
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -27,8 +32,8 @@ class LoRA:
     alpha: float = 32.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora_rank: {self.rank} is not allowed; 1 or more, 4 to 128 are usual")
+        check_whole("lora_rank", self.rank, 1, LARGEST_RANK, what=f"1 to {LARGEST_RANK}, 4 to 128 are usual")
+        check_number("lora_alpha", self.alpha, 0, open_below=True)
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,13 @@ class AdamWConfig:
     """Last fraction of each stage over which the learning rate falls to zero."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr: {self.lr} is not allowed; it is positive")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay: {self.decay} is not allowed; it is the fraction of a stage, between 0 and 1")
+        check_number("lr", self.lr, 0, open_below=True, what="it is positive and finite")
+        for i, beta in enumerate(self.betas):
+            check_number(f"betas[{i}]", beta, 0, 1, open_above=True)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_number("clip", self.clip, 0, open_below=True, what="it is a positive norm; 1e9 never scales a gradient down, and 0 would train nothing")
+        check_whole("warmup", self.warmup, 0)
+        check_number("decay", self.decay, 0, 1, what="it is the fraction of a stage, between 0 and 1")
 
     def lr_at(self, step: int, progress: float) -> float:
         """Learning rate at the run's step (0-based) and a stage's progress in [0, 1)."""
@@ -83,8 +91,8 @@ class RoleConfig:
     guidance_range: GuidanceRange | None = None
 
     def __post_init__(self) -> None:
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema: {self.ema} is not allowed; a decay lies in [0, 1), or None for no average")
+        if self.ema is not None:
+            check_number("ema", self.ema, 0, 1, open_above=True, what="a decay lies in [0, 1), or None for no average")
 
 
 @dataclass(frozen=True)
@@ -277,6 +285,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
+        check_finite(self)
+        for name, value in (("guidance", self.guidance), ("guidance_2", self.guidance_2)):
+            if value is not None:
+                check_number(name, value, 0, what="it is a finite scale, 0 or more; 1 is none")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"recipe {self.name!r}: two stages share a name in {names}; references, checkpoints and the log tell them apart by it")
@@ -361,6 +373,21 @@ def _check_reward_on(stage: Stage) -> None:
             if "reward" in part.needs and getattr(part, "on", "final") != "exit":
                 name = getattr(part, "name", type(part).__name__)
                 raise ValueError(f"reward_on: exit is not allowed in stage {stage.name!r}, where {name!r} compares final samples; use final")
+
+
+def check_finite(value: Any, field: str = "recipe") -> None:
+    """Raises ValueError that names the field of a recipe, or of any part of it, whose number is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{field}: {value} is not allowed; it is a finite number")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for f in dataclasses.fields(value):
+            check_finite(getattr(value, f.name), f.name)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            check_finite(part, str(key))
+    elif isinstance(value, tuple | list | frozenset):
+        for part in value:
+            check_finite(part, field)
 
 
 def describe(value: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from instep.core.json_files import read_object
 
 INDEX = "model_index.json"
 
@@ -16,4 +17,4 @@ def is_model_folder(folder: Path) -> bool:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_object(file, "model", "download or save the model again") if file.is_file() else {}

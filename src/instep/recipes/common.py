@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from instep.core.numbers import check_number, check_whole
 from instep.diffusion.levels import LevelSampler, Uniform, few_step_levels
 from instep.diffusion.prediction import PredictionType
 from instep.methods.adapted_teacher import Annealed
@@ -13,6 +14,9 @@ from instep.methods.matching import DistributionMatching
 from instep.methods.operators import Operator, Standard
 from instep.methods.recipe import AdamWConfig, Advantage, Experts, LatentRewardConfig, LoRA, Recipe, RoleConfig, RolloutConfig, Stage
 from instep.methods.term import Critic, Term
+
+# a student of more steps is no shorter than its teacher's own sampler
+MOST_STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +56,13 @@ class Common:
     """Which experts of a model of two (Wan 2.2) student and fake train: both, or the high-noise or the low-noise one with the other frozen."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "critic_updates", "accumulate"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name}: {value!r} is not allowed; it is a whole number")
+        check_whole("steps", self.steps, 1, MOST_STEPS, what=f"a few-step student has 1 to {MOST_STEPS}")
+        for name in ("batch", "accumulate", "critic_updates"):
+            check_whole(name, getattr(self, name), 1)
+        for name, value in (("guidance", self.guidance), ("guidance_2", self.guidance_2)):
+            if value is not None:
+                check_number(name, value, 0, what="it is a finite scale, 0 or more; 1 is none")
+        check_number("shift", self.shift, 0, open_below=True)
 
     @property
     def levels(self) -> tuple[float, ...]:

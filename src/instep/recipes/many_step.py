@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from instep.core.numbers import check_number, check_whole
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.levels import Uniform, few_step_levels
 from instep.diffusion.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Posterior, Transition
@@ -18,6 +19,9 @@ from instep.methods.recipe import AdamWConfig, Advantage, Recipe, RoleConfig, Ro
 from instep.methods.reward_gradient import RewardGradient
 from instep.methods.term import Term
 from instep.recipes.common import adapter, with_copies
+
+# steps of a sampler of published models end here
+MOST_STEPS = 1000
 
 Kind = Literal["flow", "dance", "cps", "ddpm"]
 
@@ -44,8 +48,11 @@ class ManySteps:
     """Micro-batches an update."""
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise ValueError(f"steps: {self.steps} is not allowed for a many-step model; 2 or more, 10 is usual (in the laboratory RECIPE:steps=10)")
+        check_whole("steps", self.steps, 2, MOST_STEPS, what=f"a many-step model has 2 to {MOST_STEPS}, 10 is usual (in the laboratory RECIPE:steps=10)")
+        for name in ("batch", "accumulate"):
+            check_whole(name, getattr(self, name), 1)
+        check_number("guidance", self.guidance, 0, what="it is a finite scale, 0 or more; 1 is none")
+        check_number("shift", self.shift, 0, open_below=True)
 
     @property
     def levels(self) -> tuple[float, ...]:

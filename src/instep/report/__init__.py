@@ -1,5 +1,5 @@
 """The HTML page of one or several runs. It may import `training` and everything below it."""
 
-from instep.report.page import write_report
+from instep.report.page import is_report, write_report
 
-__all__ = ["write_report"]
+__all__ = ["is_report", "write_report"]

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from instep.core.files import write_text
+from instep.core.outputs import begins_with
 from instep.core.version import __version__
 from instep.report import curves, figures, tables, verdict, words
 from instep.report.columns import columns_of
@@ -24,6 +25,15 @@ SECTIONS = (
     ("force", "Force", "What the matching force sees"),
     ("recipe", "Recipe", "How it was made"),
 )
+
+
+# by which a page that instep wrote is told from a user's own file
+MARK = "<meta name='generator' content='instep'>"
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a page that `write_report` wrote."""
+    return begins_with(path, (MARK.encode(),))
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> None:
@@ -55,6 +65,7 @@ def page(runs: Sequence[RunRecord]) -> str:
     title = escape(heading(runs))
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>"
+        f"{MARK}"
         f"<meta name='color-scheme' content='light dark'><title>{title}</title><style>{style}</style></head><body>"
         f"<header><p class='kicker'>{title}</p><h1>Did it help?</h1>{answer(runs)}{problems(runs)}</header>"
         f"<nav aria-label='Sections'>{links}<button id='play' type='button' aria-pressed='true'>Pause animations</button></nav>"

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from instep.core.user_code import line_of
 from instep.data.prompt import Prompt, as_prompts, texts_of
 
 
@@ -89,7 +90,8 @@ def check_prompts(reward: object, prompts: Sequence[Prompt | str]) -> None:
 
 
 def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[Prompt | str]) -> Tensor:
-    """Returns scores [B]. Raises ValueError, naming the reward and the first sample, if it fails or a score is not finite.
+    """Returns scores [B]. Raises RewardError, naming the reward, the first sample and the line of the user's code, if it fails, ends the
+    program (sys.exit) or gives a score that is not finite.
 
     The reward gets a copy of the media in float32 (float64 stays), with their graph: what it changes in place reaches nobody else.
     """
@@ -98,18 +100,18 @@ def checked_scores(reward: Reward, media: Tensor, prompts: Sequence[Prompt | str
         scores = reward.score(own, prompts_for(reward, prompts))
     except RewardError:
         raise
-    except Exception as error:
-        raise ValueError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error}. It was given media {tuple(media.shape)} in [0, 1] and "
-            f"{len(prompts)} prompts, the first {str(prompts[0])!r}; call it on such a batch by itself to find the cause"
+    except (Exception, SystemExit) as error:
+        raise RewardError(
+            f"reward {reward.name!r} raised {type(error).__name__}: {' '.join(str(error).split())}{line_of(error)}. It was given media {tuple(media.shape)} in "
+            f"[0, 1] and {len(prompts)} prompts, the first {str(prompts[0])!r}; call it on such a batch by itself to find the cause"
         ) from error
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (len(prompts),):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"reward {reward.name!r} returned {got} for {len(prompts)} samples; it returns one number a sample, shape ({len(prompts)},)")
+        raise RewardError(f"reward {reward.name!r} returned {got} for {len(prompts)} samples; it returns one number a sample, shape ({len(prompts)},)")
     bad = (~scores.isfinite()).nonzero().flatten()
     if len(bad):
         i = int(bad[0])
-        raise ValueError(
+        raise RewardError(
             f"reward {reward.name!r} returned {float(scores[i])} for {len(bad)} of {len(prompts)} samples, first for prompt {str(prompts[i])!r} "
             f"(sample {i} of the batch); every score is a finite number"
         )

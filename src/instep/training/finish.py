@@ -50,11 +50,13 @@ def export_role(
     styles: Sequence[Style] | None = None,
     teacher: str | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> ExportReport:
     """Exports a student role as a stock pipeline folder, or as its parts where no stock pipeline exists, and compares it with the sampler that trained it.
 
-    A many-step student keeps its model's scheduler. `styles` are the adapters inside the model that it was trained on, by default
-    the family's; `teacher` is the model that taught it, if that is another one. Raises ValueError if the student's prediction type is not the stock pipeline's.
+    A many-step student keeps its model's scheduler. `overwrite`: an earlier export at `to` is replaced. `styles` are the adapters inside the model that it was
+    trained on, by default the family's; `teacher` is the model that taught it, if that is another one. Raises ValueError if the student's prediction type is
+    not the stock pipeline's.
     """
     if not fits_stock(student):
         raise ValueError(
@@ -81,14 +83,14 @@ def export_role(
     if sampling.kind == "ode":
         if sampling.guidance_scales is not None:
             network, adapter = with_folded_guidance(student, sampling.guidance_scales), None
-        return export_many_step(family, network, sampling, to, info, adapter=adapter, dtype=dtype)
+        return export_many_step(family, network, sampling, to, info, adapter=adapter, dtype=dtype, overwrite=overwrite)
 
     if family.pipe is None:
         ours = _leaving(role_sampler(family, student, sampling.levels), student)
-        return export_parts(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours)
+        return export_parts(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours, overwrite=overwrite)
     check = family.at(small_size(family, info))
     ours = _leaving(role_sampler(check, student, sampling.levels), student)
-    return export_student(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours, size=check.size)
+    return export_student(family, network, sampling.levels, to, info, adapter=adapter, dtype=dtype, ours=ours, size=check.size, overwrite=overwrite)
 
 
 def _leaving(sampler: Sampler, student: Role) -> Sampler:

@@ -15,7 +15,7 @@ from instep.models import teacher
 from instep.models.family import Family
 from instep.training.probe import ModeMonitor, Monitor
 
-FILES = (".txt", ".jsonl")
+FILES = (".txt", ".jsonl", ".json", ".csv")
 
 
 def as_family(given: Any, dtype: torch.dtype = torch.float32) -> Family:

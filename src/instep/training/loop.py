@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -12,11 +11,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from instep.core.files import write_json
+from instep.core.json_files import read_object
 from instep.core.json_lines import read_rows
 from instep.core.unusable import Unusable
 from instep.diffusion.guidance import by_level
 from instep.methods.recipe import Recipe, Stage
 from instep.models.family import Family
+from instep.rewards.base import RewardError
 from instep.training import checkpoint, saved, stop
 from instep.training.align_views import align_stage, align_views
 from instep.training.batches import BatchSource
@@ -28,6 +29,7 @@ from instep.training.hold import Controller, Held
 from instep.training.log import RunLog, Tracker
 from instep.training.options import RunOptions
 from instep.training.probe import KnownTeacher, Probe, few_of
+from instep.training.reward_failure import before, failed, undo
 from instep.training.saving import CheckpointWriter, in_background
 from instep.training.state import TrainState
 from instep.training.step import iteration
@@ -140,12 +142,16 @@ class Loop:
     def _train(self) -> dict[str, Any]:
         """One iteration; its row of the log."""
         stage, progress = self.recipe.at(self.state.step)
-        cpu, wall = time.process_time(), time.perf_counter()
+        cpu, wall, began = time.process_time(), time.perf_counter(), before(self.state, self.source)
         try:
             measure = at_interval(self.state.step, self.options.terms_every)
             row: dict[str, Any] = {"stage": stage.name, **iteration(self.state, stage, self.source.next(stage), progress, None, measure)}
         except Unusable as error:
             self._give_up(str(error))
+        except RewardError as error:
+            if undo(self.state, self.source, began):
+                self._save_alone()
+            self._reward_failed(error)
         return row | {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
 
     def _one(self, log: RunLog, health: HealthMonitor) -> None:
@@ -167,6 +173,17 @@ class Loop:
         if self.found is None and (what := self.skipped.too_many()):
             self._give_up(what)
         self.fresh = True
+
+    def _save_alone(self) -> None:
+        """Saves now, if no other process takes part in a checkpoint."""
+        if self.ranks.count == 1:
+            self.save()
+            self.writer.wait()
+
+    def _reward_failed(self, error: RewardError) -> NoReturn:
+        """Raises the error of a reward with what is kept."""
+        self.writer.join()
+        raise failed(error, self.out, self.state.step, self.recipe.steps) from error
 
     def _give_up(self, what: str) -> NoReturn:
         """Raises Unusable; the newest good checkpoint is kept."""
@@ -213,16 +230,22 @@ class Loop:
         if not self.reference:
             self.reference = self._teacher_metrics()
         stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
-        watched = WatchedDenoiser(self.state.roles["student"])
+        watched, failure = WatchedDenoiser(self.state.roles["student"]), None
         with averaged(self.state.trained["student"]):
             try:
                 metrics = self.probe.student(watched, self.recipe.sampling_at(self.state.step))
             except ValueError as error:  # a reward of samples that are not finite
-                if watched.finite:
+                if not watched.finite:
+                    self._give_up(f"{BROKEN} ({error})")
+                if not (isinstance(error, RewardError) and self.state.step):
                     raise
-                self._give_up(f"{BROKEN} ({error})")
-            if self.state.step in (0, *self.recipe.stage_ends()):
+                failure = error
+            if failure is None and self.state.step in (0, *self.recipe.stage_ends()):
                 self._show(stage)
+        if failure is not None:
+            self._note(log, health, row)  # the iteration is whole; its probe is missing
+            self._save_alone()
+            self._reward_failed(failure)
         teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
         row |= {f"probe/{key}": value for key, value in metrics.items()} | teacher
         if self.controller is not None:
@@ -255,11 +278,13 @@ class Loop:
     def _teacher_metrics(self) -> dict[str, float]:
         """Returns the teacher's metrics on the probe's prompts, which are computed once and kept with the run."""
         file = self.out / "teacher_probe.json"
-        if not file.is_file():
+        try:
+            return read_object(file, "out", "it is made anew")
+        except (FileNotFoundError, ValueError):
             guidance = by_level(self.recipe.guidance, self.recipe.guidance_2, self.family.boundary)
             metrics = self.known_teacher(self.probe, guidance) if self.known_teacher else None
             write_json(file, metrics or self.probe.teacher(self.state.roles["teacher"], guidance))
-        return json.loads(file.read_text(encoding="utf-8"))
+            return read_object(file, "out", "repeat the same command")
 
     def save(self) -> None:
         """Saves a checkpoint of the present step, which all ranks do together. In the background (`CheckpointWriter`) its file is there once `writer.wait`

@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from instep.core import lock
 from instep.core.files import write_json
 from instep.core.fingerprint import weights_fingerprint
+from instep.core.json_files import read_object
+from instep.core.unusable import named
+from instep.core.user_code import sources_in
 from instep.core.version import __version__
 from instep.data import latent_cache
 from instep.data.first_frame import digest
@@ -27,8 +30,13 @@ from instep.rewards.base import Reward
 if TYPE_CHECKING:
     from instep.training.options import RunOptions
 
+DAMAGED = "restore it from a copy of the run, or choose another folder"
 # options of an execution that a run goes on with
 OPTIONS = ("dtype", "moments")
+# what older records lack
+UNRECORDED = ("moments", "reward_source", "other_weights", "size")
+# changed fields that a message names
+MOST = 3
 
 
 def write_manifest(
@@ -62,6 +70,9 @@ def write_manifest(
         "negative_prompt": negative_prompt,
         **({"first_frames": shown} if (shown := digest(named)) else {}),
         "reward": reward and reward.name,
+        "reward_source": sources_in(reward),
+        "size": dataclasses.asdict(family.size),
+        "other_weights": other_weights(family),
         "real": real and _digest(real.prompts, real.latents),
         "pairs": pairs and _digest(pairs.prompts, pairs.chosen, pairs.rejected),
         "hold": {"probe_every": options.probe_interval, **{b.figure: b.fraction for b in options.hold}} if options.hold else None,
@@ -76,20 +87,19 @@ def write_manifest(
         "variant": family.variant,
         "teacher_path": teacher and teacher.source,
         "loaded_in": str(family.dtype).removeprefix("torch."),
-        "size": dataclasses.asdict(family.size),
         "prompt_count": len(set(prompts)),
         "example_prompt": str(prompts[0]),
     }
     file = out / "recipe.json"
     begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))
-    there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # older runs have no record of their dtype, which was float32, of their moments, which loading a checkpoint compares, nor of styles and
-    # another teacher, which they could not have
-    before = {"dtype": "float32", "moments": identity["moments"], "styles": [], "teacher": None, **there}
+    there = read_object(file, "out", DAMAGED) if file.is_file() else {}
+    # older runs have no record of their dtype, which was float32, of moments, which loading a checkpoint compares, of styles and another teacher, which they
+    # could not have, nor of some others
+    before = {"dtype": "float32", "styles": [], "teacher": None, **{key: identity[key] for key in UNRECORDED}, **there}
     different = [key for key in identity if before.get(key) != identity[key]]
     if "instep" in there and (begun or not different):
         if different:
-            raise ValueError(f"out: {out} holds another run ({_difference(before, {**about, **identity}, different)}); {_fix(before, different)}")
+            raise ValueError(f"out: {out} holds another run ({_difference(before, {**about, **identity}, different)}); {_fix(before, different, out)}")
     # the record of a run that was refused before it began is replaced
     elif "instep" not in there and out.exists() and any(path.name not in (lock.NAME, latent_cache.FOLDER) for path in out.iterdir()):
         raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
@@ -114,16 +124,40 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any], different: Se
     was = f"it was {there['recipe']} with seed {there['seed']}"
     if "weights" in different:
         for key, did, preposition in (("loaded_in", "was loaded", "in"), ("model_path", "came", "from")):
-            if there.get(key, here[key]) != here[key]:
+            if there.get(key, here[key]) != here[key] and different == ["weights"]:
                 return f"its {', '.join(different)} differ: its model {did} {preposition} {there[key]}, and this one {preposition} {here[key]}; {was}"
-    return f"its {', '.join(different)} differ; {was}"
+    found = [change for key in different for change in changes(there.get(key), here[key], key)]
+    return f"its {', '.join(different)} differ: {named(found, MOST)}; {was}"
 
 
-def _fix(there: Mapping[str, Any], different: Sequence[str]) -> str:
+def changes(there: Any, here: Any, field: str) -> list[str]:
+    """Each field that differs in two values of JSON, with both values."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        return [c for key in dict.fromkeys([*there, *here]) for c in changes(there.get(key), here.get(key), f"{field}.{key}")]
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        return [c for i, (a, b) in enumerate(zip(there, here, strict=True)) for c in changes(a, b, f"{field}[{i}]")]
+    return [] if there == here else [f"{field} {_short(there)} there, {_short(here)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _fix(there: Mapping[str, Any], different: Sequence[str], out: Path) -> str:
     if options := [key for key in OPTIONS if key in different]:
         values = " and ".join(f"{key} {there[key]}" for key in options)
         return f"to go on with it give {values} ({' '.join(f'--{key} {there[key]}' for key in options)}), or choose another folder"
-    return "choose another folder, or repeat that run's command to go on with it"
+    return (
+        "choose another folder, or repeat that run's command to go on with it; to lengthen it, or to go on with other settings, begin another run from it: "
+        f"--start-from {out} --out NEW"
+    )
+
+
+def other_weights(family: Family) -> dict[str, str]:
+    """Digests of the pipeline's networks that are not trained (VAE, text encoders), by their names; empty without a pipeline."""
+    components = {} if family.pipe is None else family.pipe.components
+    return {name: weights_fingerprint(part) for name, part in components.items() if isinstance(part, nn.Module) and name not in family.denoisers}
 
 
 def _digest(prompts: Sequence[Prompt], *latents: Tensor) -> str:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from instep.core.numbers import check_number, check_whole
 from instep.core.ranks import PATIENCE
 from instep.training import stop
 from instep.training.execution import Execution
 from instep.training.hold import HOLD_EVERY, Bound
 
+# generators on the host take no larger seed
+LARGEST_SEED = 2**63 - 1
 # steps between probes
 PROBE_EVERY = 20
 # minutes of patience at most: a week
@@ -43,10 +46,13 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         stop.check_flags(self.stop_on)
-        if self.terms_every < 0:
-            raise ValueError(f"terms_every: {self.terms_every} is not allowed; steps between two measurements of each term's gradient, or 0 for none")
-        if not 0 < self.patience <= LONGEST:
-            raise ValueError(f"patience: {self.patience:g} is not allowed; minutes that a process waits for another one, above 0 and at most {LONGEST:,}")
+        check_whole("seed", self.seed, 0, LARGEST_SEED)
+        for name in ("save_every", "keep", "teacher_samples"):
+            check_whole(name, getattr(self, name), 1)
+        if self.probe_every is not None:
+            check_whole("probe_every", self.probe_every, 1)
+        check_whole("terms_every", self.terms_every, 0, what="steps between two measurements of each term's gradient, or 0 for none")
+        check_number("patience", self.patience, 0, LONGEST, open_below=True, what=f"it is minutes above 0 and at most {LONGEST:,}")
 
     @property
     def waits(self) -> timedelta:

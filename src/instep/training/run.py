@@ -210,6 +210,7 @@ def train(
                         example=prompts[0],
                         command=command,
                         teacher=None if taught is None else taught.name,
+                        overwrite=True,
                     )
 
             ranks.of_first(export)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from instep.core.json_files import read_object
 from instep.core.shards import assign
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.transfer import widest
@@ -61,7 +61,7 @@ def begin_from(state: TrainState, recipe: Recipe, folder: Path, reward: str | No
     newest = checkpoint.latest(folder / "checkpoints")
     if newest is None:
         raise ValueError(f"start_from: {folder} holds no checkpoint; give the folder of a run that has at least one")
-    saved, record = checkpoint.load(newest), json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    saved, record = checkpoint.load(newest), read_object(folder / "recipe.json", "start_from", "give the folder of an intact run")
     theirs, ours = record["config"]["roles"]["student"].get("prediction_type"), recipe.roles["student"].prediction_type
     if theirs != ours:
         raise ValueError(

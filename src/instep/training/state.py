@@ -61,6 +61,7 @@ class TrainedParams:
             self.optimizer = torch.optim.AdamW(values, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
         self.ema = {key: p.detach().clone() for key, p in self.masters.items()} if ema is not None else None
         self.steps = 0
+        self.tried = 0  # calls of `step`, whose gradient may not have been finite
         # where networks take turns on a device: takes the one that is there home, before weights are exchanged
         self.at_home: Callable[[], None] = lambda: None
         # frees what is still whole of a sharded network, before its weights change
@@ -74,6 +75,7 @@ class TrainedParams:
         Returns two scalar tensors: the gradient's norm, and whether it was finite. A step with a gradient that is not finite changes nothing. The caller
         passes the second one to `settle`, where there is an average before the next step.
         """
+        self.tried += 1
         optim = optim or self.optim
         self.free()
         gradients = [p.grad for p in self.masters.values() if p.grad is not None]

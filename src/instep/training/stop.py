@@ -6,12 +6,12 @@ killed in between reads the record and finishes the same way, and one killed bef
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from instep.core.files import write_json
+from instep.core.json_files import read_object
 from instep.core.json_lines import read_rows
 from instep.training import checkpoint
 from instep.training.findings import FLAGS
@@ -121,4 +121,11 @@ def decide(out: Path, finding: Finding, known: Sequence[Probed], stop_on: Sequen
 def read(out: Path) -> Stopped | None:
     """Returns the record of a run that stopped itself, or None."""
     file = out / NAME
-    return Stopped(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    if not file.is_file():
+        return None
+    fix = "delete it to train on, or restore it from a copy of the run"
+    found = read_object(file, "out", fix)
+    kinds = {"step": int, "flag": str, "text": str, "kept": int, "why": str}
+    if found.keys() != kinds.keys() or not all(isinstance(found[name], kind) for name, kind in kinds.items()):
+        raise ValueError(f"out: {file} is no record of a run that stopped itself; {fix}")
+    return Stopped(**found)

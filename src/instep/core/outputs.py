@@ -1,0 +1,36 @@
+"""What a command may write to: one guard for the outputs of all commands, before the work whose result it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def check_output(field: str, path: Path, *, suffixes: Sequence[str] = (), overwrite: bool = False, ours: Callable[[Path], bool] | None = None) -> None:
+    """Raises ValueError unless a file (or a new folder) can be written at `path`, an option named `field`.
+
+    A path that exists is refused unless `overwrite`, and then unless `ours`, which tells whether instep wrote it (None: nothing there is replaced).
+    `suffixes`: the endings that the format has; none: any. Folders that are missing above `path` are made later, if the nearest one there is writable.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"{field}: {path} has the ending {path.suffix!r}, which is not allowed; allowed: {', '.join(suffixes)}")
+    if path.exists() or path.is_symlink():
+        if not overwrite or ours is None:
+            ways = "give --overwrite, or choose another name" if ours is not None else "choose another name, nothing is overwritten unasked"
+            raise ValueError(f"{field}: {path} exists; {ways}")
+        if not ours(path):
+            raise ValueError(f"{field}: {path} exists and was not written by instep; choose another name, such a file is never replaced")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is not a folder" if not there.is_dir() else "cannot be written to"
+        raise ValueError(f"{field}: {path} cannot be written, because {there} {what}; choose another path")
+
+
+def begins_with(path: Path, marks: Sequence[bytes], within: int = 4096) -> bool:
+    """Whether all `marks` stand in the first `within` bytes of a file."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(within)
+    return all(mark in head for mark in marks)
