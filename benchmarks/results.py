@@ -18,7 +18,6 @@ import results_hacking
 import results_hold
 import results_methods
 import results_precision
-import results_ranks
 import results_reinforce
 import results_side_by_side
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
@@ -264,7 +263,6 @@ def main() -> None:
         *results_hacking.lines(),
         *results_align.lines(),
         *results_precision.lines(),
-        *results_ranks.lines(),
         "## Stock diffusers against our sampler",
         "",
         "`python benchmarks/export_difference.py`: largest absolute difference of final latents, float32.",
