@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ def export_parts(
         kinds = {"stored": stored_dtype(exported, weights, dtype), "memory": stored_dtype(exported, weights, None)}
         check_differences(sampler_difference, student_difference, float(stock.abs().max()), **kinds)
         shape = tuple(family.latent_shape)
+        out_channels = cast(Any, exported).config.out_channels
         (temporary / "README.md").write_text(
             CARD.format(
                 name=out.name,
@@ -106,13 +107,13 @@ def export_parts(
                 command=info.command,
                 transformer=type(exported).__name__,
                 shape=shape,
-                half="" if getattr(exported.config, "out_channels", None) in (None, shape[0]) else f"[:, :{shape[0]}]",
+                half="" if out_channels in (None, shape[0]) else f"[:, :{shape[0]}]",
                 decode="" if vae is None else DECODE.format(name=out.name),
                 sampler=sampler_difference,
                 student=student_difference,
             )
         )
-        size_bytes = _sync(out, temporary)
+        size_bytes = _sync(temporary)
     return ExportReport(out, levels, sampler_difference, student_difference, None, 0, size_bytes)
 
 
