@@ -52,6 +52,8 @@ Where recipes begin on a model. Guidance is w of u + w (c − u); a pair is that
 - **bfloat16 group**: groups of two under a reward, computed in bfloat16, one row at a time with activation checkpointing, and exported.
 - **commands**: `instep sample` and `instep plan` on a saved folder.
 
+A dash is a test that was not run for this page.
+
 Not tested: ComfyUI has names and a workflow for Wan text-to-video alone; sharding over several processes is not built.
 """
 
