@@ -1,6 +1,7 @@
 """The hacking flag on fresh runs in the exact laboratory: how often it is raised without cause, and how often it stays silent.
 
-    python benchmarks/hacking.py                       # 20 hacked and 20 clean runs; skips what is stored
+    python benchmarks/hacking.py                                                # 40 runs; skips what is stored
+    python benchmarks/hacking.py --seeds 2 --arms refl-right grpo-outward       # the two arms that are hardest to tell, once more
     make results
 
 A run goes on from a distilled student of two steps, as `--start-from` does. Log, probe of 48 samples, teacher's figures and health monitor are those of
