@@ -54,7 +54,7 @@ Where recipes begin on a model. Guidance is w of u + w (c − u); a pair is that
 
 A dash is a test that was not run for this page.
 
-Not tested: ComfyUI has names and a workflow for Wan text-to-video alone; sharding over several processes is not built.
+Not tested: ComfyUI has names and a workflow for Wan text-to-video alone.
 """
 
 
