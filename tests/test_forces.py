@@ -221,7 +221,7 @@ def test_options_of_the_alignment_forces_are_refused_early() -> None:
             AlignGroup(**options)
     with pytest.raises(ValueError, match="candidates: 0 is not allowed"):
         AlignPair(candidates=0)
-    with pytest.raises(ValueError, match="top_n: 8 is not allowed; between 1 and 7 of a group of 8"):
+    with pytest.raises(ValueError, match="top_n: 8 is not allowed; between 1 and 3 of a group of 4"):
         dm_align_group(top_n=8)
     with pytest.raises(ValueError, match="reach: 'far' is not known; allowed: exit, last, trajectory"):
         dm_align_pair(reach="far")
