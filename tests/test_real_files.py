@@ -354,8 +354,8 @@ def test_shards_serve_consistency_distillation(tmp_path, monkeypatch):
         animation(tmp_path / "a.webp", [10 + 20 * f + i for f in range(9)], [63] * 9, size=(64, 64))
         entries += [(f"{i}.webp", (tmp_path / "a.webp").read_bytes()), (f"{i}.txt", prompt.encode())]
     tar(tmp_path / "mine.tar", entries)
-    line = "train dollar --fit 0 --weight 0 --iterations 1 --model moving-digits --steps 2 --batch 4 --critic-updates 1 --no-evaluate --threads 1 --out run --real mine.tar"
-    assert main(shlex.split(line)) == 0
+    options = "--iterations 1 --model moving-digits --steps 2 --batch 4 --critic-updates 1 --no-evaluate --threads 1 --out run --real mine.tar"
+    assert main(shlex.split(f"train dollar --fit 0 --weight 0 {options}")) == 0
     log = (tmp_path / "run" / "log.jsonl").read_text()
     assert "objective/consistency" in log
     assert json.loads((tmp_path / "run" / "real" / "latents.json").read_text())["count"] == 2
