@@ -113,7 +113,7 @@ def export_parts(
                 student=student_difference,
             )
         )
-        size_bytes = _sync(temporary)
+        size_bytes = _sync(out, temporary)
     return ExportReport(out, levels, sampler_difference, student_difference, None, 0, size_bytes)
 
 
