@@ -51,6 +51,12 @@ def read(results: Path = RESULTS) -> list[Cells]:
     return found
 
 
+def command(plan: dict[str, Any]) -> str:
+    """What measures the cells of a plan."""
+    options = {"steps": "steps", "guidance": "guidance", "base": "base", "more": "more", "batch": "batch", "critic-updates": "critic_updates"}
+    return " ".join([f"python benchmarks/methods_on.py {plan['world']}", *(f"--{option} {plan[key]:g}" for option, key in options.items())])
+
+
 def _seconds(arms: dict[str, dict[int, Any]], arm: str, seed: int) -> float:
     """Processor seconds of training a cell and those that it goes on from."""
     cell = arms[arm][seed]
@@ -153,7 +159,7 @@ def lines() -> list[str]:
             f"### {plan['world']}, {plan['steps']} step{'s' * (plan['steps'] > 1)}",
             "",
             f"Teacher's guidance {plan['guidance']:g}; {plan['base']} iterations, then {plan['more']}, batch {plan['batch']}, "
-            f"{plan['critic_updates']} updates of the fake for each of the student.",
+            f"{plan['critic_updates']} updates of the fake for each of the student: `{command(plan)}`.",
             "",
             *table(cells, evaluation.columns),
             "",
