@@ -183,8 +183,8 @@ def main() -> None:
         "## Embedded default",
         "",
         "**Measured without room.** On moving-digits with its guided teacher the first rows below, real videos and the teacher, are hardly better than a "
-        "distilled student of 4 steps. So 'no difference' here, and in the sections on DMDR, DOLLAR and Diffusion-APO on the same world, does not mean that a method "
-        "has no effect; where there is room, in the section above, methods separate.",
+        "distilled student of 4 steps. So 'no difference' here, and in the sections on DMDR, DOLLAR and Diffusion-APO on the same world, does not mean that a "
+        "method has no effect; where there is room, in the section above, methods separate.",
         "",
         "`python benchmarks/moving_digits.py --seeds 0 1 2 --jobs 2`. "
         f"Mean of up to {seeds} seeds (the column of videos says how many a row has: 612 a seed); "
