@@ -229,18 +229,24 @@ def test_a_folder_that_another_process_holds(tmp_path):
 
 
 def test_a_reward_that_breaks_later_stops_the_run_and_keeps_it(tmp_path):
-    calls = []
+    calls, repaired = [], []
 
     def fails_late(media, prompts):
         calls.append(1)
+        if repaired:
+            return torch.zeros(len(media))
         return torch.full((len(media),), torch.nan) if len(calls) > 4 else media.mean((1, 2, 3, 4))
 
     out = tmp_path / "run"
-    with pytest.raises(ValueError, match="reward 'fails_late' returned nan"):
+    with pytest.raises(ValueError, match="reward 'fails_late' returned nan.*saved at step .*the same command goes on from there"):
         train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=fails_late, options=EVERY)
     assert checkpoint.latest(out / "checkpoints") is not None
-    repaired = FunctionReward(lambda media, prompts: torch.zeros(len(media)), name="fails_late")
-    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=repaired, options=EVERY)
+    with pytest.raises(ValueError, match="its reward_source differ"):
+        train(
+            dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, options=EVERY, reward=FunctionReward(lambda media, prompts: media, name="fails_late")
+        )
+    repaired.append(1)
+    train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=fails_late, options=EVERY)
     assert rows(out)[-1]["reward/constant_groups"] == 1.0 and rows(out)[-1]["force/group/norm"] == 0.0
 
 

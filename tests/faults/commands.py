@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,14 +27,13 @@ from instep.training.step import checked_force
 
 
 def ends(error: BaseException, status: int, pattern: str, folder: Path) -> Outcome:
-    """A command in which `error` is raised; a saved traceback is removed again."""
+    """A command in which `error` is raised; a traceback is saved in the sandbox."""
 
     def fails(args: object) -> int:
         raise error
 
-    with swapped(module, "_recipes", fails):
-        got = command(["recipes"], pattern, folder, status=status)
-    return got
+    with swapped(module, "_recipes", fails), swapped(tempfile, "tempdir", str(folder)):
+        return command(["recipes"], pattern, folder, status=status, writes=("instep-traceback-",))
 
 
 def saved(folder: Path) -> Outcome:

@@ -121,14 +121,14 @@ DAMAGED = (
     ((text("run/recipe.json", '{"instep": "1'),), "export run --to new", "dir: run/recipe.json is damaged .Unterminated string"),
     ((text("run/recipe.json", "[1]"),), "report run", "dir: run/recipe.json holds a list, not an object"),
     ((text("m/model_index.json", "{"),), "recipes --model m", "model: m/model_index.json is damaged"),
-    ((text("m/model_index.json", b"\xff\xfe"),), "recipes --model m", "model: m/model_index.json is damaged"),
+    ((text("m/model_index.json", b"\xff\xfe"),), "recipes --model m", "model: m/model_index.json is damaged .*utf-8"),
     ((text("m/model_index.json", '{"_class_name": "LattePipeline"}'),), "sample m --prompts x", "model: it is a LattePipeline, which no family knows yet"),
 )
 EXISTS = (
     ((RUN, MINE), "report run --out mine.html", "out: mine.html exists; give --overwrite"),
     ((RUN, MINE), "report run --out mine.html --overwrite", "out: mine.html exists and was not written by instep"),
     ((RUN, text("page.html", f"<html>{MARK}")), "report run --out page.html", "out: page.html exists; give --overwrite"),
-    ((RUN, text("to/thesis.txt", "x")), "export run --to to", "out: to exists and is not an earlier export"),
+    ((RUN, text("mine/thesis.txt", "x")), "export run --to mine", "out: mine exists and is not an earlier export"),
     ((RUN, text("to/thesis.txt", "x")), "export run --to to --overwrite", "out: to exists and is not an earlier export"),
     ((RUN, EXPORT), "export run --to to", "out: to exists and holds an earlier export; choose another folder, or replace that export with --overwrite"),
     ((text("s.webp", "x"),), "sample moving-digits --out s.webp", "out: s.webp exists; choose another name"),

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -124,5 +125,7 @@ def swapped(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 def _short(text: str, folder: Path, most: int = 170) -> str:
-    text = re.sub(r"/\S*/(instep-traceback-\S+?\.txt)", r"\1", " ".join(text.replace(str(folder), ".").split()))
+    for place, short in ((str(folder), "."), (sys.executable, "python"), (f"{Path(__file__).parents[2]}/", "")):
+        text = text.replace(place, short)
+    text = re.sub(r"/\S*/(instep-traceback-\S+?\.txt)", r"\1", " ".join(text.split()))
     return text if len(text) <= most else f"{text[: most - 3]}..."
