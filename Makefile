@@ -33,7 +33,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(STAMP)  ## the documentation as a site in build/site; a broken link or anchor fails
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # an environment of their own, so that the tools are not in what they list
 $(AUDIT)/.installed:
