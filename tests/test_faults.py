@@ -25,10 +25,10 @@ def test_there_are_enough_of_each_kind():
 
 # a guard, what stands in its place, and the kind whose rows then fail
 BREAKS = (
-    (1, "instep.cli.sample.check_output", lambda *args, **kw: None, 3),
+    (1, "instep.cli.pairs.check_output", lambda *args, **kw: None, 1),
     (2, "instep.methods.recipe.check_number", lambda *args, **kw: None, 4),
-    (3, "instep.training.manifest.changes", lambda *args: [], 8),
-    (4, "instep.methods.recipe.check_whole", lambda *args, **kw: None, 2),
+    (3, "instep.training.manifest.changes", lambda *args: [], 5),
+    (4, "instep.methods.recipe.check_whole", lambda *args, **kw: None, 1),
     (5, "instep.data.prompt._is_row", lambda line: False, 1),
     (6, "instep.cli.evaluate.check_output", lambda *args, **kw: None, 2),
     (7, "instep.rewards.base.line_of", lambda error: "", 2),
@@ -46,4 +46,4 @@ def test_rows_of_a_kind_fail_where_its_guard_is_gone(kind, guard, instead, least
 
 
 # only these rows are tried without their guard: the others would go on to real work
-HARMLESS = {1: "--out file/samples", 2: "AdamW", 4: "LoRA", 6: "report", 7: "a function", 9: "MB"}
+HARMLESS = {1: "pairs export s.sqlite file", 2: "AdamW", 4: "LoRA", 6: "report", 7: "a function", 9: "MB"}
