@@ -254,7 +254,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path):
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        exported(pipe, few_step_levels(2), out, INFO, ours=broken)
+        exported(pipe, few_step_levels(2), out, INFO, ours=broken, overwrite=True)
     assert (out / "instep_export.json").read_text() == record and [p.name for p in tmp_path.iterdir()] == ["student"]
 
 

@@ -243,7 +243,12 @@ def test_a_reward_that_breaks_later_stops_the_run_and_keeps_it(tmp_path):
     assert checkpoint.latest(out / "checkpoints") is not None
     with pytest.raises(ValueError, match="its reward_source differ"):
         train(
-            dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, options=EVERY, reward=FunctionReward(lambda media, prompts: media, name="fails_late")
+            dm_align_group(**SMALL),
+            family(),
+            out=out,
+            prompts=PROMPTS,
+            options=EVERY,
+            reward=FunctionReward(lambda media, _: media.mean((1, 2, 3, 4)), "fails_late"),
         )
     repaired.append(1)
     train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=fails_late, options=EVERY)

@@ -153,7 +153,8 @@ def _is_entry(entry: Any) -> bool:
     """Whether a header's value describes a tensor: a known dtype, a shape, and as many bytes as both take."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in TYPES:
         return False
-    shape, offsets = entry.get("shape", ()), entry.get("data_offsets", ())
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     for value in (shape, offsets):
         if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value):
             return False

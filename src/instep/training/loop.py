@@ -167,7 +167,12 @@ class Loop:
             self.state.hold = self.controller.trained(self.state.hold, stage, row)
         self.skipped.row(step, row)
         if step % self.options.probe_interval == 0 or step in self.recipe.stage_ends():
-            self._probe(log, health, row)
+            try:
+                self._probe(log, health, row)
+            except RewardError as error:
+                self._note(log, health, row)  # the iteration is whole; its probe is missing
+                self._save_alone()
+                self._reward_failed(error)
         else:
             self._note(log, health, row)
         if self.found is None and (what := self.skipped.too_many()):
@@ -230,22 +235,16 @@ class Loop:
         if not self.reference:
             self.reference = self._teacher_metrics()
         stage, _ = self.recipe.at(min(self.state.step, self.recipe.steps) - 1 if self.state.step else 0)
-        watched, failure = WatchedDenoiser(self.state.roles["student"]), None
+        watched = WatchedDenoiser(self.state.roles["student"])
         with averaged(self.state.trained["student"]):
             try:
                 metrics = self.probe.student(watched, self.recipe.sampling_at(self.state.step))
             except ValueError as error:  # a reward of samples that are not finite
-                if not watched.finite:
-                    self._give_up(f"{BROKEN} ({error})")
-                if not (isinstance(error, RewardError) and self.state.step):
+                if watched.finite:
                     raise
-                failure = error
-            if failure is None and self.state.step in (0, *self.recipe.stage_ends()):
+                self._give_up(f"{BROKEN} ({error})")
+            if self.state.step in (0, *self.recipe.stage_ends()):
                 self._show(stage)
-        if failure is not None:
-            self._note(log, health, row)  # the iteration is whole; its probe is missing
-            self._save_alone()
-            self._reward_failed(failure)
         teacher = {f"probe/{key}_teacher": value for key, value in self.reference.items()}
         row |= {f"probe/{key}": value for key, value in metrics.items()} | teacher
         if self.controller is not None:
