@@ -125,7 +125,7 @@ def command(text: str, timeout: float = 300.0, retries: int = 1) -> CommandRewar
         argv = tuple(shlex.split(text))
     except ValueError as error:
         raise ValueError(f"command: {text!r} cannot be read ({error}); close every quote") from None
-    if shell := next((word for word in argv if word in ("|", "||", "&&", "&", ";", ">", ">>", "<")), None):
+    if shell := next((word for word in shlex.split(text, posix=False) if word in ("|", "||", "&&", "&", ";", ">", ">>", "<")), None):
         raise ValueError(f"command: {text!r} holds {shell!r}, which only a shell understands, and none runs; put the line into a script and name that")
     return CommandReward(argv, timeout, retries)
 
