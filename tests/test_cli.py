@@ -50,7 +50,7 @@ def test_recipes_are_listed_with_what_they_do(capsys):
 
 
 def test_unknown_names(capsys):
-    commands = "train, sample, eval, report, export, recipes, rewards, plan, lab, human-eval, pairs"
+    commands = "train, sample, eval, report, export, recipes, rewards, convert, plan, lab, human-eval, pairs"
     assert said(capsys, "nonsense") == f"command 'nonsense' is not known; allowed: {commands}"
     allowed = ", ".join(NAMES)
     assert said(capsys, "train nonsense").startswith(f"recipe: 'nonsense' is not known; allowed: {allowed}")

@@ -85,7 +85,7 @@ OWN = re.compile(r" (my_\w+|module):")
 
 @cache
 def kinds() -> dict[str, object]:
-    from instep.cli import evaluate, export, human_eval, lab, named_rewards, pairs, recipes, sample
+    from instep.cli import convert, evaluate, export, human_eval, lab, named_rewards, pairs, recipes, sample
 
     return {
         "sample": sample.SampleArgs,
@@ -95,10 +95,12 @@ def kinds() -> dict[str, object]:
         "recipes": recipes.RecipesArgs,
         "rewards": named_rewards.ListRewardsArgs,
         "rewards convert": named_rewards.ConvertRewardArgs,
+        "convert": convert.ConvertArgs,
         "human-eval": human_eval.HumanEvalArgs,
         "pairs export": pairs.ExportPairsArgs,
         "pairs import": pairs.ImportPairsArgs,
         "pairs fit": pairs.FitPairsArgs,
+        "pairs slow": pairs.SlowPairsArgs,
         "lab": lab.LabArgs,
     }
 

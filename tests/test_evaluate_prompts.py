@@ -182,7 +182,7 @@ def test_two_families_on_the_command_line(clip, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_prompts, "measured", lambda *_: pytest.fail("nothing is measured before all is checked"))
     for wrong, message in (
         (["eval", "sd3", "nothing", *line, "--out", "a.json"], "dir: 'nothing' is neither a finished run"),
-        (["eval", "sd3", "bare", *line, "--out", "a.json"], "model: bare/vae has no weights"),
+        (["eval", "sd3", "bare", *line, "--out", "a.json"], "model: bare/vae/diffusion_pytorch_model.safetensors is missing"),
         (["eval", "sd3", "wan", *line, "--size", "16", "16", "4", "--out", "a.json"], "size: "),
         (["eval", "sd3", "--prompts", "first.txt", "--out", "a.json"], "names a first frame, and sd3 takes text alone"),
         (["eval", "sd3", *line, "--out", "flat/a.json"], "out: flat/a.json cannot be written (File exists); choose another place with --out"),

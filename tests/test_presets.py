@@ -157,7 +157,7 @@ def test_they_reach_it_in_the_library(name, folders, monkeypatch):
     given = load(folder_of("digits"), name="mine") if name == "dit" else PIPELINES[name]()
     assert values(trained(monkeypatch, dmd2, given)) == EXPECTED[name]
     assert values(trained(monkeypatch, functools.partial(dmd2, iterations=3), given)) == EXPECTED[name]
-    assert trained(monkeypatch, dm_align_group, given).stages[-1].group == 8
+    assert trained(monkeypatch, dm_align_group, given).stages[-1].group == 4
     many = trained(monkeypatch, flow_grpo, given)
     assert (many.guidance, many.levels) == (SAMPLED[name][0], few_step_levels(10, SAMPLED[name][1]))
     assert many.roles["student"].optim == AdamWConfig(1e-4), "the rates of a distillation are not those of reinforcement learning"

@@ -135,7 +135,7 @@ def test_starting_from_another_kind_of_run(tmp_path):
 def test_another_reward_or_other_real_samples_are_another_run(tmp_path):
     train(recipe_of("amd", 1), family(), out=tmp_path / "run", prompts=PROMPTS, reward=REWARD, options=FEW)
     other = FunctionReward(lambda media, prompts: -brightness(media, prompts), name="darkness")
-    with pytest.raises(ValueError, match="holds another run .its reward differ"):
+    with pytest.raises(ValueError, match="holds another run .its reward, reward_source differ"):
         train(recipe_of("amd", 1), family(), out=tmp_path / "run", prompts=PROMPTS, reward=other, options=FEW)
 
 

@@ -35,7 +35,7 @@ def test_few_iterations_go_where_the_forces_point(toy):
     samples = toy.train(iterations=150)
     away = {name: float(torch.cdist(x, toy.MIXTURE.means).amin(1).mean()) for name, x in samples.items()}
     reward = {name: float(toy.reward(x).mean()) for name, x in samples.items()}
-    assert away["teacher, 40 steps"] < 0.3 and away["1 step, distilled"] < 0.7 * away["1 step, before"], away
+    assert away["teacher, 40 steps"] < 0.3 and away["1 step, distilled"] < 0.75 * away["1 step, before"], away
     assert reward["1 step, and aligned"] > reward["1 step, distilled"] + 0.03, reward
 
 

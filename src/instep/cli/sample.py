@@ -65,7 +65,8 @@ class SampleArgs:
     """Height, width, frames; default: the size that the student was trained at."""
 
     def __post_init__(self) -> None:
-        check_whole("copies", self.copies, 1)
+        if self.copies is not None:
+            check_whole("copies", self.copies, 1)
         check_whole("seed", self.seed, 0)
         if self.steps is not None:
             check_whole("steps", self.steps, 1)

@@ -38,8 +38,10 @@ def source_identity(function: Callable[..., Any]) -> str:
 
     Of a function without a file (typed into an interpreter) the name alone is returned.
     """
-    name = f"{function.__module__}:{function.__qualname__}"
     file = _file_of(function)
+    # a script that is run is the same one that others import
+    module = file.stem if file is not None and function.__module__ == "__main__" else function.__module__
+    name = f"{module}:{function.__qualname__}"
     return name if file is None else f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
 
 

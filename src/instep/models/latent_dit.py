@@ -52,6 +52,7 @@ class LatentDiTFamily(ClassConditional):
 
     pipeline_class = "DiTPipeline"
     prediction_type = "eps"
+    flow_scheduler = False
     takes_negative_prompt = False
     preset = DIT
 

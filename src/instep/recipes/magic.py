@@ -15,7 +15,7 @@ def magic(
     iterations: int = 100,
     teacher_rank: int = 8,
     teacher_updates: int = 1,
-    teacher: AdamWConfig = AdamWConfig(4e-4),
+    adapter: AdamWConfig = AdamWConfig(4e-4),
     anneal: Annealed = Annealed(),
 ) -> Recipe:
     """Distil only: an adapter moves the teacher toward the student's samples and is annealed away (MagicDistillation).
@@ -26,9 +26,9 @@ def magic(
         iterations: student updates.
         teacher_rank: rank of the teacher's adapter.
         teacher_updates: updates of that adapter for each of the student.
-        teacher: AdamW of that adapter.
+        adapter: AdamW of that adapter.
         anneal: its scale in the matching force over the stage.
     """
     adapt_teacher = FakeScoreLoss(role="teacher", updates=teacher_updates, reuse=common.reuse, levels=common.renoise, adapter_scale=1.0)
     stage = common.stage("adapt-teacher", iterations, (common.matching(adapter=anneal),), (common.critic(), adapt_teacher))
-    return common.recipe("magic", common.distil(distil), stage, teacher=RoleConfig(teacher, LoRA(teacher_rank, float(teacher_rank)), scale=0.0))
+    return common.recipe("magic", common.distil(distil), stage, teacher=RoleConfig(adapter, LoRA(teacher_rank, float(teacher_rank)), scale=0.0))

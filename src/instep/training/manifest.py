@@ -117,14 +117,14 @@ def write_manifest(
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any], different: Sequence[str]) -> str:
     """In which way a folder's run is another one. Weights that were rounded to another dtype differ for that reason alone."""
     if options := [key for key in OPTIONS if key in different]:
-        explained = {*options, "weights"} if "dtype" in options else {*options}
+        explained = {*options, "weights", "other_weights"} if "dtype" in options else {*options}
         others = [key for key in different if key not in explained]
         found = [f"its {key}: {there[key]} there, {here[key]} now" for key in options]
         return "; ".join([*found, f"{', '.join(others)} too"] if others else found)
     was = f"it was {there['recipe']} with seed {there['seed']}"
     if "weights" in different:
         for key, did, preposition in (("loaded_in", "was loaded", "in"), ("model_path", "came", "from")):
-            if there.get(key, here[key]) != here[key] and different == ["weights"]:
+            if there.get(key, here[key]) != here[key] and {*different} <= {"weights", "other_weights"}:
                 return f"its {', '.join(different)} differ: its model {did} {preposition} {there[key]}, and this one {preposition} {here[key]}; {was}"
     found = [change for key in different for change in changes(there.get(key), here[key], key)]
     return f"its {', '.join(different)} differ: {named(found, MOST)}; {was}"
