@@ -65,9 +65,8 @@ def student_of(family, lora: bool) -> Role:
 
 def exported(role: Role, out: Path, dtype: torch.dtype | None = None, sampling: Sampling | None = None):
     family = role.backbone.family
-    return export_role(
-        role, family, sampling or Sampling(LEVELS), out, recipe="dmd2", seed=0, prompts=1, example=Prompt("a seven"), command="instep", dtype=dtype
-    )
+    about = {"recipe": "dmd2", "seed": 0, "prompts": 1, "example": Prompt("a seven"), "command": "instep"}
+    return export_role(role, family, sampling or Sampling(LEVELS), out, **about, dtype=dtype, overwrite=True)
 
 
 def tensors_of(role: Role) -> list[torch.Tensor]:
