@@ -179,7 +179,6 @@ def test_adapters_that_could_not_be_exported_are_refused_before_the_first_step(t
     odd.lora_targets = ("patch_embedding",)
     with pytest.raises(ValueError, match="'patch_embedding' has no name in ComfyUI"):
         begin(tmp_path / "odd", odd, dmd2(replace(SHORT, lora_rank=2), iterations=1))
-    assert not (tmp_path / "odd").exists(), "nothing was begun"
 
 
 @pytest.mark.parametrize("where", ["transformer", "vae", "text_encoder"])
