@@ -209,12 +209,28 @@ def joined(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
     if fits:
         torch.accelerator.set_device_index(local)
     with _together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if fits and torch.cuda.is_available() else "gloo", timeout=patience)
+        backend = "cpu:gloo,cuda:nccl" if fits and torch.cuda.is_available() else "gloo"
+        store, rank, count = _met(patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
     try:
         with _waiting(patience) as work:
             yield Ranks(dist.get_rank(), dist.get_world_size(), here, work)
     finally:
         dist.destroy_process_group()
+
+
+def _met(patience: timedelta) -> tuple[dist.Store, int, int]:
+    """The store in which the processes of this start find each other, the rank and the number of ranks.
+
+    With --max-restarts on one machine torchrun starts processes again beside one store, in which torch 2.13 would find the addresses of those that have
+    ended. So each start has keys of its own. On several machines the starts are not counted alike.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(rendezvous("env://", timeout=patience))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store, rank, count
 
 
 @contextmanager
