@@ -12,7 +12,7 @@ from test_run import PROMPTS
 from test_run import family as tiny
 
 from instep.bundled import evaluation as protocol
-from instep.bundled import find
+from instep.bundled import find, settings_of
 from instep.bundled.baselines import FILE, TIMES, Baselines, shipped_rows
 from instep.cli.evaluate import TEACHER_STEPS, evaluation_of, measured_worlds
 from instep.cli.main import main
@@ -21,6 +21,7 @@ from instep.metrics.compare import Row
 from instep.models.backbone import Backbone
 from instep.models.role import Role
 from instep.recipes.common import Common
+from instep.recipes.defaults import with_settings
 from instep.recipes.dmd import dmd2
 from instep.training.loop import Interrupted
 from instep.training.probe import Probe, few_of
@@ -30,8 +31,13 @@ from instep.training.run import train
 WORLDS = tuple(name for name in measured_worlds() if (find(name).folder / FILE).is_file())
 
 
+def taught(name: str) -> float:
+    """The guidance at which recipes distil the world's model."""
+    return with_settings(Common(), settings_of(name)).guidance
+
+
 def teachers(name: str) -> list[tuple[int, float]]:
-    return [(steps, guidance) for steps in TEACHER_STEPS for guidance in (find(name).preset.guidance, 1.0)]
+    return [(steps, guidance) for steps in TEACHER_STEPS for guidance in dict.fromkeys((find(name).preset.guidance, taught(name), 1.0))]
 
 
 def baselines(name: str, shipped=True) -> Baselines:
@@ -144,16 +150,16 @@ def run_probe(name: str, **other) -> tuple[Probe, object]:
 def test_the_teacher_s_probe_that_ships_holds_for_a_run_s_own_probe_alone(name):
     """Red where weights, classifiers or probes changed: run benchmarks/baselines.py."""
     probe, own = run_probe(name)
-    known = own.known_teacher(probe, find(name).preset.guidance)
+    known = own.known_teacher(probe, taught(name))
     teacher = Role("teacher", Backbone(own.family, own.family.pretrained))
-    few = replace(probe, prompts=probe.prompts[:1], copies=2).teacher(teacher, find(name).preset.guidance, steps=1)
+    few = replace(probe, prompts=probe.prompts[:1], copies=2).teacher(teacher, taught(name), steps=1)
     assert known is not None and known.keys() == few.keys() and 0 < known["monitor_both"] <= 1
     assert own.known_teacher(probe, 2.5) is None, "another guidance"
     for key, value in {"seed": 5, "copies": 2, "prompts": probe.prompts[:5], "reward": None, "monitor": None, "negative": "blurry"}.items():
-        assert own.known_teacher(replace(probe, **{key: value}), find(name).preset.guidance) is None, key
+        assert own.known_teacher(replace(probe, **{key: value}), taught(name)) is None, key
     with torch.no_grad():
         next(own.family.pretrained.parameters()).mul_(1.01)
-    assert own.known_teacher(probe, find(name).preset.guidance) is None, "another model"
+    assert own.known_teacher(probe, taught(name)) is None, "another model"
 
 
 @pytest.mark.parametrize("known", [{"mean_brightness": 0.25, "saturation": 0.0, "motion": 0.1, "diversity": 0.2}, None])

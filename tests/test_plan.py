@@ -391,7 +391,7 @@ def test_every_recipe_is_planned_for_the_bundled_model(capsys, monkeypatch):
 
     monkeypatch.setattr("instep.planning.plan.asides", lambda *_: ())
     bundled = command.model_of(command.PlanArgs(), command.PlanArgs().model)
-    monkeypatch.setattr(command, "model_of", lambda args: bundled)
+    monkeypatch.setattr(command, "model_of", lambda args, name: bundled)
     for name in RECIPES:
         assert main(["plan", name, "--on", "H100", "--terms-every", "0", *([] if name == "apo" else ["--steps", "2"])]) == 0, name
         assert "fits in 80 GB: yes" in capsys.readouterr().out
