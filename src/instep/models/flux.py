@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from instep.core.size import Size
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device
-from instep.models.family import shown_tokens, skipped
-from instep.models.image_family import ImageFamily
+from instep.models.image_family import TwoStreamFamily
 from instep.models.preset import Preset
 from instep.models.prompt_cache import Encoded
 
@@ -53,16 +51,7 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def _pass_on(hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """A block that is left out: the streams as they came, in the order in which a block returns them."""
-    return encoder_hidden_states, hidden_states
-
-
-def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None:
-    block.tokens(output[1])
-
-
-class FluxFamily(ImageFamily):
+class FluxFamily(TwoStreamFamily):
     """A `FluxPipeline` seen as a family; latents [B, C, H, W] are shifted and scaled as the transformer sees them.
 
     Where the transformer is told guidance (dev), student, teacher and fake are all told 3.5. Guidance beyond that, w of u + w (c - u), is the pipeline's
@@ -158,22 +147,6 @@ class FluxFamily(ImageFamily):
         )[0]
         return unpacked(v, height, width)
 
-    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
-        return [module.time_text_embed.timestep_embedder]  # type: ignore[union-attr, list-item]
-
-    def time_width(self, module: nn.Module) -> int:
-        config: Any = module.config
-        return config.num_attention_heads * config.attention_head_dim
-
-    def feature_block(self, module: nn.Module) -> nn.Module:
-        """At two thirds of the depth, as for Wan. A block returns text and image tokens; an identity beside it is shown the image's."""
-        blocks: Any = [*module.transformer_blocks, *module.single_transformer_blocks]  # type: ignore[misc]
-        block = blocks[(2 * len(blocks) - 1) // 3]
-        return shown_tokens(block, _show_tokens)
-
-    def feature_width(self, module: nn.Module) -> int:
-        return self.time_width(module)
-
-    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
-        """Blocks of two streams are counted first, then those of one."""
-        return skipped([*module.transformer_blocks, *module.single_transformer_blocks], blocks, _pass_on)  # type: ignore[misc]
+    def blocks_of(self, module: Any) -> Sequence[nn.Module]:
+        """Blocks of two streams first, then those of one."""
+        return [*module.transformer_blocks, *module.single_transformer_blocks]

@@ -1,11 +1,15 @@
-"""What the text-to-image families share: the sizes that a model draws, and a VAE whose latents are shifted and scaled."""
+"""What the text-to-image families share: the sizes that a model draws, a VAE whose latents are shifted and scaled, and blocks of text and image tokens."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
 
 from instep.core.size import Size
-from instep.models.family import Task
+from instep.models.family import Task, shown_tokens, skipped
 from instep.models.pipeline_family import PipelineFamily
 
 
@@ -69,3 +73,38 @@ class ImageFamily(PipelineFamily):
         """Scaling and shift factor of the VAE's latents; some have no shift."""
         config = self.pipe.vae.config
         return config.scaling_factor, config.get("shift_factor") or 0.0
+
+
+def _pass_on(hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """A block that is left out: text and image tokens as they came, in the order in which a block returns them."""
+    return encoder_hidden_states, hidden_states
+
+
+def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+    block.tokens(output[1])
+
+
+class TwoStreamFamily(ImageFamily):
+    """An image family whose transformer's blocks take and return text tokens and image tokens."""
+
+    def blocks_of(self, module: Any) -> Sequence[nn.Module]:
+        """The blocks in the order in which they are called."""
+        return module.transformer_blocks
+
+    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
+        return [module.time_text_embed.timestep_embedder]  # type: ignore[union-attr, list-item]
+
+    def time_width(self, module: nn.Module) -> int:
+        config: Any = module.config
+        return config.num_attention_heads * config.attention_head_dim
+
+    def feature_block(self, module: nn.Module) -> nn.Module:
+        """At two thirds of the depth, as for Wan. A block returns text and image tokens; an identity beside it is shown the image's."""
+        blocks = self.blocks_of(module)
+        return shown_tokens(blocks[(2 * len(blocks) - 1) // 3], _show_tokens)
+
+    def feature_width(self, module: nn.Module) -> int:
+        return self.time_width(module)
+
+    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
+        return skipped(self.blocks_of(module), blocks, _pass_on)

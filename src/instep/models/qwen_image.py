@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from instep.diffusion.guidance import GuidanceRule, RescaledGuidance
 from instep.diffusion.levels import few_step_levels
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device
-from instep.models.family import shown_tokens, skipped
 from instep.models.flux import packed, unpacked
-from instep.models.image_family import ImageFamily
+from instep.models.image_family import TwoStreamFamily
 from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
 from instep.models.ragged_text import RaggedText
@@ -42,16 +40,7 @@ QWEN_IMAGE = Preset(
 )
 
 
-def _pass_on(hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """A block that is left out: the streams as they came, in the order in which a block returns them."""
-    return encoder_hidden_states, hidden_states
-
-
-def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None:
-    block.tokens(output[1])
-
-
-class QwenImageFamily(ImageFamily):
+class QwenImageFamily(TwoStreamFamily):
     """A `QwenImagePipeline` seen as a family; latents [B, C, H, W] are normalised as the transformer sees them.
 
     The pipeline guides by `true_cfg_scale`, and rescales the guided velocity of each token to the conditional one's norm.
@@ -146,21 +135,3 @@ class QwenImageFamily(ImageFamily):
             return_dict=False,
         )[0]
         return unpacked(v, height, width)
-
-    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
-        return [module.time_text_embed.timestep_embedder]  # type: ignore[union-attr, list-item]
-
-    def time_width(self, module: nn.Module) -> int:
-        config: Any = module.config
-        return config.num_attention_heads * config.attention_head_dim
-
-    def feature_block(self, module: nn.Module) -> nn.Module:
-        """At two thirds of the depth, as for Wan. A block returns text and image tokens; an identity beside it is shown the image's."""
-        blocks: Any = module.transformer_blocks
-        return shown_tokens(blocks[(2 * len(blocks) - 1) // 3], _show_tokens)
-
-    def feature_width(self, module: nn.Module) -> int:
-        return self.time_width(module)
-
-    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
-        return skipped(module.transformer_blocks, blocks, _pass_on)  # type: ignore[arg-type]

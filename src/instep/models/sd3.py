@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from instep.core.size import Size
 from instep.diffusion.prediction import Condition
 from instep.diffusion.transfer import to_device
-from instep.models.family import shown_tokens, skipped
-from instep.models.image_family import ImageFamily
+from instep.models.image_family import TwoStreamFamily
 from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
 
@@ -78,16 +76,7 @@ class SD3Condition(Condition):
         return self.text, torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
 
 
-def _pass_on(hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """A block that is left out: text and image tokens as they came, in the order in which a block returns them."""
-    return encoder_hidden_states, hidden_states
-
-
-def _show_tokens(block: Any, args: tuple, output: tuple[Tensor, Tensor]) -> None:
-    block.tokens(output[1])
-
-
-class SD3Family(ImageFamily):
+class SD3Family(TwoStreamFamily):
     """A `StableDiffusion3Pipeline` seen as a family; latents [B, C, H, W] are shifted and scaled as the transformer sees them."""
 
     pipeline_class = "StableDiffusion3Pipeline"
@@ -144,22 +133,3 @@ class SD3Family(ImageFamily):
         assert isinstance(cond, SD3Condition)
         text, pooled = cond.text.to(x_t.dtype), cond.pooled.to(x_t.dtype)
         return module(x_t, encoder_hidden_states=text, pooled_projections=pooled, timestep=to_device(t.float() * 1000, x_t.device), return_dict=False)[0]
-
-    def time_embedders(self, module: nn.Module) -> Sequence[nn.Module]:
-        return [module.time_text_embed.timestep_embedder]  # type: ignore[union-attr, list-item]
-
-    def time_width(self, module: nn.Module) -> int:
-        config: Any = module.config
-        return config.num_attention_heads * config.attention_head_dim
-
-    def feature_block(self, module: nn.Module) -> nn.Module:
-        """At two thirds of the depth, as for Wan. A block returns text and image tokens; an identity beside it is shown the image's."""
-        blocks: Any = module.transformer_blocks
-        block = blocks[(2 * len(blocks) - 1) // 3]
-        return shown_tokens(block, _show_tokens)
-
-    def feature_width(self, module: nn.Module) -> int:
-        return self.time_width(module)
-
-    def skip(self, module: nn.Module, blocks: Sequence[int]) -> AbstractContextManager[None]:
-        return skipped(module.transformer_blocks, blocks, _pass_on)  # type: ignore[arg-type]

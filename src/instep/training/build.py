@@ -67,17 +67,17 @@ def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution(
     if sharded:
         optimised = {name for name in copies if recipe.roles[name].optim is not None}
         others = {} if taught is shared else {"teacher": taught}
-        _shard({"pretrained": shared, **others, **copies}, optimised, ranks)
+        _shard({"pretrained": shared, **others, **copies}, optimised, family.device, ranks)
     return made
 
 
-def _shard(backbones: Mapping[str, Backbone], optimised: Collection[str], ranks: Ranks) -> None:
-    """Divides the networks of a run among its processes."""
+def _shard(backbones: Mapping[str, Backbone], optimised: Collection[str], device: torch.device, ranks: Ranks) -> None:
+    """Divides the networks of a run, which are of one device, among its processes."""
+    mesh = mesh_of(ranks, device)
     for name, backbone in backbones.items():
         family = backbone.family
-        mesh = mesh_of(ranks, family.device)
         parts = family.parts(backbone.module)
-        shard(parts, {part: name in optimised and part in (backbone.trained or parts) for part in parts}, backbone.dtype, mesh, ranks, family.device)
+        shard(parts, {part: name in optimised and part in (backbone.trained or parts) for part in parts}, backbone.dtype, mesh, ranks, device)
         backbone.sharded = Sharded(name, ranks, family.boundary, guarded=dist.get_debug_level() != dist.DebugLevel.OFF)
 
 

@@ -1,25 +1,20 @@
-"""What of a sharded run's state a process holds, and its student whole on rank 0."""
+"""The student of a sharded run, whole on rank 0."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from instep.core.shards import assign, local, whole
+from instep.core.shards import assign, whole
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.models.role import Role
 from instep.training.build import make_roles
 from instep.training.execution import Execution
 from instep.training.state import TrainState
-
-
-def mine(contents: Any) -> Any:
-    """The contents with this rank's part of each tensor."""
-    return _mapped(contents, local)
 
 
 def whole_student(state: TrainState, recipe: Recipe, lent: Family, execution: Execution) -> Callable[[], Role]:
@@ -47,12 +42,3 @@ def whole_student(state: TrainState, recipe: Recipe, lent: Family, execution: Ex
         return role
 
     return filled
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Nested dicts and sequences with every tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(inner, change) for key, inner in value.items()}
-    return type(value)(_mapped(inner, change) for inner in value) if isinstance(value, list | tuple) else value

@@ -23,7 +23,6 @@ from instep.training.align_views import align_stage, align_views
 from instep.training.batches import BatchSource
 from instep.training.build import averaged
 from instep.training.finite import BROKEN, SkippedSteps, WatchedDenoiser, check_state, ended
-from instep.training.gathered import mine
 from instep.training.health import Finding, HealthMonitor
 from instep.training.hold import Controller, Held
 from instep.training.log import RunLog, Tracker
@@ -293,7 +292,7 @@ class Loop:
         kept = (*self.recipe.stage_ends(), *(stop.protected(self.probed) if self.options.stop_on else ()), *self.skipped.good(self.out))
         contents, what = saved.contents(self.state, self.source), ""
         try:
-            check_state(mine(contents))
+            check_state(contents)
         except Unusable as error:
             what = str(error)
         if self.ranks.most(len(what)):
@@ -311,7 +310,7 @@ class Loop:
         elif start_from is not None:
             with self.ranks.one_by_one():
                 saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
-        check_state(mine(saved.contents(self.state, self.source)))
+        check_state(saved.contents(self.state, self.source))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT and self.ranks.count == 1:
