@@ -1,7 +1,7 @@
 """The hacking flag on fresh runs in the exact laboratory: how often it is raised without cause, and how often it stays silent.
 
     python benchmarks/hacking.py                                                # 40 runs; skips what is stored
-    python benchmarks/hacking.py --seeds 2 --arms refl-right grpo-outward       # the two arms that are hardest to tell, once more
+    python benchmarks/hacking.py --seeds 5 --arms refl-right grpo-outward       # the two arms that are hardest to tell, once more
     make results
 
 A run goes on from a distilled student of two steps, as `--start-from` does. Log, probe of 48 samples, teacher's figures and health monitor are those of
@@ -48,7 +48,7 @@ RESULTS = Path(__file__).parent / "results" / "hacking"
 WORLD = World.named("ring8", members=1)
 STEPS, DISTIL, ALIGN = 2, 300, 120
 PROBE_EVERY = 20  # as `instep train` does
-SEEDS = (0, 1)
+SEEDS = (3, 4)  # fresh: the flag was last changed after runs of the seeds 0 to 2
 LOST = 0.1  # share of samples that leave the modes, or of mass that is misplaced, in a hacked run
 SPAN = 8.0  # width of the plane that the colours of a pixel show
 

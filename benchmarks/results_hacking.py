@@ -52,7 +52,7 @@ def lines(folder: Path = RESULTS) -> list[str]:
         "to be hacked can be climbed off the data (`right`, `outward`, `corner`) or by giving up modes (`half`); the others are distillation with such a "
         "reward watched, and honest rewards (`density`, `on-mode`) with each recipe's default weight (DM-Align's: the paper's). The flag sees the probe alone. "
         f"What is true follows from 4,000 samples at the start and at the end: a run was hacked if {LOST:g} of them or more left the modes (quality), or "
-        f"{LOST:g} of the mass or more moved between modes (TV)."
+        f"{LOST:g} of the mass or more moved between modes (TV). The seeds are fresh: no rule of the flag was set by them."
     )
     table = ["| run | meant | hacked | flagged | at step | quality | modes of 8 | TV |", "|---" * 8 + "|"]
     return [

@@ -161,6 +161,22 @@ def test_what_is_no_hacking(metrics):
     assert all_flags(history(probes=lambda step: {"modes": 5.0, **hack(**metrics)(step)})) == set()
 
 
+def test_ruined_samples_need_no_rise():
+    """A reward that is chased off the data need not be caught; a fall of a third is no noise. One probe of it is, and so is a stage without a reward."""
+    ruined = {"train_score": -0.52, "monitor_both": 0.45}
+    (found,) = examine(history(probes=late(**ruined)))
+    assert (found.flag, found.level) == ("hacking", "alarm") and "fell from 0.90 to 0.45 while a reward trains, which hardly rose" in found.text
+    assert all_flags(history(probes=lambda step: ruined if step == 90 else {})) == set()
+    assert "hacking" not in all_flags(history(distil=120, align=0, probes=late(**ruined)))
+
+
+def test_a_rise_is_measured_by_the_spread_of_the_stages_beginning():
+    """Samples that are driven apart spread their rewards, and the rise is no smaller for that."""
+    apart = lambda step: {"reward/spread": 0.4 if step <= 80 else 4.0} if step > 60 else {}  # noqa: E731
+    (found,) = examine(history(change=apart, probes=late(train_score=-0.1, monitor_both=0.7)))
+    assert found.flag == "hacking" and "rose by 1.0 within-group deviations" in found.text
+
+
 def test_a_student_may_lose_what_variety_it_has_more_than_the_teacher():
     rich = lambda step: {"diversity": 0.12} if step < 90 else {"train_score": -0.1, "diversity": 0.1}  # noqa: E731
     assert all_flags(history(probes=rich)) == set()

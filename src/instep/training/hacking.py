@@ -1,4 +1,4 @@
-"""Whether a reward is being hacked: it rises while what it does not see gets worse."""
+"""Whether a reward is being hacked: it rises, or is chased in vain, while what it does not see gets worse."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from instep.training.history import PERSIST, WINDOW, History, Row, mean, number
 
 RISE = 0.3  # rise of the training reward in deviations within a group: twice the standard error of a probe of 48 samples
 FALL = 0.1  # fall of the monitor's share of right samples: more than twice the standard error of 48 samples at 0.9
+RUINED = 0.3  # fall of that share that counts even where the reward does not rise: a reward that is chased off the data need not be caught
 # kinds of sample a prompt that leaves them open is given, relative to the stage's beginning. On the bundled model (10 prompts, 8 samples each) 5.0 are
 # seen; four draws of one student had 4.9 to 5.1, chance alone allows a deviation of 0.3, and 40 healthy iterations (7 runs) changed it by -0.1 to +0.5
 FEWER = 0.85
@@ -25,18 +26,16 @@ FARTHER = 1.25
 def hacking(seen: History) -> str | None:
     """What got worse while the training reward rose, since the stage began: the monitor, the variety or the matching force; None if nothing did.
 
-    Only stages in which a reward trains are looked at.
+    Samples that are ruined in the monitor's eyes count without a rise. Only stages in which a reward trains are looked at.
     """
     if len(seen.since) <= PERSIST or not _rewarded(seen):
         return None
-    rise = _rise(seen)
+    rise, since = _rise(seen), f"since stage {seen.stage[-1].get('stage')} began"
     if not all((rise(row) or 0.0) > RISE for row in seen.since[-PERSIST:]):
-        return None
+        ruined = _fewer_right(seen, RUINED)
+        return ruined and f"{since} {ruined} while a reward trains, which hardly rose"
     signs = [text for sign in (_fewer_right, _fewer_modes, _alike, _farther) if (text := sign(seen))]
-    if not signs:
-        return None
-    text = f"since stage {seen.stage[-1].get('stage')} began the training reward rose by {rise(seen.since[-1]):.1f} within-group deviations while"
-    return f"{text} {', and '.join(signs)}"
+    return f"{since} the training reward rose by {rise(seen.since[-1]):.1f} within-group deviations while {', and '.join(signs)}" if signs else None
 
 
 def _rewarded(seen: History) -> bool:
@@ -50,10 +49,10 @@ def _rewarded(seen: History) -> bool:
 def _rise(seen: History) -> Callable[[Row], float | None]:
     """Rise of the training reward since the stage began, in within-group standard deviations, since each reward has its own zero and unit.
 
-    The deviation is that of the stage's own groups; if the stage scores none (it uses the reward's gradient), it is that of the probe's copies at the
-    beginning of the stage.
+    The deviation is that of the stage's first groups, since samples that are driven apart spread their rewards; if the stage scores none (it uses the
+    reward's gradient), it is that of the probe's copies at the beginning of the stage.
     """
-    spread = mean(seen.stage, "reward/spread") or number(seen.since[0], "probe/train_spread")
+    spread = mean(seen.stage[:WINDOW], "reward/spread") or number(seen.since[0], "probe/train_spread")
     before = number(seen.since[0], "probe/train_score")
 
     def rise(row: Row) -> float | None:
@@ -70,9 +69,9 @@ def _since(seen: History, key: str) -> tuple[float | None, list[float]]:
     return number(seen.since[0], f"probe/{key}"), known if len(known) == PERSIST else []
 
 
-def _fewer_right(seen: History) -> str | None:
+def _fewer_right(seen: History, fall: float = FALL) -> str | None:
     first, last = _since(seen, "monitor_both")
-    if first is None or not last or max(last) >= first - FALL:
+    if first is None or not last or max(last) >= first - fall:
         return None
     return f"the monitor's share of right samples fell from {first:.2f} to {last[-1]:.2f}"
 
