@@ -24,7 +24,8 @@ from instep.rewards.base import as_reward
 from instep.rewards.decoded import make_reward_fn
 from instep.training.batches import BatchSource
 from instep.training.build import make_state
-from instep.training.step import iteration, roll_out
+from instep.training.rollouts import roll_out
+from instep.training.step import iteration
 
 REPEATS = 3
 RECIPES = {

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from instep.core.files import write_json
 from instep.planning.meta import Unread, exits_from, register, tensors_in
 from instep.planning.tally import Tally
-from instep.training import step
+from instep.training import rollouts
 from instep.training.step import iteration
 
 ROOT = Path(__file__).parents[1]
@@ -156,7 +156,7 @@ def test_the_plan_of_the_smallest_case_is_what_it_takes(recipe, roles, monkeypat
     built.flops()
     peaks, flops = [], []
     for shift in range(len(built.stage.rollout.levels)):
-        monkeypatch.setattr(step, "draw_exits", exits_from(shift))
+        monkeypatch.setattr(rollouts, "draw_exits", exits_from(shift))
         tally = Tally()
         hooks = register(tally, built.state, built.family)
         for tensor in tensors_in(built.batch):

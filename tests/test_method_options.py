@@ -31,8 +31,9 @@ from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.many_step import dance_grpo, flow_grpo
 from instep.recipes.refl import refl
+from instep.training.rollouts import roll_out, score_rollout
 from instep.training.scalars import Scalars
-from instep.training.step import iteration, roll_out, score_rollout
+from instep.training.step import iteration
 
 
 @pytest.mark.parametrize("path", [PATH, VariancePreserving.linear()])

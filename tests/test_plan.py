@@ -35,7 +35,7 @@ from instep.planning.trace import Model, Trace, meta_state, trace_stage
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.rewards.decoded import make_reward_fn, make_reward_grad_fn
-from instep.training import step
+from instep.training import rollouts
 from instep.training.build import make_state
 from instep.training.execution import Execution
 from instep.training.state import TrainState
@@ -71,12 +71,12 @@ def planned(recipe: Recipe, pipe: Any, size: Size, execution: Execution, stage: 
 
 @contextmanager
 def even_exits() -> Iterator[None]:
-    before = step.draw_exits
-    step.draw_exits = meta.exits_from(0)
+    before = rollouts.draw_exits
+    rollouts.draw_exits = meta.exits_from(0)
     try:
         yield
     finally:
-        step.draw_exits = before
+        rollouts.draw_exits = before
 
 
 def real_state(recipe: Recipe, placed: Family, execution: Execution) -> TrainState:

@@ -252,7 +252,7 @@ def test_answers_that_are_none_are_asked_again_and_then_named(serve):
 
 def test_neighbouring_groups_of_one_prompt_are_ranked_apart():
     """Where an order of prompts begins again its last and first may be the same: the tie of the first group below is no preference over the second."""
-    from instep.training.step import scoring_slices
+    from instep.training.rollouts import scoring_slices
 
     assert scoring_slices(["a", "a", "b", "b", "b", "b", "c", "c"], 2) == [slice(0, 4), slice(4, 8)]
     assert scoring_slices(["a", "a", "b", "b"], 2) == [slice(0, 4)]

@@ -349,8 +349,8 @@ def test_the_weight_of_a_single_reward_counts_everywhere():
     state.weights = (-2.0,)
     stage = Stage("rl", 1, 16, (Preference(levels=OneOf(LEVELS)),), (), RolloutConfig(LEVELS), group=4)
     from instep.methods.term import View
+    from instep.training.rollouts import roll_out, score_rollout
     from instep.training.scalars import Scalars
-    from instep.training.step import roll_out, score_rollout
 
     batch = batch_of(prompts(4, state.rng))
     view = View(state.roles, state.path, batch, 0.0, state.rng)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from instep.diffusion.streams import SampleStreams
+from instep.diffusion.streams import SampleStreams, SeveralStreams
 from instep.diffusion.transfer import to_device
 
 Rng = torch.Generator | SampleStreams
@@ -61,6 +61,13 @@ def copy_of(rng: Rng) -> Rng:
     again = torch.Generator(rng.device)
     again.set_state(rng.get_state())
     return again
+
+
+def several(rngs: Sequence[Rng]) -> Rng:
+    """One to draw from for several batches of one size at once, one batch after the other: each gets what its own streams draw. One generator is its own."""
+    parts = [rng for rng in rngs if isinstance(rng, SampleStreams)]
+    assert len(parts) == len(rngs) or all(rng is rngs[0] for rng in rngs), "several generators draw one after the other, and not together"
+    return rngs[0] if len(rngs) == 1 or not parts else SeveralStreams(parts)
 
 
 def branch(rng: Rng) -> Rng:

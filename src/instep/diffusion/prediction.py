@@ -45,6 +45,10 @@ class Condition:
         """Every row k times in a row: the conditions of groups of k samples."""
         return self if k == 1 else self._map(lambda v: v.repeat_interleave(k, 0))
 
+    def tiled(self, k: int) -> Self:
+        """All rows k times, one batch after the other."""
+        return self if k == 1 else self._map(lambda v: v.repeat(k, *[1] * (v.ndim - 1)))
+
     def at_exit(self, exit_id: Tensor | None) -> Self:
         """The same condition with the exit that its samples come from ([B] integers)."""
         return replace(self, exit_id=exit_id if exit_id is None else to_device(exit_id, self.device))

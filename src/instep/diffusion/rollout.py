@@ -36,6 +36,9 @@ class Point:
     level: Tensor
     exit_id: Tensor
 
+    def __getitem__(self, rows: slice) -> Point:
+        return Point(self.x[rows], self.x_t[rows], self.level[rows], self.exit_id[rows])
+
     def detach(self) -> Point:
         return replace(self, x=self.x.detach())
 
@@ -81,6 +84,12 @@ class Rollout:
     def detach(self) -> Rollout:
         """The same samples without graphs: what critics may re-use."""
         return replace(self, exit=self.exit and self.exit.detach(), final=self.final and self.final.detach())
+
+    def apart(self, times: int) -> list[Rollout]:
+        """The `times` rollouts that were made together, one after the other; without trajectory, reward and advantage."""
+        n = len(self.cond) // times
+        each = [slice(k * n, (k + 1) * n) for k in range(times)]
+        return [Rollout(self.cond[rows], self.group // times, self.exit and self.exit[rows], self.final and self.final[rows]) for rows in each]
 
 
 def draw_exits(n_groups: int, group: int, n_levels: int, rng: torch.Generator) -> Tensor:

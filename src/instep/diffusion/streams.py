@@ -76,3 +76,25 @@ class SampleStreams:
             rows = slice(start, min(start + each, n))
             bits = philox.random_raw((rows.stop - start) * blocks * 4).view(np.int64)
             yield rows, torch.from_numpy(bits).reshape(-1, blocks * 4)[:, :size].contiguous()
+
+
+class SeveralStreams(SampleStreams):
+    """The streams of several parts, whose rows come one part after the other: as many of each part, drawn as that part alone draws them."""
+
+    def __init__(self, parts: Sequence[SampleStreams]) -> None:
+        self.parts = list(parts)
+
+    def copy(self) -> SeveralStreams:
+        return SeveralStreams([part.copy() for part in self.parts])
+
+    def branch(self) -> SeveralStreams:
+        return SeveralStreams([part.branch() for part in self.parts])
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.cat([part.normal((shape[0] // len(self.parts), *shape[1:]), dtype) for part in self.parts])
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.cat([part.uniform((shape[0] // len(self.parts), *shape[1:]), dtype) for part in self.parts])
+
+    def integers(self, high: int, n: int) -> Tensor:
+        return torch.cat([part.integers(high, n // len(self.parts)) for part in self.parts])

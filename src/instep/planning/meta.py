@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import instep.core.rows as core_rows
 import instep.models.role as role_module
-import instep.training.step as step_module
+import instep.training.rollouts as rollouts_module
 from instep.core.rows import joined, slices
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples, TeacherSamples
@@ -86,7 +86,7 @@ def tracing(tally: Tally, state: TrainState, stepped: Callable[[], None], shift:
             (TermGradients, "add", measured_term),
             (core_rows, "by_rows", rows),
             (role_module, "by_rows", rows),
-            (step_module, "draw_exits", exits_from(shift)),
+            (rollouts_module, "draw_exits", exits_from(shift)),
             (torch.nn.functional, "scaled_dot_product_attention", fused_attention),
             (torch, "randn", _noise),
             (SampleStreams, "normal", _normal),

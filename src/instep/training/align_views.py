@@ -16,9 +16,10 @@ from instep.methods.recipe import Recipe, Stage
 from instep.methods.term import View
 from instep.models.family import Family
 from instep.training.batches import BatchSource
+from instep.training.rollouts import roll_out, score_rollout
 from instep.training.scalars import Scalars
 from instep.training.state import TrainState
-from instep.training.step import draw_band, roll_out, score_rollout
+from instep.training.step import draw_band
 from instep.training.views import change_uint8, decoded_uint8
 
 # samples that are shown

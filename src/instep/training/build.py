@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from instep.core.allocator import keep_freed_memory
 from instep.core.ranks import ALONE, Ranks
 from instep.core.shards import is_divided, local
 from instep.data.prompt import Prompt
@@ -140,6 +141,8 @@ def make_state(
                 trained[name].free = partial(free, family.parts(role.backbone.module).values())
                 trained[name].exchange = ranks.led.register(trained[name].exchange_shards)
     device = family.device
+    if device.type == "cpu":
+        keep_freed_memory()
     if latent_reward is not None and recipe.latent_reward is not None:
         trained["latent_reward"] = TrainedParams(dict(latent_reward.on(device).named_parameters()), recipe.latent_reward.optim)
     rng = torch.Generator().manual_seed(seed)
@@ -161,6 +164,7 @@ def make_state(
         device=device,
         ranks=ranks,
         sharded=execution.shards(recipe, family, ranks),
+        micro_batch=family.micro_batch,
     )
 
 

@@ -80,8 +80,10 @@ class TrainedParams:
         self.free()
         gradients = [p.grad for p in self.masters.values() if p.grad is not None]
         norm = total_norm(gradients, self.ranks)
-        if gradients:
-            torch._foreach_mul_([local(g) for g in gradients], (optim.clip / (norm + 1e-6)).clamp(max=1))
+        factor = (optim.clip / (norm + 1e-6)).clamp(max=1)
+        # most gradients are short enough; what is in host memory is read without waiting
+        if gradients and not (factor.device.type == "cpu" and factor == 1):
+            torch._foreach_mul_([local(g) for g in gradients], factor)
         finite = norm.isfinite()
         for group in self.optimizer.param_groups:
             group |= {"lr": torch.tensor(lr) if self.low_bit else lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
@@ -215,6 +217,8 @@ class TrainState:
     that moves the weights of all reward terms, where figures are held. `ranks` are the processes that share the run: each has the same state, or with `sharded`
     its part of each network and the same rest.
 
+    `micro_batch` is the most rows that go through a network at once (None: any number), for what is computed for several updates together.
+
     `boundary` is the level between two experts, and `bands` are the bands of the trained experts; a model of one network has one band of all levels.
     """
 
@@ -239,6 +243,7 @@ class TrainState:
     hold: Held = Held()
     ranks: Ranks = ALONE
     sharded: bool = False
+    micro_batch: int | None = None
 
     @property
     def multiplier(self) -> float:

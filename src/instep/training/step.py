@@ -12,21 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from instep.core.shards import assign, local
-from instep.data.prompt import Prompt
-from instep.diffusion.advantage import constant_groups, group_variance, several_advantages
 from instep.diffusion.bands import Band, in_band
-from instep.diffusion.guidance import GuidedDenoiser
-from instep.diffusion.rollout import Point, Rollout, Where, draw_exits, rollout_few_step
 from instep.diffusion.streams import SampleStreams
-from instep.diffusion.transfer import constants, to_device, widest
+from instep.diffusion.transfer import to_device
 from instep.methods.recipe import AdamWConfig, Stage
-from instep.methods.term import Batch, Critic, Force, View
+from instep.methods.term import Batch, Force, View
+from instep.training.rollouts import fresh_views, live_points, recompute, roll_out, score_rollout
 from instep.training.scalars import Scalars
 from instep.training.state import TrainState
 from instep.training.term_gradients import TermGradients, due, observe, weights_now
-
-# micro-batches over which the rewards' variance is averaged in stages that share one scale
-REWARD_HORIZON = 10
 
 
 def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progress: float, log: Scalars | None = None, measure: bool = False) -> dict[str, Any]:
@@ -78,10 +72,9 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
             log.settle()
     for critic in stage.critics:
         views = [critic.prepare(view, state.reward_fn, log.add) for view in views]
-        for _ in range(critic.updates):
-            for view in views:
-                seen = view if critic.reuse else fresh_rollout(state, stage, view, critic, log)
-                for loss in critic.losses(seen):
+        for seen in [views] * critic.updates if critic.reuse else fresh_views(state, stage, views, critic, log):
+            for view in seen:
+                for loss in critic.losses(view):
                     (loss / len(views)).backward()
                     log.add(f"critic/{critic.role}", loss.detach())
             optimizer_step(state, critic.role, progress, log)
@@ -105,13 +98,6 @@ def draw_band(state: TrainState, stage: Stage) -> Band:
     return choices[int(torch.randint(len(choices), (), generator=state.rng))]
 
 
-def live_points(stage: Stage, view: View) -> frozenset[Where]:
-    """Returns the points of the rollout that carry the student's graph in this micro-batch; the final sample does only if its last step is in the band."""
-    if stage.rollout is None or bool(in_band(torch.tensor(stage.rollout.levels[-1]), view.band)):
-        return stage.live
-    return stage.live - {"final"}
-
-
 @torch.no_grad()
 def snapshot_reference(state: TrainState, stage: Stage) -> None:
     """Copies the student into the reference at the beginning of a stage that compares with a reference."""
@@ -131,93 +117,6 @@ def sync_average(state: TrainState, stage: Stage) -> None:
     if "average" in stage.needs and mean is not None:
         state.trained["student"].at_home()
         torch._foreach_copy_([local(p) for p in state.average], [local(p) for p in mean.values()])
-
-
-def fresh_rollout(state: TrainState, stage: Stage, view: View, critic: Critic, log: Scalars) -> View:
-    """Returns the view with a fresh rollout for a critic that does not re-use the student's; it is scored if the critic needs rewards."""
-    scored = "reward" in critic.needs
-    rollout = roll_out(state, stage, view, with_graph=False, to_the_end=scored and stage.reward_on == "final")
-    return view.with_rollout(score_rollout(state, stage, view, rollout, log) if scored else rollout)
-
-
-def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, to_the_end: bool = False) -> Rollout | None:
-    """Rolls out the student on the view's prompts, `stage.group` samples a prompt; returns None for stages that only use data."""
-    if stage.rollout is None:
-        return None
-    cond = view.batch.cond.repeat(stage.group)
-    levels, guidance = stage.rollout.levels, stage.rollout.guidance
-    student = state.roles["student"]
-    if guidance != 1:
-        student = GuidedDenoiser(student, view.batch.null.repeat(stage.group), guidance)
-    here = in_band(torch.tensor(levels), view.band).nonzero().flatten()
-    exits = here[draw_exits(len(view.batch.prompts) * state.ranks.count, stage.group, len(here), state.rng)]
-    with torch.set_grad_enabled(with_graph):
-        return rollout_few_step(
-            student,
-            cond,
-            levels,
-            state.path,
-            state.shape,
-            exits[state.ranks.share(len(exits))],
-            view.rng,
-            group=stage.group,
-            exits=range(int(here[0]), int(here[-1]) + 1),
-            live=live_points(stage, view) if with_graph else frozenset(),
-            to_the_end=to_the_end or (stage.to_the_end and with_graph),
-            through=stage.rollout.through,
-            record="trajectory" in stage.needs and with_graph,
-            transition=stage.rollout.transition,
-            guidance=guidance,
-            device=state.device,
-            same_calls=state.ranks.count if state.sharded else 0,
-        )
-
-
-@torch.no_grad()
-def score_rollout(state: TrainState, stage: Stage, view: View, rollout: Rollout | None, log: Scalars) -> Rollout | None:
-    """Adds the rewards of the samples that the stage scores and their advantages within groups; groups of equal rewards get advantage 0 and are counted."""
-    if rollout is None or "reward" not in stage.needs:
-        return rollout
-    if state.reward_fn is None:
-        raise ValueError(f"reward: stage {stage.name!r} needs one and none was given; pass reward= to train(), or choose a recipe without")
-    prompts = [prompt for prompt in view.batch.prompts for _ in range(stage.group)]
-    x = rollout.point(stage.reward_on).x.detach()
-    each = torch.cat([state.reward_fn(x[rows], prompts[rows]) for rows in scoring_slices(prompts, stage.group)]).to(x)
-    each = each[:, None] if each.ndim == 1 else each
-    weights = constants(state.weights, each)
-    reward = weights[0] * each[:, 0] if len(weights) == 1 else each @ weights
-    log.add("reward/train", reward.mean())
-    for i in range(len(weights) if len(weights) > 1 else 0):
-        log.add(f"reward/train/{i}", each[:, i].mean())
-    log.add("reward/spread", reward.reshape(-1, stage.group).std(1, unbiased=False).mean())
-    log.add("reward/constant_groups", constant_groups(reward, stage.group) * stage.group / len(reward))
-    deviations: Sequence[Tensor | None] = [None] * len(weights)
-    if stage.advantage.spread == "none":
-        deviations = [torch.ones(()) for _ in weights]
-    elif stage.advantage.spread == "run":
-        now = state.ranks.mean(torch.stack([group_variance(column, stage.group).to(widest(column.device)) for column in each.unbind(1)])).unbind()
-        before = state.reward_variance or now
-        state.reward_variance = [old + (new - old) / REWARD_HORIZON for old, new in zip(before, now, strict=True)]
-        deviations = [variance.sqrt() for variance in state.reward_variance]
-    return replace(rollout, reward=reward, advantage=several_advantages(each, state.weights, stage.group, deviations, stage.advantage.clip))
-
-
-def scoring_slices(prompts: Sequence[Prompt], group: int) -> list[slice]:
-    """Returns the slices of rows to score in one call: all rows, unless two adjacent groups share a prompt, which a ranker would treat as one group."""
-    starts = [0] + [i for i in range(group, len(prompts), group) if prompts[i] == prompts[i - 1]]
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
-
-
-def recompute(state: TrainState, stage: Stage, view: View) -> Rollout | None:
-    """Returns the stored rollout with its live points predicted again by the current student, for a further inner epoch."""
-    rollout, live = view.rollout, live_points(stage, view)
-    if rollout is None:
-        return None
-
-    def predicted(where: Where, point: Point | None) -> Point | None:
-        return point.predicted_again(state.roles["student"], rollout.cond) if point and where in live else point
-
-    return replace(rollout, exit=predicted("exit", rollout.exit), final=predicted("final", rollout.final))
 
 
 def backward(
