@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/communication.py
 
-A Wan transformer with random weights, full copies and adapters, whole on each process and divided among them. Of one iteration after three others: number and
-bytes of the collectives, of two seeds; the least that the algorithm needs; bytes of weights, gradients, moments and averages that a process holds; CPU time of
-all processes together. Before the first iteration: CPU time and largest memory of a process. On a machine of few cores the processes take turns, so nothing
-here is a claim of speed. Writes benchmarks/results/communication.json.
+A Wan transformer with random weights: full copies divided among the processes, adapters on a divided network and on a whole one. Of two iterations with other
+seeds, after three others: number and bytes of the collectives; the least that the algorithm needs; bytes of weights, gradients, moments and averages that a
+process holds; CPU time of all processes together. Before the first iteration: CPU time and largest memory of a process. On a machine of few cores the processes
+take turns, so nothing here is a claim of speed. Writes benchmarks/results/communication.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import os
 import resource
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from iteration_cost import RandomWan
@@ -43,13 +42,13 @@ from instep.recipes.many_step import ManySteps
 from instep.training.batches import BatchSource
 from instep.training.build import make_state
 from instep.training.execution import Execution
-from instep.training.state import TrainState
+from instep.training.state import TrainedParams, TrainState
 from instep.training.step import iteration
 
 RESULT = Path(__file__).parent / "results" / "communication.json"
-COUNTS, BATCH, STEPS = (1, 2, 4), 8, 5
-# the iterations that are not measured: those in which terms are measured alone are among them
-WARM_UP = 3
+COUNTS, BATCH, SEEDS = (1, 2, 4), 8, (1, 2)
+# the iterations that are not measured: those in which terms are measured alone are among them, of a stage of so many steps
+WARM_UP, STEPS = 3, 10
 # each recipe's last stage, with the parts that its defaults leave out
 OPTIONS: dict[str, dict[str, Any]] = {
     "dmd2": {"gan": 0.01},
@@ -61,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "apo": {"online": 1, "half_online": 0, "offline": 0, "distill_guidance": 0, "post_distillation": 0, "high": 1, "low": 1},
 }
 # name -> rank of the adapters (None: full copies), whether networks are divided
-LAYOUTS: dict[str, tuple[int | None, str]] = {"full, shard": (None, "on"), "full": (None, "off"), "LoRA, shard": (4, "on"), "LoRA": (4, "off")}
+LAYOUTS: dict[str, tuple[int | None, Literal["on", "off"]]] = {"full, sharded": (None, "on"), "LoRA, sharded": (4, "on"), "LoRA": (4, "off")}
 # what a process sends of a collective of n processes, in parts of its bytes, by the best algorithms: gathered and divided tensors count whole
 SENDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}
 FUNCTIONS = {
@@ -105,7 +104,7 @@ class Least:
     it, once more for its backward pass; gradients of trained parameters are combined once in an optimiser step."""
 
     def __init__(self, state: TrainState) -> None:
-        self.gathered = self.combined = self.passes = self.backwards = 0
+        self.clear()
         for module in dict.fromkeys(role.backbone.module for role in state.roles.values()):
             every = sum(p.nbytes for p in module.parameters() if is_divided(p))
             blocks = sum(p.nbytes for block in module.blocks for p in block.parameters() if is_divided(p))
@@ -113,17 +112,17 @@ class Least:
         for trained in state.trained.values():
             size = [(p.nbytes, is_divided(p)) for p in trained.masters.values()]
             trained.optimizer.register_step_pre_hook(partial(self._stepped, sum(n for n, d in size if d), sum(n for n, d in size if not d)))
-        self.averaged = 0
+
+    def clear(self) -> None:
+        self.gathered = self.combined = self.averaged = 0
 
     def _passed(self, every: int, blocks: int, module: nn.Module, args: Any, output: Any) -> None:
-        self.passes += 1
         self.gathered += every
         x = output[0] if isinstance(output, tuple) else output
         if x.requires_grad:
             x.register_hook(partial(self._went_back, blocks))
 
     def _went_back(self, blocks: int, grad: Tensor) -> None:
-        self.backwards += 1
         self.gathered += blocks
 
     def _stepped(self, divided: int, whole: int, *_: Any) -> None:
@@ -154,57 +153,60 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(local(x).nbytes for x in tensors)
 
 
-def measured(name: str, layout: str, size: Sequence[int], seed: int, ranks: Ranks) -> dict[str, Any]:
-    """One iteration of a recipe's last stage, after `WARM_UP` others."""
+def measured(name: str, layout: str, size: Sequence[int], ranks: Ranks) -> dict[str, Any]:
+    """Two iterations of a recipe's last stage, after `WARM_UP` others."""
     lora_rank, shard = LAYOUTS[layout]
-    recipe, execution = recipe_of(name, lora_rank), Execution(device="cpu", shard=shard)  # type: ignore[arg-type]
-    family = RandomWan(*size, (16, 3, 6, 6), 8)
-    family.pipe = None
-    placed = execution.place(family, execution.shards(recipe, family, ranks))
-
-    def brightness(x: Tensor, prompts: object) -> Tensor:
-        return x.flatten(1).mean(1)
-
-    state = make_state(recipe, placed, seed, brightness, brightness, execution=execution, ranks=ranks)
-    stage, source = replace([stage for stage in recipe.stages if stage.steps][-1], steps=WARM_UP + STEPS), inputs(placed, recipe, seed, ranks)
+    recipe, execution = recipe_of(name, lora_rank), Execution(device="cpu", shard=shard)
+    state = state_of(recipe, size, execution, ranks)
+    family = state.roles["student"].backbone.family  # type: ignore[attr-defined]
+    stage = replace([stage for stage in recipe.stages if stage.steps][-1], steps=STEPS)
     gradients: dict[str, int] = {}
     for role, trained in state.trained.items():
-        trained.optimizer.register_step_pre_hook(
-            lambda *_, role=role, trained=trained: gradients.__setitem__(role, _bytes(p.grad for p in trained.masters.values() if p.grad is not None))
-        )
+        trained.optimizer.register_step_pre_hook(partial(_note_gradients, gradients, role, trained))
+    source = inputs(family, recipe, 0, ranks)
     for n in range(WARM_UP):
-        iteration(state, stage, source.next(stage), n / stage.steps)
-    seconds = []
-    for n in range(WARM_UP, stage.steps - 1):
-        began = time.process_time()
-        iteration(state, stage, source.next(stage), n / stage.steps)
-        seconds.append(time.process_time() - began)
-    least = Least(state)
-    with counted() as sent:
-        iteration(state, stage, source.next(stage), WARM_UP / stage.steps)
+        iteration(state, stage, source.next(stage), n / STEPS)
+    sent, seconds, least = [], [], Least(state)
+    for seed in SEEDS:
+        batches, _ = inputs(family, recipe, seed, ranks).next(stage), state.rng.manual_seed(seed)
+        least.clear()
+        with counted() as collectives:
+            began = time.process_time()
+            iteration(state, stage, batches, WARM_UP / STEPS)
+            seconds.append(time.process_time() - began)
+        sent.append(collectives)
     return {
         "recipe": name,
         "layout": layout,
         "sent": sent,
         "least": least.bytes(ranks.count),
-        "passes": least.passes,
-        "backward_passes": least.backwards,
         "held": held(state, sum(gradients.values())),
-        "cpu_s": statistics.median(seconds),
-        "parameters": sum(p.numel() for p in family.pretrained.parameters()),
+        "cpu_s": sum(seconds) / len(seconds),
     }
 
 
+def state_of(recipe: Recipe, size: Sequence[int], execution: Execution, ranks: Ranks) -> TrainState:
+    """The state of a run at its beginning, on a network of `size` (width, layers)."""
+    family = RandomWan(*size, (16, 3, 6, 6), 8)
+    family.pipe = None
+    return make_state(recipe, execution.place(family, execution.shards(recipe, family, ranks)), 0, brightness, brightness, execution=execution, ranks=ranks)
+
+
+def brightness(x: Tensor, prompts: object) -> Tensor:
+    """A reward of latents."""
+    return x.flatten(1).mean(1)
+
+
+def _note_gradients(found: dict[str, int], role: str, trained: TrainedParams, *_: Any) -> None:
+    found[role] = _bytes(p.grad for p in trained.masters.values() if p.grad is not None)
+
+
 def child(file: Path, size: Sequence[int], recipes: Sequence[str]) -> None:
-    """What one process measures; the first state of all is that of the start."""
+    """What one process measures."""
     torch.set_num_threads(1)
     with joined() as ranks:
-        rows, start = [], {}
-        for name in recipes:
-            for layout in LAYOUTS:
-                for seed in (0, 1):
-                    rows.append({**measured(name, layout, size, seed, ranks), "seed": seed})
-        write_json(file.with_name(f"{file.name}-{ranks.rank}.json"), {"rows": rows, "start": start})
+        rows = [measured(name, layout, size, ranks) for name in recipes for layout in LAYOUTS]
+        write_json(file.with_name(f"{file.name}-{ranks.rank}.json"), rows)
 
 
 def started(file: Path, size: Sequence[int]) -> None:
@@ -212,15 +214,11 @@ def started(file: Path, size: Sequence[int]) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
         imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        recipe, execution = recipe_of("dmd2", None), Execution(device="cpu", shard="on")
-        family = RandomWan(*size, (16, 3, 6, 6), 8)
-        family.pipe = None
-        state = make_state(recipe, execution.place(family, execution.shards(recipe, family, ranks)), 0, None, execution=execution, ranks=ranks)
+        state = state_of(recipe_of("dmd2", None), size, Execution(device="cpu", shard="on"), ranks)
         found = {
             "cpu_s": time.process_time(),
-            "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "imports_MB": imported / 1024,
-            "network_MB": 4 * sum(p.numel() for p in family.pretrained.parameters()) / 2**20,
+            "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "held_MB": sum(held(state, 0).values()) / 2**20,
         }
         write_json(file.with_name(f"{file.name}-{ranks.rank}.json"), found)
@@ -237,43 +235,41 @@ def spawned(count: int, what: str, folder: Path, *args: str) -> list[Any]:
         command = [sys.executable, __file__, "--child", what, str(folder / f"{what}-{count}"), *args]
         running.append(subprocess.Popen(command, env={**os.environ, **{key: str(value) for key, value in there.items()}}))
     try:
-        if any([process.wait() for process in running]):
-            raise RuntimeError(f"{what}: one of {count} processes failed")
+        ended = [process.wait() for process in running]
+        if any(ended):
+            raise RuntimeError(f"{what}: of {count} processes one failed: {ended}")
     finally:
         for process in running:
             process.kill()
     return [json.loads((folder / f"{what}-{count}-{rank}.json").read_text()) for rank in range(count)]
 
 
-def row_of(count: int, seeds: Sequence[Sequence[Mapping[str, Any]]], whole: Mapping[str, Any] | None, least_count: int | None) -> dict[str, Any]:
-    """A recipe in a layout on `count` processes, from what they measured with two seeds; `whole`: the row of one process."""
-    first = seeds[0][0]
-    sent = [tuple(map(tuple, one["sent"])) for ranks in seeds for one in ranks]
-    kinds = {kind: [n for what, n in first["sent"] if what == kind] for kind in SENDS}
+def row_of(count: int, found: Sequence[Mapping[str, Any]], alone: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A recipe in a layout on `count` processes, from what each measured; `alone`: the row of one process."""
+    first, sent = found[0], [one for rank in found for one in rank["sent"]]
+    kinds = {kind: [size for what, size in sent[0] if what == kind] for kind in SENDS}
     total = sum(SENDS[kind] * (count - 1) / count * sum(sizes) for kind, sizes in kinds.items())
-    here = [sum(one["held"].values()) for one in seeds[0]]
+    here = max(sum(one["held"].values()) for one in found)
     return {
         "recipe": first["recipe"],
         "layout": first["layout"],
         "processes": count,
-        "collectives": len(first["sent"]),
-        "of_weights": len(kinds["all_gather"]),
-        "of_gradients": len(kinds["reduce_scatter"]),
+        "gathers": len(kinds["all_gather"]),
+        "reduce_scatters": len(kinds["reduce_scatter"]),
         "others": len(kinds["all_reduce"]) + len(kinds["broadcast"]),
-        "sent_MB": total / 2**20,
-        "least_MB": first["least"] / 2**20,
-        "same_for_all_ranks_and_seeds": len(set(sent)) == 1,
-        "held_MB": max(here) / 2**20,
-        "held_of_1_process": max(here) * count / whole["held_bytes"] if whole else 1.0,
-        "held_bytes": max(here),
-        "cpu_s_a_sample": sum(one["cpu_s"] for one in seeds[0]) / BATCH,
+        "same": all(one == sent[0] for one in sent),
+        "sent_bytes": total,
+        "least_bytes": first["least"],
+        "held_bytes": here,
+        "held_of_alone": here / alone["held_bytes"] if alone else 1.0,
+        "cpu_s_a_sample": sum(one["cpu_s"] for one in found) / BATCH,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--start-width", type=int, default=512, help="of the network whose start is measured")
     parser.add_argument("--recipes", nargs="+", default=list(OPTIONS))
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "FILE"), help=argparse.SUPPRESS)
@@ -291,10 +287,10 @@ def main() -> None:
             print(json.dumps(starts[-1]), flush=True)
         for count in COUNTS:
             found = spawned(count, "iterations", Path(folder), "--width", str(args.width), "--layers", str(args.layers), "--recipes", *args.recipes)
-            for i in range(0, len(found[0]["rows"]), 2):
-                seeds = [[one["rows"][i + seed] for one in found] for seed in (0, 1)]
-                same = (row for row in rows if (row["recipe"], row["layout"]) == (seeds[0][0]["recipe"], seeds[0][0]["layout"]))
-                rows.append(row_of(count, seeds, next(same, None), None))
+            for each in zip(*found, strict=True):
+                name, layout = each[0]["recipe"], each[0]["layout"]
+                alone = next((row for row in rows if (row["recipe"], row["layout"]) == (name, layout)), None)
+                rows.append(row_of(count, each, alone))
                 print(json.dumps(rows[-1]), flush=True)
     write_json(RESULT, {"rows": rows, "starts": starts, "width": args.width, "layers": args.layers, "start_width": args.start_width})
 

@@ -40,8 +40,8 @@ from instep.models.wan22 import Wan22Family
 from instep.recipes import find
 from instep.recipes.common import Common
 from instep.rewards.base import FunctionReward
-from instep.training import state as training_state
 from instep.training import hold, step
+from instep.training import state as training_state
 from instep.training.execution import Execution
 from instep.training.loop import Interrupted
 from instep.training.options import RunOptions
