@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -252,11 +251,11 @@ def results(name: str, ranks: Ranks) -> dict[str, Tensor]:
         return case(name, ranks)
 
 
-RUN, SHARDED_RUN, GUARD, COLLECTIVES = "run", "run/shard", "guard", "collectives"
+RUN, SHARDED_RUN, STARTED_RUN, GUARD, COLLECTIVES = "run", "sharded run", "started run", "guard", "collectives"
 STEPS, STOPS_AT = 4, 2
 
 
-def run(out: Path, stops: bool = False, shard: str = "off") -> Run:
+def run(out: Path, stops: bool = False, shard: str = "off", start_from: Path | None = None) -> Run:
     """A short run, which ends in a student; with `stops` the last rank gets SIGTERM in its iteration to the step `STOPS_AT`."""
     recipe = find("dm-align-group")(Common(steps=2, batch=4, critic_updates=1, ema=0.9), distil=0, iterations=STEPS, group=2, top_n=1)
     seen: list[int] = []
@@ -271,7 +270,8 @@ def run(out: Path, stops: bool = False, shard: str = "off") -> Run:
     execution = Execution(device="cpu", shard=shard)
     # a controller moves the reward's weight after each probe
     options = RunOptions(save_every=1, keep=9, probe_every=STEPS // 2, terms_every=0, hold=hold.parse("diversity=0.95"), execution=execution)
-    return train(recipe, every_recipe.family(), out=out, prompts=every_recipe.PROMPTS, reward=FunctionReward(brightness, "brightness"), options=options)
+    scored = FunctionReward(brightness, "brightness")
+    return train(recipe, every_recipe.family(), out=out, prompts=every_recipe.PROMPTS, reward=scored, options=options, start_from=start_from)
 
 
 OLDER = ("all_gather_into_tensor", "reduce_scatter_tensor")  # of torch before 2.13
@@ -302,10 +302,9 @@ def main(file: str, *cases: str) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
         found = {}
-        for name in (name for name in cases if "/" in name and name != SHARDED_RUN):
+        for name in (name for name in cases if "/" in name):
             with counted() as sizes:
                 found |= {f"{name}|{key}": x for key, x in results(name, ranks).items()}
-            print(name, round(time.process_time(), 1), flush=True) if ranks.first else None
             found[f"{name}|{COLLECTIVES}"] = torch.tensor(sizes)
         for name in (name for name in cases if name in STATISTICS):
             found |= {f"{name}|{key}": x for key, x in of_each_process(name, ranks).items()}
@@ -315,6 +314,9 @@ def main(file: str, *cases: str) -> None:
         if SHARDED_RUN in cases:
             for _ in range(2):  # the second one resumes what is finished
                 run(Path(f"{file}-shard"), shard="on")
+        if STARTED_RUN in cases:
+            run(Path(f"{file}-first"), shard="on")
+            run(Path(f"{file}-started"), shard="on", start_from=Path(f"{file}-first"))
         if RUN in cases:
             try:
                 run(Path(f"{file}-run"), stops=True)

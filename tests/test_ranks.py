@@ -206,6 +206,18 @@ def test_a_sharded_network_has_the_precision_of_one_device(tmp_path):
     assert 0 < apart**0.5 < 0.2 * moved**0.5
 
 
+@pytest.mark.slow
+def test_a_sharded_run_begins_from_another_one(tmp_path):
+    """With its weights, moments and averages, as one process does."""
+    spawned(tmp_path, 2, [many_ranks.STARTED_RUN])
+    first, out, alone = tmp_path / "of-2-first", tmp_path / "of-2-started", tmp_path / "alone"
+    many_ranks.run(alone, start_from=first)
+    before, theirs, ours = (checkpoint.load(checkpoint.latest(one / "checkpoints")) for one in (first, out, alone))
+    assert theirs["step"] == ours["step"] == many_ranks.STEPS and theirs["steps"]["student"] == 2 * many_ranks.STEPS
+    for name in ours["roles"]:
+        assert _apart(theirs, ours, name) < 0.02 * _apart(before, ours, name)
+
+
 REWARD = """
 import os, signal
 
