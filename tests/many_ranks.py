@@ -16,7 +16,7 @@ from typing import Any
 import every_recipe
 import torch
 from safetensors.torch import save_file
-from tiny import tiny_sd3_pipeline, tiny_wan22_pipeline
+from tiny import tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_pipeline
 from torch import Tensor
 
 from instep.core.ranks import ALONE, Ranks, joined
@@ -35,6 +35,7 @@ from instep.models import role
 from instep.models.family import Family
 from instep.models.sd3 import SD3Family
 from instep.models.sharded import Mismatch
+from instep.models.wan import WanFamily
 from instep.models.wan22 import Wan22Family
 from instep.recipes import find
 from instep.recipes.common import Common
@@ -165,7 +166,17 @@ def _images() -> Family:
     return SD3Family(tiny_sd3_pipeline(), Size(16, 16, 1), name="tiny")
 
 
-MODELS: dict[str, Callable[[], Family]] = {"wan": every_recipe.family, "wan22": _experts, "sd3": _images}
+def _even() -> Family:
+    """Samples of 36 tokens."""
+    return WanFamily(tiny_wan_pipeline(), EVEN, name="tiny")
+
+
+def _even_experts() -> Family:
+    return Wan22Family(tiny_wan22_pipeline(), EVEN, name="tiny")
+
+
+EVEN = Size(48, 64, 9)
+MODELS: dict[str, Callable[[], Family]] = {"wan": every_recipe.family, "wan22": _experts, "sd3": _images, "even": _even, "even22": _even_experts}
 # what a case MODEL/RECIPE/... adds to its recipe and its execution. shard: in each process one block's weights whole at a time; rows: blocks and rows are
 # computed again in the backward pass
 COMMON: dict[str, dict[str, Any]] = {"lora": {"lora_rank": 2}, "eight": {"batch": 8}}
@@ -179,10 +190,22 @@ def case(name: str, ranks: Ranks) -> dict[str, Tensor]:
         return laboratory(recipe, how, ranks)
     common: dict[str, Any] = {key: value for one in how for key, value in COMMON.get(one, {}).items()}
     execution = Execution(device="cpu", **{key: value for one in how for key, value in HOW.get(one, {}).items()})
+    if "context" in how and ranks.count > 1 == ranks.context:
+        with joined(context=2) as ranks:
+            return case(name, ranks)
     return network(every_recipe.small(recipe, images=model == "sd3", **common), MODELS[model](), how, ranks, execution)
 
 
 SHARDED_BFLOAT16 = "wan/dm-align-group/shard/rows/bfloat16"
+# each sample's tokens divided between two processes: a discriminator's features, rows that are computed again, a reward's gradient, two experts
+CONTEXT = (
+    "even/dmd2/context",
+    "even/dm-align-group/lora/rows/context",
+    "even/dollar/rows/context",
+    "even/refl/shard/context",
+    "even22/dm-align-group/shard/context",
+    "even/dmd2/shard/lora/rows/context",
+)
 # of sharded networks every recipe, full copies and adapters, with and without computing blocks and rows again; on other models both at once; and what is whole
 CASES = (
     *(f"lab/{name}" for name in LAB),
@@ -190,9 +213,15 @@ CASES = (
     *(f"{model}/dm-align-group{how}" for model in ("wan22", "sd3") for how in ("", "/lora")),
     *(f"wan/{name}/shard{lora}{rows}" for name in NETWORKS for lora in ("", "/lora") for rows in ("", "/rows")),
     *(f"{model}/{name}/shard{how}" for model in ("wan22", "sd3") for name in NETWORKS for how in ("", "/lora/rows")),
+    *CONTEXT,
 )
 # what four processes share
-FOUR = (*(f"lab/{name}" for name in LAB), *(f"wan/{name}/shard{how}/eight" for name in NETWORKS for how in ("/rows", "/lora")), "wan22/dmd2/shard/eight")
+FOUR = (
+    *(f"lab/{name}" for name in LAB),
+    *(f"wan/{name}/shard{how}/eight" for name in NETWORKS for how in ("/rows", "/lora")),
+    "wan22/dmd2/shard/eight",
+    *(f"{name}/eight" for name in ("even/dmd2/context", "even/dm-align-group/lora/rows/context", "even22/dm-align-group/shard/context")),
+)
 
 
 # each statistic of a batch: a case that depends on it, and what computes it, where it would be that of one process's share

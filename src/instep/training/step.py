@@ -56,7 +56,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                     state.path,
                     batch,
                     progress,
-                    SampleStreams(key, i * state.ranks.count + state.ranks.rank, state.rng),
+                    SampleStreams(key, i * state.ranks.parts + state.ranks.part, state.rng),
                     reward_grad_fn=state.reward_grad_fn,
                     weights=state.weights,
                     latent_reward=state.latent_reward,
@@ -150,7 +150,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
     if guidance != 1:
         student = GuidedDenoiser(student, view.batch.null.repeat(stage.group), guidance)
     here = in_band(torch.tensor(levels), view.band).nonzero().flatten()
-    exits = here[draw_exits(len(view.batch.prompts) * state.ranks.count, stage.group, len(here), state.rng)]
+    exits = here[draw_exits(len(view.batch.prompts) * state.ranks.parts, stage.group, len(here), state.rng)]
     with torch.set_grad_enabled(with_graph):
         return rollout_few_step(
             student,
@@ -169,7 +169,7 @@ def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, t
             transition=stage.rollout.transition,
             guidance=guidance,
             device=state.device,
-            same_calls=state.ranks.count if state.sharded else 0,
+            same_calls=state.ranks.parts if state.sharded else 0,
         )
 
 
