@@ -280,11 +280,11 @@ def results(name: str, ranks: Ranks) -> dict[str, Tensor]:
         return case(name, ranks)
 
 
-RUN, SHARDED_RUN, STARTED_RUN, GUARD, COLLECTIVES = "run", "sharded run", "started run", "guard", "collectives"
+RUN, SHARDED_RUN, STARTED_RUN, CONTEXT_RUN, GUARD, COLLECTIVES = "run", "sharded run", "started run", "context run", "guard", "collectives"
 STEPS, STOPS_AT = 4, 2
 
 
-def run(out: Path, stops: bool = False, shard: str = "off", start_from: Path | None = None) -> Run:
+def run(out: Path, stops: bool = False, start_from: Path | None = None, model: str = "wan", **execution: Any) -> Run:
     """A short run, which ends in a student; with `stops` the last rank gets SIGTERM in its iteration to the step `STOPS_AT`."""
     recipe = find("dm-align-group")(Common(steps=2, batch=4, critic_updates=1, ema=0.9), distil=0, iterations=STEPS, group=2, top_n=1)
     seen: list[int] = []
@@ -296,11 +296,11 @@ def run(out: Path, stops: bool = False, shard: str = "off", start_from: Path | N
             os.kill(os.getpid(), signal.SIGTERM)
         return media.mean((1, 2, 3, 4))
 
-    execution = Execution(device="cpu", shard=shard)
     # a controller moves the reward's weight after each probe
-    options = RunOptions(save_every=1, keep=9, probe_every=STEPS // 2, terms_every=0, hold=hold.parse("diversity=0.95"), execution=execution)
+    held, where = hold.parse("diversity=0.95"), Execution(device="cpu", **execution)
+    options = RunOptions(save_every=1, keep=9, probe_every=STEPS // 2, terms_every=0, hold=held, execution=where)
     scored = FunctionReward(brightness, "brightness")
-    return train(recipe, every_recipe.family(), out=out, prompts=every_recipe.PROMPTS, reward=scored, options=options, start_from=start_from)
+    return train(recipe, MODELS[model](), out=out, prompts=every_recipe.PROMPTS, reward=scored, options=options, start_from=start_from)
 
 
 OLDER = ("all_gather_into_tensor", "reduce_scatter_tensor")  # of torch before 2.13
@@ -343,6 +343,8 @@ def main(file: str, *cases: str) -> None:
         if SHARDED_RUN in cases:
             for _ in range(2):  # the second one resumes what is finished
                 run(Path(f"{file}-shard"), shard="on")
+        if CONTEXT_RUN in cases:
+            run(Path(f"{file}-context"), model="even", context_parallel=2)
         if STARTED_RUN in cases:
             run(Path(f"{file}-first"), shard="on")
             run(Path(f"{file}-started"), shard="on", start_from=Path(f"{file}-first"))

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from instep.core.ranks import ALONE, Ranks
+from instep.core.ranks import ALONE, Ranks, joined
+from instep.models.context import check_context
 from instep.training import checkpoint
 from instep.training.checks import check_ranks
 from instep.training.execution import Execution
@@ -150,6 +151,24 @@ def test_full_copies_of_large_networks_are_sharded_by_default(monkeypatch):
         Execution(shard="yes")
 
 
+def test_samples_that_processes_cannot_divide_are_refused():
+    check_context(many_ranks.MODELS["even"](), 2)
+    with pytest.raises(
+        ValueError, match="context_parallel: 2 is not allowed; the transformer of tiny has 27 tokens of a sample; give a number"
+    ):
+        check_context(every_recipe.family(), 2)
+    with pytest.raises(ValueError, match="context_parallel: 3 is not allowed; the transformer of tiny has 2 heads"):
+        check_context(every_recipe.family(), 3)
+    with pytest.raises(ValueError, match="context_parallel: 2 is not allowed; the samples of tiny are not divided"):
+        check_context(many_ranks.MODELS["sd3"](), 2)
+    with pytest.raises(ValueError, match="context_parallel: 2 is not allowed for a run of 1; give a divisor"), joined(context=2):
+        pass
+    with pytest.raises(ValueError, match="context_parallel: 2 is not allowed together with offload"):
+        Execution(offload=True, context_parallel=2)
+    four = Ranks(3, 4, 4, context=2)
+    assert (four.part, four.parts, four.share(8)) == (1, 2, slice(4, 8))
+
+
 def test_a_batch_that_processes_cannot_share_is_refused():
     recipe = every_recipe.small("dm-align-group")
     check_ranks(recipe, 2)
@@ -204,6 +223,18 @@ def test_a_sharded_network_has_the_precision_of_one_device(tmp_path):
             apart += float((found[f"{case}|{key}"] - x).square().sum())
             moved += float((before[key.removeprefix("student/")].double() - x).square().sum())
     assert 0 < apart**0.5 < 0.2 * moved**0.5
+
+
+@pytest.mark.slow
+def test_a_run_whose_samples_are_divided_leaves_what_one_process_leaves(tmp_path):
+    """Rank 0 probes and exports with whole samples."""
+    spawned(tmp_path, 2, [many_ranks.CONTEXT_RUN])
+    out, alone = tmp_path / "of-2-context", tmp_path / "alone"
+    many_ranks.run(alone, model="even")
+    theirs, ours, before = (checkpoint.load(checkpoint.at(one / "checkpoints", step)) for one, step in ((out, 4), (alone, 4), (alone, 3)))
+    for name in ours["roles"]:
+        assert _apart(theirs, ours, name) < 0.02 * _apart(before, ours, name)
+    assert (out / "student" / "instep_export.json").is_file()
 
 
 @pytest.mark.slow
