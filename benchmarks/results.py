@@ -12,6 +12,7 @@ from pathlib import Path
 import claims
 import results_align
 import results_apo
+import results_communication
 import results_dollar
 import results_gpu
 import results_hacking
@@ -280,6 +281,7 @@ def main() -> None:
         *plain("iteration_cost"),
         "",
         *results_side_by_side.lines(),
+        *results_communication.lines(),
         "## Memory",
         "",
         "`python benchmarks/memory.py`: peak resident memory of two iterations, less what the process held before.",

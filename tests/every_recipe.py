@@ -51,11 +51,11 @@ def family(seed: int = 0) -> WanFamily:
     return WanFamily(tiny_wan_pipeline(seed), SIZE, name="tiny")
 
 
-def small(name: str, *, batch: int = 4, **common: object) -> Recipe:
-    """The recipe with two steps (three of a many-step model), one critic update and one iteration a stage."""
+def small(name: str, *, batch: int = 4, images: bool = False, **common: object) -> Recipe:
+    """The recipe with two steps (three of a many-step model), one critic update and one iteration a stage; `images`: for a model of these."""
     many = name in ("flow-grpo", "dance-grpo", "flow-dpo", "draft", "apo")
     shared = ManySteps(**{"steps": 3, "batch": batch, **common}) if many else Common(**{"steps": 2, "batch": batch, "critic_updates": 1, **common})
-    own = STAGES.get(name, {})
+    own = STAGES.get(name, {}) | ({"kind": "text-image"} if images and name == "dollar" else {})
     return find(name)(shared, **(own if name in STAGES and ("iterations" in own or name == "apo") else {"iterations": 1, **own}))
 
 

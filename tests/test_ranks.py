@@ -18,17 +18,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from instep.core.ranks import ALONE, Ranks
+from instep.core.ranks import ALONE, Ranks, joined
+from instep.models.context import check_context
 from instep.training import checkpoint
 from instep.training.checks import check_ranks
 from instep.training.execution import Execution
 
-# what CI has time for: one recipe of each kind of statistic; of sharded networks full copies and adapters, with and without computing blocks and rows again,
-# one and two experts
-LABORATORY = ("lab/dmd2", "lab/dm-align-group", "lab/amd", "lab/dmdr", "lab/dollar", "lab/flow-grpo", "lab/apo")
+# what CI has time for: each statistic of a batch; of sharded networks full copies and adapters, with and without computing blocks and rows again, one and two
+# experts
+LABORATORY = ("lab/dmd2", "lab/dm-align-group/two", "lab/amd", "lab/dmdr", "lab/dollar", "lab/flow-grpo", "lab/apo", "lab/refl/two/nan")
 SHARDED = ("wan/dm-align-group/shard/rows", "wan/dmd2/shard/lora/rows", "wan/amd/shard/lora", "wan22/dm-align-group/shard")
-# a sharded network that four processes share
-FOUR = "wan/dmd2/shard/rows"
 QUICK = (*LABORATORY, "wan/dm-align-group", *SHARDED)
 
 
@@ -54,17 +53,24 @@ def spawned(folder: Path, count: int, cases: Sequence[str]) -> list[dict[str, Te
 
 def check(case: str, found: Sequence[Mapping[str, Tensor]]) -> None:
     alone = many_ranks.results(case, ALONE)
-    # networks in double precision have more sums
-    exact = (1e-10, 1e-12) if case.startswith("lab/") else (1e-9, 1e-11)
+    assert any(key.startswith("student/") for key in alone)
     for rank, results in enumerate(found):
-        mine = {key.partition("|")[2]: x for key, x in results.items() if key.startswith(f"{case}|")}
+        mine = results_of(case, results)
         sent = mine.pop(many_ranks.COLLECTIVES)
         assert len(sent) and torch.equal(sent, found[0][f"{case}|{many_ranks.COLLECTIVES}"]), "all ranks send the same"
-        assert mine.keys() == alone.keys()
-        for key, x in alone.items():
-            rtol, atol = exact
-            torch.testing.assert_close(mine[key], x, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, key=key, rank=rank: f"{key} of rank {rank}: {text}")
-    assert any(key.startswith("student/") for key in alone)
+        check_equal(mine, alone, case, f"of rank {rank}")
+
+
+def results_of(case: str, results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.partition("|")[2]: x for key, x in results.items() if key.startswith(f"{case}|")}
+
+
+def check_equal(mine: Mapping[str, Tensor], alone: Mapping[str, Tensor], case: str, whose: str) -> None:
+    # networks in double precision have more sums
+    rtol, atol = (1e-10, 1e-12) if case.startswith("lab/") else (1e-9, 1e-11)
+    assert mine.keys() == alone.keys()
+    for key, x in alone.items():
+        torch.testing.assert_close(mine[key], x, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, key=key: f"{case}: {key} {whose}: {text}")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,7 @@ def test_a_signal_to_one_process_saves_the_run_which_goes_on_in_one(folder, two,
     assert (folder / "of-2-0.stopped").is_file() and not (out / ".lock").exists()
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()] == [*range(newest + 1)]
     together, alone = many_ranks.run(out), many_ranks.run(tmp_path / "alone")
+    assert together.state.hold.multiplier == pytest.approx(alone.state.hold.multiplier) and together.state.hold.start.keys() == {"diversity"}
     assert together.state.step == alone.state.step == many_ranks.STEPS and together.student is not None and together.student.is_dir()
     for name, trained in alone.state.trained.items():
         for key, x in trained.state().items():
@@ -144,27 +151,63 @@ def test_full_copies_of_large_networks_are_sharded_by_default(monkeypatch):
         Execution(shard="yes")
 
 
+def test_samples_that_processes_cannot_divide_are_refused():
+    check_context(many_ranks.MODELS["even"](), 2)
+    with pytest.raises(
+        ValueError, match="context_parallel: 2 is not allowed; the transformer of tiny has 27 tokens of a sample; give a number"
+    ):
+        check_context(every_recipe.family(), 2)
+    with pytest.raises(ValueError, match="context_parallel: 3 is not allowed; the transformer of tiny has 2 heads"):
+        check_context(every_recipe.family(), 3)
+    with pytest.raises(ValueError, match="context_parallel: 2 is not allowed; the samples of tiny are not divided"):
+        check_context(many_ranks.MODELS["sd3"](), 2)
+    with pytest.raises(ValueError, match="context_parallel: 2 is not allowed for a run of 1; give a divisor"), joined(context=2):
+        pass
+    with pytest.raises(ValueError, match="context_parallel: 2 is not allowed together with offload"):
+        Execution(offload=True, context_parallel=2)
+    four = Ranks(3, 4, 4, context=2)
+    assert (four.part, four.parts, four.share(8)) == (1, 2, slice(4, 8))
+
+
 def test_a_batch_that_processes_cannot_share_is_refused():
     recipe = every_recipe.small("dm-align-group")
     check_ranks(recipe, 2)
     with pytest.raises(ValueError, match="4 samples in groups of 2 are 2 groups .* 4 processes .* a multiple of 8 samples"):
         check_ranks(recipe, 4)
+    one_group = every_recipe.small("flow-grpo", batch=2)
+    check_ranks(one_group, 1)
+    with pytest.raises(ValueError, match="2 samples in groups of 2 are 1 groups .* 2 processes .* a multiple of 4 samples"):
+        check_ranks(one_group, 2)
 
 
 @pytest.mark.slow
 def test_every_recipe_on_several_processes(tmp_path):
     """The number and the sizes of collectives do not depend on the number of processes."""
-    two = spawned(tmp_path, 2, tuple(many_ranks.CASES))
-    laboratory = [case for case in many_ranks.CASES if case.startswith("lab/")]
-    four = spawned(tmp_path, 4, [*laboratory, FOUR])
-    for case in many_ranks.CASES:
-        if case != many_ranks.SHARDED_BFLOAT16:
-            check(case, two)
-    check(FOUR, four)
-    assert len(four[0][f"{FOUR}|{many_ranks.COLLECTIVES}"]) == len(two[0][f"{FOUR}|{many_ranks.COLLECTIVES}"]), "their sizes have padding"
-    for case in laboratory:
-        check(case, four)
-        assert torch.equal(two[0][f"{case}|{many_ranks.COLLECTIVES}"], four[0][f"{case}|{many_ranks.COLLECTIVES}"])
+    both = [case for case in many_ranks.FOUR if case not in many_ranks.CASES]
+    two, four = spawned(tmp_path, 2, (*many_ranks.CASES, *both)), spawned(tmp_path, 4, many_ranks.FOUR)
+    wrong = [text for cases, found in ((many_ranks.CASES, two), (many_ranks.FOUR, four)) for case in cases if (text := fault(case, found))]
+    assert not wrong, "\n".join(wrong)
+    for case in many_ranks.FOUR:
+        sent, wanted = (found[0][f"{case}|{many_ranks.COLLECTIVES}"] for found in (four, two))
+        assert torch.equal(sent, wanted) if case.startswith("lab/") else len(sent) == len(wanted), f"{case}: sizes of shards have padding"
+
+
+def fault(case: str, found: Sequence[Mapping[str, Tensor]]) -> str:
+    """What is wrong with the results of several processes; empty: nothing."""
+    try:
+        check(case, found)
+    except AssertionError as error:
+        return f"{case}: {error}"
+    return ""
+
+
+@pytest.mark.slow
+def test_each_statistic_is_that_of_all_processes(tmp_path):
+    """Each process's own, in its place, gives other results: the cases that CI compares with one process would show it."""
+    (found, _) = spawned(tmp_path, 2, tuple(many_ranks.STATISTICS))
+    for statistic, (case, *_) in many_ranks.STATISTICS.items():
+        with pytest.raises(AssertionError):
+            check_equal(results_of(statistic, found), many_ranks.results(case, ALONE), case, statistic)
 
 
 @pytest.mark.slow
@@ -180,6 +223,30 @@ def test_a_sharded_network_has_the_precision_of_one_device(tmp_path):
             apart += float((found[f"{case}|{key}"] - x).square().sum())
             moved += float((before[key.removeprefix("student/")].double() - x).square().sum())
     assert 0 < apart**0.5 < 0.2 * moved**0.5
+
+
+@pytest.mark.slow
+def test_a_run_whose_samples_are_divided_leaves_what_one_process_leaves(tmp_path):
+    """Rank 0 probes and exports with whole samples."""
+    spawned(tmp_path, 2, [many_ranks.CONTEXT_RUN])
+    out, alone = tmp_path / "of-2-context", tmp_path / "alone"
+    many_ranks.run(alone, model="even")
+    theirs, ours, before = (checkpoint.load(checkpoint.at(one / "checkpoints", step)) for one, step in ((out, 4), (alone, 4), (alone, 3)))
+    for name in ours["roles"]:
+        assert _apart(theirs, ours, name) < 0.02 * _apart(before, ours, name)
+    assert (out / "student" / "instep_export.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_begins_from_another_one(tmp_path):
+    """With its weights, moments and averages, as one process does."""
+    spawned(tmp_path, 2, [many_ranks.STARTED_RUN])
+    first, out, alone = tmp_path / "of-2-first", tmp_path / "of-2-started", tmp_path / "alone"
+    many_ranks.run(alone, start_from=first)
+    before, theirs, ours = (checkpoint.load(checkpoint.latest(one / "checkpoints")) for one in (first, out, alone))
+    assert theirs["step"] == ours["step"] == many_ranks.STEPS and theirs["steps"]["student"] == 2 * many_ranks.STEPS
+    for name in ours["roles"]:
+        assert _apart(theirs, ours, name) < 0.02 * _apart(before, ours, name)
 
 
 REWARD = """

@@ -157,7 +157,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
         patience=args.patience,
     )
     tracker = load_function(args.tracker, "tracker") if args.tracker else None
-    with joined(options.waits) as ranks:
+    with joined(options.waits, options.execution.context_parallel) as ranks:
         with ranks.one_by_one():  # what the first one caches is there for the others
             setting = prepare(recipe, args)
         if setting.files:

@@ -30,7 +30,7 @@ class Ranks:
 
     Every rank calls every method that has a collective, in the same order. `work` is the process group in which they wait for what rank 0 does alone, up to
     `WORK`; None: that of all other collectives, whose time-out is the run's patience. `led` are the steps that rank 0 cannot take alone (sharded networks),
-    while it does something alone.
+    while it does something alone. Each `context` consecutive ranks compute the same samples together (`models/context.py`); `peers` is their process group.
     """
 
     rank: int = 0
@@ -38,6 +38,18 @@ class Ranks:
     local: int = 1
     work: dist.ProcessGroup | None = None
     led: Led = field(default_factory=Led, compare=False)
+    context: int = 1
+    peers: dist.ProcessGroup | None = None
+
+    @property
+    def parts(self) -> int:
+        """In how many shares a batch is divided."""
+        return self.count // self.context
+
+    @property
+    def part(self) -> int:
+        """Which of them is this process's."""
+        return self.rank // self.context
 
     @property
     def first(self) -> bool:
@@ -45,10 +57,18 @@ class Ranks:
         return self.rank == 0
 
     def share(self, n: int) -> slice:
-        """This rank's consecutive share of n rows, a multiple of the ranks' number."""
-        each, left = divmod(n, self.count)
-        assert not left, f"{n} rows are no multiple of {self.count} ranks"
-        return slice(self.rank * each, (self.rank + 1) * each)
+        """This rank's consecutive share of n rows, a multiple of the number of shares."""
+        each, left = divmod(n, self.parts)
+        assert not left, f"{n} rows are no multiple of {self.parts} shares"
+        return slice(self.part * each, (self.part + 1) * each)
+
+    def alike(self, x: Tensor) -> Tensor:
+        """What the first of the ranks that compute the same samples has, of a tensor that each of them has: scores may differ from call to call."""
+        if self.context > 1:
+            x = x.detach().clone()
+            with _together():
+                dist.broadcast(x, self.part * self.context, group=self.peers)
+        return x
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over ranks of a tensor of any shape, on its device."""
@@ -190,19 +210,20 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
+def joined(patience: timedelta = PATIENCE, context: int = 1) -> Iterator[Ranks]:
     """The ranks of this process, as torchrun starts them (its environment), and their process group for as long as the block runs; `ALONE` without torchrun.
 
     Each process is on the accelerator of its local rank, if there are enough; tensors there are sent by NCCL, those in host memory by gloo. `patience` is the
     time after which a process that waits for another one raises Lost; where rank 0 works alone it is `WORK`, if that is longer. A group that the caller
-    made is used as it is, with its own time-out.
+    made is used as it is, with its own time-out. Each `context` processes compute the same samples; raises ValueError unless it divides their number.
     """
     local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if dist.is_available() and dist.is_initialized():
-        with _waiting(patience) as work:
-            yield Ranks(dist.get_rank(), dist.get_world_size(), here, work)
+        with _of_group(here, patience, context) as ranks:
+            yield ranks
         return
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        _check_context(1, context)
         yield ALONE
         return
     fits = torch.accelerator.is_available() and torch.accelerator.device_count() >= here
@@ -213,10 +234,30 @@ def joined(patience: timedelta = PATIENCE) -> Iterator[Ranks]:
         store, rank, count = _met(patience)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
     try:
-        with _waiting(patience) as work:
-            yield Ranks(dist.get_rank(), dist.get_world_size(), here, work)
+        with _of_group(here, patience, context) as ranks:
+            yield ranks
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _of_group(local: int, patience: timedelta, context: int) -> Iterator[Ranks]:
+    """The ranks of the process group that there is."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    _check_context(count, context)
+    with _waiting(patience) as work:
+        peers = None
+        if context > 1:
+            with _together():
+                peers, _ = dist.new_subgroups(context, timeout=patience)
+        yield Ranks(rank, count, local, work, context=context, peers=peers)
+
+
+def _check_context(count: int, context: int) -> None:
+    if count % context:
+        raise ValueError(
+            f"context_parallel: {context} is not allowed for {count} {'processes' if count > 1 else 'process'}; give a divisor, or start more (torchrun)"
+        )
 
 
 def _met(patience: timedelta) -> tuple[dist.Store, int, int]:

@@ -75,10 +75,10 @@ class LatentReward(nn.Module):
         """Updates mean and deviation from rewards [B] or [B, R] of all ranks until there are enough labels and they differ; later ones are ignored."""
         counts = ((self.seen < SETTLE) | (self.variance <= 0).any()).to(self.total)
         each = (reward[:, None] if reward.ndim == 1 else reward).to(self.total)
-        total, square = ranks.count * ranks.mean(torch.stack([each.sum(0), each.square().sum(0)]))
+        total, square = ranks.parts * ranks.mean(torch.stack([each.sum(0), each.square().sum(0)]))
         self.total += counts * total
         self.square += counts * square
-        self.seen += counts * len(each) * ranks.count
+        self.seen += counts * len(each) * ranks.parts
 
     def state(self) -> dict[str, Tensor]:
         """Parameters, mean and deviation."""

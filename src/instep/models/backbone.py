@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from instep.diffusion.prediction import Condition
 from instep.methods.recipe import LoRA
 from instep.models.borrow import compute_dtype
+from instep.models.context import ContextParallel
 from instep.models.embeddings import GuidanceEmbedding
 from instep.models.residency import Residency
 from instep.models.sharded import Sharded
@@ -68,6 +69,7 @@ class Backbone:
         self.dtype, self.device = compute_dtype(module), family.device
         self.trained = None if trained is None or set(trained) == set(family.denoisers) else tuple(trained)
         self.sharded: Sharded | None = None
+        self.context: ContextParallel | None = None
         self._call: CallContext | None = None
         self._adapters: dict[str, LoRA] = {}
         self._layers: list[Any] = []

@@ -55,7 +55,7 @@ class Family(Protocol):
     passes_generator: whether the pipeline's call hands `generator=` on to the scheduler, which re-noises with it. even_sigmas: whether it gives the scheduler
     the levels 1, (n - 1) / n, ..., 1 / n to shift, instead of their number. micro_batch: the most rows that go through the network or the VAE at once; None:
     all. styles: the adapters that the pipeline carried, which are merged into the networks. variant: that of the files it was loaded from, if they had a word
-    in their names.
+    in their names. divides_tokens: whether several processes may compute a sample together (`models/context.py`).
     """
 
     name: str
@@ -77,6 +77,7 @@ class Family(Protocol):
     even_sigmas: bool
     comfyui: ComfyUI | None
     micro_batch: int | None
+    divides_tokens: bool
     styles: tuple[Style, ...]
     variant: str | None
 

@@ -62,6 +62,7 @@ class PipelineFamily(StockCalls):
     even_sigmas = False
     comfyui: ComfyUI | None = None
     micro_batch: int | None = None
+    divides_tokens: bool = False
     styles: tuple[Style, ...] = ()
     variant: str | None = None
     _device: torch.device | None = None

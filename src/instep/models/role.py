@@ -83,12 +83,14 @@ class Role:
             self.backbone.residency.use(module)
         if self.backbone.sharded is not None:
             self.backbone.sharded.check(self.name, len(x_t), t)
+        context = self.backbone.context
+        x_t = x_t if context is None else context.entered(x_t)
         with self.backbone.active_call(CallContext(self.adapter, self.scale, cond, self.exits, features, self.skips, self.guidance_embedding)):
             raw = family.forward(module, x_t.to(self.backbone.dtype), t, cond)
         if self.head is None or features is None:
             return raw, None
         (tokens,) = features
-        return raw, self.head(tokens)
+        return raw, self.head(tokens if context is None else context.gathered(tokens))
 
     @property
     def guidance_rule(self) -> GuidanceRule | None:

@@ -112,6 +112,7 @@ class WanFamily(PipelineFamily):
     comfyui: ComfyUI | None = WanComfyUI()
     preset = WAN21
     text_length = STOCK_TEXT_LENGTH
+    divides_tokens = True
     # whether the pipeline gives each token a level of its own (Wan 2.2 TI2V)
     expand_timesteps = False
 

@@ -53,6 +53,7 @@ class TI2VFamily(WanFamily):
     """
 
     expand_timesteps = True
+    divides_tokens = False
     comfyui: ComfyUI | None = None
     preset = TI2V
 
@@ -68,6 +69,7 @@ class TI2VImageFamily(WanImageFamily):
     """
 
     expand_timesteps = True
+    divides_tokens = False
     preset = TI2V
 
     def native_size(self) -> Size:

@@ -87,6 +87,7 @@ class WanImageFamily(WanFamily):
     """
 
     pipeline_class = "WanImageToVideoPipeline"
+    divides_tokens = False
     task: Task = "image-to-video"
     takes_first_frame = True
     comfyui: ComfyUI | None = None

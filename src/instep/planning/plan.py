@@ -127,6 +127,8 @@ def plan(
     Of several devices each has its share of every batch. `adapted` makes the same recipe with adapters of rank `RANK`, where it has the option lora_rank;
     advice may then name it. `terms_every`: see `RunOptions`. `teacher` is another model that teaches, on the meta device too (`models/teacher.py`).
     """
+    if execution.context_parallel > 1:
+        raise ValueError(f"context_parallel: {execution.context_parallel} is not planned for: activations are those of whole samples; leave it out")
     recipe = share_of(recipe, machine.gpus)
     model = _model(recipe, family, execution, terms_every, teacher)
     stages = _iterations(model, execution, machine, reward)

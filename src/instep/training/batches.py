@@ -98,7 +98,7 @@ class BatchSource:
             preferred = self._preferred("real", self.real, rows, stage.preferred_count)
         else:
             names = tuple(self.prompts[i] for i in self._orders["prompts"].next(n))
-        following = None if ranks.count == 1 else names[mine.stop % n]
+        following = None if ranks.parts == 1 else names[mine.stop % n]
         names = names[mine]
         cond, null = self.family.encode(names), self.family.unconditional(names)
         stored = self._stored(n, ranks) if "stored" in stage.needs else None

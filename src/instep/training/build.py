@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from instep.core.allocator import keep_freed_memory
 from instep.core.ranks import ALONE, Ranks
@@ -18,6 +18,7 @@ from instep.diffusion.bands import Band, bands_of
 from instep.methods.recipe import Recipe
 from instep.models.backbone import Backbone
 from instep.models.borrow import borrowed
+from instep.models.context import ContextParallel
 from instep.models.family import Family
 from instep.models.residency import Residency
 from instep.models.role import Role
@@ -69,6 +70,12 @@ def make_roles(recipe: Recipe, family: Family, execution: Execution = Execution(
         optimised = {name for name in copies if recipe.roles[name].optim is not None}
         others = {} if taught is shared else {"teacher": taught}
         _shard({"pretrained": shared, **others, **copies}, optimised, family.device, ranks)
+    if ranks.context > 1:
+        context = ContextParallel(ranks, family.device)
+        for backbone in dict.fromkeys((shared, taught, *copies.values())):
+            backbone.context = context
+            for part in backbone.family.parts(backbone.module).values():
+                context.attach(part)
     return made
 
 
@@ -153,7 +160,7 @@ def make_state(
         family.path,
         family.latent_shape,
         rng,
-        reward_fn,
+        reward_fn if reward_fn is None or ranks.context == 1 else partial(_alike, reward_fn, ranks),
         reward_grad_fn,
         weights=weights,
         reference=reference,
@@ -166,6 +173,10 @@ def make_state(
         sharded=execution.shards(recipe, family, ranks),
         micro_batch=family.micro_batch,
     )
+
+
+def _alike(reward_fn: RewardFn, ranks: Ranks, x: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return ranks.alike(reward_fn(x, prompts))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from instep.core.numbers import check_whole
 from instep.core.ranks import Ranks
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
@@ -57,6 +58,9 @@ class Execution:
     is computed (FSDP2). Memory falls with the number of processes, and weights travel in every pass. auto: on where full copies of a network of more than
     500 million parameters are trained; smaller networks and adapters (--lora-rank) fit on one card, and send less. Not together with offload, compile and
     moments 8bit."""
+    context_parallel: int = 1
+    """In several processes (torchrun): how many compute each sample together, each a part of its tokens (long videos; Wan). Activations of a network fall with
+    it. A divisor of the number of processes, of heads and of a sample's tokens. Not together with offload, compile and attention."""
     attention: str | None = None
     """Attention backend by diffusers' name, for example _native_cudnn, flash, _flash_3, sage; default: PyTorch's own choice."""
 
@@ -69,6 +73,9 @@ class Execution:
             raise ValueError(f"shard: {self.shard!r} is not allowed; allowed: auto, on, off")
         if self.shard == "on" and (other := self._alone):
             raise ValueError(f"shard: on is not allowed together with {other}; leave one of the two out")
+        check_whole("context_parallel", self.context_parallel, 1)
+        if self.context_parallel > 1 and (other := "offload" if self.offload else "compile" if self.compile else "attention" if self.attention else ""):
+            raise ValueError(f"context_parallel: {self.context_parallel} is not allowed together with {other}; leave one of the two out")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype: {self.dtype!r} is not allowed; allowed: {', '.join(DTYPES)}")
         if self.moments not in ("float32", "8bit"):

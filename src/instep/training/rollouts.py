@@ -45,7 +45,7 @@ class Draw:
 def draw(state: TrainState, stage: Stage, view: View, rng: Rng) -> Draw:
     """Draws the exits of a rollout, among the levels of the view's band; `rng` are the streams of its noise."""
     here = _levels_in_band(stage, view)
-    exits = here[draw_exits(len(view.batch.prompts) * state.ranks.count, stage.group, len(here), state.rng)]
+    exits = here[draw_exits(len(view.batch.prompts) * state.ranks.parts, stage.group, len(here), state.rng)]
     return Draw(exits[state.ranks.share(len(exits))], rng)
 
 
@@ -80,7 +80,7 @@ def rolled_out(state: TrainState, stage: Stage, view: View, draws: Sequence[Draw
             transition=stage.rollout.transition,
             guidance=guidance,
             device=state.device,
-            same_calls=state.ranks.count if state.sharded else 0,
+            same_calls=state.ranks.parts if state.sharded else 0,
         )
 
 

@@ -18,6 +18,7 @@ from instep.data.prompt import Prompt, with_negative
 from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models.borrow import visiting
+from instep.models.context import check_context
 from instep.models.family import Family
 from instep.models.preset import ModelSettings
 from instep.recipes import as_recipe
@@ -103,14 +104,17 @@ def train(
     In several processes (torchrun) each calls this with the same arguments, has the whole state, and takes its share of every batch; the first one writes.
     """
     out, options = Path(out), options or RunOptions()
-    with joined(options.waits) as ranks, _quiet(ranks):
+    with joined(options.waits, options.execution.context_parallel) as ranks, _quiet(ranks):
         options.execution.check()
         options.execution.check_shared(ranks)
         prompts = with_negative(as_prompt_list(prompts), negative_prompt)
         lent = as_family(family, options.execution.loading_dtype())
         taught = as_taught(teacher, lent, options.execution.loading_dtype())
         recipe = as_recipe(recipe, settings=ModelSettings(lent.preset, lent.shift))
-        check_ranks(recipe, ranks.count)
+        check_ranks(recipe, ranks.parts)
+        for model in (lent, taught):
+            if model is not None:
+                check_context(model, ranks.context)
         scored = as_reward(reward) if reward is not None else None
         if real is None and pairs is not None and recipe.needs & {"real", "preferred"}:
             real = pairs.preferred

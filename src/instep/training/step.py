@@ -50,7 +50,7 @@ def iteration(state: TrainState, stage: Stage, batches: Sequence[Batch], progres
                     state.path,
                     batch,
                     progress,
-                    SampleStreams(key, i * state.ranks.count + state.ranks.rank, state.rng),
+                    SampleStreams(key, i * state.ranks.parts + state.ranks.part, state.rng),
                     reward_grad_fn=state.reward_grad_fn,
                     weights=state.weights,
                     latent_reward=state.latent_reward,
