@@ -54,16 +54,12 @@ def spawned(folder: Path, count: int, cases: Sequence[str]) -> list[dict[str, Te
 
 def check(case: str, found: Sequence[Mapping[str, Tensor]]) -> None:
     alone = many_ranks.results(case, ALONE)
-    # networks in double precision have more sums
-    exact = (1e-10, 1e-12) if case.startswith("lab/") else (1e-9, 1e-11)
+    exact = {"exact": (1e-10, 1e-12)} if case.startswith("lab/") else {}
     for rank, results in enumerate(found):
         mine = {key.partition("|")[2]: x for key, x in results.items() if key.startswith(f"{case}|")}
         sent = mine.pop(many_ranks.COLLECTIVES)
         assert len(sent) and torch.equal(sent, found[0][f"{case}|{many_ranks.COLLECTIVES}"]), "all ranks send the same"
-        assert mine.keys() == alone.keys()
-        for key, x in alone.items():
-            rtol, atol = exact
-            torch.testing.assert_close(mine[key], x, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text, key=key, rank=rank: f"{key} of rank {rank}: {text}")
+        many_ranks.equal(mine, alone, **exact, where=f" of rank {rank}")
     assert any(key.startswith("student/") for key in alone)
 
 
