@@ -34,20 +34,20 @@ class Column:
 
 LORA = ("test_a_lora_student_is_sampled_by_stock_diffusers", "")
 FULL, ADAPTER = (("test_a_student_killed_and_resumed_ends_the_same", prefix) for prefix in ("full-", "LoRA-"))
-MICRO, RANKS = "test_a_group_over_micro_batches_is_the_group_at_once", "test_two_ranks_train_as_one_process"
+RANKS = tuple(("test_two_ranks_a_row_at_a_time_train_as_one_process", prefix) for prefix in ("full-", "LoRA-"))
 COLUMNS = {
     "teacher": Column((("test_the_guided_teacher_takes_the_stock_pipelines_step", ""),), "difference"),
     "decoding": Column((("test_shapes_features_and_skipped_blocks", ""),)),
     "full": Column((FULL,)),
     "LoRA": Column((LORA, ADAPTER)),
     "bf16": Column((("test_a_group_in_bfloat16_is_computed_a_row_at_a_time", ""),)),
-    "group over micro-batches": Column(((MICRO, "full-"), (MICRO, "LoRA-"))),
+    "group over micro-batches": Column(RANKS),
     "kill and resume": Column((FULL, ADAPTER)),
     "export": Column((LORA, FULL, ADAPTER)),
     "stock sampling": Column((LORA, FULL, ADAPTER), "folder"),
     "LoRA file": Column((LORA,), "LoRA"),
     "ComfyUI names": Column((LORA,), "ComfyUI"),
-    "two ranks": Column(((RANKS, "full-"), (RANKS, "LoRA-"))),
+    "two ranks": Column(RANKS),
     "plan": Column((("test_the_commands_take_a_folder", ""),)),
 }
 
@@ -71,16 +71,15 @@ Where recipes begin on a model. Guidance is w of u + w (c − u); a pair is that
 - **decoding**: media are the stock pipeline's; a discriminator reads tokens, blocks can be skipped, planning's conditions have the shapes of prompts'.
 - **full**, **LoRA**: full copies and adapters are trained.
 - **bf16**: groups of two under a reward, computed in bfloat16, one row at a time with activation checkpointing, and exported.
-- **group over micro-batches**: DM-Align (Group), one row at a time, has the weights, moments and log of all rows in one call: two iterations of each stage in
-  double precision, to 1e-9, full copies and LoRA.
 - **kill and resume**: a run that is killed and resumed ends with the same weights and log, full copies and LoRA.
 - **export**, **stock sampling**: stock diffusers draws from the exported folder what the library draws, to 1e-6 of the largest latent.
 - **LoRA file**: on the base model, stock diffusers draws with it what it draws from the folder, to 1e-5 of the largest latent. `DiTPipeline` loads no LoRA.
 - **ComfyUI names**: each tensor of the LoRA file has a name that ComfyUI's loader knows. The rules were taken from ComfyUI's source (`tests/comfyui_names.py`
   says where each stands); ComfyUI itself was not run. It has no DiT, and of CogVideoX it reads names that stock diffusers does not. A workflow is written for
   Wan text-to-video alone.
-- **two ranks**: two processes that share a batch and divide every network (`--shard on`) have the weights, moments and log of one process, in double precision
-  to 1e-9, full copies and LoRA.
+- **two ranks**, **group over micro-batches**: two processes share a batch of DM-Align (Group), divide every network between them (`--shard on`), and compute
+  one row at a time. They end with the weights, moments and log of one process that computes all rows in one call: two iterations of each stage, full copies
+  and LoRA, in double precision to 1e-9.
 - **plan**: `instep plan`, and `instep sample`, on a saved folder.
 
 [SiT](how_to/sit.md) has no stock pipeline; `tests/test_sit.py` holds it against a second implementation of the published network.

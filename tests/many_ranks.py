@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import every_recipe
-import family_cases
 import torch
 from safetensors.torch import save_file
 from tiny import tiny_sd3_pipeline, tiny_wan22_pipeline
@@ -23,7 +21,6 @@ from torch import Tensor
 from instep.core.ranks import Ranks, joined
 from instep.core.shards import whole
 from instep.core.size import Size
-from instep.data.prompt import Prompt
 from instep.lab.networks import VelocityMLP
 from instep.lab.run import common, ensemble_state
 from instep.lab.spec import build
@@ -31,7 +28,6 @@ from instep.lab.world import World
 from instep.methods.recipe import Recipe
 from instep.methods.term import Batch, Stored
 from instep.models import role
-from instep.models.families import family_of
 from instep.models.family import Family
 from instep.models.sd3 import SD3Family
 from instep.models.sharded import Mismatch
@@ -104,13 +100,11 @@ def wide(family: Family) -> Family:
     return family
 
 
-def network(
-    recipe: Recipe, family: Family, ranks: Ranks, execution: Execution = Execution(device="cpu"), prompts: Sequence[Prompt] = every_recipe.PROMPTS
-) -> dict[str, Tensor]:
+def network(recipe: Recipe, family: Family, ranks: Ranks, execution: Execution = Execution(device="cpu")) -> dict[str, Tensor]:
     """Two iterations of every stage of a recipe on a miniature model, in double precision unless its execution names another."""
     placed = execution.place(family if execution.dtype else wide(family))
     state = every_recipe.state_of(recipe, placed, execution, ranks=ranks)
-    source, rows = every_recipe.batches_of(placed, ranks=ranks, prompts=prompts), {}
+    source, rows = every_recipe.batches_of(placed, ranks=ranks), {}
     for i, stage in enumerate(stage for stage in recipe.stages if stage.steps):
         for n in range(2):
             rows |= {f"{i}/{n}/{key}": value for key, value in iteration(state, stage, source.next(stage), 0.0).items()}
@@ -133,13 +127,6 @@ def _everything(state: TrainState, rows: Mapping[str, float]) -> dict[str, Tenso
     return {key: x.detach().double().contiguous().clone() for key, x in found.items()}
 
 
-def equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], exact: tuple[float, float] = (1e-9, 1e-11), where: str = "") -> None:
-    """Both have the same tensors, to these relative and absolute tolerances; networks in double precision have many sums."""
-    assert found.keys() == expected.keys()
-    for key, x in expected.items():
-        torch.testing.assert_close(found[key], x, rtol=exact[0], atol=exact[1], equal_nan=True, msg=lambda text, key=key: f"{key}{where}: {text}")
-
-
 def _tiny(name: str, ranks: Ranks, lora_rank: int | None = None, execution: Execution = Execution(device="cpu")) -> dict[str, Tensor]:
     return network(every_recipe.small(name, lora_rank=lora_rank), every_recipe.family(), ranks, execution)
 
@@ -155,20 +142,10 @@ def _images(ranks: Ranks, lora_rank: int | None = None, execution: Execution = E
     return network(every_recipe.small("dm-align-group", lora_rank=lora_rank), family, ranks, execution)
 
 
-def of_family(name: str, ranks: Ranks, execution: Execution, lora_rank: int | None = None) -> dict[str, Tensor]:
-    """DM-Align (Group) on the tiny pipeline of one of the families' cases."""
-    case = family_cases.CASES[name]
-    guidance = {"guidance": case.guidance, "guidance_2": case.guidance_2}
-    recipe = every_recipe.small("dm-align-group", shift=case.shift, lora_rank=lora_rank, **guidance)
-    with TemporaryDirectory() as folder:  # of first frames
-        return network(recipe, family_of(case.make(), case.size, name="tiny"), ranks, execution, family_cases.prompts_of(case, Path(folder)))
-
-
 # in each process one block's weights whole at a time
 SHARDED = Execution(device="cpu", shard="on")
 # blocks and rows are computed again in the backward pass
-ROWS = Execution(device="cpu", checkpointing="on", micro_batch=1)
-SHARDED_ROWS = replace(ROWS, shard="on")
+SHARDED_ROWS = Execution(device="cpu", shard="on", checkpointing="on", micro_batch=1)
 SHARDED_BFLOAT16 = "wan/dm-align-group/shard/bfloat16"
 CASES: dict[str, Callable[[Ranks], dict[str, Tensor]]] = {
     **{f"lab/{name}": partial(laboratory, name) for name in LAB},
@@ -188,13 +165,6 @@ CASES: dict[str, Callable[[Ranks], dict[str, Tensor]]] = {
     SHARDED_BFLOAT16: partial(_tiny, "dm-align-group", execution=replace(SHARDED_ROWS, dtype="bfloat16")),
 }
 
-# of `test_families.py`
-FAMILIES = {
-    f"family/{name}/{kind}": partial(of_family, name, execution=SHARDED_ROWS, lora_rank=rank)
-    for name in family_cases.CASES
-    for kind, rank in (("full", None), ("LoRA", 2))
-}
-
 
 def guarded(ranks: Ranks) -> str:
     """What comes of two processes that call two experts of equal shape, each another one."""
@@ -211,7 +181,7 @@ def guarded(ranks: Ranks) -> str:
 
 def results(case: str, ranks: Ranks) -> dict[str, Tensor]:
     with nullcontext() if case == SHARDED_BFLOAT16 else double():
-        return (CASES | FAMILIES)[case](ranks)
+        return CASES[case](ranks)
 
 
 RUN, SHARDED_RUN, GUARD, COLLECTIVES = "run", "run/shard", "guard", "collectives"
@@ -262,7 +232,7 @@ def main(file: str, *cases: str) -> None:
     torch.set_num_threads(1)
     with joined() as ranks:
         found = {}
-        for case in (case for case in cases if case in CASES | FAMILIES):
+        for case in (case for case in cases if case in CASES):
             with counted() as sizes:
                 found |= {f"{case}|{key}": x for key, x in results(case, ranks).items()}
             found[f"{case}|{COLLECTIVES}"] = torch.tensor(sizes)

@@ -7,12 +7,13 @@ from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import comfyui_names
-import many_ranks
+import family_ranks
 import pytest
 import torch
 from family_cases import CASES, Case, family, our_output, pipeline_of, prompts_of, rebuilt, stock_output
+from many_ranks import double
 from safetensors.torch import load_file
-from test_ranks import check, spawned
+from test_ranks import spawned
 from test_run import interrupted_before, rows, same
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def test_the_guided_teacher_takes_the_stock_pipelines_step(case: Case, tmp_path,
     prompt, other = prompts_of(case, tmp_path)[:2]
     negative = prompt if case.negative is None else replace(prompt, negative=case.negative)
     worst = 0.0
-    with many_ranks.double() if case.double else nullcontext():
+    with double() if case.double else nullcontext():
         pipe = case.make()
         if case.double:
             pipe.to(dtype=torch.float64)
@@ -211,29 +212,21 @@ def test_a_group_in_bfloat16_is_computed_a_row_at_a_time(case: Case, tmp_path):
     assert (run.student / "model_index.json").is_file()
 
 
-@pytest.mark.slow
-@ALL
-@pytest.mark.parametrize("rank", [None, 2], ids=["full", "LoRA"])
-def test_a_group_over_micro_batches_is_the_group_at_once(case: Case, rank):
-    """Two iterations of each stage in double precision: weights, moments and log are those of all rows in one call."""
-    with many_ranks.double():
-        whole, rows = (many_ranks.of_family(case.name, ALONE, execution, rank) for execution in (Execution(device="cpu"), many_ranks.ROWS))
-    many_ranks.equal(rows, whole)
-
-
 @pytest.fixture(scope="module")
 def two_ranks(request, tmp_path_factory) -> list[dict[str, Tensor]]:
     """What two processes compute for the cases that were asked for, by rank."""
-    asked = [item.callspec.params["case"].name for item in request.session.items if item.name.startswith("test_two_ranks_train_as_one_process[")]
-    return spawned(tmp_path_factory.mktemp("ranks"), 2, [name for name in many_ranks.FAMILIES if name.split("/")[1] in asked])
+    asked = [item.callspec.params for item in request.session.items if item.name.startswith("test_two_ranks_a_row_at_a_time")]
+    names = [f"{each['case'].name}/{each['kind']}" for each in asked]
+    return spawned(tmp_path_factory.mktemp("ranks"), 2, names, family_ranks.__file__)
 
 
 @pytest.mark.slow
 @ALL
-@pytest.mark.parametrize("kind", ["full", "LoRA"])
-def test_two_ranks_train_as_one_process(case: Case, kind, two_ranks):
-    """Sharded, two iterations of each stage in double precision."""
-    check(f"family/{case.name}/{kind}", two_ranks)
+@pytest.mark.parametrize("kind", family_ranks.KINDS)
+def test_two_ranks_a_row_at_a_time_train_as_one_process(case: Case, kind, two_ranks):
+    """Networks are sharded, and blocks and rows computed again; one process computes all rows in one call."""
+    name = f"{case.name}/{kind}"
+    family_ranks.check(name, two_ranks, family_ranks.trained(name, ALONE, Execution(device="cpu")))
 
 
 @pytest.mark.slow

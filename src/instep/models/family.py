@@ -208,6 +208,10 @@ class Family(Protocol):
         """
         ...
 
+    def called_apart(self, module: nn.Module) -> Sequence[nn.Module]:
+        """Submodules of blocks that the network calls outside of their block too: where processes divide a network, each keeps these whole."""
+        ...
+
     def lora_keys(self, part: str, layer: str) -> tuple[str, str]:
         """The names that the tensors A [r, in] and B [out, r] of a part's layer have in a LoRA file; ValueError for a layer without a name there."""
         ...

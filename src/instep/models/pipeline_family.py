@@ -304,6 +304,10 @@ class PipelineFamily(StockCalls):
     def prepare(self, module: nn.Module, current: Callable[[], Condition | None]) -> None:
         """Nothing: text and its padding are arguments of the network's own forward."""
 
+    def called_apart(self, module: nn.Module) -> Sequence[nn.Module]:
+        """None."""
+        return ()
+
     def lora_keys(self, part: str, layer: str) -> tuple[str, str]:
         """The names in stock diffusers' own LoRA files."""
         return f"{part}.{layer}.lora_A.weight", f"{part}.{layer}.lora_B.weight"
