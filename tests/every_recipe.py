@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tiny import tiny_wan_pipeline
 from torch import Tensor
 
 from instep.core.ranks import ALONE, Ranks
 from instep.core.size import Size
-from instep.data.prompt import as_prompts
+from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples, TeacherSamples
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
@@ -64,15 +66,15 @@ def state_of(recipe: Recipe, placed: Family, execution: Execution = Execution(),
     return make_state(recipe, placed, 0, make_reward_fn(placed, reward), make_reward_grad_fn(placed, reward), execution=execution, ranks=ranks)
 
 
-def batches_of(placed: Family, seed: int = 0, ranks: Ranks = ALONE) -> BatchSource:
+def batches_of(placed: Family, seed: int = 0, ranks: Ranks = ALONE, prompts: Sequence[Prompt] = PROMPTS) -> BatchSource:
     """Batches with everything that any stage needs; samples are noise."""
     rng = torch.Generator().manual_seed(seed)
 
     def latents() -> Tensor:
         return torch.randn(4, *placed.latent_shape, generator=rng)
 
-    real, pairs = RealSamples(PROMPTS, latents()), PairSamples(PROMPTS, latents(), latents())
-    return BatchSource(placed, PROMPTS, real, seed, TeacherSamples(PROMPTS, latents(), latents()), pairs, ranks)
+    real, pairs = RealSamples(prompts, latents()), PairSamples(prompts, latents(), latents())
+    return BatchSource(placed, prompts, real, seed, TeacherSamples(prompts, latents(), latents()), pairs, ranks)
 
 
 def run_stages(recipe: Recipe, state: TrainState, source: BatchSource) -> list[dict[str, float]]:

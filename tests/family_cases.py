@@ -30,8 +30,7 @@ from torch import Tensor
 
 from instep.core.size import Size
 from instep.data.prompt import Prompt
-from instep.diffusion.guidance import by_level, predict_guided
-from instep.diffusion.prediction import to_prediction
+from instep.diffusion.guidance import by_level, guided_by, halves, predict_guided, scale_at
 from instep.models.backbone import Backbone
 from instep.models.families import family_of
 from instep.models.family import Family
@@ -46,8 +45,8 @@ VIDEO, IMAGE = Size(HEIGHT, WIDTH, FRAMES), Size(16, 16, 1)
 @dataclass(frozen=True)
 class Case:
     """A family on its tiny pipeline. `shift` gives the student's four levels, `levels` are those of teacher parity, `given` latent frames are known,
-    `negative` is a negative prompt, None where the pipeline takes none. `slow`: a test file of its own covers the family in
-    every run of the tests. `texts`: its prompts. `loras`: the files that its stock pipeline loads, none for one that loads no LoRA.
+    `negative` is a negative prompt, None where the pipeline takes none. `slow`: a test file of its own covers the family in every run of the tests. `double`:
+    whether the stock pipeline takes latents in double precision. `loras`: the files that it loads, none for one that loads no LoRA. `texts`: the prompts.
     """
 
     name: str
@@ -61,6 +60,7 @@ class Case:
     given: int = 0
     negative: str | None = "blurry"
     slow: bool = False
+    double: bool = True
     loras: tuple[str, ...] = ("lora.safetensors",)
     texts: tuple[str, ...] = TEXTS
 
@@ -81,7 +81,7 @@ CASES = {
         Case("Wan 2.2 TI2V-5B, text", tiny_ti2v_pipeline, "TI2VFamily", VIDEO),
         Case("Wan 2.2 TI2V-5B, image", tiny_ti2v_image_pipeline, "TI2VImageFamily", VIDEO, given=1),
         Case("SDXL", tiny_sdxl_pipeline, "SDXLFamily", IMAGE, shift=1.0),
-        Case("Z-Image", tiny_z_image_pipeline, "ZImageFamily", IMAGE, shift=3.0),
+        Case("Z-Image", tiny_z_image_pipeline, "ZImageFamily", IMAGE, shift=3.0, double=False),
         Case("CogVideoX 1.5", tiny_cogvideox15_pipeline, "CogVideoXFamily", Size(32, 32, 9), shift=1.0),
         Case("FLUX.2-klein", tiny_flux2_klein_pipeline, "Flux2KleinBaseFamily", IMAGE, negative=None),
         Case("DiT", tiny_dit_pipeline, "LatentDiTFamily", IMAGE, shift=1.0, negative=None, loras=(), texts=("7", "goldfish", "207", "0")),
@@ -152,9 +152,8 @@ class Recorder:
         return Stepped(sample)
 
 
-def stock_x0(case: Case, prompt: Prompt, x: Tensor, level: float) -> Tensor:
-    """The clean sample that the stock pipeline's own guided step predicts from x [1, ...] at `level`."""
-    pipe, fam = pipeline_of(case.name), family(case)
+def stock_output(case: Case, pipe: Any, fam: Family, prompt: Prompt, x: Tensor, level: float) -> Tensor:
+    """The guided output [1, ...] that the stock pipeline gives its scheduler's step, from x [1, ...] at `level`, in our layout of latents."""
     recorder = Recorder(timestep_of(fam, level), copy.deepcopy(pipe.scheduler.config))
     other = rebuilt(pipe)
     object.__setattr__(other, "scheduler", recorder)
@@ -162,7 +161,7 @@ def stock_x0(case: Case, prompt: Prompt, x: Tensor, level: float) -> Tensor:
         fam.stock_sample(other, [prompt], steps=1, guidance=case.guidance, guidance_2=case.guidance_2, output="latent")
     (raw,) = recorder.seen
     # DiT's pipeline steps the conditional and the unconditional half alike
-    return to_prediction(fam.prediction_type, fam.own_latents(raw[:1]), fam.path, x, torch.tensor([level])).x0
+    return fam.own_latents(raw[:1])
 
 
 @contextmanager
@@ -192,9 +191,17 @@ def timestep_of(fam: Family, level: float) -> float:
     return level * 1000 if steps is None else float(round(level * steps) - 1)
 
 
-def our_x0(case: Case, prompt: Prompt, x: Tensor, level: float) -> Tensor:
-    fam = family(case)
+def our_output(case: Case, fam: Family, prompt: Prompt, x: Tensor, level: float) -> Tensor:
+    """The family's guided prediction [1, ...] as its network would have put it out."""
+    t = torch.tensor([level])
     teacher = Role("teacher", Backbone(fam, fam.new_backbone()))
-    scale = by_level(case.guidance, case.guidance_2, fam.boundary)
+    cond, null, scale = fam.encode([prompt]), fam.unconditional([prompt]), by_level(case.guidance, case.guidance_2, fam.boundary)
     with torch.no_grad():
-        return predict_guided(teacher, x, torch.tensor([level]), fam.encode([prompt]), fam.unconditional([prompt]), scale).x0
+        parts = halves(teacher(torch.cat([x, x]), torch.cat([t, t]), cond.stack(null)))
+        found = guided_by(teacher, t, *parts, scale_at(scale, t, x))
+        assert torch.equal(predict_guided(teacher, x, t, cond, null, scale).x0, found.x0)
+    if fam.prediction_type == "velocity":
+        return found.v
+    a, b = fam.path.a(t).double(), fam.path.b(t).double()
+    eps = (x - a * found.x0) / b
+    return eps if fam.prediction_type == "eps" else a * eps - b * found.x0

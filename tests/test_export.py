@@ -99,7 +99,7 @@ def exported(pipe, levels, out, info, **options):
 
 
 def lora_tensors(module, adapter="student"):
-    return lora_state_dict(module, adapter, lambda name: f"diffusion_model.{comfyui_module(name)}")
+    return lora_state_dict(module, adapter, lambda name: tuple(f"diffusion_model.{comfyui_module(name)}.lora_{half}.weight" for half in "AB"))
 
 
 def folder_of(tmp_path: Path) -> Path:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from followed import DOCS, follow
+from safetensors.torch import load_file
 from tiny import tiny_wan_pipeline
 
 from instep.training.findings import FLAGS
@@ -58,6 +59,8 @@ def test_lora_and_comfyui(folder, monkeypatch):
     held = {path.name for path in (folder / "runs/wan-lora/student").iterdir()}
     assert held >= {"lora.safetensors", "comfyui_workflow.json", "README.md", "model_index.json"}
     assert (folder / "wan-4-step/model_index.json").is_file()
+    keys = set(load_file(folder / "runs/wan-lora/student/lora.safetensors"))
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in keys, "as the page has it"
 
 
 def test_every_flag_is_explained():

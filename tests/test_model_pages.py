@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from followed import follow
+from followed import DOCS, follow
 from safetensors.torch import load_file
-from tiny import tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_pipeline
+from test_sit import HEADS, published
+from tiny import tiny_image_vae, tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_pipeline
 from tiny_families import tiny_sdxl_pipeline, tiny_z_image_pipeline
 
 VIDEO, IMAGE = "48 48 9", "16 16 1"
@@ -79,11 +81,24 @@ def test_style_loras(folder):
     models = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": saved(tiny_wan_pipeline), "me/ink-style": ink}
     written = {"(480, 832, 33)": "(48, 48, 9)", "iterations=1000": "iterations=1", "height=480, width=832, num_frames=33": "height=48, width=48, num_frames=9"}
     assert follow("style_lora.md", models, VIDEO, written) == ["sh", "python", "python"]
-    keys = set(load_file(folder / "runs/ink/student/lora.safetensors"))
-    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in keys, "as the page has it"
+
+
+def test_sit(folder):
+    """A pickle as the authors publish it, of a width that is no published size."""
+    torch.save(published(), "SiT-XL-2-256x256.pt")
+    vae = {"stabilityai/sd-vae-ft-ema": saved(partial(tiny_image_vae, scaling_factor=0.18215))}
+    smaller = {"--to models/sit-xl": f"--to models/sit-xl --heads {HEADS}"}
+    assert follow("sit.md", vae, IMAGE, smaller=smaller) == ["text file", "sh"]
+    assert {path.name for path in (folder / "runs/sit/student").iterdir()} >= {"transformer", "scheduler", "vae", "README.md"}
 
 
 def test_a_family_of_one_s_own(folder):
+    """The diff that the page shows is that of a family which is there; the rest of the page is run."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", (DOCS / "own_family.md").read_text(encoding="utf-8"), re.DOTALL)
+    added = re.findall(r"^\+\+\+ b/(\S+)\n\+( .*)$", diff, re.MULTILINE)
+    assert [file for file, _ in added] == ["src/instep/models/families.py", "tests/family_cases.py"]
+    for file, line in added:
+        assert line in (DOCS.parents[1] / file).read_text(encoding="utf-8").splitlines()
     tiny_sd3_pipeline().save_pretrained("my-model")
     assert follow("own_family.md", written={"Size(512, 512, 1)": "Size(16, 16, 1)", "iterations=1000": "iterations=1"}) == ["diff", "python file", "python"]
     record = json.loads((folder / "runs/sprites/recipe.json").read_text())

@@ -31,7 +31,7 @@ SHARDED = ("wan/dm-align-group/shard/rows", "wan/dmd2/shard/lora/rows", "wan/amd
 QUICK = (*LABORATORY, "wan/dm-align-group", *SHARDED)
 
 
-def spawned(folder: Path, count: int, cases: Sequence[str]) -> list[dict[str, Tensor]]:
+def spawned(folder: Path, count: int, cases: Sequence[str], script: str = many_ranks.__file__) -> list[dict[str, Tensor]]:
     """The results of `count` processes, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -42,7 +42,7 @@ def spawned(folder: Path, count: int, cases: Sequence[str]) -> list[dict[str, Te
         there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **{key: str(value) for key, value in there.items()}, "PYTHONPATH": os.pathsep.join(sys.path)}
         environment["TORCH_DISTRIBUTED_DEBUG"] = "INFO"  # calls of sharded networks are guarded
-        started.append(subprocess.Popen([sys.executable, many_ranks.__file__, str(file), *cases], env=environment))
+        started.append(subprocess.Popen([sys.executable, script, str(file), *cases], env=environment))
     try:
         assert [process.wait(timeout=900) for process in started] == [0] * count
     finally:

@@ -53,7 +53,7 @@ class Measured:
 
     comfyui_shift, comfyui_difference: None where no workflow is made for the family. usual: default steps and guidance of the pipeline's
     call. unguided: the arguments of its call that turn guidance off. passes_generator: whether the pipeline passes `generator=` to the scheduler. task: the
-    pipeline's task. loras: the LoRA files that were written.
+    pipeline's task. loras: the LoRA files that were written. comfyui_reads_lora: whether ComfyUI has names for what they hold.
     """
 
     sampler_difference: float
@@ -70,6 +70,7 @@ class Measured:
     passes_generator: bool = False
     task: Task = "text-to-video"
     loras: tuple[str, ...] = ()
+    comfyui_reads_lora: bool = False
 
 
 # a larger difference is another level: ComfyUI's rounding to thousandths stays below
@@ -156,7 +157,7 @@ def _head(info: ExportInfo, n: int, measured: Measured) -> str:
         files = " and ".join(f"`{name}`" for name in measured.loras) or "`lora.safetensors`"
         text += (
             f"\n{files} {'are' if len(measured.loras) > 1 else 'is'} the same student as a LoRA on the base model (strength 1; diffusers"
-            f"{' and ComfyUI read' if measured.comfyui_difference is not None else ' reads'} it).\n"
+            f"{' and ComfyUI read' if measured.comfyui_reads_lora else ' reads'} it).\n"
         )
     return text
 

@@ -117,6 +117,7 @@ def export_student(
             passes_generator=family.passes_generator,
             task=family.task,
             loras=tuple(lora_files(family).values()) if adapter else (),
+            comfyui_reads_lora=family.comfyui_reads_lora,
         )
         if family.comfyui:
             _write_comfyui(temporary, family, network, weights, dtype, levels, info, measured)

@@ -14,15 +14,16 @@ from instep.models.adapters import has_adapter, lora_layers
 from instep.models.family import Family
 
 
-def lora_state_dict(module: nn.Module, adapter: str, key: Callable[[str], str]) -> dict[str, Tensor]:
-    """The tensors `KEY.lora_A.weight` and `KEY.lora_B.weight` of each adapted layer, KEY = `key(layer name)`, with alpha / r folded into B.
+def lora_state_dict(module: nn.Module, adapter: str, keys: Callable[[str], tuple[str, str]]) -> dict[str, Tensor]:
+    """A [r, in] and B [out, r] of each adapted layer under the two names that `keys(layer name)` gives them, with alpha / r folded into B.
 
-    Strength 1 is therefore exact everywhere. Raises ValueError if the adapter is not there, is not plain LoRA, or adapts a layer without a name in `key`.
+    Strength 1 is therefore exact everywhere. Raises ValueError if the adapter is not there, is not plain LoRA, or adapts a layer without names in `keys`.
     """
     state = {}
     for name, layer, scale in lora_layers(module, adapter):
-        state[f"{key(name)}.lora_A.weight"] = layer.lora_A[adapter].weight.detach().clone().cpu().contiguous()
-        state[f"{key(name)}.lora_B.weight"] = (layer.lora_B[adapter].weight.detach() * scale).cpu().contiguous()
+        a, b = keys(name)
+        state[a] = layer.lora_A[adapter].weight.detach().clone().cpu().contiguous()
+        state[b] = (layer.lora_B[adapter].weight.detach() * scale).cpu().contiguous()
     return state
 
 
@@ -43,14 +44,14 @@ def save_loras(family: Family, network: nn.Module, folder: Path, adapter: str = 
     for part, module in family.parts(network).items():
         if not has_adapter(module, adapter) and len(family.denoisers) > 1:
             continue
-        state = lora_state_dict(module, adapter, lambda layer, part=part: family.lora_key(part, layer))  # type: ignore[misc]
+        state = lora_state_dict(module, adapter, lambda layer, part=part: family.lora_keys(part, layer))  # type: ignore[misc]
         path = folder / lora_files(family)[part]
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {key: value.to(dtype) if dtype else value for key, value in state.items()}
         for key, value in tensors.items():
             finite.note(f"{path.name}:{key}", state[key], value)
         finite.check(dtype)
-        save_file(tensors, temporary, metadata={"format": "pt", "instep": "alpha / rank is folded into lora_B: load at strength 1"})
+        save_file(tensors, temporary, metadata={"format": "pt", "instep": "alpha / rank is folded into B (lora_B, lora_up): load at strength 1"})
         os.replace(temporary, path)
         keys += sorted(state)
     return keys

@@ -93,7 +93,7 @@ def check_adapter(family: Family, network: nn.Module, adapter: str | None) -> di
         carrying = [name for name, part in parts.items() if has_adapter(part, adapter)]
         for name in carrying or list(parts)[:1]:  # without any, lora_layers raises the error
             for layer, _, _ in lora_layers(parts[name], adapter):
-                family.lora_key(name, layer)
+                family.lora_keys(name, layer)
     return {name: plain_weights(part, adapter) for name, part in parts.items()}
 
 

@@ -85,6 +85,10 @@ class ClassConditional(PipelineFamily):
         """One a block: DiT embeds the time anew in each of them (and once more by the first block's for the output layer)."""
         return [block.norm1.emb.timestep_embedder for block in module.transformer_blocks]
 
+    def called_apart(self, module: Any) -> Sequence[nn.Module]:
+        """The first block's embedding of time and class, which the output layer is told too."""
+        return [module.transformer_blocks[0].norm1.emb]
+
     def time_width(self, module: Any) -> int:
         return module.config.num_attention_heads * module.config.attention_head_dim
 

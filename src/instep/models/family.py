@@ -54,7 +54,8 @@ class Family(Protocol):
 
     passes_generator: whether the pipeline's call hands `generator=` on to the scheduler, which re-noises with it. even_sigmas: whether it gives the scheduler
     the levels 1, (n - 1) / n, ..., 1 / n to shift, instead of their number. micro_batch: the most rows that go through the network or the VAE at once; None:
-    all. styles: the adapters that the pipeline carried, which are merged into the networks. variant: that of the files it was loaded from, if they had a word
+    all. comfyui: how ComfyUI runs the models; None: no workflow is made. comfyui_reads_lora: whether ComfyUI has names for all that a LoRA file of this family
+    holds. styles: the adapters that the pipeline carried, which are merged into the networks. variant: that of the files it was loaded from, if they had a word
     in their names. divides_tokens: whether several processes may compute a sample together (`models/context.py`).
     """
 
@@ -76,6 +77,7 @@ class Family(Protocol):
     passes_generator: bool
     even_sigmas: bool
     comfyui: ComfyUI | None
+    comfyui_reads_lora: bool
     micro_batch: int | None
     divides_tokens: bool
     styles: tuple[Style, ...]
@@ -207,8 +209,12 @@ class Family(Protocol):
         """
         ...
 
-    def lora_key(self, part: str, layer: str) -> str:
-        """The name of a part's layer in a LoRA file, without `.lora_A.weight`."""
+    def called_apart(self, module: nn.Module) -> Sequence[nn.Module]:
+        """Submodules of blocks that the network calls outside of their block too: where processes divide a network, each keeps these whole."""
+        ...
+
+    def lora_keys(self, part: str, layer: str) -> tuple[str, str]:
+        """The names that the tensors A [r, in] and B [out, r] of a part's layer have in a LoRA file; ValueError for a layer without a name there."""
         ...
 
     def usual(self) -> tuple[int, float]:

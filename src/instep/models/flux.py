@@ -62,6 +62,7 @@ class FluxFamily(TwoStreamFamily):
     even_sigmas = True
     guides_by_negative_prompt = True
     text_length = TEXT_LENGTH
+    comfyui_reads_lora = True
     lora_targets: tuple[str, ...] = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "proj_mlp"),

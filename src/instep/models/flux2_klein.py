@@ -63,6 +63,7 @@ class Flux2KleinBaseFamily(ImageFamily):
     distilled = False
     preset = KLEIN_BASE
     text_length = TEXT_LENGTH
+    comfyui_reads_lora = True
     lora_targets: tuple[str, ...] = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("ff.linear_in", "ff.linear_out", "to_qkv_mlp_proj"),

@@ -61,6 +61,7 @@ class PipelineFamily(StockCalls):
     passes_generator = False
     even_sigmas = False
     comfyui: ComfyUI | None = None
+    comfyui_reads_lora = False
     micro_batch: int | None = None
     divides_tokens: bool = False
     styles: tuple[Style, ...] = ()
@@ -304,5 +305,10 @@ class PipelineFamily(StockCalls):
     def prepare(self, module: nn.Module, current: Callable[[], Condition | None]) -> None:
         """Nothing: text and its padding are arguments of the network's own forward."""
 
-    def lora_key(self, part: str, layer: str) -> str:
-        return f"{part}.{layer}"
+    def called_apart(self, module: nn.Module) -> Sequence[nn.Module]:
+        """None."""
+        return ()
+
+    def lora_keys(self, part: str, layer: str) -> tuple[str, str]:
+        """The names in stock diffusers' own LoRA files."""
+        return f"{part}.{layer}.lora_A.weight", f"{part}.{layer}.lora_B.weight"

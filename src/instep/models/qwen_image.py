@@ -52,6 +52,7 @@ class QwenImageFamily(TwoStreamFamily):
     guidance_rule: GuidanceRule | None = RescaledGuidance(PATCH)
     preset = QWEN_IMAGE
     text_length = TEXT_LENGTH
+    comfyui_reads_lora = True
     lora_targets: tuple[str, ...] = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),

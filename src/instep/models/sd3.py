@@ -81,6 +81,7 @@ class SD3Family(TwoStreamFamily):
 
     pipeline_class = "StableDiffusion3Pipeline"
     text_length = T5_TOKENS
+    comfyui_reads_lora = True
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:

@@ -77,6 +77,7 @@ class SDXLFamily(ImageFamily):
     flow_scheduler = False
     preset = SDXL
     text_length = CLIP_TOKENS
+    comfyui_reads_lora = True
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:
@@ -176,6 +177,11 @@ class SDXLFamily(ImageFamily):
         sides: Any = (*module.down_blocks, module.mid_block, *module.up_blocks)  # type: ignore[misc]
         attended = [attention for side in sides for attention in getattr(side, "attentions", ())]
         return skipped([block for attention in attended for block in attention.transformer_blocks], blocks)
+
+    def lora_keys(self, part: str, layer: str) -> tuple[str, str]:
+        """The names of kohya's trainer, which diffusers converts. Of PEFT's names ComfyUI leaves a UNet's attention out."""
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        return f"{name}.lora_down.weight", f"{name}.lora_up.weight"
 
     def calls(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         """A call has negative prompts, or zeros in their place: neighbours that agree share one."""

@@ -8,7 +8,7 @@ each pass would send more than one average a step does.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,17 +60,27 @@ class Sharded:
             )
 
 
-def shard(parts: Mapping[str, nn.Module], trained: Mapping[str, bool], dtype: torch.dtype, mesh: DeviceMesh, ranks: Ranks, device: torch.device) -> None:
+def shard(
+    parts: Mapping[str, nn.Module],
+    trained: Mapping[str, bool],
+    apart: Collection[nn.Module],
+    dtype: torch.dtype,
+    mesh: DeviceMesh,
+    ranks: Ranks,
+    device: torch.device,
+) -> None:
     """Divides the parts of a network in place, a block at a time, and leaves each process's share on `device`.
 
     The precision is that of one device: networks compute in `dtype`, gradients are averaged in float32 or better, and what diffusers keeps in float32 stays
-    so and is whole on every process. Trained weights are divided in float32 and rounded where they are gathered, so that the optimiser needs no other copy of
-    them. The tensors of the parts are not changed: others may hold them.
+    so and is whole on every process. So are the modules in `apart`, which are called outside of their blocks too, where nothing gathers them. Trained weights
+    are divided in float32 and rounded where they are gathered, so that the optimiser needs no other copy of them. The tensors of the parts are not changed:
+    others may hold them.
     """
     # of a root whose output is a view, which a family reads and does not write into
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    whole = {p for module in apart for p in module.parameters()}
     for name, part in parts.items():
-        _shard_part(part, trained[name], dtype, mesh, device)
+        _shard_part(part, trained[name], whole, dtype, mesh, device)
         for unit in [*units(part), part]:
             number = len(ranks.led.steps)
             ranks.led.register(partial(_pass, unit))
@@ -79,12 +89,12 @@ def shard(parts: Mapping[str, nn.Module], trained: Mapping[str, bool], dtype: to
         part._get_fsdp_state()._lazy_init()  # type: ignore[operator]
 
 
-def _shard_part(part: nn.Module, trained: bool, dtype: torch.dtype, mesh: DeviceMesh, device: torch.device) -> None:
+def _shard_part(part: nn.Module, trained: bool, whole: Collection[nn.Parameter], dtype: torch.dtype, mesh: DeviceMesh, device: torch.device) -> None:
     rounded = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if rounded and trained else None, reduce_dtype=torch.float32 if rounded else None, cast_forward_inputs=False
     )
-    apart = {p for key, p in part.named_parameters() if p.dtype != dtype or ".lora_" in key}
+    apart = {p for key, p in part.named_parameters() if p.dtype != dtype or ".lora_" in key or p in whole}
     for p in apart:
         p.data = p.data.to(device, copy=True)
     for unit in [*units(part), part]:

@@ -110,6 +110,7 @@ class WanFamily(PipelineFamily):
     pipeline_class = "WanPipeline"
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     comfyui: ComfyUI | None = WanComfyUI()
+    comfyui_reads_lora = True
     preset = WAN21
     text_length = STOCK_TEXT_LENGTH
     divides_tokens = True
@@ -219,6 +220,7 @@ class WanFamily(PipelineFamily):
     def skip(self, module: Any, blocks: Sequence[int]) -> AbstractContextManager[None]:
         return skipped(module.blocks, blocks)
 
-    def lora_key(self, part: str, layer: str) -> str:
+    def lora_keys(self, part: str, layer: str) -> tuple[str, str]:
         """The names that ComfyUI maps onto Wan and that diffusers converts by itself."""
-        return f"diffusion_model.{comfyui_module(layer)}"
+        name = f"diffusion_model.{comfyui_module(layer)}"
+        return f"{name}.lora_A.weight", f"{name}.lora_B.weight"

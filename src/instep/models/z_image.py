@@ -39,6 +39,7 @@ class ZImageFamily(ImageFamily):
     even_sigmas = True
     preset = Z_IMAGE
     text_length = TEXT_LENGTH
+    comfyui_reads_lora = True
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
     def __init__(self, pipe: Any, size: Size | Sequence[int] | None = None, name: str = "", source: str = "") -> None:

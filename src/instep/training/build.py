@@ -85,7 +85,8 @@ def _shard(backbones: Mapping[str, Backbone], optimised: Collection[str], device
     for name, backbone in backbones.items():
         family = backbone.family
         parts = family.parts(backbone.module)
-        shard(parts, {part: name in optimised and part in (backbone.trained or parts) for part in parts}, backbone.dtype, mesh, ranks, device)
+        trained = {part: name in optimised and part in (backbone.trained or parts) for part in parts}
+        shard(parts, trained, [found for part in parts.values() for found in family.called_apart(part)], backbone.dtype, mesh, ranks, device)
         backbone.sharded = Sharded(name, ranks, family.boundary, guarded=dist.get_debug_level() != dist.DebugLevel.OFF)
 
 
