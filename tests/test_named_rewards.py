@@ -226,6 +226,40 @@ def test_image_reward_from_the_published_file(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def wavy(weights: dict[str, Tensor], factor: dict[str, float] | None = None) -> dict[str, Tensor]:
+    """Values for weights of these names and shapes, which another program makes alike; scales of norms are near 1, weights of a name that begins with a key of
+    `factor` are scaled by it."""
+    made = {}
+    for name, value in weights.items():
+        if not value.is_floating_point():
+            made[name] = value
+            continue
+        wave = torch.sin(0.7 * torch.arange(value.numel(), dtype=torch.float64) + len(name)).reshape(value.shape)
+        scale = next((size for start, size in (factor or {}).items() if name.startswith(start)), 0.4)
+        norm = name.endswith("weight") and ("ln_" in name or "norm" in name.lower())
+        made[name] = (scale * wave + (1.0 if norm else 0.0)).float()
+    return made
+
+
+def wavy_images(side: int) -> Tensor:
+    """Two images [2, 3, side, side] in [0, 1], which another program makes alike."""
+    p = torch.arange(2 * 3 * side * side, dtype=torch.float64)
+    return (0.5 + 0.5 * torch.sin(0.013 * p * (1 + p / 4000))).reshape(2, 3, side, side).float()
+
+
+CROSSED = (["a hen", "two cats on a mat"], ["two cats on a mat", "a hen"])
+
+
+def test_image_reward_gives_the_values_of_the_authors_package(tmp_path):
+    """image-reward 1.5's own networks (with transformers 4.40.2) with the same weights on the same pixels and tokens, run once in an environment of its own."""
+    published = published_image_reward(tmp_path)[0]
+    torch.save(wavy(published, {"mlp": 0.2}), tmp_path / "ImageReward.pt")
+    convert(tmp_path / "ImageReward.pt", tmp_path / "to", tmp_path / "bert")
+    reward = named("imagereward", Choice(folder=tmp_path / "to"))
+    scores = torch.stack([reward.score(wavy_images(16), prompts) for prompts in CROSSED])
+    torch.testing.assert_close(scores, torch.tensor([[1.4240045547485352, 1.483884334564209], [1.483760952949524, 1.4233334064483643]]), atol=2e-5, rtol=0)
+
+
 def attended(block: nn.Module, hidden: Tensor, to: Tensor, mask: Tensor) -> Tensor:
     """BERT's attention of one head, with what follows it."""
     own = block.self
@@ -302,17 +336,10 @@ def test_hpsv2_from_the_published_file(clip, tmp_path):
 
 def test_hpsv2_gives_the_values_of_open_clip(clip, tmp_path):
     """open_clip 3.3.0's own CLIP with the same weights on the same pixels, run once in an environment of its own; HPSv2's package holds a copy of it."""
-    weights = OpenClip(len(clip[2].tokenizer)).state_dict()
-    for name, value in weights.items():
-        wave = torch.sin(0.7 * torch.arange(value.numel(), dtype=torch.float64) + len(name)).reshape(value.shape)
-        weights[name] = (0.4 * wave + (1.0 if "ln_" in name and name.endswith("weight") else 0.0)).float()
+    weights = wavy(OpenClip(len(clip[2].tokenizer)).state_dict())
     torch.save({"state_dict": weights}, tmp_path / "HPS_v2.1_compressed.pt")
     convert(tmp_path / "HPS_v2.1_compressed.pt", tmp_path / "to", clip[0])
-    p = torch.arange(2 * 3 * 32 * 32, dtype=torch.float64)
-    images = (0.5 + 0.5 * torch.sin(0.013 * p * (1 + p / 4000))).reshape(2, 3, 32, 32).float()
-    scores = [
-        named("hpsv2", Choice(folder=tmp_path / "to")).score(images, prompts) for prompts in (["a hen", "two cats on a mat"], ["two cats on a mat", "a hen"])
-    ]
+    scores = [named("hpsv2", Choice(folder=tmp_path / "to")).score(wavy_images(32), prompts) for prompts in CROSSED]
     want = torch.tensor([[-0.20561090111732483, -0.41256558895111084], [-0.4016343951225281, -0.19388428330421448]])
     torch.testing.assert_close(torch.stack(scores), want, atol=2e-5, rtol=0)
 
