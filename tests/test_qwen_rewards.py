@@ -98,21 +98,28 @@ def message(body: str, kind: str) -> str:
     return f"<|im_start|>user\n<|vision_start|><|{kind}_pad|><|vision_end|>{body}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_videoalign_from_the_published_file(base, tmp_path, capsys):
-    folder, network, tokenizer = base
+def published_videoalign(network: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """The weights of VideoAlign as they are published, a LoRA of rank 4 in one layer among them, and its head."""
     torch.manual_seed(1)
     head, a, b = torch.randn(1, WIDTH), torch.randn(4, WIDTH), torch.randn(WIDTH, 4)
     weights = {f"base_model.model.{name}": value for name, value in published(network).items()}
     stem = "base_model.model.model.layers.0.self_attn.q_proj"
     weights[f"{stem}.base_layer.weight"] = weights.pop(f"{stem}.weight") - 0.5 * b @ a
     weights |= {f"{stem}.lora_A.default.weight": a, f"{stem}.lora_B.default.weight": b}
-    weights |= {"base_model.model.rm_head.original_module.weight": head * 0, "base_model.model.rm_head.modules_to_save.default.weight": head}
+    return weights | {"base_model.model.rm_head.original_module.weight": head * 0, "base_model.model.rm_head.modules_to_save.default.weight": head}, head
+
+
+SETTINGS = {"peft_lora_config": {"lora_r": 4, "lora_alpha": 2}, "data_config": {"fps": 4, "max_frame_pixels": 24 * 40}}
+
+
+def test_videoalign_from_the_published_file(base, tmp_path, capsys):
+    folder, network, tokenizer = base
+    weights, head = published_videoalign(network)
     (tmp_path / "checkpoint-1").mkdir()
     torch.save(weights, tmp_path / "checkpoint-1" / "model.pth")
     line = ["rewards", "convert", str(tmp_path / "checkpoint-1" / "model.pth"), "--base", str(folder), "--to", str(tmp_path / "to")]
     assert main(line) == 2 and "holds a LoRA, and no model_config.json" in capsys.readouterr().err
-    settings = {"peft_lora_config": {"lora_r": 4, "lora_alpha": 2}, "data_config": {"fps": 4, "max_frame_pixels": 24 * 40}}
-    (tmp_path / "model_config.json").write_text(json.dumps(settings | {"inference_config": {"TA_mean": 0.5, "TA_std": 2.0}}))
+    (tmp_path / "model_config.json").write_text(json.dumps(SETTINGS | {"inference_config": {"TA_mean": 0.5, "TA_std": 2.0}}))
     assert main(line) == 2 and "instruction: none was given, and VideoAlign was trained with one" in capsys.readouterr().err
     assert not (tmp_path / "to").exists()
     assert main([*line, "--instruction", str(folder / "authors.py")]) == 0
@@ -153,15 +160,21 @@ def test_frames_that_videoalign_sees():
     assert sees(reward, 81) == [0, 9, 18, 27, 36, 44, 53, 62, 71, 80] and sees(reward, 9) == [0, 3, 5, 8] and sees(reward, 1) == [0]
 
 
-def test_hpsv3_from_the_published_file(base, tmp_path):
+def published_hpsv3(network: nn.Module, folder) -> nn.Module:
+    """HPSv3.safetensors in a folder; its head."""
     from safetensors.torch import save_file
 
-    folder, network, _ = base
     torch.manual_seed(2)
     head = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Dropout(0.05), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     nn.init.constant_(head[3].bias, 1.0)  # no unit is dead for both samples
     weights = {f"model.{name}": value for name, value in network.state_dict().items()} | {f"rm_head.{k}": v for k, v in head.state_dict().items()}
-    save_file(weights, tmp_path / "HPSv3.safetensors")
+    save_file(weights, folder / "HPSv3.safetensors")
+    return head
+
+
+def test_hpsv3_from_the_published_file(base, tmp_path):
+    folder, network, _ = base
+    head = published_hpsv3(network, tmp_path)
     with pytest.raises(ValueError, match="instruction: .*tokenizer.json assigns no text to INSTRUCTION; give the authors' file"):
         convert(tmp_path / "HPSv3.safetensors", tmp_path / "to", folder, folder / "tokenizer.json")
     assert convert(tmp_path / "HPSv3.safetensors", tmp_path / "to", folder, folder / "authors.py") == "HPSv3"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import re
 import shlex
 import sys
 import tarfile
@@ -303,6 +305,48 @@ def test_a_cache_of_something_else_is_refused(videos, tmp_path):
             real_samples(files, encoder, tmp_path / "cache", fps)
     with pytest.raises(ValueError, match="real_fps: 0 is not allowed"):
         real_samples(videos, Encoder(), tmp_path / "other", 0)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda cache: (cache / "latents.done").unlink(), "latents.done of .* is damaged or gone"),
+        (lambda cache: (cache / "latents.done").write_bytes(b"\1\1"), "latents.done of .* is damaged or gone"),
+        (lambda cache: (cache / "latents.done").write_bytes(b"\1\7\1"), "latents.done of .* is damaged or gone"),
+        (lambda cache: (cache / "latents.safetensors").unlink(), "latents.safetensors of .* is damaged or gone"),
+        (lambda cache: os.truncate(cache / "latents.safetensors", 500), "latents.safetensors of .* is damaged or gone"),
+        (lambda cache: (cache / "latents.safetensors").write_bytes(bytes(2 * 2**10)), "latents.safetensors of .* is damaged or gone"),
+        (lambda cache: [file.unlink() for file in cache.glob("latents.[ds]*")], "latents.safetensors and latents.done of .* are damaged or gone"),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(videos, tmp_path, capsys, harm, said):
+    whole, encoder = real_samples(videos, Encoder(), tmp_path / "cache").latents, Encoder()
+    kept = whole.clone()
+    harm(tmp_path / "cache")
+    assert torch.equal(real_samples(videos, encoder, tmp_path / "cache").latents, kept) and encoder.calls == [1, 8, 8, 4]
+    assert re.search(f"real samples: {said}; all are encoded again", capsys.readouterr().out)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["latents.done", "latents.json", "latents.safetensors"]
+
+
+def test_a_kill_before_the_record_and_the_files_of_others(videos, tmp_path):
+    real_samples(videos, Encoder(), tmp_path / "cache")
+    (tmp_path / "cache" / "latents.json").unlink()
+    encoder = Encoder()
+    real_samples(videos, encoder, tmp_path / "cache")
+    assert encoder.calls == [1, 8, 8, 4], "what was begun without a record is begun again"
+    for text in ("{", "[1]", '{"encoder": "x"}', '{"encoder": ["x"]}', '{"files": 3}'):
+        (tmp_path / "cache" / "latents.json").write_text(text)
+        with pytest.raises(ValueError, match="real: .*latents.json is not the record of a cache .*; choose another folder, or remove .*cache, the samples"):
+            real_samples(videos, Encoder(), tmp_path / "cache")
+        assert (tmp_path / "cache" / "latents.json").read_text() == text
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "latents.safetensors").write_bytes(b"of the user")
+    with pytest.raises(ValueError, match="real: .*mine/latents.safetensors is no cache of real samples .*; choose another folder"):
+        real_samples(videos, Encoder(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "latents.safetensors").read_bytes() == b"of the user"
+    (tmp_path / "flat").write_text("")
+    with pytest.raises(ValueError, match="real_cache: .*flat cannot be a folder"):
+        real_samples(videos, Encoder(), tmp_path / "flat")
 
 
 def test_first_frames_are_the_files_own(videos, tmp_path):

@@ -93,30 +93,73 @@ def _record(files: Sequence[RealFile], family: EncodesMedia, fps: float) -> dict
 
 
 def _begin(cache: Path, record: dict[str, Any]) -> None:
-    """Makes the files of a new cache in full length, with nothing done. Raises ValueError for the cache of something else."""
-    if (cache / RECORD).is_file():
-        there = json.loads((cache / RECORD).read_text(encoding="utf-8"))
+    """Makes the files of a new cache in full length, with nothing done, and those of a damaged one anew. Raises ValueError for the cache of something else."""
+    there = _recorded(cache)
+    shape = [record["count"], *record["shape"]]
+    header = _header(shape)
+    length, batches = len(header) + 4 * math.prod(shape), -(-record["count"] // BATCH)
+    if there is not None:
         different = [key for key in record if key != "encoder" and there.get(key) != record[key]]
         if len(there["encoder"]) != len(record["encoder"]) or not np.allclose(there["encoder"], record["encoder"], atol=0.05):
             different.append("encoder")
         if different:
             raise ValueError(f"real: {cache} holds the latents of others (their {', '.join(different)} differ); choose another folder, or remove it")
-        return
-    shape = [record["count"], *record["shape"]]
-    size = 4 * math.prod(shape)
-    header = json.dumps({"latents": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
-    header += b" " * (-len(header) % 8)
+        damaged = [name for name, whole in ((NAME, _begins_with(cache / NAME, header, length)), (DONE, _marks(cache / DONE, batches))) if not whole]
+        if not damaged:
+            return
+        print(f"real samples: {' and '.join(damaged)} of {cache} {'is' if len(damaged) == 1 else 'are'} damaged or gone; all are encoded again")
+    elif (cache / NAME).exists() and not (cache / DONE).exists():
+        raise ValueError(f"real: {cache / NAME} is no cache of real samples ({DONE} and {RECORD} are not beside it); choose another folder, or remove it")
+    # under another name first, because a run may have the present file mapped
+    temporary = cache / f".{NAME}.{os.getpid()}.tmp"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        (cache / DONE).write_bytes(bytes(-(-record["count"] // BATCH)))
-        with open(cache / NAME, "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            # allocated now, so that a full disk is found before anything is decoded
-            os.posix_fallocate(file.fileno(), 0, 8 + len(header) + size) if hasattr(os, "posix_fallocate") else file.truncate(8 + len(header) + size)
     except OSError as error:
-        (cache / NAME).unlink(missing_ok=True)
+        raise ValueError(f"real_cache: {cache} cannot be a folder ({error.strerror}); choose another one with --real-cache") from error
+    try:
+        (cache / DONE).write_bytes(bytes(batches))
+        with open(temporary, "wb") as file:
+            file.write(header)
+            # allocated now, so that a full disk is found before anything is decoded
+            os.posix_fallocate(file.fileno(), 0, length) if hasattr(os, "posix_fallocate") else file.truncate(length)
+        os.replace(temporary, cache / NAME)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise write_error(error, f"the latents {cache / NAME}", "nothing else was touched") from error
     write_json(cache / RECORD, record)
+
+
+def _recorded(cache: Path) -> dict[str, Any] | None:
+    """What a cache says of itself; None where there is none. Raises ValueError for what is no record."""
+    file = cache / RECORD
+    if not file.exists():
+        return None
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(there, dict) and all(isinstance(value, int | float) for value in there["encoder"]):
+            return there
+        reason = "its encoder is no list of numbers"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ValueError(f"real: {file} is not the record of a cache ({reason}); choose another folder, or remove {cache}, the samples are encoded again")
+
+
+def _header(shape: Sequence[int]) -> bytes:
+    """The beginning of a safetensors file with one tensor, `latents`, in float32."""
+    header = json.dumps({"latents": {"dtype": "F32", "shape": list(shape), "data_offsets": [0, 4 * math.prod(shape)]}}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _begins_with(file: Path, header: bytes, length: int) -> bool:
+    if not file.is_file() or file.stat().st_size != length:
+        return False
+    with open(file, "rb") as opened:
+        return opened.read(len(header)) == header
+
+
+def _marks(file: Path, batches: int) -> bool:
+    return file.is_file() and len(done := file.read_bytes()) == batches and set(done) <= {0, 1}
 
 
 def _fill(files: Sequence[RealFile], family: EncodesMedia, cache: Path, fps: float, ranks: Ranks) -> None:
