@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe, describe
 from instep.models.family import Family
 from instep.rewards.base import Reward
+from instep.training.disk import check_disk, disk_bytes
 
 if TYPE_CHECKING:
     from instep.training.options import RunOptions
@@ -104,13 +104,8 @@ def write_manifest(
     elif "instep" not in there and out.exists() and any(path.name not in (lock.NAME, latent_cache.FOLDER) for path in out.iterdir()):
         raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
     else:
-        free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
-        needed = 3 * checkpoint_bytes(recipe, family)
-        if free < needed:
-            raise ValueError(
-                f"out: {free / 1e9:.1f} GB are free where {out} lies, and this run's checkpoints and export need about {needed / 1e9:.1f} GB; "
-                "free some space or choose another disk"
-            )
+        sampled = "stored" in recipe.needs or ("real" in recipe.needs and real is None)
+        check_disk(out, disk_bytes(recipe, family, options, sampled=sampled))
         write_json(file, {**about, **identity})
 
 
@@ -166,11 +161,3 @@ def _digest(prompts: Sequence[Prompt], *latents: Tensor) -> str:
     for part in (part for x in latents for part in x.detach().split(64)):
         digest.update(part.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def checkpoint_bytes(recipe: Recipe, family: Family) -> int:
-    """Upper bound of one checkpoint: weights, two AdamW moments and an average in float32, for each trained role; a reference's weights."""
-    parameters = sum(p.numel() for p in family.pretrained.parameters())
-    return sum(4 * parameters * (3 + (c.ema is not None)) for c in recipe.roles.values() if c.optim is not None) + sum(
-        4 * parameters for c in recipe.roles.values() if c.copy
-    )
