@@ -20,10 +20,10 @@ def lines() -> list[str]:
         "## Long runs under signals",
         "",
         "`python benchmarks/soak.py lab` and `python benchmarks/soak.py world`: a run that nobody disturbs, and the same run under signals at random moments, "
-        "started again after each. Growth is from the first to the last quarter of a process, without its first iterations, and of the processes under signals "
+        "started again after each. Growth is from the first to the last quarter of a process, without its first iterations, and of the killed ones "
         "the most; for the log it is that of the bytes a row from the first to the second half of the run. "
-        f"'Flat' means that nothing grew by more than {TOLERANCE:.0%}; 'same' that all weights, averages and moments are the same bytes, and the rows of the log "
-        "the same but for their seconds.",
+        f"'Flat' means that nothing grew by more than {TOLERANCE:.0%}; 'same' that all weights, averages and moments are the same bytes, and the log "
+        "too, but for its seconds.",
         "",
         "| world | iterations | signals | processes | memory, most | its growth | open files, most | threads, most | log, bytes a row | its growth | flat | "
         "weights | log | temporary files left |",

@@ -245,7 +245,7 @@ class Runs(RuleBasedStateMachine):
         raise AssertionError(f"another {what} was taken in silence")
 
     @precondition(has_checkpoint)
-    @rule(at=st.none() | st.integers(0, 40))
+    @rule(at=st.none() | st.integers(0, 16))
     def exported(self, at: int | None) -> None:
         """An export is that of the newest checkpoint, whole; one that dies leaves no folder of that name."""
         to, step = self.new(), self.steps[0]

@@ -20,6 +20,7 @@ from instep.models.outline import PUBLISHED, outline
 from instep.models.teacher import as_teacher, as_teachers
 from instep.planning.plan import Machine, Plan, RewardCost, StagePlan, duration, plan
 from instep.planning.throughput import measure_throughput, stated
+from instep.training.checks import shift_note
 from instep.training.disk import disk_bytes
 from instep.training.execution import DTYPES, Execution
 from instep.training.options import RunOptions
@@ -77,6 +78,8 @@ def plan_command(recipe: Recipe, args: PlanArgs, adapted: Callable[[], Recipe] |
     if args.teacher is not None:
         with as_teachers():
             teacher = as_teacher(model_of(args, args.teacher), family)
+    if note := shift_note(recipe, family):
+        console.print(note, highlight=False, soft_wrap=True)
     first = machine_of(args, family, max(stage.batch for stage in recipe.stages))
     for gpus in numbers(args.gpus):
         _print_plan(console, recipe, args, adapted, family, replace(first, gpus=gpus), teacher)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from instep.cli import default_threads
 from instep.cli.sample import SampleArgs, Settings, family_in, find_pipeline, sampling_settings
 from instep.core.files import write_bytes, write_json, write_text
+from instep.core.json_files import read_object
 from instep.core.outputs import check_output
 from instep.core.progress import Progress
 from instep.core.size import Size
@@ -73,7 +73,7 @@ def _claim(folder: Path, about: dict[str, Any]) -> None:
     """Writes how the samples are drawn; ValueError where there are samples that were drawn otherwise."""
     file = _record(folder)
     if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
+        there = read_object(file, "each", "choose another folder, or remove this one and draw its samples again")
         if different := [key for key in about if there.get(key) != about[key]]:
             raise ValueError(f"each: {folder} holds samples of another command (their {', '.join(different)} differ); choose another folder")
     elif folder.exists():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from instep.core.files import write_error, write_json
+from instep.core.json_files import read_object
 from instep.core.progress import Progress
 from instep.core.ranks import ALONE, Ranks
 from instep.data.clips import read_clip
@@ -95,7 +96,7 @@ def _record(files: Sequence[RealFile], family: EncodesMedia, fps: float) -> dict
 def _begin(cache: Path, record: dict[str, Any]) -> None:
     """Makes the files of a new cache in full length, with nothing done. Raises ValueError for the cache of something else."""
     if (cache / RECORD).is_file():
-        there = json.loads((cache / RECORD).read_text(encoding="utf-8"))
+        there = read_object(cache / RECORD, "real", f"remove {cache}: its latents are made again")
         different = [key for key in record if key != "encoder" and there.get(key) != record[key]]
         if len(there["encoder"]) != len(record["encoder"]) or not np.allclose(there["encoder"], record["encoder"], atol=0.05):
             different.append("encoder")

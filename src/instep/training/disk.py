@@ -1,4 +1,4 @@
-"""What a run will write: an upper bound in bytes, before it begins. Encoded texts are estimated where they are written (`models/prompt_cache.py`), and the
+"""About how many bytes a run will write, before it begins. Encoded texts are estimated where they are written (`models/prompt_cache.py`), and the
 latents of real files are allocated before the first one is encoded (`data/latent_cache.py`)."""
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def check_disk(out: Path, needed: Mapping[str, int]) -> None:
 
 
 def checkpoint_bytes(recipe: Recipe, family: Family) -> int:
-    """Upper bound of one checkpoint: weights, two AdamW moments and an average in float32, for each trained role; a reference's weights."""
+    """Of one checkpoint: weights, two AdamW moments and an average in float32, for each trained role; a reference's weights. Embeddings of exits and heads of
+    discriminators are left out, since they are small."""
     return sum(
         4 * parameters_of(config, recipe, family) * ((3 + (config.ema is not None)) if config.optim is not None else 1)
         for config in recipe.roles.values()
