@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,9 +50,10 @@ from instep.training.state_files import split
 
 RESULTS = Path(__file__).parent / "results" / "soak"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+HELD = ("memory", "files", "threads")
 # rows at the beginning of a process that are left out: libraries are imported, and pools filled, by the first iterations
 WARM = 20
-# what a figure may grow by between the first and the last quarter of a life, as a part of it
+# what a figure may grow by, as a part of it
 TOLERANCE = 0.03
 
 
@@ -249,28 +251,39 @@ def left(out: Path) -> list[str]:
 
 
 def measured(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the processes held: most of all, and the most that one of them grew by between the first and the last quarter of its life."""
-    lives = [list(life)[WARM:] for _, life in groupby(found, lambda row: row["process"])]
-    lives = [life for life in lives if len(life) >= 2 * WARM]
-    result: dict[str, Any] = {"processes": len({row["process"] for row in found})}
-    for key in ("memory", "files", "threads"):
-        grown = [mean(life[-len(life) // 4 :], key) / mean(life[: len(life) // 4], key) - 1 for life in lives]
-        result[key] = {"most": max(row[key] for row in found), "growth": max(grown, default=None)}
+    """What the processes held: the most of each of them; the means of the quarters of the longest one, without its first rows; and the bytes of a row of the
+    log in both halves of the run."""
+    lives = [list(life) for _, life in groupby(found, lambda row: row["process"])]
+    longest = max(lives, key=len)[WARM:]
+    ends = [len(longest) * i // 4 for i in range(5)]
     # a row of the log belongs to one iteration; those before a restart are cut off and written again
     sizes = [(b["step"], b["log"] - a["log"]) for a, b in pairwise(found) if b["process"] == a["process"] and b["step"] == a["step"] + 1]
     half = max(step for step, _ in sizes) / 2
-    first, second = ([size for step, size in sizes if (step > half) == late] for late in (False, True))
-    result["log"] = {"bytes": sum(second) / len(second), "growth": sum(second) / len(second) / (sum(first) / len(first)) - 1}
-    return result
+    return {
+        "most": {key: [max(row[key] for row in life) for life in lives] for key in HELD},
+        "quarters": {key: [mean(row[key] for row in longest[a:b]) for a, b in pairwise(ends)] for key in HELD},
+        "log": [mean(size for step, size in sizes if (step > half) == late) for late in (False, True)],
+    }
 
 
-def mean(found: Sequence[Mapping[str, Any]], key: str) -> float:
-    return sum(row[key] for row in found) / len(found)
+def growth(result: Mapping[str, Any], name: str) -> dict[str, float]:
+    """How much each figure grew, as a part of it. In the undisturbed run from the first quarter of its process to the last one; in the killed one, whose
+    processes are short, from the first half of them to the second. The first one is left out, since it loads no checkpoint."""
+    one = result[name]
+    found = {"log": one["log"][1] / one["log"][0] - 1}
+    for key in HELD:
+        if name == "undisturbed":
+            first, last = one["quarters"][key][0], one["quarters"][key][-1]
+        else:
+            later = one["most"][key][1:]
+            first, last = mean(later[: len(later) // 2]), mean(later[len(later) // 2 :])
+        found[key] = last / first - 1
+    return found
 
 
 def flat(result: Mapping[str, Any]) -> bool:
     """Whether nothing grew by more than `TOLERANCE`."""
-    return all((one[key]["growth"] or 0) <= TOLERANCE for one in (result["undisturbed"], result["killed"]) for key in ("memory", "files", "threads", "log"))
+    return all(value <= TOLERANCE for name in ("undisturbed", "killed") for value in growth(result, name).values())
 
 
 def main() -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from instep.training.options import RunOptions
 
 DAMAGED = "restore it from a copy of the run, or choose another folder"
+# of the files in a run's folder: raised whenever a run that an older version began could not be gone on with to the same result
+FORMAT = 1
 # options of an execution that a run goes on with
 OPTIONS = ("dtype", "moments")
 # what older records lack
@@ -57,6 +59,7 @@ def write_manifest(
     """Writes recipe.json, or makes sure that the folder holds this very run."""
     named = [*prompts, *(real.prompts if real else ()), *(pairs.prompts if pairs else ())]
     identity = {
+        "format": FORMAT,
         "recipe": recipe.name,
         "model": family.name,
         "weights": weights_fingerprint(family.pretrained),
@@ -93,9 +96,9 @@ def write_manifest(
     file = out / "recipe.json"
     begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))
     there = read_object(file, "out", DAMAGED) if file.is_file() else {}
-    # older runs have no record of their dtype, which was float32, of moments, which loading a checkpoint compares, of styles and another teacher, which they
-    # could not have, nor of some others
-    before = {"dtype": "float32", "styles": [], "teacher": None, **{key: identity[key] for key in UNRECORDED}, **there}
+    # older runs have no record of the format, which was the first, of their dtype, which was float32, of moments, which loading a checkpoint compares, of
+    # styles and another teacher, which they could not have, nor of some others
+    before = {"format": 1, "dtype": "float32", "styles": [], "teacher": None, **{key: identity[key] for key in UNRECORDED}, **there}
     different = [key for key in identity if before.get(key) != identity[key]]
     if "instep" in there and (begun or not different):
         if different:
@@ -143,6 +146,8 @@ def _fix(there: Mapping[str, Any], different: Sequence[str], out: Path) -> str:
     if options := [key for key in OPTIONS if key in different]:
         values = " and ".join(f"{key} {there[key]}" for key in options)
         return f"to go on with it give {values} ({' '.join(f'--{key} {there[key]}' for key in options)}), or choose another folder"
+    if "format" in different:
+        return f"go on with instep {there['instep']}, which wrote it, or choose another folder"
     return (
         "choose another folder, or repeat that run's command to go on with it; to lengthen it, or to go on with other settings, begin another run from it: "
         f"--start-from {out} --out NEW"
