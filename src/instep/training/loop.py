@@ -316,13 +316,18 @@ class Loop:
 
     def restore(self, start_from: Path | str | None) -> None:
         """Loads this run's newest intact checkpoint or, without any checkpoint, the roles of `start_from`. Raises ValueError if all are damaged."""
-        own = self.ranks.of_first(lambda: _text(checkpoint.latest(self.out / "checkpoints")))
+        own = self.ranks.of_first(self._newest)
         if own is not None:
             self._load(own)
         elif start_from is not None:
             with self.ranks.one_by_one():
                 saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
         check_state(saved.contents(self.state, self.source))
+
+    def _newest(self) -> str | None:
+        """This run's newest intact checkpoint, after what was left of others is gone: a run that is done writes no more."""
+        checkpoint.clear(self.out / "checkpoints")
+        return _text(checkpoint.latest(self.out / "checkpoints"))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT and self.ranks.count == 1:
