@@ -21,6 +21,7 @@ import results_methods
 import results_precision
 import results_reinforce
 import results_side_by_side
+import results_soak
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
 from results_class import class_lines
 from results_lab import lab_lines
@@ -268,6 +269,7 @@ def main() -> None:
         *results_hacking.lines(),
         *results_align.lines(),
         *results_precision.lines(),
+        *results_soak.lines(),
         "## Stock diffusers against our sampler",
         "",
         "`python benchmarks/export_difference.py`: largest absolute difference of final latents, float32.",

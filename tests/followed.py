@@ -46,7 +46,7 @@ def follow(
         elif language == "python":
             exec(compile(text, page, "exec"), {})
         elif language == "sh":
-            for line in text.splitlines():
+            for line in text.replace("\\\n", " ").splitlines():
                 _typed(line, models or {}, size)
     return seen
 
@@ -59,6 +59,9 @@ def _typed(line: str, models: Mapping[str, Callable[[Path], None]], size: str) -
     if program == "python" and args[-1] == "&":
         SERVERS.append(subprocess.Popen([sys.executable, *args[:-1]]))
         _wait_for(int(args[-2]))
+        return
+    if program == "torchrun":
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *args], check=True)
         return
     assert program == "instep"
     try:

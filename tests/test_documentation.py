@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from instep.bundled import WORLDS
 from instep.cli.parse import parse, recipe_args
 from instep.cli.plan import PlanArgs
 from instep.cli.train import TrainArgs
@@ -111,7 +112,11 @@ def accepted(line: str) -> None:
     if "--help" in args or OWN.search(line):
         return
     if args[0] in ("train", "plan"):
-        recipe_args(args[1], args[2:], args[0], TrainArgs if args[0] == "train" else PlanArgs)
+        recipe, options = recipe_args(args[1], args[2:], args[0], TrainArgs if args[0] == "train" else PlanArgs)
+        if isinstance(options, TrainArgs) and options.model not in WORLDS:
+            missing = {"reward": options.reward is None and bool(recipe.needs & {"reward", "gradient", "labels"}), "prompts": options.prompts is None}
+            if any(missing.values()):
+                raise ValueError(f"{', '.join(name for name, lacks in missing.items() if lacks)}: none given, and a folder brings none")
         return
     if args[0] == "lab":
         args = ["lab", *args[next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args)) :]]
@@ -149,3 +154,15 @@ def test_the_tests_that_pages_name_exist():
     assert len(named) > 100
     text = {file: (ROOT / "tests" / file).read_text(encoding="utf-8") if (ROOT / "tests" / file).is_file() else None for file, _ in named}
     assert sorted(f"{file}::{test}" for file, test in named if text[file] is None or (test and f"def {test}(" not in text[file])) == []
+
+
+def test_the_bounds_of_caches_are_those_of_the_code():
+    from instep.bundled.baselines import KEPT
+    from instep.human_eval.server import KEPT_SHEETS
+    from instep.models.prompt_cache import DISK_LIMIT, FEW, MEMORY_LIMIT
+    from instep.training.options import RunOptions
+
+    page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    assert MEMORY_LIMIT == 512 * 2**20 and RunOptions.keep == 2
+    for bound in ("512 MB", f"first {FEW} ", f"{DISK_LIMIT // 10**9} GB", f"{RunOptions.teacher_samples} by default", f"{KEPT} rows", f"last {KEPT_SHEETS} "):
+        assert bound in page, bound

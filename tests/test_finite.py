@@ -156,7 +156,7 @@ def test_an_export_that_would_be_refused_is_refused_before_the_first_step(tmp_pa
     with pytest.raises(ValueError, match="run/student exists and is not an earlier export"):
         begin(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be made, because .*file is not a folder"):
+    with pytest.raises(ValueError, match="cannot be written, because .*file is not a folder"):
         begin(tmp_path / "file" / "run")
     with pytest.raises(ValueError, match="cannot be represented"):
         begin(tmp_path / "levels", recipe=replace(dmd2(SHORT, iterations=1), levels=(1.0, 0.9, 0.7, 0.2)))
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     import os
 
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(ValueError, match=f"cannot be made, because {tmp_path} cannot be written to"):
+    with pytest.raises(ValueError, match=f"cannot be written, because {tmp_path} cannot be written to"):
         check_target(tmp_path / "a" / "student")
     with pytest.raises(ValueError, match="has 1 to"):
         check_target(tmp_path / ("x" * 250))

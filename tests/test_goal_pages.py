@@ -7,10 +7,16 @@ import re
 import sys
 
 import pytest
+import torch
 from followed import DOCS, follow
+from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_wan_pipeline
+from test_named_rewards import tiny_dinov2
+from tiny import tiny_sd3_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
+from instep.cli import sample_layout
+from instep.core.files import write_bytes
+from instep.data.animation import save_animation
 from instep.training.findings import FLAGS
 
 
@@ -61,6 +67,60 @@ def test_lora_and_comfyui(folder, monkeypatch):
     assert (folder / "wan-4-step/model_index.json").is_file()
     keys = set(load_file(folder / "runs/wan-lora/student/lora.safetensors"))
     assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in keys, "as the page has it"
+
+
+QUICK = "--size 16 16 5 --steps 1 --guidance 1"
+MEASURED = {
+    '"hpsv2, clipscore, frames=8 aesthetic" --features dinov2': f"compressible --features dino {QUICK}",
+    "--fps 16": f"--fps 16 --copies 1 {QUICK}",
+    "--each samples/i2v": f"--each samples/i2v --copies 1 {QUICK}",
+    "--each samples/geneval": f"--each samples/geneval {QUICK.replace('16 5', '16 1')}",
+    "--each samples/dpg": f"--each samples/dpg --copies 1 {QUICK.replace('16 5', '16 1')}",
+}
+
+
+@pytest.mark.slow
+def test_measure(folder, monkeypatch):
+    monkeypatch.setattr(sample_layout, "check_codec", lambda: None)
+    monkeypatch.setattr(sample_layout, "save_video", lambda path, frames, fps: write_bytes(path, b"video"))
+    for name, pipe in (("first", tiny_wan_pipeline(1)), ("i2v", tiny_wan_i2v_pipeline()), ("images", tiny_sd3_pipeline())):
+        pipe.save_pretrained(f"runs/{name}")
+    tiny_wan_pipeline().save_pretrained("WAN-FOLDER")
+    classifier, _ = tiny_dinov2(folder / "dino")
+    classifier.dinov2.save_pretrained("dino")
+    rng = torch.Generator().manual_seed(0)
+    for name in ("my-videos", "dpg_bench/prompts", "crop/16-9"):
+        (folder / name).mkdir(parents=True)
+    for i in range(8):
+        save_animation(folder / f"my-videos/{i}.webp", torch.randint(256, (5, 16, 16, 3), generator=rng).to(torch.uint8), 16)
+        (folder / f"my-videos/{i}.txt").write_text("a hen")
+    Image.new("RGB", (16, 16)).save("crop/16-9/a cat.jpg")
+    for name, text in (
+        ("prompts.txt", "a hen\na cat\n"),
+        ("all_dimension.txt", "a bus\n"),
+        ("vbench2_i2v_full_info.json", json.dumps([{"prompt_en": "a cat runs", "image_name": "a cat.jpg"}])),
+        ("evaluation_metadata.jsonl", json.dumps({"tag": "single_object", "prompt": "a photo of a bench"})),
+        ("dpg_bench/prompts/7.txt", "a long prompt"),
+    ):
+        (folder / name).write_text(text)
+    assert follow("measure.md", smaller=MEASURED) == ["sh", "sh"]
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["first", "WAN-FOLDER"] and {"fd", "vendi", "consistency"} <= set(found["rows"][0]["values"])
+    drawn = {path.relative_to(folder / "samples").as_posix() for path in (folder / "samples").rglob("*.*") if path.suffix not in (".json", ".jsonl")}
+    images = {f"geneval/00000/samples/0000{i}.png" for i in range(4)}
+    assert drawn == {"first/a bus-0.mp4", "i2v/a cat runs-0.mp4", "dpg/7.png", *images}
+
+
+@pytest.mark.slow
+def test_many_gpus(folder):
+    """Two processes on the CPU."""
+    tiny_wan_pipeline().save_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    (folder / "prompts.txt").write_text("a hen\na cat\n")
+    small = "--batch 4 --group 2 --critic-updates 1 --distil 1 --iterations 1 --accumulate 1 --no-evaluate --size 48 48 9 --device cpu --threads 1"
+    smaller = {"--nproc-per-node 8": "--nproc-per-node 2", "hpsv2": "compressible", "--lora-rank 32 --batch 32 --group 4": f"--lora-rank 4 {small}"}
+    assert follow("many_gpus.md", smaller=smaller) == ["sh"]
+    assert json.loads((folder / "runs/eight/log.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert (folder / "runs/eight/student/lora.safetensors").is_file()
 
 
 def test_every_flag_is_explained():

@@ -15,6 +15,7 @@ from tiny import tiny_sd3_pipeline, tiny_wan_pipeline
 from instep.cli import sample_layout
 from instep.cli.main import main
 from instep.cli.sample_layout import two_by_two
+from instep.core.files import write_bytes
 from instep.data.benchmarks import BENCHMARKS
 from instep.data.video_file import save_video
 
@@ -93,7 +94,7 @@ def test_vbench(models, tmp_path, monkeypatch, capsys):
 
     def keep(path, frames, fps):
         written.append((path, frames, fps))
-        path.write_bytes(b"video")
+        write_bytes(path, b"video")
 
     monkeypatch.setattr(sample_layout, "check_codec", lambda: None)
     monkeypatch.setattr(sample_layout, "save_video", keep)

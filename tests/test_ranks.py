@@ -153,9 +153,7 @@ def test_full_copies_of_large_networks_are_sharded_by_default(monkeypatch):
 
 def test_samples_that_processes_cannot_divide_are_refused():
     check_context(many_ranks.MODELS["even"](), 2)
-    with pytest.raises(
-        ValueError, match="context_parallel: 2 is not allowed; the transformer of tiny has 27 tokens of a sample; give a number"
-    ):
+    with pytest.raises(ValueError, match="context_parallel: 2 is not allowed; the transformer of tiny has 27 tokens of a sample; give a number"):
         check_context(every_recipe.family(), 2)
     with pytest.raises(ValueError, match="context_parallel: 3 is not allowed; the transformer of tiny has 2 heads"):
         check_context(every_recipe.family(), 3)

@@ -415,3 +415,25 @@ def test_lora_roles_share_a_backbone_and_export(tmp_path):
     now = {k.replace(".base_layer", ""): v for k, v in fam.pretrained.state_dict().items() if "lora_" not in k}
     assert all(torch.equal(now[k], v) for k, v in base.items()), "the shared weights are frozen"
     assert (out / "student" / "lora.safetensors").is_file()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_folder_that_goes_ends_the_run_in_one_line(moved, tmp_path, monkeypatch, capfd):
+    """Deleted or moved while the run writes to it: no other folder of its name is made, and the log's threads say nothing."""
+    from instep.training import loop as module
+
+    out, real = tmp_path / "run", module.iteration
+
+    def removes(state, *args):
+        if state.step == 2:
+            out.rename(tmp_path / "elsewhere") if moved else shutil.rmtree(out)
+        return real(state, *args)
+
+    monkeypatch.setattr(module, "iteration", removes)
+    with pytest.raises(ValueError, match=r"^out: .*run was removed or moved while the run was writing to it, and the run ends at step 3; [^\n]*$"):
+        train(dmd2(SMALL["common"], iterations=5), family(), out=out, prompts=PROMPTS, options=EVERY)
+    assert not out.exists() and "Traceback" not in capfd.readouterr().err
+    if moved:
+        monkeypatch.setattr(module, "iteration", real)
+        train(dmd2(SMALL["common"], iterations=5), family(), out=tmp_path / "elsewhere", prompts=PROMPTS, options=EVERY)
+        assert [row["step"] for row in rows(tmp_path / "elsewhere")] == [0, 1, 2, 3, 4, 5]

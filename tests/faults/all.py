@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from faults import commands, files, identity, numbers, rewards, runs
+from faults import bounds, commands, files, identity, numbers, rewards, runs
 from faults.sandbox import Fault
 
 FAULTS: tuple[Fault, ...] = tuple(
-    sorted((*numbers.FAULTS, *files.FAULTS, *rewards.FAULTS, *identity.FAULTS, *commands.FAULTS, *runs.FAULTS), key=lambda fault: fault.kind)
+    sorted((*numbers.FAULTS, *files.FAULTS, *rewards.FAULTS, *identity.FAULTS, *commands.FAULTS, *runs.FAULTS, *bounds.FAULTS), key=lambda fault: fault.kind)
 )

@@ -85,7 +85,7 @@ BEFORE = (
     ((text("file", ""),), "sample moving-digits --out file/samples.webp", "out: file/samples.webp cannot be written"),
     ((text("file", ""),), "sample moving-digits --each file/each", "each: file/each cannot be written"),
     ((RUN, text("file", "")), "report run --out file/page.html", "out: file/page.html cannot be written"),
-    ((RUN, text("file", "")), "export run --to file/student", "out: file/student cannot be made"),
+    ((RUN, text("file", "")), "export run --to file/student", "out: file/student cannot be written"),
     ((RUN,), f"export run --to {'x' * 240}", "out: the name .* is not allowed for a new folder"),
     ((text("file", ""),), "pairs export s.sqlite file/pairs.jsonl", "out: file/pairs.jsonl cannot be written"),
     ((), "pairs export s.sqlite pairs.csv", "pairs: 'pairs.csv' ends in '.csv'"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from instep.bundled.world import Evaluation
 from instep.core.files import write_json
+from instep.core.json_files import read_object
 from instep.data.prompt import Prompt
 from instep.diffusion.sampling import sample_ode
 from instep.metrics.compare import Kind, Row
@@ -27,6 +28,7 @@ from instep.models.role import Role
 
 FILE = "baselines.json"
 TIMES = ("seconds", "seconds_wall")  # of the machine that measured: they do not ship
+KEPT = 1000  # rows in the user's cache, some 3 kB each
 MANY = 20  # steps from which a teacher is no longer called naive sampling
 
 
@@ -85,13 +87,28 @@ class Baselines:
         if row is not None and self.evaluation.complete(row):
             return row
         file = cache_folder() / f"{fingerprint}-{key}.json"
-        row = Row.of_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        row = _read(file)
         if row is not None and self.evaluation.complete(row):
             return row
         row = measure()
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time the next time, not the metrics
             write_json(file, row.json())
+            _make_room(file.parent)
         return row
+
+
+def _read(file: Path) -> Row | None:
+    """A row that was kept; None where there is none, or a damaged one, which is measured again."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
+        return Row.of_json(read_object(file, "INSTEP_CACHE", "remove it"))
+    return None
+
+
+def _make_room(folder: Path) -> None:
+    """Removes the rows that were written first, while there are more than `KEPT`."""
+    rows = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    for old in rows[: max(0, len(rows) - KEPT)]:
+        old.unlink(missing_ok=True)
 
 
 def hash_weights(digest: hashlib._Hash, component: str, part: nn.Module) -> None:

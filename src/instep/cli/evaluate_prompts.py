@@ -14,7 +14,8 @@ from instep.cli import checked_device, default_threads
 from instep.cli.evaluate import EvalArgs, Measured, print_rows
 from instep.cli.measured_model import check_model, open_model
 from instep.cli.rewards import load_reward
-from instep.core.files import check_writable, write_json
+from instep.core.files import write_json
+from instep.core.outputs import check_output
 from instep.core.progress import Progress
 from instep.core.size import Size
 from instep.data.clips import read_clip
@@ -78,9 +79,7 @@ def protocol_of(args: EvalArgs) -> Protocol:
     assert args.prompts is not None
     if not args.dirs:
         raise ValueError("dirs: none was given; give the folder of a run, a student or a pipeline, or the name of a bundled model")
-    if args.out.exists():
-        raise ValueError(f"out: {args.out} exists; choose another name with --out, nothing is overwritten unasked")
-    check_writable(args.out, "out")
+    check_output("out", args.out)
     prompts = tuple(load_prompts(args.prompts))
     if len(prompts) * args.copies < 4:
         raise ValueError(f"copies: {len(prompts)} prompts x {args.copies} are too few for a standard error; draw 4 samples or more")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from instep.bundled import WORLDS, folder_of, load
 from instep.bundled.baselines import noise_for
-from instep.cli.sample import Settings, family_in, find_pipeline, settings_of
+from instep.cli.sample import Settings, family_in, find_pipeline, sampling_settings
 from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.diffusion.sampling import Sampling, sample_ode
@@ -56,8 +56,8 @@ class Measured:
 def open_model(name: str, size: Size | None, steps: int | None, guidance: float | None, device: str) -> Measured:
     """Loads the run's student, exported student, pipeline or bundled model of that name. ValueError where it cannot be sampled so."""
     folder, record, parts = _found(name)
+    settings = sampling_settings(name, folder, record, steps, guidance)
     family = load(name if name in WORLDS else folder, size) if parts else family_in(name, folder, record, size)
-    settings = settings_of(folder, record, family, steps, guidance)
     if family.pipe is None:
         return Measured(family.placed(device), record, settings)
     family.pipe.to(device)
@@ -67,6 +67,7 @@ def open_model(name: str, size: Size | None, steps: int | None, guidance: float 
 def check_model(name: str, prompts: Sequence[Prompt], size: Size | None, steps: int | None, guidance: float | None) -> None:
     """Raises ValueError for a model that `open_model` could not load or sample, from its configurations alone: no weights of a folder are read."""
     folder, record, parts = _found(name)
+    sampling_settings(name, folder, record, steps, guidance)
     if parts or name in WORLDS or (record is not None and record["info"]["base_model"] in WORLDS):
         # small, and bundled ones have first frames of their own
         family = load(name if name in WORLDS else folder, size) if parts else family_in(name, folder, record, size)
@@ -76,7 +77,6 @@ def check_model(name: str, prompts: Sequence[Prompt], size: Size | None, steps: 
     family.check_prompts(prompts)
     if parts:
         family.encode(prompts)
-    settings_of(folder, record, family, steps, guidance)
 
 
 def _found(name: str) -> tuple[Path, dict | None, bool]:

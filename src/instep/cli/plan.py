@@ -11,14 +11,17 @@ import torch
 import tyro
 
 from instep.bundled import DEFAULT, LISTED, WORLDS, find
+from instep.core.disk import gb
 from instep.core.size import Size
 from instep.methods.recipe import Recipe
 from instep.models.families import FAMILIES
 from instep.models.family import Family
 from instep.models.outline import PUBLISHED, outline
 from instep.models.teacher import as_teacher, as_teachers
-from instep.planning.plan import Machine, Plan, RewardCost, StagePlan, duration, gb, plan
+from instep.planning.plan import Machine, Plan, RewardCost, StagePlan, duration, plan
 from instep.planning.throughput import measure_throughput, stated
+from instep.training.checks import shift_note
+from instep.training.disk import disk_bytes
 from instep.training.execution import DTYPES, Execution
 from instep.training.options import RunOptions
 
@@ -75,6 +78,8 @@ def plan_command(recipe: Recipe, args: PlanArgs, adapted: Callable[[], Recipe] |
     if args.teacher is not None:
         with as_teachers():
             teacher = as_teacher(model_of(args, args.teacher), family)
+    if note := shift_note(recipe, family):
+        console.print(note, highlight=False, soft_wrap=True)
     first = machine_of(args, family, max(stage.batch for stage in recipe.stages))
     for gpus in numbers(args.gpus):
         _print_plan(console, recipe, args, adapted, family, replace(first, gpus=gpus), teacher)
@@ -105,6 +110,9 @@ def _print_plan(
         console.print(f"\n[bold]{recipe.name}, stage {one.stage.name}[/]: {one.stage.steps} iterations of {samples(one)}", highlight=False)
         console.print(stage_table(one, machine))
     console.print(beside_table(found))
+    on_disk = disk_bytes(recipe, family, options, sampled=bool(recipe.needs & {"stored", "real"}))
+    parts = ", ".join(f"{what} {gb(count)}" for what, count in on_disk.items())
+    console.print(f"\non disk: at most about {gb(sum(on_disk.values()))} ({parts}; encoded texts are not counted)", highlight=False, soft_wrap=True)
     console.print(f"\nthe whole run: about {duration(found.seconds)} {_left_out(found)}", highlight=False, soft_wrap=True)
 
 

@@ -11,7 +11,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from instep.bundled import LISTED, WORLDS, find, folder_of
+from instep.bundled import LISTED, WORLDS, find, folder_of, settings_of
 from instep.cli import default_threads
 from instep.core.files import atomic_dir, write_json
 from instep.core.json_files import read_object
@@ -81,8 +81,8 @@ def sample_command(args: SampleArgs) -> int:
         check_output("each", args.each)
     check_output("out", args.out, suffixes=tuple(FORMATS))
     folder, record = find_pipeline(args.dir)
+    settings = sampling_settings(args.dir, folder, record, args.steps, args.guidance)
     family = family_in(args.dir, folder, record, Size(*args.size) if args.size else None)
-    settings = settings_of(folder, record, family, args.steps, args.guidance)
     steps, guidance, guidance_2 = settings.steps, settings.guidance, settings.guidance_2
     torch.set_num_threads(default_threads())
     prompts = with_negative([Prompt.parse(prompt) for prompt in args.prompts] or shown_by(args.dir, record), args.negative_prompt)
@@ -114,21 +114,26 @@ class Settings:
     guidance_2: float | None
 
 
-def settings_of(folder: Path, record: dict | None, family: Family, steps: int | None, guidance: float | None) -> Settings:
-    """The given settings, else a student's own, else those of the model's card. Raises ValueError for those that a student cannot be sampled with."""
-    count = steps if steps is not None else (len(record["levels"]) if record else family.preset.sampler_steps)
-    usual = record.get("guidance", 1.0) if record else family.preset.guidance
-    scale = usual if guidance is None else guidance
-    scale_2 = family.preset.guidance_2 if record is None and guidance is None else None
-    if record and record.get("guidance_scales") and scale != 1:
+def sampling_settings(name: str, folder: Path, record: dict | None, steps: int | None, guidance: float | None) -> Settings:
+    """The given settings, else a student's own, else those of the model's card, from JSON files alone: nothing is loaded.
+
+    `name`: what the user called the model; `folder` and `record`: what `find_pipeline` found. Raises ValueError for settings that a student cannot be sampled
+    with, and for a pipeline that no family knows.
+    """
+    if record is None:
+        known = settings_of(name if name in WORLDS else folder)
+        assert known is not None, "find_pipeline refuses what is no model folder"
+        preset = known.preset
+        return Settings(steps or preset.sampler_steps, preset.guidance if guidance is None else guidance, preset.guidance_2 if guidance is None else None)
+    levels, usual = record["levels"], record.get("guidance", 1.0)
+    count, scale = len(levels) if steps is None else steps, usual if guidance is None else guidance
+    if record.get("guidance_scales") and scale != 1:
         raise ValueError(
             f"guidance: {scale:g} is not allowed; {folder} has its own in its weights, and others come from `instep export RUN --to FOLDER --guidance`"
         )
-    if record and record.get("sampler", "few-step") == "few-step" and count != len(record["levels"]):
-        raise ValueError(
-            f"steps: {count} does not fit {folder}; its scheduler is solved for exactly {len(record['levels'])}, train another student for {count}"
-        )
-    return Settings(count, scale, scale_2)
+    if record.get("sampler", "few-step") == "few-step" and count != len(levels):
+        raise ValueError(f"steps: {count} does not fit {folder}; its scheduler is solved for exactly {len(levels)}, train another student for {count}")
+    return Settings(count, scale, None)
 
 
 def save_each(folder: Path, videos: Tensor, prompts: Sequence[Prompt], copies: int, seed: int) -> None:

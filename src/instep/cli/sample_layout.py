@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ import torch
 from torch import Tensor
 
 from instep.cli import default_threads
-from instep.cli.sample import SampleArgs, Settings, family_in, find_pipeline, settings_of
-from instep.core.files import check_writable, write_bytes, write_json, write_text
+from instep.cli.sample import SampleArgs, Settings, family_in, find_pipeline, sampling_settings
+from instep.core.files import write_bytes, write_json, write_text
+from instep.core.json_files import read_object
+from instep.core.outputs import check_output
 from instep.core.progress import Progress
 from instep.core.size import Size
 from instep.data.animation import check
@@ -39,8 +40,8 @@ def sample_layout_command(args: SampleArgs) -> int:
     if benchmark.video:
         check_codec()
     folder, record = find_pipeline(args.dir)
+    settings = sampling_settings(args.dir, folder, record, args.steps, args.guidance)
     family = family_in(args.dir, folder, record, Size(*args.size) if args.size else None)
-    settings = settings_of(folder, record, family, args.steps, args.guidance)
     _check_family(family, args)
     family.check_prompts(prompts)
     about = {"layout": args.layout, "model": str(folder), "size": list(vars(family.size).values()), **vars(settings), "seed": args.seed, "copies": copies}
@@ -72,12 +73,12 @@ def _claim(folder: Path, about: dict[str, Any]) -> None:
     """Writes how the samples are drawn; ValueError where there are samples that were drawn otherwise."""
     file = _record(folder)
     if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
+        there = read_object(file, "each", "choose another folder, or remove this one and draw its samples again")
         if different := [key for key in about if there.get(key) != about[key]]:
             raise ValueError(f"each: {folder} holds samples of another command (their {', '.join(different)} differ); choose another folder")
     elif folder.exists():
         raise ValueError(f"each: {folder} exists, and {file} does not say how its samples were drawn; choose another folder")
-    check_writable(folder / "sample", "each")
+    check_output("each", folder, fills=True)
     write_json(file, about)
 
 

@@ -52,17 +52,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise write_error(error, str(path), "what was there before is unchanged") from error
 
 
-def check_writable(path: Path, name: str) -> None:
-    """Makes the folder of a result that is written later. Raises ValueError, which begins with the option `name`, where the result could not be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        temporary.unlink()
-    except OSError as error:
-        raise ValueError(f"{name}: {path} cannot be written ({error.strerror}); choose another place with --{name}") from error
-
-
 def append_text(path: Path, text: str) -> None:
     """`text` at the end of a file, all of it or, if the disk is full, none. A kill can leave part of it: readers pass over a torn last line."""
     try:
@@ -76,7 +65,7 @@ def append_text(path: Path, text: str) -> None:
                     os.ftruncate(file.fileno(), before)
                 raise
     except OSError as error:
-        raise write_error(error, f"a row of {path}", "the checkpoints are intact") from error
+        raise write_error(error, f"a row of {path}", "the checkpoints are intact" if path.parent.is_dir() else "its folder is gone") from error
 
 
 def write_text(path: Path, text: str) -> None:

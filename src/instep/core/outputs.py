@@ -7,21 +7,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-def check_output(field: str, path: Path, *, suffixes: Sequence[str] = (), overwrite: bool = False, ours: Callable[[Path], bool] | None = None) -> None:
-    """Raises ValueError unless a file (or a new folder) can be written at `path`, an option named `field`.
+def check_output(
+    field: str, path: Path, *, suffixes: Sequence[str] = (), overwrite: bool = False, ours: Callable[[Path], bool] | None = None, fills: bool = False
+) -> None:
+    """Raises ValueError unless a file (or a new folder) can be written at `path`, an option named `field`. Nothing is made or changed.
 
     A path that exists is refused unless `overwrite`, and then unless `ours`, which tells whether instep wrote it (None: nothing there is replaced).
-    `suffixes`: the endings that the format has; none: any. Folders that are missing above `path` are made later, if the nearest one there is writable.
+    `fills`: `path` is a folder that may be there already, and whose files stay. `suffixes`: the endings that the format has; none: any.
     """
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"{field}: {path} has the ending {path.suffix!r}, which is not allowed; allowed: {', '.join(suffixes)}")
-    if path.exists() or path.is_symlink():
+    if (path.exists() or path.is_symlink()) and not (fills and path.is_dir()):
         if not overwrite or ours is None:
             ways = "give --overwrite, or choose another name" if ours is not None else "choose another name, nothing is overwritten unasked"
             raise ValueError(f"{field}: {path} exists; {ways}")
         if not ours(path):
             raise ValueError(f"{field}: {path} exists and was not written by instep; choose another name, such a file is never replaced")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
+    check_place(field, path, fills=fills)
+
+
+def check_place(field: str, path: Path, *, fills: bool = False) -> None:
+    """Raises ValueError unless the folder that `path` is made in, or the nearest one above it that is there, can be written to; with `fills` `path` itself."""
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents)[0 if fills else 1 :] if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "is not a folder" if not there.is_dir() else "cannot be written to"
         raise ValueError(f"{field}: {path} cannot be written, because {there} {what}; choose another path")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from instep.core.files import write_error, write_json
+from instep.core.json_files import read_object
 from instep.core.progress import Progress
 from instep.core.ranks import ALONE, Ranks
 from instep.data.clips import read_clip
@@ -134,14 +135,12 @@ def _recorded(cache: Path) -> dict[str, Any] | None:
     file = cache / RECORD
     if not file.exists():
         return None
-    try:
-        there = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(there, dict) and all(isinstance(value, int | float) for value in there["encoder"]):
-            return there
-        reason = "its encoder is no list of numbers"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    raise ValueError(f"real: {file} is not the record of a cache ({reason}); choose another folder, or remove {cache}, the samples are encoded again")
+    fix = f"choose another folder, or remove {cache}, the samples are encoded again"
+    there = read_object(file, "real", fix)
+    encoder = there.get("encoder")
+    if isinstance(encoder, list) and all(isinstance(value, int | float) for value in encoder):
+        return there
+    raise ValueError(f"real: {file} is not the record of a cache (its encoder is no list of numbers); {fix}")
 
 
 def _header(shape: Sequence[int]) -> bytes:

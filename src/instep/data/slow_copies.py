@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from instep.core.files import check_writable
+from instep.core.outputs import check_output
 from instep.data.animation import save_animation
 from instep.data.media import read_media, slow_motion
 from instep.data.pairs import PreferencePair, PreferredSample, read_labelled, rows_of
@@ -46,7 +46,7 @@ def slow_copies(videos: Iterable[PreferredSample], folder: Path, factor: float =
     """
     if not factor > 1:
         raise ValueError(f"factor: {factor} is not allowed; it slows by more than 1")
-    check_writable(folder / "copy", "out")
+    check_output("out", folder, fills=True)
     pairs, still = [], 0
     for i, video in enumerate(videos):
         media = read_media(video.chosen, frames)

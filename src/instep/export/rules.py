@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from instep.core.json_files import read_object
+from instep.core.outputs import check_place
 from instep.core.unusable import Unusable, is_finite, named
 from instep.export.scheduler import few_step_scheduler
 from instep.models.adapters import Weight, has_adapter, lora_layers, plain_weights
@@ -48,10 +49,7 @@ def check_target(out: Path, overwrite: bool = False) -> None:
             raise ValueError(f"out: {out} exists and is not an earlier export; allowed: a new or empty folder, or an earlier export; choose another")
         if not overwrite:
             raise ValueError(f"out: {out} exists and holds an earlier export; choose another folder, or replace that export with --overwrite (overwrite=True)")
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "is not a folder" if not there.is_dir() else "cannot be written to"
-        raise ValueError(f"out: {out} cannot be made, because {there} {what}; choose another path")
+    check_place("out", out)
 
 
 def keep_others(out: Path, new: Path) -> None:

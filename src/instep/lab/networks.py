@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -89,6 +89,16 @@ class VelocityMLP(nn.Module):
         """Its adapters if it has any, else all parameters."""
         named = dict(self.named_parameters())
         return {k: p for k, p in named.items() if ".adapter_" in k} if self.rank else named
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        return {key: p.detach() for key, p in self.trainable().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for key, p in self.trainable().items():
+            p.copy_(state[key])
 
 
 class LatentRewardMLP(LatentReward):

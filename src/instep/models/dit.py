@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from instep.core.size import Size
 from instep.models.borrow import borrowed, compute_dtype
 from instep.models.class_conditional import ClassConditional, without_dropout
+from instep.models.index import read_json
 from instep.models.preset import Distillation, Preset
 
 CLASSES = "classes.json"
@@ -86,7 +87,7 @@ class DiTFamily(ClassConditional):
         from diffusers import AutoencoderKL, DiTTransformer2DModel
 
         file = folder / "scheduler" / "scheduler_config.json"
-        scheduler = json.loads(file.read_text()) if file.is_file() else {}
+        scheduler = read_json(file)
         if scheduler.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
             raise ValueError(
                 f"model: {folder} has the scheduler {scheduler.get('_class_name')}; a DiT is taken for a flow's only with FlowMatchEulerDiscreteScheduler in "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from importlib import import_module
@@ -147,7 +146,7 @@ def _files(part: Path, name: str) -> list[Path]:
     """The safetensors of a single file, or those that an index names."""
     if not name.endswith(".json"):
         return [part / name]
-    weights = json.loads((part / name).read_text(encoding="utf-8")).get("weight_map", {})
+    weights = read_json(part / name).get("weight_map", {})
     return [part / file for file in dict.fromkeys(weights.values())]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import re
 import uuid
 import zlib
 from collections import OrderedDict
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instep.core.disk import free_bytes, gb
 from instep.core.files import write_tensors
 from instep.core.fingerprint import network_fingerprint
 
@@ -21,6 +25,11 @@ from instep.core.fingerprint import network_fingerprint
 MEMORY_LIMIT = 2**29
 # a file is written once it has so many texts or bytes, whichever comes first
 SHARD_TEXTS, SHARD_BYTES = 256, 2**27
+# texts by whose size that of all is estimated
+FEW = 16
+# bytes of a folder that several models share
+DISK_LIMIT = 256 * 10**9
+_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}\.safetensors")
 # key of the checksums in the header of a safetensors file
 CHECKSUMS = "crc32"
 
@@ -31,7 +40,8 @@ Encoded = Mapping[str, Tensor]
 class PromptCache:
     """Encoded texts by content: the latest used, up to `limit` bytes, in memory; with a folder also safetensors files of up to 256 texts each.
 
-    Memory does not grow with the number of texts, apart from an index of about 200 bytes a text. The files of a folder are named by the encoders' identity,
+    Memory does not grow with the number of texts, apart from an index of about 200 bytes a text. A folder that holds more than `DISK_LIMIT` bytes loses files
+    of other encoders, and a run that reads one of these encodes its texts again. The files of a folder are named by the encoders' identity,
     so different models, and processes at the same time, may share one. A file is written whole or not at all. One that is damaged all the same (its header
     does not fit, or a checksum) is ignored with one printed line.
     """
@@ -53,6 +63,21 @@ class PromptCache:
         self.folder, self.identity, self._files = folder, identity, {}
         for path in sorted(folder.glob(f"{identity}-*.safetensors")):
             self._files |= dict.fromkeys(_keys_in(path), path)
+            with contextlib.suppress(OSError):  # of another user
+                os.utime(path)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Removes files of other encoders, those not used for longest first, while the folder holds more than `DISK_LIMIT` bytes."""
+        assert self.folder is not None
+        found = sorted((path for path in self.folder.glob("*.safetensors") if _NAME.fullmatch(path.name)), key=lambda path: path.stat().st_mtime)
+        size = sum(path.stat().st_size for path in found)
+        for path in found:
+            if size <= DISK_LIMIT:
+                return
+            if not path.name.startswith(f"{self.identity}-"):
+                size -= path.stat().st_size
+                path.unlink(missing_ok=True)
 
     def missing(self, texts: Iterable[str]) -> list[str]:
         """The different texts that the folder does not hold, in order."""
@@ -87,10 +112,12 @@ class PromptCache:
     def fill(self, texts: Sequence[str], encode: Callable[[str], Encoded], step: Callable[[], None]) -> None:
         """Writes texts that the folder lacks, from memory or encoded now, and calls `step` after each. What is killed loses the file in progress.
 
-        OSError if the disk is full.
+        ValueError, after the first few, where the disk has no room for all of them; OSError if it is full.
         """
         shard: dict[str, Encoded] = {}
-        for text in texts:
+        for i, text in enumerate(texts):
+            if i == FEW:
+                self._check_room(sum(map(_nbytes, shard.values())) / FEW, len(texts))
             found = self.find([text]).get(text)
             shard[text] = encode(text) if found is None else found
             self.keep(text, shard[text])
@@ -100,6 +127,15 @@ class PromptCache:
             step()
         if shard:
             self._write(shard)
+
+    def _check_room(self, each: float, count: int) -> None:
+        assert self.folder is not None
+        free, needed = free_bytes(self.folder), each * count
+        if free < needed:
+            raise ValueError(
+                f"prompt_cache: {count:,} encoded texts need about {gb(needed)} in {self.folder}, and {gb(free)} are free there; free some space, give another "
+                "folder with --prompt-cache, or fewer prompts"
+            )
 
     def _write(self, shard: Mapping[str, Encoded]) -> None:
         assert self.folder is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from instep.core.disk import gb
 from instep.core.ranks import Ranks
 from instep.methods.recipe import Recipe, Stage
 from instep.models.family import Family
@@ -253,13 +254,6 @@ def _changes(recipe: Recipe, family: Family, execution: Execution, adapted: Call
     if adapted is not None and recipe.roles["student"].lora is None:
         found.append(Change("lora_rank", f"--lora-rank {RANK}", recipe=lambda _: adapted()))
     return found
-
-
-def gb(count: float) -> str:
-    """Bytes in words: GB of 1e9, smaller ones in MB."""
-    if count >= 1e10:
-        return f"{count / 1e9:.0f} GB"
-    return f"{count / 1e9:.2g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def duration(seconds: float) -> str:

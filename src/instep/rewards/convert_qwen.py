@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from instep.core.files import write_json
+from instep.core.json_files import read_object
 from instep.rewards.published_names import mismatch
 from instep.rewards.qwen_scorer import RECORD, QwenScorer
 
@@ -105,8 +105,7 @@ def _settings(file: Path) -> dict[str, Any]:
     """The authors' configuration beside the file or a folder above it; empty where there is none."""
     for place in (file.parent, file.parent.parent):
         if (place / "model_config.json").is_file():
-            found: dict[str, Any] = json.loads((place / "model_config.json").read_text(encoding="utf-8"))
-            return found
+            return read_object(place / "model_config.json", "source", "download it again")
     return {}
 
 

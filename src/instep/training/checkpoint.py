@@ -27,6 +27,7 @@ from instep.training.state_files import State, join, sha256, split, write, write
 __all__ = [
     "State",
     "at",
+    "clear",
     "drop_after",
     "every",
     "latest",
@@ -127,6 +128,13 @@ def load(path: Path) -> State:
     return join(record["values"], load_file(path / "tensors.safetensors"))
 
 
+def clear(folder: Path) -> None:
+    """Removes what writers left that were killed, and puts a checkpoint back that one had moved aside. No other writer may be at work."""
+    _recover(folder)
+    for torn in folder.glob(".step-*"):
+        shutil.rmtree(torn, ignore_errors=True)
+
+
 def drop_after(folder: Path, step: int) -> None:
     """Removes every checkpoint after `step`, so that a run that went back does not continue from a later one."""
     for path in every(folder):
@@ -180,8 +188,7 @@ def _recover(folder: Path) -> None:
 
 def _prune(folder: Path, step: int, keep: int, protect: Collection[int]) -> None:
     """Removes old checkpoints and partial ones of a killed run. Checkpoints after `step` are kept and do not count."""
-    for torn in folder.glob(".step-*"):
-        shutil.rmtree(torn, ignore_errors=True)
+    clear(folder)
     known = [path for path in every(folder) if step_of(path) <= step]
     for old in known[keep:]:
         if step_of(old) not in protect:

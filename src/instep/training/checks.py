@@ -11,10 +11,12 @@ from torch import Tensor
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
 from instep.diffusion.bands import in_band
+from instep.diffusion.levels import few_step_levels
 from instep.diffusion.sampling import Sampling
 from instep.methods.matching import DistributionMatching
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
+from instep.recipes.common import Common
 from instep.rewards.base import Reward, check_prompts
 from instep.rewards.decoded import make_reward_fn, make_reward_grad_fn
 from instep.rewards.ranker import relative
@@ -111,6 +113,25 @@ def check_inputs(
         if "gradient" in recipe.needs:
             for part in reward.parts if isinstance(reward, Several) else (reward,):
                 _check_gradient(family, part, trial, pair)
+
+
+def shift_note(recipe: Recipe, family: Family) -> str | None:
+    """A line where the student's levels are neither those that the model's own scheduler visits in as many steps nor those of its published distillation.
+
+    They are allowed: published distillations have levels of their own. None where they agree, or where the recipe's defaults were not the model's.
+    """
+    found, count, published = recipe.levels, len(recipe.levels), family.preset.distillation
+    known = {family.shift, *(() if published is None or published.shift is None else (published.shift,))}
+    if not family.preset.for_recipes:
+        known.add(Common().shift)
+    if any(max(abs(a - b) for a, b in zip(found, few_step_levels(count, shift), strict=True)) < 1e-4 for shift in known):
+        return None
+    ours, own = (", ".join(f"{level:.3f}" for level in levels) for levels in (found, few_step_levels(count, family.shift)))
+    what = "its exported pipeline samples at the scheduler's" if recipe.sampler == "ode" else "its export has a scheduler of its own"
+    return (
+        f"shift: the student's levels are {ours}, while the scheduler of {family.name} (shift {family.shift:g}) visits {own}; {what}. Give --shift "
+        f"{family.shift:g} unless another one is meant"
+    )
 
 
 def _check_export(recipe: Recipe, family: Family, to: Path) -> None:

@@ -128,15 +128,18 @@ class Loop:
         found is found."""
         number = self.ranks.most(self.asked)
         self.stop = signal.Signals(number).name if number else None
-        led: dict[str, Any] = self.ranks.of_first(
-            lambda: {"found": asdict(self.found) if self.found else None, "hold": asdict(self.state.hold), "saves": self._is_due()}
-        )
+        led: dict[str, Any] = self.ranks.of_first(self._decided)
         if not self.ranks.first:
             self.found = Finding(**led["found"]) if led["found"] else None
             self.state.hold = Held.of_json(led["hold"])
         if led["saves"]:
             self.save()
         return self.state.step < total and self.stop is None and self.found is None
+
+    def _decided(self) -> dict[str, Any]:
+        """What rank 0 decides between two iterations."""
+        self._check_there()
+        return {"found": asdict(self.found) if self.found else None, "hold": asdict(self.state.hold), "saves": self._is_due()}
 
     def _train(self) -> dict[str, Any]:
         """One iteration; its row of the log."""
@@ -161,6 +164,7 @@ class Loop:
 
     def _after(self, stage: Stage, row: dict[str, Any], log: RunLog, health: HealthMonitor) -> None:
         """What rank 0 does alone after each iteration."""
+        self._check_there()
         step = self.state.step
         if self.controller is not None:
             self.state.hold = self.controller.trained(self.state.hold, stage, row)
@@ -177,6 +181,14 @@ class Loop:
         if self.found is None and (what := self.skipped.too_many()):
             self._give_up(what)
         self.fresh = True
+
+    def _check_there(self) -> None:
+        """Raises ValueError where the run's folder is gone: what is written now would make another one, without its record and its checkpoints."""
+        if not self.out.is_dir():
+            raise ValueError(
+                f"out: {self.out} was removed or moved while the run was writing to it, and the run ends at step {self.state.step}; if it was moved, the same "
+                "command goes on with --out NEW PLACE, else begin anew"
+            )
 
     def _save_alone(self) -> None:
         """Saves now, if no other process takes part in a checkpoint."""
@@ -304,13 +316,18 @@ class Loop:
 
     def restore(self, start_from: Path | str | None) -> None:
         """Loads this run's newest intact checkpoint or, without any checkpoint, the roles of `start_from`. Raises ValueError if all are damaged."""
-        own = self.ranks.of_first(lambda: _text(checkpoint.latest(self.out / "checkpoints")))
+        own = self.ranks.of_first(self._newest)
         if own is not None:
             self._load(own)
         elif start_from is not None:
             with self.ranks.one_by_one():
                 saved.begin_from(self.state, self.recipe, Path(start_from), reward=None if self.probe.reward is None else self.probe.reward.name)
         check_state(saved.contents(self.state, self.source))
+
+    def _newest(self) -> str | None:
+        """This run's newest intact checkpoint, after what was left of others is gone: a run that is done writes no more."""
+        checkpoint.clear(self.out / "checkpoints")
+        return _text(checkpoint.latest(self.out / "checkpoints"))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT and self.ranks.count == 1:

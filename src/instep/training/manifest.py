@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +25,14 @@ from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe, describe
 from instep.models.family import Family
 from instep.rewards.base import Reward
+from instep.training.disk import check_disk, disk_bytes
 
 if TYPE_CHECKING:
     from instep.training.options import RunOptions
 
 DAMAGED = "restore it from a copy of the run, or choose another folder"
+# of the files in a run's folder: raised whenever a run that an older version began could not be gone on with to the same result
+FORMAT = 1
 # options of an execution that a run goes on with
 OPTIONS = ("dtype", "moments")
 # what older records lack
@@ -57,6 +59,7 @@ def write_manifest(
     """Writes recipe.json, or makes sure that the folder holds this very run."""
     named = [*prompts, *(real.prompts if real else ()), *(pairs.prompts if pairs else ())]
     identity = {
+        "format": FORMAT,
         "recipe": recipe.name,
         "model": family.name,
         "weights": weights_fingerprint(family.pretrained),
@@ -93,9 +96,9 @@ def write_manifest(
     file = out / "recipe.json"
     begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))
     there = read_object(file, "out", DAMAGED) if file.is_file() else {}
-    # older runs have no record of their dtype, which was float32, of moments, which loading a checkpoint compares, of styles and another teacher, which they
-    # could not have, nor of some others
-    before = {"dtype": "float32", "styles": [], "teacher": None, **{key: identity[key] for key in UNRECORDED}, **there}
+    # older runs have no record of the format, which was the first, of their dtype, which was float32, of moments, which loading a checkpoint compares, of
+    # styles and another teacher, which they could not have, nor of some others
+    before = {"format": 1, "dtype": "float32", "styles": [], "teacher": None, **{key: identity[key] for key in UNRECORDED}, **there}
     different = [key for key in identity if before.get(key) != identity[key]]
     if "instep" in there and (begun or not different):
         if different:
@@ -104,13 +107,8 @@ def write_manifest(
     elif "instep" not in there and out.exists() and any(path.name not in (lock.NAME, latent_cache.FOLDER) for path in out.iterdir()):
         raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
     else:
-        free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
-        needed = 3 * checkpoint_bytes(recipe, family)
-        if free < needed:
-            raise ValueError(
-                f"out: {free / 1e9:.1f} GB are free where {out} lies, and this run's checkpoints and export need about {needed / 1e9:.1f} GB; "
-                "free some space or choose another disk"
-            )
+        sampled = "stored" in recipe.needs or ("real" in recipe.needs and real is None)
+        check_disk(out, disk_bytes(recipe, family, options, sampled=sampled))
         write_json(file, {**about, **identity})
 
 
@@ -148,6 +146,8 @@ def _fix(there: Mapping[str, Any], different: Sequence[str], out: Path) -> str:
     if options := [key for key in OPTIONS if key in different]:
         values = " and ".join(f"{key} {there[key]}" for key in options)
         return f"to go on with it give {values} ({' '.join(f'--{key} {there[key]}' for key in options)}), or choose another folder"
+    if "format" in different:
+        return f"go on with instep {there['instep']}, which wrote it, or choose another folder"
     return (
         "choose another folder, or repeat that run's command to go on with it; to lengthen it, or to go on with other settings, begin another run from it: "
         f"--start-from {out} --out NEW"
@@ -166,11 +166,3 @@ def _digest(prompts: Sequence[Prompt], *latents: Tensor) -> str:
     for part in (part for x in latents for part in x.detach().split(64)):
         digest.update(part.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def checkpoint_bytes(recipe: Recipe, family: Family) -> int:
-    """Upper bound of one checkpoint: weights, two AdamW moments and an average in float32, for each trained role; a reference's weights."""
-    parameters = sum(p.numel() for p in family.pretrained.parameters())
-    return sum(4 * parameters * (3 + (c.ema is not None)) for c in recipe.roles.values() if c.optim is not None) + sum(
-        4 * parameters for c in recipe.roles.values() if c.copy
-    )

@@ -28,7 +28,7 @@ from instep.rewards.ranker import relative
 from instep.training import hold, stop
 from instep.training.batches import BatchSource
 from instep.training.build import averaged, make_state
-from instep.training.checks import check_inputs, check_ranks
+from instep.training.checks import check_inputs, check_ranks, shift_note
 from instep.training.finish import check_student, export_role, fits_stock
 from instep.training.finite import of_finite_samples
 from instep.training.gathered import whole_student
@@ -147,6 +147,8 @@ def train(
                     teacher=taught,
                 )
             )
+            if note := shift_note(recipe, lent):
+                print(note)
             if not guides(recipe) and any(prompt.negative for prompt in prompts):
                 print(f"negative prompts have no effect in this run: {recipe.name} has guidance 1, which ignores them")
             # before the network comes to the device: the text encoders may be the larger part of a pipeline
