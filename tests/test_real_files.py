@@ -336,9 +336,7 @@ def test_a_kill_before_the_record_and_the_files_of_others(videos, tmp_path):
     assert encoder.calls == [1, 8, 8, 4], "what was begun without a record is begun again"
     for text in ("{", "[1]", '{"encoder": "x"}', '{"encoder": ["x"]}', '{"files": 3}'):
         (tmp_path / "cache" / "latents.json").write_text(text)
-        with pytest.raises(
-            ValueError, match="real: .*latents.json (is not the record|is damaged|holds a list).*; choose another folder, or remove .*cache, the samples"
-        ):
+        with pytest.raises(ValueError, match="real: .*latents.json (is not the record|is damaged|holds a list).*; choose another folder, or remove"):
             real_samples(videos, Encoder(), tmp_path / "cache")
         assert (tmp_path / "cache" / "latents.json").read_text() == text
     (tmp_path / "mine").mkdir()
