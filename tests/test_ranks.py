@@ -105,11 +105,11 @@ def test_a_signal_to_one_process_saves_the_run_which_goes_on_in_one(folder, two,
 
 
 def test_a_call_of_another_network_is_an_error(folder, two):
-    """Two experts of equal shape, each called by one process: without the guard the numbers are wrong and nothing is raised."""
+    """Two networks of equal shape, each called by one process: without the guard the numbers are wrong and nothing is raised."""
     for rank in range(2):
         found = (folder / f"of-2-{rank}.guard").read_text(encoding="utf-8")
-        for other, expert in enumerate(("high", "low")):
-            assert f"rank {other}: teacher (network pretrained, expert of {expert} noise), 2 rows, without a graph" in found
+        for other, name in enumerate(("teacher (network pretrained)", "fake (network fake)")):
+            assert f"rank {other}: {name}, 2 rows, without a graph" in found
 
 
 def test_a_sharded_run_leaves_what_one_process_leaves(folder, two, tmp_path):
@@ -153,9 +153,7 @@ def test_full_copies_of_large_networks_are_sharded_by_default(monkeypatch):
 
 def test_samples_that_processes_cannot_divide_are_refused():
     check_context(many_ranks.MODELS["even"](), 2)
-    with pytest.raises(
-        ValueError, match="context_parallel: 2 is not allowed; the transformer of tiny has 27 tokens of a sample; give a number"
-    ):
+    with pytest.raises(ValueError, match="context_parallel: 2 is not allowed; the transformer of tiny has 27 tokens of a sample; give a number"):
         check_context(every_recipe.family(), 2)
     with pytest.raises(ValueError, match="context_parallel: 3 is not allowed; the transformer of tiny has 2 heads"):
         check_context(every_recipe.family(), 3)

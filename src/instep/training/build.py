@@ -85,7 +85,9 @@ def _shard(backbones: Mapping[str, Backbone], optimised: Collection[str], device
         family = backbone.family
         parts = family.parts(backbone.module)
         shard(parts, {part: name in optimised and part in (backbone.trained or parts) for part in parts}, backbone.dtype, mesh, ranks, device)
-        backbone.sharded = Sharded(name, ranks, family.boundary, guarded=dist.get_debug_level() != dist.DebugLevel.OFF)
+        backbone.sharded = Sharded(name, ranks, guarded=dist.get_debug_level() != dist.DebugLevel.OFF)
+        if family.boundary is not None:
+            backbone.module.needed = backbone.sharded.needed
 
 
 def _teacher_backbone(recipe: Recipe, teacher: Family, execution: Execution, residency: Residency | None) -> Backbone:
