@@ -20,6 +20,7 @@ from torch import Tensor
 
 from instep.core.ranks import ALONE, Ranks, joined
 from instep.models.context import check_context
+from instep.planning.plan import Machine, plan
 from instep.training import checkpoint
 from instep.training.checks import check_ranks
 from instep.training.execution import Execution
@@ -163,6 +164,8 @@ def test_samples_that_processes_cannot_divide_are_refused():
         pass
     with pytest.raises(ValueError, match="context_parallel: 2 is not allowed together with offload"):
         Execution(offload=True, context_parallel=2)
+    with pytest.raises(ValueError, match="context_parallel: 2 is not planned for"):
+        plan(every_recipe.small("dmd2"), every_recipe.family(), Execution(context_parallel=2), Machine(1.0, 1.0))
     four = Ranks(3, 4, 4, context=2)
     assert (four.part, four.parts, four.share(8)) == (1, 2, slice(4, 8))
 
