@@ -100,30 +100,31 @@ def counted() -> Iterator[list[tuple[str, int]]]:
 
 
 class Least:
-    """The bytes that an iteration cannot avoid: divided weights are gathered once for each pass of a network, and those of its blocks, which are freed after
-    it, once more for its backward pass; gradients of trained parameters are combined once in an optimiser step."""
+    """The bytes that an iteration cannot avoid: divided weights are gathered once for each pass of a network, and those of each block, which are freed after
+    it, once more if a gradient passes back through it; gradients of trained parameters are combined once in an optimiser step."""
 
     def __init__(self, state: TrainState) -> None:
         self.clear()
         for module in dict.fromkeys(role.backbone.module for role in state.roles.values()):
-            every = sum(p.nbytes for p in module.parameters() if is_divided(p))
-            blocks = sum(p.nbytes for block in module.blocks for p in block.parameters() if is_divided(p))
-            module.register_forward_hook(partial(self._passed, every, blocks))
+            for part in (module, *module.blocks):
+                size = sum(p.nbytes for p in part.parameters() if is_divided(p))
+                part.register_forward_hook(partial(self._passed if part is module else self._passed_block, size))
         for trained in state.trained.values():
-            size = [(p.nbytes, is_divided(p)) for p in trained.masters.values()]
-            trained.optimizer.register_step_pre_hook(partial(self._stepped, sum(n for n, d in size if d), sum(n for n, d in size if not d)))
+            sizes = [(p.nbytes, is_divided(p)) for p in trained.masters.values()]
+            trained.optimizer.register_step_pre_hook(partial(self._stepped, sum(n for n, d in sizes if d), sum(n for n, d in sizes if not d)))
 
     def clear(self) -> None:
         self.gathered = self.combined = self.averaged = 0
 
-    def _passed(self, every: int, blocks: int, module: nn.Module, args: Any, output: Any) -> None:
-        self.gathered += every
-        x = output[0] if isinstance(output, tuple) else output
-        if x.requires_grad:
-            x.register_hook(partial(self._went_back, blocks))
+    def _passed(self, size: int, module: nn.Module, args: Any, output: Any) -> None:
+        self.gathered += size
 
-    def _went_back(self, blocks: int, grad: Tensor) -> None:
-        self.gathered += blocks
+    def _passed_block(self, size: int, block: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(self._went_back, size))
+
+    def _went_back(self, size: int, grad: Tensor) -> None:
+        self.gathered += size
 
     def _stepped(self, divided: int, whole: int, *_: Any) -> None:
         self.combined += divided
@@ -271,14 +272,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--start-width", type=int, default=512, help="of the network whose start is measured")
-    parser.add_argument("--recipes", nargs="+", default=list(OPTIONS))
+    parser.add_argument("--recipes", nargs="+", default=list(OPTIONS), help="the rows of others stay as they were measured before")
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         what, file = args.child[0], Path(args.child[1])
         child(file, (args.width, args.layers), args.recipes) if what == "iterations" else started(file, (args.start_width, args.layers))
         return
-    rows: list[dict[str, Any]] = []
+    before = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
+    rows: list[dict[str, Any]] = [row for row in before if row["recipe"] not in args.recipes]
     starts = []
     with tempfile.TemporaryDirectory() as folder:
         for count in COUNTS:
@@ -289,9 +291,10 @@ def main() -> None:
             found = spawned(count, "iterations", Path(folder), "--width", str(args.width), "--layers", str(args.layers), "--recipes", *args.recipes)
             for each in zip(*found, strict=True):
                 name, layout = each[0]["recipe"], each[0]["layout"]
-                alone = next((row for row in rows if (row["recipe"], row["layout"]) == (name, layout)), None)
+                alone = next((row for row in rows if (row["recipe"], row["layout"], row["processes"]) == (name, layout, 1)), None)
                 rows.append(row_of(count, each, alone))
                 print(json.dumps(rows[-1]), flush=True)
+    rows.sort(key=lambda row: (list(OPTIONS).index(row["recipe"]), list(LAYOUTS).index(row["layout"]), row["processes"]))
     write_json(RESULT, {"rows": rows, "starts": starts, "width": args.width, "layers": args.layers, "start_width": args.start_width})
 
 

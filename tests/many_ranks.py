@@ -210,7 +210,7 @@ CONTEXT = (
 CASES = (
     *(f"lab/{name}" for name in LAB),
     *(f"wan/{name}{how}" for name in NETWORKS for how in ("", "/lora/rows")),
-    *(f"{model}/dm-align-group{how}" for model in ("wan22", "sd3") for how in ("", "/lora")),
+    *(f"{model}/{name}{how}" for model in ("wan22", "sd3") for name in ("dm-align-group", "dollar") for how in ("", "/lora")),
     *(f"wan/{name}/shard{lora}{rows}" for name in NETWORKS for lora in ("", "/lora") for rows in ("", "/rows")),
     *(f"{model}/{name}/shard{how}" for model in ("wan22", "sd3") for name in NETWORKS for how in ("", "/lora/rows")),
     *CONTEXT,
@@ -263,13 +263,13 @@ def of_each_process(statistic: str, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def guarded(ranks: Ranks) -> str:
-    """What comes of two processes that call two experts of equal shape, each another one."""
+    """What comes of two processes that call two networks of equal shape, each another one."""
     family = _experts()
     state = every_recipe.state_of(every_recipe.small("dm-align-group"), family, Execution(device="cpu", shard="on"), ranks=ranks)
-    x, level = torch.zeros(2, *family.latent_shape), 0.95 if ranks.first else 0.5
+    x, name = torch.zeros(2, *family.latent_shape), "teacher" if ranks.first else "fake"
     try:
         with torch.no_grad():
-            state.roles["teacher"](x, torch.full((2,), level), family.encode(every_recipe.PROMPTS[:2]))
+            state.roles[name](x, torch.full((2,), 0.95), family.encode(every_recipe.PROMPTS[:2]))
     except Mismatch as error:
         return str(error)
     return "no error"

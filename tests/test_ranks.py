@@ -20,6 +20,7 @@ from torch import Tensor
 
 from instep.core.ranks import ALONE, Ranks, joined
 from instep.models.context import check_context
+from instep.planning.plan import Machine, plan
 from instep.training import checkpoint
 from instep.training.checks import check_ranks
 from instep.training.execution import Execution
@@ -105,11 +106,11 @@ def test_a_signal_to_one_process_saves_the_run_which_goes_on_in_one(folder, two,
 
 
 def test_a_call_of_another_network_is_an_error(folder, two):
-    """Two experts of equal shape, each called by one process: without the guard the numbers are wrong and nothing is raised."""
+    """Two networks of equal shape, each called by one process: without the guard the numbers are wrong and nothing is raised."""
     for rank in range(2):
         found = (folder / f"of-2-{rank}.guard").read_text(encoding="utf-8")
-        for other, expert in enumerate(("high", "low")):
-            assert f"rank {other}: teacher (network pretrained, expert of {expert} noise), 2 rows, without a graph" in found
+        for other, name in enumerate(("teacher (network pretrained)", "fake (network fake)")):
+            assert f"rank {other}: {name}, 2 rows, without a graph" in found
 
 
 def test_a_sharded_run_leaves_what_one_process_leaves(folder, two, tmp_path):
@@ -163,6 +164,8 @@ def test_samples_that_processes_cannot_divide_are_refused():
         pass
     with pytest.raises(ValueError, match="context_parallel: 2 is not allowed together with offload"):
         Execution(offload=True, context_parallel=2)
+    with pytest.raises(ValueError, match="context_parallel: 2 is not planned for"):
+        plan(every_recipe.small("dmd2"), every_recipe.family(), Execution(context_parallel=2), Machine(1.0, 1.0))
     four = Ranks(3, 4, 4, context=2)
     assert (four.part, four.parts, four.share(8)) == (1, 2, slice(4, 8))
 

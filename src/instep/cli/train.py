@@ -26,6 +26,7 @@ from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe
 from instep.models.family import Family
 from instep.rewards.base import Reward
+from instep.training.checks import check_ranks
 from instep.training.execution import Execution
 from instep.training.hold import parse as parse_hold
 from instep.training.loop import Interrupted
@@ -158,6 +159,7 @@ def train_command(recipe: Recipe, args: TrainArgs, command: str) -> int:
     )
     tracker = load_function(args.tracker, "tracker") if args.tracker else None
     with joined(options.waits, options.execution.context_parallel) as ranks:
+        check_ranks(recipe, ranks.parts)  # before a model is loaded
         with ranks.one_by_one():  # what the first one caches is there for the others
             setting = prepare(recipe, args)
         if setting.files:

@@ -88,6 +88,15 @@ class Ranks:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.work)
         return int(found)
 
+    def any_of(self, flags: Tensor) -> Tensor:
+        """Which of the flags [n], on the host, are true on any rank."""
+        if self.count == 1:
+            return flags
+        found = flags.to(torch.uint8)
+        with _together():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.bool()
+
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Puts the mean over ranks in place of each tensor, several in one collective."""
         if self.count == 1:

@@ -82,7 +82,7 @@ class Role:
         if self.backbone.residency is not None:
             self.backbone.residency.use(module)
         if self.backbone.sharded is not None:
-            self.backbone.sharded.check(self.name, len(x_t), t)
+            self.backbone.sharded.check(self.name, len(x_t))
         context = self.backbone.context
         x_t = x_t if context is None else context.entered(x_t)
         with self.backbone.active_call(CallContext(self.adapter, self.scale, cond, self.exits, features, self.skips, self.guidance_embedding)):

@@ -37,21 +37,23 @@ class Sharded:
     """The network of a backbone, `name`, on `ranks`. With `guarded` each call is compared across ranks before it is made.
 
     A call of a sharded network is a collective, which all ranks make alike. Ranks that call two networks of equal shapes, each another one, get wrong numbers
-    and no error, so debug runs (TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL) and the tests are guarded.
+    and no error, so debug runs (TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL) and the tests are guarded. Of two experts all ranks call those that any of them needs.
     """
 
     name: str
     ranks: Ranks
-    boundary: float | None = None
     guarded: bool = False
 
-    def check(self, role: str, rows: int, t: Tensor) -> None:
-        """Raises Mismatch unless all ranks call the same role of the same network, expert and number of rows."""
+    def needed(self, experts: Tensor) -> Tensor:
+        """Which experts [2] are called, where this rank's samples need these."""
+        return experts if self.ranks.led.active else self.ranks.any_of(experts)
+
+    def check(self, role: str, rows: int) -> None:
+        """Raises Mismatch unless all ranks call the same role of the same network with as many rows."""
         if not self.guarded or self.ranks.led.active:
             return
-        expert = "" if self.boundary is None else f", expert of {', '.join(sorted({'high' if x else 'low' for x in (t >= self.boundary).tolist()}))} noise"
         graph = "with" if torch.is_grad_enabled() else "without"
-        calls = self.ranks.of_each(f"{role} (network {self.name}{expert}), {rows} rows, {graph} a graph")
+        calls = self.ranks.of_each(f"{role} (network {self.name}), {rows} rows, {graph} a graph")
         if len(set(calls)) > 1:
             told = "; ".join(f"rank {i}: {call}" for i, call in enumerate(calls))
             raise Mismatch(

@@ -44,6 +44,8 @@ class Experts(nn.Module):
         self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
         # shown the feature tokens of whichever expert predicts a row
         self.tokens: nn.Identity | None = None
+        # of a sharded network: the experts [high, low] that are called, where a batch needs these
+        self.needed: Callable[[Tensor], Tensor] | None = None
 
     def enable_gradient_checkpointing(self, function: Callable[..., Any]) -> None:
         for expert in (self.transformer, self.transformer_2):
@@ -60,8 +62,10 @@ class Experts(nn.Module):
     def forward(self, t: Tensor, call: Callable[[nn.Module], Tensor]) -> Tensor:
         """The output [B, ...] for levels t [B]; `call(expert)` is an expert's output for the whole batch."""
         upper = t >= self.boundary
-        if bool(upper.all()) or not bool(upper.any()):
-            expert = self.transformer if bool(upper[0]) else self.transformer_2
+        experts = torch.stack([upper.any(), (~upper).any()])
+        high, low = (experts if self.needed is None else self.needed(experts.cpu())).tolist()
+        if not (high and low):
+            expert = self.transformer if high else self.transformer_2
             output = call(expert)
             if self.tokens is not None:
                 self.tokens(_taken(expert))

@@ -87,7 +87,9 @@ def _shard(backbones: Mapping[str, Backbone], optimised: Collection[str], device
         parts = family.parts(backbone.module)
         trained = {part: name in optimised and part in (backbone.trained or parts) for part in parts}
         shard(parts, trained, [found for part in parts.values() for found in family.called_apart(part)], backbone.dtype, mesh, ranks, device)
-        backbone.sharded = Sharded(name, ranks, family.boundary, guarded=dist.get_debug_level() != dist.DebugLevel.OFF)
+        backbone.sharded = Sharded(name, ranks, guarded=dist.get_debug_level() != dist.DebugLevel.OFF)
+        if family.boundary is not None:
+            backbone.module.needed = backbone.sharded.needed
 
 
 def _teacher_backbone(recipe: Recipe, teacher: Family, execution: Execution, residency: Residency | None) -> Backbone:

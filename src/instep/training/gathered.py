@@ -34,7 +34,7 @@ def whole_student(state: TrainState, recipe: Recipe, lent: Family, execution: Ex
     taken = state.ranks.led.register(fill)
 
     def filled() -> Role:
-        alone = replace(execution, shard="off", offload=state.device.type != "cpu")
+        alone = replace(execution, shard="off", context_parallel=1, offload=state.device.type != "cpu")
         only = replace(recipe, roles={"student": replace(recipe.roles["student"], optim=None, copy=True)})
         role = make_roles(only, alone.place(lent), alone)["student"]
         target.update(role.named_parameters())

@@ -121,6 +121,13 @@ class TrainedParams:
                 mine.copy_(mean)
                 mean.copy_(kept)
 
+    def even_out(self) -> None:
+        """Gives each parameter a gradient that has one on another rank: of two experts the samples of a rank may need one alone."""
+        there = self.ranks.any_of(torch.tensor([p.grad is not None for p in self.masters.values()]))
+        for p, has in zip(self.masters.values(), there.tolist(), strict=True):
+            if has and p.grad is None:
+                p.grad = torch.zeros_like(p)
+
     def to_average(self) -> list[Tensor]:
         """The gradients of which each rank has the mean over its own samples; those of divided parameters are means over all already."""
         return [local(p.grad) for p in self.masters.values() if p.grad is not None and not is_divided(p)]

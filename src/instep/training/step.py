@@ -167,6 +167,8 @@ def optimizer_step(state: TrainState, name: str, progress: float, log: Scalars, 
     trained = state.trained[name]
     optim = optim or trained.optim
     lr = optim.lr_at(state.step, progress)
+    if state.boundary is not None:
+        trained.even_out()
     state.ranks.average(trained.to_average())
     norm, finite = trained.step(lr, optim)
     log.add(f"grad/{name}", torch.where(finite, norm, 0.0))

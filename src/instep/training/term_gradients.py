@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from instep.core.ranks import ALONE, Ranks
@@ -55,7 +56,9 @@ class TermGradients:
         return self._norms
 
     def _close(self, name: str) -> None:
-        found = [g for g in self._sums.pop(name) if g is not None]
+        sums = self._sums.pop(name)
+        there = self._ranks.any_of(torch.tensor([g is not None for g in sums])).tolist()
+        found = [torch.zeros_like(p) if g is None else g for g, p, has in zip(sums, self._masters, there, strict=True) if has]
         if found:
             self._ranks.average([local(g) for g in found if not is_divided(g)])
             self._norms[name] = total_norm(found, self._ranks)
