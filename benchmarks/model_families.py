@@ -78,8 +78,8 @@ Where recipes begin on a model. Guidance is w of u + w (c − u); a pair is that
   says where each stands); ComfyUI itself was not run. It has no DiT, and of CogVideoX it reads names that stock diffusers does not. A workflow is written for
   Wan text-to-video alone.
 - **two ranks**, **group over micro-batches**: two processes share a batch of DM-Align (Group), divide every network between them (`--shard on`), and compute
-  one row at a time. They end with the weights, moments and log of one process that computes all rows in one call: two iterations of each stage, full copies
-  and LoRA, in double precision to 1e-9.
+  one row at a time. After an iteration they have the weights, moments and log of one process that computes all rows in one call, full copies and LoRA, in
+  double precision to 1e-9.
 - **plan**: `instep plan`, and `instep sample`, on a saved folder.
 
 [SiT](how_to/sit.md) has no stock pipeline; `tests/test_sit.py` holds it against a second implementation of the published network.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import every_recipe
 import many_ranks
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from instep.core.ranks import Ranks, joined
 from instep.models.families import family_of
+from instep.recipes.common import Common
+from instep.recipes.dm_align import dm_align_group
 from instep.training.execution import Execution
 from instep.training.step import iteration
 
@@ -24,20 +28,24 @@ KINDS: Mapping[str, int | None] = {"full": None, "LoRA": 2}  # of an adapter its
 SHARDED_ROWS = Execution(device="cpu", shard="on", checkpointing="on", micro_batch=1)
 
 
+@cache
+def pipeline_of(case: str) -> Any:
+    """The case's pipeline in double precision, which no run changes."""
+    with many_ranks.double():
+        return CASES[case].make()
+
+
 def trained(name: str, ranks: Ranks, execution: Execution) -> dict[str, Tensor]:
-    """Weights, moments, averages and the log of DM-Align (Group) on the tiny pipeline of CASE/KIND: two iterations of each stage, in double precision."""
+    """Weights, moments, averages and the log of one iteration of DM-Align (Group) on the tiny pipeline of CASE/KIND, in double precision."""
     case, kind = CASES[name.rpartition("/")[0]], name.rpartition("/")[2]
-    guidance = {"guidance": case.guidance, "guidance_2": case.guidance_2}
-    recipe = every_recipe.small("dm-align-group", shift=case.shift, lora_rank=KINDS[kind], **guidance)
+    shared = Common(steps=2, batch=4, critic_updates=1, shift=case.shift, guidance=case.guidance, guidance_2=case.guidance_2, lora_rank=KINDS[kind])
+    recipe = dm_align_group(shared, distil=0, iterations=1, group=2, top_n=1)
     with TemporaryDirectory() as folder, many_ranks.double():  # a folder of first frames
-        placed = execution.place(many_ranks.wide(family_of(case.make(), case.size, name="tiny")))
+        placed = execution.place(many_ranks.wide(family_of(pipeline_of(case.name), case.size, name="tiny")))
         state = every_recipe.state_of(recipe, placed, execution, ranks=ranks)
         source = every_recipe.batches_of(placed, ranks=ranks, prompts=prompts_of(case, Path(folder)))
-        rows = {}
-        for stage in (stage for stage in recipe.stages if stage.steps):
-            for n in range(2):
-                rows |= {f"{stage.name}/{n}/{key}": value for key, value in iteration(state, stage, source.next(stage), 0.0).items()}
-        return many_ranks._everything(state, rows)
+        (stage,) = (stage for stage in recipe.stages if stage.steps)
+        return many_ranks._everything(state, iteration(state, stage, source.next(stage), 0.0))
 
 
 def check(name: str, found: Sequence[Mapping[str, Tensor]], alone: Mapping[str, Tensor]) -> None:

@@ -45,7 +45,7 @@ def spawned(folder: Path, count: int, cases: Sequence[str], script: str = many_r
         environment["TORCH_DISTRIBUTED_DEBUG"] = "INFO"  # calls of sharded networks are guarded
         started.append(subprocess.Popen([sys.executable, script, str(file), *cases], env=environment))
     try:
-        assert [process.wait(timeout=900) for process in started] == [0] * count
+        assert [process.wait(timeout=3600) for process in started] == [0] * count
     finally:
         for process in started:
             process.kill()
