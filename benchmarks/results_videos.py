@@ -20,9 +20,9 @@ def lines() -> list[str]:
     return [
         "## Many real videos",
         "",
-        f"`python benchmarks/many_videos.py FOLDER --videos {found['videos']} --out benchmarks/results/many_videos.json`: {found['videos']:,} synthetic videos in "
-        f"WebDataset shards, {side} x {side} and {frames} frames, go into the latent cache of `--real` at {height} x {width} and {read} frames, through the VAE "
-        "of `moving-digits`, on one thread of a busy processor. The process that encodes is killed once on the way (SIGKILL), and another one goes on.",
+        f"`python benchmarks/many_videos.py FOLDER --videos {found['videos']} --out benchmarks/results/many_videos.json`: {found['videos']:,} synthetic videos "
+        f"in WebDataset shards, {side} x {side} and {frames} frames, go into the latent cache of `--real` at {height} x {width} and {read} frames, through the "
+        "VAE of `moving-digits`, on one thread of a busy processor. The process that encodes is killed once on the way (SIGKILL), and another one goes on.",
         "",
         "| | |",
         "|---|---|",

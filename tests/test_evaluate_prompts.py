@@ -37,6 +37,10 @@ def test_consistency_is_the_mean_of_two_cosines():
     features = torch.stack([angles.cos(), angles.sin()], 1)[None] * torch.tensor([1.0, 5.0, 0.2])[None, :, None]
     assert float(temporal_consistency(features)) == pytest.approx((1 + math.cos(math.radians(30))) / 4, abs=1e-6)
     assert float(temporal_consistency(torch.ones(1, 4, 3))) == pytest.approx(1)
+    # frames at 0, 150 and 180 degrees: what is negative counts as 0, and cos 30 is left
+    angles = torch.tensor([0.0, 150.0, 180.0]).deg2rad()
+    opposed = torch.stack([angles.cos(), angles.sin()], 1)[None]
+    assert float(temporal_consistency(opposed)) == pytest.approx(math.cos(math.radians(30)) / 4, abs=1e-6)
 
 
 def test_measures_of_known_samples(clip):
