@@ -84,6 +84,7 @@ def test_aspect_is_kept_and_the_middle_is_cut_out(tmp_path):
     assert torch.equal(read_clip(tmp_path / "turned.png", IMAGE, 16), got)
     Image.new("L", (12, 8), 100).save(tmp_path / "grey.png")
     assert greys_of(read_clip(tmp_path / "grey.png", IMAGE, 16)) == [100]
+    assert torch.equal(read_media(tmp_path / "turned.png")[:, 0], torch.from_numpy(pixels).permute(2, 0, 1) / 255), "pairs and first frames are read alike"
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".png", ".gif"])

@@ -65,7 +65,8 @@ MOST_PIXELS = 250_000_000
 
 
 def read_media(path: Path, frames: int | None = None, shape: Size | None = None) -> Tensor:
-    """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1]. Raises ValueError, with the fix, for a file that cannot be read.
+    """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1]; an orientation in EXIF is applied. Raises ValueError, with the fix, for a file
+    that cannot be read.
 
     `frames`, where a model takes so many: frames of an animation that last longer than others are repeated, until there are so many, and an image that
     might be an animation of equal frames is repeated that often. Without it every frame is there once, as it is stored. `shape`: frames are reduced or
@@ -117,7 +118,7 @@ def repeats(durations: Sequence[float], frames: int) -> list[int]:
 def _images(path: Path) -> tuple[Tensor, list[float]]:
     """Frames uint8 [F, H, W, 3], and the duration of each in milliseconds (0: unknown)."""
     import numpy as np
-    from PIL import Image, ImageSequence
+    from PIL import Image, ImageOps, ImageSequence
 
     frames, durations = [], []
     try:
@@ -126,7 +127,7 @@ def _images(path: Path) -> tuple[Tensor, list[float]]:
             if (pixels := image.width * image.height * getattr(image, "n_frames", 1)) > MOST_PIXELS:
                 raise ValueError(f"it {_too_many(pixels)}")
             for frame in ImageSequence.Iterator(image):
-                frames.append(torch.from_numpy(np.array(frame.convert("RGB"))))
+                frames.append(torch.from_numpy(np.array(ImageOps.exif_transpose(frame).convert("RGB"))))
                 durations.append(float(frame.info.get("duration") or 0))  # a WebP's is known once its frame is decoded
             return torch.stack(frames), durations
     except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
