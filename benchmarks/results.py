@@ -22,6 +22,7 @@ import results_precision
 import results_reinforce
 import results_side_by_side
 import results_soak
+import results_videos
 from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
 from results_class import class_lines
 from results_lab import lab_lines
@@ -284,6 +285,7 @@ def main() -> None:
         "",
         *results_side_by_side.lines(),
         *results_communication.lines(),
+        *results_videos.lines(),
         "## Memory",
         "",
         "`python benchmarks/memory.py`: peak resident memory of two iterations, less what the process held before.",

@@ -33,8 +33,8 @@ def follow(
 ) -> list[str]:
     """Does what a page says; the kinds of block that it had.
 
-    models: what is written where `hf download NAME` would put it. size: the value of --size for `train` and `plan`, which also get
-    `SMALL` numbers. written: texts of the Python blocks and what takes their place. smaller: the same, of all blocks.
+    models: what is written where `hf download NAME` would put it. size: the value of --size for `train` and `plan`, which with `models` also
+    get `SMALL` numbers. written: texts of the Python blocks and what takes their place. smaller: the same, of all blocks.
     """
     seen = []
     for language, file, text in BLOCK.findall((DOCS / page).read_text(encoding="utf-8")):
@@ -65,7 +65,8 @@ def _typed(line: str, models: Mapping[str, Callable[[Path], None]], size: str) -
         return
     assert program == "instep"
     try:
-        status = main([*args, *(f"{SMALL[args[0]]} --size {size}".split() if models and args[0] in SMALL else ())])
+        small = f"{SMALL[args[0]]} {f'--size {size}' if size else ''}".split() if models and args[0] in SMALL else []
+        status = main([*args, *small])
     except SystemExit as stop:  # --help
         status = stop.code
     assert status == 0, line

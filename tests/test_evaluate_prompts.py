@@ -13,9 +13,11 @@ from test_named_rewards import by_hand, resized, tiny_dinov2
 from test_preferences import tiny_clip
 from tiny import tiny_sd3_pipeline, tiny_wan_pipeline
 
+from instep.bundled import WORLDS
 from instep.cli import evaluate_prompts
 from instep.cli.main import main
 from instep.core.statistics import wilson
+from instep.data.animation import save_animation
 from instep.data.prompt import as_prompts
 from instep.metrics import image_features
 from instep.metrics.any_model import Given, Networks, Seen, gathered, key_frames, measures, observe, temporal_consistency
@@ -37,6 +39,10 @@ def test_consistency_is_the_mean_of_two_cosines():
     features = torch.stack([angles.cos(), angles.sin()], 1)[None] * torch.tensor([1.0, 5.0, 0.2])[None, :, None]
     assert float(temporal_consistency(features)) == pytest.approx((1 + math.cos(math.radians(30))) / 4, abs=1e-6)
     assert float(temporal_consistency(torch.ones(1, 4, 3))) == pytest.approx(1)
+    # frames at 0, 150 and 180 degrees: what is negative counts as 0, and cos 30 is left
+    angles = torch.tensor([0.0, 150.0, 180.0]).deg2rad()
+    opposed = torch.stack([angles.cos(), angles.sin()], 1)[None]
+    assert float(temporal_consistency(opposed)) == pytest.approx(math.cos(math.radians(30)) / 4, abs=1e-6)
 
 
 def test_measures_of_known_samples(clip):
@@ -137,6 +143,27 @@ def test_a_class_conditional_model_on_the_command_line(tmp_path, monkeypatch, ca
     (tmp_path / "prompts.txt").write_text("3\nhorse\n")
     assert main([*line[:2], *line[3:9], "--out", "a.json"]) == 2 and "prompts: 'horse' is no class of digits" in capsys.readouterr().err
     assert main([*line[:2], "--prompts", "prompts.txt", "--out", "a.json", "--classifier", "none"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+def test_bundled_worlds_on_the_command_line(world, clip, tmp_path, monkeypatch):
+    """Each on two prompts of its own, against real samples of its own kind; a second model of the same weights wins half of the pairs."""
+    monkeypatch.chdir(tmp_path)
+    family, prompts = WORLDS[world].load(None), WORLDS[world].ready().prompts
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in (prompts[0], prompts[-1])))
+    (tmp_path / "data").mkdir()
+    frames = torch.randint(256, (6, family.size.frames, family.size.height, family.size.width, 3), generator=torch.Generator().manual_seed(0))
+    for i, video in enumerate(frames.to(torch.uint8)):
+        save_animation(tmp_path / "data" / f"{i}.webp", video, 16)
+        (tmp_path / "data" / f"{i}.txt").write_text("noise")
+    line = ["eval", world, world, "--prompts", "prompts.txt", "--copies", "4", "--steps", "1", "--guidance", "1", "--real", "data", "--features", str(clip[0])]
+    assert main([*line, "--reward", "compressible"]) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    values = found["rows"][0]["values"]
+    video = {"flicker", "dynamic_degree", "consistency", "vendi_frames"} if family.size.frames > 1 else {"sfd"}
+    assert {"reward_0", "fd", "precision", "recall", "vendi", "vendi_pixels"} | video <= set(values) and found["wins"][0]["value"] == 0.5
+    assert all(math.isfinite(each["value"]) and math.isfinite(each["se"]) for each in values.values())
 
 
 def test_two_families_on_the_command_line(clip, tmp_path, monkeypatch, capsys):

@@ -12,8 +12,9 @@ import pytest
 import test_qwen_rewards
 import torch
 from followed import SERVERS, follow
-from test_named_rewards import tiny_dinov2
-from tiny import tiny_wan_pipeline
+from test_named_rewards import OpenClip, tiny_dinov2
+from test_preferences import tiny_clip
+from tiny import tiny_sd3_pipeline, tiny_wan_pipeline
 
 from instep.data.animation import save_animation
 from instep.lab.run import common
@@ -94,6 +95,28 @@ def wan(folder: Path) -> None:
     """A tiny model under the name that the pages give it, and prompts."""
     tiny_wan_pipeline().save_pretrained(folder / "Wan2.1-T2V-1.3B-Diffusers")
     (folder / "prompts.txt").write_text("a hen\na cat\n")
+
+
+@pytest.mark.slow
+def test_hpsv2_with_refl(folder):
+    network, processor = tiny_clip(folder / "models" / "pickscore")
+    weights = OpenClip(len(processor.tokenizer)).state_dict()
+
+    def base_of(to: Path) -> None:
+        network.config.save_pretrained(to)
+        processor.save_pretrained(to)
+
+    wan(folder)
+    tiny_sd3_pipeline().save_pretrained(folder / "sd3")
+    sizes = {"SD3-FOLDER": "sd3 --size 16 16 1", "WAN-FOLDER": "Wan2.1-T2V-1.3B-Diffusers --size 16 16 5", "--probe-every 5": "--probe-every 5 --distil 0"}
+    models = {
+        "xswu/HPSv2": lambda to: torch.save({"state_dict": weights}, to / "HPS_v2.1_compressed.pt"),
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": base_of,
+    }
+    assert follow("hpsv2_with_refl.md", models, smaller={**sizes, "--micro-batch 1": "--micro-batch 1 --distil 0"}) == ["sh", "sh"]
+    for run, key in (("image", "reward/train"), ("video", "reward/train/1")):
+        row = json.loads((folder / "runs" / run / "log.jsonl").read_text().splitlines()[-1])
+        assert key in row and json.loads((folder / "runs" / run / "recipe.json").read_text())["reward"].count("hpsv2") == 1
 
 
 @pytest.mark.slow

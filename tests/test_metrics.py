@@ -174,7 +174,10 @@ def test_order_puts_like_prompts_together():
 
 
 def test_figures_equal_a_third_party_implementation():
-    """torch-fidelity 0.4.0 on the same numbers, run once in an environment of its own: Inception score in one split, FID, improved precision and recall."""
+    """torch-fidelity 0.4.0 on the same numbers, run once in an environment of its own: Inception score in one split, FID, improved precision and recall.
+
+    pytorch-fid 0.3.0 and clean-fid 0.1.35 give the same FID to the last digit, prdc 0.2 the same precision and recall.
+    """
     i, j = torch.arange(24, dtype=torch.float64)[:, None], torch.arange(6, dtype=torch.float64)[None]
     logits = 3 * torch.sin(1.7 * i + 2.3 * j * j)
     assert m.inception_score(logits.softmax(1)) == pytest.approx(2.121258440078404, rel=1e-12)

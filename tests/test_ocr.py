@@ -3,8 +3,10 @@
 import importlib.util
 import itertools
 import random
+import socket
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from instep.bundled.words import Spec
 from instep.cli.main import main
 from instep.cli.rewards import load_reward
 from instep.rewards import ocr
-from instep.rewards.base import RewardError, check_prompts
+from instep.rewards.base import RewardError, check_prompts, checked_scores
 from instep.rewards.frames import SampledFrames
 from instep.rewards.ocr import OCR, edit_distance, likeness, quoted, rapid_ocr
 from instep.rewards.several import several
@@ -123,12 +125,58 @@ def test_the_command_line_takes_frames_and_weights(monkeypatch):
     assert both.name == "0.5 ocr (brightness), 3 frames + 1 compressible"
 
 
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("rapidocr", "onnxruntime"))), reason="the extra ocr is not installed")
-def test_pp_ocr_reads_a_word_and_not_another():
-    reward = OCR(rapid_ocr())
+needs_ocr = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("rapidocr", "onnxruntime"))), reason="the extra ocr is not installed")
+
+
+@pytest.fixture(scope="module")
+def pp_ocr():
+    """The reward by its name, with PP-OCR's own weights; no connection is made."""
+    connect = socket.socket.connect
+
+    def refused(self, address):
+        raise AssertionError(f"a connection to {address}")
+
+    socket.socket.connect = refused
+    try:
+        yield load_reward("ocr")
+    finally:
+        socket.socket.connect = connect
+
+
+@needs_ocr
+def test_pp_ocr_reads_a_word_and_not_another(pp_ocr):
     media = words.render([Spec("KTLB", "still", None, "large", "sans")], seed=0).media
     large = torch.nn.functional.interpolate(media[:, :, 0], scale_factor=4.0, mode="bicubic").clamp(0, 1)
-    assert reward.score(large, ['the word "KTLB"']).item() == 1.0
-    assert reward.score(large, ['the word "VOSY"']).item() <= 0.25
-    assert reward.score(torch.ones(1, 3, 64, 128), ['the word "KTLB"']).item() == 0.0
+    assert pp_ocr.score(large, ['the word "KTLB"']).item() == 1.0
+    assert pp_ocr.score(large, ['the word "VOSY"']).item() <= 0.25
+    assert pp_ocr.score(torch.ones(1, 3, 64, 128), ['the word "KTLB"']).item() == 0.0
     assert ocr.EVERY == 4
+
+
+@needs_ocr
+def test_pp_ocr_reads_the_bundled_world_as_it_is(pp_ocr):
+    """Moving words of 64 x 32, frames 0, 4 and 8 of each video: right ones score higher than each other's."""
+    shown = [Spec("KTLB", "left", "slowly", "large", "sans"), Spec("MURO", "still", None, "large", "serif")]
+    media = words.render(shown, seed=1).media
+    asked = [f'the word "{spec.word}"' for spec in shown]
+    right, crossed = checked_scores(pp_ocr, media, asked), checked_scores(pp_ocr, media, asked[::-1])
+    assert right.min() >= 0.75 and crossed.max() <= 0.5
+
+
+@needs_ocr
+def test_pp_ocr_reads_rendered_text(pp_ocr):
+    """Pillow's own font in black on white, and light on dark: two lines, another order of channels, a video of which half shows it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    def page(text, ink, paper):
+        image = Image.new("RGB", (320, 128), paper)
+        ImageDraw.Draw(image).multiline_text((20, 16), text, fill=ink, font=ImageFont.load_default(36))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+    pages = torch.stack([page("Open now", (0, 0, 0), (255, 255, 255)), page("Fresh\nbread", (250, 240, 80), (20, 30, 90))])
+    prompts = ['a sign that says "Open now"', "a shop window with the words “fresh bread”"]
+    assert checked_scores(pp_ocr, pages, prompts).tolist() == [1.0, 1.0]
+    assert checked_scores(pp_ocr, pages, prompts[::-1]).max() < 0.5
+    blank = torch.ones(3, 128, 320)
+    video = torch.stack([blank, *[pages[0]] * 4], 1)[None]
+    assert checked_scores(pp_ocr, video, prompts[:1]).tolist() == [0.5]

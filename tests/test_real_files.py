@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import instep.data.clips as clips
+import instep.data.media as media
 import instep.data.shards as shards
 from instep.cli.main import main
 from instep.core.ranks import Ranks
@@ -82,6 +84,7 @@ def test_aspect_is_kept_and_the_middle_is_cut_out(tmp_path):
     assert torch.equal(read_clip(tmp_path / "turned.png", IMAGE, 16), got)
     Image.new("L", (12, 8), 100).save(tmp_path / "grey.png")
     assert greys_of(read_clip(tmp_path / "grey.png", IMAGE, 16)) == [100]
+    assert torch.equal(read_media(tmp_path / "turned.png")[:, 0], torch.from_numpy(pixels).permute(2, 0, 1) / 255), "pairs and first frames are read alike"
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".png", ".gif"])
@@ -95,8 +98,9 @@ def test_frames_stand_until_the_next_one(tmp_path, suffix):
         read(10, 7)
 
 
-def test_a_video_is_read_frame_by_frame(tmp_path, monkeypatch):
-    """A codec that gives 30 frames a second, and never more than are needed."""
+@pytest.fixture
+def codec(monkeypatch):
+    """A codec that gives 30 frames a second of 8 x 12 in rising greys, and keeps a list of those that were decoded."""
     given = []
 
     def frames(path):
@@ -104,19 +108,60 @@ def test_a_video_is_read_frame_by_frame(tmp_path, monkeypatch):
             given.append(grey)
             yield np.full((8, 12, 3), grey, np.uint8)
 
-    module = types.SimpleNamespace(immeta=lambda path: {"fps": 30.0}, imiter=frames)
+    module = types.SimpleNamespace(immeta=lambda path: {"fps": 30.0}, imiter=frames, given=given)
     monkeypatch.setitem(sys.modules, "imageio", types.SimpleNamespace(v3=module))
     monkeypatch.setitem(sys.modules, "imageio.v3", module)
+    return module
+
+
+def test_a_video_is_read_frame_by_frame(tmp_path, monkeypatch, codec):
+    """Never more than are needed."""
+    given = codec.given
     assert greys_of(read_clip(tmp_path / "a.mp4", VIDEO, 10)) == [10, 40, 70] and given == [0, 10, 20, 30, 40, 50, 60, 70]
     monkeypatch.setattr(clips, "MOST_PIXELS", 95)
     given.clear()
     with pytest.raises(ValueError, match="real: .*a.mp4 is 8 x 12, more than 95 pixels; reduce it"):
         read_clip(tmp_path / "a.mp4", VIDEO, 10)
     assert given == [0], "without a size in the header the first frame tells it"
-    module.immeta = lambda path: {"fps": 30.0, "size": (12, 8)}
+    codec.immeta = lambda path: {"fps": 30.0, "size": (12, 8)}
     with pytest.raises(ValueError, match="more than 95 pixels"):
         read_clip(tmp_path / "a.mp4", VIDEO, 10)
     assert given == [0]
+
+
+def test_a_video_of_a_pair_is_read_as_far_as_it_is_needed(tmp_path, monkeypatch, codec):
+    path, given = tmp_path / "a.mp4", codec.given
+    assert greys_of(read_media(path, 3, VIDEO)) == [0, 10, 20] and given == [0, 10, 20]
+    given.clear()
+    assert len(greys_of(read_media(path))) == 25
+    # frames in all are bounded, not each alone
+    monkeypatch.setattr(media, "MOST_PIXELS", 5 * 96)
+    given.clear()
+    with pytest.raises(ValueError, match=r"media: .*a.mp4 holds 576 pixels in all its frames, more than 480; reduce or shorten it"):
+        read_media(path)
+    assert given == [0, 10, 20, 30, 40, 50]
+    assert read_media(path, 5, VIDEO).shape == (3, 5, 8, 12)
+    monkeypatch.setattr(media, "MOST_PIXELS", 95)
+    given.clear()
+    codec.immeta = lambda path: {"fps": 30.0, "size": (12, 8)}
+    with pytest.raises(ValueError, match="media: .*a.mp4 is 8 x 12, more than 95 pixels; reduce it"):
+        read_media(path, 3, VIDEO)
+    assert given == []
+
+    def torn(path):
+        yield np.zeros((8, 12, 3), np.uint8)
+        raise TypeError("torn")
+
+    monkeypatch.undo()
+    codec.imiter, codec.immeta = torn, lambda path: {}
+    monkeypatch.setitem(sys.modules, "imageio", types.SimpleNamespace(v3=codec))
+    monkeypatch.setitem(sys.modules, "imageio.v3", codec)
+    for read in (lambda: read_media(path), lambda: read_clip(path, VIDEO, 10)):
+        with pytest.raises(ValueError, match=r"(media|real): .*a.mp4 cannot be read \(TypeError: torn\)"):
+            read()
+    codec.imiter = lambda path: iter(())
+    with pytest.raises(ValueError, match="media: .*a.mp4 has no frames"):
+        read_media(path)
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
@@ -369,37 +414,77 @@ def test_a_run_on_a_folder_of_images(tmp_path, monkeypatch, capsys):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any operation gave."""
+    """The most elements that any operation made room for."""
 
     most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        self.most = max([self.most, *(x.numel() for x in tree_leaves(made) if isinstance(x, Tensor))])
+        self.most = max([self.most, *(x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(made) if isinstance(x, Tensor))])
         return made
 
 
-def test_a_large_image_is_reduced_before_it_is_repeated(tmp_path):
+def test_a_large_image_is_reduced_before_it_is_repeated(tmp_path, monkeypatch):
     Image.fromarray(noise(240, 240)).save(tmp_path / "a.png")
     size = Size(24, 24, 30)
     plain = fitted(read_media(tmp_path / "a.png", 30), size, "a")
-    with Largest() as seen:
-        got = fitted(read_media(tmp_path / "a.png", 30, size), size, "a")
-    torch.testing.assert_close(got, plain)
-    assert seen.most == 3 * 240 * 240, "one frame of the source"
+    for shape in (size, None):
+        with Largest() as seen:
+            got = read_media(tmp_path / "a.png", 30, shape)
+        assert got.shape[1] == 30 and seen.most == 3 * 240 * 240, "one frame of the source"
+        torch.testing.assert_close(fitted(got, size, "a"), plain)
+    # two frames of which one stands for many: what is kept at the source's size is bounded with its repetitions
+    animation(tmp_path / "b.png", [10, 60], [300, 100], size=(12, 8))
+    assert greys_of(read_media(tmp_path / "b.png", 4)) == [10, 10, 10, 60]
+    monkeypatch.setattr(media, "MOST_PIXELS", 3 * 96)
+    with pytest.raises(ValueError, match="media: .*b.png holds 384 pixels in all its frames, more than 288; reduce or shorten it"):
+        read_media(tmp_path / "b.png", 4)
+    assert read_media(tmp_path / "b.png", 4, Size(4, 6, 4)).shape == (3, 4, 4, 6)
 
 
-@pytest.mark.slow
-def test_shards_serve_consistency_distillation(tmp_path, monkeypatch):
-    """On the bundled world."""
-    monkeypatch.chdir(tmp_path)
+# what each recipe with real or preferred samples is asked for, and the scalar of the log that they decide
+SERVED = {
+    "dollar": ("--iterations 1 --fit 0 --weight 0", "objective/consistency"),
+    "dmd2": ("--iterations 2 --gan 0.01", "force/gan/norm"),
+    "dm-align-pair": ("--iterations 1 --distil 0", "force/pair/norm"),
+    "sft-after": ("--iterations 1 --distil 0", "objective/sft"),
+    "pso-offline": ("--iterations 1 --distil 0", "grad/student"),
+}
+
+
+def packed(path, model: str, grey: int) -> None:
+    """A shard of three pictures, or two videos, around a grey."""
     entries = []
-    for i, prompt in enumerate(("a seven moving left", "a two moving up")):
-        animation(tmp_path / "a.webp", [10 + 20 * f + i for f in range(9)], [63] * 9, size=(64, 64))
-        entries += [(f"{i}.webp", (tmp_path / "a.webp").read_bytes()), (f"{i}.txt", prompt.encode())]
-    tar(tmp_path / "mine.tar", entries)
-    options = "--iterations 1 --model moving-digits --steps 2 --batch 4 --critic-updates 1 --no-evaluate --threads 1 --out run --real mine.tar"
-    assert main(shlex.split(f"train dollar --fit 0 --weight 0 {options}")) == 0
-    log = (tmp_path / "run" / "log.jsonl").read_text()
-    assert "objective/consistency" in log
-    assert json.loads((tmp_path / "run" / "real" / "latents.json").read_text())["count"] == 2
+    if model == "digits":
+        for i in range(3):
+            buffer = io.BytesIO()
+            Image.fromarray(np.clip(noise(20, 16, i) // 4 + grey, 0, 255).astype(np.uint8)).save(buffer, "PNG")
+            entries += [(f"{i}.png", buffer.getvalue()), (f"{i}.json", json.dumps({"caption": str(i)}).encode())]
+    else:
+        for i, prompt in enumerate(("a seven moving left", "a two moving up")):
+            animation(path.parent / "a.webp", [grey + 5 * f + i for f in range(9)], [63] * 9, size=(64, 64))
+            entries += [(f"{i}.webp", (path.parent / "a.webp").read_bytes()), (f"{i}.txt", prompt.encode())]
+    tar(path, entries)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [
+        pytest.param(recipe, model, marks=[] if (recipe, model) in (("dmd2", "digits"), ("sft-after", "digits")) else [pytest.mark.slow])
+        for recipe in SERVED
+        for model in ("digits", "moving-digits")
+    ],
+)
+def test_shards_serve_every_recipe_with_real_samples(tmp_path, monkeypatch, recipe, model):
+    """From a tar to the loss of a run: consistency distillation, a discriminator, Pair, fine-tuning and PSO; other media give another one."""
+    monkeypatch.chdir(tmp_path)
+    options, key = SERVED[recipe]
+    found = []
+    for name, grey in (("dark", 0), ("bright", 150)):
+        packed(tmp_path / f"{name}.tar", model, grey)
+        line = f"train {recipe} {options} --model {model} --steps 2 --batch 2 --critic-updates 1 --no-evaluate --threads 1 --out {name} --real {name}.tar"
+        assert main(shlex.split(line)) == 0
+        assert json.loads((tmp_path / name / "real" / "latents.json").read_text())["count"] == (3 if model == "digits" else 2)
+        row = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])
+        found.append(next(value for name, value in row.items() if name.startswith(key)))
+    assert all(map(math.isfinite, found)) and found[0] != found[1]

@@ -66,7 +66,7 @@ class ClassifierFeatures:
         return f"{self.given} {weights_fingerprint(self.classifier.net)}"
 
     def read(self, path: Path) -> Tensor:
-        media = fitted(read_media(path, self.size.frames), self.size, str(path))[None]
+        media = fitted(read_media(path, self.size.frames, self.size), self.size, str(path))[None]
         return media if self.size.frames > 1 else media[:, :, 0]
 
     def __call__(self, media: Tensor, prompts: Sequence[str]) -> Tensor:

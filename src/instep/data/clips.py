@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from instep.core.size import Size
-from instep.data.media import ANIMATED, IMAGES, VIDEOS
+from instep.data.media import ANIMATED, IMAGES, VIDEOS, check_pixels, video_frames
 from instep.data.real_files import RealFile
 
-# pixels of one frame of a source; half a gigabyte while it is decoded
+# pixels of one frame of a source; one of 144 million takes 1.6 GB while it is decoded, turned and cut out
 MOST_PIXELS = 150_000_000
 
 
@@ -65,7 +65,7 @@ def _images(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
         except Image.DecompressionBombError as error:
             raise ValueError(f"real: {file.name} is too large ({error}); reduce it") from error
     with source as image:
-        _check_size(file.name, *image.size)
+        check_pixels(f"real: {file.name}", *image.size, MOST_PIXELS)
         if size.frames > 1 and not (file.suffix in ANIMATED and getattr(image, "is_animated", False)):
             raise ValueError(
                 f"real: {file.name} is an image and the model makes videos of {size.frames} frames; take it out, or train at --size HEIGHT WIDTH 1"
@@ -78,32 +78,12 @@ def _images(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
 
 
 def _video(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
-    try:
-        import imageio.v3 as iio
-        from PIL import Image
+    from PIL import Image
 
-        source: Any = file.path if file.member is None else file.member.read(file.path)
-        ending = {} if file.member is None else {"extension": file.suffix}
-        about = iio.immeta(source, **ending)
-        rate = float(about.get("fps") or 0)
-        frames = iio.imiter(source, **ending)
-    except Exception as error:
-        raise ValueError(
-            f"real: {file.name} cannot be read as a video ({type(error).__name__}); install a codec (pip install 'imageio[pyav]'), or save it as an animated "
-            ".webp, which needs none"
-        ) from error
-    # where the header tells the size, before a frame is decoded
-    claimed = about.get("size") or about.get("source_size")
-    if claimed:
-        _check_size(file.name, int(claimed[0]), int(claimed[1]))
+    source, ending = (file.path, None) if file.member is None else (file.member.read(file.path), file.suffix)
+    rate, frames = video_frames(source, f"real: {file.name}", MOST_PIXELS, ending)
     for frame in frames:
-        _check_size(file.name, frame.shape[1], frame.shape[0])
-        yield _fitted(Image.fromarray(frame[..., :3]), size), 1 / rate if rate > 0 else 0.0
-
-
-def _check_size(name: str, width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"real: {name} is {height} x {width}, more than {MOST_PIXELS:,} pixels; reduce it")
+        yield _fitted(Image.fromarray(frame), size), 1 / rate if rate > 0 else 0.0
 
 
 def _fitted(image: Any, size: Size) -> Tensor:

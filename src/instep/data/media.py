@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +65,13 @@ MOST_PIXELS = 250_000_000
 
 
 def read_media(path: Path, frames: int | None = None, shape: Size | None = None) -> Tensor:
-    """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1]. Raises ValueError, with the fix, for a file that cannot be read.
+    """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1]; an orientation in EXIF is applied. Raises ValueError, with the fix, for a file
+    that cannot be read.
 
     `frames`, where a model takes so many: frames of an animation that last longer than others are repeated, until there are so many, and an image that
     might be an animation of equal frames is repeated that often. Without it every frame is there once, as it is stored. `shape`: frames are reduced or
-    enlarged to that height and width before they are repeated, so that a large image costs its memory once.
+    enlarged to that height and width before they are repeated, so that a large image costs its memory once, and no more of a video than `frames` are read.
+    All frames together have at most `MOST_PIXELS`.
     """
     suffix = path.suffix.lower()
     if suffix in IMAGES:
@@ -77,14 +80,20 @@ def read_media(path: Path, frames: int | None = None, shape: Size | None = None)
         rows = torch.arange(len(stored)).repeat_interleave(torch.tensor(again))
         rows = rows if frames is None else rows[: max(frames, len(stored))]
     elif suffix in VIDEOS:
-        stored = _video(path)
-        # of a video no more than what is taken becomes float
-        rows = torch.arange(len(stored) if shape is None or frames is None else min(len(stored), frames))
-        stored = stored[: len(rows)]
+        stored = _video(path, None if shape is None else frames)
+        rows = torch.arange(len(stored))
     else:
         raise ValueError(f"media: {path.name!r} ends in {path.suffix!r}; allowed: {', '.join((*IMAGES, *VIDEOS))}")
-    media = stored.permute(3, 0, 1, 2).float() / 255
-    return (media if shape is None else _shaped(media, shape, str(path)))[:, rows]
+    if len(stored) > 1 and shape is None and (pixels := len(rows) * stored[0, ..., 0].numel()) > MOST_PIXELS:
+        raise ValueError(f"media: {path} {_too_many(pixels)}")
+    # one at a time: what is larger than the model's size becomes float for a moment only
+    each = (frame.permute(2, 0, 1)[:, None].float().div_(255) for frame in stored)
+    media = torch.cat([one if shape is None else _shaped(one, shape, str(path)) for one in each], 1)
+    return media.expand(-1, len(rows), -1, -1) if len(stored) == 1 else media[:, rows]
+
+
+def _too_many(pixels: int) -> str:
+    return f"holds {pixels:,} pixels in all its frames, more than {MOST_PIXELS:,}; reduce or shorten it"
 
 
 def repeats(durations: Sequence[float], frames: int) -> list[int]:
@@ -109,32 +118,72 @@ def repeats(durations: Sequence[float], frames: int) -> list[int]:
 def _images(path: Path) -> tuple[Tensor, list[float]]:
     """Frames uint8 [F, H, W, 3], and the duration of each in milliseconds (0: unknown)."""
     import numpy as np
-    from PIL import Image, ImageSequence
+    from PIL import Image, ImageOps, ImageSequence
 
     frames, durations = [], []
     try:
         with Image.open(path) as image:
             # the header alone is read so far
             if (pixels := image.width * image.height * getattr(image, "n_frames", 1)) > MOST_PIXELS:
-                raise ValueError(f"it holds {pixels:,} pixels in all its frames, more than {MOST_PIXELS:,}; reduce or shorten it")
+                raise ValueError(f"it {_too_many(pixels)}")
             for frame in ImageSequence.Iterator(image):
-                frames.append(torch.from_numpy(np.array(frame.convert("RGB"))))
+                frames.append(torch.from_numpy(np.array(ImageOps.exif_transpose(frame).convert("RGB"))))
                 durations.append(float(frame.info.get("duration") or 0))  # a WebP's is known once its frame is decoded
             return torch.stack(frames), durations
     except (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"media: {path} cannot be read as an image ({error}); make it again") from error
 
 
-def _video(path: Path) -> Tensor:
-    try:
-        import imageio.v3
+def _video(path: Path, frames: int | None) -> Tensor:
+    """The first `frames` frames, or all, uint8 [F, H, W, 3]."""
+    kept: list[Tensor] = []
+    for frame in itertools.islice(video_frames(path, f"media: {path}", MOST_PIXELS)[1], frames):
+        if (pixels := (len(kept) + 1) * frame.shape[0] * frame.shape[1]) > MOST_PIXELS:
+            raise ValueError(f"media: {path} {_too_many(pixels)}")
+        kept.append(torch.from_numpy(frame))
+    if not kept:
+        raise ValueError(f"media: {path} has no frames; make it again")
+    return torch.stack(kept)
 
-        return torch.from_numpy(imageio.v3.imread(path))[..., :3]
+
+def video_frames(source: Path | bytes, where: str, most: int, ending: str | None = None) -> tuple[float, Iterator[Any]]:
+    """Frames a second of a video (0: not known), and its frames, arrays uint8 [H, W, 3] that are decoded one at a time.
+
+    `ending`: that of its name, where `source` is what a file holds. Raises ValueError, which begins with `where`, if no codec reads it, and for frames of
+    more than `most` pixels: before one is decoded if the header tells the size.
+    """
+    given = {} if ending is None else {"extension": ending}
+    try:
+        import imageio.v3 as iio
+
+        about = iio.immeta(source, **given)
+        frames = iio.imiter(source, **given)
     except Exception as error:
         raise ValueError(
-            f"media: {path} cannot be read as a video ({type(error).__name__}); install a codec (pip install 'imageio[pyav]'), or save it as an animated "
+            f"{where} cannot be read as a video ({type(error).__name__}); install a codec (pip install 'imageio[pyav]'), or save it as an animated "
             ".webp, which needs none"
         ) from error
+    if claimed := about.get("size") or about.get("source_size"):
+        check_pixels(where, int(claimed[0]), int(claimed[1]), most)
+    return float(about.get("fps") or 0), _decoded(frames, where, most)
+
+
+def _decoded(frames: Iterator[Any], where: str, most: int) -> Iterator[Any]:
+    while True:
+        try:
+            frame = next(frames, None)
+        except Exception as error:  # a codec has errors of its own
+            raise ValueError(f"{where} cannot be read ({type(error).__name__}: {error}); make it again, or take it out") from error
+        if frame is None:
+            return
+        check_pixels(where, frame.shape[1], frame.shape[0], most)
+        yield frame[..., :3]
+
+
+def check_pixels(where: str, width: int, height: int, most: int) -> None:
+    """ValueError, which begins with `where`, for a frame of more than `most` pixels."""
+    if width * height > most:
+        raise ValueError(f"{where} is {height} x {width}, more than {most:,} pixels; reduce it")
 
 
 def fitted(media: Tensor, size: Size, name: str) -> Tensor:

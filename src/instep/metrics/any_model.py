@@ -64,10 +64,12 @@ class Networks:
 def temporal_consistency(features: Tensor) -> Tensor:
     """VBench's subject and background consistency (Huang et al. 2024): the mean over frames t > 1 of (cos(d_1, d_t) + cos(d_(t-1), d_t)) / 2.
 
-    Features [N, F, D] of two frames or more, to [N] in [-1, 1]; 1 for frames that are alike. With DINO it is their subject, with CLIP their background.
+    Features [N, F, D] of two frames or more, to [N] in [0, 1]; 1 for frames that are alike. A negative cosine counts as 0, as in VBench's code. With DINO it
+    is their subject, with CLIP their background.
     """
     unit = F.normalize(features.double(), dim=2)
-    return (((unit[:, :1] * unit[:, 1:]).sum(2) + (unit[:, :-1] * unit[:, 1:]).sum(2)) / 2).mean(1)
+    first, previous = ((part * unit[:, 1:]).sum(2).clamp(min=0) for part in (unit[:, :1], unit[:, :-1]))
+    return ((first + previous) / 2).mean(1)
 
 
 def key_frames(frames: int) -> list[int]:

@@ -74,7 +74,7 @@ class ImageTextFeatures:
     def read(self, path: Path) -> Tensor:
         media = read_media(path, self.frames)
         # equal frames need one pass only
-        return (media[:, :1] if bool((media == media[:, :1]).all()) else media)[None]
+        return (media[:, :1] if all(torch.equal(media[:, f], media[:, 0]) for f in range(1, media.shape[1])) else media)[None]
 
     def __call__(self, media: Tensor, prompts: Sequence[str]) -> Tensor:
         videos = as_videos(media)
