@@ -21,7 +21,8 @@ def lines() -> list[str]:
         "",
         "`python benchmarks/soak.py lab` and `python benchmarks/soak.py world`: a run that nobody disturbs, and the same run under signals at random moments, "
         "started again after each. Growth in the undisturbed run is from the first quarter of its process to the last one. In the killed run it is from the "
-        "first half of its processes to the second half: each is short, and what counts is whether a later one holds more. Growth of the log is that of its "
+        "most that one of the first half of its processes held to the most of the second half: each is short, and it counts whether a later one needs more. "
+        "Growth of the log is that of its "
         f"bytes a row, from the first half of the run to the second. 'Flat' means that nothing grew by more than {TOLERANCE:.0%}; 'same' that all weights, "
         "averages and moments are the same bytes, and the log too, but for its seconds.",
         "",

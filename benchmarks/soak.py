@@ -268,7 +268,8 @@ def measured(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def growth(result: Mapping[str, Any], name: str) -> dict[str, float]:
     """How much each figure grew, as a part of it. In the undisturbed run from the first quarter of its process to the last one; in the killed one, whose
-    processes are short, from the first half of them to the second. The first one is left out, since it loads no checkpoint."""
+    processes are short, from the most that one of the first half of them held to the most of the second half. The first one is left out, since it loads no
+    checkpoint. (The most, because a process that probes or exports holds more than one that is killed before it comes to that.)"""
     one = result[name]
     found = {"log": one["log"][1] / one["log"][0] - 1}
     for key in HELD:
@@ -276,7 +277,7 @@ def growth(result: Mapping[str, Any], name: str) -> dict[str, float]:
             first, last = one["quarters"][key][0], one["quarters"][key][-1]
         else:
             later = one["most"][key][1:]
-            first, last = mean(later[: len(later) // 2]), mean(later[len(later) // 2 :])
+            first, last = max(later[: len(later) // 2]), max(later[len(later) // 2 :])
         found[key] = last / first - 1
     return found
 

@@ -166,3 +166,15 @@ def test_the_bounds_of_caches_are_those_of_the_code():
     assert MEMORY_LIMIT == 512 * 2**20 and RunOptions.keep == 2
     for bound in ("512 MB", f"first {FEW} ", f"{DISK_LIMIT // 10**9} GB", f"{RunOptions.teacher_samples} by default", f"{KEPT} rows", f"last {KEPT_SHEETS} "):
         assert bound in page, bound
+
+
+# pages whose commands other tests run in another form
+OTHERWISE = {"hpsv2_with_refl.md": "test_named_rewards.py", "own_data.md": "test_real_files.py", "sit.md": "test_sit.py"}
+
+
+def test_every_how_to_with_commands_is_followed():
+    """By `followed.follow`, in the order of the page."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py") if path.name != Path(__file__).name)
+    pages = {page.name for page in (ROOT / "docs/how_to").glob("*.md") if printed(page)}
+    assert len(pages) > 15 and {page for page in pages - OTHERWISE.keys() if f'"{page}"' not in sources} == set()
+    assert all((ROOT / "tests" / test).is_file() for test in OTHERWISE.values())

@@ -172,8 +172,8 @@ class Runs(RuleBasedStateMachine):
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, the newest first."""
-        return [checkpoint.step_of(path) for path in checkpoint.every(self.out / "checkpoints") if path != self.damaged]
+        """Steps of the intact checkpoints, the newest first."""
+        return [checkpoint.step_of(path) for path in self.intact()]
 
     def intact(self) -> list[Path]:
         folder = self.out / "checkpoints"
@@ -301,7 +301,7 @@ class Runs(RuleBasedStateMachine):
             self.damaged = None  # written anew
         for path in checkpoint.every(self.out / "checkpoints"):
             if path != self.damaged:
-                assert digests(path) == expected(checkpoint.step_of(path)), path
+                assert path in self.intact() and digests(path) == expected(checkpoint.step_of(path)), path
         if (self.out / "recipe.json").is_file():
             mine, other = (json.loads((folder / "recipe.json").read_text()) for folder in (self.out, undisturbed()))
             assert mine == other
@@ -322,7 +322,7 @@ def test_any_order_ends_as_undisturbed():
 
 @pytest.mark.slow
 def test_any_order_ends_as_undisturbed_at_length():
-    tried(60, 15)
+    tried(20, 15, phases=[Phase.generate])
 
 
 def in_place(path: Path, data: bytes) -> None:

@@ -1,4 +1,5 @@
-"""Tries every fault and writes docs/faults.md: `make faults`; with --fast without those that train."""
+"""Tries every fault and writes docs/faults.md: `make faults`. With --fast those that train are left out; with --only WORDS the rows in whose text these words
+stand are tried, and the others stay on the page as they are."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,33 +24,60 @@ each kind fails where its guard is taken away.
 """
 
 
-def main(fast: bool) -> int:
+PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
+
+
+def main(fast: bool, only: str | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    found: list[tuple[Fault, Outcome]] = []
+    there = rows_in(PAGE.read_text(encoding="utf-8")) if only is not None else {}
+    rows: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for i, fault in enumerate(fault for fault in FAULTS if not (fast and fault.slow)):
-            found.append((fault, tried(fault, Path(folder) / str(i))))
-            print(f"{time.strftime('%H:%M:%S')} {'good' if found[-1][1].good else 'BAD '} {fault.id}: {found[-1][1].happened}", flush=True)
-    write_text(Path(__file__).parents[2] / "docs" / "faults.md", page(found))
-    return 0 if all(outcome.good for _, outcome in found) else 1
+        for i, fault in enumerate(FAULTS):
+            key = f"{fault.kind} {cell(fault.what)}"
+            if only is not None and only not in fault.what:
+                rows |= {key: there[key]} if key in there else {}
+            elif not (fast and fault.slow):
+                outcome = tried(fault, Path(folder) / str(i))
+                rows[key] = row(fault, outcome)
+                print(f"{time.strftime('%H:%M:%S')} {'good' if outcome.good else 'BAD '} {fault.id}: {outcome.happened}", flush=True)
+    write_text(PAGE, page(rows))
+    return 0 if all(line.endswith("| good |") for line in rows.values()) else 1
 
 
-def page(found: list[tuple[Fault, Outcome]]) -> str:
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def row(fault: Fault, outcome: Outcome) -> str:
+    cells = (fault.what, fault.must, outcome.happened, f"{outcome.seconds:.2f}", "good" if outcome.good else "**bad**")
+    return "| " + " | ".join(map(cell, cells)) + " |"
+
+
+def rows_in(text: str) -> dict[str, str]:
+    """The rows of a page by their kind and what is done."""
+    found, kind = {}, ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            kind = line.removeprefix("## ").partition(".")[0]
+        elif line.startswith("| ") and not line.startswith("| fault |"):
+            what = line.removeprefix("| ").partition(" | ")[0]  # a bar within it has a backslash before it
+            found[f"{kind} {what}"] = line
+    return found
+
+
+def page(rows: Mapping[str, str]) -> str:
     """The table, a section a kind."""
-    good = sum(outcome.good for _, outcome in found)
-    left = len(FAULTS) - len(found)
-    rest = f" {left} slow ones, which train, were left out here (`--fast`)." if left else ""
-    lines = [HEAD, f"{len(found)} faults, {good} good.{rest}", ""]
+    good = sum(line.endswith("| good |") for line in rows.values())
+    left = len(FAULTS) - len(rows)
+    rest = f" {left} were left out here (`--fast`, `--only`)." if left else ""
+    lines = [HEAD, f"{len(rows)} faults, {good} good.{rest}", ""]
     for kind, title in KINDS.items():
-        mine = [(fault, outcome) for fault, outcome in found if fault.kind == kind]
         lines += [f"## {kind}. {title}", "", "| fault | what must happen | what happened | seconds | verdict |", "|---|---|---|---|---|"]
-        for fault, outcome in mine:
-            cells = (fault.what, fault.must, outcome.happened, f"{outcome.seconds:.2f}", "good" if outcome.good else "**bad**")
-            lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
-        lines.append("")
+        lines += [*(line for key, line in rows.items() if key.startswith(f"{kind} ")), ""]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main("--fast" in sys.argv[1:]))
+    given = sys.argv[1:]
+    sys.exit(main("--fast" in given, given[given.index("--only") + 1] if "--only" in given else None))

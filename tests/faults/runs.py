@@ -72,7 +72,7 @@ def twice(folder: Path) -> Outcome:
     """Two SIGINT to `instep train`, as fast as a hand sends them."""
     start = time.perf_counter()
     line = [sys.executable, "-m", "instep", "train", "dmd2", "--iterations", "500", "--batch", "2", "--out", "run", "--threads", "1"]
-    process = subprocess.Popen(line, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment())
+    process = subprocess.Popen(line, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment(), preexec_fn=hears)
     while not (folder / "run" / "log.jsonl").is_file() and process.poll() is None and time.perf_counter() - start < 200:
         time.sleep(0.2)
     time.sleep(1)
@@ -86,12 +86,18 @@ def twice(folder: Path) -> Outcome:
 
 def at_start(seconds: float, folder: Path) -> Outcome:
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "instep", "train", "dmd2"], cwd=folder, stderr=subprocess.PIPE, text=True, env=environment())
+    line = [sys.executable, "-m", "instep", "train", "dmd2"]
+    process = subprocess.Popen(line, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=hears)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=120)[1]
     good = process.returncode in (130, -signal.SIGINT) and "Traceback" not in err
     return Outcome(good, f"status {process.returncode}: {' '.join(err.split())[-120:] or 'nothing printed'}", time.perf_counter() - start)
+
+
+def hears() -> None:
+    """SIGINT ends this process, as it does one that a terminal starts: a shell has what it starts in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def environment() -> dict[str, str]:
