@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields, replace
 
 import comfyui_names
@@ -15,7 +16,7 @@ from many_ranks import double
 from safetensors.torch import load_file
 from test_ranks import spawned
 from test_run import interrupted_before, rows, same
-from torch import Tensor
+from torch import Tensor, nn
 
 from instep.cli.main import main
 from instep.core.ranks import ALONE
@@ -29,6 +30,7 @@ from instep.models.flux import FluxFamily
 from instep.models.flux2_klein import Flux2KleinBaseFamily
 from instep.models.preset import ModelSettings
 from instep.models.role import Role
+from instep.models.sharded import units
 from instep.recipes.common import Common
 from instep.recipes.defaults import with_settings
 from instep.recipes.dm_align import dm_align_group
@@ -104,6 +106,39 @@ def test_shapes_features_and_skipped_blocks(case: Case, tmp_path):
     with torch.no_grad():
         whole, skipped = (one(x, t, cond).x0 for one in (role, role.skipping([1])))
     assert (whole - skipped)[:, :, case.given :].abs().max() > 1e-4
+
+
+@contextmanager
+def called_outside(block: nn.Module) -> Iterator[set[nn.Module]]:
+    """The submodules of a block, with parameters of their own, that are called while the block is not."""
+    inside, found, hooks = [], set(), []
+
+    def note(module: nn.Module, args: object) -> None:
+        if not inside:
+            found.add(module)
+
+    hooks.append(block.register_forward_pre_hook(lambda *_: inside.append(True), prepend=True))
+    hooks.append(block.register_forward_hook(lambda *_: inside.pop() and None))
+    hooks += [module.register_forward_pre_hook(note) for module in block.modules() if module is not block and [*module.parameters(recurse=False)]]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@ALL
+def test_what_is_called_outside_of_its_block_is_named(case: Case, tmp_path):
+    """Processes that divide a network gather a block's weights when the block is called."""
+    fam, prompts = family(case), prompts_of(case, tmp_path)[:2]
+    role = Role("teacher", Backbone(fam, fam.new_backbone()))
+    parts = fam.parts(role.backbone.module).values()
+    x, named = torch.zeros(2, *fam.latent_shape), {module for part in parts for apart in fam.called_apart(part) for module in apart.modules()}
+    with ExitStack() as stack, torch.no_grad():
+        found = [stack.enter_context(called_outside(block)) for part in parts for block in units(part)]
+        for level in (0.95, 0.2):  # one of each expert's
+            role(x, torch.full((2,), level), fam.encode(prompts))
+    assert len(found) > 1 and {module for each in found for module in each} == {module for module in named if [*module.parameters(recurse=False)]}
 
 
 def test_a_model_without_guidance_zeros_is_told_the_empty_text():
