@@ -13,7 +13,7 @@ from test_named_rewards import by_hand, resized, tiny_dinov2
 from test_preferences import tiny_clip
 from tiny import tiny_sd3_pipeline, tiny_wan_pipeline
 
-from instep.bundled import WORLDS
+from instep.bundled import WORLDS, find, load
 from instep.cli import evaluate_prompts
 from instep.cli.main import main
 from instep.core.statistics import wilson
@@ -150,7 +150,7 @@ def test_a_class_conditional_model_on_the_command_line(tmp_path, monkeypatch, ca
 def test_bundled_worlds_on_the_command_line(world, clip, tmp_path, monkeypatch):
     """Each on two prompts of its own, against real samples of its own kind; a second model of the same weights wins half of the pairs."""
     monkeypatch.chdir(tmp_path)
-    family, prompts = WORLDS[world].load(None), WORLDS[world].ready().prompts
+    family, prompts = load(world), find(world).ready().prompts
     (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in (prompts[0], prompts[-1])))
     (tmp_path / "data").mkdir()
     frames = torch.randint(256, (6, family.size.frames, family.size.height, family.size.width, 3), generator=torch.Generator().manual_seed(0))
