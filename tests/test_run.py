@@ -417,23 +417,34 @@ def test_lora_roles_share_a_backbone_and_export(tmp_path):
     assert (out / "student" / "lora.safetensors").is_file()
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_a_folder_that_goes_ends_the_run_in_one_line(moved, tmp_path, monkeypatch, capfd):
-    """Deleted or moved while the run writes to it: no other folder of its name is made, and the log's threads say nothing."""
+@pytest.mark.parametrize(("moved", "within_row"), [(False, False), (True, False), (True, True)])
+def test_a_folder_that_goes_ends_the_run_in_one_line(moved, within_row, tmp_path, monkeypatch, capfd):
+    """Deleted or moved in an iteration, or between the row of the log and TensorBoard's: no other folder of its name is made, and no thread says more."""
+    from instep.training import log as log_module
     from instep.training import loop as module
 
-    out, real = tmp_path / "run", module.iteration
+    out, real, append = tmp_path / "run", module.iteration, log_module.append_text
+
+    def goes():
+        out.rename(tmp_path / "elsewhere") if moved else shutil.rmtree(out)
 
     def removes(state, *args):
-        if state.step == 2:
-            out.rename(tmp_path / "elsewhere") if moved else shutil.rmtree(out)
+        if state.step == 2 and not within_row:
+            goes()
         return real(state, *args)
 
+    def appends(file, text):
+        append(file, text)
+        if within_row and text.startswith('{"step": 3,'):
+            goes()
+
+    monkeypatch.setattr(log_module, "append_text", appends)
     monkeypatch.setattr(module, "iteration", removes)
     with pytest.raises(ValueError, match=r"^out: .*run was removed or moved while the run was writing to it, and the run ends at step 3; [^\n]*$"):
         train(dmd2(SMALL["common"], iterations=5), family(), out=out, prompts=PROMPTS, options=EVERY)
     assert not out.exists() and "Traceback" not in capfd.readouterr().err
     if moved:
         monkeypatch.setattr(module, "iteration", real)
+        monkeypatch.setattr(log_module, "append_text", append)
         train(dmd2(SMALL["common"], iterations=5), family(), out=tmp_path / "elsewhere", prompts=PROMPTS, options=EVERY)
         assert [row["step"] for row in rows(tmp_path / "elsewhere")] == [0, 1, 2, 3, 4, 5]

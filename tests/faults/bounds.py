@@ -156,16 +156,25 @@ def rows(folder: Path) -> Outcome:
     return holds(lambda: names == ["07", "08", "09", "10", "11"], "the newest stay", f"{names}")
 
 
+def begun(folder: Path, iterations: int) -> tuple[subprocess.Popen[str], list[str]]:
+    """`instep train` on the smallest bundled model, in its first iterations, and its command."""
+    options = f"--model digits --steps 1 --shift 1 --guidance 1 --batch 4 --iterations {iterations} --out run --threads 1 --no-evaluate"
+    words = [sys.executable, "-m", "instep", "train", "dmd2", *options.split()]
+    process = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment())
+    until = time.perf_counter() + 600
+    while not (folder / "run" / "log.jsonl").is_file() and process.poll() is None and time.perf_counter() < until:
+        time.sleep(0.02)
+    return process, words
+
+
 def gone(folder: Path) -> Outcome:
     """The folder of `instep train` is deleted while it runs."""
     start = time.perf_counter()
-    words = [sys.executable, "-m", "instep", "train", "dmd2", "--iterations", "500", "--batch", "2", "--out", "run", "--threads", "1"]
-    process = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment())
-    while not (folder / "run" / "log.jsonl").is_file() and process.poll() is None and time.perf_counter() - start < 200:
-        time.sleep(0.2)
+    process, _ = begun(folder, 5000)
     with contextlib.suppress(OSError):
-        shutil.rmtree(folder / "run")
-    err = process.communicate(timeout=200)[1]
+        (folder / "run").rename(folder / "deleted")  # at once; removing its files takes a while
+    shutil.rmtree(folder / "deleted")
+    err = process.communicate(timeout=300)[1]
     said = [row for row in io.StringIO(err) if row.startswith("error: ")]
     good = process.returncode == 2 and len(said) == 1 and "was removed or moved while the run was writing to it" in said[0] and "Traceback" not in err
     return Outcome(good and not (folder / "run").exists(), f"status {process.returncode}: {' '.join(err.split())[-160:]}", time.perf_counter() - start)
@@ -173,17 +182,14 @@ def gone(folder: Path) -> Outcome:
 
 def interrupted(folder: Path) -> Outcome:
     """SIGTERM, as a scheduler sends it, to `instep train`; then the same command."""
-    start = time.perf_counter()
-    words = [sys.executable, "-m", "instep", "train", "dmd2", "--iterations", "3", "--batch", "2", "--out", "run", "--threads", "1", "--no-evaluate"]
-    process = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment())
-    while not (folder / "run" / "log.jsonl").is_file() and process.poll() is None and time.perf_counter() - start < 200:
-        time.sleep(0.05)
+    start, count = time.perf_counter(), 100
+    process, words = begun(folder, count)
     process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=200)[1]
-    again = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, timeout=300)
+    err = process.communicate(timeout=300)[1]
+    again = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, timeout=600)
     steps = [json.loads(row)["step"] for row in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    good = process.returncode == 130 and "saved at step" in err and again.returncode == 0 and steps == [0, 1, 2, 3]
-    return Outcome(good, f"status {process.returncode}, then {again.returncode}; steps {steps}", time.perf_counter() - start)
+    good = process.returncode == 130 and "saved at step" in err and again.returncode == 0 and steps == [*range(count + 1)]
+    return Outcome(good, f"status {process.returncode}, then {again.returncode}; {len(steps)} rows in the log", time.perf_counter() - start)
 
 
 def scaled(**shared: Any) -> Recipe:

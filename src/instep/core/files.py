@@ -65,7 +65,7 @@ def append_text(path: Path, text: str) -> None:
                     os.ftruncate(file.fileno(), before)
                 raise
     except OSError as error:
-        raise write_error(error, f"a row of {path}", "the checkpoints are intact" if path.parent.is_dir() else "its folder is gone") from error
+        raise write_error(error, f"a row of {path}", "the checkpoints are intact") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -119,6 +119,9 @@ class Loop:
                     self.writer.check()
                     self._one(log, health)
                 self.writer.wait()
+        except OSError:
+            self._check_there()  # what cannot be written then has this one reason
+            raise
         finally:
             self.writer.join()
             log.close()
