@@ -160,7 +160,7 @@ def test_samples_that_processes_cannot_divide_are_refused():
         check_context(every_recipe.family(), 3)
     with pytest.raises(ValueError, match="context_parallel: 2 is not allowed; the samples of tiny are not divided"):
         check_context(many_ranks.MODELS["sd3"](), 2)
-    with pytest.raises(ValueError, match="context_parallel: 2 is not allowed for a run of 1; give a divisor"), joined(context=2):
+    with pytest.raises(ValueError, match="context_parallel: 2 is not allowed for 1 process; give a divisor"), joined(context=2):
         pass
     with pytest.raises(ValueError, match="context_parallel: 2 is not allowed together with offload"):
         Execution(offload=True, context_parallel=2)
