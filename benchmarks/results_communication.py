@@ -31,7 +31,7 @@ def lines() -> list[str]:
         + " on all processes and for both seeds, in every row. The processes take turns on two cores, so there is no claim of speed.",
         "",
         "Beside the padding of shards, what is above the least are reduce-scatters: each loss has a backward pass of its own (a discriminator has two, a "
-        "policy one a transition), after which its gradient is divided, so that no process ever holds a whole one. Whole on every process are adapters, heads and "
+        "policy one a transition), after which its gradient is divided, so that no process ever holds a whole one. Whole on each are adapters, heads and "
         "DOLLAR's latent reward model. The CPU time a sample rises with the processes because each call of a network of this size costs the same for two rows "
         "as for eight.",
         "",
