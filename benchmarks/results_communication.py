@@ -30,6 +30,11 @@ def lines() -> list[str]:
         + ("the same" if same else "**not** the same")
         + " on all processes and for both seeds, in every row. The processes take turns on two cores, so there is no claim of speed.",
         "",
+        "Beside the padding of shards, what is above the least are reduce-scatters: each loss has a backward pass of its own (a discriminator has two, a "
+        "policy one a transition), after which its gradient is divided, so that no process ever holds a whole one. Whole on each are adapters, heads and "
+        "DOLLAR's latent reward model. The CPU time a sample rises with the processes because each call of a network of this size costs the same for two rows "
+        "as for eight.",
+        "",
         "| recipe | networks | gathers | reduce-scatters | all-reduces | the same number on 4 | MB sent on 2, on 4 | of the least | held on 2, on 4 | "
         "CPU s a sample on 1, 2, 4 |",
         "|---" * 10 + "|",

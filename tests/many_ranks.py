@@ -291,8 +291,8 @@ def run(out: Path, stops: bool = False, start_from: Path | None = None, model: s
 
     def brightness(media: Tensor, prompts: object) -> Tensor:
         seen.append(len(media))
-        # it scored once before the first step, to be tried
-        if stops and len(seen) == 1 + STOPS_AT and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 > 0:
+        # it scored twice before the first step, to be tried and for the figures that are held
+        if stops and len(seen) == 2 + STOPS_AT and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 > 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return media.mean((1, 2, 3, 4))
 
