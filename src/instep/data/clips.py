@@ -80,8 +80,8 @@ def _images(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
 def _video(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
     from PIL import Image
 
-    source, ending = (file.path, None) if file.member is None else (file.member.read(file.path), file.suffix)
-    rate, frames = video_frames(source, f"real: {file.name}", MOST_PIXELS, ending)
+    source: Path | bytes = file.path if file.member is None else file.member.read(file.path)
+    rate, frames = video_frames(source, f"real: {file.name}", MOST_PIXELS, None if file.member is None else file.suffix)
     for frame in frames:
         yield _fitted(Image.fromarray(frame), size), 1 / rate if rate > 0 else 0.0
 
