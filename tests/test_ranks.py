@@ -188,7 +188,8 @@ def test_every_recipe_on_several_processes(tmp_path):
     two, four = spawned(tmp_path, 2, (*many_ranks.CASES, *both)), spawned(tmp_path, 4, many_ranks.FOUR)
     wrong = [text for cases, found in ((many_ranks.CASES, two), (many_ranks.FOUR, four)) for case in cases if (text := fault(case, found))]
     assert not wrong, "\n".join(wrong)
-    for case in many_ranks.FOUR:
+    # rows a few at a time are as many calls as a process has rows
+    for case in (case for case in many_ranks.FOUR if not {"rows", "context"} & set(case.split("/"))):
         sent, wanted = (found[0][f"{case}|{many_ranks.COLLECTIVES}"] for found in (four, two))
         assert torch.equal(sent, wanted) if case.startswith("lab/") else len(sent) == len(wanted), f"{case}: sizes of shards have padding"
 
