@@ -64,7 +64,7 @@ class Ranks:
 
     def alike(self, x: Tensor) -> Tensor:
         """What the first of the ranks that compute the same samples has, of a tensor that each of them has: scores may differ from call to call."""
-        if self.context > 1:
+        if self.context > 1 and not self.led.active:
             x = x.detach().clone()
             with _together():
                 dist.broadcast(x, self.part * self.context, group=self.peers)
