@@ -11,6 +11,7 @@ from tiny import tiny_wan_pipeline
 from instep.models.backbone import Backbone
 from instep.models.role import Role
 from instep.models.wan import WanCondition, WanFamily
+from instep.models.wan_attention import RotaryProcessor
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +64,33 @@ def test_a_text_without_padding_is_joined_with_any_other(role, length, padded, t
 def test_rows_and_groups_of_a_text_without_padding():
     cond = WanCondition(text=text(3, 4))
     assert cond[slice(1, 2)].bias is None and cond.repeat(2).bias is None and cond.rolled(1).bias is None and len(cond.repeat(2)) == 6
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 0.0), (torch.float64, 0.0), (torch.bfloat16, 2e-2)])
+def test_self_attention_and_its_gradients_are_those_of_the_stock_processor(dtype, rtol):
+    """In bfloat16 the stock processor rounds the two parts of a gradient before it adds them."""
+    transformer = tiny_wan_pipeline().transformer
+    attention, frames = transformer.blocks[0].attn1.to(dtype), torch.randn(2, 16, 3, 6, 6)
+    given = torch.randn(2, 27, transformer.config.num_attention_heads * transformer.config.attention_head_dim, dtype=dtype)
+    rotary = transformer.rope(frames)
+    found = []
+    for processor in (attention.processor, RotaryProcessor(attention.processor)):
+        attention.set_processor(processor)
+        x = given.clone().requires_grad_()
+        out = attention(x, None, None, rotary)
+        found.append((out, *torch.autograd.grad((out * out.detach().sin()).sum(), (x, attention.to_q.weight, attention.norm_k.weight))))
+    for stock, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=0, atol=rtol * float(stock.detach().abs().max()))
+    assert not torch.equal(attention(given, None, None, (rotary[0], -rotary[1])), found[0][0])
+
+
+def test_a_run_on_the_cpu_turns_pairs_of_channels_and_keeps_a_processor_of_the_users(role):
+    assert all(isinstance(block.attn1.processor, RotaryProcessor) for block in role.backbone.module.blocks)
+    pipe = tiny_wan_pipeline()
+
+    class Own(type(pipe.transformer.blocks[0].attn1.processor)):
+        pass
+
+    pipe.transformer.blocks[0].attn1.set_processor(Own())
+    family = WanFamily(pipe, (48, 48, 9))
+    assert isinstance(Backbone(family, family.pretrained).module.blocks[0].attn1.processor, Own)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from instep.models.family import ComfyUI, skipped
 from instep.models.pipeline_family import PipelineFamily, has_part
 from instep.models.preset import Distillation, Preset
 from instep.models.prompt_cache import Encoded
+from instep.models.wan_attention import PaddedTextProcessor, RotaryProcessor
 from instep.models.wan_comfyui import WanComfyUI, comfyui_module
 from instep.models.wan_vae import decode_latents, encode_latents
 
@@ -60,23 +60,8 @@ class WanCondition(Condition):
         return torch.cat([a, b])
 
 
-class PaddedTextProcessor(WanAttnProcessor):
-    """Cross-attention over a short text that equals attention over the text padded to the stock length.
-
-    Stock padding repeats one and the same key r times; one such key with log r added to its logit weighs the same.
-    """
-
-    def __init__(self, current: Callable[[], Condition | None]) -> None:
-        super().__init__()
-        self.current = current
-        # the backends that a run may choose take no additive mask
-        self._attention_backend = AttentionBackendName.NATIVE
-
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
-        cond = self.current()
-        if isinstance(cond, WanCondition) and cond.bias is not None:
-            attention_mask = cond.bias[:, None, None].to(hidden_states.dtype)
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+def _bias(cond: Condition | None) -> Tensor | None:
+    return cond.bias if isinstance(cond, WanCondition) else None
 
 
 # Self-Forcing writes guidance w as c + w (c - u): its 3 is 4 here
@@ -194,7 +179,9 @@ class WanFamily(PipelineFamily):
 
     def prepare(self, module: Any, current: Callable[[], Condition | None]) -> None:
         for block in module.blocks:
-            block.attn2.set_processor(PaddedTextProcessor(current))
+            if type(block.attn1.processor) is WanAttnProcessor:
+                block.attn1.set_processor(RotaryProcessor(block.attn1.processor))
+            block.attn2.set_processor(PaddedTextProcessor(lambda: _bias(current())))
 
     def forward(self, module: Any, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         assert isinstance(cond, WanCondition)
