@@ -17,7 +17,7 @@ from instep.rewards.bradley_terry import LearnedReward, RewardHead, fit, rao_kup
 from instep.rewards.decoded import chunks
 from instep.rewards.ranker import Ranked, RewardRanker, both_ways, relative, reward_ranker
 from instep.rewards.several import several
-from instep.rewards.vlm import OPTIONS, OpenAIEndpoint, VisionLanguageRanker, instructions, label_of
+from instep.rewards.vlm import OPTIONS, PEOPLE, OpenAIEndpoint, VisionLanguageRanker, domain_of, instructions, label_of
 
 F64 = torch.float64
 
@@ -154,6 +154,33 @@ def test_prompts_are_the_appendixs():
     assert human.endswith(f"4. {OPTIONS['human'][3]}") and "1. Primary Criterion - Degree of Visual Distortion" in human
     with pytest.raises(ValueError, match="domain: 'animals' is not allowed"):
         instructions("animals")  # type: ignore[arg-type]
+
+
+def test_a_domain_a_prompt():
+    """Human where a whole word of the prompt names people."""
+    people = ("A WOMAN in red", "the fisherman's boat", "two kids, playing", "a pair of hands", "Children!", "a man-made lake", "an astronaut on a horse")
+    others = ("a mango", "humane", "a handle", "a cat and a dog", "", "seven", "mankind", "surfing", "a family of ducks")
+    assert [domain_of(text) for text in people] == ["human"] * 7 and [domain_of(text) for text in others] == ["other"] * 9
+    assert all(word == word.casefold() and word.isalpha() for word in PEOPLE) and domain_of("pirouette") == "other"
+
+    class Told:
+        name = "told"
+
+        def __init__(self):
+            self.asked = []
+
+        def ask(self, content):
+            self.asked.append(content[-1]["text"])
+            return OPTIONS["human" if content[-1]["text"] == instructions("human") else "other"][0]
+
+    told = Told()
+    ranker = VisionLanguageRanker(told, "prompt", retries=0)
+    assert (
+        ranker.compare(videos(0.9, 0.1), videos(0.2, 0.6), ["a man", "a hen"]).tolist() == [0.0, 0.0] and ranker.name == "told (a domain a prompt, 40 frames)"
+    )
+    assert told.asked == [instructions(domain) for domain in ("human", "other", "human", "other")], "asked, and read, in each prompt's own words"
+    with pytest.raises(ValueError, match="domain: 'animals' is not allowed; human .people are in it., other, or prompt"):
+        VisionLanguageRanker(told, "animals")
 
 
 class Server:

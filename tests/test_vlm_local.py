@@ -177,6 +177,8 @@ def test_rankers_on_the_command_line(tmp_path, serve, monkeypatch):
     long = torch.stack([torch.full((3, 5, 4, 4), level) for level in (0.2, 0.8)])
     assert remote.score(long, ["a", "a"]).tolist() == [-1.0, 1.0]
     assert mean_of(server.asked[0])[1] == [2, 2] and server.headers[0]["Authorization"] == "Bearer s3cret"
+    each = load_reward(f"model=m domain=prompt vlm:{server.url}")
+    assert each.name == "ranked by m (a domain a prompt, 40 frames)" and each.ranker.domain == "prompt"
     both = load_reward(f"0.5*model=m vlm:{server.url}, compressible")
     assert both.weights == (0.5, 1.0) and isinstance(both.parts[0], Ranked)
 

@@ -18,7 +18,7 @@ from instep.rewards.ranker import Ranked
 from instep.rewards.remote import HttpReward, secret_of
 from instep.rewards.samples import positive
 from instep.rewards.several import several
-from instep.rewards.vlm import OpenAIEndpoint, VisionLanguageRanker, instructions
+from instep.rewards.vlm import OpenAIEndpoint, VisionLanguageRanker, check_domain
 
 FORMS = f"{', '.join(NAMED)}, module:function, command:PROGRAM ARGUMENTS, http://HOST/PATH, preferences:FOLDER, vlm:ADDRESS or FOLDER"
 # settings that every reward takes, and those of commands and addresses
@@ -166,7 +166,7 @@ def _ranked(
     dtype: Any = "bfloat16",
 ) -> Ranked:
     """Makes a group reward from a vision-language model at an address or in a folder."""
-    instructions(domain)
+    check_domain(domain)
     if frames < 1:
         raise ValueError(f"frames: {frames} is not allowed; it is 1 or more of each video")
     if _is_address(where):

@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from instep.rewards.ranker import both_ways
 from instep.rewards.remote import check_address, opener
 
 Domain = Literal["human", "other"]
+DomainChoice = Literal["human", "other", "prompt"]  # prompt: for each prompt the one that `domain_of` finds
 
 # the four options for each domain, in the words of the appendix
 OPTIONS: dict[Domain, tuple[str, str, str, str]] = {
@@ -43,6 +44,31 @@ OPTIONS: dict[Domain, tuple[str, str, str, str]] = {
         "Both videos have similar degrees of distortion, but Video 2 features larger/better camera movement.",
     ),
 }
+
+# whole words of a prompt that name people or their hands; words that as often mean something else (couple, family, model, face) are left out
+PEOPLE = frozenset(
+    """
+    person persons people human humans man men woman women boy boys girl girls child children kid kids baby babies toddler toddlers teenager teenagers
+    adult adults lady ladies gentleman gentlemen guy guys crowd crowds mother mothers father fathers mom dad daughter daughters sister sisters brother
+    brothers grandmother grandfather husband wife bride groom friend friends dancer dancers singer singers musician musicians pianist guitarist actor actors
+    actress actresses athlete athletes runner runners swimmer swimmers skier skiers surfer surfers cyclist cyclists skateboarder skateboarders hiker hikers
+    climber climbers boxer boxers gymnast gymnasts astronaut astronauts chef chefs cook cooks waiter waitress doctor doctors nurse nurses surgeon surgeons
+    teacher teachers student students scientist scientists soldier soldiers worker workers farmer farmers fisherman fishermen policeman policemen
+    policewoman fireman firefighter firefighters businessman businesswoman businesspeople painter painters photographer photographers tourist tourists
+    pedestrian pedestrians hand hands finger fingers
+    """.split()  # noqa: SIM905
+)
+
+
+def domain_of(prompt: str) -> Domain:
+    """`human` where a prompt names people (a whole word is one of `PEOPLE`, whatever its case), else `other`."""
+    return "other" if PEOPLE.isdisjoint(re.findall(r"[^\W\d_]+", prompt.casefold())) else "human"
+
+
+def check_domain(domain: str) -> None:
+    """ValueError for what is no `DomainChoice`."""
+    if domain not in get_args(DomainChoice):
+        raise ValueError(f"domain: {domain!r} is not allowed; human (people are in it), other, or prompt (human where the prompt names people)")
 
 
 def instructions(domain: Domain) -> str:
@@ -67,6 +93,11 @@ def label_of(answer: str, domain: Domain) -> int:
     if number is None:
         raise ValueError(f"{answer!r} is none of the four options")
     return number
+
+
+def question(first: Tensor, second: Tensor, domain: Domain, frames: int) -> list[dict[str, Any]]:
+    """The appendix's question about two videos [3, (F,) H, W], as parts of a message: each video's frames, `frames` at most, and the domain's prompt."""
+    return [*_shown(1, first, frames), *_shown(2, second, frames), {"type": "text", "text": instructions(domain)}]
 
 
 class Endpoint(Protocol):
@@ -122,51 +153,59 @@ class OpenAIEndpoint:
 class VisionLanguageRanker:
     """Asks a vision-language model which of two videos is better, in both orders (`ranker.Ranked` makes a reward of it).
 
-    `domain`: the human-centric prompt or the other (the paper trains a ranker for each). `frames` images a video at most, evenly spaced (paper: 40).
+    `domain`: the human-centric question or the other (the paper trains a ranker for each), or `prompt`: for each prompt the one of `domain_of`.
+    `frames` images a video at most, evenly spaced (paper: 40).
     `retries`: number of retries of a failed call or an answer that is no option, `wait` seconds apart; then it raises ValueError with the sample's name.
     """
 
     endpoint: Endpoint
-    domain: Domain = "other"
+    domain: DomainChoice = "other"
     frames: int = 40
     retries: int = 2
     wait: float = 1.0
 
     def __post_init__(self) -> None:
-        instructions(self.domain)
+        check_domain(self.domain)
         if self.frames < 1 or self.retries < 0:
             raise ValueError(f"frames, retries: {self.frames} and {self.retries} are not allowed; 1 or more frames, 0 or more retries")
 
     @property
     def name(self) -> str:
-        return f"{self.endpoint.name} ({self.domain}, {self.frames} frames)"
+        domain = "a domain a prompt" if self.domain == "prompt" else self.domain
+        return f"{self.endpoint.name} ({domain}, {self.frames} frames)"
 
     def compare(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
         return both_ways(self._in_order, first, second, prompts)
 
     def _in_order(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
-        labels = [self.label(a, b, f"pair {i}, prompt {prompts[i]!r}") for i, (a, b) in enumerate(zip(first, second, strict=True))]
+        rows = enumerate(zip(first, second, prompts, strict=True))
+        labels = [self.label(a, b, f"pair {i}, prompt {prompt!r}", prompt) for i, (a, b, prompt) in rows]
         return torch.tensor([1.0 if label in (1, 3) else -1.0 for label in labels])
 
-    def label(self, first: Tensor, second: Tensor, sample: str = "this pair") -> int:
-        """Label 1 to 4 of two videos [3, (F,) H, W] as they stand; ValueError, naming `sample`, where no attempt gave one."""
-        content = [*self._shown(1, first), *self._shown(2, second), {"type": "text", "text": instructions(self.domain)}]
+    def label(self, first: Tensor, second: Tensor, sample: str = "this pair", prompt: str = "") -> int:
+        """Label 1 to 4 of two videos [3, (F,) H, W] as they stand; ValueError, naming `sample`, where no attempt gave one.
+
+        `prompt` decides the domain, where that is left to it, and nothing else.
+        """
+        domain = domain_of(prompt) if self.domain == "prompt" else self.domain
+        content = question(first, second, domain, self.frames)
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.wait)
             try:
-                return label_of(self.endpoint.ask(content), self.domain)
+                return label_of(self.endpoint.ask(content), domain)
             except (OSError, ValueError) as error:
                 last = error
         raise ValueError(f"ranker {self.name!r}: no label for {sample} after {self.retries + 1} attempts; the last: {last}") from last
 
-    def _shown(self, number: int, video: Tensor) -> list[dict[str, Any]]:
-        """A heading, which keeps the two apart, and the frames as PNG data."""
-        media = video if video.ndim == 4 else video[:, None]
-        picked = media[:, torch.linspace(0, media.shape[1] - 1, min(self.frames, media.shape[1])).round().long()]
-        images = (picked.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
-        urls = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + _png(image)}} for image in images]
-        return [{"type": "text", "text": f"Video {number}:"}, *urls]
+
+def _shown(number: int, video: Tensor, frames: int) -> list[dict[str, Any]]:
+    """A heading, which keeps the two apart, and the frames as PNG data."""
+    media = video if video.ndim == 4 else video[:, None]
+    picked = media[:, torch.linspace(0, media.shape[1] - 1, min(frames, media.shape[1])).round().long()]
+    images = (picked.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+    urls = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + _png(image)}} for image in images]
+    return [{"type": "text", "text": f"Video {number}:"}, *urls]
 
 
 def _png(image: Tensor) -> str:
