@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from instep.data.media import read_media, slow_motion
 from instep.data.pairs import PreferencePair, PreferredSample, read_labelled, rows_of
 from instep.data.real_files import real_files
 
+MOTION = "motion"  # the question that a slow copy answers
 LEAST = 2 / 255  # a video whose slow copy differs less, in no pixel of any frame, hardly moves
 
 
@@ -57,5 +59,13 @@ def slow_copies(videos: Iterable[PreferredSample], folder: Path, factor: float =
         path = folder / f"{i:06d}-{video.chosen.stem}.webp"
         if not path.is_file():
             save_animation(path, (slow * 255).round().to(torch.uint8).permute(1, 2, 3, 0))
-        pairs.append(PreferencePair(video.prompt, video.chosen, path, "motion"))
+        pairs.append(PreferencePair(video.prompt, video.chosen, path, MOTION))
     return SlowCopies(pairs, still)
+
+
+def is_slow_copy(pair: PreferencePair) -> bool:
+    """Whether the rejected half of a pair is the slow copy that `slow_copies` made of the other: it has its question and its file's name.
+
+    The question alone would not do: people are asked it too, of two videos that differ in more than their speed.
+    """
+    return pair.question == MOTION and re.fullmatch(rf"\d{{6,}}-{re.escape(pair.chosen.stem)}\.webp", pair.rejected.name) is not None

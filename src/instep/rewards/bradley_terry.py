@@ -109,17 +109,7 @@ def fit(
     """
     if first.shape != second.shape or first.ndim != 2 or len(outcome) != len(first):
         raise ValueError(f"features: {tuple(first.shape)} and {tuple(second.shape)} for {len(outcome)} outcomes; give [N, D] of each and one outcome a pair")
-    if not bool(torch.isin(outcome.float(), torch.tensor([-1.0, 0.0, 1.0])).all()):
-        raise ValueError("outcome: it is 1 (the first is preferred), -1 (the second) or 0 (a tie)")
-    if not 0 < heldout < 1:
-        raise ValueError(f"heldout: {heldout} is not allowed; the part of the pairs that is kept for measuring, above 0 and below 1")
-    group, count = _numbered(groups, len(outcome))
-    away = torch.zeros(count, dtype=torch.bool)
-    away[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: max(1, round(heldout * count))]] = True
-    kept, seen = away[group].nonzero()[:, 0], (~away[group]).nonzero()[:, 0]
-    if not bool((outcome[kept] != 0).any()) or not bool((outcome[seen] != 0).any()):
-        of = "" if groups is None else f" of {count} prompts"
-        raise ValueError(f"pairs: {len(outcome)}{of} with {int((outcome != 0).sum())} preferences are too few to train and to measure on; give more")
+    kept, seen, group = split(outcome, heldout, seed, groups)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = RewardHead(first.shape[1], hidden).to(first)
@@ -143,6 +133,25 @@ def fit(
     coin = float(torch.where(has_preference, math.log((1 - ties) / 2), math.log(ties)).mean())
     each = torch.bincount(group[kept][has_preference]).double()
     return Fitted(head, accuracy, log_prob, len(seen), len(kept), coin, float(each.sum().square() / each.square().sum()))
+
+
+def split(outcome: Tensor, heldout: float, seed: int, groups: Sequence[Hashable] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of the pairs that are held out, of those that are trained on, and the group of every pair, as `fit` divides them by their outcomes [N].
+
+    Raises ValueError if either part has no preference.
+    """
+    if not bool(torch.isin(outcome.float(), torch.tensor([-1.0, 0.0, 1.0])).all()):
+        raise ValueError("outcome: it is 1 (the first is preferred), -1 (the second) or 0 (a tie)")
+    if not 0 < heldout < 1:
+        raise ValueError(f"heldout: {heldout} is not allowed; the part of the pairs that is kept for measuring, above 0 and below 1")
+    group, count = _numbered(groups, len(outcome))
+    away = torch.zeros(count, dtype=torch.bool)
+    away[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: max(1, round(heldout * count))]] = True
+    kept, seen = away[group].nonzero()[:, 0], (~away[group]).nonzero()[:, 0]
+    if not bool((outcome[kept] != 0).any()) or not bool((outcome[seen] != 0).any()):
+        of = "" if groups is None else f" of {count} prompts"
+        raise ValueError(f"pairs: {len(outcome)}{of} with {int((outcome != 0).sum())} preferences are too few to train and to measure on; give more")
+    return kept, seen, group
 
 
 def _numbered(groups: Sequence[Hashable] | None, pairs: int) -> tuple[Tensor, int]:

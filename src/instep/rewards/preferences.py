@@ -45,7 +45,7 @@ def read_features(
 ) -> tuple[Tensor, Tensor]:
     """Features of the chosen and of the rejected media, [N, D] each on the CPU; every file is read once. `watch` yields the items and shows the progress."""
     # rewards get the text alone, even if a prompt names a first frame
-    texts = _texts(pairs)
+    texts = texts_of(pairs)
     sides = [[(file, text) for file, text in zip(files, texts, strict=True)] for files in ([p.chosen for p in pairs], [p.rejected for p in pairs])]
     todo = list(dict.fromkeys(shown for both in zip(*sides, strict=True) for shown in both))
     rows = {shown: features(features.read(shown[0]).to(device), [shown[1]])[0].cpu() for shown in watch(todo)}
@@ -66,7 +66,7 @@ def learn(
     device: str = "cpu",
 ) -> Learned:
     """Fits a head to pairs, including ties; a share of the prompts, with all their pairs, is held out (`bradley_terry.fit`)."""
-    prompts = _texts(pairs)
+    prompts = texts_of(pairs)
     if len(set(prompts)) < 2:
         raise ValueError(f"pairs: {len(pairs)} of {len(set(prompts))} prompt are too few; it takes two prompts, one of them to measure on")
     outcome = torch.tensor([0.0 if pair.tie else 1.0 for pair in pairs])
@@ -77,7 +77,7 @@ def learn(
     return Learned(fitted, features, len(pairs), len(set(prompts)), float((outcome == 0).float().mean()))
 
 
-def _texts(pairs: Sequence[PreferencePair]) -> list[str]:
+def texts_of(pairs: Sequence[PreferencePair]) -> list[str]:
     """The prompt texts of pairs; their prompts are stored in the written form."""
     return [Prompt.parse(pair.prompt).text for pair in pairs]
 

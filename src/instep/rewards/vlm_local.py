@@ -32,15 +32,29 @@ class TransformersEndpoint:
 
     def ask(self, content: Sequence[dict[str, Any]]) -> str:
         """The answer's text, stripped of special tokens. ValueError for a part that is neither text nor an image within a data URL."""
+        given = self.inputs(content)
+        with torch.no_grad():
+            output = self.network.generate(**given, max_new_tokens=self.max_new_tokens)
+        return self.processor.batch_decode(output[:, given["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+
+    def inputs(self, content: Sequence[dict[str, Any]]) -> Any:
+        """What the network is given for a message, up to where its answer begins."""
         images: list[Any] = []
         parts = [_part(part, images) for part in content]
         # the template writes special tokens itself: the tokenizer must not add them again
         text = self.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False)
         given = self.processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt")
-        given = given.to(self.network.device, self.network.dtype)
-        with torch.no_grad():
-            output = self.network.generate(**given, max_new_tokens=self.max_new_tokens)
-        return self.processor.batch_decode(output[:, given["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        return given.to(self.network.device, self.network.dtype)
+
+    def tokens_of(self, answer: str) -> list[int]:
+        """The tokens of an answer as the network would write it, with one that ends it. ValueError where no token does."""
+        ends = self.network.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else list(ends or ())
+        own = self.processor.tokenizer.eos_token_id
+        if not ends:
+            raise ValueError(f"model: {self.name} names no token that ends an answer; give one whose generation_config.json has eos_token_id")
+        end = own if own in ends else ends[0]
+        return [*self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"], end]
 
 
 def transformers_endpoint(model: str, device: str = "cpu", dtype: Dtype = "bfloat16", max_new_tokens: int = 64) -> TransformersEndpoint:
