@@ -86,7 +86,7 @@ OWN = re.compile(r" (my_\w+|module):")
 
 @cache
 def kinds() -> dict[str, object]:
-    from instep.cli import convert, evaluate, export, human_eval, lab, named_rewards, pairs, recipes, sample
+    from instep.cli import convert, evaluate, export, human_eval, lab, named_rewards, pairs, recipes, sample, tune_ranker
 
     return {
         "sample": sample.SampleArgs,
@@ -102,6 +102,7 @@ def kinds() -> dict[str, object]:
         "pairs import": pairs.ImportPairsArgs,
         "pairs fit": pairs.FitPairsArgs,
         "pairs slow": pairs.SlowPairsArgs,
+        "pairs tune-ranker": tune_ranker.TuneRankerArgs,
         "lab": lab.LabArgs,
     }
 

@@ -205,7 +205,11 @@ def _pairs(args: Sequence[str]) -> int:
         return pairs.slow_pairs_command(parse(pairs.SlowPairsArgs, args[1:], "pairs slow"))
     if args and args[0] == "fit":
         return pairs.fit_pairs_command(parse(pairs.FitPairsArgs, args[1:], "pairs fit"))
-    raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import, slow, fit (see instep pairs --help)")
+    if args and args[0] == "tune-ranker":
+        from instep.cli.tune_ranker import TuneRankerArgs, tune_ranker_command
+
+        return tune_ranker_command(parse(TuneRankerArgs, args[1:], "pairs tune-ranker"))
+    raise ValueError(f"pairs: {repr(args[0]) if args else 'nothing'} cannot be done; allowed: export, import, slow, fit, tune-ranker (see instep pairs --help)")
 
 
 def _plan(args: Sequence[str]) -> int:

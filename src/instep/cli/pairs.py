@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from instep.bundled import DEFAULT, LISTED
 from instep.core.outputs import check_output
+
+if TYPE_CHECKING:
+    from instep.data.pairs import PreferencePair
 
 FEATURES_HELP = (
     f"Its features: from the training classifier of a bundled model ({LISTED}; of the monitor with :monitor after it), or the folder of a CLIP or SigLIP of "
@@ -20,10 +23,11 @@ FEATURES_HELP = (
 )
 USAGE = """instep pairs: preference pairs, one row a pair, as JSONL or Parquet
 
-  instep pairs export STORE OUT   preferences collected by `instep human-eval`
-  instep pairs import IN OUT      a preference set with columns of other names
-  instep pairs slow IN OUT        negatives in slow motion, of your own videos or the preferred ones of pairs
-  instep pairs fit PAIRS OUT      a reward that orders samples as people did, for --reward preferences:OUT
+  instep pairs export STORE OUT        preferences collected by `instep human-eval`
+  instep pairs import IN OUT           a preference set with columns of other names
+  instep pairs slow IN OUT             negatives in slow motion, of your own videos or the preferred ones of pairs
+  instep pairs fit PAIRS OUT           a reward that orders samples as people did, for --reward preferences:OUT
+  instep pairs tune-ranker PAIRS OUT   a vision-language model fine-tuned to prefer as people did, for --reward vlm:OUT
 
 Rows have prompt, chosen, rejected (paths of media), question, tie, votes_chosen, votes_rejected, votes_tie, annotators, seed.
 Help on one: instep pairs export --help
@@ -214,17 +218,12 @@ def fit_pairs_command(args: FitPairsArgs) -> int:
 
     from instep.bundled.features import features_of
     from instep.cli import checked_device, default_threads
-    from instep.data.pairs import read_pairs
     from instep.rewards.preferences import learn, save
 
     check_output("out", args.out)
     torch.set_num_threads(default_threads())
     device = checked_device(args.device)
-    pairs = read_pairs(args.pairs)
-    asked = sorted({pair.question for pair in pairs})
-    if unknown := set(args.questions) - set(asked):
-        raise ValueError(f"questions: {sorted(unknown)[0]!r} is in no row of {args.pairs}; there are {', '.join(asked)}")
-    pairs = [pair for pair in pairs if not args.questions or pair.question in args.questions]
+    pairs = chosen_pairs(args.pairs, args.questions)
     found = learn(
         pairs,
         features_of(args.features, args.frames),
@@ -249,6 +248,17 @@ def fit_pairs_command(args: FitPairsArgs) -> int:
     if right.low <= 0.5 or fitted.log_prob <= fitted.coin:
         print("warning: a coin might do as well; give more pairs, other features or more --decay before training on this", file=sys.stderr)
     return 0
+
+
+def chosen_pairs(file: Path, questions: Sequence[str]) -> list[PreferencePair]:
+    """The pairs of a file that answer one of `questions`; without any, all. ValueError for a question that no row answers."""
+    from instep.data.pairs import read_pairs
+
+    pairs = read_pairs(file)
+    there = sorted({pair.question for pair in pairs})
+    if unknown := set(questions) - set(there):
+        raise ValueError(f"questions: {sorted(unknown)[0]!r} is in no row of {file}; there are {', '.join(there)}")
+    return [pair for pair in pairs if not questions or pair.question in questions]
 
 
 def _watched(todo: list[Any]) -> Iterator[Any]:
