@@ -98,8 +98,8 @@ def passes(one: Mapping[str, Any]) -> list[str]:
     return [
         *table,
         "",
-        "With fresh rollouts both sides make the same passes, in different calls (last column): in ours a sample leaves the batch once the input of its exit is "
-        "known, and one call predicts all exits. What a call costs by itself weighs more, the smaller network and batch are.",
+        "With fresh rollouts both sides make the same passes, in different calls (last column): in ours a sample leaves the batch once the input of its exit "
+        "is known, and one call predicts all exits. What a call costs by itself weighs more, the smaller network and batch are.",
     ]
 
 

@@ -135,7 +135,7 @@ def _recorded(cache: Path) -> dict[str, Any] | None:
     file = cache / RECORD
     if not file.exists():
         return None
-    fix = f"choose another folder, or remove {cache}, the samples are encoded again"
+    fix = f"choose another folder, or remove {cache}: its samples are encoded again"
     there = read_object(file, "real", fix)
     encoder = there.get("encoder")
     if isinstance(encoder, list) and all(isinstance(value, int | float) for value in encoder):
