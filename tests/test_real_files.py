@@ -470,7 +470,7 @@ def packed(path, model: str, grey: int) -> None:
 @pytest.mark.parametrize(
     ("recipe", "model"),
     [
-        pytest.param(recipe, model, marks=[] if (recipe, model) in (("dmd2", "digits"), ("sft-after", "digits")) else [pytest.mark.slow])
+        pytest.param(recipe, model, marks=[] if (recipe, model) == ("dmd2", "digits") else [pytest.mark.slow])
         for recipe in SERVED
         for model in ("digits", "moving-digits")
     ],
