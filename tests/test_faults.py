@@ -43,6 +43,7 @@ BREAKS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "guard", "instead", "named", "least"), BREAKS)
 def test_rows_of_a_kind_fail_where_its_guard_is_gone(kind, guard, instead, named, least, tmp_path, monkeypatch):
     monkeypatch.setattr(guard, instead)
