@@ -44,7 +44,9 @@ class RotaryProcessor(WanAttnProcessor):
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
         joined = attn.fused_projections or torch.compiler.is_compiling()
-        if joined or hidden_states.device.type != "cpu" or encoder_hidden_states is not None or rotary_emb is None:
+        # complex numbers have parts in float32 or float64: a network that is cast as a whole has others
+        narrow = rotary_emb is not None and rotary_emb[0].dtype not in (torch.float32, torch.float64)
+        if joined or narrow or hidden_states.device.type != "cpu" or encoder_hidden_states is not None or rotary_emb is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         cos, sin = rotary_emb
         turn = torch.complex(cos[..., 0::2], sin[..., 1::2])
