@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from instep.core.files import atomic_dir, write_json
+from instep.core.outputs import check_output
 from instep.core.statistics import Interval, wilson
 from instep.core.version import __version__
 from instep.data.pairs import PreferencePair
@@ -45,7 +46,7 @@ def read_features(
 ) -> tuple[Tensor, Tensor]:
     """Features of the chosen and of the rejected media, [N, D] each on the CPU; every file is read once. `watch` yields the items and shows the progress."""
     # rewards get the text alone, even if a prompt names a first frame
-    texts = texts_of(pairs)
+    texts = _texts(pairs)
     sides = [[(file, text) for file, text in zip(files, texts, strict=True)] for files in ([p.chosen for p in pairs], [p.rejected for p in pairs])]
     todo = list(dict.fromkeys(shown for both in zip(*sides, strict=True) for shown in both))
     rows = {shown: features(features.read(shown[0]).to(device), [shown[1]])[0].cpu() for shown in watch(todo)}
@@ -66,10 +67,7 @@ def learn(
     device: str = "cpu",
 ) -> Learned:
     """Fits a head to pairs, including ties; a share of the prompts, with all their pairs, is held out (`bradley_terry.fit`)."""
-    prompts = texts_of(pairs)
-    if len(set(prompts)) < 2:
-        raise ValueError(f"pairs: {len(pairs)} of {len(set(prompts))} prompt are too few; it takes two prompts, one of them to measure on")
-    outcome = torch.tensor([0.0 if pair.tie else 1.0 for pair in pairs])
+    prompts, outcome = prompts_and_outcomes(pairs)
     if not bool(outcome.any()):
         raise ValueError(f"pairs: all {len(pairs)} of them are ties; give some with a preferred sample")
     first, second = read_features(pairs, features, watch, device)
@@ -77,15 +75,22 @@ def learn(
     return Learned(fitted, features, len(pairs), len(set(prompts)), float((outcome == 0).float().mean()))
 
 
-def texts_of(pairs: Sequence[PreferencePair]) -> list[str]:
+def _texts(pairs: Sequence[PreferencePair]) -> list[str]:
     """The prompt texts of pairs; their prompts are stored in the written form."""
     return [Prompt.parse(pair.prompt).text for pair in pairs]
 
 
+def prompts_and_outcomes(pairs: Sequence[PreferencePair]) -> tuple[list[str], Tensor]:
+    """The prompt text of each pair, by which pairs are held out, and its outcome [N]: 1, or 0 for a tie. ValueError for pairs of one prompt alone."""
+    prompts = _texts(pairs)
+    if len(set(prompts)) < 2:
+        raise ValueError(f"pairs: {len(pairs)} of {len(set(prompts))} prompt are too few; it takes two prompts, one of them to measure on")
+    return prompts, torch.tensor([0.0 if pair.tie else 1.0 for pair in pairs])
+
+
 def save(learned: Learned, out: Path) -> None:
     """`reward_head.safetensors`, `reward_head.json` and `preferences.json` in a new folder, which appears complete or not at all."""
-    if out.exists():
-        raise ValueError(f"out: {out} exists; choose another name, nothing is overwritten unasked")
+    check_output("out", out)
     fitted, features, accuracy = learned.fitted, learned.features, learned.accuracy
     with atomic_dir(out, "folder") as temporary:
         fitted.head.save(temporary)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.core.files import atomic_dir, write_json
+from instep.core.numbers import check_number, check_whole
 from instep.core.outputs import check_output
 from instep.core.progress import Progress
 from instep.core.quiet import quiet
@@ -28,7 +29,7 @@ from instep.data.pairs import PreferencePair
 from instep.data.prompt import Prompt
 from instep.data.slow_copies import is_slow_copy
 from instep.rewards.bradley_terry import split
-from instep.rewards.preferences import texts_of
+from instep.rewards.preferences import prompts_and_outcomes
 from instep.rewards.vlm import Domain, DomainChoice, check_domain, domain_of, label_of, question
 from instep.rewards.vlm_local import TransformersEndpoint
 
@@ -52,10 +53,8 @@ class Tuning:
     def __post_init__(self) -> None:
         check_domain(self.domain)
         for name in ("frames", "rank", "epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; it is 1 or more")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr: {self.lr} is not allowed; it is positive, and finite")
+            check_whole(name, getattr(self, name), 1)
+        check_number("lr", self.lr, 0, open_below=True, what="it is positive, and finite")
 
     def steps(self, pairs: int) -> int:
         return self.epochs * math.ceil(pairs / self.batch)
@@ -76,9 +75,8 @@ class Measured:
 
 def preferences_of(pairs: Sequence[PreferencePair], heldout: float, seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Pairs to train on, and those of other prompts to measure on: divided as `instep pairs fit` divides them, and then without ties, which no label says."""
-    if len(set(texts_of(pairs))) < 2:
-        raise ValueError(f"pairs: {len(pairs)} of {len(set(texts_of(pairs)))} prompt are too few; it takes two prompts, one of them to measure on")
-    kept, seen, _ = split(torch.tensor([0.0 if pair.tie else 1.0 for pair in pairs]), heldout, seed, texts_of(pairs))
+    prompts, outcome = prompts_and_outcomes(pairs)
+    kept, seen, _ = split(outcome, heldout, seed, prompts)
     taught, held = ([pairs[i] for i in rows.tolist() if not pairs[i].tie] for rows in (seen, kept))
     return taught, held
 
