@@ -9,9 +9,7 @@ import math
 import os
 import re
 import shlex
-import sys
 import tarfile
-import types
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +20,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import instep.data.clips as clips
 import instep.data.media as media
 import instep.data.shards as shards
 from instep.cli.main import main
@@ -98,81 +95,13 @@ def test_frames_stand_until_the_next_one(tmp_path, suffix):
         read(10, 7)
 
 
-@pytest.fixture
-def codec(monkeypatch):
-    """A codec that gives 30 frames a second of 8 x 12 in rising greys, and keeps a list of those that were decoded."""
-    given = []
-
-    def frames(path):
-        for grey in range(0, 250, 10):
-            given.append(grey)
-            yield np.full((8, 12, 3), grey, np.uint8)
-
-    module = types.SimpleNamespace(immeta=lambda path: {"fps": 30.0}, imiter=frames, given=given)
-    monkeypatch.setitem(sys.modules, "imageio", types.SimpleNamespace(v3=module))
-    monkeypatch.setitem(sys.modules, "imageio.v3", module)
-    return module
-
-
-def test_a_video_is_read_frame_by_frame(tmp_path, monkeypatch, codec):
-    """Never more than are needed."""
-    given = codec.given
-    assert greys_of(read_clip(tmp_path / "a.mp4", VIDEO, 10)) == [10, 40, 70] and given == [0, 10, 20, 30, 40, 50, 60, 70]
-    monkeypatch.setattr(clips, "MOST_PIXELS", 95)
-    given.clear()
-    with pytest.raises(ValueError, match="real: .*a.mp4 is 8 x 12, more than 95 pixels; reduce it"):
-        read_clip(tmp_path / "a.mp4", VIDEO, 10)
-    assert given == [0], "without a size in the header the first frame tells it"
-    codec.immeta = lambda path: {"fps": 30.0, "size": (12, 8)}
-    with pytest.raises(ValueError, match="more than 95 pixels"):
-        read_clip(tmp_path / "a.mp4", VIDEO, 10)
-    assert given == [0]
-
-
-def test_a_video_of_a_pair_is_read_as_far_as_it_is_needed(tmp_path, monkeypatch, codec):
-    path, given = tmp_path / "a.mp4", codec.given
-    assert greys_of(read_media(path, 3, VIDEO)) == [0, 10, 20] and given == [0, 10, 20]
-    given.clear()
-    assert len(greys_of(read_media(path))) == 25
-    # frames in all are bounded, not each alone
-    monkeypatch.setattr(media, "MOST_PIXELS", 5 * 96)
-    given.clear()
-    with pytest.raises(ValueError, match=r"media: .*a.mp4 holds 576 pixels in all its frames, more than 480; reduce or shorten it"):
-        read_media(path)
-    assert given == [0, 10, 20, 30, 40, 50]
-    assert read_media(path, 5, VIDEO).shape == (3, 5, 8, 12)
-    monkeypatch.setattr(media, "MOST_PIXELS", 95)
-    given.clear()
-    codec.immeta = lambda path: {"fps": 30.0, "size": (12, 8)}
-    with pytest.raises(ValueError, match="media: .*a.mp4 is 8 x 12, more than 95 pixels; reduce it"):
-        read_media(path, 3, VIDEO)
-    assert given == []
-
-    def torn(path):
-        yield np.zeros((8, 12, 3), np.uint8)
-        raise TypeError("torn")
-
-    monkeypatch.undo()
-    codec.imiter, codec.immeta = torn, lambda path: {}
-    monkeypatch.setitem(sys.modules, "imageio", types.SimpleNamespace(v3=codec))
-    monkeypatch.setitem(sys.modules, "imageio.v3", codec)
-    for read in (lambda: read_media(path), lambda: read_clip(path, VIDEO, 10)):
-        with pytest.raises(ValueError, match=r"(media|real): .*a.mp4 cannot be read \(TypeError: torn\)"):
-            read()
-    codec.imiter = lambda path: iter(())
-    with pytest.raises(ValueError, match="media: .*a.mp4 has no frames"):
-        read_media(path)
-
-
-def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+def test_files_that_cannot_be_read(tmp_path):
     Image.new("RGB", (12, 8)).save(tmp_path / "still.png")
     with pytest.raises(ValueError, match="is an image and the model makes videos of 3 frames"):
         read_clip(tmp_path / "still.png", VIDEO, 16)
     (tmp_path / "torn.png").write_bytes((tmp_path / "still.png").read_bytes()[:40])
     with pytest.raises(ValueError, match="real: .*torn.png cannot be read"):
         read_clip(tmp_path / "torn.png", IMAGE, 16)
-    with pytest.raises(ValueError, match="real: .*a.mp4 cannot be read as a video .* install a codec"):
-        read_clip(tmp_path / "a.mp4", VIDEO, 16)
     # a header that claims a picture of 100000 x 100000
     data = bytearray((tmp_path / "still.png").read_bytes())
     data[16:24] = (100000).to_bytes(4, "big") * 2

@@ -1,12 +1,15 @@
 """Images and videos of any size and frame rate as a model takes them: cropped in the middle, resized and resampled in time while they are read.
 
-A frame is reduced to the model's size before the next one is read, so that memory holds one frame of the source whatever its length.
+A frame is reduced to the model's size as soon as it is known to be needed, so that memory holds two frames of the source at most, whatever its length.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +17,34 @@ import torch
 from torch import Tensor
 
 from instep.core.size import Size
-from instep.data.media import ANIMATED, IMAGES, VIDEOS, check_pixels, video_frames
+from instep.data.media import ANIMATED, IMAGES, VIDEOS
 from instep.data.real_files import RealFile
+from instep.data.video_file import check_pixels, video_frames
 
 # pixels of one frame of a source; one of 144 million takes 1.6 GB while it is decoded, turned and cut out
 MOST_PIXELS = 150_000_000
+ROUNDED = 1e-3  # seconds by which times may be off, which files have in whole milliseconds
 
 
 def read_clip(path: Path | RealFile, size: Size, fps: float) -> Tensor:
     """The beginning of a file at `fps` frames a second: [3, F, H, W] in [0, 1] of the model's size.
 
-    Aspect is kept: the middle of the frame is cut out in the model's shape, then resized (Lanczos). An orientation in EXIF is applied. A frame
-    is what the source shows in the middle of its 1 / fps seconds, so that durations in whole milliseconds do no harm; where a file has no durations its frames
-    are taken one by one. Raises ValueError for a file that cannot be read, is too large,
-    too short, or an image where the model makes videos.
+    Aspect is kept: the middle of the frame is cut out in the model's shape, then resized (Lanczos). It is turned as EXIF or the video's header says. A frame
+    is what the source shows in the middle of its 1 / fps seconds; one that begins within a millisecond after it counts as shown, because many files have
+    their times in whole milliseconds. Where an animation has no durations its frames are taken one by one. Raises ValueError for a file that cannot be read,
+    is too large, too short, or an image where the model makes videos.
     """
     file = path if isinstance(path, RealFile) else RealFile(path, "")
     if file.suffix not in (*IMAGES, *VIDEOS):
         raise ValueError(f"real: {file.name} ends in {file.suffix!r}; allowed: {', '.join((*IMAGES, *VIDEOS))}")
-    kept: list[Any] = []
-    end = 0.0
+    kept: list[Tensor] = []
     try:
-        for frame, duration in _video(file, size) if file.suffix in VIDEOS else _images(file, size):
-            # what a file without durations lacks is the model's own
-            end += duration if duration > 0 else 1 / fps
-            while len(kept) < size.frames and (len(kept) + 0.5) / fps < end:
-                kept.append(frame)
-            if len(kept) == size.frames:
-                break
+        with contextlib.closing(_video(file) if file.suffix in VIDEOS else _images(file, size, fps)) as source:
+            for image, end in source:
+                due = sum((k + 0.5) / fps < end - ROUNDED for k in range(len(kept), size.frames))
+                kept += [_fitted(image(), size)] * due if due else []
+                if len(kept) == size.frames:
+                    break
     except (OSError, SyntaxError, EOFError, RuntimeError) as error:
         raise ValueError(f"real: {file.name} cannot be read ({type(error).__name__}: {error}); make it again, or take it out") from error
     if len(kept) < size.frames:
@@ -51,8 +54,8 @@ def read_clip(path: Path | RealFile, size: Size, fps: float) -> Tensor:
     return torch.stack(kept).permute(3, 0, 1, 2).float() / 255
 
 
-def _images(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
-    """Frames of an image or animation at the model's size, uint8 [H, W, 3], with their durations in seconds (0: unknown)."""
+def _images(file: RealFile, size: Size, fps: float) -> Iterator[tuple[Callable[[], Any], float]]:
+    """Frames of an image or animation, made RGB when called, and the second at which each ends; a frame without a duration stands 1 / fps."""
     import warnings
 
     from PIL import Image, ImageOps, ImageSequence
@@ -64,6 +67,7 @@ def _images(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
             source = Image.open(file.path if file.member is None else io.BytesIO(file.member.read(file.path)))
         except Image.DecompressionBombError as error:
             raise ValueError(f"real: {file.name} is too large ({error}); reduce it") from error
+    end = 0.0
     with source as image:
         check_pixels(f"real: {file.name}", *image.size, MOST_PIXELS)
         if size.frames > 1 and not (file.suffix in ANIMATED and getattr(image, "is_animated", False)):
@@ -74,16 +78,18 @@ def _images(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
             frame.load()  # a WebP's duration is known once its frame is decoded
             # one frame is an image whatever its duration says
             seconds = float(frame.info.get("duration") or 0) / 1000 if size.frames > 1 else 0.0
-            yield _fitted(ImageOps.exif_transpose(frame).convert("RGB"), size), seconds
+            end += seconds if seconds > 0 else 1 / fps
+            yield lambda frame=frame: ImageOps.exif_transpose(frame).convert("RGB"), end
 
 
-def _video(file: RealFile, size: Size) -> Iterator[tuple[Tensor, float]]:
+def _video(file: RealFile) -> Iterator[tuple[Callable[[], Any], float]]:
+    """Frames of a video and the second at which each ends, which the beginning of the next one says: one is decoded ahead."""
     from PIL import Image
 
     source: Path | bytes = file.path if file.member is None else file.member.read(file.path)
-    rate, frames = video_frames(source, f"real: {file.name}", MOST_PIXELS, None if file.member is None else file.suffix)
-    for frame in frames:
-        yield _fitted(Image.fromarray(frame), size), 1 / rate if rate > 0 else 0.0
+    with contextlib.closing(video_frames(source, f"real: {file.name}", MOST_PIXELS)) as frames:
+        for frame, after in itertools.pairwise(itertools.chain(frames, (None,))):
+            yield partial(Image.fromarray, frame.pixels), frame.start + frame.seconds if after is None else after.start
 
 
 def _fitted(image: Any, size: Size) -> Tensor:

@@ -1,12 +1,13 @@
-"""Media files as tensors: images and animations through Pillow, videos through imageio where a codec is installed; and slowed copies of videos."""
+"""Media files as tensors: images and animations through Pillow, videos where a codec is installed; and slowed copies of videos."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.data.samples import PairSamples, RealSamples
+from instep.data.video_file import video_frames
 
 IMAGES = (".webp", ".gif", ".png", ".jpg", ".jpeg")
 VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv")
@@ -65,8 +67,8 @@ MOST_PIXELS = 250_000_000
 
 
 def read_media(path: Path, frames: int | None = None, shape: Size | None = None) -> Tensor:
-    """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1]; an orientation in EXIF is applied. Raises ValueError, with the fix, for a file
-    that cannot be read.
+    """All frames of an image, an animation or a video: [3, F, H, W] in [0, 1], turned as EXIF or the video's header says. Raises ValueError, with the fix,
+    for a file that cannot be read.
 
     `frames`, where a model takes so many: frames of an animation that last longer than others are repeated, until there are so many, and an image that
     might be an animation of equal frames is repeated that often. Without it every frame is there once, as it is stored. `shape`: frames are reduced or
@@ -137,53 +139,14 @@ def _images(path: Path) -> tuple[Tensor, list[float]]:
 def _video(path: Path, frames: int | None) -> Tensor:
     """The first `frames` frames, or all, uint8 [F, H, W, 3]."""
     kept: list[Tensor] = []
-    for frame in itertools.islice(video_frames(path, f"media: {path}", MOST_PIXELS)[1], frames):
-        if (pixels := (len(kept) + 1) * frame.shape[0] * frame.shape[1]) > MOST_PIXELS:
-            raise ValueError(f"media: {path} {_too_many(pixels)}")
-        kept.append(torch.from_numpy(frame))
+    with contextlib.closing(video_frames(path, f"media: {path}", MOST_PIXELS)) as shown:
+        for frame in itertools.islice(shown, frames):
+            if (pixels := (len(kept) + 1) * frame.pixels.shape[0] * frame.pixels.shape[1]) > MOST_PIXELS:
+                raise ValueError(f"media: {path} {_too_many(pixels)}")
+            kept.append(torch.from_numpy(frame.pixels))
     if not kept:
         raise ValueError(f"media: {path} has no frames; make it again")
     return torch.stack(kept)
-
-
-def video_frames(source: Path | bytes, where: str, most: int, ending: str | None = None) -> tuple[float, Iterator[Any]]:
-    """Frames a second of a video (0: not known), and its frames, arrays uint8 [H, W, 3] that are decoded one at a time.
-
-    `ending`: that of its name, where `source` is what a file holds. Raises ValueError, which begins with `where`, if no codec reads it, and for frames of
-    more than `most` pixels: before one is decoded if the header tells the size.
-    """
-    given = {} if ending is None else {"extension": ending}
-    try:
-        import imageio.v3 as iio
-
-        about = iio.immeta(source, **given)
-        frames = iio.imiter(source, **given)
-    except Exception as error:
-        raise ValueError(
-            f"{where} cannot be read as a video ({type(error).__name__}); install a codec (pip install 'imageio[pyav]'), or save it as an animated "
-            ".webp, which needs none"
-        ) from error
-    if claimed := about.get("size") or about.get("source_size"):
-        check_pixels(where, int(claimed[0]), int(claimed[1]), most)
-    return float(about.get("fps") or 0), _decoded(frames, where, most)
-
-
-def _decoded(frames: Iterator[Any], where: str, most: int) -> Iterator[Any]:
-    while True:
-        try:
-            frame = next(frames, None)
-        except Exception as error:  # a codec has errors of its own
-            raise ValueError(f"{where} cannot be read ({type(error).__name__}: {error}); make it again, or take it out") from error
-        if frame is None:
-            return
-        check_pixels(where, frame.shape[1], frame.shape[0], most)
-        yield frame[..., :3]
-
-
-def check_pixels(where: str, width: int, height: int, most: int) -> None:
-    """ValueError, which begins with `where`, for a frame of more than `most` pixels."""
-    if width * height > most:
-        raise ValueError(f"{where} is {height} x {width}, more than {most:,} pixels; reduce it")
 
 
 def fitted(media: Tensor, size: Size, name: str) -> Tensor:
