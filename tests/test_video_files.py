@@ -36,13 +36,13 @@ def stills(greys, height=32, width=48) -> torch.Tensor:
     return torch.tensor(greys, dtype=torch.uint8)[:, None, None, None].expand(-1, height, width, 3)
 
 
-def encoded(frames, form="mp4", codec="libx264", begin=None, **tags) -> bytes:
+def encoded(frames, form="mp4", codec="libx264", begin=None, g="12", **tags) -> bytes:
     """Frames (arrays [H, W, 3], or PyAV's own) at 30 a second, or shown from `begin` thirtieths on; none is made from a later one, so that each is decoded when
-    it is shown."""
+    it is shown. Every `g`th stands alone."""
     frames = [frame if isinstance(frame, av.VideoFrame) else av.VideoFrame.from_ndarray(np.array(frame), format="rgb24") for frame in frames]
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form) as container:
-        stream = container.add_stream(codec, rate=30, options={"bf": "0", "crf": "4"})
+        stream = container.add_stream(codec, rate=30, options={"bf": "0", "crf": "4", "g": g})
         stream.height, stream.width, stream.pix_fmt, stream.bit_rate = frames[0].height, frames[0].width, "yuv420p", 2_000_000
         for name, value in tags.items():
             setattr(stream.codec_context, name, value)
@@ -216,6 +216,7 @@ def test_files_that_cannot_be_read(tmp_path, watch):
         ("empty.mov", b"", "cannot be read as a video"),
         ("playlist.mp4", playlist, "cannot be read as a video"),
         ("stream.mp4", noise("mpegts", "mpeg4"), "cannot be read as a video"),
+        ("unknown.webm", noise("webm", "libvpx").replace(b"V_VP8", b"V_XYZ"), "is in a format that PyAV has no codec for; convert it"),
         ("sound.mp4", sound.getvalue(), "has no video stream; take it out"),
     ):
         (tmp_path / name).write_bytes(data)
@@ -250,6 +251,17 @@ def test_a_huge_frame_is_refused(tmp_path, monkeypatch, watch):
         with pytest.raises(ValueError, match=rf"^{where}: .*frames.webm is 32 x 48, more than 1,000 pixels; reduce it"):
             read(tmp_path / "frames.webm")
         assert opened[-1].decoded == 1
+
+
+def test_a_video_that_changes_its_size(tmp_path):
+    """Its last frame is four columns wider: that is resized as the others are, and refused where frames keep their own size."""
+    data = encoded(stills(GREYS), "webm", "libvpx", g="1")
+    at = data.rindex(b"\x9d\x01\x2a\x30\x00") + 3
+    (tmp_path / "a.webm").write_bytes(data[:at] + b"\x34" + data[at + 1 :])
+    assert read_clip(tmp_path / "a.webm", Size(32, 48, 6), 30).shape == (3, 6, 32, 48)
+    assert read_media(tmp_path / "a.webm", 5, Size(32, 48, 5)).shape == (3, 5, 32, 48)
+    with pytest.raises(ValueError, match=r"media: .*a.webm changes its size after 5 frames; cut or convert it"):
+        read_media(tmp_path / "a.webm")
 
 
 def test_without_a_codec_one_line_says_what_to_install(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from instep.data.media import ANIMATED, IMAGES, VIDEOS
 from instep.data.real_files import RealFile
 from instep.data.video_file import check_pixels, video_frames
 
-# pixels of one frame of a source; one of 144 million takes 1.6 GB while it is decoded, turned and cut out
+# pixels of one frame of a source; one of 144 million takes 1.6 GB while it is decoded, turned and cut out, or 2.6 GB in a video, where the next is there too
 MOST_PIXELS = 150_000_000
 ROUNDED = 1e-3  # seconds by which times may be off, which files have in whole milliseconds
 

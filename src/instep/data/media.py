@@ -144,6 +144,8 @@ def _video(path: Path, frames: int | None) -> Tensor:
             if (pixels := (len(kept) + 1) * frame.pixels.shape[0] * frame.pixels.shape[1]) > MOST_PIXELS:
                 raise ValueError(f"media: {path} {_too_many(pixels)}")
             kept.append(torch.from_numpy(frame.pixels))
+            if kept[-1].shape != kept[0].shape:
+                raise ValueError(f"media: {path} changes its size after {len(kept) - 1} frames; cut or convert it")
     if not kept:
         raise ValueError(f"media: {path} has no frames; make it again")
     return torch.stack(kept)

@@ -56,6 +56,8 @@ def video_frames(source: Path | bytes, where: str, most: int) -> Iterator[Frame]
             stream = container.streams.best("video")
             if stream is None:
                 raise ValueError(f"{where} has no video stream; take it out")
+            if stream.codec_context is None:
+                raise ValueError(f"{where} is in a format that PyAV has no codec for; convert it (H.264 will do), or take it out")
             check_pixels(where, stream.codec_context.width, stream.codec_context.height, most)
             step = 1 / float(stream.average_rate or stream.guessed_rate or UNKNOWN_RATE)
             first, start = None, -step
