@@ -177,8 +177,17 @@ def test_no_more_is_decoded_than_is_needed(tmp_path, monkeypatch, watch):
     assert opened[-1].decoded == 6 and opened[-1].closed
 
 
-@pytest.mark.parametrize("tags", [{}, {"colorspace": 1, "color_range": 1}, {"colorspace": 5, "color_range": 1}, {"colorspace": 1, "color_range": 2}])
-def test_colours_are_those_of_the_matrix_and_range_that_the_stream_states(tmp_path, tags):
+@pytest.mark.parametrize(
+    ("form", "codec", "tags"),
+    [
+        ("mp4", "libx264", {}),
+        ("mp4", "libx264", {"colorspace": 1, "color_range": 1}),
+        ("mp4", "libx264", {"colorspace": 5, "color_range": 1}),
+        ("mp4", "libx264", {"colorspace": 1, "color_range": 2}),
+        ("webm", "libvpx-vp9", {"colorspace": 1, "color_range": 2}),  # the codec above has pixel formats of its own for the full range
+    ],
+)
+def test_colours_are_those_of_the_matrix_and_range_that_the_stream_states(tmp_path, form, codec, tags):
     """One colour, through the standards' own formulas."""
     luma, blue, red = 120, 110, 160
     plane = np.full((48, 48), luma, np.uint8)
@@ -186,13 +195,13 @@ def test_colours_are_those_of_the_matrix_and_range_that_the_stream_states(tmp_pa
     frame = av.VideoFrame.from_ndarray(plane, format="yuv420p")
     for name, value in tags.items():
         setattr(frame, name, value)
-    (tmp_path / "a.mp4").write_bytes(encoded([frame], **tags))
+    (tmp_path / f"a.{form}").write_bytes(encoded([frame], form, codec, **tags))
     kr, kb = (0.2126, 0.0722) if tags.get("colorspace") == 1 else (0.299, 0.114)
     full = tags.get("color_range") == 2
     y, u, v = ((luma - 16) / 219, (blue - 128) / 224, (red - 128) / 224) if not full else (luma / 255, (blue - 128) / 255, (red - 128) / 255)
     r, b = y + 2 * (1 - kr) * v, y + 2 * (1 - kb) * u
     want = torch.tensor([r, (y - kr * r - kb * b) / (1 - kr - kb), b])
-    found = read_media(tmp_path / "a.mp4")[:, 0].mean((1, 2))
+    found = read_media(tmp_path / f"a.{form}")[:, 0].mean((1, 2))
     assert float((found - want).abs().max()) * 255 < 3
 
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from instep.data.video_file import check_pixels, video_frames
 
 # pixels of one frame of a source; one of 144 million takes 1.6 GB while it is decoded, turned and cut out, or 2.6 GB in a video, where the next is there too
 MOST_PIXELS = 150_000_000
+Shown = Generator[tuple[Callable[[], Any], float], None, None]  # frames, made RGB images when called, and the second at which each ends
 ROUNDED = 1e-3  # seconds by which times may be off, which files have in whole milliseconds
 
 
@@ -54,11 +54,11 @@ def read_clip(path: Path | RealFile, size: Size, fps: float) -> Tensor:
     return torch.stack(kept).permute(3, 0, 1, 2).float() / 255
 
 
-def _images(file: RealFile, size: Size, fps: float) -> Iterator[tuple[Callable[[], Any], float]]:
-    """Frames of an image or animation, made RGB when called, and the second at which each ends; a frame without a duration stands 1 / fps."""
+def _images(file: RealFile, size: Size, fps: float) -> Shown:
+    """Frames of an image or animation; one without a duration stands 1 / fps."""
     import warnings
 
-    from PIL import Image, ImageOps, ImageSequence
+    from PIL import Image, ImageSequence
 
     with warnings.catch_warnings():
         # Pillow warns of large images; the bound here is our own
@@ -79,17 +79,26 @@ def _images(file: RealFile, size: Size, fps: float) -> Iterator[tuple[Callable[[
             # one frame is an image whatever its duration says
             seconds = float(frame.info.get("duration") or 0) / 1000 if size.frames > 1 else 0.0
             end += seconds if seconds > 0 else 1 / fps
-            yield lambda frame=frame: ImageOps.exif_transpose(frame).convert("RGB"), end
+            yield partial(_upright, frame), end
 
 
-def _video(file: RealFile) -> Iterator[tuple[Callable[[], Any], float]]:
-    """Frames of a video and the second at which each ends, which the beginning of the next one says: one is decoded ahead."""
+def _upright(frame: Any) -> Any:
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(frame).convert("RGB")
+
+
+def _video(file: RealFile) -> Shown:
+    """Frames of a video. The beginning of the next one says when a frame ends, so one is decoded ahead."""
     from PIL import Image
 
     source: Path | bytes = file.path if file.member is None else file.member.read(file.path)
     with contextlib.closing(video_frames(source, f"real: {file.name}", MOST_PIXELS)) as frames:
-        for frame, after in itertools.pairwise(itertools.chain(frames, (None,))):
+        frame = next(frames, None)
+        while frame is not None:
+            after = next(frames, None)
             yield partial(Image.fromarray, frame.pixels), frame.start + frame.seconds if after is None else after.start
+            frame = after
 
 
 def _fitted(image: Any, size: Size) -> Tensor:

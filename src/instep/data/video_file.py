@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Generator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,7 +39,7 @@ def check_codec(where: str = "out: an .mp4 file", otherwise: str = "") -> Any:
     return av
 
 
-def video_frames(source: Path | bytes, where: str, most: int) -> Iterator[Frame]:
+def video_frames(source: Path | bytes, where: str, most: int) -> Generator[Frame, None, None]:
     """The frames of a video file, or of what it holds, in the order they are shown; each is decoded when it is asked for. The file is closed with the iterator.
 
     Colours are those of FFmpeg's own conversion to RGB by the matrix and range that the stream states (BT.601, limited range, where it states none);
