@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -16,3 +17,13 @@ def gb(count: float) -> str:
     if count >= 1e10:
         return f"{count / 1e9:.0f} GB"
     return f"{count / 1e9:.2g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def check_disk(out: Path, needed: Mapping[str, int], what: str) -> None:
+    """Raises ValueError if less is free where `out` lies than `what`, a run or an export, `needed`: bytes by what they are."""
+    free, total = free_bytes(out), sum(needed.values())
+    if free < total:
+        parts = ", ".join(f"{part} {gb(count)}" for part, count in needed.items())
+        raise ValueError(
+            f"out: {gb(free)} are free where {out} lies, and this {what} needs about {gb(total)} ({parts}); free some space or choose another disk"
+        )
