@@ -132,6 +132,7 @@ def test_an_export_without_room_is_refused_before_a_network_is_computed(tmp_path
     assert main(["train", "dmd2", *given, "--iterations", "1", "--lora-rank", "4", "--out", str(tmp_path / "run"), "--no-evaluate"]) == 0
     monkeypatch.setattr("instep.training.finish.fits_stock", lambda student: student.backbone.module.register_forward_hook(lambda *_: pytest.fail("computed")))
     monkeypatch.setattr("instep.core.disk.free_bytes", lambda path: 100_000)
+    (tmp_path / ".to.writing-1").mkdir()  # of a killed one, whose room counts
     capsys.readouterr()
     assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "to")]) == 2
     shown = capsys.readouterr().err

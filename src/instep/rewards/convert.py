@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instep.core.files import write_error
+from instep.core.files import atomic_file
 from instep.core.tensor_file import Entry, file_parts, write_parts
 from instep.rewards.convert_qwen import prepared, save_beside
 from instep.rewards.image_reward import BlipScorer
@@ -134,14 +133,8 @@ def _qwen(weights: dict[str, Tensor], file: Path, to: Path, base: Path | None, i
 
 def _write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
     """A tensor at a time, whole or not at all: such files hold gigabytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, "file") as temporary:
         write_parts(temporary, file_parts({name: Entry.of(value.detach().contiguous()) for name, value in weights.items()}))
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise write_error(error, str(path), "what was there before is unchanged") from error
 
 
 def _check_base(base: Path, files: tuple[str, ...], what: str) -> None:
