@@ -161,13 +161,16 @@ def test_an_output_is_looked_at_once_and_nothing_is_made(tmp_path):
     check_output("out", tmp_path / "new" / "deep" / "x.png", suffixes=(".png",))
     check_output("out", tmp_path / "folder", fills=True)
     check_output("out", tmp_path / "new", fills=True)
+    check_output("out", tmp_path / "folder", empty=True)
     check_output("out", tmp_path / "file", overwrite=True, ours=Path.is_file)
     for path, options, message in (
         ("x.gif", {"suffixes": (".png",)}, "has the ending '.gif', which is not allowed; allowed: .png"),
         ("file", {}, "exists; choose another name"),
         ("file", {"fills": True}, "exists; choose another name"),
         ("folder", {}, "exists; choose another name"),
+        ("file", {"empty": True}, "exists; choose another name"),
         ("file", {"ours": Path.is_file}, "exists; give --overwrite"),
+        ("folder", {"ours": Path.is_file}, "was not written by instep"),
         ("folder", {"ours": Path.is_file, "overwrite": True}, "was not written by instep"),
         ("file/x.png", {}, "file is not a folder; choose another path"),
         ("file/x/y", {"fills": True}, "file is not a folder; choose another path"),

@@ -208,7 +208,7 @@ def test_the_command_writes_table_and_figures(tmp_path, capsys, monkeypatch):
     saved = json.loads((out / "lab.json").read_text())
     assert [run["name"] for run in saved["runs"]] == ["dmd2", "amd"] and len(saved["runs"][0]["curve"][-1]["figures"]) == 2
     assert cli_main.main(["lab", "dmd2", "--out", str(out)]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "exists; choose another name" in capsys.readouterr().err
     assert cli_main.main(["lab", "amd", "--out", str(tmp_path / "b")]) == 2
     assert "reward: amd needs one; add --reward half" in capsys.readouterr().err
     assert cli_main.main(["lab", "--out", str(tmp_path / "b")]) == 2

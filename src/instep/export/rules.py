@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from instep.core.json_files import read_object
-from instep.core.outputs import check_place
+from instep.core.outputs import check_output
 from instep.core.unusable import Unusable, is_finite, named
 from instep.export.scheduler import few_step_scheduler
 from instep.models.adapters import Weight, has_adapter, lora_layers, plain_weights
@@ -44,12 +44,7 @@ def check_target(out: Path, overwrite: bool = False) -> None:
     """
     if not out.name or len(os.fsencode(out.name)) > LONGEST - TEMPORARY:
         raise ValueError(f"out: the name {out.name!r} is not allowed for a new folder; it has 1 to {LONGEST - TEMPORARY} bytes; choose another")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / RECORD).is_file():
-            raise ValueError(f"out: {out} exists and is not an earlier export; allowed: a new or empty folder, or an earlier export; choose another")
-        if not overwrite:
-            raise ValueError(f"out: {out} exists and holds an earlier export; choose another folder, or replace that export with --overwrite (overwrite=True)")
-    check_place("out", out)
+    check_output("out", out, overwrite=overwrite, ours=lambda there: (there / RECORD).is_file(), empty=True)
 
 
 def keep_others(out: Path, new: Path) -> None:
