@@ -19,7 +19,7 @@ from instep.data.prompt import Prompt
 from instep.diffusion.sampling import Sampling
 from instep.export.limits import check_differences
 from instep.export.rules import check_target
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.models.families import family_of
 from instep.models.wan import WanFamily
 from instep.recipes.common import Common

@@ -18,7 +18,8 @@ from instep.lab.run import common, ensemble_state, train, train_particles
 from instep.lab.spec import build
 from instep.lab.world import World, flow_start
 from instep.methods.matching import DistributionMatching
-from instep.methods.recipe import AdamWConfig, RolloutConfig, Stage
+from instep.methods.recipe import RolloutConfig, Stage
+from instep.methods.role_config import AdamWConfig
 from instep.methods.term import Batch
 from instep.recipes.amd import amd, naive_adaptive
 from instep.recipes.dmd import dmd2

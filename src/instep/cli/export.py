@@ -17,7 +17,7 @@ from instep.data.prompt import Prompt
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.sampling import Sampling
 from instep.export.rules import check_target
-from instep.methods.recipe import LoRA
+from instep.methods.role_config import LoRA
 from instep.models.backbone import Backbone
 from instep.models.family import Family
 from instep.models.role import Role

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 
-from instep.methods.recipe import Recipe, RoleConfig
+from instep.methods.recipe import Recipe
+from instep.methods.role_config import RoleConfig
 from instep.models.family import Family
 from instep.training.build import trained_parts
 from instep.training.options import RunOptions
