@@ -22,7 +22,8 @@ from instep.core.files import write_json
 from instep.lab.networks import VelocityMLP
 from instep.lab.run import Snapshot, ensemble_state, snapshot
 from instep.lab.world import World, flow_start
-from instep.methods.recipe import AdamWConfig, Recipe
+from instep.methods.recipe import Recipe
+from instep.methods.role_config import AdamWConfig
 from instep.recipes.apo import apo
 from instep.recipes.many_step import ManySteps
 from instep.training.state import TrainState

@@ -26,7 +26,8 @@ from instep.bundled.digit_classifiers import load_digit_classifier
 from instep.bundled.worlds import ClassDigits, class_digits
 from instep.core.files import write_json
 from instep.diffusion.sampling import sample_few_step, sample_ode
-from instep.methods.recipe import AdamWConfig, Recipe
+from instep.methods.recipe import Recipe
+from instep.methods.role_config import AdamWConfig
 from instep.metrics import figures as m
 from instep.models.backbone import Backbone
 from instep.models.role import Role

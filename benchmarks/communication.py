@@ -19,14 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from collectives import counted
 from iteration_cost import RandomWan
 from torch import Tensor, nn
 
@@ -63,14 +63,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 LAYOUTS: dict[str, tuple[int | None, Literal["on", "off"]]] = {"full, sharded": (None, "on"), "LoRA, sharded": (4, "on"), "LoRA": (4, "off")}
 # what a process sends of a collective of n processes, in parts of its bytes, by the best algorithms: gathered and divided tensors count whole
 SENDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}
-FUNCTIONS = {
-    "all_reduce": "all_reduce",
-    "all_gather_single": "all_gather",
-    "all_gather_into_tensor": "all_gather",
-    "reduce_scatter_single": "reduce_scatter",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "broadcast": "broadcast",
-}
 PROMPTS = as_prompts(["a", "b", "c", "d"])
 
 
@@ -78,25 +70,6 @@ def recipe_of(name: str, lora_rank: int | None) -> Recipe:
     many = name in ("flow-grpo", "apo")
     common = ManySteps(steps=3, batch=BATCH, lora_rank=lora_rank) if many else Common(steps=2, batch=BATCH, critic_updates=1, lora_rank=lora_rank)
     return find(name)(common, **OPTIONS[name])
-
-
-@contextmanager
-def counted() -> Iterator[list[tuple[str, int]]]:
-    """The kind and the bytes of every collective inside."""
-    found: list[tuple[str, int]] = []
-    before = {name: getattr(torch.distributed, name) for name in FUNCTIONS if hasattr(torch.distributed, name)}
-
-    def counting(name: str, *args: Any, **kwargs: Any) -> Any:
-        found.append((FUNCTIONS[name], max(x.nbytes for x in (*args, *kwargs.values()) if isinstance(x, Tensor))))
-        return before[name](*args, **kwargs)
-
-    for name in before:
-        setattr(torch.distributed, name, partial(counting, name))
-    try:
-        yield found
-    finally:
-        for name, function in before.items():
-            setattr(torch.distributed, name, function)
 
 
 class Least:

@@ -17,7 +17,7 @@ from instep.bundled import MOVING_DIGITS, load
 from instep.core.files import write_json
 from instep.diffusion.levels import few_step_levels
 from instep.diffusion.sampling import Sampling
-from instep.methods.recipe import LoRA
+from instep.methods.role_config import LoRA
 from instep.models.backbone import Backbone
 from instep.models.role import Role
 from instep.training.finish import export_role

@@ -76,7 +76,7 @@ class Ours:
 
         from instep.data.prompt import as_prompts
         from instep.diffusion.levels import few_step_levels
-        from instep.methods.recipe import AdamWConfig
+        from instep.methods.role_config import AdamWConfig
         from instep.methods.term import Batch
         from instep.models.wan import WanCondition
         from instep.recipes.common import Common

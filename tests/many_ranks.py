@@ -303,38 +303,17 @@ def run(out: Path, stops: bool = False, start_from: Path | None = None, model: s
     return train(recipe, MODELS[model](), out=out, prompts=every_recipe.PROMPTS, reward=scored, options=options, start_from=start_from)
 
 
-OLDER = ("all_gather_into_tensor", "reduce_scatter_tensor")  # of torch before 2.13
-
-
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """The numbers that each collective inside sends or, of a sharded network's, brings together."""
-    sizes: list[int] = []
-    names = ("all_reduce", *(("all_gather_single", "reduce_scatter_single") if hasattr(torch.distributed, "all_gather_single") else OLDER))
-    before = {name: getattr(torch.distributed, name) for name in names}
-
-    def counting(name: str, *args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        sizes.append(max(x.numel() for x in tensors))
-        return before[name](*args, **kwargs)
-
-    for name in names:
-        setattr(torch.distributed, name, partial(counting, name))
-    try:
-        yield sizes
-    finally:
-        for name in names:
-            setattr(torch.distributed, name, before[name])
-
-
 def main(file: str, *cases: str) -> None:
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    from collectives import counted
+
     torch.set_num_threads(1)
     with joined() as ranks:
         found = {}
         for name in (name for name in cases if "/" in name):
-            with counted() as sizes:
+            with counted() as collectives:
                 found |= {f"{name}|{key}": x for key, x in results(name, ranks).items()}
-            found[f"{name}|{COLLECTIVES}"] = torch.tensor(sizes)
+            found[f"{name}|{COLLECTIVES}"] = torch.tensor([size for kind, size in collectives if kind != "broadcast"])
         for name in (name for name in cases if name in STATISTICS):
             found |= {f"{name}|{key}": x for key, x in of_each_process(name, ranks).items()}
         save_file(found, Path(f"{file}-{ranks.rank}.safetensors"))

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from instep.core.ranks import ALONE, Ranks
 from instep.core.shards import assign, part_of
 from instep.diffusion.path import RectifiedFlow
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.training import checkpoint, saved
 from instep.training.batches import ShuffledIndices
 from instep.training.hold import Held

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from every_recipe import PROMPTS
 
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.models.borrow import cast
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2

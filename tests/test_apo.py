@@ -23,7 +23,7 @@ from instep.lab.run import train as train_lab
 from instep.lab.spec import build
 from instep.lab.world import World, flow_start
 from instep.methods.preference import Preference
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.recipes.apo import apo
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2

@@ -19,7 +19,7 @@ from instep.core.size import Size
 from instep.data.samples import RealSamples
 from instep.diffusion.guidance import predict_guided
 from instep.diffusion.sampling import sample_few_step, sample_ode
-from instep.methods.recipe import LoRA, RoleConfig
+from instep.methods.role_config import LoRA, RoleConfig
 from instep.models.backbone import Backbone
 from instep.models.dit import DiTFamily
 from instep.models.role import Role

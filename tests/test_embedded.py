@@ -17,7 +17,7 @@ from instep.cli.evaluate import evaluation_of, sampler_of
 from instep.cli.export import read_run, student_of
 from instep.cli.main import main
 from instep.diffusion.sampling import Sampling, sample_ode
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.models.backbone import Backbone
 from instep.recipes.apo import apo
 from instep.recipes.common import Common

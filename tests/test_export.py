@@ -231,13 +231,13 @@ def test_an_existing_folder_is_replaced_only_if_it_is_an_export(tmp_path):
     out.mkdir()
     (out / "thesis.txt").write_text("irreplaceable")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="is not an earlier export"):
+        with pytest.raises(ValueError, match="exists and was not written by instep"):
             exported(pipe, levels, out, INFO, overwrite=overwrite)
     assert [p.name for p in tmp_path.rglob("*")] == ["student", "thesis.txt"]
     (out / "thesis.txt").unlink()
     exported(pipe, levels, out, INFO)
     (out / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(ValueError, match="holds an earlier export; .*overwrite=True"):
+    with pytest.raises(ValueError, match="exists; give --overwrite .*overwrite=True"):
         exported(pipe, few_step_levels(2), out, INFO)
     exported(pipe, few_step_levels(2), out, INFO, overwrite=True)
     assert (out / "thesis.txt").read_text() == "irreplaceable" and [p.name for p in tmp_path.iterdir()] == ["student"]

@@ -20,7 +20,7 @@ from instep.export import weights
 from instep.export.load import load_pipeline, narrow_networks, widened
 from instep.export.rules import check_adapter
 from instep.export.weights import write_pipeline
-from instep.methods.recipe import AdamWConfig, LoRA
+from instep.methods.role_config import AdamWConfig, LoRA
 from instep.models.backbone import Backbone
 from instep.models.families import family_of
 from instep.models.role import Role

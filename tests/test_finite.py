@@ -19,7 +19,7 @@ from instep.data.prompt import Prompt
 from instep.diffusion.sampling import Sampling
 from instep.export.limits import check_differences
 from instep.export.rules import check_target
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.models.families import family_of
 from instep.models.wan import WanFamily
 from instep.recipes.common import Common
@@ -153,7 +153,7 @@ def test_an_export_that_would_be_refused_is_refused_before_the_first_step(tmp_pa
     monkeypatch.setattr(loop_module, "iteration", lambda *args: pytest.fail("a step was taken"))
     (tmp_path / "run" / "student").mkdir(parents=True)
     (tmp_path / "run" / "student" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="run/student exists and is not an earlier export"):
+    with pytest.raises(ValueError, match="run/student exists and was not written by instep"):
         begin(tmp_path / "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written, because .*file is not a folder"):

@@ -19,7 +19,8 @@ from instep.lab.mixture import ExactTeacher, Mixture, labels
 from instep.lab.networks import VelocityMLP
 from instep.methods.critics import FakeScoreLoss
 from instep.methods.matching import DistributionMatching
-from instep.methods.recipe import AdamWConfig, RolloutConfig, Stage
+from instep.methods.recipe import RolloutConfig, Stage
+from instep.methods.role_config import AdamWConfig
 from instep.methods.term import Batch
 from instep.training import rollouts
 from instep.training.state import TrainedParams, TrainState

@@ -21,7 +21,7 @@ from instep.lab.networks import VelocityMLP
 from instep.lab.run import ensemble_state
 from instep.lab.world import World, flow_start
 from instep.methods.guidance_distillation import GuidanceDistillation
-from instep.methods.recipe import LoRA
+from instep.methods.role_config import LoRA
 from instep.models.backbone import Backbone
 from instep.models.cogvideox import CogVideoXFamily
 from instep.models.role import Role

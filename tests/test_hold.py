@@ -11,7 +11,7 @@ import pytest
 from test_run import PROMPTS, family, interrupted_before, rows, same
 from test_stop import Brightness, Mild
 
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.recipes.amd import amd
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2

@@ -18,7 +18,8 @@ from instep.lab.run import common, ensemble_state, train, train_particles
 from instep.lab.spec import build
 from instep.lab.world import World, flow_start
 from instep.methods.matching import DistributionMatching
-from instep.methods.recipe import AdamWConfig, RolloutConfig, Stage
+from instep.methods.recipe import RolloutConfig, Stage
+from instep.methods.role_config import AdamWConfig
 from instep.methods.term import Batch
 from instep.recipes.amd import amd, naive_adaptive
 from instep.recipes.dmd import dmd2
@@ -208,7 +209,7 @@ def test_the_command_writes_table_and_figures(tmp_path, capsys, monkeypatch):
     saved = json.loads((out / "lab.json").read_text())
     assert [run["name"] for run in saved["runs"]] == ["dmd2", "amd"] and len(saved["runs"][0]["curve"][-1]["figures"]) == 2
     assert cli_main.main(["lab", "dmd2", "--out", str(out)]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "exists; choose another name" in capsys.readouterr().err
     assert cli_main.main(["lab", "amd", "--out", str(tmp_path / "b")]) == 2
     assert "reward: amd needs one; add --reward half" in capsys.readouterr().err
     assert cli_main.main(["lab", "--out", str(tmp_path / "b")]) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from instep.core import lock
+from instep.core import files, lock
 from instep.core.lock import run_lock
 
 pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="this platform has no such lock")
@@ -117,3 +117,54 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with run_lock(tmp_path), run_lock(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from instep.core.files import {kind}
+with {kind}(Path(sys.argv[1]), "thing") as there:
+    (there / "name" if there.is_dir() else there).write_text("first")
+    print("half", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["atomic_dir", "atomic_file"])
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(kind, tmp_path):
+    out = tmp_path / "a[b]"
+    command = [sys.executable, "-c", WRITER.format(kind=kind), str(out)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "half\n"
+        for killed in (False, True):
+            if killed:
+                child.kill()
+                child.wait()
+            with getattr(files, kind)(out, "thing") as there:
+                (there / "name" if there.is_dir() else there).write_text("second")
+                between = len(list(tmp_path.glob(".*")))
+            assert between == 2 - killed, "the half of the other, and this one's"
+            assert (out / "name" if out.is_dir() else out).read_text() == "second" and len(list(tmp_path.glob(".*"))) == 1 - killed
+    finally:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+
+
+def test_a_folder_that_a_living_writer_moved_aside_is_not_put_back(tmp_path, monkeypatch):
+    """Between its two renames nothing has the folder's name."""
+    out, real = tmp_path / "out", os.replace
+
+    def meanwhile(old: Path, new: Path) -> None:
+        real(old, new)
+        if ".old-" in Path(new).name:
+            files.recover(out)
+            assert not out.exists() and new.is_dir()
+
+    out.mkdir()
+    monkeypatch.setattr(os, "replace", meanwhile)
+    with files.atomic_dir(out, "thing") as there:
+        (there / "name").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "name"]

@@ -13,7 +13,7 @@ from test_run import PROMPTS
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
 from instep.core.size import Size
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.models.wan import WanFamily
 from instep.planning.plan import Machine, iterations
 from instep.recipes.common import Common

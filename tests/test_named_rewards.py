@@ -323,7 +323,7 @@ def test_hpsv2_from_the_published_file(clip, tmp_path):
         return published.cosine(by_hand(F.pad(resized(x, 32, 23), (4, 5))), tokens, last)
 
     agree(reward, plain, torch.rand(2, 3, 56, 40))
-    with pytest.raises(ValueError, match="to: .*model.safetensors exists; choose another folder"):
+    with pytest.raises(ValueError, match="to: .*model.safetensors exists; choose another name"):
         convert(tmp_path / "HPS_v2.1_compressed.pt", tmp_path / "to", folder)
     tiny = OpenClip(7)
     torch.save(tiny.state_dict(), tmp_path / "small.pt")

@@ -10,7 +10,7 @@ from short_runs import BF16
 from test_run import rows
 from torch import nn
 
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.models.residency import Residency
 from instep.training.execution import Execution
 from instep.training.options import RunOptions

@@ -15,7 +15,7 @@ from torch import nn
 
 from instep.core.size import Size
 from instep.data.prompt import Prompt
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.models.backbone import Backbone
 from instep.models.borrow import cast, compute_dtype
 from instep.models.families import family_of

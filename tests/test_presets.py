@@ -15,7 +15,8 @@ from tiny import tiny_cogvideox_pipeline, tiny_sd3_pipeline, tiny_wan22_pipeline
 from instep.bundled import WORLDS, find, folder_of, settings_of
 from instep.cli.main import main
 from instep.diffusion.levels import few_step_levels
-from instep.methods.recipe import AdamWConfig, Recipe
+from instep.methods.recipe import Recipe
+from instep.methods.role_config import AdamWConfig
 from instep.models import load
 from instep.models.preset import Distillation, ModelSettings, Preset
 from instep.recipes.common import Common

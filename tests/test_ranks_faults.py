@@ -21,7 +21,7 @@ import torch
 from faulty_ranks import DIES_AT, FAULTS, STEPS
 from test_run import same
 
-from instep.core.files import recover_dir
+from instep.core.files import recover
 from instep.core.json_lines import read_rows
 from instep.core.ranks import ALONE
 from instep.report import write_report
@@ -135,7 +135,7 @@ def test_what_a_killed_export_left_is_removed_or_put_back(tmp_path):
         for folder in there:
             folder.mkdir()
             (folder / "name").write_text(folder.name, encoding="utf-8")
-        recover_dir(out)
+        recover(out)
         assert [path.name for path in tmp_path.iterdir()] == ["student"] and (out / "name").read_text(encoding="utf-8") == there[0].name
         shutil.rmtree(out)
 

@@ -16,7 +16,8 @@ from instep.lab.networks import VelocityMLP
 from instep.methods.align import AlignGroup, align_direction, group_factor
 from instep.methods.critics import FakeScoreLoss, denoising_error
 from instep.methods.matching import DistributionMatching
-from instep.methods.recipe import AdamWConfig, RolloutConfig, Stage
+from instep.methods.recipe import RolloutConfig, Stage
+from instep.methods.role_config import AdamWConfig
 from instep.methods.term import Batch, View
 from instep.training.state import TrainedParams, TrainState
 from instep.training.step import iteration

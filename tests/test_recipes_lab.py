@@ -13,7 +13,8 @@ from instep.diffusion.path import RectifiedFlow
 from instep.diffusion.sampling import sample_few_step
 from instep.lab.mixture import ExactTeacher, Mixture, labels
 from instep.lab.networks import VelocityMLP
-from instep.methods.recipe import AdamWConfig, Recipe
+from instep.methods.recipe import Recipe
+from instep.methods.role_config import AdamWConfig
 from instep.methods.term import Batch
 from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group, dm_align_pair

@@ -11,7 +11,8 @@ from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from instep.core.size import Size
-from instep.methods.recipe import AdamWConfig, LoRA, Recipe, RoleConfig, Stage
+from instep.methods.recipe import Recipe, Stage
+from instep.methods.role_config import AdamWConfig, LoRA, RoleConfig
 from instep.models.backbone import Backbone
 from instep.models.role import Role
 from instep.models.wan import STOCK_TEXT_LENGTH, WanFamily

@@ -19,7 +19,7 @@ from instep.data.media import pair_samples, read_media, repeats
 from instep.data.pairs import PreferencePair, read_pairs
 from instep.data.prompt import texts_of
 from instep.human_eval.samples import match
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.recipes.apo import apo
 from instep.training.run import train
 

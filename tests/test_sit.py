@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from instep.cli.main import main
 from instep.models.dit import DiTFamily
 from instep.models.folder import family_in
-from instep.models.sit_weights import network_of, time_features, time_map
+from instep.models.sit_weights import network_of, time_features, time_map, write_sit
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.training.options import RunOptions
@@ -76,6 +76,15 @@ def folder(tmp_path_factory):
     tiny_image_vae(scaling_factor=0.18215).save_pretrained(base / "vae")
     assert main(["convert", str(base / "SiT.pt"), "--vae", str(base / "vae"), "--to", str(base / "sit"), "--heads", "2"]) == 0
     return base / "sit"
+
+
+def test_a_folder_in_which_something_is_stays_and_no_weights_are_read(folder, monkeypatch, capsys):
+    monkeypatch.setattr("instep.cli.convert.read_weights", lambda file: pytest.fail("read"))
+    before = sorted(folder.rglob("*"))
+    assert main(["convert", str(folder.parent / "SiT.pt"), "--vae", str(folder.parent / "vae"), "--to", str(folder)]) == 2
+    assert f"to: {folder} exists; choose another name, nothing is overwritten unasked" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
+    with pytest.raises(ValueError, match="to: .*sit exists; choose another name"):
+        write_sit(published(), folder.parent / "vae", folder)
 
 
 def test_the_converted_network_predicts_the_published_velocity(folder):

@@ -23,7 +23,8 @@ from instep.methods.align import AlignGroup
 from instep.methods.critics import FakeScoreGANLoss, FakeScoreLoss
 from instep.methods.matching import DistributionMatching
 from instep.methods.preference import Preference
-from instep.methods.recipe import AdamWConfig, RolloutConfig, Stage
+from instep.methods.recipe import RolloutConfig, Stage
+from instep.methods.role_config import AdamWConfig
 from instep.methods.term import Batch, Objective, Pairs, View, as_force
 from instep.training.state import TrainedParams, TrainState
 from instep.training.step import iteration

@@ -31,7 +31,7 @@ from instep.bundled import load
 from instep.cli.export import ExportArgs, export_command
 from instep.core.json_lines import read_rows
 from instep.diffusion.sampling import Sampling
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.models.backbone import Backbone
 from instep.models.role import Role
 from instep.recipes.common import Common

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_run import PROMPTS, family
 
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.recipes.after import rl_after
 from instep.recipes.common import Common
 from instep.training import checkpoint, stop

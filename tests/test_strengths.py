@@ -29,7 +29,8 @@ from instep.lab.networks import VelocityMLP
 from instep.lab.run import ensemble_state
 from instep.lab.world import World, flow_start
 from instep.methods.guidance_distillation import GuidanceDistillation
-from instep.methods.recipe import LoRA, Recipe, RoleConfig, RolloutConfig, Stage, describe
+from instep.methods.recipe import Recipe, RolloutConfig, Stage, describe
+from instep.methods.role_config import LoRA, RoleConfig
 from instep.methods.term import View
 from instep.models.backbone import Backbone
 from instep.models.dit import DiTFamily

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,3 +215,21 @@ def test_a_folder_that_cannot_be_finished_is_not_there(folder, tmp_path, monkeyp
     with pytest.raises(type(error)):
         save(endpoint, tmp_path / "out", {})
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace as Stand
+from instep.rewards.vlm_tuning import save
+network = Stand(save_pretrained=lambda folder: (folder / "model.safetensors").write_bytes(b"half"))
+save(Stand(network=network, processor=Stand(save_pretrained=lambda folder: os.kill(os.getpid(), signal.SIGKILL))), Path(sys.argv[1]), {})
+"""
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(folder, tmp_path):
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "model.safetensors").read_bytes() == b"half"
+    save(loaded(folder), tmp_path / "out", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

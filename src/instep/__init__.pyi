@@ -8,12 +8,12 @@ from instep.data.prompt import load_prompts as load_prompts
 from instep.data.samples import PairSamples as PairSamples
 from instep.data.samples import RealSamples as RealSamples
 from instep.data.samples import TeacherSamples as TeacherSamples
-from instep.methods.recipe import AdamWConfig as AdamWConfig
-from instep.methods.recipe import LoRA as LoRA
 from instep.methods.recipe import Recipe as Recipe
-from instep.methods.recipe import RoleConfig as RoleConfig
 from instep.methods.recipe import RolloutConfig as RolloutConfig
 from instep.methods.recipe import Stage as Stage
+from instep.methods.role_config import AdamWConfig as AdamWConfig
+from instep.methods.role_config import LoRA as LoRA
+from instep.methods.role_config import RoleConfig as RoleConfig
 from instep.methods.term import Critic as Critic
 from instep.methods.term import Force as Force
 from instep.methods.term import Objective as Objective

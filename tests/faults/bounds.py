@@ -13,6 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from faults.runs import environment
 from faults.sandbox import Fault, Outcome, call, holds, swapped
 from instep.bundled import baselines
 from instep.cli.sample_layout import _claim
+from instep.core import disk
 from instep.core.size import Size
 from instep.data import latent_cache
 from instep.methods.recipe import Recipe
@@ -36,9 +38,7 @@ from instep.planning.plan import Machine, plan
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.many_step import ManySteps, flow_grpo
-from instep.training import disk
 from instep.training.checks import shift_note
-from instep.training.disk import check_disk
 from instep.training.execution import Execution
 
 INFO = {"base_model": "m", "size": {"height": 16, "width": 16, "frames": 5}, "example_prompt": "a cat"}
@@ -104,7 +104,7 @@ def measured_again(content: str, folder: Path) -> Outcome:
 def small_disk(folder: Path) -> Outcome:
     with swapped(disk, "free_bytes", lambda path: 10**9):
         return call(
-            lambda: check_disk(folder / "run", {"checkpoints": 3 * 10**9, "export": 2 * 10**8}),
+            lambda: disk.check_disk(folder / "run", {"checkpoints": 3 * 10**9, "export": 2 * 10**8}, "run"),
             r"out: 1 GB are free where .*run lies, and this run needs about 3.2 GB \(checkpoints 3 GB, export 200 MB\)",
             folder,
         )
@@ -150,10 +150,13 @@ def rows(folder: Path) -> Outcome:
     for i in range(12):
         text(f"{i:02d}.json", "{}")(folder)
         os.utime(folder / f"{i:02d}.json", (i, i))
-    with swapped(baselines, "KEPT", 5):
-        baselines._make_room(folder)
+    row = baselines.Row("real", "real", {})
+    kept = baselines.Baselines(SimpleNamespace(), SimpleNamespace(complete=lambda row: True), None)  # type: ignore[arg-type]
+    vars(kept)["fingerprint"] = "f"
+    with swapped(baselines, "KEPT", 5), swapped(baselines, "cache_folder", lambda: folder):
+        kept._kept("real", lambda: row)
     names = sorted(path.stem for path in folder.iterdir())
-    return holds(lambda: names == ["07", "08", "09", "10", "11"], "the newest stay", f"{names}")
+    return holds(lambda: names == ["08", "09", "10", "11", "f-real"], "the newest stay", f"{names}")
 
 
 def begun(folder: Path, iterations: int) -> tuple[subprocess.Popen[str], list[str]]:

@@ -125,18 +125,18 @@ DAMAGED = (
     ((text("m/model_index.json", '{"_class_name": "LattePipeline"}'),), "sample m --prompts x", "model: it is a LattePipeline, which no family knows yet"),
 )
 EXISTS = (
-    ((RUN, MINE), "report run --out mine.html", "out: mine.html exists; give --overwrite"),
+    ((RUN, MINE), "report run --out mine.html", "out: mine.html exists and was not written by instep"),
     ((RUN, MINE), "report run --out mine.html --overwrite", "out: mine.html exists and was not written by instep"),
     ((RUN, text("page.html", f"<html>{MARK}")), "report run --out page.html", "out: page.html exists; give --overwrite"),
-    ((RUN, text("mine/thesis.txt", "x")), "export run --to mine", "out: mine exists and is not an earlier export"),
-    ((RUN, text("to/thesis.txt", "x")), "export run --to to --overwrite", "out: to exists and is not an earlier export"),
-    ((RUN, EXPORT), "export run --to to", "out: to exists and holds an earlier export; choose another folder, or replace that export with --overwrite"),
+    ((RUN, text("mine/thesis.txt", "x")), "export run --to mine", "out: mine exists and was not written by instep"),
+    ((RUN, text("to/thesis.txt", "x")), "export run --to to --overwrite", "out: to exists and was not written by instep"),
+    ((RUN, EXPORT), "export run --to to", "out: to exists; give --overwrite"),
     ((text("s.webp", "x"),), "sample moving-digits --out s.webp", "out: s.webp exists; choose another name"),
     ((text("each/mine", "x"),), "sample moving-digits --each each", "each: each exists; choose another name"),
     ((text("p.jsonl", "x"),), "pairs export s.sqlite p.jsonl", "out: p.jsonl exists; choose another name"),
     ((text("p.jsonl", "x"), text("in.jsonl", "{}")), "pairs import in.jsonl p.jsonl", "out: p.jsonl exists; choose another name"),
     ((text("liked/mine", "x"), text("p.jsonl", "{}")), "pairs fit p.jsonl liked", "out: liked exists; choose another name"),
-    ((text("lab/mine", "x"),), "lab dmd2 --out lab --iterations 1", "out: lab is not empty"),
+    ((text("lab/mine", "x"),), "lab dmd2 --out lab --iterations 1", "out: lab exists; choose another name"),
     ((text("p.txt", "a\nb\nc\nd"), text("e.json", "x")), "eval m --prompts p.txt --out e.json --reward compressible", "out: e.json exists"),
     ((text("run", "x"),), "train dmd2 --out run --iterations 1", "out: .*run is (a file|not a folder)"),
 )

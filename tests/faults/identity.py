@@ -15,7 +15,8 @@ from faults.sandbox import Fault, Outcome, call, holds, swapped
 from instep.core.size import Size
 from instep.data.prompt import Prompt, as_prompts
 from instep.data.samples import PairSamples, RealSamples
-from instep.methods.recipe import AdamWConfig, Recipe
+from instep.methods.recipe import Recipe
+from instep.methods.role_config import AdamWConfig
 from instep.models.family import Family
 from instep.models.wan import WanFamily
 from instep.recipes import as_recipe

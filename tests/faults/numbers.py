@@ -6,7 +6,7 @@ import math
 from functools import partial
 
 from faults.sandbox import Fault, call, command
-from instep.methods.recipe import AdamWConfig, LoRA, RoleConfig
+from instep.methods.role_config import AdamWConfig, LoRA, RoleConfig
 from instep.recipes.amd import amd
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.bundled.world import Evaluation
+from instep.core.disk import make_room
 from instep.core.files import write_json
 from instep.core.json_files import read_object
 from instep.data.prompt import Prompt
@@ -93,7 +94,7 @@ class Baselines:
         row = measure()
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time the next time, not the metrics
             write_json(file, row.json())
-            _make_room(file.parent)
+            make_room(file.parent.glob("*.json"), KEPT, lambda stat: 1)
         return row
 
 
@@ -102,13 +103,6 @@ def _read(file: Path) -> Row | None:
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError):
         return Row.of_json(read_object(file, "INSTEP_CACHE", "remove it"))
     return None
-
-
-def _make_room(folder: Path) -> None:
-    """Removes the rows that were written first, while there are more than `KEPT`."""
-    rows = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    for old in rows[: max(0, len(rows) - KEPT)]:
-        old.unlink(missing_ok=True)
 
 
 def hash_weights(digest: hashlib._Hash, component: str, part: nn.Module) -> None:

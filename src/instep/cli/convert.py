@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from instep.core.outputs import check_output
 from instep.models.sit_weights import write_sit
 from instep.rewards.convert import read_weights
 
@@ -28,6 +29,7 @@ class ConvertArgs:
 
 
 def convert_command(args: ConvertArgs) -> int:
+    check_output("to", args.to, empty=True)
     write_sit(read_weights(args.file), args.vae, args.to, args.heads)
     print(f"{args.file.name} was SiT; it is now in {args.to}")
     return 0

@@ -10,13 +10,14 @@ import torch
 import tyro
 
 from instep.bundled import WORLDS, load
+from instep.core.files import recover
 from instep.core.json_files import read_object
 from instep.core.size import Size
 from instep.data.prompt import Prompt
 from instep.diffusion.guidance_scales import GuidanceRange
 from instep.diffusion.sampling import Sampling
 from instep.export.rules import check_target
-from instep.methods.recipe import LoRA
+from instep.methods.role_config import LoRA
 from instep.models.backbone import Backbone
 from instep.models.family import Family
 from instep.models.role import Role
@@ -51,6 +52,7 @@ class ExportArgs:
 def export_command(args: ExportArgs) -> int:
     """Exports the student and prints the difference between stock diffusers and our own sampler."""
     record = read_run(args.dir)
+    recover(args.to)  # before the disk's room is counted
     # invalid options are rejected before anything is loaded
     check_target(args.to, args.overwrite)
     sampling = at_guidance_scales(sampling_of(record, newest_step(args.dir)), record, args.guidance, args.skip)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from instep.core.files import write_json, write_text
 from instep.core.numbers import check_number, check_whole
+from instep.core.outputs import check_output
 
 # flow matching of the network that students and fakes start from
 START_STEPS = 5000
@@ -66,8 +67,7 @@ def lab_command(specs: Sequence[str], options: LabArgs) -> int:
     from instep.lab.world import World
 
     check_names(specs)
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise ValueError(f"out: {options.out} is not empty; choose a new folder with --out, or remove it")
+    check_output("out", options.out, empty=True)
     world = World.named(options.geometry, members=options.members, reward=options.reward, path=options.path)
     recipes = {spec: build(spec, common(options.steps, options.guidance), options.iterations) for spec in specs}
     for spec, recipe in recipes.items():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from instep.core.lock import holding, is_abandoned
 
 if TYPE_CHECKING:  # what only writes text (the human-evaluation page, pairs) starts without torch
     from torch import Tensor
@@ -83,45 +86,67 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_bytes(path, save({key: value.contiguous() for key, value in tensors.items()}, None if metadata is None else dict(metadata)))
 
 
-@contextlib.contextmanager
-def atomic_dir(out: Path, what: str) -> Iterator[Path]:
+def atomic_dir(out: Path, what: str) -> contextlib.AbstractContextManager[Path]:
     """A folder to write into that becomes `out` at the end, or disappears; `what` it is called where the disk is full."""
+    return _atomic(out, what, Path.mkdir)
+
+
+def atomic_file(out: Path, what: str) -> contextlib.AbstractContextManager[Path]:
+    """`atomic_dir` of a file that is too large to be in memory at once (`write_bytes`)."""
+    return _atomic(out, what, Path.touch)
+
+
+@contextlib.contextmanager
+def _atomic(out: Path, what: str, make: Callable[[Path], None]) -> Iterator[Path]:
     temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
+    recover(out)
+    _remove(temporary)
     try:
-        yield temporary
-        _swap(temporary, out)
+        make(temporary)
+        with holding(temporary):
+            yield temporary
+            _swap(temporary, out)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         if full := no_room(error):
             raise write_error(full, f"the {what} {out}", "what was there before is unchanged") from error
         raise
 
 
-def recover_dir(out: Path) -> None:
-    """Removes what writers of `out` (`atomic_dir`) left that were killed, and puts the folder back that one had moved aside. No other writer may be at work."""
-    for aside in out.parent.glob(f".{out.name}.old-*"):
+def recover(out: Path) -> None:
+    """Removes what writers of `out` (`atomic_dir`, `atomic_file`) left that were killed, and puts back what one of them had moved aside. What a living process
+    writes stays.
+    """
+    name = glob.escape(out.name)
+    for aside in filter(is_abandoned, out.parent.glob(f".{name}.old-*")):
         if out.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
         else:
             os.replace(aside, out)
-    for torn in out.parent.glob(f".{out.name}.writing-*"):
-        shutil.rmtree(torn, ignore_errors=True)
+    for torn in filter(is_abandoned, out.parent.glob(f".{name}.writing-*")):
+        _remove(torn)
 
 
 def _swap(temporary: Path, out: Path) -> None:
     """`temporary` in place of `out`; an earlier folder is moved aside first and comes back if the rename fails."""
-    aside = out.parent / f".{out.name}.old-{os.getpid()}"
-    if out.exists():
-        os.replace(out, aside)
-    try:
+    if not out.is_dir():
         os.replace(temporary, out)
-    except BaseException:
-        if aside.exists():
+        return
+    aside = out.parent / f".{out.name}.old-{os.getpid()}"
+    with holding(out):
+        os.replace(out, aside)
+        try:
+            os.replace(temporary, out)
+        except BaseException:
             os.replace(aside, out)
-        raise
-    if aside.is_dir():
+            raise
         shutil.rmtree(aside)
-    elif aside.exists():
-        aside.unlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One process a run: a lock of the operating system on the run's folder, which the kernel takes back however the process ends."""
+"""Locks of the operating system, which the kernel takes back however a process ends: one process a run, and one a file or folder that is being written."""
 
 from __future__ import annotations
 
@@ -39,6 +39,37 @@ def run_lock(folder: Path) -> Iterator[None]:
         if made:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # refuses unless empty
+
+
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Holds a file or folder that is there while the block runs, under its new name too if it is renamed. Where there are no locks, nothing is held."""
+    handle = os.open(path, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a file or folder that was made under `holding` is held no more; False where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # its writer has just finished
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def _take(folder: Path) -> int | None:

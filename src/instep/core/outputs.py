@@ -8,21 +8,31 @@ from pathlib import Path
 
 
 def check_output(
-    field: str, path: Path, *, suffixes: Sequence[str] = (), overwrite: bool = False, ours: Callable[[Path], bool] | None = None, fills: bool = False
+    field: str,
+    path: Path,
+    *,
+    suffixes: Sequence[str] = (),
+    overwrite: bool = False,
+    ours: Callable[[Path], bool] | None = None,
+    fills: bool = False,
+    empty: bool = False,
 ) -> None:
     """Raises ValueError unless a file (or a new folder) can be written at `path`, an option named `field`. Nothing is made or changed.
 
-    A path that exists is refused unless `overwrite`, and then unless `ours`, which tells whether instep wrote it (None: nothing there is replaced).
-    `fills`: `path` is a folder that may be there already, and whose files stay. `suffixes`: the endings that the format has; none: any.
+    A path that exists is refused unless `ours`, which tells whether instep wrote it (None: nothing there is replaced), and `overwrite`. `fills`: `path` is a
+    folder that may be there already, and whose files stay. `empty`: it is a folder that may be there already, if nothing is in it. `suffixes`: the endings
+    that the format has; none: any.
     """
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"{field}: {path} has the ending {path.suffix!r}, which is not allowed; allowed: {', '.join(suffixes)}")
-    if (path.exists() or path.is_symlink()) and not (fills and path.is_dir()):
-        if not overwrite or ours is None:
-            ways = "give --overwrite, or choose another name" if ours is not None else "choose another name, nothing is overwritten unasked"
-            raise ValueError(f"{field}: {path} exists; {ways}")
+    allowed = path.is_dir() and (fills or (empty and not any(path.iterdir())))
+    if (path.exists() or path.is_symlink()) and not allowed:
+        if ours is None:
+            raise ValueError(f"{field}: {path} exists; choose another name, nothing is overwritten unasked")
         if not ours(path):
             raise ValueError(f"{field}: {path} exists and was not written by instep; choose another name, such a file is never replaced")
+        if not overwrite:
+            raise ValueError(f"{field}: {path} exists; give --overwrite (in Python overwrite=True), or choose another name")
     check_place(field, path, fills=fills)
 
 

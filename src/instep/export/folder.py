@@ -21,6 +21,7 @@ from instep.export.card import LEVELS_EQUAL, ExportInfo, Measured, many_step_car
 from instep.export.limits import check_differences
 from instep.export.load import load_pipeline
 from instep.export.lora import lora_files, save_loras
+from instep.export.room import check_room
 from instep.export.rules import RECORD, check_adapter, check_dtype, check_sampler, check_target, keep_others
 from instep.export.verify import (
     EARLIER,
@@ -92,6 +93,7 @@ def export_student(
     check_target(out, overwrite)
     scheduler = check_sampler(family, Sampling(levels))
     weights = check_adapter(family, network, adapter)
+    check_room(out, family, network, weights, dtype, adapter=adapter, comfyui=True)
     check = family.at((size or info.size) if ours else small_size(family, info))
     prompts, device = [info.example_prompt, replace(info.example_prompt, text="")], family.device
     mine = draw(ours or our_sampler(check, family.join(_plain(family, network, adapter)), levels), check, prompts, device)
@@ -148,6 +150,7 @@ def export_many_step(
     check_target(out, overwrite)
     scheduler = check_sampler(family, sampling)
     weights = check_adapter(family, network, adapter)
+    check_room(out, family, network, weights, dtype, adapter=adapter)
     record = {
         "instep": info.instep_version,
         "levels": sampling.levels,

@@ -16,6 +16,7 @@ from instep.diffusion.sampling import Sampling
 from instep.export.card import ExportInfo
 from instep.export.folder import ExportReport, _sync
 from instep.export.limits import check_differences
+from instep.export.room import check_room
 from instep.export.rules import RECORD, check_adapter, check_dtype, check_sampler, check_target
 from instep.export.verify import EARLIER, Sampler, check_samples, difference, our_sampler
 from instep.export.weights import Finite, stored_dtype, write_network
@@ -76,7 +77,9 @@ def export_parts(
     check_dtype(dtype)
     check_target(out, overwrite)
     scheduler = check_sampler(family, Sampling(levels))
-    ((name, weights),) = check_adapter(family, network, adapter).items()
+    plain = check_adapter(family, network, adapter)
+    check_room(out, family, network, plain, dtype, adapter=None)
+    ((name, weights),) = plain.items()
     exported, finite = family.parts(network)[name], Finite()
     in_memory = sampled(ours, [info.example_prompt] * 2)
     check_samples("the student in memory", in_memory, EARLIER)

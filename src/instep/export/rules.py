@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from instep.core.json_files import read_object
-from instep.core.outputs import check_place
+from instep.core.outputs import check_output
 from instep.core.unusable import Unusable, is_finite, named
 from instep.export.scheduler import few_step_scheduler
 from instep.models.adapters import Weight, has_adapter, lora_layers, plain_weights
@@ -44,12 +44,7 @@ def check_target(out: Path, overwrite: bool = False) -> None:
     """
     if not out.name or len(os.fsencode(out.name)) > LONGEST - TEMPORARY:
         raise ValueError(f"out: the name {out.name!r} is not allowed for a new folder; it has 1 to {LONGEST - TEMPORARY} bytes; choose another")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / RECORD).is_file():
-            raise ValueError(f"out: {out} exists and is not an earlier export; allowed: a new or empty folder, or an earlier export; choose another")
-        if not overwrite:
-            raise ValueError(f"out: {out} exists and holds an earlier export; choose another folder, or replace that export with --overwrite (overwrite=True)")
-    check_place("out", out)
+    check_output("out", out, overwrite=overwrite, ours=lambda there: (there / RECORD).is_file(), empty=True)
 
 
 def keep_others(out: Path, new: Path) -> None:
@@ -57,14 +52,18 @@ def keep_others(out: Path, new: Path) -> None:
     record: dict[str, Any] = json.loads((new / RECORD).read_text(encoding="utf-8"))
     names = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
     (new / RECORD).write_text(json.dumps({**record, "files": names}, indent=2), encoding="utf-8")
+    for path in others_in(out, names):
+        there = new / path.relative_to(out)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, there)
+
+
+def others_in(out: Path, new: Sequence[str] = ()) -> list[Path]:
+    """The files in `out` that stay when an export replaces the one there: those that instep did not write and that have no name of `new`."""
     if not (out / RECORD).is_file():
-        return
-    written = {*read_object(out / RECORD, "out", "choose another folder").get("files", ()), *names}
-    for path in out.rglob("*"):
-        name = path.relative_to(out)
-        if path.is_file() and name.as_posix() not in written:
-            (new / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, new / name)
+        return []
+    written = {*read_object(out / RECORD, "out", "choose another folder").get("files", ()), *new, RECORD}
+    return [path for path in out.rglob("*") if path.is_file() and path.relative_to(out).as_posix() not in written]
 
 
 def check_sampler(family: Family, sampling: Sampling) -> Any:
@@ -104,7 +103,8 @@ def check_finite(modules: Mapping[str, nn.Module]) -> None:
 
 def networks(family: Family) -> dict[str, nn.Module]:
     """All networks of a family's pipeline by their component names, text encoders and VAE included."""
-    components: Mapping[str, Any] = family.parts(family.pretrained) if family.pipe is None else family.pipe.components
+    bare = family.pipe is None
+    components: Mapping[str, Any] = {**family.parts(family.pretrained), "vae": getattr(family, "vae", None)} if bare else family.pipe.components
     return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
 
 

@@ -127,7 +127,7 @@ def write_encoder(folder: Path, module: Any, dtype: torch.dtype | None, finite: 
         return
     buffers, total = {name for name, _ in module.named_buffers()}, 0
     for file in sorted(folder.glob("*.safetensors")):
-        total += recast(file, partial(_encoder_dtype, dtype=dtype, buffers=buffers, keep=float32_parts(type(module))), finite)
+        total += recast(file, partial(encoder_dtype, dtype=dtype, buffers=buffers, keep=float32_parts(type(module))), finite)
     for file in folder.glob("*.safetensors.index.json"):
         index = json.loads(file.read_text())
         index["metadata"]["total_size"] = total
@@ -137,7 +137,8 @@ def write_encoder(folder: Path, module: Any, dtype: torch.dtype | None, finite: 
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _encoder_dtype(name: str, own: torch.dtype, *, dtype: torch.dtype, buffers: set[str], keep: tuple[str, ...]) -> torch.dtype:
+def encoder_dtype(name: str, own: torch.dtype, *, dtype: torch.dtype, buffers: set[str], keep: tuple[str, ...]) -> torch.dtype:
+    """The dtype of a tensor of transformers' file in an export in `dtype`: its own for buffers, whole numbers and what the class keeps in float32."""
     fixed = not own.is_floating_point or name in buffers or in_float32(name, keep)
     return own if fixed else dtype
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from instep.core.files import write_bytes
+from instep.core.outputs import check_output, check_place
 from instep.human_eval.database import FORMAT, TABLES, connect, is_new, now, transaction
 from instep.human_eval.frames import inspect
 from instep.human_eval.questions import Mode, Question
@@ -21,8 +22,8 @@ from instep.human_eval.store import Store
 def create(path: Path, matched: Matched, mode: Mode, questions: Sequence[Question], seed: int) -> Store:
     """A new store for matched samples; media that are not files yet are written to the folder `<name>-media` beside it. It appears whole or not at all."""
     path = path.resolve()
-    if not is_new(path):
-        raise ValueError(f"out: {path} exists; choose another file")
+    check = check_place if is_new(path) else check_output
+    check("out", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.parent / f"{path.stem}-media"
     media, items = [], []

@@ -22,8 +22,9 @@ from instep.lab.networks import ExactFake, LatentRewardMLP, Particles, VelocityM
 from instep.lab.world import World
 from instep.methods.critics import FakeScoreLoss
 from instep.methods.matching import DistributionMatching
-from instep.methods.recipe import AdamWConfig, Recipe, RoleConfig, RolloutConfig, Stage
+from instep.methods.recipe import Recipe, RolloutConfig, Stage
 from instep.methods.reward_gradient import RewardGradient
+from instep.methods.role_config import AdamWConfig, RoleConfig
 from instep.methods.term import Batch, View
 from instep.recipes.common import Common
 from instep.training.state import TrainedParams, TrainState

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from instep.diffusion.prediction import Condition
-from instep.methods.recipe import LoRA
+from instep.methods.role_config import LoRA
 from instep.models.borrow import compute_dtype
 from instep.models.context import ContextParallel
 from instep.models.embeddings import GuidanceEmbedding

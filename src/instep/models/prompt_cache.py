@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instep.core.disk import free_bytes, gb
+from instep.core.disk import free_bytes, gb, make_room
 from instep.core.files import write_tensors
 from instep.core.fingerprint import network_fingerprint
 
@@ -65,19 +65,9 @@ class PromptCache:
             self._files |= dict.fromkeys(_keys_in(path), path)
             with contextlib.suppress(OSError):  # of another user
                 os.utime(path)
-        self._make_room()
-
-    def _make_room(self) -> None:
-        """Removes files of other encoders, those not used for longest first, while the folder holds more than `DISK_LIMIT` bytes."""
-        assert self.folder is not None
-        found = sorted((path for path in self.folder.glob("*.safetensors") if _NAME.fullmatch(path.name)), key=lambda path: path.stat().st_mtime)
-        size = sum(path.stat().st_size for path in found)
-        for path in found:
-            if size <= DISK_LIMIT:
-                return
-            if not path.name.startswith(f"{self.identity}-"):
-                size -= path.stat().st_size
-                path.unlink(missing_ok=True)
+        # files of other encoders go, those not used for longest first
+        encoded = (path for path in folder.glob("*.safetensors") if _NAME.fullmatch(path.name))
+        make_room(encoded, DISK_LIMIT, stays=lambda path: path.name.startswith(f"{identity}-"))
 
     def missing(self, texts: Iterable[str]) -> list[str]:
         """The different texts that the folder does not hold, in order."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from instep.core.files import atomic_dir
+from instep.core.outputs import check_output
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 HALF = 128
@@ -129,12 +130,12 @@ def network_of(weights: Mapping[str, Tensor], heads: int | None = None) -> Any:
 def write_sit(weights: Mapping[str, Tensor], vae: Path, to: Path, heads: int | None = None) -> None:
     """Writes the model folder `to`: transformer/, scheduler/ of the flow, and vae/, all of safetensors; whole or not at all.
 
-    vae: the folder of the VAE whose latents the model has (stabilityai/sd-vae-ft-ema). Raises ValueError for weights of another model, and where `to` exists.
+    vae: the folder of the VAE whose latents the model has (stabilityai/sd-vae-ft-ema). Raises ValueError for weights of another model, and where `to`
+    holds something.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-    if to.exists():
-        raise ValueError(f"to: {to} exists; choose another folder, or remove it")
+    check_output("to", to, empty=True)
     if not (vae / "config.json").is_file():
         raise ValueError(f"vae: {vae} is not the folder of a VAE (config.json is missing); give that of stabilityai/sd-vae-ft-ema")
     network, decoder = network_of(weights, heads), AutoencoderKL.from_pretrained(vae, local_files_only=True, use_safetensors=True)

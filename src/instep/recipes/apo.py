@@ -8,7 +8,8 @@ from instep.diffusion.levels import LevelSampler, OneOf, Uniform
 from instep.diffusion.transitions import Deterministic
 from instep.methods.guidance_distillation import GuidanceDistillation
 from instep.methods.preference import PairSource, Preference
-from instep.methods.recipe import AdamWConfig, Recipe, RolloutConfig, Stage
+from instep.methods.recipe import Recipe, RolloutConfig, Stage
+from instep.methods.role_config import AdamWConfig
 from instep.methods.term import Objective
 from instep.recipes.many_step import ManySteps
 

@@ -12,7 +12,8 @@ from instep.methods.adapted_teacher import Annealed
 from instep.methods.critics import ErrorOf, FakeScoreGANLoss, FakeScoreLoss
 from instep.methods.matching import DistributionMatching
 from instep.methods.operators import Operator, Standard
-from instep.methods.recipe import AdamWConfig, Advantage, Experts, LatentRewardConfig, LoRA, Recipe, RoleConfig, RolloutConfig, Stage
+from instep.methods.recipe import Advantage, Experts, Recipe, RolloutConfig, Stage
+from instep.methods.role_config import AdamWConfig, LatentRewardConfig, LoRA, RoleConfig
 from instep.methods.term import Critic, Term
 
 # a student of more steps is no shorter than its teacher's own sampler

@@ -10,7 +10,8 @@ from instep.methods.adapted_teacher import Annealed
 from instep.methods.critics import FakeScoreLoss
 from instep.methods.operators import AdvantageGuided, MatchingOnly, Operator, RewardTilted
 from instep.methods.policy import KLUnit
-from instep.methods.recipe import AdamWConfig, LoRA, Recipe, RoleConfig, Spread, Stage
+from instep.methods.recipe import Recipe, Spread, Stage
+from instep.methods.role_config import AdamWConfig, LoRA, RoleConfig
 from instep.methods.term import Critic, WeightUnit
 from instep.recipes.common import Common
 from instep.recipes.reinforcement import Branch, Reinforcement

@@ -8,7 +8,8 @@ from typing import Literal
 from instep.methods.consistency import Consistency, Distance, Target
 from instep.methods.latent_reward import LatentFit, LatentGradient
 from instep.methods.latent_reward_model import Frames, Kind, LatentRewardShape
-from instep.methods.recipe import AdamWConfig, LatentRewardConfig, Recipe
+from instep.methods.recipe import Recipe
+from instep.methods.role_config import AdamWConfig, LatentRewardConfig
 from instep.methods.term import Critic, Term
 from instep.recipes.common import Common
 

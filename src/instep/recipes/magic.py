@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from instep.methods.adapted_teacher import Annealed
 from instep.methods.critics import FakeScoreLoss
-from instep.methods.recipe import AdamWConfig, LoRA, Recipe, RoleConfig
+from instep.methods.recipe import Recipe
+from instep.methods.role_config import AdamWConfig, LoRA, RoleConfig
 from instep.recipes.common import Common
 
 

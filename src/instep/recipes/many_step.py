@@ -15,8 +15,9 @@ from instep.diffusion.levels import Uniform, few_step_levels
 from instep.diffusion.transitions import CPS, DanceSDE, Deterministic, FlowSDE, Posterior, Transition
 from instep.methods.policy import GRPO, KLUnit
 from instep.methods.preference import Preference
-from instep.methods.recipe import AdamWConfig, Advantage, Recipe, RoleConfig, RolloutConfig, Spread, Stage
+from instep.methods.recipe import Advantage, Recipe, RolloutConfig, Spread, Stage
 from instep.methods.reward_gradient import RewardGradient
+from instep.methods.role_config import AdamWConfig, RoleConfig
 from instep.methods.term import Term
 from instep.recipes.common import adapter, with_copies
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instep.core.files import write_error
+from instep.core.files import atomic_file
+from instep.core.outputs import check_output
 from instep.core.tensor_file import Entry, file_parts, write_parts
 from instep.rewards.convert_qwen import prepared, save_beside
 from instep.rewards.image_reward import BlipScorer
@@ -103,7 +103,7 @@ def _image_reward(weights: dict[str, Tensor], to: Path, base: Path | None) -> st
     if base is None:
         raise ValueError("base: none was given, and ImageReward reads prompts with BERT's tokenizer; give the folder of bert-base-uncased, --base FOLDER")
     _check_base(base, ("tokenizer_config.json",), "the folder of bert-base-uncased")
-    _free(to, "model.safetensors")
+    check_output("to", to / "model.safetensors")
     to.mkdir(parents=True, exist_ok=True)
     for pattern in ("tokenizer*", "vocab.txt", "special_tokens_map.json"):
         _copy(base, to, pattern)
@@ -115,7 +115,7 @@ def _image_reward(weights: dict[str, Tensor], to: Path, base: Path | None) -> st
 def _head(weights: dict[str, Tensor], to: Path) -> str:
     if wrong := mismatch(weights, ScoreHead(weights["layers.0.weight"].shape[1])):
         raise ValueError(f"file: it is not the head of the aesthetic predictor ({wrong}); give sac+logos+ava1-l14-linearMSE.pth")
-    _free(to, "head.safetensors")
+    check_output("to", to / "head.safetensors")
     _write_tensors(to / "head.safetensors", weights)
     return "the head of the aesthetic predictor"
 
@@ -125,7 +125,7 @@ def _qwen(weights: dict[str, Tensor], file: Path, to: Path, base: Path | None, i
         raise ValueError("base: none was given; give the Qwen2-VL that the file was trained from, configuration and tokenizer, --base FOLDER")
     _check_base(base, ("config.json", "tokenizer_config.json"), "the Qwen2-VL that the file was trained from")
     what, renamed, config, tokenizer, record = prepared(weights, file, base, instruction)
-    _free(to, "model.safetensors")
+    check_output("to", to / "model.safetensors")
     to.mkdir(parents=True, exist_ok=True)
     save_beside(to, config, tokenizer, record)
     _write_tensors(to / "model.safetensors", renamed)
@@ -134,24 +134,13 @@ def _qwen(weights: dict[str, Tensor], file: Path, to: Path, base: Path | None, i
 
 def _write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
     """A tensor at a time, whole or not at all: such files hold gigabytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, "file") as temporary:
         write_parts(temporary, file_parts({name: Entry.of(value.detach().contiguous()) for name, value in weights.items()}))
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise write_error(error, str(path), "what was there before is unchanged") from error
 
 
 def _check_base(base: Path, files: tuple[str, ...], what: str) -> None:
     if missing := next((name for name in files if not any(base.glob(name))), None):
         raise ValueError(f"base: {base} has no {missing}; give {what}, --base FOLDER")
-
-
-def _free(to: Path, name: str) -> None:
-    if (to / name).exists():
-        raise ValueError(f"to: {to / name} exists; choose another folder, nothing is overwritten unasked")
 
 
 def _copy(base: Path, to: Path, pattern: str) -> None:
@@ -162,7 +151,7 @@ def _copy(base: Path, to: Path, pattern: str) -> None:
 
 def _write(to: Path, weights: Mapping[str, Tensor], base: Path) -> None:
     """The files beside the weights first: a folder without weights is refused."""
-    _free(to, "model.safetensors")
+    check_output("to", to / "model.safetensors")
     to.mkdir(parents=True, exist_ok=True)
     for pattern in BESIDE:
         _copy(base, to, pattern)

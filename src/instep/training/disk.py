@@ -4,14 +4,9 @@ latents of real files are allocated before the first one is encoded (`data/laten
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from torch import nn
-
-from instep.core.disk import free_bytes, gb
-from instep.methods.recipe import Recipe, RoleConfig
+from instep.methods.recipe import Recipe
+from instep.methods.role_config import RoleConfig
 from instep.models.family import Family
 from instep.training.build import trained_parts
 from instep.training.options import RunOptions
@@ -35,14 +30,6 @@ def disk_bytes(recipe: Recipe, family: Family, options: RunOptions, *, sampled: 
     return found
 
 
-def check_disk(out: Path, needed: Mapping[str, int]) -> None:
-    """Raises ValueError if less is free where `out` lies."""
-    free, total = free_bytes(out), sum(needed.values())
-    if free < total:
-        parts = ", ".join(f"{what} {gb(count)}" for what, count in needed.items())
-        raise ValueError(f"out: {gb(free)} are free where {out} lies, and this run needs about {gb(total)} ({parts}); free some space or choose another disk")
-
-
 def checkpoint_bytes(recipe: Recipe, family: Family) -> int:
     """Of one checkpoint: weights, two AdamW moments and an average in float32, for each trained role; a reference's weights. Embeddings of exits and heads of
     discriminators are left out, since they are small."""
@@ -54,11 +41,12 @@ def checkpoint_bytes(recipe: Recipe, family: Family) -> int:
 
 
 def export_bytes(recipe: Recipe, family: Family) -> int:
-    """Of the pipeline's networks as they are loaded, and of the student's LoRA file."""
-    parts: Mapping[str, Any] = family.parts(family.pretrained) if family.pipe is None else family.pipe.components
-    whole = sum(p.numel() * p.element_size() for part in parts.values() if isinstance(part, nn.Module) for p in part.state_dict().values())
+    """Of the pipeline's networks as they are loaded, and of the student's LoRA file, or of ComfyUI's."""
+    from instep.export.room import comfyui_bytes, pipeline_bytes  # diffusers' exporters are slow to import
+
     student = recipe.roles["student"]
-    return whole + (4 * parameters_of(student, recipe, family) if student.lora is not None else 0)
+    beside = 4 * parameters_of(student, recipe, family) if student.lora is not None else comfyui_bytes(family, None) if recipe.sampler == "few-step" else 0
+    return pipeline_bytes(family, family.parts(family.pretrained), None) + beside
 
 
 def parameters_of(config: RoleConfig, recipe: Recipe, family: Family) -> int:

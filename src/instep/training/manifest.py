@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from instep.core import lock
+from instep.core.disk import check_disk
 from instep.core.files import write_json
 from instep.core.fingerprint import weights_fingerprint
 from instep.core.json_files import read_object
@@ -25,7 +26,7 @@ from instep.data.samples import PairSamples, RealSamples
 from instep.methods.recipe import Recipe, describe
 from instep.models.family import Family
 from instep.rewards.base import Reward
-from instep.training.disk import check_disk, disk_bytes
+from instep.training.disk import disk_bytes
 
 if TYPE_CHECKING:
     from instep.training.options import RunOptions
@@ -108,7 +109,7 @@ def write_manifest(
         raise ValueError(f"out: {out} is not empty and holds no run; choose a new or an empty folder")
     else:
         sampled = "stored" in recipe.needs or ("real" in recipe.needs and real is None)
-        check_disk(out, disk_bytes(recipe, family, options, sampled=sampled))
+        check_disk(out, disk_bytes(recipe, family, options, sampled=sampled), "run")
         write_json(file, {**about, **identity})
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from instep.core.files import recover_dir
+from instep.core.files import recover
 from instep.core.lock import run_lock
 from instep.core.ranks import Ranks, joined
 from instep.data.prompt import Prompt, with_negative
@@ -202,7 +202,7 @@ def train(
             fill = whole_student(state, recipe, lent, options.execution)
 
             def export() -> None:
-                recover_dir(out / "student")
+                recover(out / "student")
                 with averaged(state.trained["student"]):
                     exported = fill()
                     export_role(

@@ -19,7 +19,7 @@ from instep.diffusion.bands import WHOLE, Band
 from instep.diffusion.path import Path
 from instep.diffusion.prediction import Denoiser
 from instep.methods.latent_reward_model import LatentReward
-from instep.methods.recipe import AdamWConfig
+from instep.methods.role_config import AdamWConfig
 from instep.training.hold import Held
 from instep.training.low_bit import adamw8bit
 

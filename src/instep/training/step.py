@@ -15,7 +15,8 @@ from instep.core.shards import assign, local
 from instep.diffusion.bands import Band, in_band
 from instep.diffusion.streams import SampleStreams
 from instep.diffusion.transfer import to_device
-from instep.methods.recipe import AdamWConfig, Stage
+from instep.methods.recipe import Stage
+from instep.methods.role_config import AdamWConfig
 from instep.methods.term import Batch, Force, View
 from instep.training.rollouts import fresh_views, live_points, recompute, roll_out, score_rollout
 from instep.training.scalars import Scalars
