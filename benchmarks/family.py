@@ -14,15 +14,14 @@ DOC = Path(__file__).parents[1] / "docs" / "family.md"
 
 TEXT = """# The matching family
 
-One operator, one table: AMD (Table 1) reads every DMD-like method as g = H(d_real, d_fake) + λ F_ext, with d = x − x̂₀ the displacement
-to a teacher's estimate. The rows below are read off the recipes of this library (`instep/recipes/family.py`, written here by
-`python benchmarks/family.py`); a recipe differs from its neighbours in exactly these cells. a is the advantage of a sample in its
-group, α = 1 + s a, β = 1 − s a.
+AMD (Table 1) writes every DMD-like method as one operator, g = H(d_real, d_fake) + λ F_ext, where d = x − x̂₀ is the displacement
+to an estimate. `python benchmarks/family.py` reads the rows below from the recipes of this library (`instep/recipes/family.py`). Two recipes
+differ exactly where their cells differ. a is the advantage of a sample in its group, α = 1 + s a, β = 1 − s a.
 
 {table}
-`dmd2` without its discriminator is what DM-Align builds on and every aligned student's control. AMD's table gives DMDR one column; it has
-two stages, of which the table prints neither the tilt nor the levels. `naive-adaptive` is the baseline that AMD is set against. How each is read where its
-paper leaves something open: [errata.md](errata.md). What each does: [results.md](results.md), and by yourself:
+`dmd2` without its discriminator is the basis of DM-Align and the control of every aligned student. AMD's table has one column for DMDR, which has
+two stages; the table prints neither the tilt nor the levels. `naive-adaptive` is AMD's baseline. [errata.md](errata.md) explains how each is read where its
+paper leaves something open. [results.md](results.md) shows what each does; to see it yourself, run
 `instep lab dmd2 amd naive-adaptive --reward half`.
 """
 
