@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+
+from instep.training import run
 
 torch.set_num_threads(1)
 
@@ -24,3 +27,13 @@ def frozen():
     """Every export collects garbage. It would look at half a million objects of libraries each time, a fifth of the time of a tiny run."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_teacher_samples() -> Iterator[None]:
+    """A run that needs samples of its teacher makes 8 of them in 2 steps. The usual 512 in 50 steps take half a minute on the smallest model."""
+    real = run.teacher_samples
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "TEACHER_STEPS", 2)
+        patched.setattr(run, "teacher_samples", lambda *args, n, **given: real(*args, n=min(n, 8), **given))
+        yield

@@ -154,6 +154,7 @@ def lab(spec: str, start, iterations: int = 250, reward: str = "half"):
     return run, {key: sum(f[key] for f in run.metrics) / len(run.metrics) for key in run.metrics[0]}
 
 
+@pytest.mark.slow
 def test_a_black_box_is_followed_through_its_copy(start):
     """The share of rewarded samples rises without a gradient of the reward; without the copy it stays at a half."""
     _, plain = lab("dollar:weight=0,cd=0", start)

@@ -32,9 +32,9 @@ PROMPTS = digits.full_prompts()[::2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A 2-step student after 30 iterations, half a minute on one core."""
+    """A 2-step student after 20 iterations."""
     out = tmp_path_factory.mktemp("runs") / "two-step"
-    command = ["train", "dmd2", "--steps", "2", "--iterations", "30", "--batch", "24", "--out", str(out), "--threads", "1", "--no-evaluate"]
+    command = ["train", "dmd2", "--steps", "2", "--iterations", "20", "--batch", "24", "--out", str(out), "--threads", "1", "--no-evaluate"]
     assert main([*command, "--probe-every", "100"]) == 0
     return out
 
@@ -105,6 +105,7 @@ def fingerprint(eval_set, family):
     return Baselines(family, evaluation_of(MOVING_DIGITS), eval_set).fingerprint
 
 
+@pytest.mark.slow
 def test_a_student_of_a_tuned_teacher_is_measured_beside_that_teacher(tmp_path, monkeypatch):
     """The model is then an export of a run on the bundled one: its rows are its own, not those of the model that it was tuned from."""
     open_ = ("a seven", "a seven", "a digit moving left fast", "a digit moving left fast")

@@ -49,7 +49,7 @@ def test_checkpointing_follows_the_size():
     assert Execution(checkpointing="on").checkpoints(little) and not Execution(checkpointing="off").checkpoints(large)
 
 
-@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("rank", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_compiled_blocks_compute_the_same(rank, monkeypatch):
     """Traced, and run by PyTorch itself: with adapters, checkpointing and a condition that blocks read; no variant is left uncompiled."""
     import torch._dynamo

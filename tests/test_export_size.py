@@ -78,7 +78,7 @@ def size_of(module: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-@pytest.mark.parametrize("kind", ["full copy", "LoRA", "many-step"])
+@pytest.mark.parametrize("kind", [pytest.param("full copy", marks=pytest.mark.slow), "LoRA", pytest.param("many-step", marks=pytest.mark.slow)])
 def test_an_export_holds_one_more_copy_of_the_network(tmp_path, kind):
     """The copy is that of the check, which loads the folder. (Before: 4.4 copies.)"""
     role = student_of(WanFamily(heavy_pipeline(), SIZE), kind == "LoRA")
@@ -88,6 +88,7 @@ def test_an_export_holds_one_more_copy_of_the_network(tmp_path, kind):
     assert 0.9 < live.peak / size_of(role.backbone.family.pipe.transformer) <= 1.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_an_average_is_exported_without_a_copy_of_the_live_weights(tmp_path, lora):
     role = student_of(WanFamily(heavy_pipeline(), SIZE), lora)
@@ -106,8 +107,8 @@ def test_an_average_is_exported_without_a_copy_of_the_live_weights(tmp_path, lor
         assert all(torch.equal(saved[key], value) for key, value in average.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_another_dtype_takes_no_more(tmp_path, lora, dtype):
     role = student_of(WanFamily(heavy_pipeline(), SIZE), lora)
     with live_bytes(tensors_of(role)) as live:

@@ -36,18 +36,12 @@ from instep.recipes.defaults import with_settings
 from instep.recipes.dm_align import dm_align_group
 from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward
-from instep.training import run as module
 from instep.training.execution import Execution
 from instep.training.options import RunOptions
 from instep.training.run import train
 
 QUICK = RunOptions(save_every=1, probe_every=50)
 ALL = pytest.mark.parametrize("case", [pytest.param(case, id=name, marks=[pytest.mark.slow] if case.slow else []) for name, case in CASES.items()])
-
-
-@pytest.fixture(autouse=True)
-def few_teacher_steps(monkeypatch):
-    monkeypatch.setattr(module, "TEACHER_STEPS", 2)
 
 
 @ALL

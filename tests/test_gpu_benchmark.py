@@ -142,8 +142,8 @@ def test_flops_are_those_that_are_computed(recipe, roles, checkpointing, micro_b
         assert flops["model"] == flops["hardware"]
 
 
-@pytest.mark.parametrize("roles", ["lora", "copies"])
-@pytest.mark.parametrize("recipe", ["dmd2", "dm-align-group"])
+@pytest.mark.parametrize("roles", ["lora", pytest.param("copies", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["dmd2", pytest.param("dm-align-group", marks=pytest.mark.slow)])
 def test_the_plan_of_the_smallest_case_is_what_it_takes(recipe, roles, monkeypatch):
     """The most bytes of tensors that are alive in real iterations with every exit, and the mean of their networks' FLOPs."""
     import gpu_cases
@@ -174,7 +174,7 @@ def test_the_plan_of_the_smallest_case_is_what_it_takes(recipe, roles, monkeypat
 
 
 @pytest.mark.parametrize("roles", ["lora", "copies"])
-@pytest.mark.parametrize("model", ["1.3B", "14B"])
+@pytest.mark.parametrize("model", ["1.3B", pytest.param("14B", marks=pytest.mark.slow)])
 def test_full_size_as_shapes(model, roles, monkeypatch):
     """Two blocks of the true width on the meta device: latents, texts, precision and FLOPs of the cases that need a card."""
     import gpu_cases

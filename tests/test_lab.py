@@ -114,12 +114,14 @@ def test_one_step_matching_through_networks(control):
     assert mean(control, "quality") > 0.55 and mean(control, "tv") < 0.1 and abs(mean(control, "share") - 0.5) < 0.08
 
 
+@pytest.mark.slow
 def test_amd_tilts_through_networks_and_keeps_quality(control, start):
     tilted = learned(amd(common(), iterations=500), start)
     assert 0.7 < mean(tilted, "share") < 0.95
     assert mean(tilted, "quality") > mean(control, "quality") - 0.15
 
 
+@pytest.mark.slow
 def test_naive_adaptation_collapses_through_networks(control, start):
     assert mean(learned(naive_adaptive(common(), iterations=500), start), "quality") < mean(control, "quality") - 0.2
 

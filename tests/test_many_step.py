@@ -98,7 +98,7 @@ def start():
     [
         "flow-grpo:steps=10,clip=0.2",
         "dance-grpo:steps=10,clip=0.2",
-        "flow-grpo:steps=10,clip=0.2,sde=cps",
+        pytest.param("flow-grpo:steps=10,clip=0.2,sde=cps", marks=pytest.mark.slow),
         "flow-dpo:steps=10,beta=5,iterations=150",
         "draft:steps=10,through=10",
     ],

@@ -154,11 +154,11 @@ def test_ode_sampler_transports_a_gaussian(path: Path) -> None:
     one = Mixture(torch.tensor([[1.0, -2.0]], dtype=F64), 0.5, torch.zeros(1, dtype=torch.long))
     noise = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
     cond = labels([""] * 50)
-    x = sample_ode(ExactTeacher(one, path), cond, cond, noise, steps=4000, path=path)
+    x = sample_ode(ExactTeacher(one, path), cond, cond, noise, steps=1000, path=path)
     start = (noise - path.a(torch.ones(1, dtype=F64)) * one.means) / (
         path.a(torch.ones(1, dtype=F64)) ** 2 * 0.25 + path.b(torch.ones(1, dtype=F64)) ** 2
     ).sqrt()
-    torch.testing.assert_close(x, one.means + 0.5 * start, rtol=0, atol=2e-3)
+    torch.testing.assert_close(x, one.means + 0.5 * start, rtol=0, atol=8e-3)
 
 
 def test_condition_rows_and_stacking() -> None:

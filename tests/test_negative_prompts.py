@@ -24,7 +24,6 @@ from instep.models.cogvideox import CogVideoXFamily
 from instep.models.role import Role
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
-from instep.training import run as module
 from instep.training.batches import BatchSource
 from instep.training.run import train
 
@@ -116,11 +115,6 @@ def test_batches_carry_it_beside_their_prompts():
 
 def few(gan=0.0, **other):
     return dmd2(replace(SHORT, **other), iterations=2, gan=gan)
-
-
-@pytest.fixture(autouse=True)
-def few_teacher_steps(monkeypatch):
-    monkeypatch.setattr(module, "TEACHER_STEPS", 2)
 
 
 def test_it_is_a_part_of_the_runs_identity_and_goes_on_with_it(tmp_path):

@@ -183,6 +183,7 @@ def test_every_stage_of_every_recipe_costs_what_is_planned(name):
         assert model.trace(stage).total_flops == pytest.approx(sum(tally.flops.values()), rel=1e-3), stage.name
 
 
+@pytest.mark.slow
 def test_a_few_equal_blocks_and_slices_stand_for_all(monkeypatch):
     """The short ways against tracing all of it: the same FLOPs, and the same bytes within the outputs of slices."""
     recipe = dmd2(Common(steps=1, batch=3, lora_rank=4, accumulate=3, critic_updates=1), iterations=1)
@@ -386,6 +387,7 @@ def test_the_command_plans_every_bundled_model(model, capsys):
     assert "fits in 80 GB: yes" in printed and "the whole run: about" in printed
 
 
+@pytest.mark.slow
 def test_every_recipe_is_planned_for_the_bundled_model(capsys, monkeypatch):
     from instep.cli import plan as command
 

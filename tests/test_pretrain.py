@@ -86,6 +86,7 @@ def test_muon_moves_kernels_of_any_rank_and_the_schedule_ends_at_zero():
     assert schedule.scale(0) == pytest.approx(0.1) and schedule.scale(20) == 1 and schedule.scale(65) == pytest.approx(0.5) and schedule.scale(100) == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_teacher_goes_on_exactly(table, tmp_path):
     rng = torch.Generator().manual_seed(0)
     data = Latents(torch.randn(16, 16, 3, 6, 6, generator=rng).half(), torch.arange(16) % 10, torch.arange(16) % 9)

@@ -105,6 +105,7 @@ def test_dmd2_matches_the_mixture(control):
 LETTER = {"reach": "last", "toward": "mean", "normaliser": "own", "spread": "group", "group": 8, "top_n": 2, "weight": 0.05, "matching": 0.95}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", ["signed", "pull"])
 def test_group_takes_the_student_to_the_rewarded_side(control, sign):
     """A weight of .05 moves every sample, and leaves most of the quality."""
@@ -120,6 +121,7 @@ def test_the_default_aligns_and_keeps_the_quality(control):
     assert quality(aligned) > quality(control) - 0.1
 
 
+@pytest.mark.slow
 def test_printed_sign_takes_it_to_the_other_side():
     """Eq. 7 to the letter moves low samples away from the preferred mean: the reward falls."""
     assert right_share(run(dm_align_group(COMMON, distil=300, iterations=150, sign="printed", **LETTER), rightness)) < 0.2
@@ -131,6 +133,7 @@ def test_pair_moves_toward_the_preferred_side(control):
     assert quality(aligned) > quality(control) - 0.25
 
 
+@pytest.mark.slow
 def test_high_levels_alone_hardly_align(control):
     """High levels keep images from fading; on modes this far apart they also take nearly all of the alignment away."""
     aligned = run(

@@ -275,6 +275,7 @@ def mean(run, key):
     return sum(metrics[key] for metrics in run.metrics) / len(run.metrics)
 
 
+@pytest.mark.slow
 def test_preferences_beside_matching_raise_the_rewarded_share(distilled):
     """In the laboratory, four steps, half of the modes rewarded (share .5 without)."""
     world = World.named("ring8", members=2, reward="half")
@@ -283,6 +284,7 @@ def test_preferences_beside_matching_raise_the_rewarded_share(distilled):
     assert mean(run, "share") > 0.62 and mean(run, "quality") > 0.4
 
 
+@pytest.mark.slow
 def test_a_policy_gradient_climbs_and_matching_or_its_dm_part_holds_it(distilled):
     """Alone it goes all the way and leaves the modes; beside matching it stays on them."""
     world = World.named("ring8", members=2, reward="half")
@@ -313,6 +315,7 @@ def test_fine_tuning_is_the_velocity_error_at_the_students_levels():
     torch.testing.assert_close(loss, ((0.7 * x_t / t) - (eps - real)).square().mean())
 
 
+@pytest.mark.slow
 def test_fine_tuning_a_distilled_student_blurs_it(distilled):
     """The mean of what a noisy sample could be lies between modes (DM-Align, Appendix C.1: a distilled model collapses under fine-tuning)."""
     world = World.named("ring8", members=2)

@@ -202,7 +202,6 @@ def test_no_forward_decode_or_reward_sees_more_rows_than_a_micro_batch(name, mic
             return {"monitor_both": float(media.mean())}
 
     monkeypatch.setattr(WanFamily, "placed", placed)
-    monkeypatch.setattr("instep.training.run.TEACHER_STEPS", 2)
     monkeypatch.setattr(Probe, "teacher", partialmethod(Probe.teacher, steps=2))
     lent = family()
     reward = FunctionReward(brightness, "brightness", differentiable=True)

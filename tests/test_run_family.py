@@ -14,7 +14,6 @@ from instep.recipes.dmd import dmd, dmd2
 from instep.recipes.magic import magic
 from instep.recipes.refl import refl
 from instep.rewards.base import FunctionReward
-from instep.training import run as module
 from instep.training.options import RunOptions
 from instep.training.run import train
 
@@ -22,11 +21,6 @@ SHORT = Common(steps=2, batch=4, critic_updates=1)
 FEW = RunOptions(save_every=1, probe_every=50, teacher_samples=4)
 REWARD = FunctionReward(brightness, differentiable=True)
 MATCHING = sorted(set(NAMES) - {"dm-align-pair", "dm-align-group", "pso-offline", "flow-grpo", "dance-grpo", "flow-dpo", "draft", "apo"})
-
-
-@pytest.fixture(autouse=True)
-def few_teacher_steps(monkeypatch):
-    monkeypatch.setattr(module, "TEACHER_STEPS", 2)
 
 
 def recipe_of(name, iterations=2):

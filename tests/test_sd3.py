@@ -22,7 +22,6 @@ from instep.recipes.common import Common
 from instep.recipes.dm_align import dm_align_group
 from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward
-from instep.training import run as module
 from instep.training.execution import Execution
 from instep.training.options import RunOptions
 from instep.training.run import train
@@ -34,11 +33,6 @@ PROMPTS = [Prompt("a cat on a mat"), Prompt("a dog", negative="blurry"), Prompt(
 COMMON = Common(steps=4, shift=3.0, batch=4, critic_updates=1, guidance=7.0)
 QUICK = RunOptions(save_every=1, probe_every=50)
 REWARD = FunctionReward(lambda media, prompts: media.mean((1, 2, 3)), name="brightness")
-
-
-@pytest.fixture(autouse=True)
-def few_teacher_steps(monkeypatch):
-    monkeypatch.setattr(module, "TEACHER_STEPS", 2)
 
 
 def family(layers: int = 2) -> SD3Family:
@@ -107,7 +101,10 @@ def stock(pipe, guidance: float = 1.0) -> Tensor:
     return family().stock_sample(pipe, PROMPTS[:2], steps=4, guidance=guidance, output="latent")
 
 
-@pytest.mark.parametrize(("name", "rank"), [("dmd2", None), ("dmd2", 4), ("dm-align-group", None), ("dm-align-group", 4)])
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [("dmd2", None), ("dm-align-group", 4), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("dmd2", 4), ("dm-align-group", None)))],
+)
 def test_killed_and_resumed_it_ends_the_same_and_stock_diffusers_samples_alike(tmp_path, name, rank):
     from diffusers import StableDiffusion3Pipeline
 

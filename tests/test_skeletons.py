@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -180,6 +181,7 @@ def test_particles_find_the_mixture():
     assert 0.5 * (share - 1 / 8).abs().sum() < 0.08, "no mode is lost"
 
 
+@pytest.mark.slow
 def test_student_learns_with_a_conditioned_fake():
     """Distribution matching through networks: four steps, one fake told the exit; quality rises far above the start."""
     state = mlp_state(exits=4)

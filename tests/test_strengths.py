@@ -301,6 +301,7 @@ def test_what_does_not_go_together_is_refused():
         Recipe("r", (1.0,), {"student": RoleConfig(guidance_range=GuidanceRange((3.0, 5.0)))}, (stage,))
 
 
+@pytest.mark.slow
 def test_one_model_follows_the_guided_teacher_at_every_scale():
     """In the laboratory: at both ends of the range far closer than one that was distilled at the mean, and in its middle as good as done."""
     world = World.named("ring8", members=2)

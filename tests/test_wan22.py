@@ -25,7 +25,6 @@ from instep.recipes.dm_align import dm_align_group
 from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward
 from instep.training import loop as loop_module
-from instep.training import run as module
 from instep.training.options import RunOptions
 from instep.training.run import train
 
@@ -37,11 +36,6 @@ PROMPTS = [Prompt("a seven moving left fast"), Prompt("a digit", negative="blurr
 COMMON = Common(steps=4, shift=5.0, batch=4, critic_updates=1, guidance=4.0, guidance_2=3.0)
 QUICK = RunOptions(save_every=1, probe_every=50)
 REWARD = FunctionReward(lambda media, prompts: media.mean((1, 2, 3, 4)), name="brightness")
-
-
-@pytest.fixture(autouse=True)
-def few_teacher_steps(monkeypatch):
-    monkeypatch.setattr(module, "TEACHER_STEPS", 2)
 
 
 def family() -> Wan22Family:
@@ -168,7 +162,10 @@ def recipes(name: str, rank: int | None):
     return dmd2(common, iterations=3) if name == "dmd2" else dm_align_group(common, distil=1, iterations=2, group=2)
 
 
-@pytest.mark.parametrize(("name", "rank"), [("dmd2", None), ("dmd2", 4), ("dm-align-group", None), ("dm-align-group", 4)])
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [("dmd2", None), ("dm-align-group", 4), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("dmd2", 4), ("dm-align-group", None)))],
+)
 def test_killed_and_resumed_it_ends_the_same_and_stock_diffusers_samples_alike(tmp_path, name, rank):
     parts = {"prompts": PROMPTS, "reward": REWARD, "options": QUICK}
     whole = train(recipes(name, rank), family(), out=tmp_path / "whole", **parts)

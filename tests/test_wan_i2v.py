@@ -44,7 +44,6 @@ from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.rewards.base import FunctionReward, checked_scores
 from instep.rewards.ranker import Ranked, reward_ranker
-from instep.training import run as module
 from instep.training.options import RunOptions
 from instep.training.run import train
 
@@ -64,11 +63,6 @@ def some_latents(seed, n=4):
 
 REAL = RealSamples(tuple(PROMPTS), some_latents(0))
 PAIRS = PairSamples(tuple(PROMPTS), some_latents(1), some_latents(2))
-
-
-@pytest.fixture(autouse=True)
-def few_teacher_steps(monkeypatch):
-    monkeypatch.setattr(module, "TEACHER_STEPS", 2)
 
 
 # prompts and first frames
@@ -439,6 +433,7 @@ def test_commands_on_the_bundled_model(tmp_path, capsys):
     assert "stage online" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_eval_measures_the_bundled_model_from_first_frames(tmp_path, capsys, monkeypatch, image_to_video):
     """A run's student beside the teacher and real videos, by prompts that each name a first frame of the reference split; the teacher's rows are kept."""
     open_ = [prompt for prompt in ("a seven", "a digit moving left fast") for _ in range(3)]
