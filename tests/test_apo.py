@@ -199,7 +199,7 @@ def win_rate(world, before, after):
 
 
 @pytest.mark.parametrize("stage", ["online", "half_online", "offline"])
-@pytest.mark.parametrize(("kind", "steps"), [("dpo", 250), ("apo", 50)])
+@pytest.mark.parametrize(("kind", "steps"), [pytest.param("dpo", 250, marks=pytest.mark.slow), ("apo", 50)])
 def test_in_the_laboratory_both_win_against_the_start(start, stage, kind, steps):
     """Half of the modes are chosen; as many gradient evaluations of each (one level or five an update)."""
     world = World.named("ring8", members=2, reward="half")

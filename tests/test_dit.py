@@ -279,6 +279,7 @@ def test_a_little_deformation_keeps_the_digit():
     assert classifier.correct(deformed[:, None].expand(-1, 3, -1, -1), [str(int(c)) for c in classes]).float().mean() > 0.95
 
 
+@pytest.mark.slow
 def test_pretraining_writes_a_model_that_loads_and_depends_on_the_seed_alone(tmp_path):
     short = DigitsConfig(
         tuple(DigitClassifierConfig(name, 1, steps=3) for name in ("training", "monitor", "heldout")), ClassTeacherConfig(steps=3), samples=20, guidances=(1.0,)

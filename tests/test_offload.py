@@ -78,7 +78,7 @@ def test_weights_that_are_not_trained_are_written_at_home(role, monkeypatch):
     assert all(torch.equal(p, student.masters[key]) for key, p in network.module.named_parameters())
 
 
-@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("rank", [4, pytest.param(None, marks=pytest.mark.slow)])
 def test_an_offloaded_run_is_the_run_without(rank, tmp_path, monkeypatch):
     """A whole run on the poisoned device: probes, checkpoints, an interruption and its continuation, and the export."""
     from safetensors.torch import load_file

@@ -137,8 +137,10 @@ CASES = {
     "CogVideoX": Case(lambda: tiny_cogvideox_pipeline(layers=7), {"lora_rank": 4}, size=Size(32, 32, 9)),
 }
 
+SLOW = ("small Wan, three micro-batches, three updates", "small Wan, bfloat16, checkpointing, micro-batches of 2", "the gradient of a decoded reward")
 
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES])
 def test_the_plan_is_what_a_real_iteration_computes_and_keeps(name):
     case = CASES[name]
     recipe, execution = case.made, Execution(device="cpu", **case.execution)

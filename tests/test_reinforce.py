@@ -253,7 +253,7 @@ def test_the_reference_is_the_student_at_the_beginning_of_its_stage():
     assert all(torch.equal(a, b) for a, b in zip(state.reference, moved, strict=True))
 
 
-@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize("lora", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_with_a_reference_resumes_to_the_same_weights(tmp_path, lora):
     recipe = dmdr(Common(steps=2, batch=4, critic_updates=1, lora_rank=lora), warm=1, iterations=3, group=2, tilt="none", dyna_dg=0.0, rl="dpo")
     options = RunOptions(save_every=1, probe_every=50)

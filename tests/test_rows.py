@@ -175,7 +175,12 @@ class Counted:
 
 
 @pytest.mark.parametrize(
-    ("name", "micro_batch"), [*((name, 1) for name in ("dmd2", "dm-align-group", "refl", "dollar", "flow-grpo", "apo", "dmd")), ("dm-align-group", 3)]
+    ("name", "micro_batch"),
+    [
+        *((name, 1) for name in ("dmd2", "refl", "dollar", "flow-grpo", "apo", "dmd")),
+        ("dm-align-group", 3),
+        pytest.param("dm-align-group", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_no_forward_decode_or_reward_sees_more_rows_than_a_micro_batch(name, micro_batch, tmp_path, monkeypatch):
     """A whole run: rollouts, critics, rewards, probes, views, the teacher's samples and the export's check."""

@@ -18,6 +18,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
+@pytest.mark.slow
 def test_the_smallest_case_counts_the_passes_of_the_algorithm():
     command = [sys.executable, str(ROOT / "benchmarks" / "side_by_side.py"), "--smoke"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -466,7 +466,7 @@ def test_killed_where_scales_are_drawn_or_fixed_it_ends_the_same(whole, tmp_path
     same(run.out, train(recipe, family(), out=tmp_path / "cut", **GIVEN).out)
 
 
-@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("rank", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_without_a_guidance_embedding_is_gone_on_with(tmp_path, rank):
     """Three stages in a run of their own, then drawn guidance scales; the ranges of a told student stay what they are."""
     tiny, none = replace(LOUD, lora_rank=rank), {**dict.fromkeys(STEPS, 0), "half_online": 0}

@@ -424,6 +424,7 @@ def test_motions_that_stay_on_the_canvas():
     assert all(i in digits.motions_from(start[i]) for i in range(9)) and torch.equal(travel, digits.travels(torch.arange(9)))
 
 
+@pytest.mark.slow
 def test_commands_on_the_bundled_model(tmp_path, capsys):
     assert main(["sample", "moving-digits-i2v", "--steps", "2", "--copies", "1", "--out", str(tmp_path / "s.webp")]) == 0
     assert "a seven moving left fast [image: reference/0]" in capsys.readouterr().out
