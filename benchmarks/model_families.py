@@ -44,7 +44,7 @@ COLUMNS = {
     "group over micro-batches": Column(RANKS),
     "kill and resume": Column((FULL, ADAPTER)),
     "export": Column((LORA,)),
-    "stock sampling": Column((LORA,), "folder"),
+    "stock sampling": Column((LORA, FULL, ADAPTER), "folder"),
     "LoRA file": Column((LORA,), "LoRA"),
     "ComfyUI names": Column((LORA,), "ComfyUI"),
     "two ranks": Column(RANKS),
@@ -72,8 +72,8 @@ Where recipes begin on a model. Guidance is w of u + w (c − u); a pair is that
 - **full**, **LoRA**: full copies and adapters are trained.
 - **bf16**: groups of two under a reward, computed in bfloat16, one row at a time with activation checkpointing, and exported.
 - **kill and resume**: a run that is killed and resumed ends with the same weights and log, full copies and LoRA.
-- **export**, **stock sampling**: stock diffusers draws from a LoRA student's folder what the library draws, to 1e-6 of the largest latent.
-  The tests of killed and resumed runs hold their exports, full copies too, to the same.
+- **export**, **stock sampling**: stock diffusers draws from a LoRA student's folder what the library draws, to 1e-6 of the largest latent
+  (Wan 2.2 T2V to 2e-6). The tests of killed and resumed runs hold their exports, full copies too, to the same.
 - **LoRA file**: on the base model, stock diffusers draws with it what it draws from the folder, to 1e-5 of the largest latent. `DiTPipeline` loads no LoRA.
 - **ComfyUI names**: each tensor of the LoRA file has a name that ComfyUI's loader knows. The rules were taken from ComfyUI's source (`tests/comfyui_names.py`
   says where each stands); ComfyUI itself was not run. It has no DiT, and of CogVideoX it reads names that stock diffusers does not. A workflow is written for
