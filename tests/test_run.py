@@ -417,6 +417,7 @@ def test_lora_roles_share_a_backbone_and_export(tmp_path):
     assert (out / "student" / "lora.safetensors").is_file()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(("moved", "within_row"), [(False, False), (True, False), (True, True)])
 def test_a_folder_that_goes_ends_the_run_in_one_line(moved, within_row, tmp_path, monkeypatch, capfd):
     """Deleted or moved in an iteration, or between the row of the log and TensorBoard's: no other folder of its name is made, and no thread says more."""

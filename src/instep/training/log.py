@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,7 @@ class RunLog:
         self._file, self._events = folder / "log.jsonl", folder / "tensorboard"
         with _written(self._events):
             self._board = _tensorboard(self._events, resume_step)
+        self._hook, threading.excepthook = threading.excepthook, self._in_thread
         self._recent: deque[Mapping[str, Any]] = deque(maxlen=ROLLING)
         self._last: dict[str, float] = {}
         self._progress: Progress | None = None
@@ -131,6 +133,12 @@ class RunLog:
         if self._board is not None:
             with suppress(OSError):
                 self._board.close()
+        threading.excepthook = self._hook
+
+    def _in_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread hands its error to `flush`, where it becomes one line; its traceback would be a second report of it."""
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self._hook(failed)
 
 
 @contextmanager
