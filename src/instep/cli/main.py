@@ -23,7 +23,7 @@ USAGE = """instep: few-step diffusion models, distilled and aligned in one train
   instep convert FILE        SiT's published weights as a model folder
   instep plan RECIPE         memory and time, before anything runs
   instep human-eval A B      a local page on which people compare or score samples of two models, blind
-  instep pairs COMMAND ...    preferences as training pairs, public sets in the same form, slow copies, a reward or a ranker learned from pairs
+  instep pairs COMMAND ...   preferences as training pairs, public sets in the same form, slow copies, a reward or a ranker learned from pairs
   instep lab RECIPE...       recipes side by side on an exact 2-D mixture: table, figure, animation
 
 RECIPE is one that `instep recipes` lists, or module:function for one of your own.
