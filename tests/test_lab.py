@@ -127,7 +127,11 @@ def test_naive_adaptation_collapses_through_networks(control, start):
 
 
 @pytest.mark.parametrize(
-    "spec", ["dmd", "dmd2:gan=0.03", "decoupled-dmd:guidance=1.5", "magic", "dmd2:steps=4", "refl:weight=0.1", "dm-align-group:weight=0.05"]
+    "spec",
+    [
+        *("dmd", "decoupled-dmd:guidance=1.5", "magic", "refl:weight=0.1", "dm-align-group:weight=0.05"),
+        *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("dmd2:gan=0.03", "dmd2:steps=4")),
+    ],
 )
 def test_every_recipe_learns_and_is_finite(spec, start):
     """From a student that is far from the mixture's quality in one step, to one that is nearer."""

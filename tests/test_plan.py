@@ -137,7 +137,12 @@ CASES = {
     "CogVideoX": Case(lambda: tiny_cogvideox_pipeline(layers=7), {"lora_rank": 4}, size=Size(32, 32, 9)),
 }
 
-SLOW = ("small Wan, three micro-batches, three updates", "small Wan, bfloat16, checkpointing, micro-batches of 2", "the gradient of a decoded reward")
+SLOW = (
+    "small Wan, three micro-batches, three updates",
+    "small Wan, bfloat16, checkpointing, micro-batches of 2",
+    "tiny Wan, LoRA, checkpointing, micro-batches of 1, discriminator",
+    "the gradient of a decoded reward",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES])

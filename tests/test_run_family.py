@@ -53,7 +53,9 @@ def test_a_discriminator_without_real_samples_takes_the_teachers(tmp_path):
     assert any(key.startswith("head.") for key in state) and state["head.logit.weight"].abs().max() > 0, "the head has been trained"
 
 
-@pytest.mark.parametrize("recipe", [dmd2(SHORT, iterations=3, gan=0.01), dmd(SHORT, iterations=3), magic(SHORT, iterations=3)])
+@pytest.mark.parametrize(
+    "recipe", [dmd2(SHORT, iterations=3, gan=0.01), *(pytest.param(other(SHORT, iterations=3), marks=pytest.mark.slow) for other in (dmd, magic))]
+)
 def test_heads_adapters_and_stored_pairs_resume_to_the_same_weights(tmp_path, recipe):
     whole = train(recipe, family(), out=tmp_path / "whole", prompts=PROMPTS, options=FEW).out
     with interrupted_before(2):

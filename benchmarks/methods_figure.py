@@ -1,0 +1,50 @@
+"""docs/methods.png: what each method gains over its control, against what it keeps of the control's modes, from what `methods_on.py` measured.
+
+python benchmarks/methods_figure.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from methods_on import ARMS
+from results_methods import MODES, Cells, compared, read
+
+FIGURE = Path(__file__).parents[1] / "docs" / "methods.png"
+
+
+def main() -> None:
+    found = [cells for cells in read() if compared(cells)]
+    figure, axes = plt.subplots(1, len(found), figsize=(7.5 * len(found), 5), constrained_layout=True, squeeze=False)
+    for axis, cells in zip(axes[0], found, strict=True):
+        panel(axis, cells)
+    figure.savefig(FIGURE, dpi=110)
+    print(f"wrote {FIGURE}")
+
+
+def panel(axis: plt.Axes, cells: Cells) -> None:
+    """One world and number of steps. A hollow point is of one seed."""
+    against = compared(cells)
+    for i, one in enumerate(against):
+        face = f"C{i % 10}" if one.seeds > 1 else "white"
+        mark = "os^Dv"[i // 10]
+        label = f"{ARMS[one.arm].what} ({one.seeds})"
+        axis.errorbar(one.modes.value, one.gain.value, one.gain.se, one.modes.se, fmt=mark, color=f"C{i % 10}", markerfacecolor=face, capsize=2, label=label)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axvline(MODES, color="black", linewidth=0.8, linestyle="--")
+    steps = cells.plan["steps"]
+    axis.set(
+        title=f"{cells.plan['world']}, {steps} step{'s' * (steps > 1)}",
+        xlabel="smallest share of the control's modes",
+        ylabel=f"{against[0].column.head}, gain over the control",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, title="method (seeds)", title_fontsize=7)
+
+
+if __name__ == "__main__":
+    main()
