@@ -7,6 +7,7 @@ exits, each at its own level, with the student's graph. Nothing after the exit i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -103,6 +104,18 @@ def draw_exits(n_groups: int, group: int, n_levels: int, rng: torch.Generator) -
     return even[torch.randperm(n_groups, generator=rng)].repeat_interleave(group)
 
 
+def group_noise(n: int, group: int, shared: float, shape: Sequence[int], rng: Rng, device: torch.device | str) -> Tensor:
+    """Initial noise of n samples [n, *shape], each standard normal; two of a group of consecutive samples have the correlation `shared`, in 0..1.
+
+    With 1 a group begins as one point (as in DanceGRPO), and only the noise between steps tells its samples apart.
+    """
+    own = randn((n, *shape), rng, device)
+    if not shared:
+        return own
+    common = randn((n // group, *shape), rng, device).repeat_interleave(group, 0)
+    return math.sqrt(shared) * common + math.sqrt(1 - shared) * own
+
+
 def rollout_few_step(
     student: Denoiser,
     cond: Condition,
@@ -113,6 +126,7 @@ def rollout_few_step(
     rng: Rng,
     *,
     group: int = 1,
+    shared_noise: float = 0.0,
     exits: range | None = None,
     live: frozenset[Where] = frozenset(),
     to_the_end: bool = False,
@@ -125,6 +139,7 @@ def rollout_few_step(
 ) -> Rollout:
     """Rolls out len(cond) samples of `shape`, each to its exit, or `to_the_end`.
 
+    Of the initial noise's variance, a group has the part `shared_noise` in common (`group_noise`); the noise of later steps is each sample's own.
     Points named in `live` carry the graph: the exit through its own step alone; the final sample through the last `through` of its steps (memory times
     their number). All exits are predicted in one call. `exits` are the indices that `draw_exits` drew from (None: all levels). `record` stores the
     trajectory of a rollout to the end. `guidance` is only noted in it: a guided `student` brings its own.
@@ -141,7 +156,7 @@ def rollout_few_step(
         if same_calls
         else _rows(exit_id, len(levels))
     )
-    noise = randn((n, *shape), rng, device)
+    noise = group_noise(n, group, shared_noise, shape, rng, device)
     again = copy_of(rng)
     way = _Way(student, cond, levels, path, transition, exit_id, torch.tensor(levels, dtype=noise.dtype)[exit_id], live)
     if to_the_end and (chained or record or "exit" not in live or sum(before) + sum(after) >= n * len(levels)):

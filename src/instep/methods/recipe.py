@@ -25,16 +25,24 @@ class RolloutConfig:
     """The student's own rollout. `through`: the number of its last steps that the graph of a final sample reaches.
 
     A few-step student goes from level to level by `Renoise` and without guidance; a many-step one, whose sampler is made stochastic for a
-    policy gradient, by another `transition`, and with the `guidance` it is used with.
+    policy gradient, by another `transition`, and with the `guidance` it is used with. `shared_noise`: the correlation of the initial noise within a group,
+    0 to 1; what begins alike ends alike, so rewards compare samples that show the same in other quality (1: DanceGRPO's groups).
     """
 
     levels: tuple[float, ...]
     through: int = 1
     transition: Transition = Renoise()
     guidance: float = 1.0
+    shared_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
+        check_number("shared_noise", self.shared_noise, least=0, most=1)
+        if self.shared_noise == 1 and (len(self.levels) == 1 or isinstance(self.transition, Deterministic)):
+            raise ValueError(
+                "shared_noise: 1 is not allowed for a student of one step, or without noise between steps: all samples of a group would be the same; "
+                "give less, or more steps"
+            )
         if not 1 <= self.through <= len(self.levels):
             raise ValueError(
                 f"through: {self.through} is not allowed; the last steps that the gradient reaches, between 1 and the {len(self.levels)} there are"

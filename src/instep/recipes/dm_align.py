@@ -20,10 +20,22 @@ def _point(reach: Reach) -> Where:
     return "exit" if reach == "exit" else "final"
 
 
-def _joint(name: str, common: Common, align: Align, *, matching: float, group: int, distil: int, iterations: int, reach: Reach, spread: Spread) -> Recipe:
+def _joint(
+    name: str,
+    common: Common,
+    align: Align,
+    *,
+    matching: float,
+    group: int,
+    distil: int,
+    iterations: int,
+    reach: Reach,
+    spread: Spread,
+    shared_noise: float = 0.0,
+) -> Recipe:
     """A distillation-only stage, then matching and alignment together."""
     terms = (common.matching(matching), align)
-    rollout = RolloutConfig(common.levels, common.steps if reach == "trajectory" else 1)
+    rollout = RolloutConfig(common.levels, common.steps if reach == "trajectory" else 1, shared_noise=shared_noise)
     second = common.stage("align", iterations, terms, (common.critic(),), group=group, advantage=Advantage(spread), rollout=rollout)
     return common.recipe(name, common.distil(distil), second)
 
@@ -43,6 +55,7 @@ def dm_align_group(
     reach: Reach = "exit",
     normaliser: Normaliser = "target",
     estimate_by: Estimator = "fake",
+    shared_noise: float = 0.0,
     levels: Uniform = Uniform(),
 ) -> Recipe:
     """Distil and align with a reward: DM-Align (Group), from prompts alone.
@@ -69,13 +82,26 @@ def dm_align_group(
         normaliser: unit of the force. target: distance to the preferred estimate, as matching divides by the distance to the teacher's; own: distance
             to the sample's own estimate, which explodes at low levels.
         estimate_by: whose estimates are compared: fake (the paper), or a variant of its Appendix C.2: teacher, student, or samples (no noise, no network).
+        shared_noise: correlation of the initial noise within a group, 0 to 1. Samples that begin alike show the same thing, better or worse: rewards then
+            choose less between the things that a prompt leaves open, and more modes are kept. 1: one initial noise a group (DanceGRPO), from 2 steps on.
         levels: noise levels of the alignment force.
     """
     n, most = best_of(top_n, group), group - (toward == "nearest")
     if not 1 <= n <= most and group > 1:
         raise ValueError(f"top_n: {top_n} is not allowed; between 1 and {most} of a group of {group}" + _all_preferred(toward))
     align = AlignGroup(on=_point(reach), weight=weight, top_n=top_n, toward=toward, sign=sign, normaliser=normaliser, estimate_by=estimate_by, levels=levels)
-    return _joint("dm-align-group", common, align, matching=matching, group=group, distil=distil, iterations=iterations, reach=reach, spread=spread)
+    return _joint(
+        "dm-align-group",
+        common,
+        align,
+        matching=matching,
+        group=group,
+        distil=distil,
+        iterations=iterations,
+        reach=reach,
+        spread=spread,
+        shared_noise=shared_noise,
+    )
 
 
 def _all_preferred(toward: Toward) -> str:

@@ -51,11 +51,19 @@ def draw(state: TrainState, stage: Stage, view: View, rng: Rng) -> Draw:
 
 def roll_out(state: TrainState, stage: Stage, view: View, *, with_graph: bool, to_the_end: bool = False) -> Rollout | None:
     """Rolls out the student on the view's prompts, `stage.group` samples a prompt; returns None for stages that only use data."""
-    return None if stage.rollout is None else rolled_out(state, stage, view, [draw(state, stage, view, view.rng)], with_graph=with_graph, to_the_end=to_the_end)
+    if stage.rollout is None:
+        return None
+    own, shared_noise = [draw(state, stage, view, view.rng)], stage.rollout.shared_noise
+    return rolled_out(state, stage, view, own, with_graph=with_graph, to_the_end=to_the_end, shared_noise=shared_noise)
 
 
-def rolled_out(state: TrainState, stage: Stage, view: View, draws: Sequence[Draw], *, with_graph: bool = False, to_the_end: bool = False) -> Rollout:
-    """The rollouts of one or several draws, made in the same calls, as one: the samples of each draw follow those of the one before (`Rollout.apart`)."""
+def rolled_out(
+    state: TrainState, stage: Stage, view: View, draws: Sequence[Draw], *, with_graph: bool = False, to_the_end: bool = False, shared_noise: float = 0.0
+) -> Rollout:
+    """The rollouts of one or several draws, made in the same calls, as one: the samples of each draw follow those of the one before (`Rollout.apart`).
+
+    `shared_noise` is of one draw alone; samples that nobody compares, such as a critic's own, begin apart.
+    """
     assert stage.rollout is not None
     levels, guidance = stage.rollout.levels, stage.rollout.guidance
     student = state.roles["student"]
@@ -72,6 +80,7 @@ def rolled_out(state: TrainState, stage: Stage, view: View, draws: Sequence[Draw
             torch.cat([one.exit_id for one in draws]),
             several([one.rng for one in draws]),
             group=stage.group * len(draws),
+            shared_noise=shared_noise,
             exits=range(int(here[0]), int(here[-1]) + 1),
             live=live_points(stage, view) if with_graph else frozenset(),
             to_the_end=to_the_end or (stage.to_the_end and with_graph),
