@@ -12,8 +12,11 @@ from instep.diffusion import noise, rollout
 from instep.diffusion.path import RectifiedFlow
 from instep.diffusion.prediction import Prediction
 from instep.diffusion.rollout import draw_exits, rollout_few_step
-from instep.diffusion.transitions import CPS, Renoise
+from instep.diffusion.streams import SampleStreams
+from instep.diffusion.transitions import CPS, Deterministic, Renoise
 from instep.lab.mixture import labels
+from instep.methods.recipe import RolloutConfig
+from instep.recipes.dm_align import dm_align_group
 
 F64 = torch.float64
 PATH = RectifiedFlow()
@@ -158,3 +161,37 @@ def test_no_level_beyond_the_last_possible_exit_is_reached():
         assert calls(exit_id, group=2, exits=range(2), live=frozenset({"exit"}), same_calls=1) == [(2, False), (2, True)]
         low = calls(exit_id + 2, group=2, exits=range(2, 4), live=frozenset({"exit"}), same_calls=1)
         assert low == [(2, False)] * 3 + [(2, True)]
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.3, 0.9, 1.0])
+def test_initial_noise_is_normal_and_correlated_within_a_group_alone(shared):
+    x = rollout.group_noise(30_000, 3, shared, (2,), rng(), "cpu").reshape(10_000, 3, 2)
+    assert x.var().item() == pytest.approx(1, abs=0.02)
+    within, across = ((x[:, 0] * x[:, 1]).mean().item(), (x[1:, 0] * x[:-1, 1]).mean().item())
+    assert within == pytest.approx(shared, abs=0.03) and across == pytest.approx(0, abs=0.03)
+
+
+def test_parts_of_a_batch_draw_the_groups_that_the_whole_draws():
+    whole = rollout.group_noise(8, 2, 0.9, (3,), SampleStreams(5, 0, rng()), "cpu")
+    halves = [rollout.group_noise(4, 2, 0.9, (3,), SampleStreams(5, part, rng()), "cpu") for part in range(2)]
+    assert torch.equal(whole, torch.cat(halves))
+
+
+def test_a_group_that_shares_its_noise_differs_from_the_second_step_on():
+    """The first predictions of a group are one; the final samples are not. Without sharing, all differ."""
+    for shared, alike in ((1.0, True), (0.0, False)):
+        first = made(Student(), torch.zeros(6, dtype=torch.long), group=3, shared_noise=shared, to_the_end=True)
+        assert first.exit is not None and first.final is not None
+        assert torch.equal(first.exit.x[0], first.exit.x[1]) == alike and not torch.equal(first.exit.x[2], first.exit.x[3])
+        assert not torch.equal(first.final.x[0], first.final.x[1])
+
+
+def test_sharing_all_noise_needs_noise_between_steps():
+    with pytest.raises(ValueError, match="shared_noise: 1 is not allowed for a student of one step"):
+        RolloutConfig((1.0,), shared_noise=1.0)
+    with pytest.raises(ValueError, match="shared_noise: 1 is not allowed"):
+        RolloutConfig(LEVELS, transition=Deterministic(), shared_noise=1.0)
+    with pytest.raises(ValueError, match="shared_noise: 1.5 is not allowed; it is 0 or more and at most 1"):
+        dm_align_group(shared_noise=1.5)
+    assert dm_align_group(shared_noise=0.9).stages[-1].rollout.shared_noise == 0.9
+    assert dm_align_group(shared_noise=0.9).stages[0].rollout.shared_noise == 0.0, "matching alone compares nothing"
