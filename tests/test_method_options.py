@@ -114,6 +114,7 @@ def test_advantages_may_keep_the_unit_of_the_reward():
         assert recipe.stages[-1].advantage == Advantage("group", 5.0), "the published defaults"
     flow = flow_grpo().stages[0].terms[0]
     assert (flow.clip, flow.kl, flow.kl_unit) == (1e-4, 0.04, "mean") and dance_grpo().stages[0].terms[0].kl == 0
+    assert dance_grpo().stages[0].rollout.shared_noise == 1 and flow_grpo().stages[0].rollout.shared_noise == 0, "one initial noise a group, or one a sample"
     assert dance_grpo(spread="none", advantage_clip=None).stages[0].advantage == Advantage("none", None)
     with pytest.raises(ValueError, match="spread: 'batch' is not known; allowed: group, run, none"):
         Advantage("batch")

@@ -61,7 +61,15 @@ class ManySteps:
         return few_step_levels(self.steps, self.shift)
 
     def recipe(
-        self, name: str, iterations: int, group: int, term: Term, transition: Transition, inner_epochs: int = 1, advantage: Advantage = Advantage()
+        self,
+        name: str,
+        iterations: int,
+        group: int,
+        term: Term,
+        transition: Transition,
+        inner_epochs: int = 1,
+        advantage: Advantage = Advantage(),
+        shared_noise: float = 0.0,
     ) -> Recipe:
         """One stage of one objective on the model's own rollouts."""
         stage = Stage(
@@ -69,7 +77,7 @@ class ManySteps:
             iterations,
             self.batch,
             (term,),
-            rollout=RolloutConfig(self.levels, transition=transition, guidance=self.guidance),
+            rollout=RolloutConfig(self.levels, transition=transition, guidance=self.guidance, shared_noise=shared_noise),
             group=group,
             accumulate=self.accumulate,
             inner_epochs=inner_epochs,
@@ -104,6 +112,7 @@ def flow_grpo(
     advantage_clip: float | None = 5.0,
     fraction: float = 1.0,
     inner_epochs: int = 1,
+    shared_noise: float = 0.0,
 ) -> Recipe:
     """Align the many-step model itself by policy gradient on its sampler made stochastic (Flow-GRPO); no distillation.
 
@@ -124,9 +133,10 @@ def flow_grpo(
         advantage_clip: bound of an advantage (the released code: 5).
         fraction: part of the steps, drawn anew, that an update trains on.
         inner_epochs: updates on one rollout.
+        shared_noise: correlation of the initial noise within a group, 0 (the released code) to 1 (DanceGRPO).
     """
     term = GRPO(clip=clip, kl=kl, kl_unit=kl_unit, fraction=fraction)
-    return common.recipe("flow-grpo", iterations, group, term, stochastic(sde, noise), inner_epochs, Advantage(spread, advantage_clip))
+    return common.recipe("flow-grpo", iterations, group, term, stochastic(sde, noise), inner_epochs, Advantage(spread, advantage_clip), shared_noise)
 
 
 def dance_grpo(
@@ -140,6 +150,7 @@ def dance_grpo(
     advantage_clip: float | None = 5.0,
     fraction: float = 0.6,
     inner_epochs: int = 1,
+    shared_noise: float = 1.0,
 ) -> Recipe:
     """Align the many-step model itself by policy gradient, the same noise at every level, on a part of the steps (DanceGRPO); no distillation.
 
@@ -154,9 +165,11 @@ def dance_grpo(
         advantage_clip: bound of an advantage (the released code: 5).
         fraction: part of the steps, drawn anew, that an update trains on.
         inner_epochs: updates on one rollout.
+        shared_noise: correlation of the initial noise within a group, 0 to 1. The paper begins all samples of a prompt from the same noise, without which
+            its video models learned to deceive the reward.
     """
     term = GRPO(clip=clip, fraction=fraction)
-    return common.recipe("dance-grpo", iterations, group, term, DanceSDE(noise), inner_epochs, Advantage(spread, advantage_clip))
+    return common.recipe("dance-grpo", iterations, group, term, DanceSDE(noise), inner_epochs, Advantage(spread, advantage_clip), shared_noise)
 
 
 def flow_dpo(common: ManySteps = ManySteps(), *, iterations: int = 60, group: int = 8, beta: float = 500.0) -> Recipe:
