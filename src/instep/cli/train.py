@@ -90,8 +90,8 @@ class TrainArgs:
     hold: str | None = None
     """Figures of the probe to hold while the reward rises, relative to the start of the stage: "diversity=0.95,matching=1.1" keeps at least 95 % of the
     diversity and lets the matching force grow by at most 10 %. After each probe a controller moves the weights of all reward terms by a common factor
-    between 0 and 4, so that the reward rises as fast as these bounds allow. Figures: diversity, motion, mean_brightness, saturation, matching, those of the
-    monitor (monitor_both, modes), and train_score where it is positive (a wrong name lists all)."""
+    between 0 and 1, so that the reward rises as fast as these bounds and the weights you give allow. Figures: diversity, motion, mean_brightness,
+    saturation, matching, those of the monitor (monitor_both, modes), and train_score where it is positive (a wrong name lists all)."""
     terms_every: int = 20
     """Steps between two measurements of the gradient of each term, which the log and the report show; one costs a backward pass a term. 0: none."""
     stop_on: tuple[str, ...] = ()

@@ -14,6 +14,9 @@ the slack is 1 - exp(u - u*), u* the weight at the bound, so the step sizes alon
 is u itself, and u is clipped, so nothing winds up while a bound is active. The last factor is proportional: outside its band a figure switches the reward off,
 wholly at a slack of -OUTSIDE.
 
+The weight that the user gives is the most there is (MOST): it says how hard the reward may push at all. A policy gradient whose weight may grow as long as
+nothing is seen of it pushes in bursts, and matching swings back as far: the band is left while the reward is already off.
+
 **Tolerance.** For a first-order figure x <- x + r (1 - a m - x) with r from 0.05 to 1 a probe and a up to 10 times the width of the band, the overshoot is
 below a tenth of the band (`TOLERANCE`), and x comes to rest MARGIN inside it (`test_hold.py`). A figure that never recovers (r without a restoring force) can
 be slowed down, but not held.
@@ -38,7 +41,7 @@ FALL = 0.5  # its step for a unit of slack that is missing; it falls by 3 at mos
 LOOK_AHEAD = 5.0  # probes
 MARGIN = 0.1  # slack at which the multiplier rests
 OUTSIDE = 0.5  # slack below zero at which the reward is off
-START, LEAST, MOST = 0.1, 1 / 64, 4.0
+START, LEAST, MOST = 0.1, 1 / 64, 1.0  # of the weight that the user gives, which is never exceeded
 TOLERANCE = 0.1  # overshoot in widths of the band
 # steps between the probes of a run that holds figures, unless it is given
 HOLD_EVERY = 5
