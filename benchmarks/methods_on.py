@@ -118,6 +118,7 @@ ARMS = {
     "dm-align-group-eight": Arm("DM-Align (Group), groups of 8", lambda p: _eight(p, 0.3)),
     "dm-align-group-eight-half": Arm("DM-Align (Group), groups of 8, weights .5 and .5", lambda p: _eight(p, 0.5)),
     "matching-in-groups": Arm("matching alone in groups of 8 (alignment's weight .001)", lambda p: _eight(p, 0.001)),
+    "matching-in-fours": Arm("matching alone in groups of 4 (alignment's weight .001)", lambda p: _four(p, 0.001)),
     "dm-align-group-letter": Arm("DM-Align (Group), the paper's letter", _letter),
 }
 
