@@ -207,6 +207,20 @@ def test_errors_come_first_and_lose_nothing(whole, tmp_path):
         dm_align_group(**{**SMALL, "common": Common(batch=5, steps=2)})
 
 
+def test_a_run_goes_on_with_a_version_that_has_more_options(whole, tmp_path):
+    """Its record lacks them. With their defaults it is the same run; with another value it is not."""
+    out = shutil.copytree(whole, tmp_path / "older")
+    record = json.loads((out / "recipe.json").read_text())
+    for stage in record["config"]["stages"]:
+        del stage["rollout"]["shared_noise"], stage["reward_on"], stage["terms"][0]["ca_levels"]
+    del record["config"]["roles"]["student"]["optim"]["warmup"]
+    (out / "recipe.json").write_text(json.dumps(record))
+    again = train(dm_align_group(**SMALL), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+    assert again.state.step == dm_align_group(**SMALL).steps
+    with pytest.raises(ValueError, match=r"config.stages\[1\].rollout.shared_noise null there, 0.5 now"):
+        train(dm_align_group(**SMALL, shared_noise=0.5), family(), out=out, prompts=PROMPTS, reward=brightness, options=EVERY)
+
+
 def lambda_named(name, function):
     function.__name__ = name
     return function

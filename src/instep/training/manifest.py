@@ -82,7 +82,7 @@ def write_manifest(
         "hold": {"probe_every": options.probe_interval, **{b.figure: b.fraction for b in options.hold}} if options.hold else None,
         "start_from": str(Path(start_from).resolve()) if start_from else None,
         **({"recipe_source": recipe.source} if recipe.source else {}),
-        "config": {k: v for k, v in json.loads(json.dumps(describe(recipe))).items() if k != "source"},
+        "config": _config(json.loads(json.dumps(describe(recipe)))),
     }
     about = {
         "instep": __version__,
@@ -99,6 +99,8 @@ def write_manifest(
     there = read_object(file, "out", DAMAGED) if file.is_file() else {}
     # older runs have no record of the format, which was the first, of their dtype, which was float32, of moments, which loading a checkpoint compares, of
     # styles and another teacher, which they could not have, nor of some others
+    # and of options that are newer than they are
+    there = {**there, "config": _config(with_new_options(there["config"], recipe))} if "config" in there else there
     before = {"format": 1, "dtype": "float32", "styles": [], "teacher": None, **{key: identity[key] for key in UNRECORDED}, **there}
     different = [key for key in identity if before.get(key) != identity[key]]
     if "instep" in there and (begun or not different):
@@ -111,6 +113,30 @@ def write_manifest(
         sampled = "stored" in recipe.needs or ("real" in recipe.needs and real is None)
         check_disk(out, disk_bytes(recipe, family, options, sampled=sampled), "run")
         write_json(file, {**about, **identity})
+
+
+def _config(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a recipe without where it is from, which is recorded by itself."""
+    return {key: value for key, value in described.items() if key != "source"}
+
+
+def with_new_options(there: Any, value: Any) -> Any:
+    """The description `there` of a recipe, or of a part of it, with the fields of `value` that it lacks and that have their defaults: an option that is newer
+    than a run was not used in it. One that is used now is missing still, and makes it another run."""
+    if dataclasses.is_dataclass(value) and isinstance(there, Mapping):
+        filled = dict(there)
+        for each in dataclasses.fields(value):
+            own = getattr(value, each.name)
+            if each.name in there:
+                filled[each.name] = with_new_options(there[each.name], own)
+            elif own == (each.default if each.default_factory is dataclasses.MISSING else each.default_factory()):
+                filled[each.name] = json.loads(json.dumps(describe(own)))
+        return filled
+    if isinstance(value, Mapping) and isinstance(there, Mapping):
+        return {key: with_new_options(part, value[key]) if key in value else part for key, part in there.items()}
+    if isinstance(value, tuple | list) and isinstance(there, list) and len(value) == len(there):
+        return [with_new_options(part, own) for part, own in zip(there, value, strict=True)]
+    return there
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any], different: Sequence[str]) -> str:
