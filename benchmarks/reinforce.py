@@ -90,12 +90,7 @@ CELLS = {
     "tilted-weight": Cell(lambda: dmdr(TWO, warm=FEW, iterations=0, tilt="weight"), None, "exact tilt from the start (DynaRS, DynaDG)", probe_every=20),
     "tilted-more": Cell(lambda: dmdr(TWO, warm=MORE, iterations=0, tilt="literal", dyna_rs=False, dyna_dg=0), "tilted", "RT-DM all the way", probe_every=10),
     "tilted-joint": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST, weight_unit="raw"), "tilted", "RT-DM, then joint", probe_every=10),
-    "grpo-teacher": Cell(
-        lambda: dance_grpo(MANY, iterations=TEACHER, shared_noise=0.0),
-        None,
-        "DanceGRPO on the many-step model, 10 steps guided, a noise of its own a sample",
-        probe_every=15,
-    ),
+    "grpo-teacher": Cell(lambda: dance_grpo(MANY, iterations=TEACHER), None, "DanceGRPO on the many-step model, 10 steps guided", probe_every=15),
     "dpo-teacher": Cell(lambda: flow_dpo(MANY, iterations=TEACHER), None, "online Flow-DPO on the many-step model, 10 steps guided", probe_every=15),
     "grpo-then-distil": Cell(lambda: dmd2(TWO, iterations=FEW + MORE), None, "DanceGRPO, then distillation", model="grpo-teacher"),
     "dpo-then-distil": Cell(lambda: dmd2(TWO, iterations=FEW + MORE), None, "Flow-DPO, then distillation", model="dpo-teacher"),
