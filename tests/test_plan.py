@@ -142,6 +142,7 @@ SLOW = (
     "small Wan, bfloat16, checkpointing, micro-batches of 2",
     "tiny Wan, LoRA, checkpointing, micro-batches of 1, discriminator",
     "the gradient of a decoded reward",
+    "groups with a decoded reward",
 )
 
 

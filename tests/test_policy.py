@@ -222,6 +222,7 @@ def test_recipes_are_what_they_say():
     assert not rl_after().stages[1].critics, "reinforcement learning alone trains no fake"
 
 
+@pytest.mark.slow
 def test_joint_training_keeps_what_reinforcement_alone_loses():
     world = World.named("ring8", members=2, reward="right")
     start = flow_start(world, 0, steps=1000)
