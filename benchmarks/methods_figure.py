@@ -5,6 +5,7 @@ python benchmarks/methods_figure.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,23 +13,22 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from methods_on import ARMS
-from results_methods import MODES, Cells, compared, read
+from results_methods import MODES, Cells, Compared, compared, read
 
 FIGURE = Path(__file__).parents[1] / "docs" / "methods.png"
 
 
 def main() -> None:
-    found = [cells for cells in read() if compared(cells)]
+    found = [(cells, against) for cells in read() if (against := compared(cells))]
     figure, axes = plt.subplots(1, len(found), figsize=(7.5 * len(found), 5), constrained_layout=True, squeeze=False)
-    for axis, cells in zip(axes[0], found, strict=True):
-        panel(axis, cells)
+    for axis, (cells, against) in zip(axes[0], found, strict=True):
+        panel(axis, cells, against)
     figure.savefig(FIGURE, dpi=110)
     print(f"wrote {FIGURE}")
 
 
-def panel(axis: plt.Axes, cells: Cells) -> None:
+def panel(axis: plt.Axes, cells: Cells, against: Sequence[Compared]) -> None:
     """One world and number of steps. A hollow point is of one seed."""
-    against = compared(cells)
     for i, one in enumerate(against):
         face = f"C{i % 10}" if one.seeds > 1 else "white"
         mark = "os^Dv"[i // 10]

@@ -83,12 +83,9 @@ def _letter(plan: Plan) -> Recipe:
     return dm_align_group(plan.common, distil=0, iterations=plan.more, group=8, top_n=2, **signs, **weights)
 
 
-def _four(plan: Plan, weight: float, shared_noise: float = 0.0) -> Recipe:
-    return dm_align_group(plan.common, distil=0, iterations=plan.more, weight=weight, matching=1 - weight, shared_noise=shared_noise)
-
-
-def _eight(plan: Plan, weight: float) -> Recipe:
-    return dm_align_group(plan.common, distil=0, iterations=plan.more, group=8, weight=weight, matching=1 - weight)
+def _weighted(plan: Plan, weight: float, **options: Any) -> Recipe:
+    """DM-Align (Group) with this weight, and the rest for matching."""
+    return dm_align_group(plan.common, distil=0, iterations=plan.more, weight=weight, matching=1 - weight, **options)
 
 
 ARMS = {
@@ -111,14 +108,16 @@ ARMS = {
     "dm-align-group-signed": Arm(
         "DM-Align (Group), signed, nearest of the best two", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, sign="signed", top_n=2)
     ),
-    "dm-align-group-half": Arm("DM-Align (Group), weights .5 and .5", lambda p: _four(p, 0.5)),
-    "dm-align-group-low": Arm("DM-Align (Group), weights .15 and .85", lambda p: _four(p, 0.15)),
-    "dm-align-group-shared": Arm("DM-Align (Group), weights .5 and .5, initial noise shared by .9", lambda p: _four(p, 0.5, 0.9)),
-    "dm-align-group-same": Arm("DM-Align (Group), weights .5 and .5, one initial noise a group", lambda p: _four(p, 0.5, 1.0), stochastic=True),
-    "dm-align-group-eight": Arm("DM-Align (Group), groups of 8", lambda p: _eight(p, 0.3)),
-    "dm-align-group-eight-half": Arm("DM-Align (Group), groups of 8, weights .5 and .5", lambda p: _eight(p, 0.5)),
-    "matching-in-groups": Arm("matching alone in groups of 8 (alignment's weight .001)", lambda p: _eight(p, 0.001)),
-    "matching-in-fours": Arm("matching alone in groups of 4 (alignment's weight .001)", lambda p: _four(p, 0.001)),
+    "dm-align-group-half": Arm("DM-Align (Group), weights .5 and .5", lambda p: _weighted(p, 0.5)),
+    "dm-align-group-low": Arm("DM-Align (Group), weights .15 and .85", lambda p: _weighted(p, 0.15)),
+    "dm-align-group-shared": Arm("DM-Align (Group), weights .5 and .5, initial noise shared by .9", lambda p: _weighted(p, 0.5, shared_noise=0.9)),
+    "dm-align-group-same": Arm(
+        "DM-Align (Group), weights .5 and .5, one initial noise a group", lambda p: _weighted(p, 0.5, shared_noise=1.0), stochastic=True
+    ),
+    "dm-align-group-eight": Arm("DM-Align (Group), groups of 8", lambda p: _weighted(p, 0.3, group=8)),
+    "dm-align-group-eight-half": Arm("DM-Align (Group), groups of 8, weights .5 and .5", lambda p: _weighted(p, 0.5, group=8)),
+    "matching-in-groups": Arm("matching alone in groups of 8 (alignment's weight .001)", lambda p: _weighted(p, 0.001, group=8)),
+    "matching-in-fours": Arm("matching alone in groups of 4 (alignment's weight .001)", lambda p: _weighted(p, 0.001)),
     "dm-align-group-letter": Arm("DM-Align (Group), the paper's letter", _letter),
 }
 

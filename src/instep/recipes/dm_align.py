@@ -83,7 +83,7 @@ def dm_align_group(
             to the sample's own estimate, which explodes at low levels.
         estimate_by: whose estimates are compared: fake (the paper), or a variant of its Appendix C.2: teacher, student, or samples (no noise, no network).
         shared_noise: correlation of the initial noise within a group, 0 to 1. Samples that begin alike show the same thing, better or worse: rewards then
-            choose less between the things that a prompt leaves open, and more modes are kept. 1: one initial noise a group (DanceGRPO), from 2 steps on.
+            choose less between what a prompt leaves open; more modes are kept, and less is gained. 1: one noise a group (DanceGRPO), from 2 steps on.
         levels: noise levels of the alignment force.
     """
     n, most = best_of(top_n, group), group - (toward == "nearest")

@@ -98,9 +98,9 @@ def write_manifest(
     begun = any((out / name).exists() for name in ("log.jsonl", "checkpoints", "teacher_samples.parts", "teacher_samples.safetensors"))
     there = read_object(file, "out", DAMAGED) if file.is_file() else {}
     # older runs have no record of the format, which was the first, of their dtype, which was float32, of moments, which loading a checkpoint compares, of
-    # styles and another teacher, which they could not have, nor of some others
-    # and of options that are newer than they are
-    there = {**there, "config": _config(with_new_options(there["config"], recipe))} if "config" in there else there
+    # styles and another teacher, which they could not have, of options that are newer than they are, nor of some others
+    if isinstance(there.get("config"), Mapping):
+        there = {**there, "config": _config(with_new_options(there["config"], recipe))}
     before = {"format": 1, "dtype": "float32", "styles": [], "teacher": None, **{key: identity[key] for key in UNRECORDED}, **there}
     different = [key for key in identity if before.get(key) != identity[key]]
     if "instep" in there and (begun or not different):
