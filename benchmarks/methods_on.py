@@ -93,6 +93,7 @@ ARMS = {
     "control": Arm("control: DMD2 goes on", lambda p: dmd2(p.common, iterations=p.more)),
     "dm-align-group": Arm("DM-Align (Group)", lambda p: dm_align_group(p.common, distil=0, iterations=p.more)),
     "dm-align-pair": Arm("DM-Align (Pair)", lambda p: dm_align_pair(p.common, distil=0, iterations=p.more)),
+    "dm-align-pair-all": Arm("DM-Align (Pair), all samples move", lambda p: dm_align_pair(p.common, distil=0, iterations=p.more, within=None)),
     "amd": Arm("AMD", lambda p: amd(p.common, iterations=p.more)),
     "dmdr-refl": Arm("DMDR with ReFL", lambda p: dmdr(p.common, warm=0, iterations=p.more, rl="refl")),
     "dmdr-grpo": Arm("DMDR with GRPO, black box", lambda p: dmdr(p.common, warm=0, iterations=p.more, rl="grpo"), reward="exact", stochastic=True),

@@ -27,7 +27,7 @@ from instep.lab.networks import VelocityMLP
 from instep.lab.run import common, ensemble_state
 from instep.lab.spec import build
 from instep.lab.world import World
-from instep.methods import matching, reward_gradient
+from instep.methods import align, matching, reward_gradient
 from instep.methods.latent_reward_model import LatentReward
 from instep.methods.recipe import Recipe
 from instep.methods.term import Batch, Stored
@@ -232,6 +232,7 @@ STATISTICS: dict[str, tuple[str, Any, str, Callable[[Any], Any]]] = {
     "running spread of rewards": ("lab/dm-align-group", step, "score_rollout", lambda real: partial(_alone, real)),
     "running spread of several rewards": ("lab/dm-align-group/two", step, "score_rollout", lambda real: partial(_alone, real)),
     "norm of reward-tilted matching": ("lab/dmdr", matching, "relative", lambda real: lambda reward, ranks: real(reward)),
+    "distance to preferred samples": ("lab/dm-align-pair", align, "resembling", lambda real: lambda squared, within, ranks: real(squared, within)),
     "norms of several rewards' gradients": (
         "lab/refl/two",
         reward_gradient,

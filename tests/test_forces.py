@@ -209,6 +209,23 @@ def test_pair_chooses_among_the_preferred_samples_of_its_prompt(toward) -> None:
     torch.testing.assert_close(seen.direction, (0.5 * x_t - expected) / (x - expected).abs().mean(1, keepdim=True))
 
 
+def test_pair_leaves_a_sample_to_matching_whose_preferred_ones_are_far() -> None:
+    """Six samples whose nearest of two preferred ones is 1, 2, ... 6 away, by the root of the squared distance: the mean square is 91 / 6."""
+    x = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(3), dtype=F64)
+    unit = torch.ones(3, 2, dtype=F64) / 6**0.5
+    near = x + torch.arange(1, 7, dtype=F64)[:, None, None] * unit
+    preferred, roles = torch.stack([x - 9 * unit, near], 1), {"fake": Linear(0.5)}
+    every = AlignPair(levels=Fixed())(view(x, roles, real=preferred))
+    assert every.flatten(1).any(1).all()
+    for within, moved in ((1.0, 3), (16.0001 / (91 / 6), 4), (15.9999 / (91 / 6), 3), (0.01, 0), (3.0, 6)):
+        force = AlignPair(levels=Fixed(), within=within)(view(x, roles, real=preferred))
+        torch.testing.assert_close(force, torch.cat([every[:moved], torch.zeros_like(every[moved:])]))
+    # a sample alone in its batch is as near as the mean
+    alone = AlignPair(levels=Fixed(), within=1.0)(view(x[5:], roles, real=preferred[5:]))
+    torch.testing.assert_close(alone, AlignPair(levels=Fixed())(view(x[5:], roles, real=preferred[5:])))
+    assert alone.any()
+
+
 def test_options_of_the_alignment_forces_are_refused_early() -> None:
     for options, message in (
         ({"toward": "far"}, "toward: 'far' is not known; allowed: nearest, mean, kernel"),
@@ -221,6 +238,8 @@ def test_options_of_the_alignment_forces_are_refused_early() -> None:
             AlignGroup(**options)
     with pytest.raises(ValueError, match="candidates: 0 is not allowed"):
         AlignPair(candidates=0)
+    with pytest.raises(ValueError, match="within: 0 is not allowed; it is a factor of the mean squared distance, or none"):
+        AlignPair(within=0)
     with pytest.raises(ValueError, match="top_n: 8 is not allowed; between 1 and 3 of a group of 4"):
         dm_align_group(top_n=8)
     with pytest.raises(ValueError, match="reach: 'far' is not known; allowed: exit, last, trajectory"):

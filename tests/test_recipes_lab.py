@@ -128,8 +128,9 @@ def test_printed_sign_takes_it_to_the_other_side():
 
 
 def test_pair_moves_toward_the_preferred_side(control):
+    """The nearer half of a batch moves, so fewer samples change sides than without `within`."""
     aligned = run(dm_align_pair(COMMON, distil=300, iterations=150), preferred=preferred_right)
-    assert right_share(aligned) > right_share(control) + 0.15
+    assert right_share(aligned) > right_share(control) + 0.1
     assert quality(aligned) > quality(control) - 0.25
 
 

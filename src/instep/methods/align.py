@@ -13,9 +13,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from instep.core.numbers import check_number
+from instep.core.ranks import ALONE, Ranks
 from instep.diffusion.advantage import top_n
 from instep.diffusion.levels import LevelSampler, Uniform
-from instep.diffusion.path import Path, broadcast
+from instep.diffusion.path import Path, at_least_float32, broadcast
 from instep.diffusion.prediction import Condition
 from instep.diffusion.rollout import Where
 from instep.diffusion.transfer import to_match
@@ -84,6 +86,11 @@ def nearest(x: Tensor, candidates: Tensor) -> Tensor:
     return squared_distances(x, candidates).argmin(1)
 
 
+def resembling(squared: Tensor, within: float, ranks: Ranks = ALONE) -> Tensor:
+    """Which samples are near what they would follow [B], booleans: those whose squared distance [B] is at most `within` times its mean over all ranks."""
+    return squared <= within * ranks.mean(squared.mean())
+
+
 def posterior_mean(path: Path, x_t: Tensor, t: Tensor, candidates: Tensor) -> Tensor:
     """E[x0 | x_t] if x0 is one of the candidates [B, n, ...], all as likely, and x_t = a x0 + b eps: the denoiser of that set, [B, ...].
 
@@ -139,15 +146,20 @@ class AlignPair(Align):
     """DM-PairLoss (Eq. 6): toward the estimate of a preferred real sample of the same prompt; same level, same noise.
 
     A batch brings up to `candidates` different preferred samples of each prompt, to choose the nearest from, or to average; 1 is the paper's.
+    With `within`, only those samples of a batch move whose nearest preferred one is near, compared with the others' (`resembling`). Where what a prompt leaves
+    open differs (a motion, a viewpoint), halfway to the preferred sample is neither the one nor the other.
     """
 
     name: str = "pair"
     candidates: int = 4
+    within: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.candidates < 1:
             raise ValueError(f"candidates: {self.candidates} is not allowed; 1 or more preferred samples of a prompt (1 is the paper's)")
+        if self.within is not None:
+            check_number("within", self.within, 0, open_below=True, what="it is a factor of the mean squared distance, or none")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -174,7 +186,12 @@ class AlignPair(Align):
             # one call of 2 B samples: the student's and the preferred ones
             both = self._estimate(view, torch.cat([x, plus]), torch.cat([noise, noise]), torch.cat([t, t]), cond.stack(cond))
             own, preferred = both.chunk(2)
-        return Alignment(x, t, own, preferred, align_direction(x, own, preferred, self.normaliser))
+        direction = align_direction(x, own, preferred, self.normaliser)
+        if self.within is not None:
+            # in float32, since squares are summed over a whole latent
+            squared = squared_distances(at_least_float32(x), at_least_float32(candidates)).amin(1)
+            direction = broadcast(resembling(squared, self.within, view.ranks), direction) * direction
+        return Alignment(x, t, own, preferred, direction)
 
 
 @dataclass(frozen=True, kw_only=True)

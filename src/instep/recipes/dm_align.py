@@ -114,6 +114,7 @@ def dm_align_pair(
     distil: int = 80,
     iterations: int = 40,
     candidates: int = 4,
+    within: float | None = 1.0,
     toward: Toward = "nearest",
     weight: float = 0.5,
     matching: float = 0.5,
@@ -124,13 +125,15 @@ def dm_align_pair(
 ) -> Recipe:
     """Distil and align with preferred real samples: DM-Align (Pair). Preferred samples alone are enough; it reads no rejected ones.
 
-    The paper's letter: --distil 0 --reach last --candidates 1 --normaliser own.
+    The paper's letter: --distil 0 --reach last --candidates 1 --within None --normaliser own.
 
     Args:
         common: options of every recipe.
         distil: student updates of distribution matching alone, before the preferred samples join; 0 joins them at once (the paper).
         iterations: student updates of matching and alignment together.
         candidates: most preferred samples of a prompt to choose from (the paper: 1). Where a prompt has fewer, they are all.
+        within: which samples of a batch move: those whose nearest preferred sample is near, its squared distance (of latents) at most this factor of the
+            batch's mean. The others are left to matching: they would be drawn halfway to another motion or viewpoint. None: all move (the paper).
         toward: which preferred sample a sample is moved to. nearest: the one most like it; mean: the average of them, paler than any; kernel: their mean
             weighted by how likely each is to be the sample's own noised point, without a network.
         weight: weight of the alignment force (Eq. 8's lambda_align; paper: 0.5).
@@ -142,5 +145,7 @@ def dm_align_pair(
         estimate_by: whose estimates are compared: fake (the paper), or a variant of its Appendix C.2: teacher, student, or samples (no noise, no network).
         levels: noise levels of the alignment force.
     """
-    align = AlignPair(on=_point(reach), weight=weight, candidates=candidates, toward=toward, normaliser=normaliser, estimate_by=estimate_by, levels=levels)
+    align = AlignPair(
+        on=_point(reach), weight=weight, candidates=candidates, within=within, toward=toward, normaliser=normaliser, estimate_by=estimate_by, levels=levels
+    )
     return _joint("dm-align-pair", common, align, matching=matching, group=1, distil=distil, iterations=iterations, reach=reach, spread="group")
