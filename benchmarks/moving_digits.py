@@ -66,7 +66,7 @@ HIGH = Uniform(low=0.8, high=0.98)
 TWO = Common(steps=2)
 # the reading of DM-Align that these cells and those of reinforce.py were measured with: the last step, the mean of two, units of the own estimate
 OLD = partial(dm_align_group, distil=0, reach="last", toward="mean", top_n=2, normaliser="own", weight=0.3, matching=0.7, levels=Uniform(low=0.3, high=0.98))
-OLD_PAIR = partial(dm_align_pair, distil=0, iterations=MORE, reach="last", candidates=1, normaliser="own", levels=HIGH)
+OLD_PAIR = partial(dm_align_pair, distil=0, iterations=MORE, reach="last", candidates=1, within=None, normaliser="own", levels=HIGH)
 CELLS = {
     "dmd2-4": Cell(lambda: dmd2(iterations=BASE), what="4 steps, fake told the exit, rollout re-used"),
     "dmd2-4-more": Cell(lambda: dmd2(iterations=MORE), "dmd2-4", "control: as many further iterations of DMD2"),

@@ -169,6 +169,10 @@ def test_specs_are_read_and_refused():
     for wrong in ("amd:tilt=2 2", "amd:tilt=high", "dmd2:steps=four", "dmd2:reuse=1", "dmd2:steps=1.5"):
         with pytest.raises(ValueError, match=r"is not allowed for \w+; it takes a value like"):
             build(wrong, common(), 90)
+    assert build("dm-align-pair:within=None", common(), 90).stages[-1].terms[1].within is None, "an option that may be None, with a number as its default"
+    for wrong, allowed in (("dm-align-pair:within=far", "a value like 1.0 or None"), ("dm-align-pair:weight=None", r"a value like 0.5$")):
+        with pytest.raises(ValueError, match=rf"is not allowed for \w+; it takes {allowed}"):
+            build(wrong, common(), 90)
     assert not build("dmd2:reuse=false", common(), 90).stages[0].critics[0].reuse, "a false that is written small is false too"
 
 

@@ -6,7 +6,8 @@ import ast
 import inspect
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from instep.lab.run import common as laboratory
 from instep.methods.recipe import Recipe
@@ -32,15 +33,17 @@ def build(spec: str, common: Common, iterations: int) -> Recipe:
     name, rest = parts_of(spec)
     function = find(name)
     own = {key: p for key, p in inspect.signature(function).parameters.items() if key != "common"}
-    kind = inspect.get_annotations(function, eval_str=True)["common"]
+    types = inspect.get_annotations(function, eval_str=True)
+    kind = types["common"]
     shared = {f.name: f.type for f in fields(kind) if f.name not in ELSEWHERE}
+    types = get_type_hints(kind) | types
     given: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals or key not in own | shared:
             raise ValueError(f"recipe {spec!r}: {part!r} is not key=value with a key of {name}; allowed keys: {', '.join([*own, *shared])}")
         default = own[key].default if key in own else getattr(common, key)
-        given[key] = _value(spec, key, value, default)
+        given[key] = _value(spec, key, value, default, NoneType in get_args(types.get(key)))
     if "steps" in given:
         common = replace(common, student=laboratory(given["steps"]).student)
     common = replace(common, **{key: value for key, value in given.items() if key in shared})
@@ -69,8 +72,8 @@ def parts_of(spec: str) -> tuple[str, str]:
     return f"{name}:{function}", rest
 
 
-def _value(spec: str, key: str, text: str, default: Any) -> Any:
-    """Parses the value of an option, by the type of its default."""
+def _value(spec: str, key: str, text: str, default: Any, optional: bool) -> Any:
+    """Parses the value of an option, by the type of its default; `optional`: it may be None."""
     words = {"true": True, "false": False, "none": None}
     try:
         value = words[text.lower()] if text.lower() in words and not isinstance(default, str) else ast.literal_eval(text)
@@ -78,8 +81,8 @@ def _value(spec: str, key: str, text: str, default: Any) -> Any:
         value = text
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = {bool: isinstance(value, bool), int: isinstance(value, int) and number, float: number, str: isinstance(value, str) and text.isidentifier()}
-    if not fits.get(type(default), not isinstance(value, str)):
-        raise ValueError(f"recipe {spec!r}: {text!r} is not allowed for {key}; it takes a value like {default!r}")
+    if not (value is None and optional) and not fits.get(type(default), not isinstance(value, str)):
+        raise ValueError(f"recipe {spec!r}: {text!r} is not allowed for {key}; it takes a value like {default!r}{' or None' * optional}")
     return value
 
 
