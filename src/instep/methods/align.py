@@ -17,7 +17,7 @@ from instep.core.numbers import check_number
 from instep.core.ranks import ALONE, Ranks
 from instep.diffusion.advantage import top_n
 from instep.diffusion.levels import LevelSampler, Uniform
-from instep.diffusion.path import Path, at_least_float32, broadcast
+from instep.diffusion.path import Path, broadcast
 from instep.diffusion.prediction import Condition
 from instep.diffusion.rollout import Where
 from instep.diffusion.transfer import to_match
@@ -176,21 +176,19 @@ class AlignPair(Align):
         assert view.batch.preferred is not None, "Pair needs preferred samples in the batch"
         x, candidates = point.x, view.batch.preferred.repeat_interleave(samples.group, 0)
         t = view.levels(self.levels, len(x), point.level).to(x.dtype)
-        noise, cond = view.randn_like(x), samples.cond.at_exit(point.exit_id)
+        noise, cond, squared = view.randn_like(x), samples.cond.at_exit(point.exit_id), squared_distances(x, candidates)
         if self.toward == "kernel":
             own = self._estimate(view, x, noise, t, cond)
             preferred = posterior_mean(view.path, view.path.renoise(x, noise, t), t, candidates)
         else:
             rows = torch.arange(len(x), device=x.device)
-            plus = candidates.mean(1) if self.toward == "mean" else candidates[rows, nearest(x, candidates)]
+            plus = candidates.mean(1) if self.toward == "mean" else candidates[rows, squared.argmin(1)]
             # one call of 2 B samples: the student's and the preferred ones
             both = self._estimate(view, torch.cat([x, plus]), torch.cat([noise, noise]), torch.cat([t, t]), cond.stack(cond))
             own, preferred = both.chunk(2)
         direction = align_direction(x, own, preferred, self.normaliser)
         if self.within is not None:
-            # in float32, since squares are summed over a whole latent
-            squared = squared_distances(at_least_float32(x), at_least_float32(candidates)).amin(1)
-            direction = broadcast(resembling(squared, self.within, view.ranks), direction) * direction
+            direction = broadcast(resembling(squared.amin(1), self.within, view.ranks), direction) * direction
         return Alignment(x, t, own, preferred, direction)
 
 
