@@ -10,8 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = os.environ["
 
 import pytest
 import torch
+from little_drawn import shorten
 
-from instep.training import run
+from instep.lab.networks import VelocityMLP
+from instep.lab.world import World, flow_start
 
 torch.set_num_threads(1)
 
@@ -30,10 +32,15 @@ def frozen():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_teacher_samples() -> Iterator[None]:
-    """A run that needs samples of its teacher makes 8 of them in 2 steps. The usual 512 in 50 steps take half a minute on the smallest model."""
-    real = run.teacher_samples
+def little_drawn() -> Iterator[None]:
+    """See `little_drawn.shorten`."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run, "TEACHER_STEPS", 2)
-        patched.setattr(run, "teacher_samples", lambda *args, n, **given: real(*args, n=min(n, 8), **given))
+        shorten(patched.setattr)
         yield
+
+
+@pytest.fixture(scope="session")
+def start() -> VelocityMLP:
+    """A flow on ring8 from which students of the laboratory begin. No test changes it; it takes 12 s, so a process makes it once."""
+    torch.manual_seed(0)
+    return flow_start(World.named("ring8", members=2), 0, steps=1500)

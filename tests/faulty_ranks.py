@@ -20,6 +20,7 @@ from typing import Any
 import every_recipe
 import sharded_state
 import torch
+from little_drawn import shorten
 from torch import Tensor
 
 from instep.cli import main as command_line
@@ -201,6 +202,7 @@ def launched(job: Mapping[str, Any]) -> list[int]:
 
 def main(file: str) -> None:
     elsewhere.LATER, elsewhere.LAST = 0.1, 0.2
+    shorten()
     jobs = json.loads(Path(file).read_text(encoding="utf-8"))
     Path(f"{file}.ended").write_text(json.dumps([launched(job) for job in jobs]), encoding="utf-8")
 

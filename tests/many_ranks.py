@@ -15,6 +15,7 @@ from typing import Any
 
 import every_recipe
 import torch
+from little_drawn import shorten
 from safetensors.torch import save_file
 from tiny import tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_pipeline
 from torch import Tensor
@@ -308,6 +309,7 @@ def main(file: str, *cases: str) -> None:
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     from collectives import counted
 
+    shorten()
     torch.set_num_threads(1)
     with joined() as ranks:
         found = {}

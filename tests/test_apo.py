@@ -21,7 +21,7 @@ from instep.diffusion.levels import OneOf, Uniform
 from instep.lab.run import common, ensemble_state, snapshot
 from instep.lab.run import train as train_lab
 from instep.lab.spec import build
-from instep.lab.world import World, flow_start
+from instep.lab.world import World
 from instep.methods.preference import Preference
 from instep.methods.role_config import AdamWConfig
 from instep.recipes.apo import apo
@@ -185,11 +185,6 @@ def test_a_few_step_student_goes_on_with_preferences_at_its_own_levels(tmp_path)
 
 
 LAB = ManySteps(steps=10, batch=256, guidance=1.0, student=AdamWConfig(3e-4, betas=(0.5, 0.99), clip=1e9, decay=0.6), ema=None)
-
-
-@pytest.fixture(scope="module")
-def start():
-    return flow_start(World.named("ring8", members=2), 0, steps=1500)
 
 
 def win_rate(world, before, after):

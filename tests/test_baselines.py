@@ -24,6 +24,7 @@ from instep.recipes.common import Common
 from instep.recipes.defaults import with_settings
 from instep.recipes.dmd import dmd2
 from instep.training.loop import Interrupted
+from instep.training.probe import TEACHER_STEPS as PROBE_STEPS
 from instep.training.probe import Probe, few_of
 from instep.training.run import train
 
@@ -193,4 +194,4 @@ def test_the_teacher_s_probe_that_ships_is_what_measuring_gives(name):
     probe, own = run_probe(name)
     guidance = find(name).preset.guidance
     teacher = Role("teacher", Backbone(own.family, own.family.pretrained))
-    assert dict(own.known_teacher(probe, guidance)) == pytest.approx(probe.teacher(teacher, guidance), rel=1e-3, abs=1e-4)
+    assert dict(own.known_teacher(probe, guidance)) == pytest.approx(probe.teacher(teacher, guidance, PROBE_STEPS), rel=1e-3, abs=1e-4)

@@ -11,7 +11,7 @@ from instep.data.samples import RealSamples
 from instep.lab.run import common, ensemble_state
 from instep.lab.run import train as train_lab
 from instep.lab.spec import build
-from instep.lab.world import World, flow_start
+from instep.lab.world import World
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dollar import dollar
@@ -140,11 +140,6 @@ def test_health_knows_the_stage_that_only_fits_and_a_reward_that_is_climbed_by_p
     for row in hacked:
         row["stage"] = {"distil": "fit", "align": "dollar"}.get(row["stage"], row["stage"])
     assert "hacking" in {f.flag for f in examine(hacked, recipe)}
-
-
-@pytest.fixture(scope="module")
-def start():
-    return flow_start(World.named("ring8", members=2), 0, steps=1500)
 
 
 def lab(spec: str, start, iterations: int = 250, reward: str = "half"):

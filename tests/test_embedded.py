@@ -32,9 +32,9 @@ PROMPTS = digits.full_prompts()[::2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A 2-step student after 20 iterations."""
+    """A 2-step student after 12 iterations."""
     out = tmp_path_factory.mktemp("runs") / "two-step"
-    command = ["train", "dmd2", "--steps", "2", "--iterations", "20", "--batch", "24", "--out", str(out), "--threads", "1", "--no-evaluate"]
+    command = ["train", "dmd2", "--steps", "2", "--iterations", "12", "--batch", "16", "--out", str(out), "--threads", "1", "--no-evaluate"]
     assert main([*command, "--probe-every", "100"]) == 0
     return out
 

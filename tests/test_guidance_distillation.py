@@ -19,7 +19,7 @@ from instep.diffusion.prediction import Prediction, eps_of_x0, skipping, velocit
 from instep.lab.mixture import ExactTeacher, Mixture, labels
 from instep.lab.networks import VelocityMLP
 from instep.lab.run import ensemble_state
-from instep.lab.world import World, flow_start
+from instep.lab.world import World
 from instep.methods.guidance_distillation import GuidanceDistillation
 from instep.methods.role_config import LoRA
 from instep.models.backbone import Backbone
@@ -168,10 +168,9 @@ def test_skipping_a_hidden_layer_of_the_laboratorys_network():
         net.skipping((2,))
 
 
-def test_one_pass_approaches_the_guided_teacher():
+def test_one_pass_approaches_the_guided_teacher(start):
     """In the laboratory, with CFG 2 and skip-layer guidance: of the squared distance to the guided prediction, little is left, at every level."""
     world = World.named("ring8", members=2)
-    start = flow_start(world, 0, steps=1500)
     optim = replace(ManySteps().student, lr=2e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6)
     recipe = apo(
         ManySteps(steps=10, batch=512, guidance=2.0, shift=1.0, student=optim, ema=None),

@@ -16,7 +16,7 @@ from instep.lab.mixture import labels
 from instep.lab.networks import ExactFake, Particles
 from instep.lab.run import common, ensemble_state, train, train_particles
 from instep.lab.spec import build
-from instep.lab.world import World, flow_start
+from instep.lab.world import World
 from instep.methods.matching import DistributionMatching
 from instep.methods.recipe import RolloutConfig, Stage
 from instep.methods.role_config import AdamWConfig
@@ -91,11 +91,6 @@ def test_particles_refuse_what_needs_a_network():
         rest(dmd2(common(), gan=0.1))
 
 
-@pytest.fixture(scope="module")
-def start():
-    return flow_start(World.named("ring8", members=2), 0, steps=1500)
-
-
 def learned(recipe, start, world=None) -> list[dict[str, float]]:
     world = world or World.named("ring8", members=2, reward="half")
     return list(train("x", recipe, world, ensemble_state(recipe, world, start, 0)).metrics)
@@ -136,7 +131,7 @@ def test_naive_adaptation_collapses_through_networks(control, start):
 def test_every_recipe_learns_and_is_finite(spec, start):
     """From a student that is far from the mixture's quality in one step, to one that is nearer."""
     world = World.named("ring8", members=2, reward="half")
-    recipe = build(spec, common(), 200)
+    recipe = build(spec, common(), 120)
     before = ensemble_state(recipe, world, start, 0)
     from instep.lab.run import snapshot
 

@@ -88,11 +88,6 @@ def test_a_policy_gradient_through_a_guided_stochastic_sampler_starts_at_ratio_o
     assert all((r - 1).abs().max() < 1e-4 for r in seen[:n]) and all((r - 1).abs().max() > 1e-4 for r in seen[n:])
 
 
-@pytest.fixture(scope="module")
-def start():
-    return flow_start(World.named("ring8", members=2), 0, steps=1500)
-
-
 @pytest.mark.parametrize(
     "spec",
     [

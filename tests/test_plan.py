@@ -331,6 +331,7 @@ def test_a_plan_says_whether_it_fits_and_what_would():
     assert "none of the options of training" in tiny_plan(1e3).verdict()
 
 
+@pytest.mark.slow
 def test_advice_is_taken_by_train_and_makes_it_fit(monkeypatch):
     """Each is an option of `instep train`; with it, the plan fits."""
     monkeypatch.setattr("instep.planning.plan.asides", lambda *_: ())

@@ -21,7 +21,7 @@ from instep.diffusion.transitions import CPS, DanceSDE, FlowSDE, Renoise, Transi
 from instep.lab.mixture import labels
 from instep.lab.run import common, ensemble_state
 from instep.lab.run import train as train_lab
-from instep.lab.world import World, flow_start
+from instep.lab.world import World
 from instep.methods.operators import AdvantageGuided, Displacements, MatchingOnly
 from instep.methods.policy import GRPO
 from instep.methods.preference import Preference, preference_loss
@@ -265,36 +265,30 @@ def test_a_run_with_a_reference_resumes_to_the_same_weights(tmp_path, lora):
     same(whole.out, train(recipe, family(), out=tmp_path / "cut", prompts=PROMPTS, reward=both, options=options).out)
 
 
-@pytest.fixture(scope="module")
-def distilled():
-    """Four-step students of the ring, and what they are."""
-    return flow_start(World.named("ring8", members=2), 0, steps=1500)
-
-
 def mean(run, key):
     return sum(metrics[key] for metrics in run.metrics) / len(run.metrics)
 
 
 @pytest.mark.slow
-def test_preferences_beside_matching_raise_the_rewarded_share(distilled):
+def test_preferences_beside_matching_raise_the_rewarded_share(start):
     """In the laboratory, four steps, half of the modes rewarded (share .5 without)."""
     world = World.named("ring8", members=2, reward="half")
     recipe = dmdr(common(4), warm=0, iterations=300, rl="dpo", beta=2.0, weight=0.5, weight_unit="raw")
-    run = train_lab("dpo", recipe, world, ensemble_state(recipe, world, distilled, 0))
+    run = train_lab("dpo", recipe, world, ensemble_state(recipe, world, start, 0))
     assert mean(run, "share") > 0.62 and mean(run, "quality") > 0.4
 
 
 @pytest.mark.slow
-def test_a_policy_gradient_climbs_and_matching_or_its_dm_part_holds_it(distilled):
+def test_a_policy_gradient_climbs_and_matching_or_its_dm_part_holds_it(start):
     """Alone it goes all the way and leaves the modes; beside matching it stays on them."""
     world = World.named("ring8", members=2, reward="half")
     policy = {"rl": "grpo", "clip": 0.2}
     alone = rl_after(common(4), distil=0, iterations=150, **policy)
-    run = train_lab("alone", alone, world, ensemble_state(alone, world, distilled, 0))
+    run = train_lab("alone", alone, world, ensemble_state(alone, world, start, 0))
     assert mean(run, "share") > 0.9 and mean(run, "tv") > 0.5
     for beside in ("matching", "dm"):
         recipe = dmdr(common(4), warm=0, iterations=150, weight=0.3, weight_unit="raw", beside=beside, **policy)
-        held = train_lab(beside, recipe, world, ensemble_state(recipe, world, distilled, 0))
+        held = train_lab(beside, recipe, world, ensemble_state(recipe, world, start, 0))
         assert mean(held, "quality") > mean(run, "quality") + 0.2 and mean(held, "tv") < 0.2
 
 
@@ -316,12 +310,12 @@ def test_fine_tuning_is_the_velocity_error_at_the_students_levels():
 
 
 @pytest.mark.slow
-def test_fine_tuning_a_distilled_student_blurs_it(distilled):
+def test_fine_tuning_a_distilled_student_blurs_it(start):
     """The mean of what a noisy sample could be lies between modes (DM-Align, Appendix C.1: a distilled model collapses under fine-tuning)."""
     world = World.named("ring8", members=2)
     both = {}
     for name, recipe in (("tuned", sft_after(common(), distil=200, iterations=200)), ("distilled", dmd2(common(), iterations=200))):
-        both[name] = mean(train_lab(name, recipe, world, ensemble_state(recipe, world, distilled, 0)), "quality")
+        both[name] = mean(train_lab(name, recipe, world, ensemble_state(recipe, world, start, 0)), "quality")
     assert both["tuned"] < 0.5 * both["distilled"]
 
 

@@ -149,6 +149,8 @@ CHILD = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
+from little_drawn import shorten
+shorten()
 import test_run as t
 t.train(t.dm_align_group(**t.SMALL), t.family(), out={out!r}, prompts=t.PROMPTS, reward=t.brightness, options=t.EVERY)
 """
@@ -300,6 +302,8 @@ LIMITED = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
+from little_drawn import shorten
+shorten()
 import os, resource
 import test_run as t
 from instep.training import loop

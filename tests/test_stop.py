@@ -47,7 +47,9 @@ class Mild:
 
 def go(out: Path, stop_on: tuple[str, ...] = ("hacking",)):
     options = RunOptions(probe_every=1, save_every=1, keep=1, stop_on=stop_on)
-    return train(RECIPE, family(), out=out, prompts=PROMPTS, reward=Brightness(), monitor=Mild(), options=options)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_module, "PROBE_PROMPTS", len(PROMPTS))  # a finding rests on the whole probe
+        return train(RECIPE, family(), out=out, prompts=PROMPTS, reward=Brightness(), monitor=Mild(), options=options)
 
 
 def steps(out: Path) -> list[int]:
@@ -151,6 +153,8 @@ CHILD = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
+from little_drawn import shorten
+shorten()
 import test_stop as t
 t.go(t.Path({out!r}))
 """

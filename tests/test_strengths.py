@@ -27,7 +27,7 @@ from instep.diffusion.transitions import Deterministic
 from instep.lab.mixture import labels
 from instep.lab.networks import VelocityMLP
 from instep.lab.run import ensemble_state
-from instep.lab.world import World, flow_start
+from instep.lab.world import World
 from instep.methods.guidance_distillation import GuidanceDistillation
 from instep.methods.recipe import Recipe, RolloutConfig, Stage, describe
 from instep.methods.role_config import LoRA, RoleConfig
@@ -302,10 +302,9 @@ def test_what_does_not_go_together_is_refused():
 
 
 @pytest.mark.slow
-def test_one_model_follows_the_guided_teacher_at_every_scale():
+def test_one_model_follows_the_guided_teacher_at_every_scale(start):
     """In the laboratory: at both ends of the range far closer than one that was distilled at the mean, and in its middle as good as done."""
     world = World.named("ring8", members=2)
-    start = flow_start(world, 0, steps=1500)
     optim = replace(ManySteps().student, lr=2e-3, betas=(0.5, 0.99), clip=1e9, decay=0.6)
 
     def distances(draw, ends=((1.0, 0.5), (2.0, 0.5), (3.0, 0.5), (2.0, 0.0), (2.0, 1.0))):
