@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import little_drawn
 import pytest
 import torch
 from test_run import PROMPTS
@@ -169,7 +170,7 @@ def test_a_run_keeps_the_teacher_s_metrics_that_are_known_and_measures_others(tm
     monkeypatch.setattr(Probe, "teacher", lambda self, *given: measured.append(1) or metrics(self, *given, steps=1))
     run = {"prompts": PROMPTS, "out": tmp_path / "run", "known_teacher": lambda probe, guidance: asked.append((probe.prompts, guidance)) or known}
     train(dmd2(Common(steps=1, batch=2, guidance=2.0), iterations=1), tiny(), **run)
-    assert asked == [(as_prompts(PROMPTS), 2.0)] and measured == [1] * (known is None)
+    assert asked == [(few_of(as_prompts(PROMPTS), little_drawn.PROMPTS), 2.0)] and measured == [1] * (known is None)
     kept = json.loads((tmp_path / "run" / "teacher_probe.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert known in (kept, None) and rows[0]["probe/mean_brightness_teacher"] == kept["mean_brightness"]

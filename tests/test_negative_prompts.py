@@ -135,7 +135,8 @@ def test_it_is_a_part_of_the_runs_identity_and_goes_on_with_it(tmp_path):
         same(plain.out, whole.out)
 
 
-def test_real_samples_and_the_monitors_prompts_get_it_too(tmp_path):
+def test_real_samples_and_the_monitors_prompts_get_it_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("instep.training.run.PROBE_PROMPTS", len(GIVEN))
     seen = []
 
     class Monitor:
