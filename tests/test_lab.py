@@ -207,7 +207,7 @@ def test_a_recipe_without_matching_has_no_force_to_draw(start):
 def test_the_command_writes_table_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("instep.cli.lab.START_STEPS", 50)
     out = tmp_path / "lab"
-    assert cli_main.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "20", "--members", "2", "--out", str(out)]) == 0
+    assert cli_main.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "10", "--members", "2", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "exact" in shown and "amd" in shown
     assert {"lab.json", "table.md", "figure.png", "training.webp"} <= {file.name for file in out.iterdir()}
