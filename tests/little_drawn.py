@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from instep.training import run
-from instep.training.probe import Probe
+from instep.training.probe import PROBE_PROMPTS, Probe
 
 STEPS = 2  # of a teacher, instead of 25 and 50
 PROMPTS = 2  # of the probe
@@ -25,3 +27,10 @@ def shorten(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
     set_attribute(run, "samples", report)
     set_attribute(run, "TEACHER_STEPS", STEPS)
     set_attribute(run, "teacher_samples", lambda *args, n, **given: instead(*args, n=min(n, ROWS), **given))
+
+
+@contextmanager
+def whole_probes() -> Iterator[None]:
+    """For what rests on the figures of a probe: it has as many prompts as usual."""
+    with mock.patch.object(run, "PROBE_PROMPTS", PROBE_PROMPTS):
+        yield

@@ -15,7 +15,7 @@ from typing import Any
 
 import every_recipe
 import torch
-from little_drawn import shorten
+from little_drawn import shorten, whole_probes
 from safetensors.torch import save_file
 from tiny import tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_pipeline
 from torch import Tensor
@@ -302,7 +302,8 @@ def run(out: Path, stops: bool = False, start_from: Path | None = None, model: s
     held, where = hold.parse("diversity=0.95"), Execution(device="cpu", **execution)
     options = RunOptions(save_every=1, keep=9, probe_every=STEPS // 2, terms_every=0, hold=held, execution=where)
     scored = FunctionReward(brightness, "brightness")
-    return train(recipe, MODELS[model](), out=out, prompts=every_recipe.PROMPTS, reward=scored, options=options, start_from=start_from)
+    with whole_probes():
+        return train(recipe, MODELS[model](), out=out, prompts=every_recipe.PROMPTS, reward=scored, options=options, start_from=start_from)
 
 
 def main(file: str, *cases: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from little_drawn import whole_probes
 from test_run import EVERY, PROMPTS, family, interrupted_before, same
 from test_run_family import SHORT
 from tiny import tiny_cogvideox_pipeline, tiny_wan_i2v_pipeline
@@ -135,8 +136,7 @@ def test_it_is_a_part_of_the_runs_identity_and_goes_on_with_it(tmp_path):
         same(plain.out, whole.out)
 
 
-def test_real_samples_and_the_monitors_prompts_get_it_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("instep.training.run.PROBE_PROMPTS", len(GIVEN))
+def test_real_samples_and_the_monitors_prompts_get_it_too(tmp_path):
     seen = []
 
     class Monitor:
@@ -153,7 +153,8 @@ def test_real_samples_and_the_monitors_prompts_get_it_too(tmp_path, monkeypatch)
     asked, unconditional = [], fam.unconditional
     fam.unconditional = lambda prompts: asked.extend(prompts) or unconditional(prompts)
     real = RealSamples(tuple(PROMPTS), torch.randn(4, *fam.latent_shape, generator=torch.Generator().manual_seed(0)))
-    train(few(guidance=3.0, gan=0.1), fam, out=tmp_path / "run", prompts=GIVEN, negative_prompt="bright", real=real, monitor=Monitor(), options=EVERY)
+    with whole_probes():
+        train(few(guidance=3.0, gan=0.1), fam, out=tmp_path / "run", prompts=GIVEN, negative_prompt="bright", real=real, monitor=Monitor(), options=EVERY)
     assert set(seen) == {prompt.text for prompt in GIVEN}, "a monitor gets texts"
     negatives = {prompt.text: prompt.negative for prompt in asked if isinstance(prompt, Prompt)}
     assert negatives["a digit"] == "bright" and {prompt.negative for prompt in asked} - {None} == {NEGATIVE, "an eight", "bright"}

@@ -328,7 +328,7 @@ def test_a_plan_says_whether_it_fits_and_what_would():
     assert "moments of student" in text and "recomputation" in text and "probe of the teacher" in text
     bad = tiny_plan(fine.bytes * 0.8)
     assert bad.verdict().startswith("fits in ") and ": no, " in bad.verdict() and bad.advice
-    assert "none of the options of training" in replace(bad, advice=()).verdict()
+    assert "none of the options of training" in tiny_plan(1e3).verdict()
 
 
 @pytest.mark.slow
@@ -337,7 +337,6 @@ def test_advice_is_taken_by_train_and_makes_it_fit(monkeypatch):
     monkeypatch.setattr("instep.planning.plan.asides", lambda *_: ())
     whole = tiny_plan(1e12)
     seen = []
-    assert tiny_plan(1e3).advice == ()
     for share in (0.95, 0.22):
         bad = tiny_plan(share * whole.bytes)
         seen.append(" ".join(bad.advice))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from little_drawn import whole_probes
 from test_run import PROMPTS, family
 
 from instep.methods.role_config import AdamWConfig
@@ -47,8 +48,7 @@ class Mild:
 
 def go(out: Path, stop_on: tuple[str, ...] = ("hacking",)):
     options = RunOptions(probe_every=1, save_every=1, keep=1, stop_on=stop_on)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train_module, "PROBE_PROMPTS", len(PROMPTS))  # a finding rests on the whole probe
+    with whole_probes():
         return train(RECIPE, family(), out=out, prompts=PROMPTS, reward=Brightness(), monitor=Mild(), options=options)
 
 
