@@ -26,6 +26,7 @@ from instep.models.preset import Preset
 from instep.models.prompt_cache import Encoded, PromptCache, encoder_identity
 from instep.models.stock_calls import StockCalls
 from instep.models.styles import Style, styles_of
+from instep.models.vae_norm import quicken_norms
 
 
 def has_part(parts: Mapping[str, Any], name: str) -> bool:
@@ -86,6 +87,7 @@ class PipelineFamily(StockCalls):
             check_flow(pipe.scheduler)
         self.check_pipeline(pipe)
         self.pipe, self.name, self.source = borrowed_pipeline(pipe), name or type(self).__name__.removesuffix("Family").lower(), source
+        quicken_norms(self.pipe.vae)
         self.styles = styles_of(pipe)
         self.prompt_cache = PromptCache()
         self.size = self.native_size() if size is None else as_size(size)
