@@ -5,6 +5,7 @@ no monitor and no choice of settings sees it. It is there where the extra `ocr` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -25,15 +26,21 @@ Recognise = Callable[[Tensor], str]
 
 @dataclass(frozen=True)
 class OutsideReader:
-    """Reads frames cut to their ink and `MARGIN` px of white around, which is what a recognition network expects."""
+    """Reads frames cut to their ink and `MARGIN` px of white around, which is what a recognition network expects.
+
+    As many frames are read at once as torch has threads, so `recognise` is called from several.
+    """
 
     recognise: Recognise
 
     def texts(self, media: Tensor, counts: Tensor) -> list[list[str]]:
         """Capitals and whatever else is read, without spaces, of the frames `counts` [B, F] (bool) of media [B, 3, F, H, W] in [0, 1], dark on light; "" for
         the others and for a frame without ink."""
-        pairs = zip(media.float().mean(1), counts.tolist(), strict=True)
-        return [[self._text(frame) if counted else "" for frame, counted in zip(video, row, strict=True)] for video, row in pairs]
+        frames, counted = media.float().mean(1).flatten(0, 1), counts.flatten().tolist()
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = list(pool.map(lambda frame, read: self._text(frame) if read else "", frames, counted))
+        length = counts.shape[1]
+        return [found[i : i + length] for i in range(0, len(found), length)]
 
     def _text(self, frame: Tensor) -> str:
         cut = cropped(frame)
@@ -63,7 +70,7 @@ def outside_reader() -> OutsideReader | None:
     """PP-OCR with the weights inside its package; None where the extra `ocr` is not installed."""
     if not installed():
         return None
-    engine = rapid_ocr().engine
+    engine = rapid_ocr(threads=1).engine
 
     def recognise(image: Tensor) -> str:
         found: Sequence[str] | None = engine(image.numpy(), use_det=False, use_cls=False, use_rec=True).txts

@@ -149,6 +149,8 @@ class Measured:
 def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> Measured:
     """Rows of a run's student, its control, its baselines at equal NFE, the 50-step teacher and real-vs-real; also written to metrics.json.
 
+    The control is distillation alone for as many updates, if it ships. If it does not, the student as it was after each earlier stage stands in for it.
+
     In that file `control` is the name of the row of distillation alone for as many updates (null: none ships), and `notice` what a reader of the metrics must
     know. `flags` holds the health flags that were open at the end, `health` all that were raised, with their first and last steps, `hacking` whether that flag
     was ever raised, and `stopped` where and why the run stopped itself (null: it did not).
@@ -165,14 +167,14 @@ def measure_run(folder: Path, protocol: Protocol = "quick", seed: int = 0) -> Me
         return evaluation.row(name, kind, sampler_of(student, family, sampling), eval_set, steps=steps, guidance=sampling.guidance)
 
     row = row_of(f"student ({record['recipe']})", "student", student_of(folder, record, family), family, sampling)
+    baselines = Baselines(load(model), evaluation, eval_set, find(known).folder)
+    control = shipped_control(baselines, record)
     q, before = len(sampling.levels), []
-    for stage, step in stage_ends(record)[:-1]:
+    for stage, step in [] if control else stage_ends(record)[:-1]:
         if checkpoint.at(folder / "checkpoints", step) is not None:
             earlier = student_of(folder, record, other := load(model), step=step)
             before.append(row_of(f"student after stage {stage!r}", "control", earlier, other, sampling_of(record, step)))
     pairs = [(50, guidance), (q, guidance), (q, 1.0), *([(q // 2, guidance)] if q > 1 else [])]
-    baselines = Baselines(load(model), evaluation, eval_set, find(known).folder)
-    control = shipped_control(baselines, record)
     rows = [row, *([control] if control else []), *before, baselines.decoded(), *(baselines.teacher(n, w) for n, w in dict.fromkeys(pairs))]
     real, health = baselines.real(), flags(folder)
     write_json(

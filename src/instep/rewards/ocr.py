@@ -43,14 +43,14 @@ class RapidOCR:
         return "".join(self.engine(frame.numpy()[..., ::-1], use_det=True, use_cls=False, use_rec=True).txts or ())
 
 
-def rapid_ocr() -> RapidOCR:
-    """Loads `rapidocr`; ValueError where it, or onnxruntime, is not installed."""
+def rapid_ocr(threads: int | None = None) -> RapidOCR:
+    """Loads `rapidocr`, to read an image with this many threads (None: torch's number); ValueError where it, or onnxruntime, is not installed."""
     try:
         import onnxruntime  # noqa: F401
         import rapidocr
     except ImportError as error:
         raise ValueError(f"ocr: it needs {error.name}, which is not installed; run: pip install 'instep[ocr]'") from error
-    engine = rapidocr.RapidOCR(params={"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()})
+    engine = rapidocr.RapidOCR(params={"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": threads or torch.get_num_threads()})
     return RapidOCR(f"rapidocr {version('rapidocr')}", engine)
 
 
