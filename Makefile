@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## distil and align the bundled model; before/after table and report.html
-	$(BIN)/instep train refl --distil 30 --iterations 60 --model moving-words --out runs/demo
+	$(BIN)/instep train refl --iterations 30 --model moving-words --out runs/demo
 
 test: $(STAMP) lint types docs  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile

@@ -102,7 +102,7 @@ def mean(rows, key) -> float:
 
 @pytest.fixture(scope="module")
 def control(start):
-    return learned(dmd2(common(), iterations=500), start)
+    return learned(dmd2(common(), iterations=300), start)
 
 
 def test_one_step_matching_through_networks(control):
@@ -142,7 +142,7 @@ def test_every_recipe_learns_and_is_finite(spec, start):
 
 
 def test_a_reward_alone_collapses_and_matching_holds_it(start, control):
-    alone = learned(refl(common(), iterations=200, weight=1.0, matching=0.0), start, World.named("ring8", members=2, reward="right"))
+    alone = learned(refl(common(), iterations=100, weight=1.0, matching=0.0), start, World.named("ring8", members=2, reward="right"))
     assert mean(alone, "reached") < 0.6 * mean(control, "reached")
 
 
@@ -207,7 +207,7 @@ def test_a_recipe_without_matching_has_no_force_to_draw(start):
 def test_the_command_writes_table_and_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("instep.cli.lab.START_STEPS", 50)
     out = tmp_path / "lab"
-    assert cli_main.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "10", "--members", "2", "--out", str(out)]) == 0
+    assert cli_main.main(["lab", "dmd2", "amd", "--reward", "half", "--iterations", "3", "--members", "2", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "exact" in shown and "amd" in shown
     assert {"lab.json", "table.md", "figure.png", "training.webp"} <= {file.name for file in out.iterdir()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -27,12 +28,16 @@ STUDENT, FAKE = AdamWConfig(1e-3, betas=(0.5, 0.99), clip=5.0, decay=0.6), AdamW
 COMMON = Common(batch=256, guidance=1.0, shift=1.0, student=STUDENT, fake=FAKE, ema=None)
 
 
-def new_state(reward_fn: Callable | None = None, seed: int = 0) -> TrainState:
+def new_state(reward_fn: Callable | None = None, weights: Mapping[str, Any] | None = None, seed: int = 0) -> TrainState:
+    """A student that begins from a teacher, and its fake; or both with weights of an earlier state."""
     torch.manual_seed(seed)
-    student, fake = VelocityMLP(PATH), VelocityMLP(PATH, exits=4)
-    pretrain(student)
-    trained = {"student": TrainedParams(dict(student.named_parameters()), STUDENT), "fake": TrainedParams(dict(fake.named_parameters()), FAKE)}
-    roles = {"student": student, "fake": fake, "teacher": ExactTeacher(RING, PATH)}
+    networks = {"student": VelocityMLP(PATH), "fake": VelocityMLP(PATH, exits=4)}
+    if weights is None:
+        pretrain(networks["student"])
+    for name in weights or {}:
+        networks[name].load_state_dict(weights[name])
+    trained = {name: TrainedParams(dict(network.named_parameters()), {"student": STUDENT, "fake": FAKE}[name]) for name, network in networks.items()}
+    roles = {**networks, "teacher": ExactTeacher(RING, PATH)}
     return TrainState(roles, trained, PATH, (2,), torch.Generator().manual_seed(seed), reward_fn)
 
 
@@ -56,12 +61,23 @@ def batches(state: TrainState, n: int, preferred: Callable | None) -> list[Batch
     return [Batch(names, cond, labels([""] * n), preferred=several)]
 
 
-def run(recipe: Recipe, reward_fn: Callable | None = None, preferred: Callable | None = None) -> Tensor:
-    """Trains the recipe and returns 2,000 samples of its student."""
-    state = new_state(reward_fn)
+def trained(recipe: Recipe, state: TrainState, preferred: Callable | None = None) -> TrainState:
     for step in range(recipe.steps):
         stage, progress = recipe.at(step)
         iteration(state, stage, batches(state, stage.batch // stage.group, preferred), progress)
+    return state
+
+
+@pytest.fixture(scope="module")
+def distilled() -> dict[str, Any]:
+    """The weights after 300 iterations of DMD2, from which students go on."""
+    state = trained(dmd2(COMMON, iterations=300), new_state())
+    return {name: state.roles[name].state_dict() for name in ("student", "fake")}
+
+
+def run(distilled: Mapping[str, Any], recipe: Recipe, reward_fn: Callable | None = None, preferred: Callable | None = None) -> Tensor:
+    """Trains the recipe from the distilled student and returns 2,000 samples of it."""
+    state = trained(recipe, new_state(reward_fn, distilled), preferred)
     rng = torch.Generator().manual_seed(123)
     names = [str(i % 2) for i in range(2000)]
     return sample_few_step(state.roles["student"], labels(names), torch.randn(2000, 2, generator=rng), recipe.levels, PATH, rng)
@@ -91,8 +107,8 @@ def preferred_right(label: Tensor, rng: torch.Generator) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def control() -> Tensor:
-    return run(dmd2(COMMON, iterations=450))
+def control(distilled) -> Tensor:
+    return run(distilled, dmd2(COMMON, iterations=150))
 
 
 def test_dmd2_matches_the_mixture(control):
@@ -107,41 +123,40 @@ LETTER = {"reach": "last", "toward": "mean", "normaliser": "own", "spread": "gro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", ["signed", "pull"])
-def test_group_takes_the_student_to_the_rewarded_side(control, sign):
+def test_group_takes_the_student_to_the_rewarded_side(control, distilled, sign):
     """A weight of .05 moves every sample, and leaves most of the quality."""
-    aligned = run(dm_align_group(COMMON, distil=300, iterations=150, sign=sign, **LETTER), rightness)
+    aligned = run(distilled, dm_align_group(COMMON, distil=0, iterations=150, sign=sign, **LETTER), rightness)
     assert right_share(aligned) > 0.9
     assert quality(aligned) > quality(control) - 0.35
 
 
-def test_the_default_aligns_and_keeps_the_quality(control):
+def test_the_default_aligns_and_keeps_the_quality(control, distilled):
     """Toward the nearest preferred sample, at the exit, in units of the distance to it."""
-    aligned = run(dm_align_group(COMMON, distil=300, iterations=150), rightness)
+    aligned = run(distilled, dm_align_group(COMMON, distil=0, iterations=150), rightness)
     assert right_share(aligned) > right_share(control) + 0.04
     assert quality(aligned) > quality(control) - 0.1
 
 
 @pytest.mark.slow
-def test_printed_sign_takes_it_to_the_other_side():
+def test_printed_sign_takes_it_to_the_other_side(distilled):
     """Eq. 7 to the letter moves low samples away from the preferred mean: the reward falls."""
-    assert right_share(run(dm_align_group(COMMON, distil=300, iterations=150, sign="printed", **LETTER), rightness)) < 0.2
+    assert right_share(run(distilled, dm_align_group(COMMON, distil=0, iterations=150, sign="printed", **LETTER), rightness)) < 0.2
 
 
 @pytest.mark.parametrize(("within", "more"), [(None, 0.15), (1.0, 0.1)])
-def test_pair_moves_toward_the_preferred_side(control, within, more):
+def test_pair_moves_toward_the_preferred_side(control, distilled, within, more):
     """By default the nearer part of a batch moves, and fewer samples change sides than where all move."""
-    aligned = run(dm_align_pair(COMMON, distil=300, iterations=150, within=within), preferred=preferred_right)
+    aligned = run(distilled, dm_align_pair(COMMON, distil=0, iterations=150, within=within), preferred=preferred_right)
     assert right_share(aligned) > right_share(control) + more
     assert quality(aligned) > quality(control) - 0.25
 
 
 @pytest.mark.slow
-def test_high_levels_alone_hardly_align(control):
+def test_high_levels_alone_hardly_align(control, distilled):
     """High levels keep images from fading; on modes this far apart they also take nearly all of the alignment away."""
     aligned = run(
-        dm_align_group(
-            COMMON, distil=300, iterations=150, **{**LETTER, "weight": 0.5, "matching": 0.5, "sign": "signed", "levels": Uniform(low=0.8, high=0.98)}
-        ),
+        distilled,
+        dm_align_group(COMMON, distil=0, iterations=150, **{**LETTER, "weight": 0.5, "matching": 0.5, "sign": "signed", "levels": Uniform(low=0.8, high=0.98)}),
         rightness,
     )
     assert abs(right_share(aligned) - right_share(control)) < 0.15

@@ -20,7 +20,7 @@ from instep.training.rollouts import roll_out, score_rollout
 from instep.training.scalars import Scalars
 from instep.training.state import TrainState
 from instep.training.step import draw_band
-from instep.training.views import change_uint8, decoded_uint8
+from instep.training.views import decoded_views
 
 # samples that are shown
 MOST = 6
@@ -80,10 +80,8 @@ def align_views(state: TrainState, stage: Stage, family: Family, source: BatchSo
     pulled = align.explain(seen)
     matched = _matching_at(matching, align, pulled.level).explain(seen)
     rows = _shown(seen.samples.reward, len(pulled.x)).to(pulled.x.device)
-    x = pulled.x[rows]
-    latents = {"generator": x, "preferred": pulled.preferred[rows], "align_target": pulled.target[rows], "target": matched.target[rows]}
-    tensors = {name: decoded_uint8(family, latent) for name, latent in latents.items()}
-    tensors |= {name: change_uint8(family, x, latents[target]) for name, target in (("align_force", "align_target"), ("force", "target"))}
+    latents = {"generator": pulled.x[rows], "preferred": pulled.preferred[rows], "align_target": pulled.target[rows], "target": matched.target[rows]}
+    tensors = decoded_views(family, latents, {"align_force": "align_target", "force": "target"})
     tensors["levels"] = pulled.level[rows].cpu().float()
     if seen.samples.advantage is not None:
         tensors["advantages"] = seen.samples.advantage[rows].cpu().float()

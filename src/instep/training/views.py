@@ -36,9 +36,15 @@ def decoded_uint8(family: Family, x: Tensor) -> Tensor:
     return torch.cat([to_uint8(family.decode(x[rows])) for rows in slices(len(x), family.micro_batch)])
 
 
-def change_uint8(family: Family, x: Tensor, target: Tensor) -> Tensor:
-    """A force as its change of the image, decoded target less decoded sample around grey, uint8 videos: grey where there is no force."""
-    return torch.cat([to_uint8(0.5 + (family.decode(target[rows]) - family.decode(x[rows]))) for rows in slices(len(x), family.micro_batch)])
+def decoded_views(family: Family, latents: Mapping[str, Tensor], forces: Mapping[str, str], sample: str = "generator") -> dict[str, Tensor]:
+    """Latents of equal length as uint8 videos on the host, and `forces` by the names of their targets: each is the change of the image, decoded target less
+    decoded sample around grey, which is grey where there is no force. Every latent is decoded once, a few rows at a time."""
+    parts = []
+    for rows in slices(len(latents[sample]), family.micro_batch):
+        media = {name: family.decode(x[rows]).cpu() for name, x in latents.items()}
+        changes = {name: 0.5 + (media[target] - media[sample]) for name, target in forces.items()}
+        parts.append({name: to_uint8(x) for name, x in (media | changes).items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @torch.no_grad()
@@ -56,9 +62,7 @@ def matching_views(state: TrainState, stage: Stage, recipe: Recipe, family: Fami
     alike = torch.zeros(n, device=state.device)
     rollout = replace(rollout, reward=alike, advantage=alike)
     seen = force.explain(View(state.roles, state.path, batch, 1.0, rng, rollout))
-    decoded = {"generator": seen.x, "fake": seen.fake, "real": seen.real, "target": seen.target}
-    views = {name: decoded_uint8(family, x) for name, x in decoded.items()}
-    views["force"] = change_uint8(family, seen.x, seen.target)
+    views = decoded_views(family, {"generator": seen.x, "fake": seen.fake, "real": seen.real, "target": seen.target}, {"force": "target"})
     return views | {"levels": seen.level.cpu().float(), "exits": exits.cpu()}
 
 
