@@ -111,7 +111,7 @@ def test_the_whole_pipeline_runs_and_leaves_a_model_that_is_sampled_without_guid
     assert not (run.out / "teacher_samples.safetensors").exists(), "chosen samples serve as real ones"
 
 
-@pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (0, 2, 4)), 1, 3])
 def test_killed_anywhere_it_ends_the_same(whole, tmp_path, monkeypatch, at):
     """Between stages (each has one step), and before the first."""
     recipe, run = whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,9 @@ LEVELS = few_step_levels(2, 5.0)
 DTYPES = (None, torch.float16, torch.bfloat16)
 
 
+@cache
 def heavy_pipeline():
-    """`tiny_wan_pipeline` with a transformer next to which activations, text encoder and VAE are small: 177 MB."""
+    """`tiny_wan_pipeline` with a transformer next to which activations, text encoder and VAE are small: 177 MB. Families borrow it."""
     from diffusers import WanPipeline, WanTransformer3DModel
 
     transformer = WanTransformer3DModel(

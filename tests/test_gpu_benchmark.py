@@ -173,7 +173,7 @@ def test_the_plan_of_the_smallest_case_is_what_it_takes(recipe, roles, monkeypat
         assert estimate["flops"][kind] == pytest.approx(sum(one[kind] for one in flops) / len(flops), rel=0.04)
 
 
-@pytest.mark.parametrize("roles", ["lora", "copies"])
+@pytest.mark.parametrize("roles", [pytest.param("lora", marks=pytest.mark.slow), "copies"])
 @pytest.mark.parametrize("model", ["1.3B", pytest.param("14B", marks=pytest.mark.slow)])
 def test_full_size_as_shapes(model, roles, monkeypatch):
     """Two blocks of the true width on the meta device: latents, texts, precision and FLOPs of the cases that need a card."""

@@ -177,7 +177,7 @@ def test_one_pass_approaches_the_guided_teacher(start):
         online=0,
         half_online=0,
         offline=0,
-        distill_guidance=400,
+        distill_guidance=200,
         post_distillation=0,
         skip=0.5,
         skip_blocks=(1,),
@@ -205,8 +205,8 @@ def test_one_pass_approaches_the_guided_teacher(start):
 
     start_role = copy.deepcopy(state.roles["student"])
     before = distances()
-    for step in range(400):
-        iteration(state, stage, [world.batch(stage, 2.0, state.rng)], step / 400)
+    for step in range(stage.steps):
+        iteration(state, stage, [world.batch(stage, 2.0, state.rng)], step / stage.steps)
     after = distances()
     assert (before > 0.02).all()
     assert (after < 0.2 * before).all(), (before, after)

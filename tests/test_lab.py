@@ -31,7 +31,7 @@ HALF = World.named("ring8", members=1, reward="half")
 
 
 def rest(recipe, world=HALF, seed=0) -> dict[str, float]:
-    return train_particles("x", recipe, world, seed=seed, n=512, steps=350).metrics[0]
+    return train_particles("x", recipe, world, seed=seed, n=384, steps=350).metrics[0]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_fixed_weight_gives_p_over_w(strength):
     optim = AdamWConfig(6e-2, betas=(0.5, 0.99), clip=1e9, decay=0.6)
     roles = {"student": particles, "fake": fake, "teacher": HALF.teacher}
     state = TrainState(roles, {"student": TrainedParams(particles.trainable(), optim)}, HALF.path, (2,), rng)
-    stage = Stage("rest", 700, 384, (DistributionMatching(levels=Uniform()),), (), RolloutConfig((1.0,)))
+    stage = Stage("rest", 400, 384, (DistributionMatching(levels=Uniform()),), (), RolloutConfig((1.0,)))
     names = ("",) * 384
     for step in range(stage.steps):
         iteration(state, stage, [Batch(names, labels(names), labels(names))], step / stage.steps)
@@ -131,7 +131,7 @@ def test_naive_adaptation_collapses_through_networks(control, start):
 def test_every_recipe_learns_and_is_finite(spec, start):
     """From a student that is far from the mixture's quality in one step, to one that is nearer."""
     world = World.named("ring8", members=2, reward="half")
-    recipe = build(spec, common(), 120)
+    recipe = build(spec, common(), 50)
     before = ensemble_state(recipe, world, start, 0)
     from instep.lab.run import snapshot
 

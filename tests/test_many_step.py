@@ -94,14 +94,14 @@ def test_a_policy_gradient_through_a_guided_stochastic_sampler_starts_at_ratio_o
         "flow-grpo:steps=10,clip=0.2",
         "dance-grpo:steps=10,clip=0.2",
         pytest.param("flow-grpo:steps=10,clip=0.2,sde=cps", marks=pytest.mark.slow),
-        "flow-dpo:steps=10,beta=5,iterations=150",
+        "flow-dpo:steps=10,beta=5,iterations=90",
         "draft:steps=10,through=10",
     ],
 )
 def test_the_many_step_model_learns_what_is_rewarded(spec, start):
     """In the laboratory: half of the modes are rewarded, the learned many-step model has a share of .5."""
     world = World.named("ring8", members=2, reward="half")
-    recipe = build(spec, common(), 60)
+    recipe = build(spec, common(), 40)
     state = ensemble_state(recipe, world, start, 0)
     from instep.lab.run import snapshot
 

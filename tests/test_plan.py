@@ -308,16 +308,16 @@ def table_of(found: Plan) -> str:
     return console.export_text()
 
 
-def tiny_plan(capacity: float, execution: Execution = Execution(), **common: Any) -> Plan:
+def tiny_plan(capacity: float, execution: Execution = Execution(), layers: int = 2, **common: Any) -> Plan:
     def made(**options: Any) -> Recipe:
         return dmd2(Common(**{"steps": 2, "batch": 8, "critic_updates": 1, **common, **options}), iterations=10)
 
-    placed = on_meta(tiny_wan_pipeline(), SIZE, execution)
+    placed = on_meta(tiny_wan_pipeline(layers=layers), SIZE, execution)
     return plan(made(), placed, execution, Machine(capacity, 1e12, "stated", 1), adapted=lambda: made(lora_rank=RANK))
 
 
 def test_a_plan_says_whether_it_fits_and_what_would():
-    fine = tiny_plan(1e12)
+    fine = tiny_plan(1e12, layers=1)
     (stage,) = fine.stages
     assert fine.verdict().startswith("fits in 1000 GB: yes, ") and fine.advice == ()
     assert stage.seconds == stage.trace.total_flops / 1e12 and fine.seconds > 10 * stage.seconds
@@ -326,9 +326,9 @@ def test_a_plan_says_whether_it_fits_and_what_would():
     assert names["probe of the teacher"].flops > names["probe"].flops > 0
     text = table_of(fine)
     assert "moments of student" in text and "recomputation" in text and "probe of the teacher" in text
-    bad = tiny_plan(fine.bytes * 0.8)
+    bad = tiny_plan(fine.bytes * 0.8, layers=1)
     assert bad.verdict().startswith("fits in ") and ": no, " in bad.verdict() and bad.advice
-    assert "none of the options of training" in tiny_plan(1e3).verdict()
+    assert "none of the options of training" in tiny_plan(1e3, layers=1).verdict()
 
 
 @pytest.mark.slow

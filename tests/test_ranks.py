@@ -96,7 +96,8 @@ def test_a_signal_to_one_process_saves_the_run_which_goes_on_in_one(folder, two,
     assert (folder / "of-2-0.stopped").is_file() and not (out / ".lock").exists()
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()] == [*range(newest + 1)]
     together, alone = many_ranks.run(out), many_ranks.run(tmp_path / "alone")
-    assert together.state.hold.multiplier == pytest.approx(alone.state.hold.multiplier) and "diversity" in together.state.hold.start
+    assert together.state.hold.multiplier == pytest.approx(alone.state.hold.multiplier, rel=1e-4), "as close as the weights below"
+    assert "diversity" in together.state.hold.start
     assert together.state.step == alone.state.step == many_ranks.STEPS and together.student is not None and together.student.is_dir()
     for name, trained in alone.state.trained.items():
         for key, x in trained.state().items():

@@ -56,7 +56,6 @@ def run(folder, module_patch, tmp_path_factory):
     register(module_patch, folder)
     cache = tmp_path_factory.mktemp("cache")
     module_patch.setenv("INSTEP_CACHE", str(cache))
-    module_patch.setattr("instep.training.run.PROBE_PROMPTS", 2)
     out = tmp_path_factory.mktemp("runs") / "group"
     assert main(group(out)) == 0
     return out
