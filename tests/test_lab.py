@@ -125,7 +125,7 @@ def test_naive_adaptation_collapses_through_networks(control, start):
     "spec",
     [
         *("dmd", "decoupled-dmd:guidance=1.5", "magic", "refl:weight=0.1", "dm-align-group:weight=0.05"),
-        *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("dmd2:gan=0.03", "dmd2:steps=4")),
+        *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("dmd2:gan=0.03,iterations=120", "dmd2:steps=4,iterations=120")),
     ],
 )
 def test_every_recipe_learns_and_is_finite(spec, start):
