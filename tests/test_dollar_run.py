@@ -164,6 +164,6 @@ def test_a_black_box_is_followed_through_its_copy(start):
 def test_consistency_distillation_alone_makes_a_student(start):
     """From the many-step start, one step: better than the start in one step, by consistency alone; and beside matching it does no harm."""
     _, before = lab("dollar:weight=0,cd=0", start, iterations=1)
-    _, alone = lab("dollar:weight=0,matching=0,cd=1", start, iterations=100)
-    _, both = lab("dollar:weight=0", start, iterations=100)
-    assert alone["quality"] > before["quality"] + 0.3 and both["quality"] > alone["quality"] - 0.05
+    _, alone = lab("dollar:weight=0,matching=0,cd=1", start)
+    _, both = lab("dollar:weight=0", start)
+    assert alone["quality"] > before["quality"] + 0.1 and both["quality"] > alone["quality"]

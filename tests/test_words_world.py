@@ -108,7 +108,8 @@ def test_the_first_line_is_the_gain_over_the_control_that_ships(run, folder, cap
         assert main(group(run)) == 0
         said = [line for line in capsys.readouterr().out.splitlines() if "standard errors" in line or line.startswith(("Yes", "No"))]
         assert f"from the control, {NAME}" in said[0] and "words right (monitor)" in said[0] and "50-step teacher" in said[0]
-        assert json.loads((run / "metrics.json").read_text())["control"] == NAME
+        found = json.loads((run / "metrics.json").read_text())
+        assert found["control"] == NAME and not any("after stage" in row["name"] for row in found["rows"]), "the control answers what they stand in for"
         for key, value in (("levels", [1.0, 0.5]), ("prompts", "others"), ("weights", "others")):
             assert shipped_control(baselines, {**record, key: value}) is None, key
         record["config"]["stages"][0]["steps"] += 1

@@ -36,13 +36,13 @@ def decoded_uint8(family: Family, x: Tensor) -> Tensor:
     return torch.cat([to_uint8(family.decode(x[rows])) for rows in slices(len(x), family.micro_batch)])
 
 
-def decoded_views(family: Family, latents: Mapping[str, Tensor], forces: Mapping[str, str], sample: str = "generator") -> dict[str, Tensor]:
+def decoded_views(family: Family, latents: Mapping[str, Tensor], forces: Mapping[str, str]) -> dict[str, Tensor]:
     """Latents of equal length as uint8 videos on the host, and `forces` by the names of their targets: each is the change of the image, decoded target less
-    decoded sample around grey, which is grey where there is no force. Every latent is decoded once, a few rows at a time."""
+    decoded `generator` around grey, which is grey where there is no force. Every latent is decoded once, a few rows at a time."""
     parts = []
-    for rows in slices(len(latents[sample]), family.micro_batch):
+    for rows in slices(len(latents["generator"]), family.micro_batch):
         media = {name: family.decode(x[rows]).cpu() for name, x in latents.items()}
-        changes = {name: 0.5 + (media[target] - media[sample]) for name, target in forces.items()}
+        changes = {name: 0.5 + (media[target] - media["generator"]) for name, target in forces.items()}
         parts.append({name: to_uint8(x) for name, x in (media | changes).items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
