@@ -19,22 +19,23 @@ class Live:
 
     peak: int = 0
     now: int = 0
+    before: dict[int, StorageWeakRef] = field(default_factory=dict)
     known: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
 
-    def see(self, x: Tensor, counted: bool = True) -> None:
+    def see(self, x: Tensor) -> None:
         if x.device.type == "meta":
             return
         storage = x.untyped_storage()
         key = storage._cdata
-        if key in self.known and not self.known[key][0].expired():
-            return
+        for ref in (self.before.get(key), self.known.get(key, (None, 0))[0]):
+            if ref is not None and not ref.expired():
+                return
         for old, (ref, size) in list(self.known.items()):
             if ref.expired():
                 self.now -= size
                 del self.known[old]
-        size = storage.nbytes() if counted else 0
-        self.known[key] = (StorageWeakRef(storage), size)
-        self.now += size
+        self.known[key] = (StorageWeakRef(storage), storage.nbytes())
+        self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
 
 
@@ -54,8 +55,7 @@ class _Watch(TorchDispatchMode):
 @contextmanager
 def live_bytes(before: Iterable[Tensor]) -> Iterator[Live]:
     """Counts within the block; the storages of `before` are not extra."""
-    live = Live()
-    for x in before:
-        live.see(x, counted=False)
+    storages = (x.untyped_storage() for x in before)
+    live = Live(before={storage._cdata: StorageWeakRef(storage) for storage in storages})
     with _Watch(live):
         yield live

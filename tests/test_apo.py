@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fast import slow_but
 from test_run import PROMPTS, brightness, family, rows, same
 
 from instep.cli.export import newest_step, read_run, sampling_of
@@ -111,7 +112,7 @@ def test_the_whole_pipeline_runs_and_leaves_a_model_that_is_sampled_without_guid
     assert not (run.out / "teacher_samples.safetensors").exists(), "chosen samples serve as real ones"
 
 
-@pytest.mark.parametrize("at", [*(pytest.param(at, marks=pytest.mark.slow) for at in (0, 2, 4)), 1, 3])
+@pytest.mark.parametrize("at", slow_but([3], range(5)))
 def test_killed_anywhere_it_ends_the_same(whole, tmp_path, monkeypatch, at):
     """Between stages (each has one step), and before the first."""
     recipe, run = whole
@@ -193,7 +194,7 @@ def win_rate(world, before, after):
     return float(0.5 + 0.5 * ((a > b + 0.1).float() - (a < b - 0.1).float()).mean())
 
 
-@pytest.mark.parametrize("stage", ["online", "half_online", "offline"])
+@pytest.mark.parametrize("stage", slow_but(["half_online", "offline"], ["online", "half_online", "offline"]))
 @pytest.mark.parametrize(("kind", "steps"), [pytest.param("dpo", 250, marks=pytest.mark.slow), ("apo", 50)])
 def test_in_the_laboratory_both_win_against_the_start(start, stage, kind, steps):
     """Half of the modes are chosen; as many gradient evaluations of each (one level or five an update)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fast import slow_but
 from test_health import history
 from test_run import PROMPTS, family, interrupted_before, rows, same
 
@@ -34,7 +35,7 @@ def real(n: int = 8) -> RealSamples:
     return RealSamples(tuple(PROMPTS[i % len(PROMPTS)] for i in range(n)), torch.randn(n, *family().latent_shape, generator=rng))
 
 
-@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize("lora", slow_but([4], [None, 4]))
 def test_a_run_with_a_latent_reward_and_an_average_resumes_to_the_same_weights(tmp_path, lora):
     recipe = dollar(Common(steps=2, batch=4, critic_updates=1, lora_rank=lora), fit=1, iterations=3, target="average", cd_steps=2, latent_reward_updates=2)
     whole = train(recipe, family(), out=tmp_path / "whole", prompts=PROMPTS, reward=BLACK_BOX, real=real(), options=OPTIONS)
@@ -161,6 +162,7 @@ def test_a_black_box_is_followed_through_its_copy(start):
     assert float(torch.corrcoef(torch.stack([said, run.world.score(x, ["0"] * 512)]))[0, 1]) > 0.9
 
 
+@pytest.mark.slow
 def test_consistency_distillation_alone_makes_a_student(start):
     """From the many-step start, one step: better than the start in one step, by consistency alone; and beside matching it does no harm."""
     _, before = lab("dollar:weight=0,cd=0", start, iterations=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from fast import slow_but
 from live_tensors import live_bytes
 from safetensors.torch import load_file, save_file
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_pipeline
@@ -109,8 +111,9 @@ def test_an_average_is_exported_without_a_copy_of_the_live_weights(tmp_path, lor
         assert all(torch.equal(saved[key], value) for key, value in average.items())
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, True])
 def test_another_dtype_takes_no_more(tmp_path, lora, dtype):
     role = student_of(WanFamily(heavy_pipeline(), SIZE), lora)
     with live_bytes(tensors_of(role)) as live:
@@ -160,8 +163,7 @@ def test_a_folder_whose_files_do_not_fit_the_network_is_refused(tmp_path):
         widened(folder, WanTransformer3DModel)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(("lora", "dtype"), slow_but([(False, None), (True, torch.float16), (False, torch.bfloat16)], product((False, True), DTYPES)))
 def test_writing_holds_a_few_tensors(tmp_path, lora, dtype):
     role = student_of(WanFamily(heavy_pipeline(), SIZE), lora)
     family, network = role.backbone.family, role.backbone.module

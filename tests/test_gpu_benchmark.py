@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fast import slow_but
 from second_device import without_steps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -123,7 +124,9 @@ HALF = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "roles", "checkpointing", "micro_batch"), HALF)
+@pytest.mark.parametrize(
+    ("recipe", "roles", "checkpointing", "micro_batch"), slow_but([("dmd2", "lora", True, 1), ("dm-align-group", "copies", False, 1)], HALF)
+)
 def test_flops_are_those_that_are_computed(recipe, roles, checkpointing, micro_batch, monkeypatch):
     """Of the smallest case within 2.5%: gradients that its first layers leave out are a larger share there than at full size."""
     import gpu_cases
@@ -142,8 +145,9 @@ def test_flops_are_those_that_are_computed(recipe, roles, checkpointing, micro_b
         assert flops["model"] == flops["hardware"]
 
 
-@pytest.mark.parametrize("roles", ["lora", pytest.param("copies", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("recipe", ["dmd2", pytest.param("dm-align-group", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("roles", ["lora", "copies"])
+@pytest.mark.parametrize("recipe", ["dmd2", "dm-align-group"])
 def test_the_plan_of_the_smallest_case_is_what_it_takes(recipe, roles, monkeypatch):
     """The most bytes of tensors that are alive in real iterations with every exit, and the mean of their networks' FLOPs."""
     import gpu_cases

@@ -7,10 +7,12 @@ import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
 from every_recipe import PROMPTS, SIZE, small
+from fast import slow_but
 from second_device import Poisoned
 from short_runs import BF16, run
 from tiny import tiny_wan_pipeline
@@ -65,9 +67,13 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-@pytest.mark.parametrize("end", ["done", "error", "ctrl-c"])
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "end", "offload"),
+    slow_but(
+        [(None, "done", True), (4, "done", False), (4, "error", True), (None, "error", False), (None, "ctrl-c", True), (4, "ctrl-c", False)],
+        product((None, 4), ("done", "error", "ctrl-c"), (False, True)),
+    ),
+)
 def test_a_pipeline_is_given_back_however_a_run_ends(rank, end, offload, tmp_path, monkeypatch):
     """Its networks, their devices, dtypes, adapters, hooks and gradients; and the reward's own network."""
     from instep.training import loop as module

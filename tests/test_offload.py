@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from every_recipe import PROMPTS, REWARD, batches_of, family, run_stages, small, state_of
+from fast import slow_but
 from second_device import Poisoned
 from short_runs import BF16
 from test_run import rows
@@ -32,8 +35,11 @@ def test_offloaded_masters_step_alike():
     assert torch.equal(one, two) and torch.equal(here.masters["p"], there.masters["p"]) and there.masters["p"].device.type == "cpu"
 
 
-@pytest.mark.parametrize("name", ["dmd2", "dm-align-group", "dollar", "flow-dpo", "magic"])
-@pytest.mark.parametrize("rank", [None, 4])
+NETWORKS = ("dmd2", "dm-align-group", "dollar", "flow-dpo", "magic")
+ALTERNATING = [(name, (None, 4)[i % 2]) for i, name in enumerate(NETWORKS)]
+
+
+@pytest.mark.parametrize(("name", "rank"), slow_but(ALTERNATING, product(NETWORKS, (None, 4))))
 def test_offloaded_networks_compute_the_same(name, rank, monkeypatch):
     """Networks that take turns on a poisoned device, with every pass computed again for its gradient: the same weights after two iterations of every stage."""
     monkeypatch.setattr("instep.training.build.Residency", Poisoned)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from every_recipe import RECIPES, SIZE, family, small
 from every_recipe import REWARD as BRIGHTNESS
+from fast import slow_but
 from tiny import tiny_cogvideox_pipeline, tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -389,7 +390,7 @@ def test_several_numbers_of_devices_are_planned(capsys, monkeypatch):
         plan(dmd2(Common(steps=1, batch=8), iterations=1), family().placed("meta"), Execution(), replace(H100, gpus=3))
 
 
-@pytest.mark.parametrize("model", NAMES)
+@pytest.mark.parametrize("model", slow_but([NAMES[0], "moving-words"], NAMES))
 def test_the_command_plans_every_bundled_model(model, capsys):
     assert main(["plan", "dmd2", "--model", model, "--batch", "8", "--on", "A100"]) == 0
     printed = capsys.readouterr().out

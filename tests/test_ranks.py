@@ -28,7 +28,7 @@ from instep.training.execution import Execution
 # what CI has time for: each statistic of a batch; of sharded networks full copies and adapters, with and without computing blocks and rows again, one and two
 # experts
 LABORATORY = ("lab/dmd2", "lab/dm-align-group/two", "lab/amd", "lab/dmdr", "lab/dollar", "lab/flow-grpo", "lab/apo", "lab/refl/two/nan")
-SHARDED = ("wan/dm-align-group/shard/rows", "wan/dmd2/shard/lora/rows", "wan/amd/shard/lora", "wan22/dm-align-group/shard")
+SHARDED = ("wan/dm-align-group/shard/rows", "wan/dmd2/shard/lora/rows", "wan22/dm-align-group/shard")
 QUICK = (*LABORATORY, "wan/dm-align-group", *SHARDED)
 
 

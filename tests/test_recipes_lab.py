@@ -130,11 +130,11 @@ def test_group_takes_the_student_to_the_rewarded_side(control, distilled, sign):
     assert quality(aligned) > quality(control) - 0.35
 
 
-def test_the_default_aligns_and_keeps_the_quality(control, distilled):
-    """Toward the nearest preferred sample, at the exit, in units of the distance to it."""
-    aligned = run(distilled, dm_align_group(COMMON, distil=0, iterations=150), rightness)
-    assert right_share(aligned) > right_share(control) + 0.04
-    assert quality(aligned) > quality(control) - 0.1
+def test_the_default_reading_aligns_and_keeps_the_quality(control, distilled):
+    """Toward the nearest preferred sample, at the exit, in units of the distance to it; with half of the weight, where seeds differ far less than it gains."""
+    aligned = run(distilled, dm_align_group(COMMON, distil=0, iterations=150, weight=0.5, matching=0.5), rightness)
+    assert right_share(aligned) > right_share(control) + 0.06
+    assert quality(aligned) > quality(control) - 0.15
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_printed_sign_takes_it_to_the_other_side(distilled):
     assert right_share(run(distilled, dm_align_group(COMMON, distil=0, iterations=150, sign="printed", **LETTER), rightness)) < 0.2
 
 
-@pytest.mark.parametrize(("within", "more"), [(None, 0.15), (1.0, 0.1)])
+@pytest.mark.parametrize(("within", "more"), [(None, 0.1), (1.0, 0.07)])
 def test_pair_moves_toward_the_preferred_side(control, distilled, within, more):
     """By default the nearer part of a batch moves, and fewer samples change sides than where all move."""
     aligned = run(distilled, dm_align_pair(COMMON, distil=0, iterations=150, within=within), preferred=preferred_right)

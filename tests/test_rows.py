@@ -9,6 +9,7 @@ from functools import partialmethod
 import pytest
 import torch
 from every_recipe import PROMPTS, SIZE, batches_of, family, small, state_of
+from fast import slow_but
 from short_runs import QUICK
 from tiny import tiny_wan_pipeline
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ def all_in_float64(monkeypatch):
     monkeypatch.setattr(rollout, "randn", lambda shape, rng, device, dtype=torch.float64: noise.randn(shape, rng, device, torch.float64))
 
 
-@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("name", slow_but(("dm-align-group", "flow-grpo", "refl", "dmd2", "flow-dpo"), CHUNKED))
 def test_a_group_may_be_larger_than_a_micro_batch(name, groups_of_eight, all_in_float64):
     """The gradient of a batch of 8 (one group of 8, where there are groups) in micro-batches of 1, 2 and 8 rows, in float64."""
 

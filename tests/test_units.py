@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
+from fast import slow_but
 from test_run import PROMPTS, brightness, family, rows, weights
 from test_skeletons import LEVELS, batch_of, mlp_state, prompts
 from test_stop import Brightness
@@ -82,8 +84,9 @@ def test_the_norm_of_a_term_is_that_of_a_run_with_it_alone(micro):
         assert log[f"term/{term.name}/gradient"] == pytest.approx(term.weight * float(alone[0].norm()), rel=1e-4)
 
 
-@pytest.mark.parametrize("rl", ["refl", "grpo", "ddpo", "dpo"])
-@pytest.mark.parametrize("weight", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("rl", "weight"), slow_but([("refl", 0.1), ("grpo", 0.5), ("ddpo", 0.1), ("dpo", 0.5)], product(("refl", "grpo", "ddpo", "dpo"), (0.1, 0.5)))
+)
 def test_a_share_is_that_part_of_matchings_gradient(start, rl, weight):
     recipe = dmdr(common(2), warm=0, iterations=200, rl=rl, weight=weight)
     state, stage = ensemble_state(recipe, WORLD, start, 0), recipe.stages[0]

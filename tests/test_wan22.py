@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from fast import slow_but
 from test_run import interrupted_before, same
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan22_pipeline, tiny_wan_pipeline
 from torch import Tensor
@@ -115,8 +117,7 @@ def weights(network) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in network.state_dict().items() if ".lora_" not in key}
 
 
-@pytest.mark.parametrize("experts", ["both", "high", "low"])
-@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize(("experts", "rank"), slow_but([("both", 4), ("high", None), ("low", 4)], product(("both", "high", "low"), (None, 4))))
 def test_only_the_chosen_experts_train(tmp_path, experts, rank):
     fam = family()
     before = weights(fam.pretrained)
