@@ -10,12 +10,13 @@ export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test lint types docs sbom audit results faults clean
 
+# few of the modules that are installed are ever imported, and these are compiled then
 $(STAMP): pyproject.toml constraints.txt
 	@echo "instep: installing into $(VENV) (a few minutes the first time)"
 	$(PYTHON) -c 'import sys; sys.exit("instep needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## distil and align the bundled model; before/after table and report.html
@@ -39,7 +40,7 @@ docs: $(STAMP)  ## the documentation as a site in build/site; a broken link or a
 # an environment of their own, so that the tools are not in what they list
 $(AUDIT)/.installed:
 	$(PYTHON) -m venv $(AUDIT)
-	$(AUDIT)/bin/python -m pip install --quiet cyclonedx-bom pip-audit
+	$(AUDIT)/bin/python -m pip install --quiet --no-compile cyclonedx-bom pip-audit
 	@touch $@
 
 sbom: $(STAMP) $(AUDIT)/.installed  ## what is installed, as a CycloneDX bill of materials in build/sbom.json

@@ -98,6 +98,7 @@ def test_mistakes_before_any_work(capsys):
     assert said(capsys, "train dm-align-group --reward no_such_module:f").startswith("reward: 'no_such_module:f' cannot be imported")
 
 
+@pytest.mark.slow
 def test_boxes_drawn_in_utf8():
     """A terminal gets another frame than a pipe."""
     got = child("-X", "utf8", "-c", "import sys; from instep.cli.main import main; sys.exit(main(['train', 'dmd2', '--steps', 'abc']))")

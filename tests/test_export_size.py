@@ -82,7 +82,7 @@ def size_of(module: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-@pytest.mark.parametrize("kind", [pytest.param("full copy", marks=pytest.mark.slow), "LoRA", pytest.param("many-step", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", slow_but(["many-step"], ["full copy", "LoRA", "many-step"]))
 def test_an_export_holds_one_more_copy_of_the_network(tmp_path, kind):
     """The copy is that of the check, which loads the folder. (Before: 4.4 copies.)"""
     role = student_of(WanFamily(heavy_pipeline(), SIZE), kind == "LoRA")

@@ -128,6 +128,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not keep_freed_memory(), reason="another C library, or settings of the user's own")
 def test_memory_that_was_freed_is_used_again_without_new_pages():
     """Beside a process whose user asks for new pages, since glibc's own thresholds move and may keep memory too."""

@@ -33,6 +33,7 @@ def silent(event) -> None:
     pass
 
 
+@pytest.mark.slow
 def test_the_smallest_case_runs_is_written_and_is_not_measured_twice(tmp_path, monkeypatch, capsys):
     """The case has a process of its own, as on a card."""
     import gpu
@@ -125,7 +126,7 @@ HALF = [
 
 
 @pytest.mark.parametrize(
-    ("recipe", "roles", "checkpointing", "micro_batch"), slow_but([("dmd2", "lora", True, 1), ("dm-align-group", "copies", False, 1)], HALF)
+    ("recipe", "roles", "checkpointing", "micro_batch"), slow_but([("dmd2", "lora", True, 1), ("dm-align-group", "copies", False, 4)], HALF)
 )
 def test_flops_are_those_that_are_computed(recipe, roles, checkpointing, micro_batch, monkeypatch):
     """Of the smallest case within 2.5%: gradients that its first layers leave out are a larger share there than at full size."""
@@ -177,8 +178,9 @@ def test_the_plan_of_the_smallest_case_is_what_it_takes(recipe, roles, monkeypat
         assert estimate["flops"][kind] == pytest.approx(sum(one[kind] for one in flops) / len(flops), rel=0.04)
 
 
-@pytest.mark.parametrize("roles", [pytest.param("lora", marks=pytest.mark.slow), "copies"])
-@pytest.mark.parametrize("model", ["1.3B", pytest.param("14B", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("roles", ["lora", "copies"])
+@pytest.mark.parametrize("model", ["1.3B", "14B"])
 def test_full_size_as_shapes(model, roles, monkeypatch):
     """Two blocks of the true width on the meta device: latents, texts, precision and FLOPs of the cases that need a card."""
     import gpu_cases

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from fast import slow_but
 from test_run import PROMPTS, brightness, family, rows
 
 from instep.data.prompt import as_prompts
@@ -47,8 +49,10 @@ def test_the_student_is_sampled_as_its_teacher_is():
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)  # levels of a recipe are rounded to seven digits
 
 
-@pytest.mark.parametrize("lora", [None, 4])
-@pytest.mark.parametrize("name", NAMES)
+ALTERNATING = [(name, (None, 4)[i % 2]) for i, name in enumerate(NAMES)]
+
+
+@pytest.mark.parametrize(("name", "lora"), slow_but(ALTERNATING, product(NAMES, (None, 4))))
 def test_every_recipe_runs_and_leaves_a_pipeline_with_its_own_scheduler(tmp_path, name, lora):
     from diffusers import DiffusionPipeline
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_recipe import RECIPES, SIZE, family, small
+from every_recipe import DISTINCT, RECIPES, SIZE, family, small
 from every_recipe import REWARD as BRIGHTNESS
 from fast import slow_but
 from tiny import tiny_cogvideox_pipeline, tiny_sd3_pipeline, tiny_wan22_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline
@@ -139,6 +139,7 @@ CASES = {
 }
 
 SLOW = (
+    "small Wan, bfloat16, checkpointing",
     "small Wan, three micro-batches, three updates",
     "small Wan, bfloat16, checkpointing, micro-batches of 2",
     "tiny Wan, LoRA, checkpointing, micro-batches of 1, discriminator",
@@ -179,7 +180,7 @@ def test_how_often_the_gradients_of_single_terms_are_measured():
     assert measured_share(recipe, joint, 0) == 7 / 20 and measured_share(recipe, joint, 8) == 10 / 20
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", slow_but(DISTINCT, RECIPES))
 def test_every_stage_of_every_recipe_costs_what_is_planned(name):
     """FLOPs, on one block of Wan; every recipe has its own way through an iteration."""
     recipe, execution = small(name, batch=4), Execution(device="cpu")

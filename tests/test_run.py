@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fast import slow_but
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_wan_pipeline
 
 from instep.core.size import Size
@@ -321,6 +322,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_real_limit_on_sizes(whole, tmp_path):
     """The kernel takes ten bytes of the fourth row and no more: they are taken back, and the run goes on from the third step."""
     pytest.importorskip("resource")
@@ -436,7 +438,7 @@ def test_lora_roles_share_a_backbone_and_export(tmp_path):
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize(("moved", "within_row"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("moved", "within_row"), slow_but([(False, False), (True, True)], [(False, False), (True, False), (True, True)]))
 def test_a_folder_that_goes_ends_the_run_in_one_line(moved, within_row, tmp_path, monkeypatch, capfd):
     """Deleted or moved in an iteration, or between the row of the log and TensorBoard's: no other folder of its name is made, and no thread says more."""
     from instep.training import log as log_module

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_recipe import RECIPES, SIZE, batches_of, small, state_of
+from every_recipe import DISTINCT, RECIPES, SIZE, batches_of, small, state_of
+from fast import slow_but
 from second_device import NoMixing, without_steps
 from tiny import tiny_wan_pipeline
 from torch import nn
@@ -15,8 +16,10 @@ from instep.planning.meta import Unread
 from instep.training.execution import Execution
 from instep.training.step import iteration
 
+ALTERNATING = [(name, 4 if i % 2 else None) for i, name in enumerate(RECIPES)]
 
-@pytest.mark.parametrize(("name", "rank"), [(name, 4 if i % 2 else None) for i, name in enumerate(RECIPES)])
+
+@pytest.mark.parametrize(("name", "rank"), slow_but([case for case in ALTERNATING if case[0] in DISTINCT], ALTERNATING))
 def test_no_recipe_mixes_devices_or_waits_within_an_iteration(name, rank):
     """Full copies of every other recipe, adapters of the rest: an operation on the meta device takes long."""
     execution = Execution(device="meta")

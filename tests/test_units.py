@@ -154,9 +154,7 @@ EXECUTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("lora", "bfloat16", "micro-batches", "full copies") else []) for name in EXECUTIONS]
-)
+@pytest.mark.parametrize("name", slow_but(["offload"], EXECUTIONS))
 def test_every_execution_measures_and_changes_nothing(name, tmp_path):
     """Two micro-batches, two inner epochs, a force and a policy: the same weights with and without measurements, and norms of both terms."""
     rank, execution = EXECUTIONS[name]
