@@ -2,6 +2,7 @@
 
     python benchmarks/hold.py                 # all seeds; skips what is stored
     python benchmarks/hold.py --seeds 4       # the one that nothing was tuned on
+    python benchmarks/hold.py --branches grpo --seeds 4 --weights 0.5 0.7 1 --iterations 1200 --results benchmarks/results/hold_long
     make results
 
 A student of two steps is distilled. Then matching and a reward branch train together: with each of several fixed weights (shares of matching's gradient), and
@@ -47,11 +48,11 @@ SAMPLES = 600  # a class and probe
 WORLD = World.named("ring8", members=1, reward="half")
 
 
-def recipe_of(rl: Branch, weight: float) -> Recipe:
+def recipe_of(rl: Branch, weight: float, iterations: int) -> Recipe:
     """Matching and the branch, with the average that probes look at, and at a constant learning rate: one that falls to zero leaves nothing to steer with."""
     options = common(STEPS)
     options = replace(options, ema=0.95, student=replace(options.student, decay=0.0))
-    return dmdr(options, warm=0, iterations=ITERATIONS, rl=rl, weight=weight)
+    return dmdr(options, warm=0, iterations=iterations, rl=rl, weight=weight)
 
 
 @torch.no_grad()
@@ -69,17 +70,17 @@ def _spread(x: Tensor) -> float:
     return float(torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)))
 
 
-def run(rl: Branch, weight: float, start: VelocityMLP, hold: Bound | None, seed: int) -> dict[str, Any]:
+def run(rl: Branch, weight: float, start: VelocityMLP, hold: Bound | None, seed: int, iterations: int = ITERATIONS) -> dict[str, Any]:
     """One run from the distilled student; a row a probe."""
-    recipe = recipe_of(rl, weight)
+    recipe = recipe_of(rl, weight, iterations)
     state, stage = ensemble_state(recipe, WORLD, start, seed), recipe.stages[0]
     controller = Controller((hold,)) if hold else None
     first = probe(state, recipe)
     if controller:
         state.hold, _ = controller.probed(Held(), stage, first)
     rows = [{"step": 0, "reward": first["reward"], "diversity": 1.0, "multiplier": state.multiplier}]
-    for step in range(1, ITERATIONS + 1):
-        iteration(state, stage, [WORLD.batch(stage, 1.0, state.rng)], (step - 1) / ITERATIONS)
+    for step in range(1, iterations + 1):
+        iteration(state, stage, [WORLD.batch(stage, 1.0, state.rng)], (step - 1) / iterations)
         if step % HOLD_EVERY == 0:
             now = probe(state, recipe)
             if controller:
@@ -99,17 +100,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--branches", nargs="+", default=list(BRANCHES), choices=list(BRANCHES))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--weights", type=float, nargs="+", default=list(WEIGHTS), help="fixed shares of matching's gradient")
+    parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a folder a number of iterations")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    args.results.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         start = None
         for rl in args.branches:
-            for name, weight, hold in (("held", SHARE, HOLD), *((f"{w:g}", w, None) for w in WEIGHTS)):
-                file = RESULTS / f"{rl}-{name}-{seed}.json"
+            for name, weight, hold in (("held", SHARE, HOLD), *((f"{w:g}", w, None) for w in args.weights)):
+                file = args.results / f"{rl}-{name}-{seed}.json"
                 if not file.is_file():
                     start = start or distilled(seed)
-                    found = run(rl, weight, start, hold, seed)
+                    found = run(rl, weight, start, hold, seed, args.iterations)
                     write_json(file, {"bound": HOLD.fraction, **found})
                     last = found["rows"][-1]
                     low = min(row["diversity"] for row in found["rows"])
