@@ -1,7 +1,7 @@
 """The methods side by side on a bundled world whose teacher leaves room: a common start, then each method for as many iterations.
 
-    python benchmarks/methods_on.py moving-words --seeds 0 1 2              # hours of CPU time; resumes
-    python benchmarks/methods_on.py moving-words --steps 1 --arms control dm-align-group amd --seeds 3 4 5
+    python benchmarks/methods_on.py moving-words --batch 32 --seeds 0 1 2   # hours of CPU time; resumes
+    python benchmarks/methods_on.py moving-words --batch 32 --steps 1 --arms control dm-align-group dmdr-refl dm-align-pair
     python benchmarks/methods_on.py moving-digits --seeds 0 1 2             # the teacher unguided
     make results                                                            # docs/results.md from what was measured
 
@@ -110,6 +110,7 @@ ARMS = {
         "DM-Align (Group), signed, nearest of the best two", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, sign="signed", top_n=2)
     ),
     "dm-align-group-half": Arm("DM-Align (Group), weights .5 and .5", lambda p: _weighted(p, 0.5)),
+    "dm-align-group-high": Arm("DM-Align (Group), weights .7 and .3", lambda p: _weighted(p, 0.7)),
     "dm-align-group-low": Arm("DM-Align (Group), weights .15 and .85", lambda p: _weighted(p, 0.15)),
     "dm-align-group-shared": Arm("DM-Align (Group), weights .5 and .5, initial noise shared by .9", lambda p: _weighted(p, 0.5, shared_noise=0.9)),
     "dm-align-group-same": Arm(
