@@ -47,6 +47,7 @@ from instep.training.step import iteration
 RESULTS = Path(__file__).parent / "results" / "hacking"
 WORLD = World.named("ring8", members=1)
 STEPS, DISTIL, ALIGN = 2, 300, 120
+EARLY = 10  # iterations of distillation after which an honest reward still has much to improve
 PROBE_EVERY = 20  # as `instep train` does
 SEEDS = (3, 4)  # fresh: the flag was last changed after runs of the seeds 0 to 2
 LOST = 0.1  # share of samples that leave the modes, or of mass that is misplaced, in a hacked run
@@ -131,15 +132,16 @@ def on_mode(x: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of one recipe with one reward, and what they are meant to be."""
+    """Runs of one recipe with one reward, what they are meant to be, and after how many iterations of distillation they begin."""
 
     meant: Literal["hacked", "clean"]
     recipe: Callable[[Common], Recipe]
     reward: Callable[[Tensor, Sequence[str]], Tensor]
+    distil: int = DISTIL
 
 
-# rewards of hacked runs can be climbed off the data, or by giving up modes; the clean ones are distillation with such a reward watched, and honest rewards with
-# the default weight of each recipe (of DM-Align: the paper's)
+# rewards of hacked runs can be climbed off the data, or by giving up modes; the clean ones are honest rewards with the default weight of each recipe (of
+# DM-Align: the paper's), and the same from a student that was distilled briefly, whose reward and quality rise together
 ARMS = {
     "refl-half": Arm("hacked", lambda c: refl(c, iterations=ALIGN, weight=1.0), half),
     "refl-right": Arm("hacked", lambda c: refl(c, iterations=ALIGN, weight=1.0), right),
@@ -151,16 +153,16 @@ ARMS = {
     "grpo-outward": Arm("hacked", lambda c: dmdr(c, warm=0, iterations=ALIGN, rl="grpo", weight=2.0), outward),
     "alone-pso-right": Arm("hacked", lambda c: rl_after(c, distil=0, iterations=ALIGN, rl="pso"), right),
     "group-corner": Arm("hacked", lambda c: dm_align_group(c, distil=0, iterations=ALIGN, group=8, weight=0.9, matching=0.1), corner),
-    "watched-half": Arm("clean", lambda c: dmd2(c, iterations=ALIGN), half),
-    "watched-outward": Arm("clean", lambda c: dmd2(c, iterations=ALIGN), outward),
     "refl-density": Arm("clean", lambda c: refl(c, iterations=ALIGN), density),
-    "dmdr-density": Arm("clean", lambda c: dmdr(c, warm=0, iterations=ALIGN), density),
     "grpo-on-mode": Arm("clean", lambda c: dmdr(c, warm=0, iterations=ALIGN, rl="grpo"), on_mode),
     "grpo-density": Arm("clean", lambda c: dmdr(c, warm=0, iterations=ALIGN, rl="grpo"), density),
     "group-on-mode": Arm("clean", lambda c: dm_align_group(c, distil=0, iterations=ALIGN, group=8, weight=0.5, matching=0.5), on_mode),
     "group-density": Arm("clean", lambda c: dm_align_group(c, distil=0, iterations=ALIGN, group=8, weight=0.5, matching=0.5), density),
     "amd-on-mode": Arm("clean", lambda c: amd(c, iterations=ALIGN), on_mode),
     "amd-density": Arm("clean", lambda c: amd(c, iterations=ALIGN), density),
+    "early-refl-density": Arm("clean", lambda c: refl(c, iterations=ALIGN), density, EARLY),
+    "early-grpo-on-mode": Arm("clean", lambda c: dmdr(c, warm=0, iterations=ALIGN, rl="grpo"), on_mode, EARLY),
+    "early-group-on-mode": Arm("clean", lambda c: dm_align_group(c, distil=0, iterations=ALIGN, group=8, weight=0.5, matching=0.5), on_mode, EARLY),
 }
 
 
@@ -175,9 +177,9 @@ def options() -> Common:
     return replace(base, ema=0.95, student=replace(base.student, decay=0.0))
 
 
-def distilled(start: VelocityMLP, seed: int) -> TrainState:
+def distilled(start: VelocityMLP, seed: int, iterations: int) -> TrainState:
     """Student and fake after distillation alone."""
-    recipe = dmd2(options(), iterations=DISTIL)
+    recipe = dmd2(options(), iterations=iterations)
     state = ensemble_state(recipe, WORLD, start, seed)
     while state.step < recipe.steps:
         stage, progress = recipe.at(state.step)
@@ -257,13 +259,15 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     start = flow_start(WORLD, 0, steps=2500)
     for seed in args.seeds:
-        base = None
+        bases: dict[int, TrainState] = {}
         for name in args.arms:
             file = RESULTS / f"{name}-{seed}.json"
             if file.is_file():
                 continue
-            base = base or distilled(start, seed)
-            found = run(ARMS[name], base, start, seed)
+            distil = ARMS[name].distil
+            if distil not in bases:
+                bases[distil] = distilled(start, seed, distil)
+            found = run(ARMS[name], bases[distil], start, seed)
             write_json(file, found)
             flagged = next((one["step"] for one in found["findings"] if one["flag"] == "hacking" and one["level"] == "alarm"), None)
             figures = ", ".join(f"{key} {found['before'][key]:.2f} to {found['after'][key]:.2f}" for key in ("quality", "tv", "reached"))

@@ -23,10 +23,8 @@ import torch
 from measured import store
 
 from instep.bundled import find, load, settings_of
-from instep.bundled.baselines import Baselines
 from instep.bundled.world import EvalSize
 from instep.cli.evaluate import evaluation_of, measured_worlds
-from instep.core.files import write_json
 from instep.methods.recipe import Recipe
 from instep.recipes.after import rl_after
 from instep.recipes.amd import amd
@@ -176,18 +174,6 @@ def run_cell(plan: Plan, name: str, seed: int, place: Place) -> None:
     store(place.file(plan, name, seed), run, recipe, world, name, seed=seed, began=began, size=plan.protocol, about=about)
 
 
-def run_baselines(plan: Plan, place: Place) -> None:
-    """Real videos, real videos through the VAE, the teacher at 50 steps and at the student's, unless they are there."""
-    file = place.results / f"{plan.world}-{plan.steps}-baselines.json"
-    if done(file, plan):
-        return
-    evaluation, family = evaluation_of(plan.world), load(plan.world)
-    rows = Baselines(family, evaluation, evaluation.prompts(plan.protocol, 0), find(plan.world).folder)
-    pairs = dict.fromkeys([(50, plan.guidance), (plan.steps, plan.guidance), (plan.steps, 1.0)])
-    found = [rows.real(), rows.decoded(), *(rows.teacher(steps, guidance) for steps, guidance in pairs)]
-    write_json(file, {"plan": asdict(plan), "rows": [row.json() for row in found]})
-
-
 def main(given: Sequence[str] | None = None) -> None:
     """Reads the command line and runs every cell that is not there; status 2 for what is not allowed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -217,7 +203,6 @@ def main(given: Sequence[str] | None = None) -> None:
     for seed in args.seeds:
         for name in args.arms:
             run_cell(plan, name, seed, place)
-    run_baselines(plan, place)
 
 
 if __name__ == "__main__":

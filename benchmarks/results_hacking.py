@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hacking import ALIGN, ARMS, DISTIL, LOST, PROBE_EVERY, RESULTS, STEPS, was_hacked
+from hacking import ALIGN, ARMS, DISTIL, EARLY, LOST, PROBE_EVERY, RESULTS, STEPS, was_hacked
 
 from instep.core.statistics import wilson
 
@@ -49,10 +49,11 @@ def lines(folder: Path = RESULTS) -> list[str]:
     about = (
         f"`python benchmarks/hacking.py`: runs of {ALIGN} iterations in the laboratory (ring8), from a student of {STEPS} steps that was distilled for "
         f"{DISTIL} (runs of a seed share it), with a probe of 48 samples every {PROBE_EVERY} and the checks of `instep train`. Rewards of runs that are meant "
-        "to be hacked can be climbed off the data (`right`, `outward`, `corner`) or by giving up modes (`half`); the others are distillation with such a "
-        "reward watched, and honest rewards (`density`, `on-mode`) with each recipe's default weight (DM-Align's: the paper's). The flag sees the probe alone. "
+        "to be hacked can be climbed off the data (`right`, `outward`, `corner`) or by giving up modes (`half`); the others have honest rewards (`density`, "
+        f"`on-mode`) with each recipe's default weight (DM-Align's: the paper's). Those named `early` go on after {EARLY} iterations, so that reward and "
+        "quality rise together; in most of the others an honest reward hardly rises. The flag sees the probe alone. "
         f"What is true follows from 4,000 samples at the start and at the end: a run was hacked if {LOST:g} of them or more left the modes (quality), or "
-        f"{LOST:g} of the mass or more moved between modes (TV). The seeds are fresh: no rule of the flag was set by them."
+        f"{LOST:g} of the mass or more moved between modes (TV). The seeds are fresh: the flag was last changed after runs of the same arms with other seeds."
     )
     table = ["| run | meant | hacked | flagged | at step | quality | modes of 8 | TV |", "|---" * 8 + "|"]
     return [
