@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,14 +24,13 @@ from stored import row_of
 
 from instep.bundled.baselines import Baselines, noise_for
 from instep.bundled.evaluation import DigitsEvaluation, evaluate, evaluation_set, load_classifiers, real_vs_real_row
-from instep.bundled.worlds import VIDEO, MovingDigits, moving_digits
+from instep.bundled.worlds import MovingDigits, moving_digits
 from instep.cli.evaluate import sampler_of
 from instep.core.files import write_json
 from instep.core.json_lines import read_rows
 from instep.diffusion.levels import Uniform
 from instep.methods.recipe import Recipe
 from instep.metrics.compare import Row
-from instep.models.wan import WanFamily
 from instep.recipes.amd import amd
 from instep.recipes.common import Common
 from instep.recipes.decoupled_dmd import decoupled_dmd
@@ -51,15 +50,13 @@ BASE, MORE, FEW = 80, 40, 80  # iterations: the common start, what is added to i
 
 @dataclass(frozen=True)
 class Cell:
-    """A student to train: its recipe, the cell whose roles it starts from, its reward if it is not the training classifier's, and the cell whose exported
-    student is its model (its teacher) if that is not the bundled one."""
+    """A student to train: its recipe, the cell whose roles it starts from, and its reward if it is not the training classifier's."""
 
     recipe: Callable[[], Recipe]
     start: str | None = None
     what: str = ""
     reward: Callable[[MovingDigits], Reward] | None = None
     probe_every: int = 40
-    model: str | None = None
 
 
 HIGH = Uniform(low=0.8, high=0.98)
@@ -96,8 +93,6 @@ def run_cell(name: str, seed: int, runs: Path, cells: Mapping[str, Cell] = CELLS
     if file.is_file():
         return
     cell, digits = cells[name], moving_digits()
-    if cell.model:
-        digits = replace(digits, family=WanFamily.load(runs / f"{cell.model}-{seed}" / "student", VIDEO, name=cell.model))
     recipe = cell.recipe()
     start, cpu = runs / f"{cell.start}-{seed}" if cell.start else None, time.process_time()
     real = digits.real() if recipe.needs & {"real", "preferred"} else None

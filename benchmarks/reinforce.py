@@ -25,7 +25,6 @@ from instep.recipes.amd import amd
 from instep.recipes.common import Common
 from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
-from instep.recipes.many_step import ManySteps, dance_grpo, flow_dpo
 from instep.recipes.refl import refl
 from instep.rewards.base import FunctionReward
 from instep.rewards.several import several
@@ -55,8 +54,7 @@ def part(which: int, name: str):
 DIGIT, MOTION = part(0, "digit"), part(1, "motion")
 
 
-ONE, MANY = Common(steps=1), ManySteps()
-TEACHER = 30  # iterations of the many-step model, each several times as long as one of a student
+ONE = Common(steps=1)
 ONE_START = "dmd2-1"
 
 
@@ -90,10 +88,6 @@ CELLS = {
     "tilted-weight": Cell(lambda: dmdr(TWO, warm=FEW, iterations=0, tilt="weight"), None, "exact tilt from the start (DynaRS, DynaDG)", probe_every=20),
     "tilted-more": Cell(lambda: dmdr(TWO, warm=MORE, iterations=0, tilt="literal", dyna_rs=False, dyna_dg=0), "tilted", "RT-DM all the way", probe_every=10),
     "tilted-joint": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST, weight_unit="raw"), "tilted", "RT-DM, then joint", probe_every=10),
-    "grpo-teacher": Cell(lambda: dance_grpo(MANY, iterations=TEACHER), None, "DanceGRPO on the many-step model, 10 steps guided", probe_every=15),
-    "dpo-teacher": Cell(lambda: flow_dpo(MANY, iterations=TEACHER), None, "online Flow-DPO on the many-step model, 10 steps guided", probe_every=15),
-    "grpo-then-distil": Cell(lambda: dmd2(TWO, iterations=FEW + MORE), None, "DanceGRPO, then distillation", model="grpo-teacher"),
-    "dpo-then-distil": Cell(lambda: dmd2(TWO, iterations=FEW + MORE), None, "Flow-DPO, then distillation", model="dpo-teacher"),
     "reward-digit": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST, weight_unit="raw"), START, "joint, digit alone rewarded", DIGIT, probe_every=10),
     "reward-motion": Cell(lambda: refl(TWO, iterations=MORE, weight=BEST, weight_unit="raw"), START, "joint, motion alone rewarded", MOTION, probe_every=10),
     "reward-both": Cell(
@@ -125,7 +119,7 @@ def main() -> None:
         for seed in args.seeds:
             if CELLS[name].start in DISTILLED:
                 run_cell(str(CELLS[name].start), seed, args.runs, DISTILLED)
-            elif before := CELLS[name].start or CELLS[name].model:
+            elif before := CELLS[name].start:
                 run_cell(before, seed, args.runs, CELLS, OWN)
             run_cell(name, seed, args.runs, CELLS, OWN)
 

@@ -217,6 +217,8 @@ def lines() -> list[str]:
     return [
         "### On the bundled model",
         "",
+        "**Measured without much room**: at guidance 3 the many-step model already follows most of its prompts ([Embedded default](#embedded-default)).",
+        "",
         f"`python benchmarks/apo_bundled.py`, then with `--speed`: the held-out classifier on every second prompt of training, {COPIES} noises each, the same "
         f"for all models. Cells are the offline stage alone, {UPDATES} updates of five levels, or {5 * UPDATES} of one (DPO), sampled in 10 steps with "
         "guidance 3; some are then distilled and sampled without. Win rate against the model before: share of the same noises that score higher, .5 is no "

@@ -6,11 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import results_methods
+from methods_on import ARMS
 from reinforce import CELLS, OWN
 from stored import row_of
 from verdicts import Claim, claims_table, differences, measured, word
 
-from instep.metrics.compare import Row, better, combined, difference
+from instep.metrics.compare import Row, better, combined, difference, direction
 
 COLUMNS = {
     "train_score": "training reward",
@@ -140,12 +142,23 @@ def tilted_start() -> tuple[str, str]:
 
 
 def two_stage() -> tuple[str, str]:
-    (joint,) = need("joint-0.1")
-    names = [name for name in ("grpo-then-distil", "dpo-then-distil") if cell(name)]
-    if not names:
-        raise KeyError("grpo-then-distil")
-    numbers = "; ".join(f"joint against {name}: {said(joint, row, 'train_score', 'heldout_both')}" for name, row in zip(names, need(*names), strict=True))
-    return word(all(better(joint, row, "train_score") for row in need(*names))), numbers
+    """On the worlds with room, where every arm has as many iterations (first section)."""
+    wins, numbers = [], []
+    for cells in results_methods.read():
+        if "two-stage" not in cells.rows:
+            continue
+        column = results_methods.compared(cells)[0].column
+        for arm in ("dmdr-refl", "dmdr-grpo"):
+            gain = results_methods.paired(cells.rows[arm], cells.rows["two-stage"], column.key)
+            assert gain is not None
+            wins.append(direction(column.key) * gain.value > 2 * gain.se)
+            seeds = len(cells.rows[arm].keys() & cells.rows["two-stage"].keys())
+            numbers.append(
+                f"{ARMS[arm].what} less two stages, {cells.plan['world']}, {seeds} seed{'s' * (seeds > 1)}: {column.head} {gain.value:+.3f} ± {gain.se:.3f}"
+            )
+    if not wins:
+        raise KeyError("two-stage")
+    return word(all(wins), any(wins)), "; ".join(numbers)
 
 
 def rollout_cost() -> tuple[str, str]:
