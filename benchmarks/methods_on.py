@@ -96,6 +96,8 @@ ARMS = {
     "dmdr-refl": Arm("DMDR with ReFL", lambda p: dmdr(p.common, warm=0, iterations=p.more, rl="refl")),
     "dmdr-grpo": Arm("DMDR with GRPO, black box", lambda p: dmdr(p.common, warm=0, iterations=p.more, rl="grpo"), reward="exact", stochastic=True),
     "dollar": Arm("DOLLAR (VSD + CD + LRM), black box", lambda p: dollar(p.common, fit=p.more // 2, iterations=p.more), reward="exact"),
+    "dollar-without-cd": Arm("DOLLAR without CD", lambda p: dollar(p.common, fit=p.more // 2, iterations=p.more, cd=0), reward="exact"),
+    "dollar-without-reward": Arm("DOLLAR without LRM", lambda p: dollar(p.common, fit=0, iterations=p.more, weight=0)),
     "rl-after": Arm("ReFL alone after distillation", lambda p: rl_after(p.common, distil=0, iterations=p.more, rl="refl")),
     "tuned-teacher": Arm(
         "DanceGRPO on the teacher, black box",

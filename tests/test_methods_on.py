@@ -34,7 +34,7 @@ def test_every_arm_updates_its_student_as_often(plan):
         stages = [stage for stage in arm.recipe(plan).stages if stage.terms]
         assert sum(stage.steps for stage in stages) == (plan.base if name in ("start", "two-stage") else plan.more), name
         assert arm.recipe(plan).guidance == 1.0
-    assert {name for name, arm in ARMS.items() if arm.reward == "exact"} == {"dmdr-grpo", "dollar", "tuned-teacher"}
+    assert {name for name, arm in ARMS.items() if arm.reward == "exact"} == {"dmdr-grpo", "dollar", "dollar-without-cd", "tuned-teacher"}
     assert all("reward_gradient" not in arm.recipe(plan).needs for arm in ARMS.values() if arm.reward == "exact")
 
 
