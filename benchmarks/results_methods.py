@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from instep.metrics.compare import Row, combined, difference, direction
 from instep.metrics.figures import Value
 
 MODES = 0.95  # share of the control's modes that a gain may not cost more than
-FRONTIER = RESULTS.parent / "frontier"  # arms of several weights from one start of their own
+WEIGHTS = {"dm-align-group-low": ".15", "dm-align-group": ".3", "dm-align-group-half": ".5", "dm-align-group-high": ".7"}  # of Group, in groups of 4
 
 
 @dataclass(frozen=True)
@@ -232,23 +232,30 @@ def lines() -> list[str]:
             *against_control(cells),
             "",
             *asked(cells),
-        ]
-    return text + frontier()
-
-
-def frontier() -> list[str]:
-    """DM-Align (Group) at several weights, from one start of their own."""
-    text = []
-    for cells in read(FRONTIER):
-        plan = cells.plan
-        arms = " ".join(arm for arm in ARMS if arm in cells.rows)
-        text += [
-            f"### The weight of DM-Align (Group): {plan['world']}, {plan['steps']} step{'s' * (plan['steps'] > 1)}",
-            "",
-            "One seed and a start of its own (machines round differently, so it is not that of the tables above). The default weights are .3 and .7: "
-            f"`{command(plan)} --seeds 0 --arms {arms} --results benchmarks/results/frontier`.",
-            "",
-            *against_control(cells),
-            "",
+            *frontier(cells),
         ]
     return text
+
+
+def frontier(cells: Cells) -> list[str]:
+    """DM-Align (Group) at several weights, on the seeds that all of them have; empty for fewer than three weights."""
+    there = [arm for arm in WEIGHTS if arm in cells.rows]
+    if len(there) < 3:
+        return []
+    seeds = set.intersection(*(set(cells.rows[arm]) for arm in (*there, "control")))
+    same = replace(cells, rows={arm: {seed: row for seed, row in rows.items() if seed in seeds} for arm, rows in cells.rows.items()})
+    found = {one.arm: one for one in compared(same) if one.arm in there}
+    if not found:
+        return []
+    head = found[there[0]].column.head
+    lines = [
+        f"Its weight (the rest is matching's), on the same seed{'s' * (len(seeds) > 1)} ({', '.join(map(str, sorted(seeds)))}):",
+        "",
+        f"| weight of DM-Align (Group) | {head} | FD | FD (open prompts) | modes, of the control's |",
+        "|---" * 5 + "|",
+    ]
+    for arm in there:
+        one = found[arm]
+        values = ["-" if value is None else f"{value.value:+.3f} ± {value.se:.3f}" for value in (one.gain, one.distance, one.open_distance)]
+        lines.append(f"| {WEIGHTS[arm]} | {' | '.join(values)} | {one.modes.value:.0%} ± {one.modes.se:.0%} |")
+    return [*lines, ""]

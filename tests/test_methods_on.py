@@ -111,7 +111,7 @@ def test_the_page_has_a_row_an_arm_and_what_it_costs(plan, tmp_path, monkeypatch
             about = {"plan": asdict(plan), "arm": arm, "before": None if arm == "start" else "start", "seed": seed, "train_cpu_s": 10.0}
             write_json(tmp_path / f"moving-digits-2-{arm}-{seed}.json", {"row": row(arm, *figures).json(), **about})
     (one,) = found = results_methods.read(tmp_path)
-    monkeypatch.setattr(results_methods, "read", lambda folder=None: [] if folder else found)
+    monkeypatch.setattr(results_methods, "read", lambda: found)
     text = "\n".join(results_methods.lines())
     assert text.startswith("## Methods side by side") and "### moving-digits, 2 steps" in text and "| real videos (another draw) | - | - | " in text
     assert "| teacher, 50 steps | 50 | - | " in text and "| teacher, 2 steps | 2 | - | " in text, "rows that ship"
@@ -123,3 +123,19 @@ def test_the_page_has_a_row_an_arm_and_what_it_costs(plan, tmp_path, monkeypatch
     )
     assert said["DM-Align (Pair)"].endswith("| no difference |")
     assert "| 20 |" in next(line for line in text.splitlines() if line.startswith("| AMD")), "the start's seconds too"
+
+
+def test_the_weights_of_an_arm_are_compared_on_their_common_seeds(plan, tmp_path):
+    import results_methods
+
+    cells = {"control": (0, 1), "dm-align-group": (0, 1), "dm-align-group-low": (0,), "dm-align-group-half": (0,)}
+    for arm, seeds in cells.items():
+        for seed in seeds:
+            about = {"plan": asdict(plan), "arm": arm, "before": None, "seed": seed, "train_cpu_s": 10.0}
+            gain = {"control": 0.0, "dm-align-group": 0.1 + 0.3 * seed, "dm-align-group-low": 0.05, "dm-align-group-half": 0.2}[arm]
+            write_json(tmp_path / f"moving-digits-2-{arm}-{seed}.json", {"row": row(arm, 0.5 + gain, 8.0, 8 - 10 * gain).json(), **about})
+    (found,) = results_methods.read(tmp_path)
+    lines = results_methods.frontier(found)
+    assert "on the same seed (0):" in lines[0]
+    assert [line.split(" | ")[:2] for line in lines[4:7]] == [["| .15", "+0.050 ± 0.028"], ["| .3", "+0.100 ± 0.028"], ["| .5", "+0.200 ± 0.028"]]
+    assert results_methods.frontier(replace(found, rows={arm: found.rows[arm] for arm in ("control", "dm-align-group")})) == []
