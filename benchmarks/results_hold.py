@@ -89,8 +89,8 @@ def _long() -> list[str]:
     thirds = [iterations * n // 3 for n in (1, 2, 3)]
     out = [
         "GRPO's gains are no larger than its noise: on the one seed that was trained for three times as long they come and go with each of these weights, "
-        f"so the controller's part of them says little. Its largest weight was .5 at first, as ReFL's, with 22% of the best fixed gains; 1 was chosen after that, "
-        f"on these seeds. `python benchmarks/hold.py --branches grpo --seeds {found[0]['seed']} --weights 0.5 0.7 1 "
+        f"so the controller's part of them says little. Its largest weight was .5 at first, as ReFL's, with 22% of the best fixed gains; 1 was chosen after "
+        f"that, on these seeds. `python benchmarks/hold.py --branches grpo --seeds {found[0]['seed']} --weights 0.5 0.7 1 "
         f"--iterations {iterations} --results benchmarks/results/hold_long`:",
         "",
         "| grpo, weight | " + " | ".join(f"gain after {n}" for n in thirds) + " | least diversity | inside |",
