@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +33,19 @@ class Outcome:
     inside: bool
 
     @classmethod
-    def of(cls, file: Path) -> Outcome:
+    def of(cls, file: Path, steps: float = math.inf) -> Outcome:
+        """A stored run, or its first iterations, so many `steps`."""
         found = json.loads(file.read_text())
-        rows, bound = found["rows"], found["bound"]
+        rows, bound = [row for row in found["rows"] if row["step"] <= steps], found["bound"]
         mean = lambda key: sum(row[key] for row in rows[-LAST:]) / LAST  # noqa: E731
         least = min(row["diversity"] for row in rows)
         inside = least >= bound - TOLERANCE * (1 - bound)
         seed = int(file.stem.rpartition("-")[2])
         return cls(found["branch"], seed, found["held"], found["weight"], mean("reward") - rows[0]["reward"], mean("diversity"), least, inside)
+
+    @property
+    def name(self) -> str:
+        return f"held, {self.weight:g} times a multiplier" if self.held else f"{self.weight:g}"
 
 
 @dataclass(frozen=True)
@@ -81,39 +87,31 @@ def lines() -> list[str]:
 
 def _long() -> list[str]:
     """GRPO for three times as many iterations: its gain after each third."""
-    found = [json.loads(file.read_text()) for file in sorted(LONG.glob("grpo-*.json"))]
-    if not found:
+    runs = {Outcome.of(file): file for file in LONG.glob("grpo-*.json")}
+    if not runs:
         return []
-    bound = found[0]["bound"]
-    iterations = found[0]["rows"][-1]["step"]
+    iterations = json.loads(next(iter(runs.values())).read_text())["rows"][-1]["step"]
     thirds = [iterations * n // 3 for n in (1, 2, 3)]
     out = [
         "GRPO's gains are no larger than its noise: on the one seed that was trained for three times as long they come and go with each of these weights, "
         f"so the controller's part of them says little. Its largest weight was .5 at first, as ReFL's, with 22% of the best fixed gains; 1 was chosen after "
-        f"that, on these seeds. `python benchmarks/hold.py --branches grpo --seeds {found[0]['seed']} --weights 0.5 0.7 1 "
+        f"that, on these seeds. `python benchmarks/hold.py --branches grpo --seeds {next(iter(runs)).seed} --weights 0.5 0.7 1 "
         f"--iterations {iterations} --results benchmarks/results/hold_long`:",
         "",
         "| grpo, weight | " + " | ".join(f"gain after {n}" for n in thirds) + " | least diversity | inside |",
         "|---" * 6 + "|",
     ]
-    for one in sorted(found, key=lambda one: (one["held"], one["weight"])):
-        rows = one["rows"]
-        gains = []
-        for n in thirds:
-            last = [row["reward"] for row in rows if row["step"] <= n][-LAST:]
-            gains.append(f"{sum(last) / LAST - rows[0]['reward']:+.3f}")
-        least = min(row["diversity"] for row in rows)
-        name = f"held, {one['weight']:g} times a multiplier" if one["held"] else f"{one['weight']:g}"
-        out.append(f"| {name} | {' | '.join(gains)} | {least:.3f} | {'yes' if least >= bound - TOLERANCE * (1 - bound) else 'no'} |")
+    for one in sorted(runs, key=lambda one: (one.held, one.weight)):
+        gains = " | ".join(f"{Outcome.of(runs[one], n).gain:+.3f}" for n in thirds)
+        out.append(f"| {one.name} | {gains} | {one.least:.3f} | {'yes' if one.inside else 'no'} |")
     return [*out, ""]
 
 
 def _branch(outcomes: Sequence[Outcome]) -> list[str]:
     branch = outcomes[0].branch
     tuned = [one for one in outcomes if one.seed == TUNED_ON]
-    names = {one: f"held, {one.weight:g} times a multiplier" if one.held else f"{one.weight:g}" for one in tuned}
     weights = [f"| {branch}, weight | gain | diversity at the end | least | inside |", "|---|---|---|---|---|"]
-    weights += [f"| {names[o]} | {o.gain:+.3f} | {o.diversity:.3f} | {o.least:.3f} | {'yes' if o.inside else 'no'} |" for o in tuned]
+    weights += [f"| {o.name} | {o.gain:+.3f} | {o.diversity:.3f} | {o.least:.3f} | {'yes' if o.inside else 'no'} |" for o in tuned]
     seeds = [
         f"| {branch}, seed | fixed weights | best of them inside | its gain | the controller's gain | part of it | its least diversity | inside |",
         "|---" * 8 + "|",

@@ -18,6 +18,7 @@ from instep.bundled.baselines import FILE
 from instep.metrics.columns import Column
 from instep.metrics.compare import Row, combined, difference, direction
 from instep.metrics.figures import Value
+from instep.report.verdict import listed
 
 MODES = 0.95  # share of the control's modes that a gain may not cost more than
 WEIGHTS = {"dm-align-group-low": ".15", "dm-align-group": ".3", "dm-align-group-half": ".5", "dm-align-group-high": ".7"}  # of Group, in groups of 4
@@ -136,6 +137,12 @@ class Compared:
     open_distance: Value | None
     modes: Value
 
+    @property
+    def figures(self) -> str:
+        """Its cells of a table: the three differences, and the share of modes."""
+        differences = ["-" if value is None else f"{value.value:+.3f} ± {value.se:.3f}" for value in (self.gain, self.distance, self.open_distance)]
+        return " | ".join([*differences, f"{self.modes.value:.0%} ± {self.modes.se:.0%}"])
+
 
 def compared(cells: Cells) -> list[Compared]:
     """Every arm that shares a seed with the control, in the order of ARMS."""
@@ -160,9 +167,7 @@ def against_control(cells: Cells) -> list[str]:
     column = found[0].column
     lines = [f"| against the control | seeds | {column.head} | FD | FD (open prompts) | modes, of the control's | verdict |", "|---" * 7 + "|"]
     for one in found:
-        values = ["-" if value is None else f"{value.value:+.3f} ± {value.se:.3f}" for value in (one.gain, one.distance, one.open_distance)]
-        told = f"{one.modes.value:.0%} ± {one.modes.se:.0%} | {verdict(one)}"
-        lines.append(f"| {ARMS[one.arm].what} | {one.seeds} | {' | '.join(values)} | {told} |")
+        lines.append(f"| {ARMS[one.arm].what} | {one.seeds} | {one.figures} | {verdict(one)} |")
     return lines
 
 
@@ -192,11 +197,6 @@ def verdict(one: Compared, open_prompts: bool = True) -> str:
     costs = ["modes"] if one.modes.value < MODES else []
     costs += [name for name, value in distances.items() if value is not None and value.value > 2 * value.se]
     return f"better, at the cost of {listed(costs)}" if costs else "better"
-
-
-def listed(names: Sequence[str]) -> str:
-    """a, b and c."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def lines() -> list[str]:
@@ -254,8 +254,4 @@ def frontier(cells: Cells) -> list[str]:
         f"| weight of DM-Align (Group) | {head} | FD | FD (open prompts) | modes, of the control's |",
         "|---" * 5 + "|",
     ]
-    for arm in there:
-        one = found[arm]
-        values = ["-" if value is None else f"{value.value:+.3f} ± {value.se:.3f}" for value in (one.gain, one.distance, one.open_distance)]
-        lines.append(f"| {WEIGHTS[arm]} | {' | '.join(values)} | {one.modes.value:.0%} ± {one.modes.se:.0%} |")
-    return [*lines, ""]
+    return [*lines, *(f"| {WEIGHTS[arm]} | {found[arm].figures} |" for arm in there), ""]

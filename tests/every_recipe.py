@@ -47,8 +47,9 @@ STAGES = {
     "apo": {"online": 1, "half_online": 1, "offline": 1, "distill_guidance": 1, "post_distillation": 1, "high": 1, "low": 1},
 }
 RECIPES = tuple(NAMES)
-# together they have every term, critic and rollout that others are made of
-DISTINCT = ("dmd2", "decoupled-dmd", "magic", "dm-align-pair", "dm-align-group", "amd", "refl", "dmdr", "dollar", "flow-grpo", "flow-dpo", "apo")
+# those made of the terms and critics of others, and the rest, which has them all
+COMPOSED = ("rl-after", "pso-offline", "dance-grpo", "draft", "naive-adaptive")
+DISTINCT = tuple(name for name in RECIPES if name not in COMPOSED)
 
 
 def family(seed: int = 0) -> WanFamily:

@@ -148,7 +148,7 @@ SLOW = (
 )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES])
+@pytest.mark.parametrize("name", slow_but([name for name in CASES if name not in SLOW], CASES))
 def test_the_plan_is_what_a_real_iteration_computes_and_keeps(name):
     case = CASES[name]
     recipe, execution = case.made, Execution(device="cpu", **case.execution)

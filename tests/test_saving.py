@@ -186,9 +186,9 @@ for step in itertools.count({first}):
 
 
 def test_killed_at_any_moment_the_newest_whole_one_is_there(tmp_path):
-    """SIGKILL in the middle of writes; a process that ends by itself waits for its last checkpoint."""
+    """SIGKILL in the middle of writes, again and again in one folder; a process that ends by itself waits for its last checkpoint."""
     last = -1
-    for delay in torch.rand(1, generator=torch.Generator().manual_seed(0)).tolist():
+    for delay in torch.rand(2, generator=torch.Generator().manual_seed(0)).tolist():
         code = ENDLESS.format(tests=str(Path(__file__).parent), out=str(tmp_path), first=last + 1, last=-1)
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         begun = [int(child.stdout.readline()) for _ in range(3)]

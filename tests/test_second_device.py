@@ -19,6 +19,13 @@ from instep.training.step import iteration
 ALTERNATING = [(name, 4 if i % 2 else None) for i, name in enumerate(RECIPES)]
 
 
+def test_the_recipes_that_the_fast_suite_takes_have_every_term_and_critic():
+    def parts(names):
+        return {type(part) for name in names for stage in small(name).stages for part in (*stage.terms, *stage.critics)}
+
+    assert parts(DISTINCT) == parts(RECIPES)
+
+
 @pytest.mark.parametrize(("name", "rank"), slow_but([case for case in ALTERNATING if case[0] in DISTINCT], ALTERNATING))
 def test_no_recipe_mixes_devices_or_waits_within_an_iteration(name, rank):
     """Full copies of every other recipe, adapters of the rest: an operation on the meta device takes long."""
