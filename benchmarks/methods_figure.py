@@ -19,7 +19,7 @@ FIGURE = Path(__file__).parents[1] / "docs" / "methods.png"
 
 
 def main() -> None:
-    found = [(cells, against) for cells in read() if (against := compared(cells))]
+    found = [(cells, against) for cells in read() if (against := [one for one in compared(cells) if not ARMS[one.arm].reading_of])]
     figure, axes = plt.subplots(1, len(found), figsize=(7.5 * len(found), 5), constrained_layout=True, squeeze=False)
     shown = {one.arm for _, against in found for one in against}
     marks = {arm: (f"C{i % 10}", "os^Dv"[i // 10]) for i, arm in enumerate(arm for arm in ARMS if arm in shown)}
@@ -33,8 +33,8 @@ def panel(axis: plt.Axes, cells: Cells, against: Sequence[Compared], marks: Mapp
     """One world and number of steps; colour and mark of each arm are the same in all. A hollow point is of one seed."""
     for one in against:
         colour, mark = marks[one.arm]
-        face = colour if one.seeds > 1 else "white"
-        label = f"{ARMS[one.arm].what} ({one.seeds})"
+        face = colour if len(one.seeds) > 1 else "white"
+        label = f"{ARMS[one.arm].what} ({len(one.seeds)})"
         axis.errorbar(one.modes.value, one.gain.value, one.gain.se, one.modes.se, fmt=mark, color=colour, markerfacecolor=face, capsize=2, label=label)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axvline(MODES, color="black", linewidth=0.8, linestyle="--")

@@ -25,6 +25,7 @@ from measured import store
 from instep.bundled import find, load, settings_of
 from instep.bundled.world import EvalSize
 from instep.cli.evaluate import evaluation_of, measured_worlds
+from instep.diffusion.levels import Uniform
 from instep.methods.recipe import Recipe
 from instep.recipes.after import rl_after
 from instep.recipes.amd import amd
@@ -64,7 +65,8 @@ class Plan:
 class Arm:
     """A student: its recipe, the cell whose roles it goes on from, its reward (the world's own, or the black box), and the cell whose model is its teacher.
 
-    stochastic: it needs a rollout with noise between steps, which one step has not.
+    stochastic: it needs a rollout with noise between steps, which one step has not. reading_of: the arm with the method's defaults; `what` then names the
+    options that differ.
     """
 
     what: str
@@ -73,25 +75,26 @@ class Arm:
     reward: Literal["own", "exact"] = "own"
     teacher: str | None = None
     stochastic: bool = False
+    reading_of: str | None = None
 
 
-def _letter(plan: Plan) -> Recipe:
-    weights = {"weight": 0.5, "matching": 0.5}
-    signs: dict[str, Any] = {"reach": "last", "toward": "mean", "normaliser": "own", "sign": "signed", "spread": "group"}
-    return dm_align_group(plan.common, distil=0, iterations=plan.more, group=8, top_n=2, **signs, **weights)
-
-
-def _weighted(plan: Plan, weight: float, **options: Any) -> Recipe:
+def _group(weight: float = 0.3, **options: Any) -> Callable[[Plan], Recipe]:
     """DM-Align (Group) with this weight, and the rest for matching."""
-    return dm_align_group(plan.common, distil=0, iterations=plan.more, weight=weight, matching=1 - weight, **options)
+    return lambda plan: dm_align_group(plan.common, distil=0, iterations=plan.more, weight=weight, matching=1 - weight, **options)
+
+
+def _pair(**options: Any) -> Callable[[Plan], Recipe]:
+    return lambda plan: dm_align_pair(plan.common, distil=0, iterations=plan.more, **options)
+
+
+LETTER: dict[str, Any] = {"reach": "last", "toward": "mean", "normaliser": "own", "sign": "signed", "spread": "group", "group": 8, "top_n": 2}
 
 
 ARMS = {
     "start": Arm("start: DMD2", lambda p: dmd2(p.common, iterations=p.base), None),
     "control": Arm("control: DMD2 goes on", lambda p: dmd2(p.common, iterations=p.more)),
-    "dm-align-group": Arm("DM-Align (Group)", lambda p: dm_align_group(p.common, distil=0, iterations=p.more)),
-    "dm-align-pair": Arm("DM-Align (Pair)", lambda p: dm_align_pair(p.common, distil=0, iterations=p.more)),
-    "dm-align-pair-all": Arm("DM-Align (Pair), all samples move", lambda p: dm_align_pair(p.common, distil=0, iterations=p.more, within=None)),
+    "dm-align-group": Arm("DM-Align (Group)", _group()),
+    "dm-align-pair": Arm("DM-Align (Pair)", _pair()),
     "amd": Arm("AMD", lambda p: amd(p.common, iterations=p.more)),
     "dmdr-refl": Arm("DMDR with ReFL", lambda p: dmdr(p.common, warm=0, iterations=p.more, rl="refl")),
     "dmdr-grpo": Arm("DMDR with GRPO, black box", lambda p: dmdr(p.common, warm=0, iterations=p.more, rl="grpo"), reward="exact", stochastic=True),
@@ -106,21 +109,49 @@ ARMS = {
         reward="exact",
     ),
     "two-stage": Arm("two stages: DanceGRPO on the teacher, then DMD2", lambda p: dmd2(p.common, iterations=p.base), None, teacher="tuned-teacher"),
-    "dm-align-group-signed": Arm(
-        "DM-Align (Group), signed, nearest of the best two", lambda p: dm_align_group(p.common, distil=0, iterations=p.more, sign="signed", top_n=2)
+}
+
+
+def _reading(of: str, what: str, recipe: Callable[[Plan], Recipe], **more: Any) -> Arm:
+    return Arm(what, recipe, reading_of=of, **more)
+
+
+ARMS |= {
+    f"dm-align-group-{name}": _reading("dm-align-group", *about)
+    for name, about in {
+        "low": ("`--weight .15 --matching .85`", _group(0.15)),
+        "half": ("`--weight .5 --matching .5`", _group(0.5)),
+        "high": ("`--weight .7 --matching .3`", _group(0.7)),
+        "eight": ("`--group 8`", _group(group=8)),
+        "eight-half": ("`--group 8 --weight .5 --matching .5`", _group(0.5, group=8)),
+        "mean": ("`--toward mean` (the paper)", _group(toward="mean")),
+        "kernel": ("`--toward kernel`", _group(toward="kernel")),
+        "signed": ("`--sign signed` (the paper)", _group(sign="signed")),
+        "own": ("`--normaliser own`", _group(normaliser="own")),
+        "last": ("`--reach last` (the paper)", _group(reach="last")),
+        "trajectory": ("`--reach trajectory`", _group(reach="trajectory")),
+        "spread": ("`--spread group` (the paper)", _group(spread="group")),
+        "by-teacher": ("`--estimate-by teacher` (Appendix C.2)", _group(estimate_by="teacher")),
+        "by-student": ("`--estimate-by student` (Appendix C.2)", _group(estimate_by="student")),
+        "by-samples": ("`--estimate-by samples` (Appendix C.2: no noise)", _group(estimate_by="samples")),
+        "low-levels": ("`--levels.high .5`", _group(levels=Uniform(0.02, 0.5))),
+        "high-levels": ("`--levels.low .5`", _group(levels=Uniform(0.5, 0.98))),
+        "shared": ("`--weight .5 --matching .5 --shared-noise .9`", _group(0.5, shared_noise=0.9)),
+        "letter": ("the paper's letter, from the distilled start", _group(0.5, **LETTER)),
+    }.items()
+} | {
+    "dm-align-group-same": _reading("dm-align-group", "`--weight .5 --matching .5 --shared-noise 1`", _group(0.5, shared_noise=1.0), stochastic=True),
+    "dm-align-group-joint": _reading(
+        "dm-align-group",
+        "`--distil 0`: joint from the teacher on (the paper)",
+        lambda p: dm_align_group(p.common, distil=0, iterations=p.base + p.more),
+        start=None,
     ),
-    "dm-align-group-half": Arm("DM-Align (Group), weights .5 and .5", lambda p: _weighted(p, 0.5)),
-    "dm-align-group-high": Arm("DM-Align (Group), weights .7 and .3", lambda p: _weighted(p, 0.7)),
-    "dm-align-group-low": Arm("DM-Align (Group), weights .15 and .85", lambda p: _weighted(p, 0.15)),
-    "dm-align-group-shared": Arm("DM-Align (Group), weights .5 and .5, initial noise shared by .9", lambda p: _weighted(p, 0.5, shared_noise=0.9)),
-    "dm-align-group-same": Arm(
-        "DM-Align (Group), weights .5 and .5, one initial noise a group", lambda p: _weighted(p, 0.5, shared_noise=1.0), stochastic=True
-    ),
-    "dm-align-group-eight": Arm("DM-Align (Group), groups of 8", lambda p: _weighted(p, 0.3, group=8)),
-    "dm-align-group-eight-half": Arm("DM-Align (Group), groups of 8, weights .5 and .5", lambda p: _weighted(p, 0.5, group=8)),
-    "matching-in-groups": Arm("matching alone in groups of 8 (alignment's weight .001)", lambda p: _weighted(p, 0.001, group=8)),
-    "matching-in-fours": Arm("matching alone in groups of 4 (alignment's weight .001)", lambda p: _weighted(p, 0.001)),
-    "dm-align-group-letter": Arm("DM-Align (Group), the paper's letter", _letter),
+    "matching-in-fours": _reading("dm-align-group", "`--weight .001`: matching alone in such groups", _group(0.001)),
+    "matching-in-groups": _reading("dm-align-group", "`--group 8 --weight .001`: matching alone in such groups", _group(0.001, group=8)),
+    "dm-align-pair-all": _reading("dm-align-pair", "`--within None`: all samples move (the paper)", _pair(within=None)),
+    "dm-align-pair-mean": _reading("dm-align-pair", "`--toward mean`", _pair(toward="mean")),
+    "dm-align-pair-own": _reading("dm-align-pair", "`--normaliser own` (the paper)", _pair(normaliser="own")),
 }
 
 
@@ -180,7 +211,13 @@ def main(given: Sequence[str] | None = None) -> None:
     """Reads the command line and runs every cell that is not there; status 2 for what is not allowed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=[name for name in measured_worlds() if "exact" in find(name).rewards])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=[name for name, arm in ARMS.items() if not arm.reading_of],
+        choices=list(ARMS),
+        help="default: every method in its default reading",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="steps of the student; default: that of recipes on the world")
     parser.add_argument("--guidance", type=float, help="of the teacher; default: 1 on moving-digits, else that of recipes on the world")

@@ -21,7 +21,6 @@ from instep.metrics.figures import Value
 from instep.report.verdict import listed
 
 MODES = 0.95  # share of the control's modes that a gain may not cost more than
-WEIGHTS = {"dm-align-group-low": ".15", "dm-align-group": ".3", "dm-align-group-half": ".5", "dm-align-group-high": ".7"}  # of Group, in groups of 4
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,10 @@ def shown(rows: Sequence[Row], columns: Sequence[Column]) -> list[Column]:
 
 
 def table(cells: Cells, columns: Sequence[Column]) -> list[str]:
-    """Every row: real videos, the teacher, the arms; seeds of an arm as their mean."""
+    """Every row: real videos, the teacher, each method in its default reading; seeds of an arm as their mean."""
     rows = [(row.name, row, None, "-") for row in cells.baselines]
     for arm, what in ARMS.items():
-        if arm in cells.rows:
+        if arm in cells.rows and not what.reading_of:
             seconds = cells.seconds[arm].values()
             rows.append((what.what, combined(list(cells.rows[arm].values())), len(cells.rows[arm]), f"{sum(seconds) / len(seconds):.0f}"))
     kept = shown([row for _, row, _, _ in rows], columns)
@@ -124,15 +123,21 @@ def table(cells: Cells, columns: Sequence[Column]) -> list[str]:
     return lines
 
 
+def signed(value: Value | None) -> str:
+    """A difference and its error, with its sign."""
+    return "-" if value is None else f"{value.value:+.3f} ± {value.se:.3f}"
+
+
 @dataclass(frozen=True)
 class Compared:
-    """An arm against the control of its seeds: gain in the headline, Frechet distance added, on all prompts and on open ones (None: not measured), and the
-    smallest share of the control's modes."""
+    """An arm against the control of its seeds: gain in the headline and by the monitor, Frechet distance added, on all prompts and on open ones (None: not
+    measured), and the smallest share of the control's modes."""
 
     arm: str
-    seeds: int
+    seeds: tuple[int, ...]
     column: Column
     gain: Value
+    monitor: Value | None
     distance: Value
     open_distance: Value | None
     modes: Value
@@ -140,7 +145,7 @@ class Compared:
     @property
     def figures(self) -> str:
         """Its cells of a table: the three differences, and the share of modes."""
-        differences = ["-" if value is None else f"{value.value:+.3f} ± {value.se:.3f}" for value in (self.gain, self.distance, self.open_distance)]
+        differences = [signed(value) for value in (self.gain, self.distance, self.open_distance)]
         return " | ".join([*differences, f"{self.modes.value:.0%} ± {self.modes.se:.0%}"])
 
 
@@ -153,35 +158,42 @@ def compared(cells: Cells) -> list[Compared]:
     column, found = headline([row for arm in cells.rows.values() for row in arm.values()], evaluation.columns), []
     for arm in ARMS:
         rows = cells.rows.get(arm, {})
-        gain, distance, open_distance = (paired(rows, control, key) for key in (column.key, "fd", "fd_open"))
+        keys = (column.key, column.key.replace("heldout", "monitor"), "fd", "fd_open")
+        gain, monitor, distance, open_distance = (paired(rows, control, key) for key in keys)
         if arm not in ("control", "start", "tuned-teacher") and gain is not None and distance is not None:
-            found.append(Compared(arm, len(rows.keys() & control.keys()), column, gain, distance, open_distance, modes(rows, control)))
+            seeds = tuple(sorted(rows.keys() & control.keys()))
+            found.append(Compared(arm, seeds, column, gain, monitor, distance, open_distance, modes(rows, control)))
     return found
 
 
 def against_control(cells: Cells) -> list[str]:
-    """Each arm minus the control, seed by seed, in the headline and the distance; what it keeps of the control's modes; and the verdict."""
-    found = compared(cells)
+    """Each method minus the control, seed by seed, in the headline and the distance; what it keeps of the control's modes; and the verdict."""
+    found = [one for one in compared(cells) if not ARMS[one.arm].reading_of]
     if not found:
         return []
     column = found[0].column
     lines = [f"| against the control | seeds | {column.head} | FD | FD (open prompts) | modes, of the control's | verdict |", "|---" * 7 + "|"]
     for one in found:
-        lines.append(f"| {ARMS[one.arm].what} | {one.seeds} | {one.figures} | {verdict(one)} |")
+        lines.append(f"| {ARMS[one.arm].what} | {len(one.seeds)} | {one.figures} | {verdict(one)} |")
     return lines
+
+
+def reading(arm: str) -> str:
+    """What a table of readings calls an arm."""
+    return ARMS[arm].what if ARMS[arm].reading_of else "the default"
 
 
 def asked(cells: Cells) -> list[str]:
     """Whether a reading of DM-Align (Group) gains at nothing's cost, and which one gains most."""
-    group = [one for one in compared(cells) if one.arm.startswith("dm-align-group")]
+    group = [one for one in compared(cells) if "dm-align-group" in (one.arm, ARMS[one.arm].reading_of)]
     if not group:
         return []
     best = max(group, key=lambda one: direction(one.column.key) * one.gain.value)
-    free = [ARMS[one.arm].what for one in group if verdict(one, open_prompts=False) == "better"]
+    free = [reading(one.arm) for one in group if verdict(one, open_prompts=False) == "better"]
     told = f"reached by {', '.join(free)}" if free else "**not reached** by any of these readings"
     return [
         f"- Asked of DM-Align (Group): a gain of more than two standard errors at {MODES:.0%} of the control's modes or more and no larger FD: {told}. "
-        f"{ARMS[best.arm].what} gains most: {best.gain.value:+.3f} ± {best.gain.se:.3f} at {best.modes.value:.0%}.",
+        f"Of them {reading(best.arm)} gains most: {best.gain.value:+.3f} ± {best.gain.se:.3f} at {best.modes.value:.0%}.",
         "",
     ]
 
@@ -231,27 +243,29 @@ def lines() -> list[str]:
             "",
             *against_control(cells),
             "",
+            *(line for method in dict.fromkeys(arm.reading_of for arm in ARMS.values() if arm.reading_of) for line in readings(cells, method)),
             *asked(cells),
-            *frontier(cells),
         ]
     return text
 
 
-def frontier(cells: Cells) -> list[str]:
-    """DM-Align (Group) at several weights, on the seeds that all of them have; empty for fewer than three weights."""
-    there = [arm for arm in WEIGHTS if arm in cells.rows]
-    if len(there) < 3:
+def readings(cells: Cells, method: str) -> list[str]:
+    """A method's other readings beside its default, each on the seeds that it has; empty without one."""
+    others = [one for one in compared(cells) if ARMS[one.arm].reading_of == method]
+    lines = []
+    for seeds in dict.fromkeys(one.seeds for one in sorted(others, key=lambda one: -len(one.seeds))):
+        same = replace(cells, rows={arm: {seed: row for seed, row in rows.items() if seed in seeds} for arm, rows in cells.rows.items()})
+        default = [one for one in compared(same) if one.arm == method and one.seeds == seeds]
+        for one in [*default, *(one for one in others if one.seeds == seeds)]:
+            lines.append(f"| {reading(one.arm)} | {', '.join(map(str, seeds))} | {signed(one.monitor)} | {one.figures} |")
+    if not lines:
         return []
-    seeds = set.intersection(*(set(cells.rows[arm]) for arm in (*there, "control")))
-    same = replace(cells, rows={arm: {seed: row for seed, row in rows.items() if seed in seeds} for arm, rows in cells.rows.items()})
-    found = {one.arm: one for one in compared(same) if one.arm in there}
-    if not found:
-        return []
-    head = found[there[0]].column.head
-    lines = [
-        f"Its weight (the rest is matching's), on the same seed{'s' * (len(seeds) > 1)} ({', '.join(map(str, sorted(seeds)))}):",
+    head = others[0].column.head
+    return [
+        f"Readings of {ARMS[method].what} against the control; each differs from the default in the options that are named:",
         "",
-        f"| weight of DM-Align (Group) | {head} | FD | FD (open prompts) | modes, of the control's |",
-        "|---" * 5 + "|",
+        f"| reading | seeds | {head} (monitor) | {head} | FD | FD (open prompts) | modes, of the control's |",
+        "|---" * 7 + "|",
+        *lines,
+        "",
     ]
-    return [*lines, *(f"| {WEIGHTS[arm]} | {found[arm].figures} |" for arm in there), ""]

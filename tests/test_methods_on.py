@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from instep.bundled import find
 from instep.core.files import write_json
 from instep.metrics.compare import Row
 from instep.metrics.figures import Value
@@ -32,7 +33,8 @@ def test_every_arm_updates_its_student_as_often(plan):
 
     for name, arm in ARMS.items():
         stages = [stage for stage in arm.recipe(plan).stages if stage.terms]
-        assert sum(stage.steps for stage in stages) == (plan.base if name in ("start", "two-stage") else plan.more), name
+        expected = plan.more if arm.start or name == "tuned-teacher" else plan.base + plan.more * (arm.reading_of is not None)
+        assert sum(stage.steps for stage in stages) == expected, name
         assert arm.recipe(plan).guidance == 1.0
     assert {name for name, arm in ARMS.items() if arm.reward == "exact"} == {"dmdr-grpo", "dollar", "dollar-without-cd", "tuned-teacher"}
     assert all("reward_gradient" not in arm.recipe(plan).needs for arm in ARMS.values() if arm.reward == "exact")
@@ -115,7 +117,7 @@ def test_the_page_has_a_row_an_arm_and_what_it_costs(plan, tmp_path, monkeypatch
     text = "\n".join(results_methods.lines())
     assert text.startswith("## Methods side by side") and "### moving-digits, 2 steps" in text and "| real videos (another draw) | - | - | " in text
     assert "| teacher, 50 steps | 50 | - | " in text and "| teacher, 2 steps | 2 | - | " in text, "rows that ship"
-    assert "no larger FD: reached by DM-Align (Group). DM-Align (Group) gains most: +0.200 ± 0.020 at 99%." in text
+    assert "no larger FD: reached by the default. Of them the default gains most: +0.200 ± 0.020 at 99%." in text
     said = {line.split(" | ")[0].strip("| "): line for line in results_methods.against_control(one)}
     assert said["DM-Align (Group)"].endswith("| +0.200 ± 0.020 | +0.000 ± 0.200 | +0.000 ± 0.200 | 99% ± 1% | better |")
     assert said["AMD"].endswith("75% ± 1% | better, at the cost of modes, FD and FD (open prompts) |") and said["ReFL alone after distillation"].endswith(
@@ -125,17 +127,37 @@ def test_the_page_has_a_row_an_arm_and_what_it_costs(plan, tmp_path, monkeypatch
     assert "| 20 |" in next(line for line in text.splitlines() if line.startswith("| AMD")), "the start's seconds too"
 
 
-def test_the_weights_of_an_arm_are_compared_on_their_common_seeds(plan, tmp_path):
+def test_readings_stand_beside_their_default_on_the_same_seeds(plan, tmp_path):
     import results_methods
 
-    cells = {"control": (0, 1), "dm-align-group": (0, 1), "dm-align-group-low": (0,), "dm-align-group-half": (0,)}
+    cells = {"control": (0, 1), "dm-align-group": (0, 1), "dm-align-group-low": (0, 1), "dm-align-group-half": (0,), "dm-align-pair": (0, 1)}
     for arm, seeds in cells.items():
         for seed in seeds:
             about = {"plan": asdict(plan), "arm": arm, "before": None, "seed": seed, "train_cpu_s": 10.0}
-            gain = {"control": 0.0, "dm-align-group": 0.1 + 0.3 * seed, "dm-align-group-low": 0.05, "dm-align-group-half": 0.2}[arm]
-            write_json(tmp_path / f"moving-digits-2-{arm}-{seed}.json", {"row": row(arm, 0.5 + gain, 8.0, 8 - 10 * gain).json(), **about})
+            gain = {"dm-align-group": 0.1 + 0.3 * seed, "dm-align-group-low": 0.05, "dm-align-group-half": 0.2}.get(arm, 0.0)
+            there = row(arm, 0.5 + gain, 8.0, 8 - 10 * gain)
+            there.values["monitor_both"] = Value(0.4 + gain / 2, 0.02)
+            write_json(tmp_path / f"moving-digits-2-{arm}-{seed}.json", {"row": there.json(), **about})
     (found,) = results_methods.read(tmp_path)
-    lines = results_methods.frontier(found)
-    assert "on the same seed (0):" in lines[0]
-    assert [line.split(" | ")[:2] for line in lines[4:7]] == [["| .15", "+0.050 ± 0.028"], ["| .3", "+0.100 ± 0.028"], ["| .5", "+0.200 ± 0.028"]]
-    assert results_methods.frontier(replace(found, rows={arm: found.rows[arm] for arm in ("control", "dm-align-group")})) == []
+    lines = results_methods.readings(found, "dm-align-group")
+    assert "Readings of DM-Align (Group)" in lines[0] and len(lines) == 9
+    assert [line.split(" | ")[:4] for line in lines[4:8]] == [
+        ["| the default", "0, 1", "+0.125 ± 0.075", "+0.250 ± 0.150"],
+        ["| `--weight .15 --matching .85`", "0, 1", "+0.025 ± 0.020", "+0.050 ± 0.020"],
+        ["| the default", "0", "+0.050 ± 0.028", "+0.100 ± 0.028"],
+        ["| `--weight .5 --matching .5`", "0", "+0.100 ± 0.028", "+0.200 ± 0.028"],
+    ]
+    assert results_methods.readings(found, "dm-align-pair") == [], "a default alone"
+    main = "\n".join([*results_methods.against_control(found), *results_methods.table(found, find(plan.world).evaluation.columns)])
+    assert "DM-Align (Group)" in main and "--weight" not in main, "readings have a table of their own"
+    assert "`--weight .5 --matching .5` gains most" not in (told := results_methods.asked(found)[0]) and "Of them the default gains most: +0.250" in told
+
+
+def test_without_arms_every_method_runs_in_its_default_reading(monkeypatch, tmp_path):
+    import methods_on
+
+    ran = []
+    monkeypatch.setattr(methods_on, "run_cell", lambda plan, name, seed, place: ran.append(name))
+    methods_on.main(["moving-digits", "--seeds", "0", "--results", str(tmp_path)])
+    assert {"control", "dm-align-group", "two-stage"} <= set(ran) and len(ran) == len(set(ran)) and not [name for name in ran if "group-" in name]
+    assert all(methods_on.ARMS[arm.reading_of].reading_of is None for arm in methods_on.ARMS.values() if arm.reading_of)
