@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from instep.recipes.dmd import dmd2
 from instep.recipes.dmdr import dmdr
 from instep.recipes.dollar import dollar
 from instep.recipes.many_step import ManySteps, dance_grpo
+from instep.training.hold import HOLD_EVERY, parse
 from instep.training.options import RunOptions
 from instep.training.run import train
 
@@ -66,7 +67,7 @@ class Arm:
     """A student: its recipe, the cell whose roles it goes on from, its reward (the world's own, or the black box), and the cell whose model is its teacher.
 
     stochastic: it needs a rollout with noise between steps, which one step has not. reading_of: the arm with the method's defaults; `what` then names the
-    options that differ.
+    options that differ. options: those of the run beside the common ones.
     """
 
     what: str
@@ -76,6 +77,7 @@ class Arm:
     teacher: str | None = None
     stochastic: bool = False
     reading_of: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _group(weight: float = 0.3, **options: Any) -> Callable[[Plan], Recipe]:
@@ -87,6 +89,7 @@ def _pair(**options: Any) -> Callable[[Plan], Recipe]:
     return lambda plan: dm_align_pair(plan.common, distil=0, iterations=plan.more, **options)
 
 
+HOLD = "modes=.95,diversity=.95"
 LETTER: dict[str, Any] = {"reach": "last", "toward": "mean", "normaliser": "own", "sign": "signed", "spread": "group", "group": 8, "top_n": 2}
 
 
@@ -147,6 +150,12 @@ ARMS |= {
         lambda p: dm_align_group(p.common, distil=0, iterations=p.base + p.more),
         start=None,
     ),
+    "dm-align-group-held": _reading(
+        "dm-align-group",
+        f"`--weight .5 --matching .5 --hold {HOLD}`",
+        _group(0.5),
+        options={"hold": parse(HOLD), "probe_every": HOLD_EVERY},
+    ),
     "matching-in-fours": _reading("dm-align-group", "`--weight .001`: matching alone in such groups", _group(0.001)),
     "matching-in-groups": _reading("dm-align-group", "`--group 8 --weight .001`: matching alone in such groups", _group(0.001, group=8)),
     "dm-align-pair-all": _reading("dm-align-pair", "`--within None`: all samples move (the paper)", _pair(within=None)),
@@ -201,7 +210,7 @@ def run_cell(plan: Plan, name: str, seed: int, place: Place) -> None:
         monitor=ready.monitor,
         real=ready.real() if recipe.needs & {"real", "preferred"} else None,
         start_from=place.run(plan, arm.start, seed) if arm.start else None,
-        options=RunOptions(seed=seed, probe_every=plan.more, save_every=plan.more, keep=1, terms_every=0),
+        options=RunOptions(**{"seed": seed, "probe_every": plan.more, "save_every": plan.more, "keep": 1, "terms_every": 0, **arm.options}),
     )
     about = {"plan": asdict(plan), "arm": name, "before": arm.start or arm.teacher}
     store(place.file(plan, name, seed), run, recipe, world, name, seed=seed, began=began, size=plan.protocol, about=about)
