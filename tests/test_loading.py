@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fast import slow_but
 from safetensors.torch import load_file, save_file
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_cogvideox_pipeline, tiny_wan_pipeline
 from tiny_families import tiny_sdxl_pipeline
@@ -186,8 +187,7 @@ def by_peft(pipe) -> None:
     object.__setattr__(pipe, "transformer", get_peft_model(pipe.transformer, LoraConfig(target_modules=["to_q"])))
 
 
-SLOW = (compiled, compiled_in_place)  # torch's compiler takes seconds to import
-WRAPPED = {
+WRAPPED = {  # torch's compiler takes seconds to import
     compiled: r"torch.compile; give it as it was, pipe.transformer = pipe.transformer._orig_mod.*compile=True",
     compiled_in_place: r"torch.compile, in place; load the pipeline again",
     in_parallel: r"DataParallel; give it as it was, pipe.transformer = pipe.transformer.module",
@@ -195,7 +195,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("wrapped", [pytest.param(each, marks=pytest.mark.slow) if each in SLOW else each for each in WRAPPED])
+@pytest.mark.parametrize("wrapped", slow_but((in_parallel, by_peft), WRAPPED))
 def test_a_wrapped_network_is_refused(wrapped):
     from instep.models.borrow import borrowed_pipeline
 

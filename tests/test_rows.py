@@ -175,14 +175,12 @@ class Counted:
         self.most[name] = max(self.most.get(name, 0), rows_)
 
 
+FEW_ROWS = (("dmd2", 1), ("flow-grpo", 1), ("dm-align-group", 3))
+
+
 @pytest.mark.parametrize(
     ("name", "micro_batch"),
-    [
-        ("dmd2", 1),
-        ("flow-grpo", 1),
-        ("dm-align-group", 3),
-        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("refl", "dollar", "apo", "dmd", "dm-align-group")),
-    ],
+    slow_but(FEW_ROWS, [*FEW_ROWS, *((name, 1) for name in ("refl", "dollar", "apo", "dmd", "dm-align-group"))]),
 )
 def test_no_forward_decode_or_reward_sees_more_rows_than_a_micro_batch(name, micro_batch, tmp_path, monkeypatch):
     """A whole run: rollouts, critics, rewards, probes, views, the teacher's samples and the export's check."""

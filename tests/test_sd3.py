@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from fast import slow_but
 from test_run import interrupted_before, same
 from tiny import tiny_sd3_pipeline
 from torch import Tensor
@@ -103,7 +105,7 @@ def stock(pipe, guidance: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "rank"),
-    [("dm-align-group", 4), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("dmd2", None), ("dmd2", 4), ("dm-align-group", None)))],
+    slow_but([("dm-align-group", 4)], product(("dm-align-group", "dmd2"), (4, None))),
 )
 def test_killed_and_resumed_it_ends_the_same_and_stock_diffusers_samples_alike(tmp_path, name, rank):
     from diffusers import StableDiffusion3Pipeline

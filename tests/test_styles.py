@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast import slow_but
 from tiny import FRAMES, HEIGHT, WIDTH, tiny_sd3_pipeline, tiny_wan_pipeline
 from tiny_families import tiny_sdxl_pipeline
 from torch import Tensor, nn
@@ -207,7 +208,7 @@ def test_what_peft_wraps_otherwise_is_refused():
         family_of(pipe, CASES["Wan"].size)
 
 
-@pytest.mark.parametrize("name", ["Wan", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "Wan")])
+@pytest.mark.parametrize("name", slow_but(["Wan"], CASES))
 def test_a_lora_of_the_steps_lies_beside_the_style(name, tmp_path, capsys):
     """Stock diffusers draws from the plain model with both files what it draws from the exported folder."""
     case = CASES[name]

@@ -165,7 +165,7 @@ def recipes(name: str, rank: int | None):
 
 @pytest.mark.parametrize(
     ("name", "rank"),
-    [("dm-align-group", 4), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("dmd2", None), ("dmd2", 4), ("dm-align-group", None)))],
+    slow_but([("dm-align-group", 4)], product(("dm-align-group", "dmd2"), (4, None))),
 )
 def test_killed_and_resumed_it_ends_the_same_and_stock_diffusers_samples_alike(tmp_path, name, rank):
     parts = {"prompts": PROMPTS, "reward": REWARD, "options": QUICK}
