@@ -130,6 +130,7 @@ ARMS |= {
         "mean": ("`--toward mean` (the paper)", _group(toward="mean")),
         "kernel": ("`--toward kernel`", _group(toward="kernel")),
         "signed": ("`--sign signed` (the paper)", _group(sign="signed")),
+        "signed-half": ("`--sign signed --weight .5 --matching .5`", _group(0.5, sign="signed")),
         "own": ("`--normaliser own`", _group(normaliser="own")),
         "last": ("`--reach last` (the paper)", _group(reach="last")),
         "trajectory": ("`--reach trajectory`", _group(reach="trajectory")),
