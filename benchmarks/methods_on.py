@@ -134,6 +134,7 @@ ARMS |= {
         "own": ("`--normaliser own`", _group(normaliser="own")),
         "last": ("`--reach last` (the paper)", _group(reach="last")),
         "trajectory": ("`--reach trajectory`", _group(reach="trajectory")),
+        "trajectory-low": ("`--reach trajectory --weight .1 --matching .9`", _group(0.1, reach="trajectory")),
         "spread": ("`--spread group` (the paper)", _group(spread="group")),
         "by-teacher": ("`--estimate-by teacher` (Appendix C.2)", _group(estimate_by="teacher")),
         "by-student": ("`--estimate-by student` (Appendix C.2)", _group(estimate_by="student")),

@@ -224,10 +224,12 @@ def lines() -> list[str]:
         'error is the larger of their spread and what the samples allow. The verdict says "at the cost of" where the smallest share of the control\'s modes '
         f"(motions, fonts, sizes or digits, and all of them together; means over seeds) is below {MODES:.0%}, or a Fréchet distance grows by more than two "
         "standard errors. Rows without seeds are those that ship with the world, of fewer videos. Processor seconds are those of training, the start included; "
-        "machines differ. Readings of DM-Align (Group) other than the default were looked at on seed 0 first, which is one of those reported. The figure "
-        "(`python benchmarks/methods_figure.py`) shows the second table of each section.",
+        "machines differ. Readings of DM-Align other than the default have a table of their own; they were looked at on seed 0 first, which is one of those "
+        "reported. The figures (`python benchmarks/methods_figure.py`) show the table against the control of each section, and that of Group's readings.",
         "",
-        "![Gain over the control against the share of its modes](methods.png)",
+        "![Methods: gain over the control against the share of its modes](methods.png)",
+        "",
+        "![Readings of DM-Align (Group): the same](readings.png)",
         "",
     ]
     for cells in found:
@@ -249,23 +251,27 @@ def lines() -> list[str]:
     return text
 
 
-def readings(cells: Cells, method: str) -> list[str]:
-    """A method's other readings beside its default, each on the seeds that it has; empty without one."""
-    others = [one for one in compared(cells) if ARMS[one.arm].reading_of == method]
-    lines = []
+def compared_readings(cells: Cells, method: str) -> list[Compared]:
+    """A method's other readings, after its default on the same seeds, which comes once for each set of seeds; empty without one."""
+    others, found = [one for one in compared(cells) if ARMS[one.arm].reading_of == method], []
     for seeds in dict.fromkeys(one.seeds for one in sorted(others, key=lambda one: -len(one.seeds))):
         same = replace(cells, rows={arm: {seed: row for seed, row in rows.items() if seed in seeds} for arm, rows in cells.rows.items()})
-        default = [one for one in compared(same) if one.arm == method and one.seeds == seeds]
-        for one in [*default, *(one for one in others if one.seeds == seeds)]:
-            lines.append(f"| {reading(one.arm)} | {', '.join(map(str, seeds))} | {signed(one.monitor)} | {one.figures} |")
-    if not lines:
+        found += [one for one in compared(same) if one.arm == method and one.seeds == seeds]
+        found += [one for one in others if one.seeds == seeds]
+    return found
+
+
+def readings(cells: Cells, method: str) -> list[str]:
+    """The table of a method's readings; empty if there is only its default."""
+    found = compared_readings(cells, method)
+    if not found:
         return []
-    head = others[0].column.head
+    head = found[0].column.head
     return [
         f"Readings of {ARMS[method].what} against the control; each differs from the default in the options that are named:",
         "",
         f"| reading | seeds | {head} (monitor) | {head} | FD | FD (open prompts) | modes, of the control's |",
         "|---" * 7 + "|",
-        *lines,
+        *(f"| {reading(one.arm)} | {', '.join(map(str, one.seeds))} | {signed(one.monitor)} | {one.figures} |" for one in found),
         "",
     ]
