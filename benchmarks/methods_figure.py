@@ -6,6 +6,7 @@ python benchmarks/methods_figure.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from results_methods import MODES, Cells, Compared, compared, compared_readings,
 
 DOCS = Path(__file__).parents[1] / "docs"
 GROUP = "dm-align-group"
+FLOOR = -0.2  # least gain that is drawn
 
 
 def main() -> None:
@@ -42,11 +44,13 @@ def draw(file: Path, found: Sequence[tuple[Cells, Sequence[Compared]]], label: C
 
 
 def panel(axis: plt.Axes, cells: Cells, against: Sequence[Compared], marks: Mapping[str, tuple[str, str]], label: Callable[[Compared], str]) -> None:
-    """One world and number of steps; colour and mark of each arm are the same in all. A hollow point is of one seed."""
+    """One world and number of steps; colour and mark of each arm are the same in all. A hollow point has one seed; what collapses is in the legend alone."""
     for one in against:
         colour, mark = marks[one.arm]
         face = colour if len(one.seeds) > 1 else "white"
-        axis.errorbar(one.modes.value, one.gain.value, one.gain.se, one.modes.se, fmt=mark, color=colour, markerfacecolor=face, capsize=2, label=label(one))
+        below = one.gain.value < FLOOR
+        y, name = (math.nan, f"{label(one)}: {one.gain.value:.2f}, below") if below else (one.gain.value, label(one))
+        axis.errorbar(one.modes.value, y, one.gain.se, one.modes.se, fmt=mark, color=colour, markerfacecolor=face, capsize=2, label=name)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.axvline(MODES, color="black", linewidth=0.8, linestyle="--")
     steps = cells.plan["steps"]

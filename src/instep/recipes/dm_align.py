@@ -70,7 +70,7 @@ def dm_align_group(
         top_n: number of a group's best samples that are preferred; default: half of the group.
         toward: which preferred sample a sample is moved to. nearest: the one most like it, which keeps what it shows apart from what is wrong;
             mean: the average of them (the paper), paler than any; kernel: their mean weighted by how likely each is to be the sample's own noised
-            point, without a network.
+            point, without a network (collapsed on moving-words, docs/moving_words.md).
         sign: pull (only samples below their group's mean move), signed (the paper's text: those above it move away as well), printed (Eq. 7 to the letter,
             which lowers the reward).
         spread: divisor of the advantages: each group's own standard deviation of rewards (the usual one); that of the whole run, so that groups of
