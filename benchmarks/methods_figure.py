@@ -14,17 +14,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from methods_on import ARMS
-from results_methods import MODES, Cells, Compared, compared, compared_readings, read, reading
+from methods_on import ARMS, GROUP
+from results_methods import MODES, Cells, Compared, compared_methods, compared_readings, read, reading
 
 DOCS = Path(__file__).parents[1] / "docs"
-GROUP = "dm-align-group"
 FLOOR = -0.2  # least gain that is drawn
 
 
 def main() -> None:
     cells = read()
-    methods = [(each, [one for one in compared(each) if not ARMS[one.arm].reading_of]) for each in cells]
+    methods = [(each, compared_methods(each)) for each in cells]
     draw(DOCS / "methods.png", methods, lambda one: f"{ARMS[one.arm].what} ({len(one.seeds)})", "method (seeds)")
     readings = [(each, compared_readings(each, GROUP)) for each in cells]
     draw(DOCS / "readings.png", readings, lambda one: reading(one.arm).replace("`", ""), ARMS[GROUP].what)

@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +89,7 @@ def _pair(**options: Any) -> Callable[[Plan], Recipe]:
     return lambda plan: dm_align_pair(plan.common, distil=0, iterations=plan.more, **options)
 
 
+GROUP, PAIR = "dm-align-group", "dm-align-pair"
 HOLD = "modes=.95,diversity=.95"
 LETTER: dict[str, Any] = {"reach": "last", "toward": "mean", "normaliser": "own", "sign": "signed", "spread": "group", "group": 8, "top_n": 2}
 
@@ -96,8 +97,8 @@ LETTER: dict[str, Any] = {"reach": "last", "toward": "mean", "normaliser": "own"
 ARMS = {
     "start": Arm("start: DMD2", lambda p: dmd2(p.common, iterations=p.base), None),
     "control": Arm("control: DMD2 goes on", lambda p: dmd2(p.common, iterations=p.more)),
-    "dm-align-group": Arm("DM-Align (Group)", _group()),
-    "dm-align-pair": Arm("DM-Align (Pair)", _pair()),
+    GROUP: Arm("DM-Align (Group)", _group()),
+    PAIR: Arm("DM-Align (Pair)", _pair()),
     "amd": Arm("AMD", lambda p: amd(p.common, iterations=p.more)),
     "dmdr-refl": Arm("DMDR with ReFL", lambda p: dmdr(p.common, warm=0, iterations=p.more, rl="refl")),
     "dmdr-grpo": Arm("DMDR with GRPO, black box", lambda p: dmdr(p.common, warm=0, iterations=p.more, rl="grpo"), reward="exact", stochastic=True),
@@ -112,57 +113,45 @@ ARMS = {
         reward="exact",
     ),
     "two-stage": Arm("two stages: DanceGRPO on the teacher, then DMD2", lambda p: dmd2(p.common, iterations=p.base), None, teacher="tuned-teacher"),
-}
-
-
-def _reading(of: str, what: str, recipe: Callable[[Plan], Recipe], **more: Any) -> Arm:
-    return Arm(what, recipe, reading_of=of, **more)
-
-
-ARMS |= {
-    f"dm-align-group-{name}": _reading("dm-align-group", *about)
-    for name, about in {
-        "low": ("`--weight .15 --matching .85`", _group(0.15)),
-        "half": ("`--weight .5 --matching .5`", _group(0.5)),
-        "high": ("`--weight .7 --matching .3`", _group(0.7)),
-        "eight": ("`--group 8`", _group(group=8)),
-        "eight-half": ("`--group 8 --weight .5 --matching .5`", _group(0.5, group=8)),
-        "mean": ("`--toward mean` (the paper)", _group(toward="mean")),
-        "kernel": ("`--toward kernel`", _group(toward="kernel")),
-        "signed": ("`--sign signed` (the paper)", _group(sign="signed")),
-        "signed-half": ("`--sign signed --weight .5 --matching .5`", _group(0.5, sign="signed")),
-        "own": ("`--normaliser own`", _group(normaliser="own")),
-        "last": ("`--reach last` (the paper)", _group(reach="last")),
-        "trajectory": ("`--reach trajectory`", _group(reach="trajectory")),
-        "trajectory-low": ("`--reach trajectory --weight .1 --matching .9`", _group(0.1, reach="trajectory")),
-        "spread": ("`--spread group` (the paper)", _group(spread="group")),
-        "by-teacher": ("`--estimate-by teacher` (Appendix C.2)", _group(estimate_by="teacher")),
-        "by-student": ("`--estimate-by student` (Appendix C.2)", _group(estimate_by="student")),
-        "by-samples": ("`--estimate-by samples` (Appendix C.2: no noise)", _group(estimate_by="samples")),
-        "low-levels": ("`--levels.high .5`", _group(levels=Uniform(0.02, 0.5))),
-        "high-levels": ("`--levels.low .5`", _group(levels=Uniform(0.5, 0.98))),
-        "shared": ("`--weight .5 --matching .5 --shared-noise .9`", _group(0.5, shared_noise=0.9)),
-        "letter": ("the paper's letter, from the distilled start", _group(0.5, **LETTER)),
-    }.items()
-} | {
-    "dm-align-group-same": _reading("dm-align-group", "`--weight .5 --matching .5 --shared-noise 1`", _group(0.5, shared_noise=1.0), stochastic=True),
-    "dm-align-group-joint": _reading(
-        "dm-align-group",
+    "dm-align-group-low": Arm("`--weight .15 --matching .85`", _group(0.15), reading_of=GROUP),
+    "dm-align-group-half": Arm("`--weight .5 --matching .5`", _group(0.5), reading_of=GROUP),
+    "dm-align-group-high": Arm("`--weight .7 --matching .3`", _group(0.7), reading_of=GROUP),
+    "dm-align-group-eight": Arm("`--group 8`", _group(group=8), reading_of=GROUP),
+    "dm-align-group-eight-half": Arm("`--group 8 --weight .5 --matching .5`", _group(0.5, group=8), reading_of=GROUP),
+    "dm-align-group-mean": Arm("`--toward mean` (the paper)", _group(toward="mean"), reading_of=GROUP),
+    "dm-align-group-kernel": Arm("`--toward kernel`", _group(toward="kernel"), reading_of=GROUP),
+    "dm-align-group-signed": Arm("`--sign signed` (the paper)", _group(sign="signed"), reading_of=GROUP),
+    "dm-align-group-signed-half": Arm("`--sign signed --weight .5 --matching .5`", _group(0.5, sign="signed"), reading_of=GROUP),
+    "dm-align-group-own": Arm("`--normaliser own`", _group(normaliser="own"), reading_of=GROUP),
+    "dm-align-group-last": Arm("`--reach last` (the paper)", _group(reach="last"), reading_of=GROUP),
+    "dm-align-group-trajectory": Arm("`--reach trajectory`", _group(reach="trajectory"), reading_of=GROUP),
+    "dm-align-group-trajectory-low": Arm("`--reach trajectory --weight .1 --matching .9`", _group(0.1, reach="trajectory"), reading_of=GROUP),
+    "dm-align-group-spread": Arm("`--spread group` (the paper)", _group(spread="group"), reading_of=GROUP),
+    "dm-align-group-by-teacher": Arm("`--estimate-by teacher` (Appendix C.2)", _group(estimate_by="teacher"), reading_of=GROUP),
+    "dm-align-group-by-student": Arm("`--estimate-by student` (Appendix C.2)", _group(estimate_by="student"), reading_of=GROUP),
+    "dm-align-group-by-samples": Arm("`--estimate-by samples` (Appendix C.2: no noise)", _group(estimate_by="samples"), reading_of=GROUP),
+    "dm-align-group-low-levels": Arm("`--levels.high .5`", _group(levels=Uniform(0.02, 0.5)), reading_of=GROUP),
+    "dm-align-group-high-levels": Arm("`--levels.low .5`", _group(levels=Uniform(0.5, 0.98)), reading_of=GROUP),
+    "dm-align-group-shared": Arm("`--weight .5 --matching .5 --shared-noise .9`", _group(0.5, shared_noise=0.9), reading_of=GROUP),
+    "dm-align-group-letter": Arm("the paper's letter, from the distilled start", _group(0.5, **LETTER), reading_of=GROUP),
+    "dm-align-group-same": Arm("`--weight .5 --matching .5 --shared-noise 1`", _group(0.5, shared_noise=1.0), stochastic=True, reading_of=GROUP),
+    "dm-align-group-joint": Arm(
         "`--distil 0`: joint from the teacher on (the paper)",
         lambda p: dm_align_group(p.common, distil=0, iterations=p.base + p.more),
         start=None,
+        reading_of=GROUP,
     ),
-    "dm-align-group-held": _reading(
-        "dm-align-group",
+    "dm-align-group-held": Arm(
         f"`--weight .5 --matching .5 --hold {HOLD}`",
         _group(0.5),
+        reading_of=GROUP,
         options={"hold": parse(HOLD), "probe_every": HOLD_EVERY},
     ),
-    "matching-in-fours": _reading("dm-align-group", "`--weight .001`: matching alone in such groups", _group(0.001)),
-    "matching-in-groups": _reading("dm-align-group", "`--group 8 --weight .001`: matching alone in such groups", _group(0.001, group=8)),
-    "dm-align-pair-all": _reading("dm-align-pair", "`--within None`: all samples move (the paper)", _pair(within=None)),
-    "dm-align-pair-mean": _reading("dm-align-pair", "`--toward mean`", _pair(toward="mean")),
-    "dm-align-pair-own": _reading("dm-align-pair", "`--normaliser own` (the paper)", _pair(normaliser="own")),
+    "matching-in-fours": Arm("`--weight .001`: matching alone in such groups", _group(0.001), reading_of=GROUP),
+    "matching-in-groups": Arm("`--group 8 --weight .001`: matching alone in such groups", _group(0.001, group=8), reading_of=GROUP),
+    "dm-align-pair-all": Arm("`--within None`: all samples move (the paper)", _pair(within=None), reading_of=PAIR),
+    "dm-align-pair-mean": Arm("`--toward mean`", _pair(toward="mean"), reading_of=PAIR),
+    "dm-align-pair-own": Arm("`--normaliser own` (the paper)", _pair(normaliser="own"), reading_of=PAIR),
 }
 
 
@@ -212,7 +201,7 @@ def run_cell(plan: Plan, name: str, seed: int, place: Place) -> None:
         monitor=ready.monitor,
         real=ready.real() if recipe.needs & {"real", "preferred"} else None,
         start_from=place.run(plan, arm.start, seed) if arm.start else None,
-        options=RunOptions(**{"seed": seed, "probe_every": plan.more, "save_every": plan.more, "keep": 1, "terms_every": 0, **arm.options}),
+        options=replace(RunOptions(seed=seed, probe_every=plan.more, save_every=plan.more, keep=1, terms_every=0), **arm.options),
     )
     about = {"plan": asdict(plan), "arm": name, "before": arm.start or arm.teacher}
     store(place.file(plan, name, seed), run, recipe, world, name, seed=seed, began=began, size=plan.protocol, about=about)

@@ -27,6 +27,7 @@ from moving_digits import BASE, CELLS, FEW, MORE, RESULTS, rows_of
 from results_class import class_lines
 from results_lab import lab_lines
 from stored import row_of, wording
+from verdicts import signed
 
 from instep.bundled.classifiers import load_classifier
 from instep.core.files import write_text
@@ -75,9 +76,8 @@ def table(rows: Sequence[tuple[str, Row]]) -> list[str]:
 
 def verdict(a: Row, b: Row, key: str) -> str:
     """Difference, error, and what two standard errors say about it."""
-    d = difference(a, b, key)
     word = "better" if better(a, b, key) else "worse" if better(b, a, key) else "no difference beyond 2 standard errors"
-    return f"{d.value:+.3f} ± {d.se:.3f} ({word})"
+    return f"{signed(difference(a, b, key))} ({word})"
 
 
 def against_naive() -> list[str]:

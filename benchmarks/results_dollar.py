@@ -11,7 +11,7 @@ from dollar import CELLS, FIT, OWN
 from moving_digits import FEW, RESULTS
 from results_reinforce import OWN as REINFORCE
 from stored import renamed, row_of
-from verdicts import Claim, claims_table, differences, measured, word
+from verdicts import Claim, claims_table, differences, measured, signed, word
 
 from instep.metrics.compare import Row, better, combined, difference
 from instep.metrics.figures import Value
@@ -192,7 +192,7 @@ def frames() -> tuple[str, str]:
 def any_reward() -> tuple[str, str]:
     every, vsd = need("jpeg", "vsd")
     d = difference(every, vsd, "kilobytes")
-    return word(d.value < -2 * d.se), f"kilobytes a frame {d.value:+.3f} ± {d.se:.3f} of {vsd.values['kilobytes'].value:.3f} ({seeds('jpeg')})"
+    return word(d.value < -2 * d.se), f"kilobytes a frame {signed(d)} of {vsd.values['kilobytes'].value:.3f} ({seeds('jpeg')})"
 
 
 def overoptimised() -> tuple[str, str]:

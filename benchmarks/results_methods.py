@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods_on import ARMS, RESULTS
+from methods_on import ARMS, GROUP, RESULTS
 from stored import row_of
+from verdicts import signed
 
 from instep.bundled import WORLDS, find
 from instep.bundled.baselines import FILE
@@ -123,9 +124,8 @@ def table(cells: Cells, columns: Sequence[Column]) -> list[str]:
     return lines
 
 
-def signed(value: Value | None) -> str:
-    """A difference and its error, with its sign."""
-    return "-" if value is None else f"{value.value:+.3f} ± {value.se:.3f}"
+def _or_dash(value: Value | None) -> str:
+    return "-" if value is None else signed(value)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Compared:
     @property
     def figures(self) -> str:
         """Its cells of a table: the three differences, and the share of modes."""
-        differences = [signed(value) for value in (self.gain, self.distance, self.open_distance)]
+        differences = [_or_dash(value) for value in (self.gain, self.distance, self.open_distance)]
         return " | ".join([*differences, f"{self.modes.value:.0%} ± {self.modes.se:.0%}"])
 
 
@@ -166,9 +166,14 @@ def compared(cells: Cells) -> list[Compared]:
     return found
 
 
+def compared_methods(cells: Cells) -> list[Compared]:
+    """The methods in their default reading."""
+    return [one for one in compared(cells) if not ARMS[one.arm].reading_of]
+
+
 def against_control(cells: Cells) -> list[str]:
     """Each method minus the control, seed by seed, in the headline and the distance; what it keeps of the control's modes; and the verdict."""
-    found = [one for one in compared(cells) if not ARMS[one.arm].reading_of]
+    found = compared_methods(cells)
     if not found:
         return []
     column = found[0].column
@@ -185,7 +190,7 @@ def reading(arm: str) -> str:
 
 def asked(cells: Cells) -> list[str]:
     """Whether a reading of DM-Align (Group) gains at nothing's cost, and which one gains most."""
-    group = [one for one in compared(cells) if "dm-align-group" in (one.arm, ARMS[one.arm].reading_of)]
+    group = [one for one in compared(cells) if GROUP in (one.arm, ARMS[one.arm].reading_of)]
     if not group:
         return []
     best = max(group, key=lambda one: direction(one.column.key) * one.gain.value)
@@ -193,7 +198,7 @@ def asked(cells: Cells) -> list[str]:
     told = f"reached by {', '.join(free)}" if free else "**not reached** by any of these readings"
     return [
         f"- Asked of DM-Align (Group): a gain of more than two standard errors at {MODES:.0%} of the control's modes or more and no larger FD: {told}. "
-        f"Of them {reading(best.arm)} gains most: {best.gain.value:+.3f} ± {best.gain.se:.3f} at {best.modes.value:.0%}.",
+        f"Of them {reading(best.arm)} gains most: {signed(best.gain)} at {best.modes.value:.0%}.",
         "",
     ]
 
@@ -272,6 +277,6 @@ def readings(cells: Cells, method: str) -> list[str]:
         "",
         f"| reading | seeds | {head} (monitor) | {head} | FD | FD (open prompts) | modes, of the control's |",
         "|---" * 7 + "|",
-        *(f"| {reading(one.arm)} | {', '.join(map(str, one.seeds))} | {signed(one.monitor)} | {one.figures} |" for one in found),
+        *(f"| {reading(one.arm)} | {', '.join(map(str, one.seeds))} | {_or_dash(one.monitor)} | {one.figures} |" for one in found),
         "",
     ]

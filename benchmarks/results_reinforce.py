@@ -10,7 +10,7 @@ import results_methods
 from methods_on import ARMS
 from reinforce import CELLS, OWN
 from stored import row_of
-from verdicts import Claim, claims_table, differences, measured, word
+from verdicts import Claim, claims_table, differences, measured, signed, word
 
 from instep.metrics.compare import Row, better, combined, difference, direction
 
@@ -121,14 +121,14 @@ def algorithms() -> tuple[str, str]:
         raise KeyError("joint-dpo")
     gains = [difference(row, control, "train_score") for row in need(*names)]
     up = [d.value > 2 * d.se for d in gains]
-    numbers = "; ".join(f"{name}: training reward {d.value:+.3f} ± {d.se:.3f}" for name, d in zip(names, gains, strict=True))
+    numbers = "; ".join(f"{name}: training reward {signed(d)}" for name, d in zip(names, gains, strict=True))
     return word(all(up), any(up)), numbers
 
 
 def apart_and_together() -> tuple[str, str]:
     digit, motion, both, control = need("reward-digit", "reward-motion", "reward-both", "distil-only")
     own = {"digit": difference(digit, motion, "heldout_digit"), "motion": difference(motion, digit, "heldout_motion")}
-    numbers = f"digit's reward against motion's: held-out digit {own['digit'].value:+.3f} ± {own['digit'].se:.3f}, motion {-own['motion'].value:+.3f} ± "
+    numbers = f"digit's reward against motion's: held-out digit {signed(own['digit'])}, motion {-own['motion'].value:+.3f} ± "
     numbers += f"{own['motion'].se:.3f}; both against the control: {said(both, control, 'heldout_both')}"
     return word(all(d.value > 2 * d.se for d in own.values()), any(d.value > 2 * d.se for d in own.values())), numbers
 
@@ -153,9 +153,7 @@ def two_stage() -> tuple[str, str]:
             assert gain is not None
             wins.append(direction(column.key) * gain.value > 2 * gain.se)
             seeds = len(cells.rows[arm].keys() & cells.rows["two-stage"].keys())
-            numbers.append(
-                f"{ARMS[arm].what} less two stages, {cells.plan['world']}, {seeds} seed{'s' * (seeds > 1)}: {column.head} {gain.value:+.3f} ± {gain.se:.3f}"
-            )
+            numbers.append(f"{ARMS[arm].what} less two stages, {cells.plan['world']}, {seeds} seed{'s' * (seeds > 1)}: {column.head} {signed(gain)}")
     if not wins:
         raise KeyError("two-stage")
     return word(all(wins), any(wins)), "; ".join(numbers)

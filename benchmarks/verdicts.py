@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from instep.metrics.compare import Row, difference
+from instep.metrics.figures import Value
 
 Claim = tuple[str, Callable[[], tuple[str, str]]]
 
@@ -34,10 +35,14 @@ def measured(names: Sequence[str], cell: Callable[[str], Row | None]) -> list[Ro
     return [row for row in found if row]
 
 
+def signed(value: Value) -> str:
+    """A difference and its error, with its sign."""
+    return f"{value.value:+.3f} ± {value.se:.3f}"
+
+
 def differences(row: Row, other: Row, keys: Iterable[str], columns: Mapping[str, str]) -> str:
     """row - other with its error, metric by metric."""
     parts = []
     for key in keys:
-        d = difference(row, other, key)
-        parts.append(f"{columns.get(key, key)} {d.value:+.3f} ± {d.se:.3f}")
+        parts.append(f"{columns.get(key, key)} {signed(difference(row, other, key))}")
     return ", ".join(parts)

@@ -187,7 +187,7 @@ def by_peft(pipe) -> None:
     object.__setattr__(pipe, "transformer", get_peft_model(pipe.transformer, LoraConfig(target_modules=["to_q"])))
 
 
-WRAPPED = {  # torch's compiler takes seconds to import
+WRAPPED = {
     compiled: r"torch.compile; give it as it was, pipe.transformer = pipe.transformer._orig_mod.*compile=True",
     compiled_in_place: r"torch.compile, in place; load the pipeline again",
     in_parallel: r"DataParallel; give it as it was, pipe.transformer = pipe.transformer.module",
@@ -195,7 +195,7 @@ WRAPPED = {  # torch's compiler takes seconds to import
 }
 
 
-@pytest.mark.parametrize("wrapped", slow_but((in_parallel, by_peft), WRAPPED))
+@pytest.mark.parametrize("wrapped", slow_but((in_parallel, by_peft), WRAPPED))  # torch's compiler takes seconds to import
 def test_a_wrapped_network_is_refused(wrapped):
     from instep.models.borrow import borrowed_pipeline
 
